@@ -1,0 +1,1 @@
+"""Feeds the runtime: reading, sharding and splitting checkpoints."""

@@ -1,0 +1,26 @@
+"""Commands: ``python -m launch.<command>``.
+
+From a checkout that is not installed, ``phalanx`` is not importable; the folders beside this one are then mapped into
+it exactly as ``setup.py`` would.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _map_checkout() -> None:
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(
+        "phalanx", root / "package" / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["phalanx"] = module
+    spec.loader.exec_module(module)
+
+
+if "phalanx" not in sys.modules and importlib.util.find_spec("phalanx") is None:
+    _map_checkout()

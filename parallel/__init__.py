@@ -1,0 +1,1 @@
+"""Connects ranks: topology, sharding, communicators, errors."""

@@ -1,0 +1,1 @@
+"""Serves requests: scheduler, executors, models, server."""

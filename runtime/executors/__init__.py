@@ -1,0 +1,1 @@
+"""Executors: how one rank computes a step (NumPy, CUDA, TensorRT)."""

@@ -1,0 +1,1 @@
+"""Model definitions: plain functions over Ops and the declaration of their weights."""

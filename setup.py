@@ -1,0 +1,33 @@
+"""Maps the top-level folders into the import package ``phalanx``; everything else is in pyproject.toml.
+
+``launch`` is installed a second time under its own name, so that ``python -m launch.serve`` works as typed from any
+directory. The root package lives in ``package/``: a folder called ``phalanx`` in the checkout would shadow the mapping
+whenever the checkout is the working directory.
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("runtime", "parallel", "kernels", "launch", "checkpoints")
+
+
+def subpackages(folder: str) -> list[str]:
+    """Dotted names of ``folder`` and the packages below it, relative to the repository root."""
+    return [folder, *(f"{folder}.{name}" for name in find_packages(folder))]
+
+
+packages = ["phalanx", "launch"]
+package_dir = {"phalanx": "package", "launch": "launch"}
+for folder in FOLDERS:
+    for name in subpackages(folder):
+        packages.append(f"phalanx.{name}")
+        package_dir[f"phalanx.{name}"] = name.replace(".", "/")
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    package_data={
+        "phalanx": ["py.typed"],
+        "phalanx.kernels": ["*.cu", "include/*.cuh"],
+        "phalanx.checkpoints": ["demo/*"],
+    },
+)
