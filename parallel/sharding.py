@@ -1,0 +1,128 @@
+"""The only place that divides anything by a number of ranks.
+
+A `Shard` is declared data: which axis of a weight is split and in which indivisible units (heads, quantisation
+groups). `Shard.span` turns it into the range that one rank holds. Megatron-LM's scheme (Shoeybi et al. 2019,
+arXiv:1909.08053): the first matrix of a pair is split along its outputs, the second along its inputs, and one all-reduce
+follows each pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.parallel.errors import ConfigError
+
+__all__ = ["Shard", "Span", "check_groups", "local_heads", "local_kv_heads", "stage_layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one rank holds of an axis: source range ``[start, stop)``, then zeros up to ``size``."""
+
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def padding(self) -> int:
+        """Rows of zeros after the source rows."""
+        return self.size - (self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """How an axis is split over tensor-parallel ranks.
+
+    Attributes:
+        axis: the axis of the stored ``[out, in]`` weight that is split.
+        unit: extent of one indivisible unit, e.g. ``head_dim``.
+        groups: number of equal groups that the units come in, e.g. key/value heads for query heads. Ranks hold whole
+            groups when there are enough; with fewer groups than ranks, the ranks of a group divide its units (as evenly
+            as whole units allow) or, with ``copy``, each hold all of them. 0: any split in whole units.
+        copy: hold the whole group on each of its ranks (key/value heads fewer than ranks).
+        pad_to: every rank's extent is rounded up to a multiple of this, zeros at the end, so that any number of ranks
+            works (vocabulary). 0: no padding.
+        what: the field's name for the units, used in errors.
+    """
+
+    axis: int
+    unit: int = 1
+    groups: int = 0
+    copy: bool = False
+    pad_to: int = 0
+    what: str = "units"
+
+    def span(self, extent: int, rank: int, size: int) -> Span:
+        """Range of an axis of ``extent`` that ``rank`` of ``size`` holds.
+
+        Raises:
+            ConfigError: the units cannot be shared by ``size`` ranks.
+        """
+        if self.pad_to:
+            return self._padded(extent, rank, size)
+        units, rest = divmod(extent, self.unit)
+        if rest:
+            raise ConfigError(f"extent {extent} is not a multiple of the unit {self.unit} ({self.what})")
+        start, stop = self._grouped(units, rank, size) if self.groups else _even(units, rank, size)
+        if start == stop and units:
+            raise ConfigError(f"{units} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {units}")
+        return Span(start * self.unit, stop * self.unit, (stop - start) * self.unit)
+
+    def _padded(self, extent: int, rank: int, size: int) -> Span:
+        each = -(-extent // (size * self.pad_to)) * self.pad_to
+        return Span(min(rank * each, extent), min((rank + 1) * each, extent), each)
+
+    def _grouped(self, units: int, rank: int, size: int) -> tuple[int, int]:
+        check_groups(self.groups, size)
+        per_group = units // self.groups
+        if size <= self.groups:
+            first, last = _even(self.groups, rank, size)
+            return first * per_group, last * per_group
+        ranks_per_group = size // self.groups
+        group, member = divmod(rank, ranks_per_group)
+        low, high = (0, per_group) if self.copy else _even(per_group, member, ranks_per_group)
+        return group * per_group + low, group * per_group + high
+
+
+def _even(units: int, rank: int, size: int) -> tuple[int, int]:
+    return rank * units // size, (rank + 1) * units // size
+
+
+def check_groups(num_kv_heads: int, tp_size: int) -> None:
+    """Refuse a tensor-parallel size that cannot share key/value heads.
+
+    Raises:
+        ConfigError: neither divides the other.
+    """
+    if num_kv_heads % tp_size and tp_size % num_kv_heads:
+        raise ConfigError(
+            f"num_kv_heads={num_kv_heads} cannot be shared by tp_size={tp_size}; "
+            f"use a tp_size that divides {num_kv_heads} or is a multiple of it"
+        )
+
+
+def local_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Span:
+    """Query heads of one rank. Uneven where a key/value head's queries do not divide by the ranks that share it."""
+    return Shard(0, groups=num_kv_heads, what="query heads").span(num_heads, rank, size)
+
+
+def local_kv_heads(num_kv_heads: int, rank: int, size: int) -> Span:
+    """Key/value heads of one rank; a head is copied when there are fewer heads than ranks."""
+    return Shard(0, groups=num_kv_heads, copy=True, what="key/value heads").span(num_kv_heads, rank, size)
+
+
+def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
+    """Blocks of each pipeline stage; where they do not divide, earlier stages hold one more (the last has the LM head).
+
+    Raises:
+        ConfigError: a stage would have no block.
+    """
+    if num_layers < num_stages:
+        raise ConfigError(f"num_layers={num_layers} cannot fill pp_size={num_stages} stages; use a pp_size of at most {num_layers}")
+    small, extra = divmod(num_layers, num_stages)
+    stages, start = [], 0
+    for stage in range(num_stages):
+        stop = start + small + (stage < extra)
+        stages.append(range(start, stop))
+        start = stop
+    return tuple(stages)

@@ -1,0 +1,139 @@
+"""What a model is, as frozen values: read from a Hugging Face ``config.json``, validated once, handed down.
+
+A family's own reader (``runtime/models/<family>.py``) fills `ModelConfig`; unknown features are refused there, never
+ignored. `EngineConfig` holds what the operator chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.topology import Layout
+
+__all__ = ["Activation", "DTypeName", "EngineConfig", "EngineName", "ModelConfig", "RopeConfig"]
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021), half-rotation style as in Llama.
+
+    Attributes:
+        theta: base of the geometric frequency series.
+        rotary_dim: leading part of each head that is rotated, even.
+        scaling: how positions beyond the training length are handled.
+        factor: stretch of the context; 1 without scaling.
+        low_freq_factor, high_freq_factor: Llama 3's band limits.
+        original_max_positions: training length before stretching.
+        beta_fast, beta_slow: YaRN's band limits in rotations.
+        attention_factor: multiplies cosines and sines (YaRN); 1 otherwise.
+    """
+
+    theta: float = 10000.0
+    rotary_dim: int = 0
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder's dimensions in the field's terms (D, H, K, C, F, V of the shape legend in `phalanx.runtime.ops`).
+
+    Raises:
+        ConfigError: dimensions that cannot belong together.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    norm_eps: float
+    activation: Activation
+    rope: RopeConfig | None
+    tie_embeddings: bool
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "intermediate_size", "max_positions"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} in config.json is below 1; the file is damaged")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "config.json is damaged or describes an unsupported attention"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the operator chooses; sizes in tokens, sequences, blocks.
+
+    Attributes:
+        layout: sizes of the parallel axes.
+        dtype: compute type; ``auto`` = the checkpoint's own (the numpy engine always computes in float32 and rounds
+            weights to this type first).
+        max_model_len: longest prompt + output; None = what the model was made for.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
+        block_size: tokens in one block of the key/value cache.
+        num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
+        prefix_caching: share blocks between requests with equal beginnings.
+        seed: for random weights and for requests that bring no seed.
+
+    Raises:
+        ConfigError: a size is below its minimum.
+    """
+
+    layout: Layout = Layout()
+    engine: EngineName = "auto"
+    dtype: DTypeName = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.90
+    prefix_caching: bool = True
+    max_queued_requests: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{_flag(name)}={getattr(self, name)} is below {minimum}; use at least {minimum}")
+        for name in ("max_model_len", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{_flag(name)}={value} is below 1; leave it out for the default")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization={self.gpu_memory_utilization} is outside (0, 1]; 0.90 is the default"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,79 @@
+"""What a model family provides, and the declarations that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.sharding import Shard
+from phalanx.runtime.config import ModelConfig
+
+__all__ = ["Model", "feed_forward_shard", "head_shard", "kv_head_shard", "vocabulary_shard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A family: three functions over `Ops`, and the weights that they name.
+
+    ``embed(ops, config) -> x``; ``block(ops, config, layer, x, residual) -> (x, residual)``;
+    ``head(ops, config, x, residual) -> logits``. The residual is None before the first block; between pipeline stages the
+    executor hands over ``x + residual``. Weight functions take the same arguments less the tensors.
+
+    Attributes:
+        read_config: from the parsed ``config.json``; refuses features that the family's functions do not have.
+        ignored_tensors: regular expressions (full match) of checkpoint tensors that carry no information here.
+    """
+
+    architecture: str
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    embed: Callable[..., Any]
+    block: Callable[..., Any]
+    head: Callable[..., Any]
+    embed_weights: Callable[[ModelConfig], list[WeightSpec]]
+    block_weights: Callable[[ModelConfig, int], list[WeightSpec]]
+    head_weights: Callable[[ModelConfig], list[WeightSpec]]
+    ignored_tensors: tuple[str, ...] = ()
+
+    def weights(self, config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True) -> list[WeightSpec]:
+        """Specs of a pipeline stage: the blocks in ``layers`` (None = all), the embedding if ``first``, the head if ``last``."""
+        layers = range(config.num_layers) if layers is None else layers
+        specs = self.embed_weights(config) if first else []
+        for layer in layers:
+            specs += self.block_weights(config, layer)
+        return specs + (self.head_weights(config) if last else [])
+
+
+def vocabulary_shard() -> Shard:
+    """Rows of an embedding or LM head, padded with zeros so that any number of ranks works."""
+    return Shard(axis=0, pad_to=16, what="vocabulary rows")
+
+
+def head_shard(config: ModelConfig, axis: int) -> Shard:
+    """Query heads along ``axis``: outputs of q (0), inputs of o (1)."""
+    return Shard(axis, unit=config.head_dim, groups=config.num_kv_heads, what="query heads")
+
+
+def kv_head_shard(config: ModelConfig) -> Shard:
+    """Key/value heads along the outputs of k and v."""
+    return Shard(0, unit=config.head_dim, groups=config.num_kv_heads, copy=True, what="key/value heads")
+
+
+def feed_forward_shard(config: ModelConfig, axis: int) -> Shard:
+    """Feed-forward columns in units that keep 16-byte rows on a GPU where the size allows it."""
+    unit = next(unit for unit in (16, 8, 4, 2, 1) if config.intermediate_size % unit == 0)
+    return Shard(axis, unit=unit, what="feed-forward units")
+
+
+def qkv_weight(config: ModelConfig, name: str, sources: tuple[str, str, str], bias: bool) -> list[WeightSpec]:
+    """Separate q, k, v matrices of a checkpoint as one matrix (and bias): ``[(H + 2K) C, D]``."""
+    q, kv = head_shard(config, 0), kv_head_shard(config)
+    rows = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.num_kv_heads * config.head_dim)
+    shards = (q, kv, kv)
+
+    def parts(kind: str, *tail: int) -> tuple[Part, ...]:
+        return tuple(Part(f"{source}.{kind}", (n, *tail), shard) for source, n, shard in zip(sources, rows, shards, strict=True))
+
+    specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
+    return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])

@@ -1,0 +1,76 @@
+"""Gemma 1 (Gemma team 2024): Llama's block with norm weights stored as w - 1, a scaled embedding and GeGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.models import llama
+from phalanx.runtime.models.base import Model
+from phalanx.runtime.models.hf_config import ConfigReader
+from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
+
+__all__ = ["GEMMA"]
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read ``config.json`` of a ``GemmaForCausalLM``."""
+    reader = ConfigReader(raw)
+    head_dim = reader.integer("head_dim", 256)
+    return ModelConfig(
+        architecture="GemmaForCausalLM",
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=reader.integer("hidden_size"),
+        num_layers=reader.integer("num_hidden_layers"),
+        num_heads=reader.integer("num_attention_heads"),
+        num_kv_heads=reader.integer("num_key_value_heads", reader.integer("num_attention_heads")),
+        head_dim=head_dim,
+        intermediate_size=reader.integer("intermediate_size"),
+        max_positions=reader.integer("max_position_embeddings", 8192),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        # Early checkpoints say "gelu" in hidden_act and were trained with its tanh form; hidden_activation overrides.
+        activation=reader.activation("hidden_activation", "gelu_pytorch_tanh"),
+        rope=reader.rope(head_dim),
+        tie_embeddings=reader.flag("tie_word_embeddings", True),
+        attention_bias=reader.flag("attention_bias", False),
+        output_bias=reader.flag("attention_bias", False),
+        **reader.common(),
+    )
+
+
+def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
+    """Token rows times sqrt(D): ``[T, D]``."""
+    return ops.embedding("embed", scale=config.hidden_size**0.5)
+
+
+def block(
+    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One decoder block."""
+    name = f"layers.{layer}"
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps, weight_offset=1.0)
+    x = ops.attention(ops.linear(x, f"{name}.qkv"), layer, AttentionSpec.of(config))
+    x = ops.row_linear(x, f"{name}.output")
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps, weight_offset=1.0)
+    x = ops.gated_activation(ops.linear(x, f"{name}.gate_up"), config.activation)
+    return ops.row_linear(x, f"{name}.down"), residual
+
+
+def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Logits of the rows that need them: ``[B, V local]``."""
+    x, _ = ops.add_rms_norm(x, residual, "final_norm", config.norm_eps, weight_offset=1.0)
+    return ops.logits(x, "lm_head")
+
+
+GEMMA = Model(
+    architecture="GemmaForCausalLM",
+    read_config=read_config,
+    embed=embed,
+    block=block,
+    head=head,
+    embed_weights=llama.embed_weights,
+    block_weights=llama.block_weights,
+    head_weights=llama.head_weights,
+    ignored_tensors=llama.LLAMA.ignored_tensors,
+)
