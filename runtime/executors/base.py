@@ -1,0 +1,81 @@
+"""What the engine needs from an executor: one object per rank that computes planned steps on its shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.ops import AttentionSpec
+from phalanx.runtime.step import StepPlan, StepResult
+
+__all__ = ["Capabilities", "Executor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Model features that an executor has; what it lacks is refused at load time, in one error.
+
+    Attributes:
+        engine: ``numpy``, ``cuda`` or ``tensorrt``, for the message.
+        dtypes: compute types.
+        max_head_dim, head_dim_multiple: limits of its attention.
+        window, soft_cap, alibi: attention variants.
+    """
+
+    engine: str
+    dtypes: frozenset[str]
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    window: bool = True
+    soft_cap: bool = True
+    alibi: bool = True
+
+    def check(self, config: ModelConfig, dtype: str) -> None:
+        """Raise `ConfigError` naming model, feature and executor for the first thing that is missing."""
+        spec = AttentionSpec.of(config)
+        missing = None
+        if dtype not in self.dtypes:
+            missing = f"dtype={dtype} (it has {', '.join(sorted(self.dtypes))})"
+        elif self.max_head_dim is not None and spec.head_dim > self.max_head_dim:
+            missing = f"head_dim={spec.head_dim} (at most {self.max_head_dim})"
+        elif spec.head_dim % self.head_dim_multiple:
+            missing = f"head_dim={spec.head_dim} (only multiples of {self.head_dim_multiple})"
+        if missing:
+            raise ConfigError(f"the {self.engine} engine cannot run {config.architecture}: no {missing}; try --engine numpy")
+
+
+class Executor(Protocol):
+    """Computes steps on one rank. All ranks of a replica call `execute` with the same plans in the same order."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks of the key/value cache; the same number on every rank."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be in flight before the leader must collect one: pipeline stages, plus one if it runs ahead."""
+        ...
+
+    @property
+    def lookahead(self) -> int:
+        """Steps of one sequence that may be in flight at once beyond the first: 0, or 1 if the device keeps the tokens."""
+        ...
+
+    def execute(self, plan: StepPlan) -> None:
+        """Start a step; may return before it is finished. *Collective over the replica.*
+
+        Raises:
+            ExecutorError: the step could not be computed.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was not collected yet. Only on the leader; every executed step yields one result."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is in flight and release memory. *Collective over the replica.*"""
+        ...
