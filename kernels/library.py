@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled kernels of one device, loaded on first use and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin
+
+__all__ = ["KernelFunction", "KernelLibrary", "Library"]
+
+
+class KernelFunction(Protocol):
+    """A launchable kernel: enqueues on the current stream and does not wait."""
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
+    ) -> None: ...
+
+
+class Library(Protocol):
+    """What every wrapper in this package takes first: a source of compiled kernels."""
+
+    def function(
+        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
+    ) -> KernelFunction:
+        """Kernel ``name`` of ``<source>.cu`` compiled with ``defines``."""
+        ...
+
+    @property
+    def num_multiprocessors(self) -> int:
+        """Streaming multiprocessors of the device: what a grid should fill."""
+        ...
+
+
+class KernelLibrary:
+    """The kernels of the current CUDA device.
+
+    Loading a kernel may compile it and always allocates device memory: call every wrapper once, or ``preload``,
+    before a stream is captured.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        import cupy
+
+        device = cupy.cuda.Device()
+        self.architecture = architecture_name(device.compute_capability)
+        self.num_multiprocessors: int = device.attributes["MultiProcessorCount"]
+        self._cache = cache
+        self._modules: dict[KernelSpec, Any] = {}
+        self._functions: dict[tuple[KernelSpec, str, int], KernelFunction] = {}
+
+    def function(
+        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
+    ) -> KernelFunction:
+        """Kernel ``name`` of ``<source>.cu``; ``shared_bytes`` is the dynamic shared memory that it may be launched with.
+
+        Raises ExecutorError when it does not compile.
+        """
+        spec = KernelSpec.of(source, defines)
+        key = (spec, name, shared_bytes)
+        if key not in self._functions:
+            self._functions[key] = self._load(spec, name, shared_bytes)
+        return self._functions[key]
+
+    def preload(self, specs: Sequence[KernelSpec], workers: int = 8) -> None:
+        """Compile ``specs`` side by side, so that a cold start does not pay for them one by one."""
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda spec: compile_cubin(spec, self.architecture, self._cache), specs))
+
+    def _load(self, spec: KernelSpec, name: str, shared_bytes: int) -> KernelFunction:
+        import cupy
+        from cupy_backends.cuda.api import driver
+
+        if spec not in self._modules:
+            module = cupy.cuda.function.Module()
+            module.load(compile_cubin(spec, self.architecture, self._cache))
+            self._modules[spec] = module
+        function: Any = self._modules[spec].get_function(name)
+        if shared_bytes > 48 * 1024:
+            driver.funcSetAttribute(
+                function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+            )
+        loaded: KernelFunction = function
+        return loaded

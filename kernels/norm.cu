@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Residual add and normalisation in one pass over the row, which stays in registers:
+//     sum = x + row_bias + residual, rounded to storage and written back to residual;
+//     out = (sum - mean) * rsqrt(variance + epsilon) * (weight_offset + weight) + bias.
+// RMSNorm has no mean and no bias, and takes the mean square for the variance. Without a residual nothing is written
+// back. Shapes: x, residual, out [T, D]; row_bias, weight, bias [D]. out may be x. One block a row.
+// Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_ROW_BIAS, HAS_BIAS.
+// Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
+// Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
+#include "dtype.cuh"
+#include "reduce.cuh"
+
+constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_bias, const scalar* __restrict__ weight,
+     const scalar* __restrict__ bias, scalar* out, float epsilon, float weight_offset) {
+    const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
+    float value[NUM_CHUNKS][VEC] = {};
+    float total = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
+        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
+        if (at >= HIDDEN_SIZE) continue;
+        load(x + row + at, value[chunk]);
+        if constexpr (HAS_ROW_BIAS || HAS_RESIDUAL) {
+            float addend[VEC] = {}, other[VEC] = {};
+            if constexpr (HAS_ROW_BIAS) load(row_bias + at, addend);
+            if constexpr (HAS_RESIDUAL) load(residual + row + at, other);
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) value[chunk][i] = rounded(value[chunk][i] + addend[i] + other[i]);
+            if constexpr (HAS_RESIDUAL) store(residual + row + at, value[chunk]);
+        }
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) total += LAYER_NORM ? value[chunk][i] : value[chunk][i] * value[chunk][i];
+    }
+    total = block_reduce<NUM_THREADS>(total, Sum());
+
+    float mean = 0.0f;
+    if constexpr (LAYER_NORM) {
+        mean = total / HIDDEN_SIZE;
+        total = 0.0f;
+#pragma unroll
+        for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
+            if ((chunk * NUM_THREADS + threadIdx.x) * VEC >= HIDDEN_SIZE) continue;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) total += (value[chunk][i] - mean) * (value[chunk][i] - mean);
+        }
+        total = block_reduce<NUM_THREADS>(total, Sum());
+    }
+    const float factor = rsqrtf(total / HIDDEN_SIZE + epsilon);
+
+#pragma unroll
+    for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
+        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
+        if (at >= HIDDEN_SIZE) continue;
+        float gain[VEC], shift[VEC] = {};
+        load(weight + at, gain);
+        if constexpr (HAS_BIAS) load(bias + at, shift);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i)
+            value[chunk][i] = (value[chunk][i] - mean) * factor * (weight_offset + gain[i]) + shift[i];
+        store(out + row + at, value[chunk]);
+    }
+}

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm and LayerNorm with the residual add. Enqueues on the current stream and does not wait."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
+from phalanx.kernels.library import Library
+from phalanx.parallel.errors import ExecutorError
+
+__all__ = ["layer_norm", "rms_norm"]
+
+_LARGEST_HIDDEN_SIZE = 32768
+
+
+def rms_norm(
+    library: Library,
+    x: Array,
+    weight: Array,
+    out: Array,
+    *,
+    epsilon: float,
+    weight_offset: float = 0.0,
+    residual: Array | None = None,
+    row_bias: Array | None = None,
+) -> None:
+    """``out = h / sqrt(mean(h**2) + epsilon) * (weight_offset + weight)`` with ``h = x + row_bias + residual``.
+
+    x, out [T, D] (out may be x); weight [D]. ``residual`` [T, D] receives h, rounded to its dtype, and the norm is
+    taken of that. ``row_bias`` [D] is the bias of a row-parallel projection, added once after its all-reduce.
+    """
+    _norm(library, x, weight, out, epsilon, weight_offset, residual, row_bias, None, is_layer_norm=False)
+
+
+def layer_norm(
+    library: Library,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    out: Array,
+    *,
+    epsilon: float,
+    residual: Array | None = None,
+    row_bias: Array | None = None,
+) -> None:
+    """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias`` with ``h = x + row_bias + residual``.
+
+    Shapes and the treatment of ``residual`` and ``row_bias`` as in ``rms_norm``; bias [D].
+    """
+    _norm(library, x, weight, out, epsilon, 0.0, residual, row_bias, bias, is_layer_norm=True)
+
+
+def _norm(
+    library: Library,
+    x: Array,
+    weight: Array,
+    out: Array,
+    epsilon: float,
+    weight_offset: float,
+    residual: Array | None,
+    row_bias: Array | None,
+    bias: Array | None,
+    *,
+    is_layer_norm: bool,
+) -> None:
+    num_tokens, hidden_size = x.shape
+    if hidden_size > _LARGEST_HIDDEN_SIZE:
+        raise ExecutorError(
+            f"hidden_size={hidden_size} is above {_LARGEST_HIDDEN_SIZE}, what the norm keeps in registers"
+        )
+    for name, rows in (("x", x), ("out", out), ("residual", residual)):
+        if rows is not None:
+            require(name, rows, (num_tokens, hidden_size), x)
+    for name, vector in (("weight", weight), ("row_bias", row_bias), ("bias", bias)):
+        if vector is not None:
+            require(name, vector, (hidden_size,), x)
+    width = vector_width(x, hidden_size)
+    num_threads = _block_size(hidden_size // width)
+    kernel = library.function(
+        "norm",
+        "residual_norm",
+        SCALAR=scalar_name(x),
+        HIDDEN_SIZE=hidden_size,
+        VEC=width,
+        NUM_THREADS=num_threads,
+        LAYER_NORM=int(is_layer_norm),
+        HAS_RESIDUAL=int(residual is not None),
+        HAS_ROW_BIAS=int(row_bias is not None),
+        HAS_BIAS=int(bias is not None),
+    )
+    arguments = (x, residual, row_bias, weight, bias, out, np.float32(epsilon), np.float32(weight_offset))
+    kernel((num_tokens,), (num_threads,), arguments)
+
+
+def _block_size(num_vectors: int) -> int:
+    """Two vectors a thread: enough loads in flight without a long reduction over many warps."""
+    return num_threads_for(ceil_div(num_vectors, 2))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary embedding and the write into the KV pages. Enqueues on the current stream and does not wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name, vector_width
+from phalanx.kernels.library import Library
+from phalanx.parallel.errors import ExecutorError
+
+__all__ = ["RotaryTables", "rotary_kv_write"]
+
+_NUM_THREADS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTables:
+    """Cosines and sines by position, [max_positions, rotary_dim / 2] float32 each, on the device.
+
+    ``is_interleaved`` pairs neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama).
+    """
+
+    cos: Array
+    sin: Array
+    is_interleaved: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading channels of a head are rotated."""
+        return 2 * self.cos.shape[1]
+
+
+def rotary_kv_write(
+    library: Library,
+    qkv: Array,
+    positions: Array,
+    slot_mapping: Array,
+    key_pages: Array,
+    value_pages: Array,
+    rotary: RotaryTables | None,
+    *,
+    num_heads: int,
+    write_key_back: bool = False,
+) -> None:
+    """Rotate the queries of ``qkv`` in place; put rotated keys, and values, into their page slots.
+
+    qkv [T, (H + 2K) * C] = [queries | keys | values]; positions, slot_mapping [T] int32 (slot = block * P + offset;
+    negative = padding row, left alone); pages [N, K, P, C]. Without ``rotary`` only the write happens.
+    ``write_key_back`` leaves the rotated keys in qkv too. A position must be a row of the tables.
+    """
+    num_tokens = qkv.shape[0]
+    num_blocks, num_kv_heads, block_size, head_dim = key_pages.shape
+    require("qkv", qkv, (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), qkv)
+    require("positions", positions, (num_tokens,), "int32")
+    require("slot_mapping", slot_mapping, (num_tokens,), "int32")
+    for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+        require(name, pages, (num_blocks, num_kv_heads, block_size, head_dim), qkv)
+    rotary_dim = _checked_rotary_dim(rotary, head_dim)
+    width = vector_width(qkv, head_dim, rotary_dim // 2, head_dim - rotary_dim)
+    kernel = library.function(
+        "rotary_kv_write",
+        "rotary_kv_write",
+        SCALAR=scalar_name(qkv),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        BLOCK_SIZE=block_size,
+        VEC=width,
+        INTERLEAVED=int(rotary is not None and rotary.is_interleaved),
+        WRITE_KEY_BACK=int(write_key_back),
+        NUM_THREADS=_NUM_THREADS,
+    )
+    items = num_heads * (rotary_dim // 2) + num_kv_heads * (
+        rotary_dim // 2 + head_dim - rotary_dim + head_dim
+    )
+    grid = (ceil_div(num_tokens * (items // width), _NUM_THREADS),)
+    cos, sin = (rotary.cos, rotary.sin) if rotary is not None else (None, None)
+    arguments = (qkv, cos, sin, positions, slot_mapping, key_pages, value_pages, np.int32(num_tokens))
+    kernel(grid, (_NUM_THREADS,), arguments)
+
+
+def _checked_rotary_dim(rotary: RotaryTables | None, head_dim: int) -> int:
+    if rotary is None:
+        return 0
+    for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
+        require(name, table, tuple(rotary.cos.shape), "float32")
+    if rotary.rotary_dim > head_dim:
+        raise ExecutorError(f"rotary_dim={rotary.rotary_dim} is above head_dim={head_dim}")
+    return rotary.rotary_dim

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// After the qkv projection: rotate queries and keys by their positions and put keys and values into the KV pages.
+// Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values] (queries rotated in place; keys too with WRITE_KEY_BACK);
+//     cos, sin [max_positions, R / 2] float32; positions, slot_mapping [T] int32; pages [N, K, P, C].
+//     A slot is block * P + offset; a negative slot marks a padding row, which is left alone.
+// Half style (Llama, GPT-NeoX) pairs (i, i + R/2); INTERLEAVED (GPT-J) pairs (2i, 2i + 1). Channels from R on pass.
+// Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), ROTARY_DIM (R; 0 = no rotation), BLOCK_SIZE (P), VEC,
+//     INTERLEAVED, WRITE_KEY_BACK, NUM_THREADS. VEC divides C, R / 2 and C - R. One thread an item: a pair of vectors to rotate, or one vector to copy.
+// Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
+#include "dtype.cuh"
+
+// The "+ !X" below keep divisors of unused branches from being zero.
+constexpr int PAIRS = ROTARY_DIM / 2 / VEC;                       // rotated vector pairs a head
+constexpr int PASSED = (HEAD_DIM - ROTARY_DIM) / VEC;                    // unrotated vectors a head
+constexpr int ROTATED_ITEMS = (NUM_HEADS + NUM_KV_HEADS) * PAIRS;
+constexpr int PASSED_ITEMS = NUM_KV_HEADS * PASSED;                 // unrotated channels of keys
+constexpr int VALUE_ITEMS = NUM_KV_HEADS * (HEAD_DIM / VEC);
+constexpr int ITEMS = ROTATED_ITEMS + PASSED_ITEMS + VALUE_ITEMS;
+constexpr int ROW = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;
+
+__device__ __forceinline__ int64 page_offset(int slot, int head) {
+    return ((static_cast<int64>(slot / BLOCK_SIZE) * NUM_KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
+}
+
+__device__ __forceinline__ void copy(const scalar* from, scalar* to) {
+    *reinterpret_cast<Vector<VEC>*>(to) = *reinterpret_cast<const Vector<VEC>*>(from);
+}
+
+struct alignas(VEC % 4 == 0 ? 16 : 4) Angles {
+    float at[VEC];
+};
+
+__device__ __forceinline__ void rotate(const Angles& cos, const Angles& sin, float (&first)[VEC], float (&second)[VEC]) {
+    float merged[2 * VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        merged[i] = first[i];
+        merged[VEC + i] = second[i];
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        const int a = INTERLEAVED ? 2 * i : i;
+        const int b = INTERLEAVED ? 2 * i + 1 : VEC + i;
+        const float x = merged[a], y = merged[b];
+        merged[a] = x * cos.at[i] - y * sin.at[i];
+        merged[b] = y * cos.at[i] + x * sin.at[i];
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+        first[i] = merged[i];
+        second[i] = merged[VEC + i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
+                const int* __restrict__ positions, const int* __restrict__ slot_mapping,
+                scalar* __restrict__ key_pages, scalar* __restrict__ value_pages, int num_tokens) {
+    const int64 index = static_cast<int64>(blockIdx.x) * NUM_THREADS + threadIdx.x;
+    const int token = static_cast<int>(index / ITEMS);
+    if (token >= num_tokens) return;
+    const int slot = slot_mapping[token];
+    if (slot < 0) return;
+    int item = static_cast<int>(index % ITEMS);
+    scalar* const row = qkv + static_cast<int64>(token) * ROW;
+
+    if constexpr (ROTATED_ITEMS > 0) {
+        if (item < ROTATED_ITEMS) {
+            const int head = item / (PAIRS + !PAIRS);
+            const int pair = item % (PAIRS + !PAIRS);
+            const int a = INTERLEAVED ? 2 * pair * VEC : pair * VEC;
+            const int b = INTERLEAVED ? a + VEC : ROTARY_DIM / 2 + a;
+            const int64 angle = static_cast<int64>(positions[token]) * (ROTARY_DIM / 2) + pair * VEC;
+            float first[VEC], second[VEC];
+            load(row + head * HEAD_DIM + a, first);
+            load(row + head * HEAD_DIM + b, second);
+            rotate(*reinterpret_cast<const Angles*>(cos_table + angle), *reinterpret_cast<const Angles*>(sin_table + angle),
+                   first, second);
+            if (head < NUM_HEADS || WRITE_KEY_BACK) {
+                store(row + head * HEAD_DIM + a, first);
+                store(row + head * HEAD_DIM + b, second);
+            }
+            if (head >= NUM_HEADS) {
+                scalar* const key = key_pages + page_offset(slot, head - NUM_HEADS);
+                store(key + a, first);
+                store(key + b, second);
+            }
+            return;
+        }
+    }
+    item -= ROTATED_ITEMS;
+    if constexpr (PASSED_ITEMS > 0) {
+        if (item < PASSED_ITEMS) {
+            const int head = item / (PASSED + !PASSED);
+            const int at = ROTARY_DIM + item % (PASSED + !PASSED) * VEC;
+            copy(row + (NUM_HEADS + head) * HEAD_DIM + at, key_pages + page_offset(slot, head) + at);
+            return;
+        }
+    }
+    item -= PASSED_ITEMS;
+    const int head = item / (HEAD_DIM / VEC);
+    const int at = item % (HEAD_DIM / VEC) * VEC;
+    copy(row + (NUM_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + at, value_pages + page_offset(slot, head) + at);
+}
