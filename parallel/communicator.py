@@ -41,6 +41,10 @@ class Communicator(Protocol):
         """Overwrite ``array`` with the root's, in place; returns it. *Collective.*"""
         ...
 
+    def broadcast_idle(self, array: Array, root: int = 0) -> Array:
+        """Like `broadcast`, for a receiver that may wait long: it gives the processor away meanwhile. *Collective.*"""
+        ...
+
     def send(self, array: Array, dest: int, tag: int = 0) -> None:
         """Start sending a copy of ``array``; does not wait for the receiver."""
         ...
@@ -77,6 +81,10 @@ class SelfCommunicator:
         return np.asarray(array)[None]
 
     def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Return ``array`` unchanged."""
+        return array
+
+    def broadcast_idle(self, array: Array, root: int = 0) -> Array:
         """Return ``array`` unchanged."""
         return array
 

@@ -1,0 +1,50 @@
+"""What the launcher (mpirun, srun) says about this process, read from the environment without touching MPI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["LaunchInfo", "launch_info"]
+
+_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+_LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchInfo:
+    """Rank and size as the launcher set them; a process started by hand is rank 0 of 1, ``launcher`` None."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str | None = None
+
+
+def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
+    """Read the variables of Open MPI, MPICH (Hydra), PMIx and Slurm.
+
+    Slurm's variables are also set in a batch script itself, so they count only inside a step (``SLURM_STEP_ID``).
+    """
+    if environ.get("SLURM_STEP_ID") is None or environ.get("SLURM_STEP_ID") == "batch":
+        environ = {key: value for key, value in environ.items() if not key.startswith("SLURM_")}
+    launcher = next((name for name in _RANK if name in environ), None)
+    if launcher is None:
+        return LaunchInfo()
+    size = _first(environ, _SIZE, 1)
+    local_size = _first(environ, _LOCAL_SIZE, size)
+    return LaunchInfo(
+        rank=_first(environ, _RANK, 0),
+        size=size,
+        local_rank=_first(environ, _LOCAL_RANK, 0),
+        local_size=local_size,
+        launcher={"OMPI": "Open MPI", "PMI_": "MPICH", "PMIX": "PMIx", "SLUR": "Slurm"}[launcher[:4]],
+    )
+
+
+def _first(environ: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
+    return next((int(environ[name]) for name in names if environ.get(name, "").isdigit()), default)

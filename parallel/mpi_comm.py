@@ -1,0 +1,141 @@
+"""The communicator protocol over MPI, on a duplicated communicator, with buffer methods only.
+
+MPI is imported when the first communicator is made, so that commands that need no ranks start without it. One thread per
+rank calls MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
+from phalanx.parallel.errors import CommunicatorError, ConfigError
+from phalanx.parallel.launcher import launch_info
+
+__all__ = ["MpiCommunicator", "abort_world", "world_communicator"]
+
+_SPIN_SECONDS = 0.001
+_SLEEP_SECONDS = (0.0002, 0.002)
+"""How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
+
+
+class MpiCommunicator:
+    """A group of MPI ranks. Owns its communicator; `close` frees it."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self._pending: list[tuple[Any, Array]] = []
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def all_reduce(self, array: Array) -> Array:
+        """Sum over ranks, in place. *Collective.*"""
+        if self.size > 1:
+            self._comm.Allreduce(_mpi().IN_PLACE, array)
+        return array
+
+    def all_gather(self, array: Array) -> Array:
+        """Stack the ranks' equal-shaped arrays: ``[R, *array.shape]``. *Collective.*"""
+        array = np.ascontiguousarray(array)
+        gathered = np.empty((self.size, *array.shape), array.dtype)
+        self._comm.Allgather(_bytes(array), _bytes(gathered))
+        return gathered
+
+    def broadcast(self, array: Array, root: int = 0) -> Array:
+        """Overwrite ``array`` with the root's, in place. *Collective.*"""
+        self._comm.Bcast(_bytes(array), root)
+        return array
+
+    def broadcast_idle(self, array: Array, root: int = 0) -> Array:
+        """Like `broadcast`, for a receiver that may wait long: it gives the processor away meanwhile. *Collective.*"""
+        request = self._comm.Ibcast(_bytes(array), root)
+        deadline = time.monotonic() + _SPIN_SECONDS
+        sleep, longest = _SLEEP_SECONDS
+        while not request.Test():
+            if time.monotonic() < deadline:
+                os.sched_yield()
+            else:
+                time.sleep(sleep)
+                sleep = min(sleep * 1.5, longest)
+        return array
+
+    def send(self, array: Array, dest: int, tag: int = 0) -> None:
+        """Start sending a copy of ``array``; does not wait for the receiver."""
+        self._pending = [entry for entry in self._pending if not entry[0].Test()]
+        copy = np.array(array, order="C")
+        self._pending.append((self._comm.Isend(_bytes(copy), dest, tag), copy))
+
+    def recv(self, array: Array, source: int, tag: int = 0) -> Array:
+        """Wait for a message and fill ``array`` with it."""
+        self._comm.Recv(_bytes(array), source, tag)
+        return array
+
+    def barrier(self) -> None:
+        """Wait for every rank. *Collective.*"""
+        self._comm.Barrier()
+
+    def split(self, members: range) -> Communicator:
+        """The sub-group that holds this rank; every rank passes its own group's members. *Collective.*"""
+        color, key = members.start, members.index(self.rank)
+        return MpiCommunicator(self._comm.Split(color, key))
+
+    def close(self) -> None:
+        """Finish sends and free the communicator. *Collective.*"""
+        for request, _ in self._pending:
+            request.Wait()
+        self._pending.clear()
+        self._comm.Free()
+
+
+def world_communicator() -> Communicator:
+    """All ranks of this job: over MPI when a launcher started us, else a group of one.
+
+    Raises:
+        ConfigError: no MPI library can be loaded, or the launcher and MPI disagree about the number of ranks.
+    """
+    info = launch_info()
+    if info.launcher is None:
+        return SelfCommunicator()
+    world = _mpi().COMM_WORLD
+    if world.Get_size() == 1 and info.size > 1:
+        raise ConfigError(
+            f"{info.launcher} started {info.size} ranks but MPI sees 1: the launcher and the MPI library do not belong "
+            "together; use the mpirun of this environment, or srun --mpi=pmix (Open MPI) / --mpi=pmi2 (MPICH)"
+        )
+    if world.Get_size() == 1:
+        return SelfCommunicator()
+    return MpiCommunicator(world.Dup())
+
+
+def abort_world(status: int) -> None:
+    """End every rank of the job at once with ``status``. Returns only where MPI was never started."""
+    import sys
+
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized():
+        module.COMM_WORLD.Abort(status)
+
+
+def _bytes(array: Array) -> list[Any]:
+    if not array.flags.c_contiguous:
+        raise CommunicatorError(f"an array of shape {array.shape} is not contiguous; copy it first")
+    return [array, array.nbytes, _mpi().BYTE]
+
+
+def _mpi() -> Any:
+    """``mpi4py.MPI``, initialised on first use."""
+    import mpi4py
+
+    mpi4py.rc.thread_level = "serialized"
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"no MPI library can be loaded ({str(error).splitlines()[0]}); install one: pip install mpich, "
+            "or load your site's MPI module"
+        ) from error
+    return MPI
