@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Step bookkeeping on the device: from the packed step plan and each slot's last sampled token to the arrays that the other
+// kernels of the step read. A captured graph contains these kernels, so a replay needs nothing but a new plan in `plan`.
+//
+// The plan is phalanx.runtime.step.StepPlan.pack(), int32 words:
+//     header [7] = step id, S, T, M, A, G, K; slots, starts, counts, samples [S]; token_ids [T]; new_blocks [M, 3];
+//     admissions [A, 8]; prompt_rows [G]; prompt_targets [G].
+// apply_plan (one block): block tables and sampling parameters take over the plan's changes;
+//     cu_seqlens [S + 1], seq_lens [S], slots [S], counts [2] = (S, sequences with one token),
+//     logit_rows [num_logit_rows] = last row of each sampling sequence, then prompt rows, then -1;
+//     row_slots, row_positions [num_logit_rows]: slot and position of the token to sample; slot -1 where nothing is sampled;
+//     row_targets [num_logit_rows]: token whose log-probability a prompt row wants, -1 elsewhere.
+// fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
+//     position 0, slot -1 (nothing is written to the cache for them).
+// store_tokens (one thread a row): last_tokens[slot] = sampled token.
+// Defines: NUM_THREADS (a multiple of 32, at most 1024), BLOCK_SIZE (P).
+// Limits: sequences with one token come first; new blocks are applied before any slot mapping is computed.
+// Reference: StepPlan.cu_seqlens, positions, sample_rows, logit_rows and BatchState.apply in NumPy, exactly.
+
+constexpr int HEADER_WORDS = 7;
+constexpr int ADMISSION_WORDS = 8;
+constexpr int NUM_WARPS = NUM_THREADS / 32;
+constexpr int PENDING_TOKEN = -1;
+
+struct Plan {
+    int num_seqs, num_tokens, num_new_blocks, num_admissions, num_prompt_rows;
+    const int *slots, *starts, *counts, *samples, *token_ids, *new_blocks, *admissions, *prompt_rows, *prompt_targets;
+};
+
+__device__ __forceinline__ Plan read_plan(const int* words) {
+    Plan plan;
+    plan.num_seqs = words[1];
+    plan.num_tokens = words[2];
+    plan.num_new_blocks = words[3];
+    plan.num_admissions = words[4];
+    plan.num_prompt_rows = words[5];
+    plan.slots = words + HEADER_WORDS;
+    plan.starts = plan.slots + plan.num_seqs;
+    plan.counts = plan.starts + plan.num_seqs;
+    plan.samples = plan.counts + plan.num_seqs;
+    plan.token_ids = plan.samples + plan.num_seqs;
+    plan.new_blocks = plan.token_ids + plan.num_tokens;
+    plan.admissions = plan.new_blocks + 3 * plan.num_new_blocks;
+    plan.prompt_rows = plan.admissions + ADMISSION_WORDS * plan.num_admissions;
+    plan.prompt_targets = plan.prompt_rows + plan.num_prompt_rows;
+    return plan;
+}
+
+// Sums over the threads before this one; `total` is the sum over all.
+__device__ __forceinline__ int exclusive_scan(int value, int& total) {
+    __shared__ int of_warp[NUM_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int sum = value;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    if (lane == 31) of_warp[warp] = sum;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+#pragma unroll
+    for (int i = 0; i < NUM_WARPS; ++i) {
+        before += i < warp ? of_warp[i] : 0;
+        total += of_warp[i];
+    }
+    __syncthreads();
+    return before + sum - value;
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ cu_seqlens,
+           int* __restrict__ seq_lens, int* __restrict__ slots, int* __restrict__ counts, int* __restrict__ logit_rows,
+           int* __restrict__ row_slots, int* __restrict__ row_positions, int* __restrict__ row_targets,
+           int max_blocks_per_seq, int num_logit_rows) {
+    const Plan plan = read_plan(words);
+    for (int i = threadIdx.x; i < plan.num_new_blocks; i += NUM_THREADS) {
+        const int* change = plan.new_blocks + 3 * i;
+        block_tables[static_cast<long long>(change[0]) * max_blocks_per_seq + change[1]] = change[2];
+    }
+    for (int i = threadIdx.x; i < plan.num_admissions * ADMISSION_WORDS; i += NUM_THREADS) {
+        const int* admission = plan.admissions + i / ADMISSION_WORDS * ADMISSION_WORDS;
+        sampling[admission[0] * ADMISSION_WORDS + i % ADMISSION_WORDS] = admission[i % ADMISSION_WORDS];
+    }
+
+    int first_row = 0, num_sampled = 0, num_decodes = 0;
+    for (int base = 0; base < plan.num_seqs; base += NUM_THREADS) {
+        const int i = base + threadIdx.x;
+        const bool is_sequence = i < plan.num_seqs;
+        const int count = is_sequence ? plan.counts[i] : 0;
+        const int samples = is_sequence ? plan.samples[i] > 0 : 0;
+        int total_rows, total_samples, total_decodes;
+        const int row = first_row + exclusive_scan(count, total_rows);
+        const int at = num_sampled + exclusive_scan(samples, total_samples);
+        exclusive_scan(count == 1, total_decodes);
+        if (is_sequence) {
+            cu_seqlens[i] = row;
+            seq_lens[i] = plan.starts[i] + count;
+            slots[i] = plan.slots[i];
+            if (samples) {
+                logit_rows[at] = row + count - 1;
+                row_slots[at] = plan.slots[i];
+                row_positions[at] = plan.starts[i] + count;
+                row_targets[at] = -1;
+            }
+        }
+        first_row += total_rows;
+        num_sampled += total_samples;
+        num_decodes += total_decodes;
+    }
+    if (threadIdx.x == 0) {
+        cu_seqlens[plan.num_seqs] = first_row;
+        counts[0] = plan.num_seqs;
+        counts[1] = num_decodes;
+    }
+    for (int i = num_sampled + threadIdx.x; i < num_logit_rows; i += NUM_THREADS) {
+        const int prompt = i - num_sampled;
+        const bool is_prompt = prompt < plan.num_prompt_rows;
+        logit_rows[i] = is_prompt ? plan.prompt_rows[prompt] : -1;
+        row_slots[i] = -1;
+        row_positions[i] = 0;
+        row_targets[i] = is_prompt ? plan.prompt_targets[prompt] : -1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables, const int* __restrict__ cu_seqlens,
+            const int* __restrict__ counts, const int* __restrict__ last_tokens, int* __restrict__ token_ids,
+            int* __restrict__ positions, int* __restrict__ slot_mapping, int max_blocks_per_seq, int num_rows) {
+    const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
+    if (row >= num_rows) return;
+    const Plan plan = read_plan(words);
+    if (row >= plan.num_tokens) {
+        token_ids[row] = 0;
+        positions[row] = 0;
+        slot_mapping[row] = -1;
+        return;
+    }
+    int sequence = row;
+    if (row >= counts[1]) {  // the last sequence that starts at or before this row
+        int low = counts[1], high = plan.num_seqs;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (cu_seqlens[middle] <= row) low = middle; else high = middle;
+        }
+        sequence = low;
+    }
+    const int slot = plan.slots[sequence];
+    const int position = plan.starts[sequence] + row - cu_seqlens[sequence];
+    const int token = plan.token_ids[row];
+    token_ids[row] = token == PENDING_TOKEN ? last_tokens[slot] : token;
+    positions[row] = position;
+    const int block = block_tables[static_cast<long long>(slot) * max_blocks_per_seq + position / BLOCK_SIZE];
+    slot_mapping[row] = block * BLOCK_SIZE + position % BLOCK_SIZE;
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+store_tokens(const int* __restrict__ sampled, const int* __restrict__ row_slots, int* __restrict__ last_tokens, int num_rows) {
+    const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
+    if (row < num_rows && row_slots[row] >= 0) last_tokens[row_slots[row]] = sampled[row];
+}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step bookkeeping on the device. Every call enqueues on the current stream and does not wait.
+
+A step begins with the packed plan in ``StepArrays.plan``; `update` derives from it what the other kernels read, and
+`store_tokens` keeps what was sampled for the slots' next step, so that tokens need not pass through the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from phalanx.kernels.arrays import Array, ceil_div, require
+from phalanx.kernels.library import KernelFunction, Library
+
+__all__ = ["ADMISSION_WORDS", "StepArrays", "plan_words", "store_tokens", "update"]
+
+ADMISSION_WORDS = 8
+_HEADER_WORDS = 7
+_NUM_THREADS = 512
+
+
+def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
+    """Words of the largest packed plan: every sequence new, each token in a block of its own, every row a prompt row."""
+    per_seq, per_token = 4 + ADMISSION_WORDS, 1 + 3 + 2
+    return _HEADER_WORDS + per_seq * max_num_seqs + per_token * max_num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """Device arrays, int32, whose addresses stay put (T, S: the most that a step can hold; B rows with logits).
+
+    Attributes:
+        plan: ``[W]`` the packed plan of the step.
+        block_tables: ``[slots, blocks per sequence]`` block ids.
+        sampling: ``[slots, 8]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
+        last_tokens: ``[slots]`` what each slot sampled last.
+        cu_seqlens: ``[S + 1]`` first row of each sequence.
+        seq_lens, slots: ``[S]`` length including this step's tokens; row of the block tables.
+        counts: ``[2]`` sequences, and how many of them have one token.
+        token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
+        logit_rows, row_slots, row_positions, row_targets: ``[B]`` rows that need logits: row (-1 = padding), slot that
+            samples there (-1 = none), position of the sampled token, token whose log-probability is wanted (-1 = none).
+    """
+
+    plan: Array
+    block_tables: Array
+    sampling: Array
+    last_tokens: Array
+    cu_seqlens: Array
+    seq_lens: Array
+    slots: Array
+    counts: Array
+    token_ids: Array
+    positions: Array
+    slot_mapping: Array
+    logit_rows: Array
+    row_slots: Array
+    row_positions: Array
+    row_targets: Array
+
+    @classmethod
+    def allocate(
+        cls,
+        array: Callable[[str, tuple[int, ...], str], Array],
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_logit_rows: int,
+        max_blocks_per_seq: int,
+    ) -> StepArrays:
+        """Take every array from ``array(name, shape, dtype)``, for example an arena's method."""
+        seqs, tokens, rows = (max_num_seqs,), (max_num_tokens,), (max_logit_rows,)
+        shapes: dict[str, tuple[int, ...]] = {
+            "plan": (plan_words(max_num_seqs, max_num_tokens),),
+            "block_tables": (max_num_seqs, max_blocks_per_seq),
+            "sampling": (max_num_seqs, ADMISSION_WORDS),
+            "last_tokens": seqs,
+            "cu_seqlens": (max_num_seqs + 1,),
+            "seq_lens": seqs,
+            "slots": seqs,
+            "counts": (2,),
+            **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
+            **dict.fromkeys(("logit_rows", "row_slots", "row_positions", "row_targets"), rows),
+        }
+        return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
+
+
+def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int, num_logit_rows: int) -> None:
+    """Derive the step from ``arrays.plan``; rows past its tokens and past its logit rows become padding."""
+    require("plan", arrays.plan, arrays.plan.shape, "int32")
+    max_blocks_per_seq = np.int32(arrays.block_tables.shape[1])
+    apply_plan = _kernel(library, "apply_plan", block_size)
+    apply_plan(
+        (1,),
+        (_NUM_THREADS,),
+        (
+            arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.slots,
+            arrays.counts, arrays.logit_rows, arrays.row_slots, arrays.row_positions, arrays.row_targets,
+            max_blocks_per_seq, np.int32(num_logit_rows),
+        ),
+    )  # fmt: skip
+    fill_tokens = _kernel(library, "fill_tokens", block_size)
+    fill_tokens(
+        (ceil_div(num_rows, _NUM_THREADS),),
+        (_NUM_THREADS,),
+        (
+            arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.counts, arrays.last_tokens, arrays.token_ids,
+            arrays.positions, arrays.slot_mapping, max_blocks_per_seq, np.int32(num_rows),
+        ),
+    )  # fmt: skip
+
+
+def store_tokens(library: Library, arrays: StepArrays, block_size: int, sampled: Array) -> None:
+    """``last_tokens[row_slots[i]] = sampled[i]`` for the rows that sample. sampled [B] int32."""
+    (num_rows,) = sampled.shape
+    kernel = _kernel(library, "store_tokens", block_size)
+    kernel(
+        (ceil_div(num_rows, _NUM_THREADS),),
+        (_NUM_THREADS,),
+        (sampled, arrays.row_slots, arrays.last_tokens, np.int32(num_rows)),
+    )
+
+
+def _kernel(library: Library, name: str, block_size: int) -> KernelFunction:
+    return library.function("step_update", name, NUM_THREADS=_NUM_THREADS, BLOCK_SIZE=block_size)
