@@ -7,6 +7,7 @@ A plan is a struct of int32 arrays packed into one buffer. All ranks hold the sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,20 @@ class StepPlan:
         """``[B]`` rows that need logits: `sample_rows`, then `prompt_rows`."""
         return np.concatenate((self.sample_rows, self.prompt_rows))
 
+    def logprob_shape(self, state: BatchState) -> tuple[int, int]:
+        """Rows of the result that carry log-probabilities (Q + G, or 0 when nobody asked) and alternatives of each."""
+        asked = state.sampling["num_logprobs"][self.slots[self.samples > 0]]
+        if not len(self.prompt_rows) and not (asked >= 0).any():
+            return 0, 0
+        most = int(asked.max(initial=0))
+        rows = len(asked) + len(self.prompt_rows)
+        return rows, max(most, self.num_prompt_logprobs if len(self.prompt_rows) else 0)
+
+    def result_words(self, state: BatchState) -> int:
+        """Length of the packed `StepResult` of this plan, in int32 words."""
+        rows, count = self.logprob_shape(state)
+        return StepResult.HEADER_WORDS + int((self.samples > 0).sum()) + rows * (1 + 2 * count)
+
     def pack(self) -> Int32Array:
         """One int32 buffer; `unpack` reverses it."""
         header = np.array(
@@ -174,6 +189,8 @@ class StepResult:
     top_ids: Int32Array = field(default_factory=lambda: _empty(0, 0))
     top_logprobs: Float32Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
+    HEADER_WORDS: ClassVar[int] = 4
+
     def pack(self) -> Int32Array:
         """One int32 buffer; `unpack` reverses it."""
         header = np.array([self.step_id, len(self.token_ids), len(self.logprobs), self.top_ids.shape[1]], np.int32)
@@ -185,8 +202,8 @@ class StepResult:
     @classmethod
     def unpack(cls, buffer: Int32Array) -> StepResult:
         """Views of a packed buffer; the result aliases ``buffer``."""
-        step_id, q, rows, k = (int(value) for value in buffer[:4])
-        ends = np.cumsum((4, q, rows, rows * k, rows * k))
+        step_id, q, rows, k = (int(value) for value in buffer[: cls.HEADER_WORDS])
+        ends = np.cumsum((cls.HEADER_WORDS, q, rows, rows * k, rows * k))
         token_ids, logprobs, top_ids, top_logprobs = (
             buffer[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)
         )

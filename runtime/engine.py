@@ -1,0 +1,101 @@
+"""The loop that joins scheduler and executor: on the leader `Engine`, on the other ranks `follow`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from phalanx.runtime.control import ControlChannel
+from phalanx.runtime.executors.base import Executor
+from phalanx.runtime.request import Request, TokenDelta
+from phalanx.runtime.scheduler import Scheduler, SchedulerStats
+from phalanx.runtime.step import StepPlan
+
+__all__ = ["Engine", "follow"]
+
+
+@dataclass(slots=True)
+class Engine:
+    """The leader's side of one replica.
+
+    `step` keeps as many steps in flight as the executor wants (pipeline stages, plus one where the device runs ahead), then
+    collects the oldest. Requests may be submitted and cancelled between any two steps.
+
+    Attributes:
+        clock: monotonic seconds.
+    """
+
+    scheduler: Scheduler
+    executor: Executor
+    control: ControlChannel
+    clock: Callable[[], float] = time.monotonic
+    in_flight: int = 0
+    num_steps: int = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never run here.
+            CapacityError: the queue is full.
+        """
+        self.scheduler.submit(request, self.clock())
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        self.scheduler.cancel(request_id, self.clock())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a call of `step` would do anything."""
+        return self.in_flight > 0 or self.scheduler.has_work
+
+    def step(self) -> list[TokenDelta]:
+        """Start what can be started, finish one step, and return what happened to each request."""
+        self._fill()
+        if self.in_flight:
+            result = self.executor.collect()
+            self.in_flight -= 1
+            self.num_steps += 1
+            self.scheduler.apply(result, self.clock())
+        return self.scheduler.take_deltas()
+
+    def _fill(self) -> None:
+        while self.in_flight < self.executor.depth:
+            plan = self.scheduler.plan(self.clock())
+            if plan is None:
+                return
+            self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> None:
+        self.control.send(plan)
+        try:
+            self.executor.execute(plan)
+        except Exception as error:
+            error.add_note(f"in step {plan.step_id}")
+            raise
+        self.in_flight += 1
+
+    def stats(self) -> SchedulerStats:
+        """Counts for metrics and health."""
+        return self.scheduler.stats()
+
+    def close(self) -> None:
+        """End the followers' loops and release the executor. *Collective with `follow`.*"""
+        while self.in_flight:
+            self.executor.collect()
+            self.in_flight -= 1
+        self.control.send_stop()
+        self.executor.close()
+
+
+def follow(control: ControlChannel, executor: Executor) -> None:
+    """Every other rank: execute what the leader plans until it says stop. *Collective with `Engine`.*"""
+    while (plan := control.receive()) is not None:
+        try:
+            executor.execute(plan)
+        except Exception as error:
+            error.add_note(f"in step {plan.step_id}")
+            raise
+    executor.close()

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text at the edges of the engine: tokenizer, incremental detokeniser, stop texts, chat templates."""
+
+from phalanx.runtime.text.chat import ChatTemplate
+from phalanx.runtime.text.stream import TextPiece, TextStream
+from phalanx.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "TextPiece", "TextStream", "Tokenizer"]

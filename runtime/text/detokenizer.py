@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens to text, one at a time: what has been given out never changes and never ends inside a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from phalanx.runtime.text.decoding_rules import DecodingRules
+
+__all__ = ["ByteDetokenizer", "Detokenizer", "WindowDetokenizer"]
+
+REPLACEMENT_CHARACTER = "\ufffd"
+LONGEST_CHARACTER_BYTES = 4
+
+
+class Detokenizer(Protocol):
+    """The text of one growing token sequence."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; empty while a character is incomplete."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back; bytes that make no character come out as U+FFFD. Nothing may be pushed afterwards."""
+        ...
+
+
+class ByteDetokenizer:
+    """Exact incremental decoding for tokenizers with per-token `DecodingRules`.
+
+    Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a character (Unicode 15, section 3.9, as in Python
+    and Rust). A byte-fallback decoder would instead blank its whole run of bytes, valid characters included, which a
+    stream that has already shown them cannot do.
+    """
+
+    def __init__(self, rules: DecodingRules, token_text: Callable[[int], str | None]) -> None:
+        """``token_text`` gives a token's spelling in the vocabulary, None for tokens that leave no text."""
+        self._rules = rules
+        self._token_text = token_text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = True
+        self._spaces_to_strip = rules.stripped_spaces
+
+    def push(self, token_id: int) -> str:
+        """See `Detokenizer.push`."""
+        token = self._token_text(token_id)
+        if token is None:
+            return ""
+        data = self._rules.token_bytes(token, first=self._first)
+        self._first = False
+        return self._utf8.decode(self._strip(data) if self._spaces_to_strip else data)
+
+    def flush(self) -> str:
+        """See `Detokenizer.flush`."""
+        return self._utf8.decode(b"", final=True)
+
+    def _strip(self, data: bytes) -> bytes:
+        stripped = data[: self._spaces_to_strip].lstrip(b" ")
+        rest = stripped + data[self._spaces_to_strip :]
+        self._spaces_to_strip = self._spaces_to_strip - (len(data) - len(rest)) if not rest else 0
+        return rest
+
+
+class WindowDetokenizer:
+    """Incremental decoding by comparing whole decodes of a short window, for any other decoder pipeline.
+
+    The window keeps the last tokens that gave text, because pipelines treat the start of a text differently
+    (they trim spaces there); a new piece is what the decode gains when tokens are added.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._context_text = ""
+        self._pending = 0
+
+    def push(self, token_id: int) -> str:
+        """See `Detokenizer.push`."""
+        self._window.append(token_id)
+        self._pending += 1
+        text = self._decode(self._window)
+        grows = len(text) > len(self._context_text) and text.startswith(self._context_text)
+        incomplete = text.endswith(REPLACEMENT_CHARACTER) and self._pending < LONGEST_CHARACTER_BYTES
+        return self._advance(text) if grows and not incomplete else ""
+
+    def flush(self) -> str:
+        """See `Detokenizer.flush`."""
+        text = self._decode(self._window)
+        return text[len(self._context_text) :]
+
+    def _advance(self, text: str) -> str:
+        piece = text[len(self._context_text) :]
+        context = self._window[-self._pending :]
+        context_text = self._decode(context)
+        if context_text.strip():
+            self._window, self._context_text = context, context_text
+        else:  # too little to start a window from: keep the older context as well
+            self._context_text = text
+        self._pending = 0
+        return piece

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of one request while it grows: detokeniser and stop texts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phalanx.runtime.text.detokenizer import Detokenizer
+from phalanx.runtime.text.stop import StopMatcher
+
+__all__ = ["TextPiece", "TextStream"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """What some tokens added.
+
+    Attributes:
+        text: new text, final; may be empty while a character or a possible stop text is incomplete.
+        stop: the stop text that ended the request, or None.
+        num_tokens: how many of the pushed tokens count; fewer than were pushed when a stop text ended it among them.
+    """
+
+    text: str
+    stop: str | None
+    num_tokens: int
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text was found: the request is over."""
+        return self.stop is not None
+
+
+class TextStream:
+    """Feeds tokens of one request to its detokeniser and watches for its stop texts.
+
+    With ``min_tokens``, stop texts do not count before that many tokens.
+    """
+
+    def __init__(
+        self, detokenizer: Detokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(stop, include_stop=include_stop)
+        self._tokens_before_stop = min_tokens
+
+    def push(self, token_ids: Sequence[int]) -> TextPiece:
+        """The text that ``token_ids`` added. Nothing may be pushed after a stop."""
+        pieces: list[str] = []
+        for index, token_id in enumerate(token_ids):
+            text = self._detokenizer.push(token_id)
+            if self._tokens_before_stop > 1:
+                self._tokens_before_stop -= 1
+                pieces.append(text)
+                continue
+            piece, stop = self._matcher.push(text)
+            pieces.append(piece)
+            if stop is not None:
+                return TextPiece("".join(pieces), stop, index + 1)
+        return TextPiece("".join(pieces), None, len(token_ids))
+
+    def finish(self) -> str:
+        """The text still held back when a request ends without a stop text."""
+        text, stop = self._matcher.push(self._detokenizer.flush())
+        return text if stop is not None else text + self._matcher.flush()
