@@ -8,17 +8,36 @@
 // apply_plan (one block): block tables and sampling parameters take over the plan's changes;
 //     cu_seqlens [S + 1], seq_lens [S], slots [S], counts [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = last row of each sampling sequence, then prompt rows, then -1;
-//     row_slots, row_positions [num_logit_rows]: slot and position of the token to sample; slot -1 where nothing is sampled;
-//     row_targets [num_logit_rows]: token whose log-probability a prompt row wants, -1 elsewhere.
+//     and for each of these rows: row_slots, row_positions = slot and position of the token to sample (slot -1 where nothing
+//     is); row_targets = token whose log-probability a prompt row wants, -1 elsewhere; its slot's sampling parameters
+//     (temperature 0, greedy, where nothing is sampled).
 // fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
 //     position 0, slot -1 (nothing is written to the cache for them).
-// store_tokens (one thread a row): last_tokens[slot] = sampled token.
+// store_tokens (one thread a row): last_tokens[slot] = token_ids[row]; rows that sample nothing get their target instead,
+//     so that token_ids then names the token of every row whose log-probability may be wanted.
 // Defines: NUM_THREADS (a multiple of 32, at most 1024), BLOCK_SIZE (P).
 // Limits: sequences with one token come first; new blocks are applied before any slot mapping is computed.
 // Reference: StepPlan.cu_seqlens, positions, sample_rows, logit_rows and BatchState.apply in NumPy, exactly.
 
 constexpr int HEADER_WORDS = 7;
 constexpr int ADMISSION_WORDS = 8;
+struct Admission {
+    int slot;
+    float temperature;
+    int top_k;
+    float top_p, min_p;
+    int num_logprobs;
+    unsigned int seed_low, seed_high;
+};
+static_assert(sizeof(Admission) == 4 * ADMISSION_WORDS, "the layout of phalanx.runtime.step.ADMISSION");
+
+// What the samplers read, one element for each row with logits.
+struct Rows {
+    int *slots, *positions, *targets, *top_ks;
+    float *temperatures, *top_ps, *min_ps;
+    unsigned long long* seeds;
+};
+
 constexpr int NUM_WARPS = NUM_THREADS / 32;
 constexpr int PENDING_TOKEN = -1;
 
@@ -69,12 +88,24 @@ __device__ __forceinline__ int exclusive_scan(int value, int& total) {
     return before + sum - value;
 }
 
+__device__ __forceinline__ void fill_row(const Rows& rows, int at, int position, int target, const Admission& sampling) {
+    rows.slots[at] = sampling.slot;
+    rows.positions[at] = position;
+    rows.targets[at] = target;
+    rows.temperatures[at] = sampling.temperature;
+    rows.top_ks[at] = sampling.top_k;
+    rows.top_ps[at] = sampling.top_p;
+    rows.min_ps[at] = sampling.min_p;
+    rows.seeds[at] = static_cast<unsigned long long>(sampling.seed_high) << 32 | sampling.seed_low;
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ cu_seqlens,
            int* __restrict__ seq_lens, int* __restrict__ slots, int* __restrict__ counts, int* __restrict__ logit_rows,
-           int* __restrict__ row_slots, int* __restrict__ row_positions, int* __restrict__ row_targets,
-           int max_blocks_per_seq, int num_logit_rows) {
+           int* row_slots, int* row_positions, int* row_targets, float* row_temperatures, int* row_top_ks,
+           float* row_top_ps, float* row_min_ps, unsigned long long* row_seeds, int max_blocks_per_seq, int num_logit_rows) {
     const Plan plan = read_plan(words);
+    const Rows rows = {row_slots, row_positions, row_targets, row_top_ks, row_temperatures, row_top_ps, row_min_ps, row_seeds};
     for (int i = threadIdx.x; i < plan.num_new_blocks; i += NUM_THREADS) {
         const int* change = plan.new_blocks + 3 * i;
         block_tables[static_cast<long long>(change[0]) * max_blocks_per_seq + change[1]] = change[2];
@@ -100,9 +131,8 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
             slots[i] = plan.slots[i];
             if (samples) {
                 logit_rows[at] = row + count - 1;
-                row_slots[at] = plan.slots[i];
-                row_positions[at] = plan.starts[i] + count;
-                row_targets[at] = -1;
+                const Admission* of_slot = reinterpret_cast<const Admission*>(sampling) + plan.slots[i];
+                fill_row(rows, at, plan.starts[i] + count, -1, *of_slot);
             }
         }
         first_row += total_rows;
@@ -118,9 +148,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
         const int prompt = i - num_sampled;
         const bool is_prompt = prompt < plan.num_prompt_rows;
         logit_rows[i] = is_prompt ? plan.prompt_rows[prompt] : -1;
-        row_slots[i] = -1;
-        row_positions[i] = 0;
-        row_targets[i] = is_prompt ? plan.prompt_targets[prompt] : -1;
+        fill_row(rows, i, 0, is_prompt ? plan.prompt_targets[prompt] : -1, Admission{-1, 0.0f, 0, 1.0f, 0.0f, -1, 0u, 0u});
     }
 }
 
@@ -156,7 +184,10 @@ fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables,
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-store_tokens(const int* __restrict__ sampled, const int* __restrict__ row_slots, int* __restrict__ last_tokens, int num_rows) {
+store_tokens(int* __restrict__ token_ids, const int* __restrict__ row_slots, const int* __restrict__ row_targets,
+             int* __restrict__ last_tokens, int num_rows) {
     const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
-    if (row < num_rows && row_slots[row] >= 0) last_tokens[row_slots[row]] = sampled[row];
+    if (row >= num_rows) return;
+    if (row_slots[row] >= 0) last_tokens[row_slots[row]] = token_ids[row];
+    else token_ids[row] = row_targets[row];
 }

@@ -20,6 +20,7 @@ __all__ = ["ADMISSION_WORDS", "StepArrays", "plan_words", "store_tokens", "updat
 ADMISSION_WORDS = 8
 _HEADER_WORDS = 7
 _NUM_THREADS = 512
+_DTYPES = {"row_temperatures": "float32", "row_top_ps": "float32", "row_min_ps": "float32", "row_seeds": "uint64"}
 
 
 def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
@@ -30,7 +31,7 @@ def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """Device arrays, int32, whose addresses stay put (T, S: the most that a step can hold; B rows with logits).
+    """Device arrays, int32 unless said, whose addresses stay put (T, S: the most that a step can hold; B rows with logits).
 
     Attributes:
         plan: ``[W]`` the packed plan of the step.
@@ -41,8 +42,11 @@ class StepArrays:
         seq_lens, slots: ``[S]`` length including this step's tokens; row of the block tables.
         counts: ``[2]`` sequences, and how many of them have one token.
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
-        logit_rows, row_slots, row_positions, row_targets: ``[B]`` rows that need logits: row (-1 = padding), slot that
-            samples there (-1 = none), position of the sampled token, token whose log-probability is wanted (-1 = none).
+        logit_rows: ``[B]`` rows that need logits; -1 = padding.
+        row_slots, row_positions, row_targets: ``[B]`` of each of them, slot that samples there (-1 = none), position of the
+            sampled token, token whose log-probability is wanted (-1 = none).
+        row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32, int32,
+            float32, float32, uint64.
     """
 
     plan: Array
@@ -60,6 +64,11 @@ class StepArrays:
     row_slots: Array
     row_positions: Array
     row_targets: Array
+    row_temperatures: Array
+    row_top_ks: Array
+    row_top_ps: Array
+    row_min_ps: Array
+    row_seeds: Array
 
     @classmethod
     def allocate(
@@ -84,8 +93,9 @@ class StepArrays:
             "counts": (2,),
             **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
             **dict.fromkeys(("logit_rows", "row_slots", "row_positions", "row_targets"), rows),
+            **dict.fromkeys(("row_temperatures", "row_top_ks", "row_top_ps", "row_min_ps", "row_seeds"), rows),
         }
-        return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
+        return cls(**{name: array(name, shape, _DTYPES.get(name, "int32")) for name, shape in shapes.items()})
 
 
 def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int, num_logit_rows: int) -> None:
@@ -99,6 +109,7 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
         (
             arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.slots,
             arrays.counts, arrays.logit_rows, arrays.row_slots, arrays.row_positions, arrays.row_targets,
+            arrays.row_temperatures, arrays.row_top_ks, arrays.row_top_ps, arrays.row_min_ps, arrays.row_seeds,
             max_blocks_per_seq, np.int32(num_logit_rows),
         ),
     )  # fmt: skip
@@ -113,14 +124,14 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
     )  # fmt: skip
 
 
-def store_tokens(library: Library, arrays: StepArrays, block_size: int, sampled: Array) -> None:
-    """``last_tokens[row_slots[i]] = sampled[i]`` for the rows that sample. sampled [B] int32."""
-    (num_rows,) = sampled.shape
+def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_ids: Array) -> None:
+    """Keep the sampled tokens for the slots' next step; other rows of ``token_ids`` [B] int32 get their targets."""
+    (num_rows,) = token_ids.shape
     kernel = _kernel(library, "store_tokens", block_size)
     kernel(
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
-        (sampled, arrays.row_slots, arrays.last_tokens, np.int32(num_rows)),
+        (token_ids, arrays.row_slots, arrays.row_targets, arrays.last_tokens, np.int32(num_rows)),
     )
 
 
