@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one token becomes bytes, read from the ``decoder`` section of a ``tokenizer.json``.
 
-Working on bytes makes streaming exact: a character may be spread over several tokens, a byte never is. Byte-level BPE and
-the byte-fallback pipelines of SentencePiece models are covered; for any other pipeline `read_rules` returns None.
+Working on bytes makes streaming exact: a character may be spread over several tokens, a byte never is.
+Byte-level BPE and the byte-fallback pipelines of SentencePiece models are covered; for any other pipeline
+`read_rules` returns None.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class DecodingRules:
         byte_level: characters stand for bytes by GPT-2's table.
         byte_fallback: tokens spelt ``<0xNN>`` are single bytes.
         replacements: (from, to) texts, applied to each token in order.
-        dropped_in_first_token: a text that vanishes from the first token of a text (Metaspace's added prefix).
+        dropped_in_first_token: what vanishes from the first token of a text (Metaspace's added prefix).
         stripped_spaces: most spaces taken away from the start of a text.
     """
 
@@ -59,7 +60,9 @@ def read_rules(decoder: Any) -> DecodingRules | None:
         case {"type": "ByteLevel"}:
             return DecodingRules(byte_level=True)
         case {"type": "Metaspace", "replacement": str(mark)}:
-            added = decoder.get("prepend_scheme", "always") != "never" and decoder.get("add_prefix_space", True)
+            added = decoder.get("prepend_scheme", "always") != "never" and decoder.get(
+                "add_prefix_space", True
+            )
             return DecodingRules(replacements=((mark, " "),), dropped_in_first_token=mark if added else None)
         case {"type": "Sequence", "decoders": list(steps)}:
             return _read_sequence(steps)
@@ -67,14 +70,16 @@ def read_rules(decoder: Any) -> DecodingRules | None:
 
 
 def _read_sequence(steps: list[Any]) -> DecodingRules | None:
-    """The SentencePiece pipeline: Replace..., ByteFallback, Fuse, Strip; each part optional, in this order."""
+    """The SentencePiece pipeline: Replace..., ByteFallback, Fuse, Strip; in this order; Fuse is required."""
     if len(steps) == 1 and isinstance(steps[0], dict) and steps[0].get("type") in ("ByteLevel", "Metaspace"):
         return read_rules(steps[0])
     replacements: list[tuple[str, str]] = []
     byte_fallback, fused, stripped = False, False, 0
     for step in steps:
         match step:
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if not byte_fallback:
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                not byte_fallback
+            ):
                 replacements.append((old, new))
             case {"type": "ByteFallback"} if not fused:
                 byte_fallback = True
@@ -86,11 +91,13 @@ def _read_sequence(steps: list[Any]) -> DecodingRules | None:
                 return None
     if not fused:
         return None
-    return DecodingRules(byte_fallback=byte_fallback, replacements=tuple(replacements), stripped_spaces=stripped)
+    return DecodingRules(
+        byte_fallback=byte_fallback, replacements=tuple(replacements), stripped_spaces=stripped
+    )
 
 
 def _byte_level_alphabet() -> Iterator[tuple[str, int]]:
-    """GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
+    """GPT-2's table: printable Latin-1 characters are themselves, the other bytes U+0100 onwards."""
     unused = 0x100
     for byte in range(256):
         if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:

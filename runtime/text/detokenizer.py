@@ -23,16 +23,16 @@ class Detokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """What was held back; bytes that make no character come out as U+FFFD. Nothing may be pushed afterwards."""
+        """What was held back; bytes that make no character come out as U+FFFD. The last call."""
         ...
 
 
 class ByteDetokenizer:
     """Exact incremental decoding for tokenizers with per-token `DecodingRules`.
 
-    Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a character (Unicode 15, section 3.9, as in Python
-    and Rust). A byte-fallback decoder would instead blank its whole run of bytes, valid characters included, which a
-    stream that has already shown them cannot do.
+    Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a character (Unicode 15, section 3.9,
+    as in Python and Rust). A byte-fallback decoder would instead blank its whole run of bytes, valid characters
+    included, which a stream that has already shown them cannot do.
     """
 
     def __init__(self, rules: DecodingRules, token_text: Callable[[int], str | None]) -> None:

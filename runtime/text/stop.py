@@ -9,8 +9,8 @@ __all__ = ["StopMatcher"]
 class StopMatcher:
     """Watches one stream for several texts (Knuth, Morris and Pratt's automaton for each).
 
-    The text that completes first wins; of those that complete together, the longest. So the result does not depend on
-    where tokens begin and end.
+    The text that completes first wins; of those that complete together, the longest. So the result does not
+    depend on where tokens begin and end.
     """
 
     def __init__(self, stop: tuple[str, ...], *, include_stop: bool = False) -> None:
@@ -21,7 +21,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Text that is certain to be outside every stop text, and the stop text that ended the stream, if one did.
+        """Text that is certain to be outside every stop text, and the stop text that was found, if one was.
 
         Nothing may be pushed after a stop.
         """

@@ -19,7 +19,7 @@ class TextPiece:
     Attributes:
         text: new text, final; may be empty while a character or a possible stop text is incomplete.
         stop: the stop text that ended the request, or None.
-        num_tokens: how many of the pushed tokens count; fewer than were pushed when a stop text ended it among them.
+        num_tokens: how many of the pushed tokens count: all, or those up to the end of the stop text.
     """
 
     text: str
@@ -39,7 +39,12 @@ class TextStream:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop, include_stop=include_stop)

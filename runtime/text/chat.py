@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat templates: messages to one prompt text, as the checkpoint's jinja2 template says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import jinja2
+
+from phalanx.parallel.errors import CheckpointError, RequestError
+from phalanx.runtime.text.sandbox import LimitExceeded, Sandbox
+
+__all__ = ["TEMPLATE_OPTIONS", "ChatTemplate", "message_text"]
+
+TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+"""Variables that a request may set; any other could change what the template's author meant."""
+
+MAX_RENDER_SECONDS = 5.0
+MAX_RENDERED_CHARACTERS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A compiled template and the special tokens it may name (``bos_token``, ``eos_token``, ...)."""
+
+    code: CodeType
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def compile(cls, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+        """Compile ``source``.
+
+        Raises:
+            CheckpointError: it is no valid jinja2 template.
+        """
+        try:
+            return cls(Sandbox().compile(source), dict(special_tokens))
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(
+                f"the chat template cannot be compiled: {error}; correct chat_template"
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, Any] | None = None,
+        max_seconds: float = MAX_RENDER_SECONDS,
+        max_characters: int = MAX_RENDERED_CHARACTERS,
+    ) -> str:
+        """The prompt text for ``messages``: mappings with ``role`` and ``content`` (see `message_text`).
+
+        May compute for up to ``max_seconds``: call it outside an event loop.
+
+        Raises:
+            RequestError: the template refuses the messages, or they exceed the time or size limit.
+        """
+        options = _checked_options(options or {})
+        conversation = [{**message, "content": message_text(message.get("content"))} for message in messages]
+        sandbox = Sandbox(time.monotonic() + max_seconds, max_characters)
+        variables = {
+            **self.special_tokens, **options, "messages": conversation, "tools": None, "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }  # fmt: skip
+        text = _run(sandbox, self.code, variables, max_characters)
+        return _cut_after_final_message(text, conversation) if continue_final_message else text
+
+
+def message_text(content: Any) -> str | None:
+    """A message's content as one text: a text, or ``{"type": "text", "text": ...}`` parts joined by newlines.
+
+    Raises:
+        RequestError: a part is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise RequestError(
+            f"content is a {type(content).__name__}; use a text or a list of text parts", "messages"
+        )
+    return "\n".join(_part_text(part) for part in content)
+
+
+def _part_text(part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise RequestError(
+                f"content part of type {kind!r} is not supported; use parts of type 'text'", "messages"
+            )
+    raise RequestError('a content part must be {"type": "text", "text": "..."}', "messages")
+
+
+def _checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in options.items():
+        if name not in TEMPLATE_OPTIONS:
+            allowed = ", ".join(sorted(TEMPLATE_OPTIONS))
+            raise RequestError(
+                f"chat_template_kwargs may not set {name!r}; allowed are {allowed}", "chat_template_kwargs"
+            )
+        if not isinstance(value, (str, bool, int, float, type(None))):
+            raise RequestError(
+                f"chat_template_kwargs {name!r} must be a single value", "chat_template_kwargs"
+            )
+    return options
+
+
+def _run(sandbox: Sandbox, code: CodeType, variables: dict[str, Any], max_characters: int) -> str:
+    template = jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
+    pieces: list[str] = []
+    num_characters = 0
+    try:
+        for piece in template.generate(variables):
+            sandbox.check_time()
+            num_characters += len(piece)
+            if num_characters > max_characters:
+                raise LimitExceeded(f"it writes more than {max_characters} characters")
+            pieces.append(piece)
+    except LimitExceeded as error:
+        raise RequestError(f"the chat template gave up on these messages: {error}", "messages") from error
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise RequestError(
+            f"the chat template does not accept these messages: {error}", "messages"
+        ) from error
+    return "".join(pieces)
+
+
+def _cut_after_final_message(text: str, conversation: Sequence[Mapping[str, Any]]) -> str:
+    """``text`` up to the end of the last message's content, so that the model goes on with that message."""
+    final = (conversation[-1].get("content") or "").strip() if conversation else ""
+    end = text.rfind(final) if final else -1
+    if end < 0:
+        raise RequestError(
+            "continue_final_message needs a last message whose content the chat template shows unchanged",
+            "continue_final_message",
+        )
+    return text[: end + len(final)]
