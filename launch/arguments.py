@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
 from phalanx.parallel.launcher import launch_info
@@ -26,6 +26,7 @@ __all__ = [
     "add_model_arguments",
     "add_parallel_arguments",
     "engine_config",
+    "engine_options",
     "run_command",
 ]
 
@@ -74,8 +75,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=int, default=None, metavar="TOKENS", help="tokens in one cache block")
     group.add_argument("--num-kv-blocks", type=int, default=None, metavar="N", help="cache blocks (default: what fits)")
     group.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="FRACTION")
-    group.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="most requests that wait")
+    group.add_argument("--max-queued-requests", type=int, default=None, metavar="N", help="most requests that wait")
     group.add_argument("--no-prefix-caching", action="store_true", help="do not share cache blocks between requests")
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as keyword arguments of `phalanx.runtime.llm.LLM` (less the model)."""
+    names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+             "num_kv_blocks", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
+    options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)
+    return {
+        "tensor_parallel_size": args.tp,
+        "pipeline_parallel_size": args.pp,
+        "data_parallel_size": args.dp,
+        **options,
+    }
 
 
 def engine_config(args: argparse.Namespace, world_size: int) -> EngineConfig:
@@ -87,14 +102,9 @@ def engine_config(args: argparse.Namespace, world_size: int) -> EngineConfig:
     from phalanx.parallel.topology import resolve_layout
     from phalanx.runtime.config import EngineConfig
 
-    chosen = {
-        name: value
-        for name in ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                     "block_size", "num_kv_blocks", "gpu_memory_utilization", "max_queued_requests", "seed")
-        if (value := getattr(args, name, None)) is not None
-    }  # fmt: skip
-    layout = resolve_layout(world_size, args.tp, args.pp, args.dp)
-    return EngineConfig(layout=layout, prefix_caching=not getattr(args, "no_prefix_caching", False), **chosen)
+    options = engine_options(args)
+    sizes = [options.pop(f"{axis}_parallel_size") for axis in ("tensor", "pipeline", "data")]
+    return EngineConfig(layout=resolve_layout(world_size, *sizes), **options)
 
 
 def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -127,12 +137,19 @@ def _share_processors() -> None:
 
 
 def _report_mistake(error: Exception) -> None:
-    """One line from one rank: ranks that found the same mistake wait for the first to end them all."""
-    info = launch_info()
-    if info.rank:
+    """One line from one rank: ranks that found the same mistake wait for the first to end them all.
+
+    Before MPI is up every rank has read the same arguments, so rank 0 speaks for all.
+    """
+    from phalanx.parallel.mpi_comm import mpi_is_up
+
+    rank = launch_info().rank
+    if rank and not mpi_is_up():
+        return
+    if rank:
         import time
 
-        time.sleep(min(0.2 * info.rank, 1.0))
+        time.sleep(min(0.2 * rank, 1.0))
     sys.stderr.write(f"phalanx: {' '.join(str(error).split())}\n")
     sys.stderr.flush()
 

@@ -81,21 +81,16 @@ class Engine:
         """Counts for metrics and health."""
         return self.scheduler.stats()
 
-    def close(self) -> None:
-        """End the followers' loops and release the executor. *Collective with `follow`.*"""
-        while self.in_flight:
-            self.executor.collect()
-            self.in_flight -= 1
+    def release(self) -> None:
+        """End the followers' loops; they return from `follow` and may call it again. *Collective with `follow`.*"""
         self.control.send_stop()
-        self.executor.close()
 
 
 def follow(control: ControlChannel, executor: Executor) -> None:
-    """Every other rank: execute what the leader plans until it says stop. *Collective with `Engine`.*"""
+    """Every other rank: execute what the leader plans until it says stop. *Collective with `Engine.release`.*"""
     while (plan := control.receive()) is not None:
         try:
             executor.execute(plan)
         except Exception as error:
             error.add_note(f"in step {plan.step_id}")
             raise
-    executor.close()

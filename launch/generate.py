@@ -1,0 +1,199 @@
+"""``python -m launch.generate``: continue prompts and print the result."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_engine_arguments,
+    add_model_arguments,
+    add_parallel_arguments,
+    engine_options,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from phalanx.runtime.llm import Prompt
+    from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams, TokenDelta
+
+__all__ = ["main"]
+
+DEFAULT_MAX_TOKENS = 64
+
+
+def build_parser() -> CommandParser:
+    """Flags as in INTERFACES: prompts, sampling, output, then model, layout and engine."""
+    parser = CommandParser(prog="launch.generate", description="Continue prompts and print the result.")
+    prompts = parser.add_argument_group("prompts (at least one)")
+    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    prompts.add_argument("--prompt-token-ids", action="append", default=[], metavar="1,2,3", help="repeatable")
+    prompts.add_argument("--input-file", type=Path, metavar="FILE.jsonl",
+                         help='lines of {"prompt": ...} or {"prompt_token_ids": [...]} and any sampling field')  # fmt: skip
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    sampling.add_argument("--logprobs", type=int, metavar="K", help="alternatives to report per generated token")
+    sampling.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for prompt tokens")
+    sampling.add_argument("--ignore-eos", action="store_true", help="generate past the end token")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", help="print text as it is generated")
+    output.add_argument("--json", action="store_true", help="one JSON object per prompt, in input order")
+    add_model_arguments(parser)
+    add_parallel_arguments(parser)
+    add_engine_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 if any prompt was refused."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not (args.prompt or args.prompt_token_ids or args.input_file):
+        parser.error("no prompt; give --prompt, --prompt-token-ids or --input-file")
+
+    from phalanx.runtime.llm import LLM
+
+    prompts, params = _read_prompts(args)
+    with LLM(args.model, **engine_options(args)) as llm:
+        progress = _Stream(len(prompts)) if args.stream and not args.json and llm.is_leader else None
+        outputs = llm.run(prompts, params, progress)
+        if llm.is_leader:
+            _print_outputs(outputs, prompts, args, streamed=progress is not None)
+    return 2 if any(output.finish_reason == "error" for output in outputs) else 0
+
+
+def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[SamplingParams]]:
+    fields = {
+        name: getattr(args, name)
+        for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "logprobs", "prompt_logprobs", "ignore_eos")
+    }
+    fields |= {"stop": tuple(args.stop), "seed": args.seed}
+    given: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt]
+    given += [{"prompt_token_ids": _parse_token_ids(text)} for text in args.prompt_token_ids]
+    if args.input_file is not None:
+        given += _read_lines(args.input_file)
+    prompts: list[Prompt] = []
+    params = []
+    for place, entry in enumerate(given):
+        prompts.append(_take_prompt(entry, place))
+        params.append(_sampling_params({**fields, **entry}, place))
+    return prompts, params
+
+
+def _parse_token_ids(text: str) -> list[int]:
+    from phalanx.parallel.errors import RequestError
+
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--prompt-token-ids {text!r} is not a list like 1,2,3") from None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    import msgspec
+
+    from phalanx.parallel.errors import RequestError
+
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RequestError(f"--input-file {path} cannot be read: {error.strerror}; check the path") from None
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(msgspec.json.decode(line, type=dict[str, Any]))
+        except msgspec.DecodeError as error:
+            raise RequestError(f"{path} line {number} is not a JSON object: {error}") from None
+    return entries
+
+
+def _take_prompt(entry: dict[str, Any], place: int) -> Prompt:
+    from phalanx.parallel.errors import RequestError
+
+    text, token_ids = entry.pop("prompt", None), entry.pop("prompt_token_ids", None)
+    if isinstance(text, str) and token_ids is None:
+        return text
+    if text is None and isinstance(token_ids, list) and all(type(item) is int for item in token_ids):
+        return token_ids
+    raise RequestError(f'prompt {place}: give either "prompt" (a text) or "prompt_token_ids" (a list of numbers)')
+
+
+def _sampling_params(fields: dict[str, Any], place: int) -> SamplingParams:
+    from phalanx.parallel.errors import RequestError
+    from phalanx.runtime.request import SamplingParams
+
+    unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        raise RequestError(f"prompt {place}: unknown field {unknown[0]!r}; known: {', '.join(SamplingParams.__dataclass_fields__)}")
+    try:
+        return SamplingParams(**fields)
+    except (RequestError, TypeError) as error:
+        raise RequestError(f"prompt {place}: {error}") from None
+
+
+class _Stream:
+    """Prints text as it comes. With several prompts a line says whose turn it is."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._num_prompts = num_prompts
+        self._last: int | None = None
+
+    def __call__(self, index: int, delta: TokenDelta, text: str) -> None:
+        if self._num_prompts > 1 and index != self._last and text:
+            sys.stdout.write(f"\n[{index}] " if self._last is not None else f"[{index}] ")
+            self._last = index
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _print_outputs(outputs: list[RequestOutput], prompts: list[Prompt], args: argparse.Namespace, streamed: bool) -> None:
+    for output, prompt in zip(outputs, prompts, strict=True):
+        if args.json:
+            print(_to_json(output))
+        elif output.error is not None:
+            sys.stderr.write(f"launch.generate: prompt {output.index}: {output.error}\n")
+        elif not streamed:
+            print(_to_text(output, prompt))
+    if streamed:
+        print()
+
+
+def _to_text(output: RequestOutput, prompt: Prompt) -> str:
+    if output.text is None:
+        return ",".join(map(str, output.token_ids))
+    return f"{prompt}{output.text}" if isinstance(prompt, str) else output.text
+
+
+def _to_json(output: RequestOutput) -> str:
+    import msgspec
+
+    def entry(item: Logprob | None) -> dict[str, Any] | None:
+        return None if item is None else {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
+
+    fields: dict[str, Any] = {
+        "index": output.index,
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "logprobs": None if output.logprobs is None else [entry(item) for item in output.logprobs],
+        "prompt_logprobs": None if output.prompt_logprobs is None else [entry(item) for item in output.prompt_logprobs],
+    }
+    if output.error is not None:
+        fields["error"] = output.error
+    return msgspec.json.encode(fields).decode()
+
+
+if __name__ == "__main__":
+    run_command(main)

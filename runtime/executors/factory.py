@@ -1,0 +1,109 @@
+"""From the operator's choice to an executor: which engine, how large a cache, which weights."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.checkpoints.loader import NumpySink, load_weights
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import local_kv_heads, stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.base import Executor
+from phalanx.runtime.executors.numpy_executor import CAPABILITIES, CacheShape, NumpyExecutor
+from phalanx.runtime.models import Model
+
+__all__ = ["choose_engine", "create_executor", "longest_sequence"]
+
+_ROUNDING = {"auto": None, "float32": None, "bfloat16": "BF16", "float16": "F16"}
+
+NUMPY_CACHE_FRACTION = 0.3
+"""Share of the available memory that the NumPy caches of all ranks of a node may take together."""
+
+
+def choose_engine(requested: str) -> str:
+    """``auto`` is cuda where a GPU and CuPy are, else numpy; never tensorrt, whose engines are built on purpose."""
+    if requested != "auto":
+        return requested
+    from phalanx.kernels.device import gpu_is_available
+
+    return "cuda" if gpu_is_available() else "numpy"
+
+
+def create_executor(
+    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+) -> tuple[Executor, int]:
+    """Load this rank's shard into an executor; also the longest sequence that it can hold. *Collective over the replica.*
+
+    Raises:
+        ConfigError: the engine cannot run the model, or the cache cannot hold one sequence.
+        CheckpointError: weights are missing, superfluous or of the wrong shape.
+    """
+    engine = choose_engine(options.engine)
+    if engine == "cuda":
+        from phalanx.runtime.executors.cuda_executor import create_cuda_executor
+
+        return create_cuda_executor(model, config, checkpoint, options, topology, comm)
+    if engine == "tensorrt":
+        from phalanx.runtime.executors.trt_executor import create_trt_executor
+
+        return create_trt_executor(model, config, checkpoint, options, topology, comm)
+    return _create_numpy_executor(model, config, checkpoint, options, topology, comm)
+
+
+def _create_numpy_executor(
+    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+) -> tuple[Executor, int]:
+    CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
+    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+    specs = model.weights(config, layers, topology.is_first_stage, topology.is_last_stage)
+    sink = NumpySink(rounding=_ROUNDING[options.dtype])
+    load_weights(
+        checkpoint.source, specs, topology.tp_rank, topology.layout.tp, sink,
+        ignored=model.ignored_tensors, all_specs=model.weights(config),
+    )  # fmt: skip
+    num_blocks = options.num_kv_blocks or _numpy_blocks(config, options, layers, topology)
+    num_blocks = int(comm.all_gather(np.array([num_blocks])).min())
+    max_len = longest_sequence(config, options, num_blocks)
+    cache = CacheShape(num_blocks, options.block_size, options.max_num_seqs, max_len)
+    return NumpyExecutor(model, config, sink.weights, topology, comm, cache), max_len
+
+
+def longest_sequence(config: ModelConfig, options: EngineConfig, num_blocks: int) -> int:
+    """Most tokens of one sequence, prompt and output: what was asked for, else what model and cache allow.
+
+    Raises:
+        ConfigError: more was asked for than the model's positions or the cache allow.
+    """
+    capacity = num_blocks * options.block_size
+    if options.max_model_len is None:
+        return min(config.max_positions, capacity)
+    if options.max_model_len > config.max_positions:
+        raise ConfigError(
+            f"--max-model-len={options.max_model_len} is beyond the {config.max_positions} positions of "
+            f"{config.architecture}; use at most {config.max_positions}"
+        )
+    if options.max_model_len > capacity:
+        raise ConfigError(
+            f"--max-model-len={options.max_model_len} does not fit the cache of {num_blocks} blocks x {options.block_size} "
+            f"= {capacity} tokens; use at most {capacity}, or more --num-kv-blocks"
+        )
+    return options.max_model_len
+
+
+def _numpy_blocks(config: ModelConfig, options: EngineConfig, layers: range, topology: Topology) -> int:
+    """Blocks for max_num_seqs sequences of full length, within this rank's share of the available memory."""
+    heads = local_kv_heads(config.num_kv_heads, topology.tp_rank, topology.layout.tp).size
+    block_bytes = 2 * len(layers) * heads * config.head_dim * options.block_size * 4
+    length = min(options.max_model_len or config.max_positions, config.max_positions)
+    wanted = options.max_num_seqs * -(-length // options.block_size)
+    share = _available_bytes() * NUMPY_CACHE_FRACTION / topology.layout.world_size
+    return max(1, min(wanted, int(share // block_bytes)))
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,109 @@
+"""Putting one rank together: checkpoint, model, executor, and on the leader the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.control import ControlChannel
+from phalanx.runtime.engine import Engine
+from phalanx.runtime.executors.base import Executor
+from phalanx.runtime.executors.factory import create_executor
+from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
+from phalanx.runtime.models import find_model
+from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
+
+__all__ = ["Replica", "build_replica", "phase"]
+
+
+@dataclass(slots=True)
+class Replica:
+    """What one rank holds. ``engine`` is None on every rank but the leader."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    options: EngineConfig
+    topology: Topology
+    world: Communicator
+    group: Communicator
+    executor: Executor
+    control: ControlChannel
+    max_model_len: int
+    engine: Engine | None
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint and its tokenizer are."""
+        return self.checkpoint.path
+
+
+def build_replica(model: Path | None, options: EngineConfig, world: Communicator) -> Replica:
+    """Load this rank's shard and join its replica. *Collective over all ranks.*
+
+    Raises:
+        ConfigError: the layout, the engine or a size does not fit the model or this machine.
+        CheckpointError: the checkpoint is missing or broken.
+    """
+    topology = Topology(options.layout, world.rank)
+    with phase("opening the checkpoint"):
+        checkpoint = open_checkpoint(model, options.load_format, options.seed)
+        family = find_model(checkpoint.config)
+        config = _with_generation_config(family.read_config(checkpoint.config), checkpoint.generation_config)
+    group = world.split(topology.replica_group)
+    with phase("loading weights"):
+        executor, max_model_len = create_executor(family, config, checkpoint, options, topology, group)
+    control = ControlChannel(group)
+    engine = None
+    if topology.is_leader:
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=options.max_num_seqs,
+                max_num_batched_tokens=options.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                max_queued_requests=options.max_queued_requests,
+                vocab_size=config.vocab_size,
+                eos_token_ids=config.eos_token_ids,
+                num_microbatches=options.layout.pp,
+                lookahead=executor.lookahead,
+                seed=options.seed + topology.replica,
+            ),
+            _planner(executor, options, max_model_len),
+        )
+        engine = Engine(scheduler, executor, control)
+    return Replica(
+        checkpoint, config, options, topology, world, group, executor, control, max_model_len, engine
+    )  # fmt: skip
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say in an error's notes what this rank was doing."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {name}")
+        raise
+
+
+def _planner(executor: Executor, options: EngineConfig, max_model_len: int) -> CachePlanner:
+    if options.engine == "tensorrt":
+        return SlotPlanner(executor.num_kv_blocks, max_model_len)
+    return BlockPlanner(
+        executor.num_kv_blocks, options.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
+    )
+
+
+def _with_generation_config(config: ModelConfig, generation: dict[str, Any]) -> ModelConfig:
+    """``generation_config.json`` names the end tokens where it has any."""
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        return config
+    return dataclasses.replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),))
