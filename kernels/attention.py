@@ -19,11 +19,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from phalanx.kernels.library import Library
+import numpy as np
+
+from phalanx.kernels.arrays import ceil_div, require
+from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, WorkspaceLayout
+from phalanx.kernels.library import KernelFunction, Library
+from phalanx.parallel.errors import ConfigError, ExecutorError
 
 __all__ = ["AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention"]
 
 AttentionDType = Literal["bfloat16", "float16", "float32"]
+BLOCK_SIZES = (16, 32, 64, 128)
+_PLAN_THREADS = 1024
+_DECODE_THREADS = 160
+_FLOAT32_THREADS = 128
+_MIN_DECODE_UNITS = 4  # per worker: below 256 tokens, splitting costs more in merging than it saves
+_COST_BUCKETS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,31 @@ class AttentionShape:
     window: int = 0
     soft_cap: float = 0.0
     causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads} on this rank; "
+                "use a tensor-parallel size that keeps groups whole"
+            )
+        if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
+            raise ConfigError(
+                f"head_dim={self.head_dim} is not a multiple of 8 up to 256; use --engine numpy for this model"
+            )
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(
+                f"--block-size={self.block_size} is not one of {BLOCK_SIZES}; 16 is the default"
+            )
+        if self.scale <= 0 or self.window < 0 or self.soft_cap < 0:
+            raise ConfigError(
+                f"attention scale={self.scale}, window={self.window}, soft_cap={self.soft_cap}: the scale must be above 0 "
+                "and the others not below; the model's config.json is damaged"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +135,77 @@ class PagedAttention:
     """
 
     def __init__(
-        self, library: Library, shape: AttentionShape, limits: AttentionLimits, alibi_slopes: Any | None = None
+        self,
+        library: Library,
+        shape: AttentionShape,
+        limits: AttentionLimits,
+        alibi_slopes: Any | None = None,
     ) -> None:
         """``alibi_slopes``: float32 ``[H]`` on the device, the local heads' slopes; None = no ALiBi."""
-        raise NotImplementedError
+        if alibi_slopes is not None:
+            require("alibi_slopes", alibi_slopes, (shape.num_heads,), "float32")
+        self._shape = shape
+        self._limits = limits
+        self._alibi_slopes = alibi_slopes
+        self._decode_tiling = DecodeTiling.choose(shape.head_dim, shape.group, library.architecture)
+        self._prefill_tiling = PrefillTiling.choose(shape.head_dim, library.architecture)
+        self._num_multiprocessors = library.num_multiprocessors
+        self._max_workers = self._decode_tiling.blocks_per_multiprocessor * library.num_multiprocessors
+        self._layout = WorkspaceLayout.of(
+            self._max_workers,
+            limits.max_num_seqs,
+            self._max_prefill_tiles,
+            self._decode_tiling.partial_floats,
+        )
+        self._kernels = _load_kernels(
+            library, shape, self._decode_tiling, self._prefill_tiling, alibi_slopes is not None
+        )
+        self._workspace: _Workspace | None = None
 
     @property
     def workspace_bytes(self) -> int:
         """Device memory that `bind` needs: the plan and float32 partial results of split sequences."""
-        raise NotImplementedError
+        return self._layout.num_bytes
 
     def bind(self, workspace: Any) -> None:
-        """Use this uint8 device array, 256-byte aligned, from now on. Objects whose steps may overlap must not share one."""
-        raise NotImplementedError
+        """Use this uint8 device array, 256-byte aligned, from now on.
+
+        Objects whose steps may overlap must not share one. Raises ExecutorError when it is too small.
+        """
+        if workspace.nbytes < self.workspace_bytes:
+            raise ExecutorError(
+                f"attention workspace of {workspace.nbytes} bytes is below {self.workspace_bytes}; allocate workspace_bytes"
+            )
+        self._workspace = _Workspace.of(workspace, self._layout)
 
     def plan(self, step: AttentionStep) -> None:
         """Divide the step's work among the GPU's multiprocessors. Enqueues on the current stream; does not wait."""
-        raise NotImplementedError
+        if self._kernels.plan is None:
+            return
+        self._check(step)
+        workspace = self._bound()
+        shape = self._shape
+        sizes = (
+            shape.num_kv_heads * self._decode_tiling.head_tiles,
+            self._max_workers,
+            _MIN_DECODE_UNITS,
+            shape.window,
+            shape.group,
+            self._prefill_tiling.rows,
+            max(0, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
+        )
+        arrays = (
+            *(
+                step.cu_seqlens_q,
+                step.seq_lens,
+                step.slots,
+                step.counts,
+                workspace.plan,
+                workspace.decode_ends,
+            ),
+            *(workspace.prefill_ends, workspace.prefill_tiles, workspace.counters),
+        )
+        self._kernels.plan((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))
 
     def decode(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
         """Attend for the sequences with one new token: row ``s`` of ``out`` for sequence ``s``.
@@ -124,8 +214,170 @@ class PagedAttention:
         pages: ``[N, K, P, C]``, this step's tokens already written; ``out``: ``[T, H C]``.
         Enqueues on the current stream; does not wait.
         """
-        raise NotImplementedError
+        tensors = self._tensors(qkv, key_pages, value_pages, out)
+        if self._kernels.float32 is not None:
+            return self._launch_float32(tensors, out.shape[0], step, is_decode=True)
+        workspace = self._bound()
+        table = (step.seq_lens, step.slots, step.block_tables, np.int32(step.block_tables.shape[1]))
+        scratch = (workspace.plan, workspace.partials, workspace.counters)
+        self._kernels.decode(
+            (self._max_workers,),
+            (_DECODE_THREADS,),
+            (*tensors, *table, *scratch, *self._score_arguments),
+            shared_mem=self._decode_tiling.shared_bytes,
+        )
 
     def prefill(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
         """Attend for the sequences with several new tokens, with or without earlier history; arguments as for `decode`."""
-        raise NotImplementedError
+        tensors = self._tensors(qkv, key_pages, value_pages, out)
+        if self._kernels.float32 is not None:
+            return self._launch_float32(tensors, out.shape[0], step, is_decode=False)
+        workspace = self._bound()
+        table = (
+            step.cu_seqlens_q,
+            step.seq_lens,
+            step.slots,
+            step.block_tables,
+            np.int32(step.block_tables.shape[1]),
+        )
+        grid = min(self._num_multiprocessors, self._max_prefill_tiles * self._shape.num_kv_heads)
+        self._kernels.prefill(
+            (grid,),
+            (self._prefill_tiling.warps * 32,),
+            (*tensors, *table, workspace.plan, workspace.prefill_tiles, *self._score_arguments),
+            shared_mem=self._prefill_tiling.shared_bytes,
+        )
+
+    @property
+    def _max_prefill_tiles(self) -> int:
+        """Full tiles of all tokens, and one that is not full for each sequence (which has two tokens or more)."""
+        limits = self._limits
+        full = ceil_div(limits.max_num_tokens * self._shape.group, self._prefill_tiling.rows)
+        return full + min(limits.max_num_seqs, limits.max_num_tokens // 2)
+
+    @property
+    def _score_arguments(self) -> tuple[Any, ...]:
+        shape = self._shape
+        return self._alibi_slopes, np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
+
+    def _launch_float32(
+        self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool
+    ) -> None:
+        table = (
+            step.cu_seqlens_q,
+            step.seq_lens,
+            step.slots,
+            step.block_tables,
+            np.int32(step.block_tables.shape[1]),
+        )
+        arguments = (*tensors, *table, step.counts, *self._score_arguments, np.int32(is_decode))
+        assert self._kernels.float32 is not None
+        self._kernels.float32((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
+
+    def _tensors(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any) -> tuple[Any, ...]:
+        shape = self._shape
+        row = shape.num_heads * shape.head_dim
+        if qkv.ndim != 2 or qkv.shape[1] < row or qkv.strides[1] != qkv.itemsize or qkv.strides[0] % 16:
+            raise ExecutorError(
+                f"qkv is {qkv.dtype.name}{list(qkv.shape)} with strides {qkv.strides}; this call needs rows of {row} queries "
+                "or more, 16-byte aligned"
+            )
+        pages = (key_pages.shape[0], shape.num_kv_heads, shape.block_size, shape.head_dim)
+        require("out", out, (qkv.shape[0], row), shape.dtype)
+        require("key_pages", key_pages, pages, shape.dtype)
+        require("value_pages", value_pages, pages, shape.dtype)
+        return qkv, np.int64(qkv.strides[0] // qkv.itemsize), key_pages, value_pages, out
+
+    def _check(self, step: AttentionStep) -> None:
+        num_seqs = step.seq_lens.shape[0]
+        if num_seqs > self._limits.max_num_seqs:
+            raise ExecutorError(
+                f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}"
+            )
+        require("cu_seqlens_q", step.cu_seqlens_q, (num_seqs + 1,), "int32")
+        require("slots", step.slots, (num_seqs,), "int32")
+        require("counts", step.counts, (2,), "int32")
+
+    def _bound(self) -> _Workspace:
+        if self._workspace is None:
+            raise ExecutorError(
+                "attention has no workspace yet; call bind with workspace_bytes of device memory"
+            )
+        return self._workspace
+
+
+@dataclass(frozen=True, slots=True)
+class _Workspace:
+    """Views of the bound memory, in the order of `WorkspaceLayout`."""
+
+    plan: Any
+    decode_ends: Any
+    prefill_ends: Any
+    prefill_tiles: Any
+    counters: Any
+    partials: Any
+
+    @classmethod
+    def of(cls, memory: Any, layout: WorkspaceLayout) -> _Workspace:
+        offsets = (
+            layout.plan,
+            layout.decode_ends,
+            layout.prefill_ends,
+            layout.prefill_tiles,
+            layout.counters,
+            layout.partials,
+        )
+        return cls(*(memory[offset:] for offset in offsets))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Loaded kernels: the first three, or `float32` alone."""
+
+    plan: KernelFunction | None = None
+    decode: KernelFunction | None = None
+    prefill: KernelFunction | None = None
+    float32: KernelFunction | None = None
+
+
+def _load_kernels(
+    library: Library, shape: AttentionShape, decode: DecodeTiling, prefill: PrefillTiling, has_alibi: bool
+) -> _Kernels:
+    common: dict[str, int] = {
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_SIZE": shape.block_size,
+        "NUM_KV_HEADS": shape.num_kv_heads,
+        "GROUP": shape.group,
+        "WINDOW": int(shape.window > 0),
+        "SOFT_CAP": int(shape.soft_cap > 0),
+        "ALIBI": int(has_alibi),
+    }
+    causal = int(shape.causal)
+    if shape.dtype == "float32":
+        return _Kernels(
+            float32=library.function("attention_float32", "attention_float32", CAUSAL=causal, **common)
+        )
+    common["BFLOAT16"] = int(shape.dtype == "bfloat16")
+    return _Kernels(
+        plan=library.function("attention_plan", "attention_plan"),
+        decode=library.function(
+            "attention_decode",
+            "attention_decode",
+            shared_bytes=decode.shared_bytes,
+            HEADS_PER_ITEM=decode.heads_per_item,
+            RING=decode.ring,
+            MIN_BLOCKS=decode.blocks_per_multiprocessor,
+            SHARED_BYTES=decode.shared_bytes,
+            **common,
+        ),
+        prefill=library.function(
+            "attention_prefill",
+            "attention_prefill",
+            shared_bytes=prefill.shared_bytes,
+            WARPS=prefill.warps,
+            KEYS=prefill.keys,
+            SHARED_BYTES=prefill.shared_bytes,
+            CAUSAL=causal,
+            **common,
+        ),
+    )

@@ -9,7 +9,7 @@
 typedef unsigned short Element;  // the bits of one bfloat16 or float16
 
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));

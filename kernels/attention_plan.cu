@@ -1,0 +1,144 @@
+// Divides one step's attention work, once a step and for all layers: see attention_plan.cuh for what it writes.
+//
+// One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous
+// ranges, one a worker; with few units, fewer workers, so that none has less than `min_units`. Prefill: every tile of
+// `prefill_rows` query rows (tokens x heads of a group) of the other sequences, longest first, as (sequence, tile) pairs.
+// Also zeroes the decode kernel's counters, so that a step after an aborted one starts clean.
+//
+// cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
+// [max S]: scratch, running totals of tiles.
+#include "attention_plan.cuh"
+
+constexpr int THREADS = 1024;
+constexpr int BUCKETS = 1024;  // of the counting sort by cost
+
+struct Scan {
+    int warp_totals[THREADS / 32];
+
+    // Inclusive sum over the block; `total` is the sum over all threads.
+    __device__ int inclusive(int value, int& total) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int below = __shfl_up_sync(~0u, value, distance);
+            if (lane >= distance) value += below;
+        }
+        if (lane == 31) warp_totals[warp] = value;
+        __syncthreads();
+        if (warp == 0) {
+            int sum = warp_totals[lane];
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int below = __shfl_up_sync(~0u, sum, distance);
+                if (lane >= distance) sum += below;
+            }
+            warp_totals[lane] = sum;
+        }
+        __syncthreads();
+        if (warp > 0) value += warp_totals[warp - 1];
+        total = warp_totals[THREADS / 32 - 1];
+        __syncthreads();
+        return value;
+    }
+};
+
+// ends[i] = tiles of sequences begin .. begin + i; returns the sum. All threads of the block call it.
+template <typename TilesOf>
+__device__ int running_totals(Scan& scan, int begin, int end, int* ends, TilesOf tiles_of) {
+    int carry = 0;
+    for (int base = begin; base < end; base += THREADS) {
+        const int seq = base + threadIdx.x;
+        int total;
+        const int sum = scan.inclusive(seq < end ? tiles_of(seq) : 0, total);
+        if (seq < end) ends[seq - begin] = carry + sum;
+        carry += total;
+    }
+    __syncthreads();
+    return carry;
+}
+
+// Smallest i with ends[i] > position.
+__device__ int find(const int* ends, int count, int position) {
+    int low = 0, high = count - 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ends[middle] > position)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+struct PrefillTiles {
+    const int *cu_seqlens_q, *seq_lens, *ends;
+    int first_seq, num_seqs, num_tiles, group, rows, cost_shift;
+
+    struct Tile {
+        int seq, index, bucket;
+    };
+
+    __device__ static int count(int num_tokens, int group, int rows) { return (num_tokens * group + rows - 1) / rows; }
+
+    // The tile at `position` of the running totals; its cost is the number of keys that it sees at most.
+    __device__ Tile operator[](int position) const {
+        const int i = find(ends, num_seqs, position);
+        const int seq = first_seq + i;
+        const int index = position - (i ? ends[i - 1] : 0);
+        const int num_tokens = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq];
+        const int visible = seq_lens[seq] - num_tokens + min(num_tokens, ((index + 1) * rows - 1) / group + 1);
+        return {seq, index, BUCKETS - 1 - min(visible >> cost_shift, BUCKETS - 1)};
+    }
+};
+
+__device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& tiles, int2* sorted) {
+    for (int bucket = threadIdx.x; bucket < BUCKETS; bucket += THREADS) bucket_ends[bucket] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) atomicAdd(&bucket_ends[tiles[i].bucket], 1);
+    __syncthreads();
+    int total;
+    const int own = bucket_ends[threadIdx.x];
+    const int end = scan.inclusive(own, total);
+    bucket_ends[threadIdx.x] = end - own;
+    __syncthreads();
+    for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) {
+        const PrefillTiles::Tile tile = tiles[i];
+        sorted[atomicAdd(&bucket_ends[tile.bucket], 1)] = make_int2(tile.seq, tile.index);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
+    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* counts, int* plan, int* decode_ends,
+    int* prefill_ends, int2* prefill_tiles, int* counters, int items_per_seq, int max_workers, int min_units, int window,
+    int group, int prefill_rows, int cost_shift) {
+    __shared__ Scan scan;
+    __shared__ int bucket_ends[BUCKETS];
+    const int num_seqs = counts[0], num_decode = counts[1];
+    for (int i = threadIdx.x; i < 4 * max_workers; i += THREADS) counters[i] = 0;
+
+    const auto first_tile = [=](int seq_len) { return window > 0 ? max(seq_len - window, 0) / DECODE_TILE : 0; };
+    const auto decode_tiles = [=](int seq) {
+        return (seq_lens[seq] + DECODE_TILE - 1) / DECODE_TILE - first_tile(seq_lens[seq]);
+    };
+    const int units = running_totals(scan, 0, num_decode, decode_ends, decode_tiles) * items_per_seq;
+    const int num_workers = units == 0 ? 0 : max(1, min(max_workers, units / min_units));
+    const DecodeSplit split = {units, num_workers};
+    for (int worker = threadIdx.x; worker < num_workers; worker += THREADS) {
+        const int begin = split.begin_of(worker);
+        const int seq = find(decode_ends, num_decode, begin / items_per_seq);
+        const int offset = begin - (seq ? decode_ends[seq - 1] : 0) * items_per_seq;
+        const int tiles = decode_tiles(seq);
+        DecodeRange{seq, offset / tiles, offset % tiles, seq_lens[seq], slots[seq], begin, split.begin_of(worker + 1)}.store(plan, worker);
+    }
+
+    const auto tiles_of = [=](int seq) {
+        return PrefillTiles::count(cu_seqlens_q[seq + 1] - cu_seqlens_q[seq], group, prefill_rows);
+    };
+    const int num_tiles = running_totals(scan, num_decode, num_seqs, prefill_ends, tiles_of);
+    const PrefillTiles tiles = {cu_seqlens_q, seq_lens,  prefill_ends, num_decode, num_seqs - num_decode,
+                                num_tiles,    group,     prefill_rows, cost_shift};
+    sort_tiles(scan, bucket_ends, tiles, prefill_tiles);
+    if (threadIdx.x == 0) {
+        plan[0] = units;
+        plan[1] = num_workers;
+        plan[2] = num_tiles;
+    }
+}

@@ -1,0 +1,140 @@
+"""Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory that follows.
+
+The constants restate the kernels' layouts (``attention_decode.cu``, ``attention_prefill.cu``, ``attention_plan.cuh``); the
+kernels refuse to compile with a shared-memory size below what they use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.kernels.arrays import ceil_div
+
+__all__ = [
+    "DECODE_TILE",
+    "DecodeTiling",
+    "PrefillTiling",
+    "WorkspaceLayout",
+    "shared_bytes_per_multiprocessor",
+]
+
+DECODE_TILE = 64
+DECODE_CONSUMERS = 128
+PLAN_HEADER = 8
+PLAN_RANGE = 8
+_WARPS = 4
+_RESERVED_BYTES = 1024  # of shared memory, taken by the driver for each block
+_SMALL_BYTES = 256  # barriers, flags and alignment
+_DEEPEST_RING = 12
+_SHARED_KIB = {80: 164, 87: 164, 90: 228, 100: 228, 101: 228, 103: 228, 110: 228}
+_SMALLEST_SHARED_KIB = 100  # sm_86, sm_89, sm_120
+
+
+def shared_bytes_per_multiprocessor(architecture: str) -> int:
+    """Shared memory of one multiprocessor of ``"sm_90a"`` and the like (CUDA programming guide, technical specifications)."""
+    number = int(architecture.removeprefix("sm_").rstrip("af"))
+    return 1024 * _SHARED_KIB.get(number, _SMALLEST_SHARED_KIB)
+
+
+def row_bytes(head_dim: int) -> int:
+    """One row of keys in shared memory: padded to an odd number of 16-byte pieces, two pieces for each 16 dims."""
+    return (2 * ceil_div(head_dim, 16) + 1) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiling:
+    """Constants of one specialisation of ``attention_decode.cu``.
+
+    Attributes:
+        heads_per_item: query heads that share one pass over the keys.
+        head_tiles: passes that a group of query heads needs.
+        ring: shared-memory slots, each a tile of keys or of values.
+        blocks_per_multiprocessor: thread blocks that run at once on one multiprocessor.
+        shared_bytes: of one block.
+        partial_floats: one partial result in the workspace.
+    """
+
+    heads_per_item: int
+    head_tiles: int
+    ring: int
+    blocks_per_multiprocessor: int
+    shared_bytes: int
+    partial_floats: int
+
+    @classmethod
+    def choose(cls, head_dim: int, group: int, architecture: str) -> DecodeTiling:
+        """As many heads to a pass as registers hold; the deepest ring that lets two blocks share a multiprocessor."""
+        steps = ceil_div(head_dim, 16)
+        head_tiles = ceil_div(group, 16 if head_dim > 128 else 24)
+        heads_per_item = ceil_div(group, head_tiles)
+        columns = ceil_div(heads_per_item, 8)
+        total = shared_bytes_per_multiprocessor(architecture)
+        slot_bytes = DECODE_TILE * row_bytes(head_dim)
+        fixed = (
+            2 * columns * 8 * row_bytes(head_dim)
+            + columns * (DECODE_TILE * 16 + 2 * _WARPS * 8 * 4)
+            + _SMALL_BYTES
+        )
+        per_slot = slot_bytes + 32 + 16
+
+        def deepest(blocks: int) -> int:
+            return min(_DEEPEST_RING, (total // blocks - _RESERVED_BYTES - fixed) // per_slot)
+
+        blocks = 2 if deepest(2) >= 3 else 1
+        ring = deepest(blocks)
+        partial_floats = ceil_div(steps, _WARPS) * columns * DECODE_CONSUMERS * 4 + columns * 16
+        return cls(heads_per_item, head_tiles, ring, blocks, fixed + ring * per_slot, partial_floats)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiling:
+    """Constants of one specialisation of ``attention_prefill.cu``: warps of 16 query rows, keys in one tile."""
+
+    warps: int
+    keys: int
+    shared_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows (tokens times heads of a group) of one block."""
+        return self.warps * 16
+
+    @classmethod
+    def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
+        """The largest tile that one block's shared memory holds with two stages of keys and values."""
+        limit = shared_bytes_per_multiprocessor(architecture) - _RESERVED_BYTES
+        candidates = [(8, 64), (8, 32), (4, 32), (4, 16), (2, 16)]
+        sizes = [(warps * 16 + 4 * keys) * row_bytes(head_dim) + _SMALL_BYTES for warps, keys in candidates]
+        best = next(i for i, size in enumerate(sizes) if size <= limit)
+        return cls(*candidates[best], sizes[best])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceLayout:
+    """Byte offsets of the parts of a workspace, each 256-byte aligned; see ``attention_plan.cuh``."""
+
+    plan: int
+    decode_ends: int
+    prefill_ends: int
+    prefill_tiles: int
+    counters: int
+    partials: int
+    num_bytes: int
+
+    @classmethod
+    def of(
+        cls, max_workers: int, max_num_seqs: int, max_prefill_tiles: int, partial_floats: int
+    ) -> WorkspaceLayout:
+        """Sizes: two partial results and four counters a worker, two integers a prefill tile, one a sequence and kind."""
+        sizes = (
+            4 * (PLAN_HEADER + PLAN_RANGE * max_workers),
+            4 * max_num_seqs,
+            4 * max_num_seqs,
+            8 * max_prefill_tiles,
+            4 * 4 * max_workers,
+            4 * 2 * max_workers * partial_floats,
+        )
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + 256 * ceil_div(size, 256))
+        return cls(*offsets)

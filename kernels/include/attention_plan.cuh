@@ -1,0 +1,41 @@
+// The plan of a step: what attention_plan.cu writes and the attention kernels read, int32 throughout.
+//
+//   [0] decode units, [1] decode workers in use, [2] prefill tiles, [3..7] unused
+//   [8 + 8 w ...]   worker w's range: sequence, item, tile, seq_len, slot, first unit, end unit, unused
+#pragma once
+
+constexpr int DECODE_TILE = 64;  // tokens in one unit of decode work
+constexpr int PLAN_HEADER = 8;
+constexpr int PLAN_RANGE = 8;
+
+// How `units` units of work are divided among `num_workers` blocks: worker w has [units w / workers, units (w + 1) / workers).
+struct DecodeSplit {
+    int units, num_workers;
+
+    __device__ __forceinline__ static DecodeSplit load(const int* plan) {
+        const int2 header = *reinterpret_cast<const int2*>(plan);
+        return {header.x, header.y};
+    }
+    __device__ __forceinline__ int begin_of(int worker) const {
+        return static_cast<int>(static_cast<long long>(units) * worker / num_workers);
+    }
+    __device__ __forceinline__ int worker_of(int unit) const {
+        return static_cast<int>((static_cast<long long>(unit + 1) * num_workers - 1) / units);
+    }
+};
+
+// Where a worker starts (tile `tile` of item `item` of sequence `seq`) and which units are its own.
+struct DecodeRange {
+    int seq, item, tile, seq_len, slot, begin, end;
+
+    __device__ __forceinline__ static DecodeRange load(const int* plan, int worker) {
+        const int4* range = reinterpret_cast<const int4*>(plan + PLAN_HEADER + worker * PLAN_RANGE);
+        const int4 first = range[0], second = range[1];
+        return {first.x, first.y, first.z, first.w, second.x, second.y, second.z};
+    }
+    __device__ __forceinline__ void store(int* plan, int worker) const {
+        int4* range = reinterpret_cast<int4*>(plan + PLAN_HEADER + worker * PLAN_RANGE);
+        range[0] = make_int4(seq, item, tile, seq_len);
+        range[1] = make_int4(slot, begin, end, 0);
+    }
+};
