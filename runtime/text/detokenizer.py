@@ -31,8 +31,8 @@ class ByteDetokenizer:
     """Exact incremental decoding for tokenizers with per-token `DecodingRules`.
 
     Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a character (Unicode 15, section 3.9,
-    as in Python and Rust). A byte-fallback decoder would instead blank its whole run of bytes, valid characters
-    included, which a stream that has already shown them cannot do.
+    as in Python and Rust). A byte-fallback decoder would instead blank its whole run of bytes, with the valid
+    characters in it, which a stream that has already shown them cannot do.
     """
 
     def __init__(self, rules: DecodingRules, token_text: Callable[[int], str | None]) -> None:

@@ -21,6 +21,8 @@ import jinja2.sandbox
 
 __all__ = ["LimitExceeded", "Sandbox"]
 
+MAX_POWER_BITS = 4096
+
 
 class LimitExceeded(jinja2.TemplateRuntimeError):
     """A template ran for too long or wrote too much."""
@@ -76,11 +78,15 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """`*` and `**`, refused where they would make something huge."""
         self.check_time()
-        if operator == "**" and abs(right) > 64:
-            raise LimitExceeded("it computes a power above 64")
+        if operator == "**" and _power_bits(left, right) > MAX_POWER_BITS:
+            raise LimitExceeded("it computes a huge power")
         if operator == "*" and _repeated_size(left, right) > self._max_characters:
             raise LimitExceeded("it repeats a text too often")
         return super().call_binop(context, operator, left, right)
+
+
+def _power_bits(base: Any, exponent: Any) -> int:
+    return base.bit_length() * exponent if isinstance(base, int) and isinstance(exponent, int) else 0
 
 
 def _repeated_size(left: Any, right: Any) -> int:
