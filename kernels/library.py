@@ -31,6 +31,11 @@ class Library(Protocol):
         ...
 
     @property
+    def architecture(self) -> str:
+        """What kernels are compiled for, such as ``"sm_90a"``; decides tile sizes and instruction paths."""
+        ...
+
+    @property
     def num_multiprocessors(self) -> int:
         """Streaming multiprocessors of the device: what a grid should fill."""
         ...
