@@ -1,0 +1,60 @@
+"""The JSON files beside the weights. Imports nothing heavy: the memory planner needs only this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoints.files import ModelDirectory
+
+__all__ = [
+    "CONFIG_FILE",
+    "COPIED_FILES",
+    "GENERATION_CONFIG_FILE",
+    "demo_path",
+    "read_config",
+    "read_generation_config",
+]
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+COPIED_FILES = (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "README.md",
+)
+"""What a split takes over from the model directory, where it is there."""
+
+
+def demo_path() -> Path:
+    """Directory of the checkpoint that ships with Phalanx."""
+    return Path(__file__).resolve().parent / "demo"
+
+
+def read_config(directory: ModelDirectory) -> dict[str, Any]:
+    """Parsed ``config.json``.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    return directory.read_json(CONFIG_FILE)
+
+
+def read_generation_config(directory: ModelDirectory) -> dict[str, Any]:
+    """Parsed ``generation_config.json``; empty where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    return directory.read_json(GENERATION_CONFIG_FILE) if directory.has(GENERATION_CONFIG_FILE) else {}

@@ -1,0 +1,65 @@
+"""The proof that a split holds everything: each element of each source tensor, as often as the declaration plans.
+
+The plan comes from the declared `Shard` alone (`planned_copies`), the count from the index ranges in the manifest; neither uses
+the other's arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from phalanx.checkpoints.boxes import copies
+from phalanx.checkpoints.manifest import MANIFEST_FILE, Manifest
+from phalanx.checkpoints.source import Index
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.errors import CheckpointError
+
+__all__ = ["planned_copies", "verify_coverage"]
+
+
+def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict[str, dict[int, int]]:
+    """For every source tensor: how many of its elements are to be held how often, over all ranks.
+
+    An unsplit part is on every tensor-parallel rank, a split one once, a copied unit (key/value heads fewer than ranks) on
+    each rank of its group; a stage that needs the same part under two names holds it once (tied embeddings).
+    """
+    times: Counter[Part] = Counter()
+    for specs in stages:
+        for part in {part for spec in specs for part in spec.parts}:
+            times[part] += _copies_in_stage(part, tp_size)
+    plan: dict[str, Counter[int]] = defaultdict(Counter)
+    for part, number in times.items():
+        plan[part.source][number] += math.prod(part.shape)
+    return {source: dict(counts) for source, counts in plan.items()}
+
+
+def verify_coverage(manifest: Manifest) -> None:
+    """Check that every element of every source tensor is held exactly as often as planned.
+
+    Raises:
+        CheckpointError: naming the first tensor for which that is not so.
+    """
+    boxes: dict[str, list[Index]] = defaultdict(list)
+    for entry in manifest.ranks:
+        for piece in entry.tensors:
+            boxes[piece.source].append(piece.box)
+    for name, tensor in manifest.sources.items():
+        held = copies(tensor.shape, boxes[name])
+        planned = {int(number): elements for number, elements in tensor.copies.items() if number.isdigit()}
+        if held != planned or 0 in held:
+            raise CheckpointError(
+                f"{MANIFEST_FILE} does not cover {name[:120]!r}: elements by number of copies are {_text(held)}, "
+                f"planned {_text(planned)}; split again"
+            )
+
+
+def _copies_in_stage(part: Part, tp_size: int) -> int:
+    if part.shard is None:
+        return tp_size
+    return max(1, tp_size // part.shard.groups) if part.shard.copy else 1
+
+
+def _text(counts: Mapping[int, int]) -> str:
+    return ", ".join(f"{number}x: {elements}" for number, elements in sorted(counts.items()))

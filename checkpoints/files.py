@@ -1,0 +1,164 @@
+"""Opening files of a model directory, and nothing outside it.
+
+File names come from data that nobody vouched for (an index, a manifest), so every file is opened through `ModelDirectory`: a
+plain name, a regular file, and after symbolic links still inside the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.parallel.errors import CheckpointError
+
+__all__ = ["PARTIAL_SUFFIX", "ModelDirectory", "parse_json"]
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of a directory that a split is being written into."""
+
+MAX_JSON_BYTES = 16 << 20
+"""Largest JSON file that is read; the index of the largest public checkpoints is about half as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDirectory:
+    """A directory whose files can be opened by plain name. ``path`` is as given, ``root`` without symbolic links."""
+
+    path: Path
+    root: Path
+
+    @staticmethod
+    def at(path: Path) -> ModelDirectory:
+        """The directory at ``path``.
+
+        Raises:
+            CheckpointError: it is not there, not a directory, or one that a split did not finish.
+        """
+        root = Path(os.path.realpath(path))
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "does not exist"
+            raise CheckpointError(
+                f"model directory {str(path)!r} {what}; give a directory with config.json and *.safetensors"
+            )
+        if root.name.endswith(PARTIAL_SUFFIX):
+            raise CheckpointError(
+                f"{str(path)!r} is what an interrupted split left; remove it and run launch.split again"
+            )
+        return ModelDirectory(path, root)
+
+    def has(self, name: str) -> bool:
+        """Whether something of that name is there."""
+        return os.path.lexists(self.root / name)
+
+    def names(self, suffix: str) -> list[str]:
+        """Names that end in ``suffix``, sorted."""
+        return sorted(name for name in os.listdir(self.root) if name.endswith(suffix))
+
+    def check_size(self, name: str, num_bytes: int) -> None:
+        """Raise `CheckpointError` unless the file ``name`` has exactly ``num_bytes``."""
+        try:
+            size = os.stat(self._real_path(name)).st_size
+        except OSError:
+            raise self._missing(name) from None
+        if size != num_bytes:
+            raise CheckpointError(f"{name!r} has {size} bytes instead of {num_bytes}; copy the file again")
+
+    def open(self, name: str) -> int:
+        """File descriptor of a regular file, for reading; the caller closes it.
+
+        Raises:
+            CheckpointError: it is missing, unreadable, not a regular file, or outside the directory.
+        """
+        real = self._real_path(name)
+        try:
+            # O_NONBLOCK: opening a pipe must not hang. O_NOFOLLOW: links were resolved, and checked, just before.
+            descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot open {name!r} of {str(self.path)!r}: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{name!r} of {str(self.path)!r} is not a regular file; replace it by the file itself"
+            )
+        return descriptor
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """The whole of a small file.
+
+        Raises:
+            CheckpointError: as `open`, or it is longer than ``limit`` bytes.
+        """
+        with open(self.open(name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise CheckpointError(
+                    f"{name!r} has {size} bytes, more than the {limit} that such a file may have"
+                )
+            return file.read(limit)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file whose top level is an object.
+
+        Raises:
+            CheckpointError: as `read`, or it is not such JSON.
+        """
+        value = parse_json(self.read(name), name)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{name!r} holds no JSON object at its top level; the file is damaged")
+        return value
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{name!r} is missing from model directory {str(self.path)!r}; copy it there")
+
+    def _real_path(self, name: str) -> str:
+        if (
+            not name
+            or name in (".", "..")
+            or "/" in name
+            or "\\" in name
+            or "\0" in name
+            or len(name.encode()) > 255
+        ):
+            raise CheckpointError(f"file name {name[:120]!r} is not a plain name inside the model directory")
+        real = os.path.realpath(self.root / name)
+        if os.path.dirname(real) not in self._homes():
+            raise CheckpointError(
+                f"{name!r} links to {real!r}, outside the model directory; replace the link by the file"
+            )
+        return real
+
+    def _homes(self) -> tuple[str, ...]:
+        """Directories that files may really live in: this one, and the blobs of a hub cache (``snapshots/<revision>``)."""
+        hub = self.root.parent.parent / "blobs"
+        return (str(self.root), str(hub)) if self.root.parent.name == "snapshots" else (str(self.root),)
+
+
+def parse_json(raw: bytes, what: str) -> Any:
+    """Parse JSON, refusing keys that occur twice (parsers differ in which one counts).
+
+    Raises:
+        CheckpointError: it is not JSON, or a key occurs twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{what!r} holds the key {twice[:120]!r} twice; the file is damaged")
+        return result
+
+    try:
+        return json.loads(raw, object_pairs_hook=unique)
+    except (CheckpointError, MemoryError):
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{what!r} is not valid JSON ({str(error)[:120]}); the file is damaged"
+        ) from None

@@ -1,0 +1,78 @@
+"""Every tensor accounted for: matching a weight declaration with what a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from phalanx.checkpoints.dtypes import numpy_dtype
+from phalanx.checkpoints.source import Index, TensorSource
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.errors import CheckpointError
+
+__all__ = ["list_names", "resolve", "stored_index"]
+
+
+def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
+    """Name in ``source`` of every source tensor that ``specs`` (the whole model) declares, aliases tried in order.
+
+    Args:
+        ignored: regular expressions (full match) of tensors that may be there and are not read.
+
+    Raises:
+        CheckpointError: tensors are missing or unused, or one has an unexpected shape or a format that is not a float.
+    """
+    parts = {part.source: part for spec in specs for part in spec.parts}
+    present = set(source.names())
+    found = {name: _find(part, present) for name, part in parts.items()}
+    if missing := [name for name, stored in found.items() if stored is None]:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json calls for: {list_names(missing)}; "
+            "a shard is missing, or config.json is of another model"
+        )
+    stored_names = {name: stored for name, stored in found.items() if stored is not None}
+    _check_unused(present.difference(stored_names.values()), ignored)
+    for name, part in parts.items():
+        _check_tensor(source, stored_names[name], part)
+    return stored_names
+
+
+def stored_index(part: Part, rank: int, size: int) -> Index:
+    """What ``rank`` of ``size`` reads of the part's source tensor, in stored orientation."""
+    spans = [part.span(axis, rank, size) for axis in range(len(part.shape))]
+    first_row = (part.first_row, *(0 for _ in spans[1:]))
+    index = tuple(
+        slice(first + span.start, first + span.stop) for first, span in zip(first_row, spans, strict=True)
+    )
+    return index[::-1] if part.transposed else index
+
+
+def list_names(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of ``names``, sorted and quoted, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(repr(name[:120]) for name in ordered[:limit]) + more
+
+
+def _find(part: Part, present: set[str]) -> str | None:
+    return next((name for name in (part.source, *part.aliases) if name in present), None)
+
+
+def _check_unused(unused: set[str], ignored: Sequence[str]) -> None:
+    pattern = re.compile("|".join(f"(?:{expression})" for expression in ignored))
+    extra = [name for name in unused if not (ignored and pattern.fullmatch(name))]
+    if extra:
+        raise CheckpointError(
+            f"the checkpoint holds {len(extra)} tensor(s) that the model does not use: {list_names(extra)}; "
+            "config.json is of another model, or the model has a feature that is not supported"
+        )
+
+
+def _check_tensor(source: TensorSource, name: str, part: Part) -> None:
+    info = source.info(name)
+    if info.shape != part.stored_shape:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {list(info.shape)}, but config.json calls for {list(part.stored_shape)}; "
+            "config.json is of another model"
+        )
+    numpy_dtype(info.dtype, name)
