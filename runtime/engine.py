@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.request import Request, TokenDelta
-from phalanx.runtime.scheduler import Scheduler, SchedulerStats
+from phalanx.runtime.scheduler import DeltaBatch, Scheduler, SchedulerStats
 from phalanx.runtime.step import StepPlan
 
 __all__ = ["Engine", "follow"]
@@ -33,14 +33,14 @@ class Engine:
     in_flight: int = 0
     num_steps: int = 0
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number, by which `DeltaBatch` knows it.
 
         Raises:
             RequestError: it can never run here.
             CapacityError: the queue is full.
         """
-        self.scheduler.submit(request, self.clock())
+        return self.scheduler.submit(request, self.clock())
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
@@ -53,13 +53,17 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """Start what can be started, finish one step, and return what happened to each request."""
+        return [delta for batch in self.step_batches() for delta in batch.objects()]
+
+    def step_batches(self) -> list[DeltaBatch]:
+        """The same as `step` in columns: for readers of many sequences."""
         self._fill()
         if self.in_flight:
             result = self.executor.collect()
             self.in_flight -= 1
             self.num_steps += 1
             self.scheduler.apply(result, self.clock())
-        return self.scheduler.take_deltas()
+        return self.scheduler.take_batches()
 
     def _fill(self) -> None:
         while self.in_flight < self.executor.depth:

@@ -55,6 +55,16 @@ class Executor(Protocol):
         ...
 
     @property
+    def device(self) -> str:
+        """What computes, in words, for reports."""
+        ...
+
+    @property
+    def idle_fraction(self) -> float | None:
+        """Share of the time since the first step in which the device had no step to work on; None = not measured."""
+        ...
+
+    @property
     def depth(self) -> int:
         """Steps that may be in flight before the leader must collect one: pipeline stages, plus one if it runs ahead."""
         ...

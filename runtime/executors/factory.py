@@ -7,7 +7,8 @@ import os
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import Checkpoint
-from phalanx.checkpoints.loader import NumpySink, load_weights
+from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import local_kv_heads, stage_layers

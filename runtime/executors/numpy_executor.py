@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections import deque
 from dataclasses import dataclass
 
@@ -85,6 +87,16 @@ class NumpyExecutor:
         return self._num_blocks
 
     @property
+    def device(self) -> str:
+        """The processor and the threads that BLAS may use."""
+        return f"{_processor_name()}, {os.environ.get('OPENBLAS_NUM_THREADS', 'all')} thread(s) per rank"
+
+    @property
+    def idle_fraction(self) -> float | None:
+        """Not measured: the leader computes in the same thread that plans."""
+        return None
+
+    @property
     def depth(self) -> int:
         """One step per pipeline stage."""
         return self._topology.layout.pp
@@ -150,6 +162,8 @@ class NumpyExecutor:
 
     def _logits(self, x: Float32Array) -> Float32Array:
         """Logits over the whole vocabulary: ``[B, D] -> [B, V]``."""
+        if not len(x):
+            return np.empty((0, self._config.vocab_size), np.float32)
         local: Float32Array = self._model.head(self._ops, self._config, x, None)
         if self._tp.size == 1:
             return local[:, : self._config.vocab_size]
@@ -162,6 +176,12 @@ def _score(logits: Float32Array, targets: Int32Array, count: int) -> tuple[Float
     logprobs = log_softmax(logits)
     chosen = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
     return chosen, *top_logprobs(logprobs, count)
+
+
+def _processor_name() -> str:
+    with open("/proc/cpuinfo") as lines:
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
 
 
 def _shifted(members: range, first: int) -> range:

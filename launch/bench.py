@@ -1,0 +1,241 @@
+"""``python -m launch.bench``: throughput and latency of this machine, or load against a server.
+
+Greedy, end-of-sequence ignored, fixed lengths, random prompts; output tokens only are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_engine_arguments,
+    add_model_arguments,
+    add_parallel_arguments,
+    engine_config,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from phalanx.runtime.measure import Measurement
+    from phalanx.runtime.replica import Replica
+    from phalanx.runtime.request import Request
+
+__all__ = ["main"]
+
+
+def build_parser() -> CommandParser:
+    """``throughput``, ``latency`` and ``serve``."""
+    parser = CommandParser(prog="launch.bench", description="Measure throughput and latency.")
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="throughput|latency|serve")
+    for mode, what in (("throughput", "all requests at once"), ("latency", "one request after the other")):
+        measured = modes.add_parser(mode, help=what)
+        _add_load_arguments(measured, default_prompts=64 if mode == "throughput" else 3)
+        measured.add_argument("--trace", type=Path, metavar="FILE", help="Chrome trace of every rank (opens in Perfetto)")
+        add_model_arguments(measured)
+        add_parallel_arguments(measured)
+        add_engine_arguments(measured)
+    served = modes.add_parser("serve", help="load against an OpenAI-compatible server")
+    served.add_argument("--url", required=True, metavar="http://HOST:PORT")
+    served.add_argument("--served-model-name", metavar="NAME", help="default: the first model that the server lists")
+    served.add_argument("--api-key-file", type=Path, metavar="FILE", help="first line is sent as the bearer token")
+    served.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="requests in flight at once")
+    served.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="prompt token ids are below this")
+    served.add_argument("--seed", type=int, default=0)
+    _add_load_arguments(served, default_prompts=64)
+    return parser
+
+
+def _add_load_arguments(parser: argparse.ArgumentParser, default_prompts: int) -> None:
+    parser.add_argument("--input-len", type=int, default=128, metavar="TOKENS")
+    parser.add_argument("--output-len", type=int, default=128, metavar="TOKENS")
+    parser.add_argument("--num-prompts", type=int, default=default_prompts, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; prints one JSON object on standard output of rank 0."""
+    args = build_parser().parse_args(argv)
+    _check_load(args)
+    if args.mode == "serve":
+        from phalanx.launch.bench_serve import run_serve
+
+        _write(run_serve(args), args)
+        return 0
+    report = _measure(args)
+    if report is not None:
+        _write(report, args)
+    return 0
+
+
+def _check_load(args: argparse.Namespace) -> None:
+    from phalanx.parallel.errors import ConfigError
+
+    for name in ("input_len", "output_len", "num_prompts"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} is below 1; use at least 1")
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.parallel.mpi_comm import world_communicator
+    from phalanx.runtime.engine import follow
+    from phalanx.runtime.replica import build_replica
+
+    world = world_communicator()
+    args.max_queued_requests = args.max_queued_requests or args.num_prompts
+    args.max_model_len = args.max_model_len or args.input_len + args.output_len
+    options = engine_config(args, world.size)
+    if options.layout.dp > 1:
+        raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
+    replica = build_replica(args.model, options, world)
+    report = None
+    if replica.engine is not None:
+        report = _report(args, replica, _run(args, replica))
+        replica.engine.release()
+    else:
+        follow(replica.control, replica.executor)
+    if args.trace is not None:
+        _write_trace(args.trace, replica)
+    replica.executor.close()
+    return report
+
+
+def _run(args: argparse.Namespace, replica: Replica) -> list[Measurement]:
+    from phalanx.runtime.measure import measure
+
+    engine = replica.engine
+    assert engine is not None
+    requests = _requests(args, replica.config.vocab_size)
+    measure(engine, _requests(args, replica.config.vocab_size, warm_up=True))
+    with _Progress(args.num_prompts * args.output_len) as progress:
+        if args.mode == "throughput":
+            return [measure(engine, requests, progress)]
+        return [measure(engine, [request], progress) for request in requests]
+
+
+def _requests(args: argparse.Namespace, vocab_size: int, warm_up: bool = False) -> list[Request]:
+    import numpy as np
+
+    from phalanx.runtime.request import Request, SamplingParams
+
+    random = np.random.default_rng(args.seed + warm_up)
+    count, output_len = (min(args.num_prompts, 2), min(args.output_len, 4)) if warm_up else (args.num_prompts, args.output_len)
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+    prompts = random.integers(0, vocab_size, (count, args.input_len))
+    name = "warm-up" if warm_up else "request"
+    return [Request(f"{name}-{index}", tuple(prompt.tolist()), params) for index, prompt in enumerate(prompts)]
+
+
+def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement]) -> dict[str, Any]:
+    seconds = sum(run.seconds for run in runs)
+    output_tokens = sum(run.output_tokens for run in runs)
+    steps = [step for run in runs for step in _step_seconds(run)]
+    layout, executor = replica.options.layout, replica.executor
+    return {
+        "mode": args.mode,
+        "model": replica.config.architecture if args.model is None else str(args.model),
+        "engine": _engine_name(executor),
+        "dtype": replica.config.dtype if args.dtype == "auto" else args.dtype,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        "num_prompts": args.num_prompts,
+        "max_num_seqs": replica.options.max_num_seqs,
+        "seconds": seconds,
+        "output_tokens_per_second": output_tokens / seconds,
+        "total_tokens_per_second": (output_tokens + args.num_prompts * args.input_len) / seconds,
+        "steady_output_tokens_per_second": statistics.median(run.steady_tokens_per_second for run in runs),
+        "mean_step_ms": 1e3 * statistics.fmean(steps),
+        "time_to_first_token_ms": _summary([value for run in runs for value in run.first_token]),
+        "time_per_output_token_ms": _summary([value for run in runs for value in run.time_per_output_token]),
+        "gpu_idle_fraction": executor.idle_fraction,
+        "kv_blocks": executor.num_kv_blocks,
+        "device": executor.device,
+        "versions": _versions(),
+        "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
+    }
+
+
+def _step_seconds(run: Measurement) -> list[float]:
+    import numpy as np
+
+    return np.diff(run.step_ends, prepend=0.0).tolist()
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float] | None:
+    import numpy as np
+
+    if not len(seconds):
+        return None
+    mean, p50, p99 = np.mean(seconds), *np.percentile(seconds, (50, 99))
+    return {"mean": 1e3 * float(mean), "p50": 1e3 * float(p50), "p99": 1e3 * float(p99)}
+
+
+def _engine_name(executor: object) -> str:
+    return type(executor).__name__.removesuffix("Executor").lower()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for package in ("phalanx-llm", "numpy", "mpi4py", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python", "tensorrt"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _write_trace(path: Path, replica: Replica) -> None:
+    from phalanx.parallel.errors import ConfigError
+
+    write_trace = getattr(replica.executor, "write_trace", None)
+    if write_trace is None:
+        raise ConfigError(f"--trace: the {_engine_name(replica.executor)} engine records no timeline; use --engine cuda")
+    write_trace(path)
+
+
+class _Progress:
+    """A bar of output tokens on standard error, when that is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("output tokens", total=total)
+
+    def __enter__(self) -> _Progress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, tokens: int) -> None:
+        self._progress.advance(self._task, tokens)
+
+
+def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
+    import msgspec
+
+    encoded = msgspec.json.encode(report)
+    print(encoded.decode())
+    if args.json is not None:
+        args.json.write_bytes(msgspec.json.format(encoded) + b"\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
