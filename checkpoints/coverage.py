@@ -27,7 +27,7 @@ def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict
     """
     times: Counter[Part] = Counter()
     for specs in stages:
-        for part in {part for spec in specs for part in spec.parts}:
+        for part in dict.fromkeys(part for spec in specs for part in spec.parts):
             times[part] += _copies_in_stage(part, tp_size)
     plan: dict[str, Counter[int]] = defaultdict(Counter)
     for part, number in times.items():

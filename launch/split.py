@@ -1,0 +1,79 @@
+"""``python -m launch.split``: write one weight shard per rank, loadable at any layout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from phalanx.launch.arguments import CommandParser, run_command
+
+__all__ = ["main"]
+
+_STORED = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def build_parser() -> CommandParser:
+    """Flags as in INTERFACES."""
+    parser = CommandParser(
+        prog="launch.split",
+        description="Write one safetensors file per rank and a manifest. The result loads at any valid layout. "
+        "Under mpirun, ranks share the work.",
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR",
+                        help="Hugging Face directory or an earlier split (default: the demo checkpoint)")  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
+    for short, long in (("tp", "tensor"), ("pp", "pipeline")):
+        parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
+                            help=f"{long}-parallel size that the files are made for (default 1)")  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(_STORED), default="auto", help="convert weights (default: keep)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+
+    import time
+
+    from phalanx.checkpoints.checkpoint import open_checkpoint
+    from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.checkpoints.split_plan import SplitJob
+    from phalanx.checkpoints.splitter import split_checkpoint
+    from phalanx.parallel.mpi_comm import world_communicator
+    from phalanx.parallel.sharding import stage_layers
+    from phalanx.parallel.topology import Layout
+    from phalanx.runtime.models.registry import find_model
+
+    start = time.perf_counter()
+    layout = Layout(tp=args.tp, pp=args.pp)
+    with open_checkpoint(args.model) as checkpoint:
+        model = find_model(checkpoint.config)
+        config = model.read_config(checkpoint.config)
+        stages = stage_layers(config.num_layers, layout.pp)
+        last = layout.pp - 1
+        job = SplitJob(
+            architecture=model.architecture,
+            stages=tuple(
+                model.weights(config, layers, first=stage == 0, last=stage == last) for stage, layers in enumerate(stages)
+            ),
+            tp_size=layout.tp,
+            ignored=model.ignored_tensors,
+            dtype=_STORED[args.dtype],
+        )
+        comm = world_communicator()
+        report = split_checkpoint(checkpoint.source, ModelDirectory.at(checkpoint.path), job, args.output, comm)
+    if comm.rank == 0:
+        seconds = time.perf_counter() - start
+        if report.replaced_leftovers:
+            sys.stderr.write(f"removed what an interrupted split left in {args.output}.partial\n")
+        sys.stderr.write(
+            f"{args.output}: {report.num_files} file(s), {report.num_bytes / 1e9:.3f} GB in {seconds:.1f} s "
+            f"({report.num_bytes / 1e9 / seconds:.2f} GB/s)\n"
+        )
+    comm.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
