@@ -36,3 +36,23 @@ __device__ __forceinline__ T block_reduce(T value, Operation operation) {
     }
     return value;
 }
+
+// The sum over the threads before this one. Two barriers, as above.
+template <int THREADS, typename T>
+__device__ __forceinline__ T block_exclusive_sum(T value) {
+    constexpr int NUM_WARPS = THREADS / 32;
+    __shared__ T of_warp[NUM_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    T inclusive = value;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const T below = __shfl_up_sync(0xffffffffu, inclusive, offset);
+        if (lane >= offset) inclusive += below;
+    }
+    if (lane == 31) of_warp[warp] = inclusive;
+    __syncthreads();
+    T before = inclusive - value;
+    for (int other = 0; other < warp; ++other) before += of_warp[other];
+    __syncthreads();
+    return before;
+}

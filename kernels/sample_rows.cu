@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sampling with filters: temperature, then top-k, then top-p over what is left, then min-p; one block a row.
+// The row's parts come from the ranks (an all-to-all gives each rank whole rows of some sequences).
+// Shapes: logits [R, S, V_local], token = part * V_local + column; temperatures, top_ps, min_ps [S] float32;
+//     top_ks, positions [S] int32 (0 = all tokens); seeds [S] uint64; token_ids [S] int32 (-1: not finite).
+// Tie rules: equal logits rank by the lower token; top-p keeps the smallest set that reaches p, at least one token.
+// Noise as in local_argmax.cu, so a filter that keeps everything changes nothing.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two). Shared memory: 41 KiB.
+// Reference: sort, cumulative sums and argmax in NumPy.
+#include "row_select.cuh"
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+sample_rows(const scalar* __restrict__ logits, const float* __restrict__ temperatures, const int* __restrict__ top_ks,
+            const float* __restrict__ top_ps, const float* __restrict__ min_ps, const uint64* __restrict__ seeds,
+            const int* __restrict__ positions, int* __restrict__ token_ids, int num_parts, int part_size,
+            int vocab_size) {
+    __shared__ RowSelect::Storage storage;
+    const int index = blockIdx.x;
+    const int64 part_stride = static_cast<int64>(gridDim.x) * part_size;
+    const float temperature = temperatures[index];
+    const Row row = {logits + static_cast<int64>(index) * part_size, part_stride, num_parts, part_size, vocab_size,
+                     temperature};
+    uint64 best = row.best();
+    if (temperature > 0.0f && best != NOT_FINITE) {
+        const float maximum = score_of(best);
+        const int top_k = top_ks[index];
+        const float top_p = top_ps[index], min_p = min_ps[index];
+        const bool limits_tokens = top_k > 0 && top_k < vocab_size;
+        uint64 threshold = 0;
+        if (limits_tokens || top_p < 1.0f) {
+            RowSelect select(row, maximum, storage);
+            const Threshold kept = select.best_tokens(limits_tokens ? top_k : ~0ull);
+            threshold = kept.key;
+            if (top_p < 1.0f) {
+                const uint64 target = static_cast<uint64>(ceil(static_cast<double>(top_p) * kept.mass));
+                threshold = select.best_mass(Max()(target, static_cast<uint64>(1))).key;
+            }
+        }
+        Noise noise(seeds[index], positions[index]);
+        best = 0;
+        row.for_each([&](float score, int token) {
+            if (packed_key(score, token) < threshold || expf(score - maximum) < min_p) return;
+            best = Max()(best, packed_key(score + noise.gumbel(token), token));
+        });
+        best = block_reduce<NUM_THREADS>(best, Max());
+    }
+    if (threadIdx.x == 0) token_ids[index] = token_of(best);
+}

@@ -1,0 +1,103 @@
+"""A `Library` that runs the kernels on the CPU: each specialisation is compiled by g++ against `emulator/`.
+
+The same wrappers and the same sources as on a GPU, over NumPy arrays, so the kernels' arithmetic and indexing are checked
+where there is no GPU. What only a GPU can show (memory ordering, occupancy, speed) is for `tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phalanx.kernels.compiler import INCLUDE_DIRECTORY, KernelSpec, load_source
+from phalanx.kernels.library import KernelFunction
+
+EMULATOR = Path(__file__).parent / "emulator"
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off")
+
+
+class EmulatedLibrary:
+    """Kernels compiled for the CPU, kept in ``cache`` between runs."""
+
+    def __init__(self, cache: Path, num_multiprocessors: int = 4) -> None:
+        self.num_multiprocessors = num_multiprocessors
+        self._cache = cache
+        self._libraries: dict[KernelSpec, ctypes.CDLL] = {}
+
+    def function(
+        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
+    ) -> KernelFunction:
+        """As `KernelLibrary.function`."""
+        spec = KernelSpec.of(source, defines)
+        if spec not in self._libraries:
+            self._libraries[spec] = ctypes.CDLL(str(self._compiled(spec)))
+        entry = getattr(self._libraries[spec], f"launch_{name}")
+
+        def launch(
+            grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
+        ) -> None:
+            assert shared_mem <= max(shared_bytes, 48 * 1024), (shared_mem, shared_bytes)
+            cells = [_cell(argument) for argument in args]
+            pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+            shape = (ctypes.c_uint * 6)(*(grid + (1, 1))[:3], *(block + (1, 1))[:3])
+            if entry(pointers, shape, ctypes.c_size_t(shared_mem)) != 0:
+                raise AssertionError(
+                    f"{source}.cu: {name} deadlocks: threads of a block wait at different places"
+                )
+
+        return launch
+
+    def _compiled(self, spec: KernelSpec) -> Path:
+        source = load_source(spec.source)
+        emulator = b"".join(path.read_bytes() for path in sorted(EMULATOR.iterdir()))
+        key = hashlib.sha256(repr((source.digest, spec.options, emulator, _FLAGS)).encode()).hexdigest()[:24]
+        path = self._cache / f"{spec.source}-{key}.so"
+        if not path.exists():
+            self._compile(spec, source.text, path)
+        return path
+
+    def _compile(self, spec: KernelSpec, text: str, path: Path) -> None:
+        exports = "".join(f"EXPORT_KERNEL({name})\n" for name in _kernel_names(text))
+        program = f'#include "cuda_emulator.h"\n{text}\n{exports}'
+        includes = [f"-I{folder}" for folder in (self._precompiled_header(), EMULATOR, INCLUDE_DIRECTORY)]
+        partial = path.with_suffix(f".{os.getpid()}")
+        command = ["g++", *_FLAGS, *spec.options, *includes, "-shared", "-o", str(partial), "-x", "c++", "-"]
+        subprocess.run(command, input=program, text=True, check=True)
+        partial.rename(path)
+
+    def _precompiled_header(self) -> Path:
+        """A folder with the emulator's header precompiled: two thirds of a compilation are the standard library."""
+        header = EMULATOR / "cuda_emulator.h"
+        folder = self._cache / f"header-{hashlib.sha256(header.read_bytes()).hexdigest()[:16]}"
+        path = folder / "cuda_emulator.h.gch"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            subprocess.run(["g++", *_FLAGS, "-x", "c++-header", str(header), "-o", str(partial)], check=True)
+            partial.rename(path)
+        return folder
+
+
+def _kernel_names(text: str) -> list[str]:
+    import re
+
+    return re.findall(r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', text)
+
+
+def _cell(argument: Any) -> Any:
+    """A ctypes object that holds one kernel argument's value."""
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, np.ndarray):
+        return ctypes.c_void_p(argument.ctypes.data)
+    assert isinstance(argument, np.generic), (
+        f"pass {type(argument).__name__} as a NumPy scalar: CUDA needs its width"
+    )
+    return (ctypes.c_char * argument.dtype.itemsize).from_buffer_copy(argument.tobytes())

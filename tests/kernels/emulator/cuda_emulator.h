@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs this project's CUDA kernels on a CPU, for tests: one fiber a thread, one block at a time. Barriers and warp
+// exchanges are where a fiber stops until the others have come; a block whose threads wait at different places, or in
+// which some have left a warp exchange to the others, is reported as a deadlock. It says nothing about speed,
+// and memory is as strongly ordered as a CPU's: races that need a GPU's ordering are for compute-sanitizer.
+#pragma once
+#include <math.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Dimensions {
+    unsigned int x, y, z;
+};
+
+namespace emulator {
+
+enum class State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+
+struct Fiber {
+    ucontext_t place;
+    std::unique_ptr<char[]> stack;
+    State state;
+    uint64_t offered[4];
+};
+
+constexpr size_t STACK_BYTES = 128 * 1024;
+
+inline Dimensions grid_dim, block_dim, block_index, thread_index;
+inline unsigned char* dynamic_shared = nullptr;
+inline std::vector<Fiber> fibers;
+inline std::vector<uint64_t> exchanged;  // [threads, 4], stable until the warp's next exchange
+inline ucontext_t scheduler;
+inline unsigned int current;
+inline const std::function<void()>* body;
+
+inline void wait(State state) {
+    fibers[current].state = state;
+    swapcontext(&fibers[current].place, &scheduler);
+}
+
+inline void run_fiber() {
+    (*body)();
+    fibers[current].state = State::DONE;
+}
+
+inline bool all_in(unsigned int first, unsigned int end, State state) {
+    bool any = false;
+    for (unsigned int i = first; i < end; ++i) {
+        if (fibers[i].state != state && fibers[i].state != State::DONE) return false;
+        any = any || fibers[i].state == state;
+    }
+    return any;
+}
+
+inline void release(unsigned int first, unsigned int end, State state) {
+    for (unsigned int i = first; i < end; ++i) {
+        if (fibers[i].state != state) continue;
+        if (state == State::IN_EXCHANGE) std::copy_n(fibers[i].offered, 4, &exchanged[4 * i]);
+        fibers[i].state = State::READY;
+    }
+}
+
+inline bool advance() {
+    const unsigned int count = fibers.size();
+    bool progress = false;
+    for (current = 0; current < count; ++current) {
+        if (fibers[current].state != State::READY) continue;
+        thread_index = {current % block_dim.x, current / block_dim.x % block_dim.y, current / block_dim.x / block_dim.y};
+        swapcontext(&scheduler, &fibers[current].place);
+        progress = true;
+    }
+    for (unsigned int first = 0; first < count; first += 32) {
+        const unsigned int end = std::min(first + 32, count);
+        if (all_in(first, end, State::IN_EXCHANGE)) release(first, end, State::IN_EXCHANGE), progress = true;
+    }
+    if (all_in(0, count, State::AT_BARRIER)) release(0, count, State::AT_BARRIER), progress = true;
+    return progress;
+}
+
+// 0 when every block finished, 1 when one could not.
+inline int launch(Dimensions grid, Dimensions block, size_t shared_bytes, const std::function<void()>& kernel) {
+    const unsigned int count = block.x * block.y * block.z;
+    std::vector<unsigned char> shared(shared_bytes + 128, 0xA5);
+    dynamic_shared = shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128);
+    grid_dim = grid, block_dim = block, body = &kernel;
+    fibers.resize(count);
+    exchanged.resize(4 * count);
+    for (auto& fiber : fibers)
+        if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
+    for (unsigned int index = 0; index < grid.x * grid.y * grid.z; ++index) {
+        block_index = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
+        for (auto& fiber : fibers) {
+            getcontext(&fiber.place);
+            fiber.place.uc_stack.ss_sp = fiber.stack.get();
+            fiber.place.uc_stack.ss_size = STACK_BYTES;
+            fiber.place.uc_link = &scheduler;
+            makecontext(&fiber.place, run_fiber, 0);
+            fiber.state = State::READY;
+        }
+        while (!all_in(0, count, State::DONE))
+            if (!advance()) return 1;
+    }
+    return 0;
+}
+
+template <typename T>
+inline void offer(const T& value) {
+    static_assert(sizeof(T) <= sizeof(Fiber::offered));
+    std::memcpy(fibers[current].offered, &value, sizeof(T));
+    wait(State::IN_EXCHANGE);
+}
+
+template <typename T>
+inline T offered_by(unsigned int lane) {
+    T value;
+    std::memcpy(&value, &exchanged[4 * (current / 32 * 32 + lane)], sizeof(T));
+    return value;
+}
+
+template <typename... Parameters, size_t... Index>
+void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<Index...>) {
+    kernel(*static_cast<Parameters*>(arguments[Index])...);
+}
+
+template <typename... Parameters>
+int launch_with(void (*kernel)(Parameters...), void** arguments, const unsigned int* shape, size_t shared_bytes) {
+    return launch({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared_bytes,
+                  [&] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); });
+}
+
+}  // namespace emulator
+
+#define EXPORT_KERNEL(name)                                                                            \
+    extern "C" int launch_##name(void** arguments, const unsigned int* shape, size_t shared_bytes) { \
+        return emulator::launch_with(name, arguments, shape, shared_bytes);                            \
+    }
+
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_dim
+#define gridDim emulator::grid_dim
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulator::wait(emulator::State::AT_BARRIER); }
+inline void __syncwarp(unsigned int = 0xffffffffu) { emulator::offer(0); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned int, T value, int mask) {
+    emulator::offer(value);
+    return emulator::offered_by<T>((emulator::current % 32) ^ mask);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned int, T value, unsigned int offset) {
+    emulator::offer(value);
+    const unsigned int lane = emulator::current % 32;
+    return emulator::offered_by<T>(lane < offset ? lane : lane - offset);
+}
+
+template <typename T>
+T __shfl_sync(unsigned int, T value, int lane) {
+    emulator::offer(value);
+    return emulator::offered_by<T>(lane % 32);
+}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+    const T before = *address;
+    *address += value;
+    return before;
+}
+
+inline unsigned int __umulhi(unsigned int a, unsigned int b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __expf(float x) { return expf(x); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
+template <typename To, typename From>
+To reinterpret_bits(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline unsigned int __float_as_uint(float value) { return reinterpret_bits<unsigned int>(value); }
+inline float __uint_as_float(unsigned int bits) { return reinterpret_bits<float>(bits); }
+inline float __int_as_float(int bits) { return reinterpret_bits<float>(bits); }

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from phalanx.kernels.activation import ACTIVATIONS, activation, gated_activation
+from phalanx.parallel.errors import ExecutorError
+
+from .devices import cases
+from .tolerance import assert_close
+
+SIZES = cases((1, 64), (3, 2816), (5, 33), (2, 4100))
+
+
+def reference(name, x):
+    import math
+
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu_erf":
+        return 0.5 * x * np.vectorize(math.erfc)(-x / np.sqrt(2))
+    return np.maximum(x, 0.0)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "num_tokens", "features"), SIZES)
+def test_gated_activation_takes_the_gate_first(device, random_normal, dtype, num_tokens, features, name):
+    x = random_normal(dtype, num_tokens, 2 * features, scale=2.0)
+    out = device.poisoned((num_tokens, features), dtype)
+    gated_activation(device.library, device.put(x), out, name)
+    gate, up = x[:, :features].astype(np.float64), x[:, features:].astype(np.float64)
+    assert_close(device.get(out), reference(name, gate) * up)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "num_tokens", "features"), SIZES)
+def test_plain_activation_may_work_in_place(
+    device, random_normal, dtype, num_tokens, features, name, has_bias
+):
+    x, bias = random_normal(dtype, num_tokens, features, scale=2.0), random_normal(dtype, features)
+    on_device = device.put(x)
+    activation(device.library, on_device, on_device, name, bias=device.put(bias) if has_bias else None)
+    total = x.astype(np.float64) + (bias.astype(np.float64) if has_bias else 0.0)
+    assert_close(device.get(on_device), reference(name, total))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_stays_finite_far_out(device, name):
+    x = np.array([[-3e4, -100.0, -20.0, 20.0, 100.0, 3e4, 0.0, -0.0]], np.float32)
+    on_device = device.put(x)
+    activation(device.library, on_device, on_device, name)
+    np.testing.assert_allclose(device.get(on_device), np.maximum(x, 0.0), atol=1e-6)
+
+
+def test_unknown_activation_is_refused(device):
+    x = device.put(np.zeros((1, 8), np.float32))
+    with pytest.raises(ExecutorError, match="'swish' is not one of silu"):
+        activation(device.library, x, x, "swish")

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
+from phalanx.parallel.errors import ExecutorError
+
+from .devices import DTYPES, cases, poison
+from .tolerance import assert_close
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_POSITIONS = 5, 16, 300
+LAYOUTS = cases(
+    (4, 2, 64, 64), (8, 1, 256, 256), (3, 3, 128, 128), (2, 1, 80, 32), (2, 2, 24, 8), (1, 1, 7, 6)
+)
+
+
+def tables(rotary_dim, base=10000.0):
+    inverse = base ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = np.arange(MAX_POSITIONS)[:, None] * inverse
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotated(x, cos, sin, interleaved):
+    """x [T, heads, C] float64; the first 2 * cos.shape[1] channels rotate."""
+    half = cos.shape[1]
+    cos, sin = cos.astype(np.float64)[:, None], sin.astype(np.float64)[:, None]
+    index = np.arange(half)
+    first, second = (2 * index, 2 * index + 1) if interleaved else (index, half + index)
+    result = x.copy()
+    result[..., first] = x[..., first] * cos - x[..., second] * sin
+    result[..., second] = x[..., second] * cos + x[..., first] * sin
+    return result
+
+
+def run(device, qkv, num_heads, num_kv_heads, head_dim, rotary, slots, positions, dtype, **options):
+    shape = (NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim)
+    on_device, keys, values = device.put(qkv), device.poisoned(shape, dtype), device.poisoned(shape, dtype)
+    rotary_kv_write(
+        device.library, on_device, device.put(positions), device.put(slots), keys, values, rotary,
+        num_heads=num_heads, **options,
+    )  # fmt: skip
+    return device.get(on_device), device.get(keys), device.get(values)
+
+
+@pytest.mark.parametrize(("interleaved", "write_key_back"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("dtype", "num_heads", "num_kv_heads", "head_dim", "rotary_dim"), LAYOUTS)
+def test_rotated_keys_and_plain_values_land_in_their_slots(
+    device, random_normal, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, write_key_back
+):
+    slots = np.array([17, 0, -1, 79, 16, 33, 1], np.int32)
+    positions = np.array([0, 1, 0, 299, 5, 64, 128], np.int32)
+    qkv = random_normal(dtype, len(slots), (num_heads + 2 * num_kv_heads) * head_dim)
+    cos, sin = tables(rotary_dim)
+    rotary = RotaryTables(device.put(cos), device.put(sin), interleaved)
+    result, keys, values = run(
+        device,
+        qkv,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        rotary,
+        slots,
+        positions,
+        dtype,
+        write_key_back=write_key_back,
+    )
+    heads = qkv.astype(np.float64).reshape(len(slots), -1, head_dim)
+    turned = rotated(heads[:, : num_heads + num_kv_heads], cos[positions], sin[positions], interleaved)
+    written = slots >= 0
+    after = result.reshape(heads.shape)
+    assert_close(after[written, :num_heads], turned[written, :num_heads])
+    np.testing.assert_array_equal(after[~written], qkv.reshape(heads.shape)[~written])
+    end = num_heads + num_kv_heads
+    if write_key_back:
+        assert_close(after[written, num_heads:end], turned[written, num_heads:])
+    else:
+        np.testing.assert_array_equal(after[:, num_heads:end], qkv.reshape(heads.shape)[:, num_heads:end])
+    block, offset = slots[written] // BLOCK_SIZE, slots[written] % BLOCK_SIZE
+    assert_close(keys[block, :, offset], turned[written, num_heads:])
+    np.testing.assert_array_equal(values[block, :, offset], qkv.reshape(heads.shape)[written, end:])
+    untouched = np.ones((NUM_BLOCKS, BLOCK_SIZE), bool)
+    untouched[block, offset] = False
+    for pages in (keys, values):
+        rest = pages.swapaxes(1, 2)[untouched]
+        assert rest.tobytes() == poison(rest.shape, dtype).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_without_rotary_only_the_pages_change(device, random_normal, dtype):
+    slots = np.array([3, 40], np.int32)
+    qkv = random_normal(dtype, 2, 3 * 2 * 32)
+    result, keys, values = run(device, qkv, 2, 2, 32, None, slots, np.zeros(2, np.int32), dtype)
+    np.testing.assert_array_equal(result, qkv)
+    heads = qkv.reshape(2, 6, 32)
+    np.testing.assert_array_equal(keys[slots // 16, :, slots % 16], heads[:, 2:4])
+    np.testing.assert_array_equal(values[slots // 16, :, slots % 16], heads[:, 4:])
+
+
+def test_rotating_more_channels_than_a_head_has_is_refused(device):
+    cos, sin = (device.put(table) for table in tables(32))
+    with pytest.raises(ExecutorError, match="rotary_dim=32 is above head_dim=16"):
+        run(
+            device, np.zeros((1, 48), np.float32), 1, 1, 16, RotaryTables(cos, sin), np.zeros(1, np.int32),
+            np.zeros(1, np.int32), np.float32,
+        )  # fmt: skip
