@@ -1,0 +1,163 @@
+"""Paged blocks with reference counts; full blocks with the same prefix are shared."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.kv_cache.planner import Int32Array
+from phalanx.runtime.kv_cache.pool import BlockPool
+
+__all__ = ["BlockPlanner"]
+
+_KEY_BYTES = 16
+
+
+class BlockPlanner:
+    """`CachePlanner` over N blocks of P tokens.
+
+    The key of a full block is a 128-bit BLAKE2 digest of its tokens and the key before it, so a key stands
+    for a whole prefix. It is cryptographic because prompts of different users meet here: nobody must be able
+    to make two prefixes collide.
+
+    Args:
+        salt: prefixes are shared only between planners' sequences of the same salt (a model or adapter name).
+        share_prefixes: False computes every prompt in full.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        share_prefixes: bool = True,
+        salt: bytes = b"",
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ConfigError(
+                f"{num_blocks} blocks of {block_size} tokens hold nothing; use at least 1 of each"
+            )
+        self._pool = BlockPool(num_blocks)
+        self._block_size = block_size
+        blocks_per_seq = min(num_blocks, -(-max_model_len // block_size))
+        self._tables = np.zeros((max_num_seqs, blocks_per_seq), np.int32)
+        self._num_held = np.zeros(max_num_seqs, np.int32)
+        self._num_keyed = [0] * max_num_seqs
+        self._share_prefixes = share_prefixes
+        self._root_key = blake2b(salt, digest_size=_KEY_BYTES).digest()
+        self._new_blocks: list[Int32Array] = []
+
+    @property
+    def block_size(self) -> int:
+        """P."""
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """N."""
+        return self._pool.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return self._pool.num_available
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the block table."""
+        return len(self._tables)
+
+    @property
+    def max_tokens_per_seq(self) -> int:
+        """Tokens of one sequence that has the cache to itself."""
+        return self._tables.shape[1] * self._block_size
+
+    def block_table(self, slot: int) -> Int32Array:
+        """Block ids of a slot in order of position; a view."""
+        return self._tables[slot, : self._num_held[slot]]
+
+    def extend_keys(self, keys: list[bytes], token_ids: Int32Array) -> None:
+        """Append the keys of full blocks of ``token_ids`` that ``keys`` lacks."""
+        if not self._share_prefixes:
+            return
+        size = self._block_size
+        key = keys[-1] if keys else self._root_key
+        for index in range(len(keys), len(token_ids) // size):
+            key = blake2b(
+                key + token_ids[index * size : (index + 1) * size].tobytes(), digest_size=_KEY_BYTES
+            ).digest()
+            keys.append(key)
+
+    def admit(
+        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+    ) -> int | None:
+        """Share the known blocks of the prefix, take the rest; the last token is always left to compute."""
+        assert self._num_held[slot] == 0, slot
+        shared = self._pool.find(keys[: (num_tokens - 1) // self._block_size])
+        count = self._blocks_for(num_tokens) - len(shared)
+        unheld = len(shared) - self._pool.count_held(shared)
+        if count + unheld + spare_blocks > self._pool.num_available:
+            return None
+        self._pool.share(shared)
+        growth = self._blocks_for(expected_tokens) - count - len(shared)
+        taken = self._pool.take(count, room=max(growth, 0))
+        self._append(slot, np.concatenate((np.array(shared, np.int32), taken)))
+        self._num_keyed[slot] = len(shared)
+        return len(shared) * self._block_size
+
+    def shortage(self, slots: Int32Array, positions: Int32Array) -> int:
+        """Blocks lacking for one token more of each slot."""
+        needed = int(np.count_nonzero(positions >= self._num_held[slots] * self._block_size))
+        return max(needed - self._pool.num_available, 0)
+
+    def extend(self, slots: Int32Array, positions: Int32Array) -> None:
+        """One more block for each slot whose next position starts one."""
+        growing = slots[positions >= self._num_held[slots] * self._block_size]
+        if not len(growing):
+            return
+        index = self._num_held[growing]
+        # Distinct: admission leaves at least one token to compute, so the last block of a slot is never a
+        # shared one.
+        blocks = self._pool.take_following(self._tables[growing, index - 1])
+        self._tables[growing, index] = blocks
+        self._num_held[growing] += 1
+        self._new_blocks.append(np.stack((growing, index, blocks), axis=1))
+
+    def mark_filled(self, slot: int, keys: list[bytes]) -> None:
+        """Let later admissions share the first ``len(keys)`` blocks."""
+        for index in range(self._num_keyed[slot], len(keys)):
+            self._pool.set_key(int(self._tables[slot, index]), keys[index])
+        self._num_keyed[slot] = max(self._num_keyed[slot], len(keys))
+
+    def release(self, slot: int, keys: list[bytes]) -> None:
+        """Take the blocks back; keyed ones keep their prefix until the space is needed."""
+        self.mark_filled(slot, keys)
+        self._pool.drop(self.block_table(slot))
+        self._num_held[slot] = 0
+
+    def discard(self, slot: int) -> None:
+        """Take the blocks back and forget what they hold, shared ones included."""
+        for block in self.block_table(slot).tolist():
+            self._pool.forget_key(block)
+        self._pool.drop(self.block_table(slot))
+        self._num_held[slot] = 0
+
+    def take_new_blocks(self) -> Int32Array:
+        """Changes of the block tables since the last call."""
+        if not self._new_blocks:
+            return np.empty((0, 3), np.int32)
+        changes = np.concatenate(self._new_blocks)
+        self._new_blocks.clear()
+        return changes
+
+    def _append(self, slot: int, blocks: Int32Array) -> None:
+        self._tables[slot, : len(blocks)] = blocks
+        self._num_held[slot] = len(blocks)
+        index = np.arange(len(blocks), dtype=np.int32)
+        self._new_blocks.append(np.stack((np.full_like(index, slot), index, blocks), axis=1))
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -1,0 +1,80 @@
+"""What the scheduler needs from a plan of the key/value cache; it never sees a block id."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CachePlanner"]
+
+Int32Array = NDArray[np.int32]
+
+
+class CachePlanner(Protocol):
+    """Hands out blocks of `block_size` tokens to slots; executors hear of it by `take_new_blocks`."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds; some may keep a prefix for later."""
+        ...
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the block table, which is how many sequences can hold blocks at once."""
+        ...
+
+    @property
+    def max_tokens_per_seq(self) -> int:
+        """Tokens that one sequence could hold if it had the cache to itself."""
+        ...
+
+    def extend_keys(self, keys: list[bytes], token_ids: Int32Array) -> None:
+        """Append the missing prefix keys, one per full block of ``token_ids``; none if nothing is shared."""
+        ...
+
+    def admit(
+        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+    ) -> int | None:
+        """Give ``slot`` room for ``num_tokens`` tokens if ``spare_blocks`` blocks stay free after it.
+
+        ``expected_tokens`` is how far the sequence may grow: a hint for where to place it. Returns how many
+        leading tokens are already in the cache, fewer than ``num_tokens`` and a multiple of the block size;
+        None when it does not fit.
+        """
+        ...
+
+    def shortage(self, slots: Int32Array, positions: Int32Array) -> int:
+        """Blocks lacking to write a token at ``positions`` of ``slots`` (both ``[S]``); 0 = it fits."""
+        ...
+
+    def extend(self, slots: Int32Array, positions: Int32Array) -> None:
+        """Give every slot the block that its position falls in; `shortage` said 0."""
+        ...
+
+    def mark_filled(self, slot: int, keys: list[bytes]) -> None:
+        """Plans made so far fill the first ``len(keys)`` blocks of ``slot``: later plans may share them."""
+        ...
+
+    def release(self, slot: int, keys: list[bytes]) -> None:
+        """Take all blocks back after `mark_filled`."""
+        ...
+
+    def discard(self, slot: int) -> None:
+        """Take all blocks back and share none of them any more: what they hold is not to be trusted."""
+        ...
+
+    def take_new_blocks(self) -> Int32Array:
+        """``[M, 3]`` (slot, index in its block table, block id) since the last call; no pair occurs twice."""
+        ...

@@ -1,0 +1,108 @@
+"""From a request to a sequence: what is refused at the door, and what ranks learn when it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.kv_cache import CachePlanner
+from phalanx.runtime.request import Request
+from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
+from phalanx.runtime.scheduler.values import SchedulerConfig
+
+__all__ = ["admission_row", "make_sequence"]
+
+_MAX_END_TOKEN_IDS = 64
+"""Bounds the work per step, which compares each sampled token with each end token."""
+
+
+def make_sequence(request: Request, number: int, config: SchedulerConfig, cache: CachePlanner) -> Sequence:
+    """Check a request and give it its seed.
+
+    Raises:
+        RequestError: it could never run with these limits.
+    """
+    params = request.params
+    token_ids = _prompt_array(request, config.vocab_size)
+    _check_length(len(token_ids), params.max_tokens, config, cache)
+    return Sequence(
+        number,
+        request,
+        token_ids,
+        seed=_draw_seed(config.seed, number) if params.seed is None else params.seed % 2**64,
+        end_token_ids=_end_token_ids(request, config),
+        prompt_logprobs=None if params.prompt_logprobs is None else [None],
+    )
+
+
+def admission_row(sequence: Sequence, slot: int, vocab_size: int) -> tuple[Any, ...]:
+    """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
+    params = sequence.request.params
+    return (
+        slot,
+        params.temperature,
+        params.top_k if 0 < params.top_k < vocab_size else 0,
+        params.top_p,
+        params.min_p,
+        -1 if params.logprobs is None else params.logprobs,
+        sequence.seed,
+    )
+
+
+def _prompt_array(request: Request, vocab_size: int) -> Int32Array:
+    if not request.prompt_token_ids:
+        raise RequestError("the prompt has no tokens; give at least one", "prompt")
+    token_ids = np.array(request.prompt_token_ids)
+    if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
+        raise RequestError("prompt token ids must be whole numbers that fit in 64 bits", "prompt")
+    outside = (token_ids < 0) | (token_ids >= vocab_size)
+    if outside.any():
+        index = int(outside.argmax())
+        raise RequestError(
+            f"prompt token {index} is {token_ids[index]}; ids of this model go from 0 to {vocab_size - 1}",
+            "prompt",
+        )
+    return token_ids.astype(np.int32)
+
+
+def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cache: CachePlanner) -> None:
+    limit, owner, flags = config.max_model_len, "max_model_len", "--max-model-len"
+    if cache.max_tokens_per_seq < limit:
+        limit, owner, flags = (
+            cache.max_tokens_per_seq,
+            "the key/value cache's room",
+            "a larger --num-kv-blocks",
+        )
+    if num_prompt + max_tokens <= limit:
+        return
+    asked = f"a prompt of {num_prompt} tokens and max_tokens={max_tokens}"
+    if num_prompt > limit:
+        way_out, param = "shorten the prompt", "prompt"
+    else:
+        way_out, param = f"use max_tokens up to {limit - num_prompt} or a shorter prompt", "max_tokens"
+    raise RequestError(f"{asked} exceed {owner} of {limit} tokens; {way_out} (operator: {flags})", param)
+
+
+def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:
+    own = request.params.stop_token_ids
+    models = () if request.params.ignore_eos else config.eos_token_ids
+    most = _MAX_END_TOKEN_IDS - len(models)
+    if len(own) > most:
+        raise RequestError(f"stop_token_ids holds {len(own)} tokens; use at most {most}", "stop_token_ids")
+    for token in own:
+        if not 0 <= token < config.vocab_size:
+            raise RequestError(
+                f"stop_token_ids holds {token}; ids of this model go from 0 to {config.vocab_size - 1}",
+                "stop_token_ids",
+            )
+    return (*models, *own)
+
+
+def _draw_seed(seed: int, number: int) -> int:
+    """Element ``number`` of the SplitMix64 sequence that starts at ``seed`` (Steele, Lea, Flood 2014)."""
+    word = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+    return word ^ (word >> 31)

@@ -1,0 +1,131 @@
+"""Turns chosen slots and counts into a `StepPlan`, and remembers what its result will need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SequenceTable
+from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, StepPlan
+
+__all__ = ["PlannedStep", "PromptRows", "build_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows of a step that score prompt tokens of one sequence: those after ``start``, ``count`` of them."""
+
+    slot: int
+    epoch: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A plan in flight, as far as its result is concerned.
+
+    Attributes:
+        slots: ``[Q]`` that sample a token.
+        epochs: ``[Q]`` owners of those slots when it was planned.
+        prompt_rows: in order of the result's rows after the first Q.
+    """
+
+    step_id: int
+    slots: Int32Array
+    epochs: Int64Array
+    prompt_rows: list[PromptRows]
+
+
+def build_plan(
+    step_id: int,
+    table: SequenceTable,
+    decodes: Int32Array,
+    chunks: list[tuple[int, int]],
+    new_blocks: Int32Array,
+    admissions: list[tuple[Any, ...]],
+) -> tuple[StepPlan, PlannedStep]:
+    """Plan one token of each slot in ``decodes`` and ``count`` tokens of each (slot, count) in ``chunks``.
+
+    Counts the planned positions and samples as in flight in ``table``.
+    """
+    singles = [slot for slot, count in chunks if count == 1]
+    longer = [(slot, count) for slot, count in chunks if count > 1]
+    slots = np.concatenate(
+        (decodes, np.array([*singles, *(slot for slot, _ in longer)], np.int32)), dtype=np.int32
+    )
+    counts = np.ones(len(slots), np.int32)
+    num_singles = len(slots) - len(longer)
+    counts[num_singles:] = [count for _, count in longer]
+    starts = table.num_computed[slots]
+    samples = _sampling(table, slots, starts + counts)
+    plan = StepPlan(
+        step_id,
+        slots,
+        starts,
+        counts,
+        samples,
+        _input_tokens(table, slots, starts, counts, num_singles),
+        new_blocks,
+        np.array(admissions, ADMISSION),
+    )
+    sampling_slots = slots[samples > 0]
+    planned = PlannedStep(
+        step_id, sampling_slots, table.epochs[sampling_slots], _add_prompt_rows(table, plan)
+    )
+    table.num_computed[slots] += counts
+    table.num_pending[sampling_slots] += 1
+    return plan, planned
+
+
+def _sampling(table: SequenceTable, slots: Int32Array, ends: Int32Array) -> Int32Array:
+    lengths = table.num_known[slots] + table.num_pending[slots]
+    return ((ends == lengths) & (lengths < table.target_length[slots])).astype(np.int32)
+
+
+def _input_tokens(
+    table: SequenceTable, slots: Int32Array, starts: Int32Array, counts: Int32Array, num_singles: int
+) -> Int32Array:
+    first = table.token_ids[slots[:num_singles], starts[:num_singles]]
+    first[starts[:num_singles] >= table.num_known[slots[:num_singles]]] = PENDING_TOKEN
+    if num_singles == len(slots):
+        return first
+    spans = zip(
+        slots[num_singles:].tolist(),
+        starts[num_singles:].tolist(),
+        counts[num_singles:].tolist(),
+        strict=True,
+    )
+    return np.concatenate(
+        [first, *(table.token_ids[slot, start : start + count] for slot, start, count in spans)]
+    )
+
+
+def _add_prompt_rows(table: SequenceTable, plan: StepPlan) -> list[PromptRows]:
+    """Ask for the prompt log-probabilities that requests lack; a row scores the token after its own."""
+    parts: list[PromptRows] = []
+    rows: list[Int32Array] = []
+    first_rows = plan.cu_seqlens
+    for i in np.flatnonzero(plan.starts < table.num_prompt[plan.slots]).tolist():
+        slot, start = int(plan.slots[i]), int(plan.starts[i])
+        sequence = table.sequences[slot]
+        if sequence is None or sequence.prompt_logprobs is None:
+            continue
+        end = min(start + int(plan.counts[i]), sequence.num_prompt - 1)
+        begin = max(
+            start, len(sequence.prompt_logprobs) - 1
+        )  # a preempted sequence has the earlier ones already
+        if begin < end:
+            parts.append(PromptRows(slot, int(table.epochs[slot]), begin, end - begin))
+            rows.append(np.arange(begin - start, end - start, dtype=np.int32) + first_rows[i])
+            plan.num_prompt_logprobs = max(
+                plan.num_prompt_logprobs, sequence.request.params.prompt_logprobs or 0
+            )
+    if parts:
+        plan.prompt_rows = np.concatenate(rows)
+        plan.prompt_targets = np.concatenate(
+            [table.token_ids[part.slot, part.start + 1 : part.start + 1 + part.count] for part in parts]
+        )
+    return parts

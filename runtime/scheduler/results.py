@@ -1,0 +1,56 @@
+"""Reads a step's result into the sequence table and says what it means for each sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.runtime.request import Logprob
+from phalanx.runtime.scheduler.plan_builder import PlannedStep
+from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable
+from phalanx.runtime.step import StepResult
+
+__all__ = ["GOES_ON", "LENGTH", "NOT_FINITE", "STOP", "logprob_at", "outcomes", "store_prompt_logprobs"]
+
+GOES_ON, STOP, LENGTH, NOT_FINITE = range(4)
+
+
+def outcomes(
+    table: SequenceTable, slots: Int32Array, token_ids: Int32Array, lengths: Int32Array
+) -> NDArray[np.int8]:
+    """``[S]`` what a sampled token means; an end token goes before the length limit."""
+    codes = np.where(lengths >= table.target_length[slots], np.int8(LENGTH), np.int8(GOES_ON))
+    ends = (table.end_ids[slots] == token_ids[:, None]).any(axis=1) & (lengths > table.min_length[slots])
+    codes[ends] = STOP
+    codes[token_ids < 0] = NOT_FINITE
+    return codes
+
+
+def store_prompt_logprobs(
+    table: SequenceTable, planned: PlannedStep, result: StepResult
+) -> list[tuple[Sequence, bool]]:
+    """Keep the prompt log-probabilities of a result.
+
+    Returns the sequences that got some and still own their slot, each with whether all of them are numbers.
+    """
+    row = len(planned.slots)
+    sequences = []
+    for part in planned.prompt_rows:
+        sequence = table.sequences[part.slot]
+        if sequence is not None and table.epochs[part.slot] == part.epoch:
+            assert sequence.prompt_logprobs is not None
+            most = sequence.request.params.prompt_logprobs or 0
+            targets = table.token_ids[part.slot, part.start + 1 : part.start + 1 + part.count].tolist()
+            sequence.prompt_logprobs.extend(
+                logprob_at(result, row + i, token, most) for i, token in enumerate(targets)
+            )
+            sequences.append((sequence, not np.isnan(result.logprobs[row : row + part.count]).any()))
+        row += part.count
+    return sequences
+
+
+def logprob_at(result: StepResult, row: int, token_id: int, num_alternatives: int) -> Logprob:
+    """Log-probability of a token in a result's row, and as many alternatives as its request asked for."""
+    top_ids = result.top_ids[row, :num_alternatives].tolist() if num_alternatives else []
+    top_logprobs = result.top_logprobs[row, :num_alternatives].tolist() if num_alternatives else []
+    return Logprob(token_id, float(result.logprobs[row]), tuple(zip(top_ids, top_logprobs, strict=True)))
