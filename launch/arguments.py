@@ -120,8 +120,7 @@ def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Seq
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1, abort=True)
     except (ConfigError, CheckpointError, RequestError) as error:
-        _report_mistake(error)
-        _leave(2, abort=True)
+        _leave(2, abort=_report_mistake(error))
     except BaseException as error:
         _report_failure(error)
         _leave(1, abort=True)
@@ -136,22 +135,18 @@ def _share_processors() -> None:
         os.environ.setdefault(name, str(threads))
 
 
-def _report_mistake(error: Exception) -> None:
-    """One line from one rank: ranks that found the same mistake wait for the first to end them all.
+def _report_mistake(error: Exception) -> bool:
+    """One line from one rank; returns whether the others must be ended, because they do not know yet.
 
     Before MPI is up every rank has read the same arguments, so rank 0 speaks for all.
     """
-    from phalanx.parallel.mpi_comm import mpi_is_up
+    from phalanx.parallel.mpi_comm import all_ranks_failed
 
-    rank = launch_info().rank
-    if rank and not mpi_is_up():
-        return
-    if rank:
-        import time
-
-        time.sleep(min(0.2 * rank, 1.0))
-    sys.stderr.write(f"phalanx: {' '.join(str(error).split())}\n")
-    sys.stderr.flush()
+    everybody = all_ranks_failed()
+    if launch_info().rank == 0 or not everybody:
+        sys.stderr.write(f"phalanx: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+    return not everybody
 
 
 def _report_failure(error: BaseException) -> None:

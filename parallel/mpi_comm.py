@@ -7,6 +7,7 @@ rank calls MPI.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.parallel.launcher import launch_info
 
-__all__ = ["MpiCommunicator", "abort_world", "world_communicator"]
+__all__ = ["MpiCommunicator", "abort_world", "all_ranks_failed", "mpi_is_up", "world_communicator"]
 
 _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
@@ -42,7 +43,8 @@ class MpiCommunicator:
         """Stack the ranks' equal-shaped arrays: ``[R, *array.shape]``. *Collective.*"""
         array = np.ascontiguousarray(array)
         gathered = np.empty((self.size, *array.shape), array.dtype)
-        self._comm.Allgather(_bytes(array), _bytes(gathered))
+        # The receive count is that of one rank, not of the whole buffer.
+        self._comm.Allgather(_bytes(array), [gathered, array.nbytes, _mpi().BYTE])
         return gathered
 
     def broadcast(self, array: Array, root: int = 0) -> Array:
@@ -113,11 +115,31 @@ def world_communicator() -> Communicator:
 
 def abort_world(status: int) -> None:
     """End every rank of the job at once with ``status``. Returns only where MPI was never started."""
-    import sys
+    if mpi_is_up():
+        _mpi().COMM_WORLD.Abort(status)
 
+
+def all_ranks_failed(timeout_seconds: float = 2.0) -> bool:
+    """Whether every rank of the job calls this within the timeout. *Collective if it can be.*
+
+    A mistake that all ranks find by themselves (a wrong layout) needs no abort, with its noise from the launcher; one that only
+    this rank found does.
+    """
+    if not mpi_is_up():
+        return True
+    request = _mpi().COMM_WORLD.Ibarrier()
+    deadline = time.monotonic() + timeout_seconds
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def mpi_is_up() -> bool:
+    """Whether this process has started MPI and not finished it."""
     module = sys.modules.get("mpi4py.MPI")
-    if module is not None and module.Is_initialized() and not module.Is_finalized():
-        module.COMM_WORLD.Abort(status)
+    return module is not None and module.Is_initialized() and not module.Is_finalized()
 
 
 def _bytes(array: Array) -> list[Any]:
