@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.kv_cache.planner import Int32Array
+from phalanx.runtime.kv_cache.planner import Int32Array, SlotArray
 from phalanx.runtime.kv_cache.pool import BlockPool
 
 __all__ = ["BlockPlanner"]
@@ -108,23 +108,19 @@ class BlockPlanner:
         self._num_keyed[slot] = len(shared)
         return len(shared) * self._block_size
 
-    def shortage(self, slots: Int32Array, positions: Int32Array) -> int:
-        """Blocks lacking for one token more of each slot."""
-        needed = int(np.count_nonzero(positions >= self._num_held[slots] * self._block_size))
-        return max(needed - self._pool.num_available, 0)
-
-    def extend(self, slots: Int32Array, positions: Int32Array) -> None:
-        """One more block for each slot whose next position starts one."""
+    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
+        """One more block for each slot whose next position starts one, if there are enough."""
         growing = slots[positions >= self._num_held[slots] * self._block_size]
-        if not len(growing):
-            return
-        index = self._num_held[growing]
-        # Distinct: admission leaves at least one token to compute, so the last block of a slot is never a
-        # shared one.
-        blocks = self._pool.take_following(self._tables[growing, index - 1])
-        self._tables[growing, index] = blocks
-        self._num_held[growing] += 1
-        self._new_blocks.append(np.stack((growing, index, blocks), axis=1))
+        if len(growing) > self._pool.num_available:
+            return False
+        if len(growing):
+            index = self._num_held[growing]
+            # Distinct: admission leaves a token to compute, so a slot's last block is never shared from another.
+            blocks = self._pool.take_following(self._tables[growing, index - 1])
+            self._tables[growing, index] = blocks
+            self._num_held[growing] += 1
+            self._new_blocks.append(np.stack((growing.astype(np.int32), index, blocks), axis=1))
+        return True
 
     def mark_filled(self, slot: int, keys: list[bytes]) -> None:
         """Let later admissions share the first ``len(keys)`` blocks."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 __all__ = ["CachePlanner"]
 
 Int32Array = NDArray[np.int32]
+SlotArray = NDArray[np.intp]
 
 
 class CachePlanner(Protocol):
@@ -55,12 +56,8 @@ class CachePlanner(Protocol):
         """
         ...
 
-    def shortage(self, slots: Int32Array, positions: Int32Array) -> int:
-        """Blocks lacking to write a token at ``positions`` of ``slots`` (both ``[S]``); 0 = it fits."""
-        ...
-
-    def extend(self, slots: Int32Array, positions: Int32Array) -> None:
-        """Give every slot the block that its position falls in; `shortage` said 0."""
+    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
+        """Give every slot the block that its next position falls in; False (no change) if there are too few."""
         ...
 
     def mark_filled(self, slot: int, keys: list[bytes]) -> None:

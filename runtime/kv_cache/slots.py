@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.kv_cache.planner import Int32Array
+from phalanx.runtime.kv_cache.planner import Int32Array, SlotArray
 
 __all__ = ["SlotPlanner"]
 
@@ -60,12 +60,9 @@ class SlotPlanner:
         self._new_slots.append(slot)
         return 0
 
-    def shortage(self, slots: Int32Array, positions: Int32Array) -> int:
+    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
         """A slot is as long as the longest sequence."""
-        return 0
-
-    def extend(self, slots: Int32Array, positions: Int32Array) -> None:
-        """A slot is as long as the longest sequence."""
+        return True
 
     def mark_filled(self, slot: int, keys: list[bytes]) -> None:
         """Nothing is shared."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SequenceTable
+from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SequenceTable, SlotArray
 from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, StepPlan
 
 __all__ = ["PlannedStep", "PromptRows", "build_plan"]
@@ -34,7 +34,7 @@ class PlannedStep:
     """
 
     step_id: int
-    slots: Int32Array
+    slots: SlotArray
     epochs: Int64Array
     prompt_rows: list[PromptRows]
 
@@ -42,7 +42,7 @@ class PlannedStep:
 def build_plan(
     step_id: int,
     table: SequenceTable,
-    decodes: Int32Array,
+    decodes: SlotArray,
     chunks: list[tuple[int, int]],
     new_blocks: Int32Array,
     admissions: list[tuple[Any, ...]],
@@ -51,11 +51,12 @@ def build_plan(
 
     Counts the planned positions and samples as in flight in ``table``.
     """
-    singles = [slot for slot, count in chunks if count == 1]
-    longer = [(slot, count) for slot, count in chunks if count > 1]
-    slots = np.concatenate(
-        (decodes, np.array([*singles, *(slot for slot, _ in longer)], np.int32)), dtype=np.int32
-    )
+    slots = decodes
+    longer: list[tuple[int, int]] = []
+    if chunks:
+        longer = [(slot, count) for slot, count in chunks if count > 1]
+        singles = [slot for slot, count in chunks if count == 1]
+        slots = np.concatenate((decodes, np.array([*singles, *(slot for slot, _ in longer)], np.intp)))
     counts = np.ones(len(slots), np.int32)
     num_singles = len(slots) - len(longer)
     counts[num_singles:] = [count for _, count in longer]
@@ -63,7 +64,7 @@ def build_plan(
     samples = _sampling(table, slots, starts + counts)
     plan = StepPlan(
         step_id,
-        slots,
+        slots.astype(np.int32),
         starts,
         counts,
         samples,
@@ -80,16 +81,18 @@ def build_plan(
     return plan, planned
 
 
-def _sampling(table: SequenceTable, slots: Int32Array, ends: Int32Array) -> Int32Array:
+def _sampling(table: SequenceTable, slots: SlotArray, ends: Int32Array) -> Int32Array:
     lengths = table.num_known[slots] + table.num_pending[slots]
-    return ((ends == lengths) & (lengths < table.target_length[slots])).astype(np.int32)
+    samples: Int32Array = ((ends == lengths) & (lengths < table.target_length[slots])).astype(np.int32)
+    return samples
 
 
 def _input_tokens(
-    table: SequenceTable, slots: Int32Array, starts: Int32Array, counts: Int32Array, num_singles: int
+    table: SequenceTable, slots: SlotArray, starts: Int32Array, counts: Int32Array, num_singles: int
 ) -> Int32Array:
-    first = table.token_ids[slots[:num_singles], starts[:num_singles]]
-    first[starts[:num_singles] >= table.num_known[slots[:num_singles]]] = PENDING_TOKEN
+    single_slots, positions = slots[:num_singles], starts[:num_singles]
+    first = table.tokens_at(single_slots, positions)
+    first[positions >= table.num_known[single_slots]] = PENDING_TOKEN
     if num_singles == len(slots):
         return first
     spans = zip(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob
 from phalanx.runtime.scheduler.plan_builder import PlannedStep
-from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable
+from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable, SlotArray
 from phalanx.runtime.step import StepResult
 
 __all__ = ["GOES_ON", "LENGTH", "NOT_FINITE", "STOP", "logprob_at", "outcomes", "store_prompt_logprobs"]
@@ -16,12 +16,14 @@ GOES_ON, STOP, LENGTH, NOT_FINITE = range(4)
 
 
 def outcomes(
-    table: SequenceTable, slots: Int32Array, token_ids: Int32Array, lengths: Int32Array
+    table: SequenceTable, slots: SlotArray, token_ids: Int32Array, lengths: Int32Array
 ) -> NDArray[np.int8]:
     """``[S]`` what a sampled token means; an end token goes before the length limit."""
     codes = np.where(lengths >= table.target_length[slots], np.int8(LENGTH), np.int8(GOES_ON))
-    ends = (table.end_ids[slots] == token_ids[:, None]).any(axis=1) & (lengths > table.min_length[slots])
-    codes[ends] = STOP
+    ends = np.zeros(len(slots), np.bool_)
+    for end_ids in table.end_ids:
+        ends |= end_ids[slots] == token_ids
+    codes[ends & (lengths > table.min_length[slots])] = STOP
     codes[token_ids < 0] = NOT_FINITE
     return codes
 

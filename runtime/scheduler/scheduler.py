@@ -22,7 +22,7 @@ from phalanx.runtime.scheduler.results import (
     outcomes,
     store_prompt_logprobs,
 )
-from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable
+from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable, SlotArray
 from phalanx.runtime.scheduler.values import SchedulerConfig, SchedulerStats
 from phalanx.runtime.scheduler.waiting import Deadlines, WaitingQueue
 from phalanx.runtime.step import StepPlan, StepResult
@@ -152,18 +152,15 @@ class Scheduler:
             prefix_hit_tokens=self._prefix_hit_tokens,
         )
 
-    def _choose_decodes(self) -> Int32Array:
+    def _choose_decodes(self) -> SlotArray:
         """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
         while True:
-            ready = np.flatnonzero(self._table.remaining() == 1).astype(np.int32)
-            decodes = self._least_recent(ready)
-            positions = self._table.num_computed[decodes]
-            if self._cache.shortage(decodes, positions) == 0:
-                self._cache.extend(decodes, positions)
+            decodes = self._least_recent(np.flatnonzero(self._table.remaining() == 1))
+            if self._cache.extend(decodes, self._table.num_computed[decodes]):
                 return decodes
             self._preempt(self._table.youngest())
 
-    def _least_recent(self, slots: Int32Array) -> Int32Array:
+    def _least_recent(self, slots: SlotArray) -> SlotArray:
         """At most the token budget and a micro-batch's share, those first whose last step is longest ago."""
         most = self._config.max_num_batched_tokens
         if self._config.num_microbatches > 1:
@@ -223,7 +220,7 @@ class Scheduler:
         return num_cached
 
     def _build(
-        self, decodes: Int32Array, chunks: list[tuple[int, int]], admissions: list[tuple[Any, ...]]
+        self, decodes: SlotArray, chunks: list[tuple[int, int]], admissions: list[tuple[Any, ...]]
     ) -> StepPlan:
         plan, planned = build_plan(
             self._num_planned % 2**31, self._table, decodes, chunks, self._cache.take_new_blocks(), admissions

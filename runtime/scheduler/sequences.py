@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob, Request
 
-__all__ = ["Sequence", "SequenceTable"]
+__all__ = ["Sequence", "SequenceTable", "SlotArray"]
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
+SlotArray = NDArray[np.intp]
+"""Slots that index a `SequenceTable`: NumPy would convert any other integer type at every use."""
 
 _NO_TOKEN = -2
 """Fills `SequenceTable.end_ids`; not -1, which a sampled token is when the logits were not finite."""
@@ -76,7 +78,7 @@ class SequenceTable:
         num_pending: sampled tokens in flight.
         num_prompt, target_length: see `Sequence`.
         min_length: no end token counts up to this length.
-        end_ids: ``[slots, W]`` tokens that end the sequence.
+        end_ids: ``[W, slots]`` tokens that end the sequence.
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
@@ -91,13 +93,14 @@ class SequenceTable:
     def __init__(self, num_slots: int, max_model_len: int, lookahead: int) -> None:
         self._lookahead = lookahead
         self.token_ids = np.zeros((num_slots, max_model_len), np.int32)
+        self._flat_token_ids = self.token_ids.reshape(-1)  # indexed three times as fast
         self.num_known = np.zeros(num_slots, np.int32)
         self.num_computed = np.zeros(num_slots, np.int32)
         self.num_pending = np.zeros(num_slots, np.int32)
         self.num_prompt = np.zeros(num_slots, np.int32)
         self.target_length = np.ones(num_slots, np.int32)
         self.min_length = np.zeros(num_slots, np.int32)
-        self.end_ids = np.full((num_slots, 1), _NO_TOKEN, np.int32)
+        self.end_ids = np.full((1, num_slots), _NO_TOKEN, np.int32)
         self.epochs = np.zeros(num_slots, np.int64)
         self.numbers = np.full(num_slots, -1, np.int64)
         self.last_steps = np.full(num_slots, -1, np.int64)
@@ -179,18 +182,22 @@ class SequenceTable:
         """Slot of the running sequence that arrived last."""
         return int(np.argmax(self.numbers))
 
-    def append(self, slots: Int32Array, token_ids: Int32Array) -> Int32Array:
+    def tokens_at(self, slots: SlotArray, positions: Int32Array) -> Int32Array:
+        """``[S]`` one token of each row; meaningless where it is not known."""
+        return self._flat_token_ids.take(slots * self.token_ids.shape[1] + positions)
+
+    def append(self, slots: SlotArray, token_ids: Int32Array) -> Int32Array:
         """Add a sampled token to each row; returns the new lengths ``[S]``."""
         lengths = self.num_known[slots]
-        self.token_ids[slots, lengths] = token_ids
+        self._flat_token_ids[slots * self.token_ids.shape[1] + lengths] = token_ids
         lengths += 1
         self.num_known[slots] = lengths
         self.num_pending[slots] -= 1
         return lengths
 
     def _set_end_ids(self, slot: int, end_token_ids: tuple[int, ...]) -> None:
-        missing = len(end_token_ids) - self.end_ids.shape[1]
+        missing = len(end_token_ids) - len(self.end_ids)
         if missing > 0:
-            self.end_ids = np.pad(self.end_ids, ((0, 0), (0, missing)), constant_values=_NO_TOKEN)
-        self.end_ids[slot] = _NO_TOKEN
-        self.end_ids[slot, : len(end_token_ids)] = end_token_ids
+            self.end_ids = np.pad(self.end_ids, ((0, missing), (0, 0)), constant_values=_NO_TOKEN)
+        self.end_ids[:, slot] = _NO_TOKEN
+        self.end_ids[: len(end_token_ids), slot] = end_token_ids
