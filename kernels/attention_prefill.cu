@@ -15,17 +15,15 @@
 // Reference: Dao, "FlashAttention-2" (2023). Needs sm_80; attention_prefill_wgmma.cu is the Hopper version. Parameters:
 // BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32, 64, 128), NUM_KV_HEADS, GROUP, WARPS, KEYS (per tile, a
 // multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL.
-#include "attention_common.cuh"
+#define ROWS (WARPS * 16)
+#include "attention_prefill.cuh"
 
 constexpr int THREADS = WARPS * 32;
-constexpr int ROWS = WARPS * 16;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes in a row
 constexpr int STEPS = (HEAD_DIM + 15) / 16;
 constexpr int ROW_BYTES = (2 * STEPS + 1) * 16;
 constexpr int TILE_BYTES = KEYS * ROW_BYTES;
 constexpr bool QUERY_IN_REGISTERS = STEPS <= 8;
-constexpr int PAGE_ROWS = BLOCK_SIZE < KEYS ? BLOCK_SIZE : KEYS;
-constexpr int PAGES_PER_TILE = KEYS / PAGE_ROWS;
 
 struct Shared {
     alignas(16) unsigned char query[ROWS * ROW_BYTES];
@@ -35,52 +33,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
 
-struct Parameters {
-    const Element* q;
-    long long query_stride;
-    const Element* k_pages;
-    const Element* v_pages;
-    Element* out;
-    const int* cu_seqlens_q;
-    const int* seq_lens;
-    const int* slots;
-    const int* block_tables;
-    int max_blocks;
-    const float* alibi_slopes;
-    float scale, soft_cap;
-    int window;
-};
-
-// One tile of query rows of one sequence and one kv head, and the key tiles that it sees.
-struct Work {
-    int kv_head, first_token, num_tokens, history, seq_len, first_packed_row, begin, end;
-    const int* table;
-
-    __device__ __forceinline__ static Work make(const Parameters& p, int2 tile, int kv_head) {
-        const int first_token = p.cu_seqlens_q[tile.x];
-        const int num_tokens = p.cu_seqlens_q[tile.x + 1] - first_token;
-        const int seq_len = p.seq_lens[tile.x];
-        const int history = seq_len - num_tokens;
-        const int first_row = tile.y * ROWS;
-        const int last_token = min(num_tokens - 1, (first_row + ROWS - 1) / GROUP);
-        const int visible = CAUSAL ? history + last_token + 1 : seq_len;
-        const int begin = WINDOW ? max(0, history + first_row / GROUP - p.window + 1) / KEYS : 0;
-        return {kv_head,   first_token, num_tokens, history, seq_len,
-                first_row, begin,       (visible + KEYS - 1) / KEYS,
-                p.block_tables + static_cast<long long>(p.slots[tile.x]) * p.max_blocks};
-    }
-
-    __device__ __forceinline__ bool has_row(int row) const { return first_packed_row + row < num_tokens * GROUP; }
-    __device__ __forceinline__ int token(int row) const { return min((first_packed_row + row) / GROUP, num_tokens - 1); }
-    __device__ __forceinline__ int position(int row) const { return history + token(row); }
-    __device__ __forceinline__ int head(int row) const { return kv_head * GROUP + (first_packed_row + row) % GROUP; }
-    // Row of the packed activations, in heads.
-    __device__ __forceinline__ int page(int tile) const {
-        const int key = tile * KEYS + threadIdx.x * PAGE_ROWS;
-        return threadIdx.x < PAGES_PER_TILE && tile < end && key < seq_len ? table[key / BLOCK_SIZE] : 0;
-    }
-};
-
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
@@ -88,8 +40,7 @@ __device__ __forceinline__ void copy_query(const Parameters& p, const Work& work
     for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const bool valid = work.has_row(row);
-        const Element* source = p.q + (work.first_token + work.token(row)) * p.query_stride + work.head(row) * HEAD_DIM + piece * 8;
-        copy_16_bytes(shared_address(shared.query) + row * ROW_BYTES + piece * 16, source, valid);
+        copy_16_bytes(shared_address(shared.query) + row * ROW_BYTES + piece * 16, work.query(p, row) + piece * 8, valid);
     }
 }
 
@@ -109,27 +60,18 @@ __device__ __forceinline__ void copy_tile(const Parameters& p, const Work& work,
     }
 }
 
-struct Rows {  // what one warp keeps of its 16 rows; a thread has rows lane / 4 and lane / 4 + 8
+struct Rows {  // what one warp keeps of its 16 rows
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     unsigned q[QUERY_IN_REGISTERS ? STEPS : 1][4];
     float out[STEPS * 2][4];
-    float maximum[2], sum[2], slope[2];
-    int position[2];
-
-    __device__ __forceinline__ int row(int side) const { return warp * 16 + lane / 4 + side * 8; }
+    SoftmaxRows softmax;
 
     __device__ __forceinline__ void begin(const Parameters& p, const Work& work) {
 #pragma unroll
         for (int i = 0; i < STEPS * 2; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j) out[i][j] = 0.0f;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            maximum[side] = NEGATIVE_INFINITY;
-            sum[side] = 0.0f;
-            position[side] = work.position(row(side));
-            slope[side] = ALIBI ? p.alibi_slopes[work.head(row(side))] * LOG2_E : 0.0f;
-        }
+        softmax.begin(p, work, warp * 16);
     }
 
     __device__ __forceinline__ void load_query_step(unsigned (&r)[4], const Shared& shared, int step) const {
@@ -164,65 +106,19 @@ struct Rows {  // what one warp keeps of its 16 rows; a thread has rows lane / 4
         }
     }
 
-    __device__ __forceinline__ bool needs_mask(const Parameters& p, const Work& work, int tile) const {
-        const int first = work.position(warp * 16), last = work.position(warp * 16 + 15);
-        bool needed = (tile + 1) * KEYS > (CAUSAL ? first + 1 : work.seq_len);
-        if (WINDOW) needed = needed || tile * KEYS <= last - p.window;
-        return needed;
-    }
-
-    // Scores to probabilities; the running maxima, sums and outputs move to the new maxima.
-    __device__ __forceinline__ void normalise(float (&scores)[KEYS / 8][4], const Parameters& p, const Work& work, int tile) {
-        const ScoreTransform to_score = ScoreTransform::make(p.scale, p.soft_cap);
-        const bool masked = needs_mask(p, work, tile);
-        float tile_maximum[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
-        // Without cap or bias, scaling is folded into the exponent below.
-        constexpr bool PLAIN = !SOFT_CAP && !ALIBI;
+    __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
-        for (int i = 0; i < KEYS / 8; ++i)
+        for (int i = 0; i < STEPS * 2; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int key = tile * KEYS + i * 8 + lane % 4 * 2 + j % 2;
-                if (!PLAIN) scores[i][j] = to_score(scores[i][j], slope[j / 2], key, position[j / 2]);
-                if (masked) {
-                    bool visible = key < (CAUSAL ? position[j / 2] + 1 : work.seq_len);
-                    if (WINDOW) visible = visible && key > position[j / 2] - p.window;
-                    if (!visible) scores[i][j] = NEGATIVE_INFINITY;
-                }
-                tile_maximum[j / 2] = fmaxf(tile_maximum[j / 2], scores[i][j]);
-            }
-        const float unit = PLAIN ? to_score.scale : 1.0f;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            tile_maximum[side] = fmaxf(tile_maximum[side], __shfl_xor_sync(~0u, tile_maximum[side], 1));
-            tile_maximum[side] = fmaxf(tile_maximum[side], __shfl_xor_sync(~0u, tile_maximum[side], 2));
-            const float new_maximum = fmaxf(maximum[side], tile_maximum[side]);
-            // A row that has seen nothing yet keeps weight 0: exp2(-inf - 0), not exp2(-inf + inf).
-            const float shift = new_maximum == NEGATIVE_INFINITY ? 0.0f : new_maximum * unit;
-            const float factor = exp2_fast(maximum[side] * unit - shift);
-            maximum[side] = new_maximum;
-            sum[side] *= factor;
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; ++i)
-#pragma unroll
-                for (int j = 2 * side; j < 2 * side + 2; ++j) {
-                    scores[i][j] = exp2_fast(fmaf(scores[i][j], unit, -shift));
-                    sum[side] += scores[i][j];
-                }
-#pragma unroll
-            for (int i = 0; i < STEPS * 2; ++i)
-#pragma unroll
-                for (int j = 2 * side; j < 2 * side + 2; ++j) out[i][j] *= factor;
-        }
+            for (int j = 0; j < 4; ++j) out[i][j] *= factor[j / 2];
     }
 
     __device__ __forceinline__ void accumulate(const float (&scores)[KEYS / 8][4], const Shared& shared, int stage) {
         const unsigned values = shared_address(shared.values[stage]) + lane % 16 * ROW_BYTES + lane / 16 * 16;
 #pragma unroll
         for (int k = 0; k < KEYS / 16; ++k) {
-            const unsigned probability[4] = {
-                pack(scores[2 * k][0], scores[2 * k][1]), pack(scores[2 * k][2], scores[2 * k][3]),
-                pack(scores[2 * k + 1][0], scores[2 * k + 1][1]), pack(scores[2 * k + 1][2], scores[2 * k + 1][3])};
+            unsigned probability[4];
+            pack_probabilities(probability, scores, k);
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 unsigned v[4];
@@ -238,9 +134,7 @@ struct Rows {  // what one warp keeps of its 16 rows; a thread has rows lane / 4
         unsigned char* own = shared.query + warp * 16 * ROW_BYTES;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            sum[side] += __shfl_xor_sync(~0u, sum[side], 1);
-            sum[side] += __shfl_xor_sync(~0u, sum[side], 2);
-            const float inverse = __fdividef(1.0f, sum[side]);
+            const float inverse = softmax.inverse_sum(side);
             auto* row_words = reinterpret_cast<unsigned*>(own + (lane / 4 + side * 8) * ROW_BYTES) + lane % 4;
 #pragma unroll
             for (int i = 0; i < STEPS * 2; ++i) row_words[i * 4] = pack(out[i][2 * side] * inverse, out[i][2 * side + 1] * inverse);
@@ -249,8 +143,7 @@ struct Rows {  // what one warp keeps of its 16 rows; a thread has rows lane / 4
         for (int i = lane; i < 16 * PIECES; i += 32) {
             const int row = warp * 16 + i / PIECES, piece = i % PIECES;
             if (!work.has_row(row)) continue;
-            Element* destination = p.out + (static_cast<long long>(work.first_token + work.token(row)) * NUM_KV_HEADS * GROUP + work.head(row)) * HEAD_DIM;
-            *reinterpret_cast<uint4*>(destination + piece * 8) = *reinterpret_cast<const uint4*>(own + i / PIECES * ROW_BYTES + piece * 16);
+            *reinterpret_cast<uint4*>(work.out(p, row) + piece * 8) = *reinterpret_cast<const uint4*>(own + i / PIECES * ROW_BYTES + piece * 16);
         }
     }
 };
@@ -258,10 +151,10 @@ struct Rows {  // what one warp keeps of its 16 rows; a thread has rows lane / 4
 __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Shared& shared) {
     Rows rows;
     if (threadIdx.x < PAGES_PER_TILE) {
-        shared.pages[work.begin % 2][threadIdx.x] = work.page(work.begin);
-        shared.pages[(work.begin + 1) % 2][threadIdx.x] = work.page(work.begin + 1);
+        shared.pages[work.begin % 2][threadIdx.x] = work.page(work.begin, threadIdx.x);
+        shared.pages[(work.begin + 1) % 2][threadIdx.x] = work.page(work.begin + 1, threadIdx.x);
     }
-    int page = work.page(work.begin + 2);
+    int page = work.page(work.begin + 2, threadIdx.x);
     __syncthreads();
     copy_query(p, work, shared);
     copy_tile(p, work, shared, work.begin);
@@ -274,10 +167,12 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
         if (tile + 1 < work.end) copy_tile(p, work, shared, tile + 1);
         commit_copies();
         if (threadIdx.x < PAGES_PER_TILE) shared.pages[tile % 2][threadIdx.x] = page;
-        page = work.page(tile + 3);
+        page = work.page(tile + 3, threadIdx.x);
         float scores[KEYS / 8][4];
         rows.score(scores, shared, tile % 2);
-        rows.normalise(scores, p, work, tile);
+        float factor[2];
+        rows.softmax.advance(scores, factor, p, work, tile);
+        rows.rescale(factor);
         rows.accumulate(scores, shared, tile % 2);
     }
     rows.store(p, work, shared);
@@ -298,9 +193,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
         for (int i = threadIdx.x; i < sizeof(Shared) / 16; i += THREADS) reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
         __syncthreads();
     }
-    // Longest first, every second round backwards, so that no block gets the longest of each round.
-    for (int round = 0; round * gridDim.x < num_items; ++round) {
-        const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        if (item < num_items) attend(p, Work::make(p, prefill_tiles[item / NUM_KV_HEADS], item % NUM_KV_HEADS), shared);
-    }
+    WorkQueue queue{p, prefill_tiles, num_items};
+    while (queue.has_next()) attend(p, queue.next(), shared);
 }

@@ -19,7 +19,7 @@ local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temper
     Noise noise(seeds[row], positions[row]);
     const int end = min(part_size, vocab_size - vocab_start);
     uint64 best = 0;
-    float best_score = __int_as_float(0xff800000);
+    float best_score = __int_as_float(0x7fffffff);  // NaN: nothing compares below it
     for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
         float value[VEC];
         load(columns + at, value);
@@ -29,7 +29,8 @@ local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temper
             const int token = vocab_start + at + i;
             float score = scaled(value[i], temperature);
             if (temperature > 0.0f) score += noise.gumbel(token);
-            if (score <= best_score) continue;  // tokens come in order, so a tie stays with the lower; NaN goes on
+            // Tokens come in order, so a tie stays with the lower one. What is not finite fails this test.
+            if (score <= best_score && score >= -LARGEST_SCORE) continue;
             best = Max()(best, packed_key(score, token));
             best_score = score;
         }

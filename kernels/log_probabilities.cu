@@ -2,7 +2,7 @@
 // Natural log-probabilities under the model's own distribution (no temperature, no filters): of one given token a row,
 // and of the num_top most probable ones, best first, ties by the lower token. One block a row.
 // Shapes: logits [R, S, V_local] as in sample_rows.cu; token_ids [S] int32; logprobs [S] float32; top_ids [S, num_top] int32; top_logprobs [S, num_top] float32. num_top <= min(1024, vocab_size).
-//     NaN (and top_ids -1) where a logit is NaN or +inf; NaN for a negative token.
+//     NaN (and top_ids -1) where a logit is NaN or infinite; NaN for a negative token.
 // Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two). Shared memory: 41 KiB.
 // Reference: log-softmax in float64.
 #include "row_select.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The winning token over slices and ranks: token_ids[s] = token of max(keys[:, s]); -1 where a logit was NaN or +inf.
+// The winning token over slices and ranks: token_ids[s] = token of max(keys[:, s]); -1 where a logit was NaN or infinite.
 // Shapes: keys [num_parts, S] uint64 as local_argmax.cu writes them, gathered over ranks; token_ids [S] int32.
 // One warp a row. Defines: SCALAR (unused by the keys), NUM_THREADS.
 // Reference: argmax in NumPy.

@@ -24,7 +24,8 @@ sample_rows(const scalar* __restrict__ logits, const float* __restrict__ tempera
     if (temperature > 0.0f && best != NOT_FINITE) {
         const float maximum = score_of(best);
         const int top_k = top_ks[index];
-        const float top_p = top_ps[index], min_p = min_ps[index];
+        const float top_p = top_ps[index];
+        const float lowest = min_ps[index] > 0.0f ? maximum + logf(min_ps[index]) : -LARGEST_SCORE;
         const bool limits_tokens = top_k > 0 && top_k < vocab_size;
         uint64 threshold = 0;
         if (limits_tokens || top_p < 1.0f) {
@@ -39,7 +40,7 @@ sample_rows(const scalar* __restrict__ logits, const float* __restrict__ tempera
         Noise noise(seeds[index], positions[index]);
         best = 0;
         row.for_each([&](float score, int token) {
-            if (packed_key(score, token) < threshold || expf(score - maximum) < min_p) return;
+            if (score < lowest || packed_key(score, token) < threshold) return;
             best = Max()(best, packed_key(score + noise.gumbel(token), token));
         });
         best = block_reduce<NUM_THREADS>(best, Max());

@@ -124,14 +124,20 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
     )  # fmt: skip
 
 
-def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_ids: Array) -> None:
-    """Keep the sampled tokens for the slots' next step; other rows of ``token_ids`` [B] int32 get their targets."""
+def store_tokens(
+    library: Library, arrays: StepArrays, block_size: int, token_ids: Array, first_row: int = 0
+) -> None:
+    """Keep the sampled tokens for the slots' next step; other rows of ``token_ids`` get their targets.
+
+    token_ids [B] int32, of the rows with logits from ``first_row`` on.
+    """
     (num_rows,) = token_ids.shape
+    rows = slice(first_row, first_row + num_rows)
     kernel = _kernel(library, "store_tokens", block_size)
     kernel(
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
-        (token_ids, arrays.row_slots, arrays.row_targets, arrays.last_tokens, np.int32(num_rows)),
+        (token_ids, arrays.row_slots[rows], arrays.row_targets[rows], arrays.last_tokens, np.int32(num_rows)),
     )
 
 

@@ -47,7 +47,8 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
     counters = np.arange(-(-vocab_size // 4))
     words = philox((counters, position & 0xFFFFFFFF, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
     bits = np.stack(words, axis=-1).reshape(-1)[:vocab_size]
-    uniform = ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+    # 23 bits and a half are exact in float32. 24 would round the largest to 1, and its noise to infinity.
+    uniform = ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -np.log(-np.log(uniform))
 
 

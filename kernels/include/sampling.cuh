@@ -4,8 +4,9 @@
 #pragma once
 #include "dtype.cuh"
 
-// Set by a score that is NaN or +inf; above every real key, so it survives each maximum and becomes token -1.
+// Set by a score that is NaN or infinite; above every real key, so it survives each maximum and becomes token -1.
 constexpr uint64 NOT_FINITE = ~0ull;
+constexpr float LARGEST_SCORE = 0x1.fffffep127f;
 
 // Unsigned integers that sort as the floats do; -0 counts as +0.
 __device__ __forceinline__ uint32 ordered_bits(float value) {
@@ -19,7 +20,7 @@ __device__ __forceinline__ float from_ordered_bits(uint32 ordered) {
 
 // Larger = better: by score, then by the lower token id. All keys of a row are distinct.
 __device__ __forceinline__ uint64 packed_key(float score, int token) {
-    if (!(score < __int_as_float(0x7f800000))) return NOT_FINITE;
+    if (!(fabsf(score) <= LARGEST_SCORE)) return NOT_FINITE;
     return static_cast<uint64>(ordered_bits(score)) << 32 | static_cast<uint32>(~token);
 }
 

@@ -5,6 +5,7 @@
 // and memory is as strongly ordered as a CPU's: races that need a GPU's ordering are for compute-sanitizer.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,7 +33,9 @@ namespace emulator {
 enum class State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
 
 struct Fiber {
-    ucontext_t place;
+    ucontext_t start;
+    jmp_buf place;
+    bool has_started;
     std::unique_ptr<char[]> stack;
     State state;
     uint64_t offered[4];
@@ -44,18 +47,27 @@ inline Dimensions grid_dim, block_dim, block_index, thread_index;
 inline unsigned char* dynamic_shared = nullptr;
 inline std::vector<Fiber> fibers;
 inline std::vector<uint64_t> exchanged;  // [threads, 4], stable until the warp's next exchange
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned int current;
 inline const std::function<void()>* body;
 
+// swapcontext would do for every switch, but it saves the signal mask with a system call each time.
 inline void wait(State state) {
     fibers[current].state = state;
-    swapcontext(&fibers[current].place, &scheduler);
+    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void run_fiber() {
     (*body)();
     fibers[current].state = State::DONE;
+    _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.has_started) _longjmp(fiber.place, 1);
+    fiber.has_started = true;
+    setcontext(&fiber.start);
 }
 
 inline bool all_in(unsigned int first, unsigned int end, State state) {
@@ -81,7 +93,7 @@ inline bool advance() {
     for (current = 0; current < count; ++current) {
         if (fibers[current].state != State::READY) continue;
         thread_index = {current % block_dim.x, current / block_dim.x % block_dim.y, current / block_dim.x / block_dim.y};
-        swapcontext(&scheduler, &fibers[current].place);
+        resume(fibers[current]);
         progress = true;
     }
     for (unsigned int first = 0; first < count; first += 32) {
@@ -105,11 +117,11 @@ inline int launch(Dimensions grid, Dimensions block, size_t shared_bytes, const 
     for (unsigned int index = 0; index < grid.x * grid.y * grid.z; ++index) {
         block_index = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
         for (auto& fiber : fibers) {
-            getcontext(&fiber.place);
-            fiber.place.uc_stack.ss_sp = fiber.stack.get();
-            fiber.place.uc_stack.ss_size = STACK_BYTES;
-            fiber.place.uc_link = &scheduler;
-            makecontext(&fiber.place, run_fiber, 0);
+            getcontext(&fiber.start);
+            fiber.start.uc_stack.ss_sp = fiber.stack.get();
+            fiber.start.uc_stack.ss_size = STACK_BYTES;
+            makecontext(&fiber.start, run_fiber, 0);
+            fiber.has_started = false;
             fiber.state = State::READY;
         }
         while (!all_in(0, count, State::DONE))
