@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling over vocabulary-parallel logits. Every call enqueues on the current stream and does not wait.
+
+Rows that need no more than the best token, greedy or with noise, stay where they are: ``local_argmax`` leaves eight bytes
+a row and slice, one small all-gather brings them together, ``merge_argmax`` names the token on every rank.
+
+Rows with top-k, top-p, min-p or log-probabilities need the whole vocabulary in one place. An all-to-all gives each rank
+all columns of ``S / R`` rows: as many bytes as a rank holds already, ``1 / R`` of what gathering all logits would move.
+``sample_rows`` and ``log_probabilities`` read what it leaves, ``[R, S / R, V_local]``; one rank alone passes
+``[1, S, V_local]``. Only int32 tokens and a few floats a row are gathered afterwards.
+
+A token depends on its row's logits, seed and position alone: not on the batch, the rank or which of the two ways it took.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name, vector_width
+from phalanx.kernels.library import KernelFunction, Library
+from phalanx.parallel.errors import ExecutorError
+
+__all__ = ["MAX_TOP", "RowParameters", "local_argmax", "log_probabilities", "merge_argmax", "num_splits", "sample_rows"]
+
+MAX_TOP = 1024
+"""Most alternatives that ``log_probabilities`` reports a row."""
+
+_ARGMAX_THREADS = 256
+_MERGE_THREADS = 128
+_ROW_THREADS = 1024
+_BLOCKS_PER_MULTIPROCESSOR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowParameters:
+    """How each row samples; device arrays of [S] elements.
+
+    Attributes:
+        temperatures: float32; 0 = greedy.
+        seeds: uint64, the sequence's.
+        positions: int32, of the token to be sampled: what makes the noise new at every step.
+        top_ks: int32; 0 = all tokens.
+        top_ps: float32; 1 = all tokens.
+        min_ps: float32; 0 = all tokens.
+    """
+
+    temperatures: Array
+    seeds: Array
+    positions: Array
+    top_ks: Array
+    top_ps: Array
+    min_ps: Array
+
+    def check(self, num_rows: int) -> None:
+        """Raise ExecutorError unless every array has ``num_rows`` elements of its dtype."""
+        require("temperatures", self.temperatures, (num_rows,), "float32")
+        require("seeds", self.seeds, (num_rows,), "uint64")
+        require("positions", self.positions, (num_rows,), "int32")
+        require("top_ks", self.top_ks, (num_rows,), "int32")
+        require("top_ps", self.top_ps, (num_rows,), "float32")
+        require("min_ps", self.min_ps, (num_rows,), "float32")
+
+
+def num_splits(library: Library, num_rows: int, part_size: int) -> int:
+    """How many slices ``local_argmax`` cuts a row of ``part_size`` logits into, to fill the device with few rows.
+
+    The same on every rank of equal devices, so that their keys can be gathered.
+    """
+    wanted = ceil_div(_BLOCKS_PER_MULTIPROCESSOR * library.num_multiprocessors, num_rows)
+    useful = ceil_div(part_size, 8 * _ARGMAX_THREADS)
+    return max(1, min(wanted, useful))
+
+
+def local_argmax(
+    library: Library, logits: Array, parameters: RowParameters, keys: Array, *, vocab_start: int, vocab_size: int
+) -> None:
+    """The best token of each slice of this rank's logits, without filters, as keys for ``merge_argmax``.
+
+    logits [S, V_local] are those of tokens from ``vocab_start`` on; tokens from ``vocab_size`` on are padding and never
+    win. keys [num_splits, S] uint64 with ``num_splits(library, S, V_local)`` rows.
+    """
+    num_rows, part_size = logits.shape
+    require("logits", logits, (num_rows, part_size), logits)
+    require("keys", keys, (num_splits(library, num_rows, part_size), num_rows), "uint64")
+    parameters.check(num_rows)
+    kernel = library.function(
+        "local_argmax",
+        "local_argmax",
+        SCALAR=scalar_name(logits),
+        VEC=vector_width(logits, part_size),
+        NUM_THREADS=_ARGMAX_THREADS,
+    )
+    sizes = (np.int32(part_size), np.int32(vocab_start), np.int32(vocab_size))
+    rows = (parameters.temperatures, parameters.seeds, parameters.positions)
+    kernel((keys.shape[0], num_rows), (_ARGMAX_THREADS,), (logits, *rows, keys, *sizes))
+
+
+def merge_argmax(library: Library, keys: Array, token_ids: Array) -> None:
+    """The winners over slices and ranks. keys [R * num_splits, S] uint64; token_ids [S] int32.
+
+    A row with a non-finite logit gets -1.
+    """
+    num_parts, num_rows = keys.shape
+    require("keys", keys, (num_parts, num_rows), "uint64")
+    require("token_ids", token_ids, (num_rows,), "int32")
+    kernel = library.function("merge_argmax", "merge_argmax", SCALAR="float", NUM_THREADS=_MERGE_THREADS)
+    grid = (ceil_div(num_rows * 32, _MERGE_THREADS),)
+    kernel(grid, (_MERGE_THREADS,), (keys, token_ids, np.int32(num_parts), np.int32(num_rows)))
+
+
+def sample_rows(
+    library: Library, logits: Array, parameters: RowParameters, token_ids: Array, *, vocab_size: int
+) -> None:
+    """Sample with filters: temperature, then top-k, then top-p over what is left, then min-p.
+
+    logits [R, S, V_local]; token = part * V_local + column, of which the first ``vocab_size`` exist. token_ids [S] int32;
+    a row with a non-finite logit gets -1. Equal logits rank by the lower token.
+    """
+    num_parts, num_rows, part_size = _checked_parts(logits, vocab_size)
+    require("token_ids", token_ids, (num_rows,), "int32")
+    parameters.check(num_rows)
+    kernel = _row_kernel(library, "sample_rows", logits)
+    arguments = (
+        logits,
+        parameters.temperatures,
+        parameters.top_ks,
+        parameters.top_ps,
+        parameters.min_ps,
+        parameters.seeds,
+        parameters.positions,
+        token_ids,
+    )
+    sizes = (np.int32(num_parts), np.int32(part_size), np.int32(vocab_size))
+    kernel((num_rows,), (_ROW_THREADS,), (*arguments, *sizes))
+
+
+def log_probabilities(
+    library: Library,
+    logits: Array,
+    token_ids: Array,
+    logprobs: Array,
+    top_ids: Array,
+    top_logprobs: Array,
+    *,
+    vocab_size: int,
+) -> None:
+    """Log-probabilities of one given token a row and of the most probable ones, before temperature and filters.
+
+    logits [R, S, V_local] as for ``sample_rows``; token_ids [S] int32 (negative: NaN); logprobs [S] float32; top_ids
+    [S, k] int32 and top_logprobs [S, k] float32, best first, k from 0 to ``MAX_TOP``.
+    """
+    num_parts, num_rows, part_size = _checked_parts(logits, vocab_size)
+    num_top = top_ids.shape[1]
+    if num_top > min(MAX_TOP, vocab_size):
+        raise ExecutorError(f"{num_top} alternatives a row are above {min(MAX_TOP, vocab_size)}; ask for fewer")
+    require("token_ids", token_ids, (num_rows,), "int32")
+    require("logprobs", logprobs, (num_rows,), "float32")
+    require("top_ids", top_ids, (num_rows, num_top), "int32")
+    require("top_logprobs", top_logprobs, (num_rows, num_top), "float32")
+    kernel = _row_kernel(library, "log_probabilities", logits)
+    sizes = (np.int32(num_parts), np.int32(part_size), np.int32(vocab_size), np.int32(num_top))
+    kernel((num_rows,), (_ROW_THREADS,), (logits, token_ids, logprobs, top_ids, top_logprobs, *sizes))
+
+
+def _checked_parts(logits: Array, vocab_size: int) -> tuple[int, int, int]:
+    num_parts, num_rows, part_size = logits.shape
+    require("logits", logits, (num_parts, num_rows, part_size), logits)
+    if vocab_size > num_parts * part_size:
+        raise ExecutorError(f"vocab_size={vocab_size} is above the {num_parts} x {part_size} columns of the logits")
+    return num_parts, num_rows, part_size
+
+
+def _row_kernel(library: Library, name: str, logits: Array) -> KernelFunction:
+    width = vector_width(logits, logits.shape[2])
+    return library.function(name, name, SCALAR=scalar_name(logits), VEC=width, NUM_THREADS=_ROW_THREADS)
