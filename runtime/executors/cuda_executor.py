@@ -1,0 +1,227 @@
+"""The CUDA executor: one GPU a rank, the token loop on the device, whole steps in CUDA graphs.
+
+A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths, positions and
+cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of the tokens back.
+The host never waits for the device except in `CudaExecutor.collect`, one step behind, so planning overlaps with computing.
+
+Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
+the last stage sends its results to the leader's device, which takes them on a stream of their own: the compute stream
+never waits for a later stage. With several stages one micro-batch more than stages is in flight, which hides the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.errors import ExecutorError
+from phalanx.parallel.nccl_comm import DeviceCommunicator
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.cuda_cache import CudaAttention
+from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda_results import ResultLayout
+from phalanx.runtime.executors.cuda_ring import GpuTimes, StepRing, StepSlot
+from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda_weights import DeviceArray
+from phalanx.runtime.step import BatchState, StepPlan, StepResult
+
+__all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
+
+CAPABILITIES = Capabilities(
+    "cuda", frozenset({"bfloat16", "float16", "float32"}), max_head_dim=256, head_dim_multiple=8
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The most that one step can hold, and the size of the batch state."""
+
+    max_num_seqs: int
+    max_num_tokens: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def blocks_per_seq(self) -> int:
+        """Blocks that the longest sequence needs."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """A row for each sequence, or every row of a prompt whose log-probabilities are wanted."""
+        return self.max_num_seqs + self.max_num_tokens
+
+
+@dataclass(slots=True)
+class CudaGroups:
+    """This rank's communicators: tensor-parallel peers; pipeline stages, hidden states and results apart."""
+
+    tensor: DeviceCommunicator
+    stages: DeviceCommunicator
+    results: DeviceCommunicator
+
+    @property
+    def all(self) -> tuple[DeviceCommunicator, ...]:
+        """In the order in which they were made."""
+        return self.tensor, self.stages, self.results
+
+
+class CudaExecutor:
+    """See `phalanx.runtime.executors.base.Executor`. One thread at a time may call it.
+
+    Args:
+        stream: where steps run.
+        num_kv_blocks: N, equal on all ranks.
+    """
+
+    def __init__(
+        self, stage: CudaStage, attention: CudaAttention, limits: StepLimits, groups: CudaGroups, stream: Any,
+        num_kv_blocks: int, use_graphs: bool = True,
+    ) -> None:  # fmt: skip
+        import cupy
+
+        self._stage, self._attention, self._limits, self._groups = stage, attention, limits, groups
+        self._device, self._stream = cupy.cuda.Device(), stream
+        self._result_stream = cupy.cuda.Stream(non_blocking=True)
+        self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
+        self._graphs: GraphCache[DeviceArray | None] = GraphCache(stream, use_graphs)
+        result_words = ResultLayout.most_words(limits.max_logit_rows) if self.topology.is_leader else 0
+        self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all)
+        self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
+        self._in_flight: deque[StepSlot] = deque()
+        self.num_kv_blocks = num_kv_blocks
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place."""
+        return self._stage.topology
+
+    @property
+    def depth(self) -> int:
+        """One step per pipeline stage and one that the host prepares meanwhile."""
+        return self.topology.layout.pp + 1
+
+    @property
+    def lookahead(self) -> int:
+        """1 without pipeline stages: the device knows a sequence's last token before the host does."""
+        return 1 if self.topology.layout.pp == 1 else 0
+
+    @property
+    def gpu_times(self) -> GpuTimes:
+        """How long the device worked and waited so far. Only meaningful on the leader."""
+        return self._ring.times
+
+    def execute(self, plan: StepPlan) -> None:
+        """Start a step. *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one."""
+        with self._device, self._stream:
+            slot = self._ring.acquire()
+            slot.follows = bool(self._in_flight)
+            self._upload(plan, slot)
+            self._state.apply(plan)
+            num_sampled = int(np.count_nonzero(plan.samples))
+            key = self._key(plan, num_sampled)
+            layout = ResultLayout(key.num_logit_rows, key.num_top)
+            slot.describe(plan, num_sampled, layout)
+            self._compute(plan, key, num_sampled)
+            self._return_results(slot, layout)
+            slot.end.record(self._stream)
+        if self.topology.is_leader:
+            self._in_flight.append(slot)
+
+    def collect(self) -> StepResult:
+        """The oldest uncollected result; waits for its step."""
+        slot = self._in_flight.popleft()
+        with self._device:
+            self._ring.wait(slot.result)
+        return slot.read()
+
+    def warm_up(self) -> None:
+        """Run and capture steps without sequences, so that serving neither compiles nor tunes much. *Collective.*"""
+        limits = self._limits
+        seqs = bucket_sizes(min(limits.max_num_seqs, limits.max_num_tokens))
+        keys = [StepKey(limits.max_num_tokens, seqs[-1], has_prefill=True)]
+        keys += [StepKey(size, size, has_prefill=False) for size in reversed(seqs)]
+        with self._device, self._stream:
+            for key in keys:
+                for _ in range(2):
+                    self._run(key)
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Wait for what is in flight and release memory and groups. *Collective over the replica.*"""
+        with self._device, self._stream:
+            self._ring.drain()
+            self._stream.synchronize()
+            self._result_stream.synchronize()
+            self._graphs.clear()
+            self._attention.release()
+            for group in self._groups.all:
+                group.close()
+
+    def _upload(self, plan: StepPlan, slot: StepSlot) -> None:
+        words = plan.pack()
+        if len(words) > len(slot.plan_words):
+            raise ExecutorError(f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}")
+        slot.plan_words[: len(words)] = words
+        slot.start.record(self._stream)
+        self._copy(self._stage.arrays.plan.data.ptr, slot.plan_words.ctypes.data, len(words), to_device=True)
+
+    def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
+        limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
+        sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        restricts = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
+        num_scored, num_top = plan.logprob_shape(self._state)
+        num_logit_rows = num_sampled + num_prompt_rows
+        if num_sampled and not num_prompt_rows:
+            num_logit_rows = bucket_size(num_sampled, limits.max_num_seqs)
+        return StepKey(
+            num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
+            num_logit_rows=num_logit_rows,
+            has_prefill=plan.num_decodes < plan.num_seqs,
+            filters=bool((restricts & (sampling["temperature"] > 0)).any()),
+            num_top=num_top if num_scored else -1,
+        )
+
+    def _compute(self, plan: StepPlan, key: StepKey, num_sampled: int) -> None:
+        if not len(plan.prompt_rows):
+            self._run(key)
+            return
+        self._receive_hidden(key)
+        self._send_hidden(self._stage.run_with_prompt_rows(key, num_sampled, len(plan.prompt_rows)))
+
+    def _run(self, key: StepKey) -> None:
+        self._receive_hidden(key)
+        self._send_hidden(self._graphs.run(key, self._stage.run))
+
+    def _receive_hidden(self, key: StepKey) -> None:
+        if not self.topology.is_first_stage:
+            self._groups.stages.recv(self._stage.hidden[: key.num_rows], self.topology.stage - 1)
+
+    def _send_hidden(self, hidden: DeviceArray | None) -> None:
+        if hidden is not None:
+            self._groups.stages.send(hidden, self.topology.stage + 1)
+
+    def _return_results(self, slot: StepSlot, layout: ResultLayout) -> None:
+        """Start the results' way to the leader's host: from the last stage, over the leader's device where it is another."""
+        topology, words, stream = self.topology, layout.num_words, self._stream
+        if words and topology.is_last_stage and not topology.is_first_stage and topology.tp_rank == 0:
+            self._groups.results.send(self._stage.results[:words], 0)
+        if not topology.is_leader:
+            return
+        if words and not topology.is_last_stage:
+            stream = self._result_stream
+            with stream:
+                self._groups.results.recv(self._inbox[:words], topology.layout.pp - 1)
+        if words:
+            self._copy(slot.result_words.ctypes.data, self._inbox.data.ptr, words, to_device=False, stream=stream)
+        slot.result.record(stream)
+
+    def _copy(self, target: int, source: int, words: int, *, to_device: bool, stream: Any = None) -> None:
+        from cupy.cuda import runtime
+
+        kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(target, source, 4 * words, kind, (stream or self._stream).ptr)

@@ -1,0 +1,126 @@
+"""Steps in flight, as the host sees them: pinned buffers and events, used in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
+from phalanx.runtime.executors.cuda_results import ResultLayout
+from phalanx.runtime.executors.cuda_weights import pinned_array
+from phalanx.runtime.step import StepPlan, StepResult
+
+__all__ = ["GpuTimes", "StepRing", "StepSlot"]
+
+STEP_TIMEOUT_SECONDS = 300.0
+"""A step that takes longer is taken for lost; the longest honest one is a few seconds."""
+
+
+@dataclass(slots=True)
+class GpuTimes:
+    """Device time by the device's own clock.
+
+    Attributes:
+        num_steps: steps counted.
+        busy_seconds: from the start of a step's first operation to the end of its last.
+        idle_seconds: from the end of a step to the start of the next, where the host had more to plan: between steps of which
+            one was started before the result of the other was taken.
+    """
+
+    num_steps: int = 0
+    busy_seconds: float = 0.0
+    idle_seconds: float = 0.0
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of the time in which the device had nothing to do; 0 before the first step."""
+        total = self.busy_seconds + self.idle_seconds
+        return self.idle_seconds / total if total else 0.0
+
+
+@dataclass(slots=True)
+class StepSlot:
+    """One step in flight.
+
+    Attributes:
+        plan_words, result_words: pinned memory that the device reads the plan from and writes the results to.
+        start, end: events around the step's work on the device; ``result`` when the pinned result is there.
+        follows: it was started before the step before it was collected.
+    """
+
+    plan_words: NDArray[np.int32]
+    result_words: NDArray[np.int32]
+    start: Any
+    end: Any
+    result: Any
+    in_use: bool = False
+    follows: bool = False
+    step_id: int = 0
+    num_sampled: int = 0
+    num_prompt_rows: int = 0
+    layout: ResultLayout = field(default_factory=lambda: ResultLayout(0))
+
+    def describe(self, plan: StepPlan, num_sampled: int, layout: ResultLayout) -> None:
+        """Remember what the result will mean."""
+        self.in_use = True
+        self.step_id, self.num_sampled, self.num_prompt_rows = plan.step_id, num_sampled, len(plan.prompt_rows)
+        self.layout = layout
+
+    def read(self) -> StepResult:
+        """The result, after ``result`` has passed."""
+        return self.layout.result(self.step_id, self.num_sampled, self.num_prompt_rows, self.result_words)
+
+
+class StepRing:
+    """As many slots as steps can be in flight and one more, so that the next is free without waiting for the newest."""
+
+    def __init__(
+        self, num_slots: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator]
+    ) -> None:
+        import cupy
+
+        self._groups = groups
+        self._slots = [
+            StepSlot(
+                pinned_array((plan_words,), np.int32),
+                pinned_array((max(result_words, 1),), np.int32),
+                *(cupy.cuda.Event() for _ in range(3)),
+            )
+            for _ in range(num_slots)
+        ]
+        self._next = 0
+        self.times = GpuTimes()
+
+    def acquire(self) -> StepSlot:
+        """The next slot, in turn; waits for the device if it is still on the step that used it before."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        if slot.in_use:
+            self.wait(slot.end)
+            self.wait(slot.result)
+            self._account(slot)
+        return slot
+
+    def wait(self, event: Any) -> None:
+        """Until the device has passed ``event``. Raises CommunicatorError when a peer was lost meanwhile."""
+        wait_for(event, self._groups, STEP_TIMEOUT_SECONDS)
+
+    def drain(self) -> None:
+        """Wait for everything in flight."""
+        for slot in self._slots:
+            if slot.in_use:
+                self.wait(slot.end)
+
+    def _account(self, slot: StepSlot) -> None:
+        import cupy
+
+        elapsed = cupy.cuda.get_elapsed_time
+        following = self._slots[self._next]
+        self.times.num_steps += 1
+        self.times.busy_seconds += elapsed(slot.start, slot.end) / 1e3
+        if following.follows and following.start.done:
+            self.times.idle_seconds += max(0.0, elapsed(slot.end, following.start) / 1e3)
