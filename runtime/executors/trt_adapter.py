@@ -190,8 +190,8 @@ class TensorRT:
 
         return Logger()
 
-    def progress_monitor(self, report: Callable[[str, int, int], bool]) -> Any:
-        """A monitor that calls ``report(phase, step, num_steps)`` from the builder's threads; False cancels the build."""
+    def progress_monitor(self, report: Callable[[str, int, int], None]) -> Any:
+        """A monitor that calls ``report(phase, step, num_steps)`` from the builder's threads."""
         base: Any = self.module.IProgressMonitor
 
         class Monitor(base):  # type: ignore[misc]
@@ -204,7 +204,8 @@ class TensorRT:
                 report(phase_name, 0, num_steps)
 
             def step_complete(self, phase_name: str, step: int) -> bool:
-                return report(phase_name, step + 1, self.num_steps.get(phase_name, 0))
+                report(phase_name, step + 1, self.num_steps.get(phase_name, 0))
+                return True
 
             def phase_finish(self, phase_name: str) -> None:
                 num_steps = self.num_steps.pop(phase_name, 0)

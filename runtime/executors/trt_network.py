@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -28,15 +29,25 @@ from phalanx.runtime.executors.trt_ops import LocalHeads, StepTensors, TrtOps
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 
-__all__ = ["DECODE_PROFILE", "PREFILL_PROFILE", "NetworkShape", "ProfileShapes", "cache_names", "local_heads_of", "write_network"]
+__all__ = [
+    "DECODE_PROFILE",
+    "PREFILL_PROFILE",
+    "NetworkShape",
+    "ProfileShapes",
+    "RankNetwork",
+    "cache_names",
+    "local_heads_of",
+    "write_network",
+]
 
 DECODE_PROFILE, PREFILL_PROFILE = 0, 1
-MAX_LOGIT_ROWS = 256
-"""Rows of a prefill step that can get logits at once; bounds the logits buffer at large vocabularies."""
+_MOST_PREFILL_LOGIT_ROWS = 256
+_SLOT_STEP = 128
+"""Positions: 256 bytes even for one head of one float16."""
 
 _INT32 = np.dtype(np.int32)
 
-ProfileShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+ProfileShapes: TypeAlias = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> smallest, most frequent and largest shape."""
 
 
@@ -47,8 +58,8 @@ class NetworkShape:
     Attributes:
         dtype: compute type, ``float32``, ``bfloat16`` or ``float16``.
         max_num_seqs: most slots.
-        slot_length: positions in a slot, P.
-        max_prefill_tokens: longest prompt chunk.
+        max_model_len: most positions that a sequence uses.
+        max_prefill_tokens: longest prompt chunk in one pass; longer ones are cut.
 
     Raises:
         ConfigError: a size is below 1.
@@ -56,11 +67,11 @@ class NetworkShape:
 
     dtype: str
     max_num_seqs: int
-    slot_length: int
+    max_model_len: int
     max_prefill_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "slot_length", "max_prefill_tokens"):
+        for name in ("max_num_seqs", "max_model_len", "max_prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of an engine is below 1; use at least 1")
 
@@ -70,9 +81,31 @@ class NetworkShape:
         return FLOAT_DTYPES[dtype_from_config(self.dtype)]
 
     @property
+    def slot_length(self) -> int:
+        """Positions in a slot, P: rounded up, so that each slot's memory starts at an address that TensorRT accepts."""
+        return -(-self.max_model_len // _SLOT_STEP) * _SLOT_STEP
+
+    @property
+    def max_prefill_logit_rows(self) -> int:
+        """Most rows of a prefill pass that get logits: bounds the logits buffer at large vocabularies."""
+        return min(self.max_prefill_tokens + 1, _MOST_PREFILL_LOGIT_ROWS)
+
+    @property
     def max_logit_rows(self) -> int:
-        """Most rows that get logits in one step."""
-        return max(self.max_num_seqs, min(self.max_prefill_tokens, MAX_LOGIT_ROWS))
+        """Most rows of any pass that get logits."""
+        return max(self.max_num_seqs, self.max_prefill_logit_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RankNetwork:
+    """A network and what an engine built from it needs. Keep it until the engine is built: the graph owns the weights.
+
+    Attributes:
+        profiles: shapes of the inputs, `DECODE_PROFILE` first.
+    """
+
+    graph: Graph
+    profiles: tuple[ProfileShapes, ...]
 
 
 def local_heads_of(config: ModelConfig, topology: Topology) -> LocalHeads:
@@ -91,9 +124,14 @@ def cache_names(layers: range) -> list[str]:
 
 
 def write_network(
-    graph: Graph, model: Model, config: ModelConfig, weights: Mapping[str, Array], topology: Topology, shape: NetworkShape
-) -> list[ProfileShapes]:
-    """Write one rank's network into ``graph``; returns its profiles, `DECODE_PROFILE` first.
+    graph: Graph,
+    model: Model,
+    config: ModelConfig,
+    weights: Mapping[str, Array],
+    topology: Topology,
+    shape: NetworkShape,
+) -> RankNetwork:
+    """Write one rank's network into the empty ``graph``.
 
     Raises:
         ConfigError: the model has a feature that a network cannot express.
@@ -117,7 +155,7 @@ def write_network(
     for layer, updated in ops.updated_caches.items():
         for kind, tensor in zip(("keys", "values"), updated, strict=True):
             graph.output(f"{kind}.{layer}.updated", tensor)
-    return _profiles(config, topology, shape, cache_names(layers), cache_shape)
+    return RankNetwork(graph, _profiles(config, topology, shape, cache_names(layers), cache_shape))
 
 
 def _step_inputs(
@@ -140,7 +178,9 @@ def _run_blocks(model: Model, config: ModelConfig, ops: TrtOps, layers: range, x
     return x if residual is None else ops.add(x, residual)
 
 
-def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int) -> None:
+def _write_logits(
+    graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int
+) -> None:
     """Logits of the rows asked for, over the whole vocabulary on every rank."""
     rows = graph.gather(x, graph.input("logit_rows", _INT32, (-1,)))
     local = graph.cast(model.head(ops, config, rows, None), np.dtype(np.float32))
@@ -154,12 +194,16 @@ def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, 
 
 
 def _profiles(
-    config: ModelConfig, topology: Topology, shape: NetworkShape, caches: list[str], cache_shape: tuple[int, ...]
-) -> list[ProfileShapes]:
+    config: ModelConfig,
+    topology: Topology,
+    shape: NetworkShape,
+    caches: list[str],
+    cache_shape: tuple[int, ...],
+) -> tuple[ProfileShapes, ...]:
     most, longest = shape.max_num_seqs, shape.max_prefill_tokens
     decode = ((1, max(1, most // 2), most), (1, 1, 1), (1, max(1, most // 2), most))
-    prefill = ((1, 1, 1), (1, max(1, longest // 2), longest), (1, 1, min(longest, MAX_LOGIT_ROWS)))
-    return [_profile(config, topology, *extents, caches, cache_shape) for extents in (decode, prefill)]
+    prefill = ((1, 1, 1), (1, max(1, longest // 2), longest), (1, 1, shape.max_prefill_logit_rows))
+    return tuple(_profile(config, topology, *extents, caches, cache_shape) for extents in (decode, prefill))
 
 
 def _profile(

@@ -88,13 +88,24 @@ class TrtOps(Ops[ITensor]):
         assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
         ids = graph.reshape(self._step.token_ids, (-1,))
         table = self._weight(f"{name}.weight")
-        rows = graph.gather(table, ids) if self._num_ranks == 1 else self.all_reduce(self._local_rows(table, ids))
-        return rows if scale == 1.0 else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
+        rows = (
+            graph.gather(table, ids)
+            if self._num_ranks == 1
+            else self.all_reduce(self._local_rows(table, ids))
+        )
+        return (
+            rows
+            if scale == 1.0
+            else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
+        )
 
     def _local_rows(self, table: ITensor, ids: ITensor) -> ITensor:
         """Rows of the tokens that this rank holds, zero for the others."""
         graph, span = self._graph, self._vocabulary
-        first, zero = graph.constant(np.array([span.start], np.int32)), graph.constant(np.array([0], np.int32))
+        first, zero = (
+            graph.constant(np.array([span.start], np.int32)),
+            graph.constant(np.array([0], np.int32)),
+        )
         count = graph.constant(np.array([span.stop - span.start], np.int32))
         local = graph.binary("SUB", ids, first)
         below = graph.binary("LESS", local, zero)
@@ -200,7 +211,9 @@ class TrtOps(Ops[ITensor]):
         key = ("heads", num_heads)
         if key not in self._shapes:
             self._shapes[key] = self._graph.extents(self._num_seqs, self._seq_tokens, num_heads, dim)
-        return self._graph.split_heads(self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key])
+        return self._graph.split_heads(
+            self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key]
+        )
 
     def _rotate(self, x: ITensor, rope: RopeConfig | None) -> ITensor:
         if rope is None:

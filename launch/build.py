@@ -1,0 +1,156 @@
+"""``python -m launch.build``: make one TensorRT engine per rank, ahead of serving. Needs no MPI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phalanx.launch.arguments import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from phalanx.checkpoints.checkpoint import Checkpoint
+    from phalanx.runtime.executors.trt_adapter import TensorRT
+    from phalanx.runtime.executors.trt_builder import BuildReport, BuildRequest, Progress
+
+__all__ = ["main"]
+
+
+def build_parser() -> CommandParser:
+    """Flags as in INTERFACES."""
+    parser = CommandParser(
+        prog="launch.build",
+        description="Make one TensorRT engine per rank. Ranks are built one after the other; start one process per --rank "
+        "to build them side by side.",
+    )
+    parser.add_argument(
+        "--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR",
+                        help="Hugging Face directory or output of launch.split (default: the demo checkpoint)")  # fmt: skip
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
+                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of dummy weights")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the engines")
+    for short, long in (("tp", "tensor"), ("pp", "pipeline")):
+        parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
+                            help=f"{long}-parallel size (default 1)")  # fmt: skip
+    parser.add_argument("--rank", type=int, metavar="R", help="build only this rank's engine (default: all)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    _add_size_arguments(parser)
+    parser.add_argument("--target-compute-capability", type=_capabilities, metavar="8.0,8.9",
+                        help="GPUs to build for (default: the one here)")  # fmt: skip
+    parser.add_argument("--stripped", action="store_true",
+                        help="leave the weights out: one engine for all checkpoints of this shape, filled in when loaded")  # fmt: skip
+    return parser
+
+
+def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N",
+                        help="most sequences that run at once (default 64)")  # fmt: skip
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS",
+                        help="longest prompt + output (default: what the model was made for, at most 4096)")  # fmt: skip
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N",
+                        help="longest prompt chunk in one pass (default 2048)")  # fmt: skip
+
+
+def _capabilities(text: str) -> tuple[str, ...]:
+    """``8.0,8.9 -> ("8.0", "8.9")``."""
+    capabilities = tuple(part.strip() for part in text.split(","))
+    for capability in capabilities:
+        major, _, minor = capability.partition(".")
+        if not (major.isdigit() and minor.isdigit()):
+            raise argparse.ArgumentTypeError(f"{capability!r} is not a compute capability like 8.9")
+    return capabilities
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; prints the path of each engine built, one a line."""
+    args = build_parser().parse_args(argv)
+
+    from phalanx.checkpoints.checkpoint import open_checkpoint
+    from phalanx.parallel.topology import Layout, Topology
+    from phalanx.runtime.executors.trt_adapter import load_tensorrt
+    from phalanx.runtime.executors.trt_builder import build_engine
+    from phalanx.runtime.executors.trt_engines import EngineDirectory, identify
+
+    layout = Layout(tp=args.tp, pp=args.pp)
+    ranks = [
+        Topology(layout, rank) for rank in (range(layout.world_size) if args.rank is None else (args.rank,))
+    ]
+    library = load_tensorrt()
+    with open_checkpoint(args.model, args.load_format, args.seed) as checkpoint:
+        request = _request(args, checkpoint, library)
+        directory = EngineDirectory.of(args.output, checkpoint.path)
+        identity = identify(checkpoint, request, layout, library)
+        args.output.mkdir(parents=True, exist_ok=True)
+        sys.stderr.write(_plan_line(request, library))
+        for topology in ranks:
+            path = directory.engine(identity, topology.rank)
+            with _progress(path.name) as progress:
+                report = build_engine(
+                    library, request, checkpoint.source, topology, path, directory.timing_cache, progress
+                )
+            sys.stderr.write(_report_line(path, report))
+            sys.stdout.write(f"{path}\n")
+        directory.write_config(identity)
+    return 0
+
+
+def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.executors.trt_builder import BuildRequest, network_shape
+    from phalanx.runtime.models import find_model
+
+    if args.stripped and not library.can_refit:
+        raise ConfigError(f"--stripped is not supported by {library.name}; leave it out, or install tensorrt")
+    model = find_model(checkpoint.config)
+    config = model.read_config(checkpoint.config)
+    shape = network_shape(
+        config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens
+    )
+    targets = args.target_compute_capability or library.default_targets()
+    return BuildRequest(model, config, shape, targets, args.stripped)
+
+
+def _plan_line(request: BuildRequest, library: TensorRT) -> str:
+    shape = request.shape
+    return (
+        f"{request.config.architecture} {shape.dtype} with {library.name} for compute capability {', '.join(request.targets)}: "
+        f"{shape.max_num_seqs} sequences of up to {shape.max_model_len} tokens, prompt chunks of up to "
+        f"{shape.max_prefill_tokens}\n"
+    )
+
+
+def _report_line(path: Path, report: BuildReport) -> str:
+    return (
+        f"{path.name}: {report.num_layers} layers, shard {report.shard_bytes / 1e9:.3f} GB read in {report.load_seconds:.1f} s, "
+        f"built in {report.build_seconds:.1f} s, engine {report.engine_bytes / 1e9:.3f} GB, "
+        f"peak host memory {report.peak_bytes / 1e9:.2f} GB\n"
+    )
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Progress | None]:
+    """A bar on standard error where that is a terminal: the library's phases, the outermost first."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+
+        def show(phase: str, step: int, num_steps: int) -> None:
+            bar.update(task, description=f"{name}: {phase}", completed=step, total=num_steps or None)
+
+        yield show
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory of engines: file names, the key that says what they were built from, and checks before one is loaded.
+
+<model>_<dtype>_tp<T>_pp<P>_rank<R>.engine     one plan a rank
+config.json                                    what they were built from, and for what
+model.cache                                    the library's timing cache
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoints.checkpoint import Checkpoint, content_checksum
+from phalanx.checkpoints.dummy import DummySource
+from phalanx.kernels.compiler import cache_directory
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.topology import Layout
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.trt_adapter import TensorRT
+from phalanx.runtime.executors.trt_builder import BuildRequest
+from phalanx.runtime.executors.trt_network import NetworkShape
+
+__all__ = ["EngineDirectory", "EngineIdentity", "identify", "weights_checksum"]
+
+_FORMAT = 1
+"""Raise it when networks change so that engines built before must not be used."""
+
+_REBUILD = "build it again with python -m launch.build"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Everything that decides what an engine computes and where it runs.
+
+    Attributes:
+        weights: checksum of the checkpoint; empty for stripped engines, which take any weights of these shapes.
+        library: name and version of the TensorRT.
+        targets: compute capabilities.
+    """
+
+    config: ModelConfig
+    shape: NetworkShape
+    layout: Layout
+    weights: str
+    library: str
+    targets: tuple[str, ...]
+
+    def fields(self) -> dict[str, Any]:
+        """As plain values, one to one with what `key` covers. Token ids of the tokenizer do not matter."""
+        config = dataclasses.asdict(self.config)
+        for name in ("bos_token_id", "eos_token_ids"):
+            del config[name]
+        return {
+            "format": _FORMAT,
+            "model_config": config,
+            "tensor_parallel_size": self.layout.tp,
+            "pipeline_parallel_size": self.layout.pp,
+            **dataclasses.asdict(self.shape),
+            "weights_checksum": self.weights,
+            "tensorrt": self.library,
+            "target_compute_capabilities": list(self.targets),
+        }
+
+    @property
+    def key(self) -> str:
+        """A digest of `fields`: engines with the same key can stand for each other."""
+        text = json.dumps(self.fields(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDirectory:
+    """Engines of one model in one layout.
+
+    Attributes:
+        model_name: first part of the file names.
+    """
+
+    path: Path
+    model_name: str
+
+    @staticmethod
+    def of(path: Path, checkpoint: Path) -> EngineDirectory:
+        """The directory ``path``, its files named after the checkpoint's directory."""
+        return EngineDirectory(path, re.sub(r"[^A-Za-z0-9.-]+", "-", checkpoint.resolve().name) or "model")
+
+    @property
+    def config_path(self) -> Path:
+        """``config.json``."""
+        return self.path / "config.json"
+
+    @property
+    def timing_cache(self) -> Path:
+        """``model.cache``."""
+        return self.path / "model.cache"
+
+    def engine(self, identity: EngineIdentity, rank: int) -> Path:
+        """The plan of ``rank`` (pipeline stage x tp + tensor-parallel rank)."""
+        layout = identity.layout
+        name = f"{self.model_name}_{identity.shape.dtype}_tp{layout.tp}_pp{layout.pp}_rank{rank}.engine"
+        return self.path / name
+
+    def write_config(self, identity: EngineIdentity) -> None:
+        """Say what the engines are. Engines of another identity that lie here become stale."""
+        text = json.dumps({"key": identity.key, **identity.fields()}, indent=2)
+        partial = self.config_path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(self.config_path)
+
+    def read_config(self) -> dict[str, Any]:
+        """What the engines here are.
+
+        Raises:
+            ConfigError: there are none, or ``config.json`` is damaged.
+        """
+        try:
+            config = json.loads(self.config_path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.path} holds no engines (no config.json); make them with python -m launch.build"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{self.config_path} is damaged ({error}); {_REBUILD}") from None
+        if not isinstance(config, dict) or "key" not in config:
+            raise ConfigError(f"{self.config_path} is not of launch.build; {_REBUILD}")
+        return config
+
+    def check(self, identity: EngineIdentity, rank: int, capability: str) -> Path:
+        """The plan of ``rank``, after making sure that it is what ``identity`` describes and runs on this GPU.
+
+        Raises:
+            ConfigError: it is missing, stale, of another TensorRT or for another GPU: what differs, and what to do.
+        """
+        config = self.read_config()
+        wanted = identity.fields()
+        if capability not in config.get("target_compute_capabilities", []):
+            raise ConfigError(
+                f"the engines in {self.path} were built for compute capability "
+                f"{', '.join(config.get('target_compute_capabilities', []))}, but this GPU has {capability}; "
+                f"build them here, or with --target-compute-capability {capability}"
+            )
+        for name, value in wanted.items():
+            if name != "target_compute_capabilities" and config.get(name) != value:
+                raise ConfigError(_difference(self.path, name, config.get(name), value))
+        engine = self.engine(identity, rank)
+        if not engine.exists():
+            raise ConfigError(
+                f"{engine.name} is missing from {self.path}; build it with launch.build --rank {rank}"
+            )
+        return engine
+
+
+def _difference(path: Path, name: str, found: Any, wanted: Any) -> str:
+    if name == "tensorrt":
+        return f"the engines in {path} were built by {found}, but {wanted} is installed here; {_REBUILD}"
+    if name == "weights_checksum":
+        return f"the engines in {path} are stale: the checkpoint's weights changed since they were built; {_REBUILD}"
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        name, found, wanted = next(
+            (f"{name}.{inner}", found.get(inner), value)
+            for inner, value in wanted.items()
+            if found.get(inner) != value
+        )
+    return (
+        f"the engines in {path} were built for {name}={found}, but {name}={wanted} is asked for; {_REBUILD}"
+    )
+
+
+def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
+    """Identity of a checkpoint's weights. Remembered in ``memory`` until a file changes its size or time."""
+    if isinstance(checkpoint.source, DummySource):
+        return content_checksum(checkpoint.source)
+    files = sorted(checkpoint.path.glob("*.safetensors"))
+    stamps = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+    stamp = hashlib.blake2b(
+        repr((str(checkpoint.path.resolve()), stamps)).encode(), digest_size=16
+    ).hexdigest()
+    remembered = memory / f"{stamp}.checksum"
+    if remembered.exists():
+        return remembered.read_text().strip()
+    checksum = content_checksum(checkpoint.source)
+    memory.mkdir(parents=True, exist_ok=True)
+    partial = memory / f"{stamp}.{id(checkpoint)}.partial"
+    partial.write_text(checksum)
+    partial.replace(remembered)
+    return checksum
+
+
+def identify(
+    checkpoint: Checkpoint, request: BuildRequest, layout: Layout, library: TensorRT
+) -> EngineIdentity:
+    """What engines built from these choices are. Reads the checkpoint, unless its checksum is remembered."""
+    weights = "" if request.stripped else weights_checksum(checkpoint, cache_directory() / "checksums")
+    return EngineIdentity(request.config, request.shape, layout, weights, library.name, request.targets)
