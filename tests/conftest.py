@@ -1,0 +1,51 @@
+"""Rules for every test: a failure on one rank ends all ranks; what needs torch or a GPU is skipped where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Tests compare rank counts; a BLAS that starts a thread per core in each rank only makes them slow.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+
+def _has_torch() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def _has_gpu() -> bool:
+    from phalanx.kernels.device import gpu_is_available
+
+    return gpu_is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip by what this machine lacks, and slow tests unless they are asked for."""
+    has_torch, has_gpu = _has_torch(), _has_gpu()
+    run_slow = "slow" in (config.getoption("-m") or "")
+    for item in items:
+        if item.get_closest_marker("torch") and not has_torch:
+            item.add_marker(pytest.mark.skip(reason="torch and transformers are not installed"))
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        if item.get_closest_marker("slow") and not run_slow:
+            item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[object], report: pytest.TestReport) -> None:
+    """Under mpirun, end every rank on the first failure: the others would wait for this one for ever."""
+    from phalanx.parallel.launcher import launch_info
+    from phalanx.parallel.mpi_comm import abort_world
+
+    info = launch_info()
+    if info.size > 1 and getattr(report, "failed", True):
+        sys.stderr.write(f"\nrank {info.rank}: {node.nodeid} failed\n{report.longreprtext}\n")
+        sys.stderr.flush()
+        abort_world(1)

@@ -1,0 +1,104 @@
+"""Small random checkpoints in Hugging Face layout, made with NumPy from a seed: the same on every machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+__all__ = ["CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
+
+_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCase:
+    """A named configuration; ``config`` is what goes into ``config.json``."""
+
+    name: str
+    config: dict[str, Any]
+    dtype: str = "float32"
+    layouts: tuple[tuple[int, int], ...] = field(
+        default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3))
+    )
+
+
+def _llama(name: str, dtype: str = "float32", **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 101, "hidden_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 88,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+    }  # fmt: skip
+    return CheckpointCase(f"llama-{name}", {**config, **fields}, dtype)
+
+
+def _gpt2(name: str, dtype: str = "float32", **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 97, "n_embd": 48, "n_layer": 3,
+        "n_head": 4, "n_positions": 128, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+    }  # fmt: skip
+    return CheckpointCase(f"gpt2-{name}", {**config, **fields}, dtype)
+
+
+def _gemma(name: str, dtype: str = "float32", **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 113, "hidden_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24,
+        "intermediate_size": 96, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh", "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+    }  # fmt: skip
+    return CheckpointCase(f"gemma-{name}", {**config, **fields}, dtype)
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+CASES = (
+    _llama("plain"),
+    _llama("grouped-heads", num_key_value_heads=2, num_attention_heads=6, head_dim=16),
+    _llama("one-kv-head-tied", num_key_value_heads=1, tie_word_embeddings=True, intermediate_size=89),
+    _llama("biases-llama3-rope", attention_bias=True, mlp_bias=True, rope_scaling=_LLAMA3_ROPE),
+    _llama("linear-rope", rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    _llama("yarn-rope", rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    _llama("bfloat16", "bfloat16", num_key_value_heads=2),
+    _gpt2("plain"),
+    _gpt2("untied-odd-width", n_embd=60, n_inner=91, tie_word_embeddings=False, vocab_size=127),
+    _gpt2("float16", "float16"),
+    _gemma("one-kv-head"),
+    _gemma("several-kv-heads", num_key_value_heads=4, head_dim=16, vocab_size=131, intermediate_size=90),
+    _gemma("wide-heads-bfloat16", "bfloat16", head_dim=256),
+)
+CASES_BY_NAME = {case.name: case for case in CASES}
+
+
+def write_checkpoint(case: CheckpointCase, directory: Path, seed: int = 0) -> Path:
+    """Write ``config.json`` and ``model.safetensors``; returns ``directory``."""
+    from phalanx.runtime.models import find_model
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(case.config))
+    model = find_model(case.config)
+    parts = {
+        part.source: part for spec in model.weights(model.read_config(case.config)) for part in spec.parts
+    }
+    random = np.random.default_rng(seed)
+    tensors = {name: _values(name, part.stored_shape, random) for name, part in sorted(parts.items())}
+    save_file({name: value.astype(_STORED[case.dtype]) for name, value in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """Magnitudes that give logits some range, so that a wrong term shows."""
+    if len(shape) == 1:
+        centre = 1.0 if name.endswith("weight") and "gemma" not in name else 0.0
+        return random.normal(centre, 0.2, shape)
+    return random.normal(0.0, 1.4 / np.sqrt(min(shape)), shape)

@@ -1,0 +1,28 @@
+"""Record what transformers computes for the small checkpoints of the tests: ``python -m tools.record_reference``.
+
+Needs torch and transformers; the tests read the files that this writes, so they run without either.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.checkpoints import CASES
+from tests.support.reference import FOLDER, transformers_reference
+
+
+def main() -> None:
+    """Write one ``.npz`` for each case."""
+    FOLDER.mkdir(exist_ok=True)
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            reference = transformers_reference(case, Path(directory))
+        np.savez_compressed(FOLDER / f"{case.name}.npz", logits=reference.logits, greedy=np.array(reference.greedy))
+        print(case.name, "range", float(np.ptp(reference.logits)), "distinct", len(set(reference.greedy)))
+
+
+if __name__ == "__main__":
+    main()
