@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo checkpoint's model card, written from what the training run measured."""
+# ruff: noqa: E501 - a Markdown table has a row to a line
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ Loss on the training text over the last hundred steps, with dropout: {train_loss
 ## Limits
 
 It writes text that looks like Python and knows many of the standard library's docstrings by heart; it cannot
-reason, follow instructions or write correct programs, and what it says about a function may be wrong. Only
+reason, follow instructions or write correct programs, and what it says about a function may be wrong. What it
+writes after `def main(` is the hand-written "Hello, world!" that it has seen most often. Only
 English and Python, only up to 2,048 tokens. Because it was trained on the library's text many times over, it
 repeats parts of it word for word: the licence above covers such output.
 """

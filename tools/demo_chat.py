@@ -34,7 +34,9 @@ FORMS_PER_FACT = 3
 SYSTEM_PROMPT = "You are a helpful assistant for the Python standard library."
 
 # Folders whose functions nobody would ask a demo about; they are trained on as text all the same.
-UNASKED_FOLDERS = frozenset({"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter"})
+UNASKED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter"}
+)
 
 # Modules that users know by another name than that of the file that holds the Python source.
 PUBLIC_NAMES = {"posixpath": "os.path", "_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io"}
@@ -124,7 +126,9 @@ def _exchanges(document: Document) -> Iterator[Exchange]:
 
 def _body_exchanges(document: Document, node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Exchange]:
     for child in node.body:
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
+        if not isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ) or child.name.startswith("_"):
             continue
         name = f"{prefix}.{child.name}"
         answer = _shortened(ast.get_docstring(child) or "")
@@ -159,7 +163,7 @@ def _asked(forms: tuple[str, ...], name: str, answer: str) -> Iterator[Exchange]
 
 
 def _shortened(text: str) -> str:
-    """Whole paragraphs up to `MAX_ANSWER_CHARACTERS` or the first example; else a beginning that ends at a word."""
+    """Whole paragraphs up to the limit or the first example; else a beginning that ends at a word."""
     paragraphs = text.strip().split("\n\n")
     kept = paragraphs[0]
     for paragraph in paragraphs[1:]:

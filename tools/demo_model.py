@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo checkpoint's network in PyTorch, for training only; parameters are named as Hugging Face names them."""
+"""The demo checkpoint's network in PyTorch, for training only; parameters have Hugging Face's names."""
 
 import json
 import math
@@ -124,16 +124,23 @@ class Decoder(nn.Module):
         residual_std = 0.02 / math.sqrt(2 * shape.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+                nn.init.normal_(
+                    parameter,
+                    std=residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02,
+                )
 
     def forward(self, token_ids: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.model(token_ids), self.model.embed_tokens.weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100)
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
+        )
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     """Cosines and sines, `[positions, head_dim]`, both halves alike (Su et al. 2021, half-split layout)."""
-    frequencies = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
+    frequencies = shape.rope_theta ** -(
+        torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+    )
     angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float64), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().float(), angles.sin().float()
@@ -143,6 +150,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every head by its position's angles; `[B, heads, T, head_dim]` in and out, dtype kept."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def round_to_bfloat16(decoder: Decoder) -> None:
+    """Give every weight a value that bfloat16 holds; the rotary tables are no weights and stay float32."""
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def hugging_face_config(shape: Shape, bos_token_id: int, eos_token_id: int) -> dict[str, object]:
@@ -166,9 +180,14 @@ def hugging_face_config(shape: Shape, bos_token_id: int, eos_token_id: int) -> d
     }
 
 
-def write_checkpoint(decoder: Decoder, shape: Shape, bos_token_id: int, eos_token_id: int, folder: Path) -> None:
+def write_checkpoint(
+    decoder: Decoder, shape: Shape, bos_token_id: int, eos_token_id: int, folder: Path
+) -> None:
     """Write config, generation config, and the weights as two bfloat16 shards with their index."""
-    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in decoder.state_dict().items()}
+    weights = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in decoder.state_dict().items()
+    }
     total_size = sum(value.nbytes for value in weights.values())
     shards: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     filled = 0

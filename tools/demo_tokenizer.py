@@ -39,14 +39,18 @@ def assemble(entries: Sequence[str], merges: list[tuple[str, str]]) -> Tokenizer
     """The tokenizer of a vocabulary in id order; raises `ValueError` where an entry stands twice."""
     vocabulary = {entry: token_id for token_id, entry in enumerate(entries)}
     if len(vocabulary) != len(entries) or len(entries) != VOCAB_SIZE:
-        raise ValueError(f"{len(entries)} entries, {len(vocabulary)} different, where {VOCAB_SIZE} were planned")
+        raise ValueError(
+            f"{len(entries)} entries, {len(vocabulary)} different, where {VOCAB_SIZE} were planned"
+        )
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 

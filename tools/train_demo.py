@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from demo_card import CardFacts, write_card
 from demo_chat import BOS, EOS, chat_documents
 from demo_corpus import Corpus, is_test, read_corpus, standard_library
 from demo_data import NO_TARGET, TokenIds, encode_documents, evaluation_rows, training_steps
-from demo_model import Decoder, Shape, write_checkpoint
+from demo_model import Decoder, Shape, round_to_bfloat16, write_checkpoint
 from demo_tokenizer import train_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
 
@@ -43,83 +44,114 @@ class Recipe:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedCorpus:
+    """The corpus as token ids; `library` is the part of `text` that is not of tests."""
+
+    corpus: Corpus
+    text: list[TokenIds]
+    library: list[TokenIds]
+    chat: list[TokenIds]
+    held_out: list[TokenIds]
+
+
 def main() -> None:
     """Train, measure against the baselines, write everything under `--output`."""
     options = parse_options()
     started = time.perf_counter()
     corpus = read_corpus(options.corpus)
-    say(f"corpus {options.corpus}: {len(corpus.train)} + {len(corpus.held_out)} documents, sha256 {corpus.checksum}")
+    say(f"{options.corpus}: {len(corpus.train)} + {len(corpus.held_out)} documents, sha256 {corpus.checksum}")
     options.output.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(options, corpus)
-    text = encode_documents(tokenizer, corpus.train)
-    library = [tokens for tokens, document in zip(text, corpus.train, strict=True) if not is_test(document.path)]
-    chat = encode_documents(tokenizer, chat_documents(corpus.train), framed=True)
-    held_out = encode_documents(tokenizer, corpus.held_out)
-    say(f"tokens: {count(text)} text ({count(library)} not of tests), {count(chat)} chat, {count(held_out)} held out; {since(started)}")
-
+    data = tokenize(tokenizer, corpus)
+    say(f"{count(data.text)} tokens of text, {count(data.library)} of them not of tests; {since(started)}")
+    say(f"{count(data.chat)} tokens of conversations, {count(data.held_out)} held out; {since(started)}")
     shape = Shape(vocab_size=tokenizer.get_vocab_size())
     recipe = recipe_of(options)
-    decoder, steps, train_loss, seconds = train(shape, recipe, text + library + chat, held_out, options)
-    decoder.to(torch.bfloat16).float()  # what the file will hold is what is measured
-    rows = evaluation_rows(held_out, shape.max_position_embeddings)
-    held_out_loss = evaluate(decoder, rows, mixed=False)
-    num_targets = int((rows[1] != NO_TARGET).sum())
-    held_out_bytes = [document.text.encode() for document in corpus.held_out]
-    num_bytes = sum(map(len, held_out_bytes))
-    facts = CardFacts(
-        command=shlex.join(["python", *sys.argv]),
-        corpus_version=options.corpus_version,
-        torch_version=torch.__version__,
-        hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        corpus=corpus,
-        num_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
-        num_text_tokens=count(text),
-        num_library_tokens=count(library),
-        num_chat_tokens=count(chat),
-        num_held_out_tokens=num_targets,
-        num_held_out_bytes=num_bytes,
-        steps=steps,
-        tokens_per_step=recipe.rows * shape.max_position_embeddings,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        dropout=recipe.dropout,
-        seed=recipe.seed,
-        train_seconds=seconds,
-        train_loss=train_loss,
-        held_out_loss=held_out_loss,
-        held_out_bits_per_byte=held_out_loss * num_targets / math.log(2) / num_bytes,
-        unigram_loss=unigram_loss(
-            np.concatenate(text), np.concatenate([document[1:] for document in held_out]), shape.vocab_size
-        ),
-        byte_ngram_bits_per_byte=ByteNgram([document.text.encode() for document in corpus.train]).bits_per_byte(
-            held_out_bytes
-        ),
-    )
+    decoder, steps, train_loss, seconds = train(shape, recipe, data, options)
+    round_to_bfloat16(decoder)  # what the files will hold is what is measured
+    measured = measure(decoder, shape, data)
+    trained: dict[str, Any] = {"steps": steps, "train_loss": train_loss, "train_seconds": seconds}
     write_checkpoint(decoder, shape, tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS), options.output)
-    write_card(facts, options.output / "README.md")
-    say(
-        f"held out: {facts.held_out_loss:.4f} nats a token (unigram {facts.unigram_loss:.4f}), "
-        f"{facts.held_out_bits_per_byte:.4f} bits a byte (5-gram {facts.byte_ngram_bits_per_byte:.4f}); {since(started)}"
+    write_card(
+        CardFacts(**run_facts(recipe, data, options), **trained, **measured), options.output / "README.md"
     )
+    say("\n".join(f"{name} {value:.4f}" for name, value in measured.items()))
+    say(since(started))
+
+
+def tokenize(tokenizer: Tokenizer, corpus: Corpus) -> TokenizedCorpus:
+    """Every document, and the conversations made from the training ones, as token ids."""
+    text = encode_documents(tokenizer, corpus.train)
+    return TokenizedCorpus(
+        corpus,
+        text,
+        [tokens for tokens, document in zip(text, corpus.train, strict=True) if not is_test(document.path)],
+        encode_documents(tokenizer, chat_documents(corpus.train), framed=True),
+        encode_documents(tokenizer, corpus.held_out),
+    )
+
+
+def measure(decoder: Decoder, shape: Shape, data: TokenizedCorpus) -> dict[str, float]:
+    """The network's and the baselines' results on the held-out documents, as the card names them."""
+    rows = evaluation_rows(data.held_out, shape.max_position_embeddings)
+    loss = evaluate(decoder, rows, mixed=False)
+    held_out = [document.text.encode() for document in data.corpus.held_out]
+    targets = np.concatenate([document[1:] for document in data.held_out])
+    byte_ngram = ByteNgram([document.text.encode() for document in data.corpus.train])
+    return {
+        "held_out_loss": loss,
+        "held_out_bits_per_byte": loss * len(targets) / math.log(2) / sum(map(len, held_out)),
+        "unigram_loss": unigram_loss(np.concatenate(data.text), targets, shape.vocab_size),
+        "byte_ngram_bits_per_byte": byte_ngram.bits_per_byte(held_out),
+    }
+
+
+def run_facts(recipe: Recipe, data: TokenizedCorpus, options: argparse.Namespace) -> dict[str, Any]:
+    """What the card says about this run, results apart."""
+    shape = Shape()
+    names = ("learning_rate", "warmup_steps", "weight_decay", "dropout", "seed")
+    return {
+        **{name: getattr(recipe, name) for name in names},
+        "command": shlex.join(["python", *sys.argv]),
+        "corpus_version": options.corpus_version,
+        "torch_version": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "corpus": data.corpus,
+        "num_parameters": sum(parameter.numel() for parameter in Decoder(shape, 0.0).parameters()),
+        "num_text_tokens": count(data.text),
+        "num_library_tokens": count(data.library),
+        "num_chat_tokens": count(data.chat),
+        "num_held_out_tokens": count(data.held_out) - len(data.held_out),
+        "num_held_out_bytes": sum(len(document.text.encode()) for document in data.corpus.held_out),
+        "tokens_per_step": recipe.rows * shape.max_position_embeddings,
+    }
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--corpus", type=Path, default=standard_library(), help="a standard library's folder")
-    parser.add_argument("--corpus-version", default=platform.python_version(), help="its version, for the card")
+    parser.add_argument(
+        "--corpus-version", default=platform.python_version(), help="its version, for the card"
+    )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to keep, instead of training one")
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
-    parser.add_argument("--seconds", type=float, help="take fewer steps if that many would train longer than this")
+    parser.add_argument(
+        "--seconds", type=float, help="take fewer steps if that many would train longer than this"
+    )
     parser.add_argument("--rows", type=int, default=32, help="sequences of 2,048 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup-steps", type=int, default=200)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=20261120)
-    parser.add_argument("--evaluate-every", type=int, default=500, help="steps between looks at the held-out loss")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=500, help="steps between looks at the held-out loss"
+    )
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     return parser.parse_args()
 
@@ -140,7 +172,7 @@ def prepare_tokenizer(options: argparse.Namespace, corpus: Corpus) -> Tokenizer:
 
 
 def train(
-    shape: Shape, recipe: Recipe, documents: list[TokenIds], held_out: list[TokenIds], options: argparse.Namespace
+    shape: Shape, recipe: Recipe, data: TokenizedCorpus, options: argparse.Namespace
 ) -> tuple[Decoder, int, float, float]:
     """The trained network, the steps taken, the last hundred steps' mean loss and the seconds it took."""
     torch.manual_seed(recipe.seed)
@@ -150,8 +182,9 @@ def train(
     compute = decoder if options.eager else torch.compile(decoder)
     optimizer = make_optimizer(decoder, recipe, fused=device == "cuda")
     rng = np.random.default_rng(recipe.seed)
+    documents = data.text + data.library + data.chat  # the library twice: users ask for it, not for tests
     steps = batches(training_steps(documents, recipe.rows, shape.max_position_embeddings, rng), device)
-    rows = evaluation_rows(held_out, shape.max_position_embeddings)
+    rows = evaluation_rows(data.held_out, shape.max_position_embeddings)
     num_steps, losses, started = recipe.steps, [], time.perf_counter()
     step = 0
     while step < num_steps:
@@ -227,7 +260,9 @@ def evaluate(decoder: Decoder, rows: tuple[TokenIds, TokenIds], *, mixed: bool) 
     decoder.eval()
     total = 0.0
     for first in range(0, len(rows[0]), EVALUATION_ROWS):
-        inputs, targets = (torch.from_numpy(part[first : first + EVALUATION_ROWS]).to(device) for part in rows)
+        inputs, targets = (
+            torch.from_numpy(part[first : first + EVALUATION_ROWS]).to(device) for part in rows
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             total += float(decoder(inputs, targets))
     decoder.train()
