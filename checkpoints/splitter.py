@@ -7,14 +7,17 @@ within a rank, one piece each in turn.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ from phalanx.parallel.errors import CheckpointError, ConfigError
 
 __all__ = ["SplitReport", "split_checkpoint"]
 
+_BLOCK_BYTES = 256 << 10
+"""Copied at once: what was read is still in the processor's cache when it is summed and written."""
+
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -64,12 +70,13 @@ def split_checkpoint(
     job: SplitJob,
     output: Path,
     comm: Communicator,
-    threads: int = 2,
+    threads: int = 1,
 ) -> SplitReport:
     """Write ``source`` as a split at ``output``. *Collective over ``comm``.*
 
     Args:
         directory: where configuration and tokenizer files are copied from.
+        threads: how many pieces this rank copies at once.
 
     Raises:
         ConfigError: ``output`` exists or cannot be written, or the model cannot be split so.
@@ -77,22 +84,21 @@ def split_checkpoint(
     """
     stored_names, ranks = plan_ranks(source, job)
     files = [_layout(rank, job) for rank in ranks]
-    partial = PartialDirectory(output, _is_ours)
+    unfinished = PartialDirectory(output, _is_ours)
     is_first = comm.rank == 0
-    replaced = partial.create() if is_first else False
+    replaced = unfinished.create() if is_first else False
     try:
         if is_first:
-            _check_space(partial.path, sum(file.num_bytes for file in files))
+            _check_space(unfinished.path, sum(file.num_bytes for file in files))
         comm.barrier()
-        mine = range(comm.rank, len(ranks), comm.size)
-        entries = [_write_rank(source, ranks[number], files[number], partial.path, job, threads) for number in mine]
-        entries = _gather(entries, comm)
+        mine = slice(comm.rank, None, comm.size)
+        entries = _gather(_write_ranks(source, ranks[mine], files[mine], unfinished.path, threads), comm)
         if is_first:
-            _copy_files(directory, partial.path, job.dtype)
-            _write_manifest(_manifest(source, stored_names, job, entries), partial.path)
-            partial.commit()
+            _copy_files(directory, unfinished.path, job.dtype)
+            _write_manifest(_manifest(source, stored_names, job, entries), unfinished.path)
+            unfinished.commit()
     except BaseException:
-        partial.discard()
+        unfinished.discard()
         raise
     comm.barrier()
     return SplitReport(len(files), sum(file.num_bytes for file in files), replaced)
@@ -118,24 +124,38 @@ def _check_space(path: Path, num_bytes: int) -> None:
         raise ConfigError(f"--output needs {num_bytes} bytes, but {str(path.parent)!r} has {free} left; use another disk")
 
 
-def _write_rank(
-    source: TensorSource, rank: PlannedRank, file: FileLayout, path: Path, job: SplitJob, threads: int
-) -> RankFile:
-    name = rank_file_name(rank.rank)
-    descriptor = os.open(path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
+def _write_ranks(
+    source: TensorSource, ranks: Sequence[PlannedRank], files: Sequence[FileLayout], path: Path, threads: int
+) -> list[RankFile]:
+    """Write the files of ``ranks``; pieces of different files in turn, because writers of one file wait for each other."""
+    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+        jobs: list[list[Callable[[], Piece]]] = []
+        for rank, file in zip(ranks, files, strict=True):
+            descriptor = _create(path / rank_file_name(rank.rank))
+            stack.callback(os.close, descriptor)
+            _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
+            pairs = zip(rank.pieces, file.offsets, strict=True)
+            jobs.append([partial(_write_piece, source, piece, descriptor, offset) for piece, offset in pairs])
+        futures: list[list[Future[Piece]]] = [[] for _ in jobs]
+        for turn in itertools.zip_longest(*jobs):
+            for job, done in zip(turn, futures, strict=True):
+                if job is not None:
+                    done.append(pool.submit(job))
+        return [
+            _entry(rank, file, tuple(future.result() for future in done))
+            for rank, file, done in zip(ranks, files, futures, strict=True)
+        ]
 
-        def write_piece(piece: PlannedPiece, offset: int) -> Piece:
-            return _write_piece(source, piece, descriptor, offset)
 
-        with ThreadPoolExecutor(threads) as pool:
-            pieces = tuple(pool.map(write_piece, rank.pieces, file.offsets))
-    finally:
-        os.close(descriptor)
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+
+def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> RankFile:
     checksum = zlib.crc32(file.header)
     for piece in pieces:
         checksum = combine(checksum, piece.checksum, piece.num_bytes)
+    name = rank_file_name(rank.rank)
     return RankFile(rank.rank, rank.stage, rank.tp_rank, name, file.num_bytes, checksum, pieces)
 
 
@@ -143,7 +163,7 @@ def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, off
     """Copy one box, a bounded number of its rows at a time."""
     checksum, dtype = ChunkedChecksum(), FLOAT_DTYPES[piece.info.dtype]
     first, *rest = piece.box or (slice(0, 1),)
-    each = max(1, CHUNK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
+    each = max(1, _BLOCK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
     buffer: Buffer = np.empty(min(each, first.stop - first.start) * _row_bytes(source.info(piece.source), rest), np.uint8)
     for low in range(first.start, first.stop, each):
         index = (slice(low, min(low + each, first.stop)), *rest) if piece.box else ()

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=_STORED[args.dtype],
         )
         comm = world_communicator()
-        report = split_checkpoint(checkpoint.source, ModelDirectory.at(checkpoint.path), job, args.output, comm)
+        report = split_checkpoint(checkpoint.source, ModelDirectory.at(checkpoint.path), job, args.output, comm, _threads())
     if comm.rank == 0:
         seconds = time.perf_counter() - start
         if report.replaced_leftovers:
@@ -73,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     comm.close()
     return 0
+
+
+def _threads() -> int:
+    """This rank's share of the processors; more than four do not help."""
+    import os
+
+    from phalanx.parallel.launcher import launch_info
+
+    return max(1, min(4, len(os.sched_getaffinity(0)) // launch_info().local_size))
 
 
 if __name__ == "__main__":
