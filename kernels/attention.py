@@ -243,7 +243,7 @@ class PagedAttention:
         grid = min(self._num_multiprocessors, self._max_prefill_tiles * self._shape.num_kv_heads)
         self._kernels.prefill(
             (grid,),
-            (self._prefill_tiling.warps * 32,),
+            (self._prefill_tiling.threads,),
             (*tensors, *table, workspace.plan, workspace.prefill_tiles, *self._score_arguments),
             shared_mem=self._prefill_tiling.shared_bytes,
         )
@@ -371,13 +371,12 @@ def _load_kernels(
             **common,
         ),
         prefill=library.function(
-            "attention_prefill",
-            "attention_prefill",
+            prefill.source,
+            prefill.source,
             shared_bytes=prefill.shared_bytes,
-            WARPS=prefill.warps,
-            KEYS=prefill.keys,
             SHARED_BYTES=prefill.shared_bytes,
             CAUSAL=causal,
+            **dict(prefill.defines),
             **common,
         ),
     )

@@ -2,7 +2,7 @@
 //
 // One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous
 // ranges, one a worker; with few units, fewer workers, so that none has less than `min_units`. Prefill: every tile of
-// `prefill_rows` query rows (tokens x heads of a group) of the other sequences, longest first, as (sequence, tile) pairs.
+// `prefill_rows` query rows (tokens x heads of a group) of the other sequences, longest first.
 // Also zeroes the decode kernel's counters, so that a step after an aborted one starts clean.
 //
 // cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
@@ -69,30 +69,32 @@ __device__ int find(const int* ends, int count, int position) {
 }
 
 struct PrefillTiles {
-    const int *cu_seqlens_q, *seq_lens, *ends;
+    const int *cu_seqlens_q, *seq_lens, *slots, *ends;
     int first_seq, num_seqs, num_tiles, group, rows, cost_shift;
-
-    struct Tile {
-        int seq, index, bucket;
-    };
 
     __device__ static int count(int num_tokens, int group, int rows) { return (num_tokens * group + rows - 1) / rows; }
 
-    // The tile at `position` of the running totals; its cost is the number of keys that it sees at most.
-    __device__ Tile operator[](int position) const {
+    // The tile at `position` of the running totals.
+    __device__ PrefillTile operator[](int position) const {
         const int i = find(ends, num_seqs, position);
         const int seq = first_seq + i;
+        const int first_token = cu_seqlens_q[seq];
         const int index = position - (i ? ends[i - 1] : 0);
-        const int num_tokens = cu_seqlens_q[seq + 1] - cu_seqlens_q[seq];
-        const int visible = seq_lens[seq] - num_tokens + min(num_tokens, ((index + 1) * rows - 1) / group + 1);
-        return {seq, index, BUCKETS - 1 - min(visible >> cost_shift, BUCKETS - 1)};
+        return {first_token, cu_seqlens_q[seq + 1] - first_token, seq_lens[seq], slots[seq], index * rows};
+    }
+
+    // By cost, which is the number of keys that the tile's last row sees; the most expensive first.
+    __device__ int bucket(const PrefillTile& tile) const {
+        const int last_token = min(tile.num_tokens - 1, (tile.first_row + rows - 1) / group);
+        const int visible = tile.seq_len - tile.num_tokens + last_token + 1;
+        return BUCKETS - 1 - min(visible >> cost_shift, BUCKETS - 1);
     }
 };
 
-__device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& tiles, int2* sorted) {
+__device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& tiles, int4* sorted) {
     for (int bucket = threadIdx.x; bucket < BUCKETS; bucket += THREADS) bucket_ends[bucket] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) atomicAdd(&bucket_ends[tiles[i].bucket], 1);
+    for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) atomicAdd(&bucket_ends[tiles.bucket(tiles[i])], 1);
     __syncthreads();
     int total;
     const int own = bucket_ends[threadIdx.x];
@@ -100,14 +102,14 @@ __device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& til
     bucket_ends[threadIdx.x] = end - own;
     __syncthreads();
     for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) {
-        const PrefillTiles::Tile tile = tiles[i];
-        sorted[atomicAdd(&bucket_ends[tile.bucket], 1)] = make_int2(tile.seq, tile.index);
+        const PrefillTile tile = tiles[i];
+        tile.store(sorted, atomicAdd(&bucket_ends[tiles.bucket(tile)], 1));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
     const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* counts, int* plan, int* decode_ends,
-    int* prefill_ends, int2* prefill_tiles, int* counters, int items_per_seq, int max_workers, int min_units, int window,
+    int* prefill_ends, int4* prefill_tiles, int* counters, int items_per_seq, int max_workers, int min_units, int window,
     int group, int prefill_rows, int cost_shift) {
     __shared__ Scan scan;
     __shared__ int bucket_ends[BUCKETS];
@@ -133,8 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
         return PrefillTiles::count(cu_seqlens_q[seq + 1] - cu_seqlens_q[seq], group, prefill_rows);
     };
     const int num_tiles = running_totals(scan, num_decode, num_seqs, prefill_ends, tiles_of);
-    const PrefillTiles tiles = {cu_seqlens_q, seq_lens,  prefill_ends, num_decode, num_seqs - num_decode,
-                                num_tiles,    group,     prefill_rows, cost_shift};
+    const PrefillTiles tiles = {cu_seqlens_q, seq_lens,  slots, prefill_ends, num_decode,
+                                num_seqs - num_decode, num_tiles, group, prefill_rows, cost_shift};
     sort_tiles(scan, bucket_ends, tiles, prefill_tiles);
     if (threadIdx.x == 0) {
         plan[0] = units;

@@ -182,17 +182,16 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
 extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
     const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* plan,
-    const int2* prefill_tiles, const float* alibi_slopes, float scale, float soft_cap, int window) {
+    const int4* prefill_tiles, const float* alibi_slopes, float scale, float soft_cap, int window) {
     const Parameters p = {q,     query_stride, k_pages,    v_pages,      out,   cu_seqlens_q, seq_lens,
                           slots, block_tables, max_blocks, alibi_slopes, scale, soft_cap,     window};
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int num_items = plan[2] * NUM_KV_HEADS;
-    if (blockIdx.x >= num_items) return;
+    WorkQueue queue(p, plan, prefill_tiles);
+    if (!queue.has_next()) return;
     if (HEAD_DIM % 16) {  // the tensor cores read a row's padding, which no copy writes
         for (int i = threadIdx.x; i < sizeof(Shared) / 16; i += THREADS) reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);
         __syncthreads();
     }
-    WorkQueue queue{p, prefill_tiles, num_items};
     while (queue.has_next()) attend(p, queue.next(), shared);
 }

@@ -88,25 +88,42 @@ class DecodeTiling:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiling:
-    """Constants of one specialisation of ``attention_prefill.cu``: warps of 16 query rows, keys in one tile."""
+    """Which prefill kernel runs, and its constants.
 
-    warps: int
-    keys: int
+    Attributes:
+        source: name of the kernel and of its file.
+        rows: query rows (tokens times heads of a group) of one block.
+        threads: of one block.
+        shared_bytes: of one block.
+        defines: the kernel's own compile-time constants.
+    """
+
+    source: str
+    rows: int
+    threads: int
     shared_bytes: int
-
-    @property
-    def rows(self) -> int:
-        """Query rows (tokens times heads of a group) of one block."""
-        return self.warps * 16
+    defines: tuple[tuple[str, int], ...]
 
     @classmethod
     def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
-        """The largest tile that one block's shared memory holds with two stages of keys and values."""
+        """Hopper's own kernel where it has the head dim, else the portable one with the largest tile that fits."""
         limit = shared_bytes_per_multiprocessor(architecture) - _RESERVED_BYTES
+        if architecture == "sm_90a" and head_dim in (64, 128, 256):
+            return cls._wgmma(head_dim, limit)
         candidates = [(8, 64), (8, 32), (4, 32), (4, 16), (2, 16)]
         sizes = [(warps * 16 + 4 * keys) * row_bytes(head_dim) + _SMALL_BYTES for warps, keys in candidates]
         best = next(i for i, size in enumerate(sizes) if size <= limit)
-        return cls(*candidates[best], sizes[best])
+        warps, keys = candidates[best]
+        defines = (("WARPS", warps), ("KEYS", keys))
+        return cls("attention_prefill", warps * 16, warps * 32, sizes[best], defines)
+
+    @classmethod
+    def _wgmma(cls, head_dim: int, limit: int) -> PrefillTiling:
+        rows, keys = 128, 64 if head_dim > 128 else 128
+        fixed = rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
+        ring = min(8, (limit - fixed) // (keys * head_dim * 2))
+        shared_bytes = fixed + ring * keys * head_dim * 2
+        return cls("attention_prefill_wgmma", rows, 384, shared_bytes, (("KEYS", keys), ("RING", ring)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +142,12 @@ class WorkspaceLayout:
     def of(
         cls, max_workers: int, max_num_seqs: int, max_prefill_tiles: int, partial_floats: int
     ) -> WorkspaceLayout:
-        """Sizes: two partial results and four counters a worker, two integers a prefill tile, one a sequence and kind."""
+        """Sizes: two partial results and four counters a worker, eight integers a prefill tile, one a sequence and kind."""
         sizes = (
             4 * (PLAN_HEADER + PLAN_RANGE * max_workers),
             4 * max_num_seqs,
             4 * max_num_seqs,
-            8 * max_prefill_tiles,
+            32 * max_prefill_tiles,
             4 * 4 * max_workers,
             4 * 2 * max_workers * partial_floats,
         )

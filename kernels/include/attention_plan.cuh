@@ -8,6 +8,20 @@ constexpr int DECODE_TILE = 64;  // tokens in one unit of decode work
 constexpr int PLAN_HEADER = 8;
 constexpr int PLAN_RANGE = 8;
 
+// One tile of prefill work: ROWS query rows (tokens times heads of a group) of one sequence.
+struct PrefillTile {
+    int first_token, num_tokens, seq_len, slot, first_row;
+
+    __device__ __forceinline__ static PrefillTile load(const int4* tiles, int index) {
+        const int4 seq = tiles[2 * index];
+        return {seq.x, seq.y, seq.z, seq.w, tiles[2 * index + 1].x};
+    }
+    __device__ __forceinline__ void store(int4* tiles, int index) const {
+        tiles[2 * index] = make_int4(first_token, num_tokens, seq_len, slot);
+        tiles[2 * index + 1] = make_int4(first_row, 0, 0, 0);
+    }
+};
+
 // How `units` units of work are divided among `num_workers` blocks: worker w has [units w / workers, units (w + 1) / workers).
 struct DecodeSplit {
     int units, num_workers;

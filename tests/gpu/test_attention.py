@@ -10,7 +10,7 @@ import pytest
 cupy = pytest.importorskip("cupy")
 
 from phalanx.kernels.attention import AttentionLimits, AttentionShape  # noqa: E402
-from phalanx.kernels.library import KernelLibrary  # noqa: E402
+from phalanx.kernels.library import KernelLibrary, Library  # noqa: E402
 from tests.gpu.attention_case import TOLERANCE, Case, DeviceCase  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +37,16 @@ def library() -> KernelLibrary:
     return KernelLibrary()
 
 
+class PortableLibrary:
+    """The same device, taken for an Ampere GPU: other tile sizes, no Hopper instructions."""
+
+    architecture = "sm_80"
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self.function = library.function
+        self.num_multiprocessors = library.num_multiprocessors
+
+
 def shape_of(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int = 16, **changes: Any
 ) -> AttentionShape:
@@ -50,7 +60,7 @@ def mixed(shape: AttentionShape, *, seed: int = 0, has_alibi: bool = False) -> C
     return Case(shape, new_tokens, seq_lens, has_alibi=has_alibi, seed=seed)
 
 
-def check(case: Case, library: KernelLibrary) -> None:
+def check(case: Case, library: Library) -> None:
     case.poison_unwritten()
     device = DeviceCase(case, library)
     device.poison()
@@ -76,6 +86,13 @@ def test_groups(library: KernelLibrary, num_heads: int, num_kv_heads: int, head_
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(71, 64), (48, 128), (128, 128), (33, 256)])
 def test_many_heads_share_one_key_head(library: KernelLibrary, num_heads: int, head_dim: int) -> None:
     check(mixed(shape_of(num_heads, 1, head_dim)), library)
+
+
+@pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_portable_kernels(library: KernelLibrary, head_dim: int, features: dict[str, Any]) -> None:
+    case = mixed(shape_of(8, 2, head_dim, 32, **features), has_alibi="window" in features)
+    check(case, PortableLibrary(library))
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -128,6 +145,15 @@ def test_one_long_sequence_is_split_and_merged(
 def test_many_sequences_of_uneven_length(library: KernelLibrary) -> None:
     lengths = tuple(int(n) for n in np.random.default_rng(3).integers(1, 900, 300))
     check(Case(shape_of(8, 2, 64), (1,) * 300, lengths), library)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 1, 64), (4, 1, 128), (4, 2, 256)])
+def test_long_prefill_with_history(
+    library: KernelLibrary, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    lengths = ((1500, 1500), (700, 3000), (33, 2049), (257, 257), (1024, 1024))
+    shape = shape_of(num_heads, num_kv_heads, head_dim)
+    check(Case(shape, tuple(new for new, _ in lengths), tuple(total for _, total in lengths)), library)
 
 
 def test_large_scores_do_not_overflow(library: KernelLibrary) -> None:

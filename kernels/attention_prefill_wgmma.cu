@@ -1,0 +1,275 @@
+// Attention of sequences with several new tokens over paged keys and values, on Hopper's warpgroup matrix instructions.
+//
+// Arguments and work division as attention_prefill.cu. One block a multiprocessor: a feeding warpgroup and two computing
+// ones of 64 query rows each. The feeders keep a ring of key and value tiles full, across work items; the computing
+// warpgroups never meet. Each starts the next tile's scores before it adds this tile's values, so its softmax runs under
+// its own matrix products, and the other warpgroup's.
+//
+// What is odd:
+// - Pages are too small for the bulk copy engine to pay, so feeders gather 16-byte pieces with cp.async and write the
+//   128-byte swizzle themselves; readers fence, because cp.async writes through the ordinary path and wgmma reads through
+//   the asynchronous one.
+// - Values are read as they lie, tokens by dims: wgmma transposes a shared right operand on the fly.
+// - Registers move from the feeders to the computing warpgroups (setmaxnreg): 128 output and 96 score registers do not fit
+//   into an even share.
+//
+// Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
+// HEAD_DIM 64, 128 or 256, KEYS 64 or 128, and RING, slots of one tile of keys or values.
+#define ROWS 128
+#include "attention_prefill.cuh"
+#include "warpgroup.cuh"
+
+constexpr int GROUPS = 2;                       // computing warpgroups
+constexpr int FEEDERS = 128;
+constexpr int THREADS = FEEDERS + GROUPS * 128;
+constexpr int PIECES = HEAD_DIM / 8;            // of 16 bytes in a row
+constexpr int COLUMN_BYTES = 128;               // a row's share of one swizzled column of 64 elements
+constexpr int TILE_BYTES = KEYS * HEAD_DIM * 2;
+constexpr int QUERY_STEPS = HEAD_DIM / 16, KEY_STEPS = KEYS / 16;
+constexpr int FEEDER_REGISTERS = 40, COMPUTE_REGISTERS = 232;
+
+struct Shared {
+    alignas(1024) unsigned char query[ROWS * HEAD_DIM * 2];
+    alignas(1024) unsigned char ring[RING][TILE_BYTES];
+    alignas(8) unsigned long long full[RING], empty[RING], query_full, query_empty;
+};
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
+
+struct RingCursor {
+    int slot = 0;
+    unsigned parity = 0;
+    __device__ __forceinline__ void advance(int size) {
+        if (++slot == size) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Offset of a 16-byte piece of a row in a tile of `rows` rows.
+__device__ __forceinline__ unsigned swizzled(int rows, int row, int piece) {
+    return piece / 8 * rows * COLUMN_BYTES + row * COLUMN_BYTES + (piece % 8 ^ row % 8) * 16;
+}
+
+// ---- The feeding warpgroup ----
+
+struct Feeder {
+    const Parameters& p;
+    Shared& shared;
+    const int thread, lane;
+    RingCursor ring;
+    unsigned query_parity;
+
+    __device__ __forceinline__ void copy_query(const Work& work) {
+        barrier_wait(shared_address(&shared.query_empty), query_parity ^ 1);
+        query_parity ^= 1;
+        const unsigned destination = shared_address(shared.query);
+#pragma unroll 2
+        for (int i = 0; i < ROWS * PIECES / FEEDERS; ++i) {
+            const int row = (i * FEEDERS + thread) / PIECES, piece = (i * FEEDERS + thread) % PIECES;
+            copy_16_bytes(destination + swizzled(ROWS, row, piece), work.query(p, row) + piece * 8, work.has_row(row));
+        }
+        barrier_arrive_after_copies(shared_address(&shared.query_full));
+    }
+
+    // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
+    __device__ __forceinline__ void copy_tile(const Element* pages, const Work& work, int tile, int page) {
+        barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
+        const unsigned destination = shared_address(shared.ring[ring.slot]);
+        const int first_key = tile * KEYS;
+#pragma unroll 4
+        for (int i = 0; i < KEYS * PIECES / FEEDERS; ++i) {
+            const int row = (i * FEEDERS + thread) / PIECES, piece = (i * FEEDERS + thread) % PIECES;
+            const int row_page = __shfl_sync(~0u, page, row / PAGE_ROWS);
+            const int page_row = (row_page * NUM_KV_HEADS + work.kv_head) * BLOCK_SIZE + (first_key + row) % BLOCK_SIZE;
+            const Element* source = pages + static_cast<long long>(page_row) * HEAD_DIM + piece * 8;
+            copy_16_bytes(destination + swizzled(KEYS, row, piece), source, first_key + row < work.seq_len);
+        }
+        barrier_arrive_after_copies(shared_address(&shared.full[ring.slot]));
+        ring.advance(RING);
+    }
+
+    __device__ __forceinline__ void run(WorkQueue& queue) {
+        while (queue.has_next()) {
+            const Work work = queue.next();
+            int page = work.page(work.begin, lane);
+            copy_query(work);
+            for (int tile = work.begin; tile < work.end; ++tile) {
+                const int next_page = work.page(tile + 1, lane);
+                copy_tile(p.k_pages, work, tile, page);
+                copy_tile(p.v_pages, work, tile, page);
+                page = next_page;
+            }
+        }
+    }
+};
+
+// ---- A computing warpgroup ----
+
+struct Consumer {
+    const Parameters& p;
+    Shared& shared;
+    const int group, warp, lane;  // warp within the group
+    RingCursor ring;
+    unsigned query_parity;
+    float out[HEAD_DIM / 8][4];
+    SoftmaxRows softmax;
+
+    __device__ __forceinline__ void release(unsigned long long& barrier) {
+        if (lane == 0) barrier_arrive(shared_address(&barrier));
+    }
+    __device__ __forceinline__ void wait_for_slot(const RingCursor& cursor) {
+        barrier_wait(shared_address(&shared.full[cursor.slot]), cursor.parity);
+        fence_for_matrix_units();
+    }
+
+    // Starts scores = q k^T for the tile in this slot.
+    __device__ __forceinline__ void start_scores(float (&scores)[KEYS / 8][4], const RingCursor& cursor) {
+        wait_for_slot(cursor);
+        const unsigned query = shared_address(shared.query) + group * 64 * COLUMN_BYTES;
+        const unsigned keys = shared_address(shared.ring[cursor.slot]);
+        pin_registers(scores);
+        warpgroup_fence();
+#pragma unroll
+        for (int step = 0; step < QUERY_STEPS; ++step) {
+            const auto a = matrix_descriptor(query + step / 4 * ROWS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
+            const auto b = matrix_descriptor(keys + step / 4 * KEYS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
+            WarpgroupMultiply<KEYS>::shared_shared(scores, a, b, step > 0);
+        }
+        warpgroup_commit();
+    }
+
+    // Starts out += probabilities v for the tile in this slot.
+    __device__ __forceinline__ void start_values(const unsigned (&probabilities)[KEY_STEPS][4], const RingCursor& cursor) {
+        wait_for_slot(cursor);
+        const unsigned values = shared_address(shared.ring[cursor.slot]);
+        pin_registers(out);
+        warpgroup_fence();
+#pragma unroll
+        for (int step = 0; step < KEY_STEPS; ++step) {
+            const auto b = matrix_descriptor(values + step * 16 * COLUMN_BYTES, KEYS * COLUMN_BYTES, 8 * COLUMN_BYTES);
+            WarpgroupMultiply<HEAD_DIM>::register_shared(out, probabilities[step], b);
+        }
+        warpgroup_commit();
+    }
+
+    __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[i][j] *= factor[j / 2];
+    }
+
+    __device__ __forceinline__ void process(const Work& work) {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[i][j] = 0.0f;
+        softmax.begin(p, work, group * 64 + warp * 16);
+        barrier_wait(shared_address(&shared.query_full), query_parity);
+        query_parity ^= 1;
+
+        float scores[KEYS / 8][4], factor[2];
+        unsigned probabilities[KEY_STEPS][4];
+        start_scores(scores, ring);
+        warpgroup_wait<0>();
+        pin_registers(scores);
+        release(shared.empty[ring.slot]);
+        ring.advance(RING);
+        softmax.advance(scores, factor, p, work, work.begin);
+#pragma unroll
+        for (int step = 0; step < KEY_STEPS; ++step) pack_probabilities(probabilities[step], scores, step);
+
+        for (int tile = work.begin + 1; tile < work.end; ++tile) {
+            const RingCursor values = ring;
+            ring.advance(RING);
+            start_scores(scores, ring);
+            start_values(probabilities, values);
+            warpgroup_wait<1>();
+            pin_registers(scores);
+            release(shared.empty[ring.slot]);
+            ring.advance(RING);
+            softmax.advance(scores, factor, p, work, tile);
+            warpgroup_wait<0>();
+            pin_registers(out);
+            release(shared.empty[values.slot]);
+            rescale(factor);
+#pragma unroll
+            for (int step = 0; step < KEY_STEPS; ++step) pack_probabilities(probabilities[step], scores, step);
+        }
+        release(shared.query_empty);
+        start_values(probabilities, ring);
+        warpgroup_wait<0>();
+        pin_registers(out);
+        release(shared.empty[ring.slot]);
+        ring.advance(RING);
+        store(work);
+    }
+
+    // Four lanes hold a row's 8-dim blocks piecewise; they transpose four blocks at a time, so that each writes one of them.
+    __device__ __forceinline__ void store(const Work& work) const {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const float inverse = softmax.inverse_sum(side);
+            const int row = group * 64 + warp * 16 + lane / 4 + side * 8;
+            Element* destination = work.out(p, row) + lane % 4 * 8;
+            const bool valid = work.has_row(row);
+#pragma unroll
+            for (int block = 0; block < HEAD_DIM / 8; block += 4) {
+                unsigned words[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) words[i] = pack(out[block + i][2 * side] * inverse, out[block + i][2 * side + 1] * inverse);
+                transpose(words);
+                if (valid) *reinterpret_cast<uint4*>(destination + block * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    }
+
+    // Lane l of each four gets the l-th words of lanes 0 to 3.
+    __device__ __forceinline__ void transpose(unsigned (&words)[4]) const {
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {
+            const bool upper = lane & distance;
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                const int low = distance == 1 ? 2 * pair : pair, high = low + distance;
+                const unsigned received = __shfl_xor_sync(~0u, upper ? words[low] : words[high], distance);
+                if (upper)
+                    words[low] = received;
+                else
+                    words[high] = received;
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
+    const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
+    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* plan,
+    const int4* prefill_tiles, const float* alibi_slopes, float scale, float soft_cap, int window) {
+    const Parameters p = {q,     query_stride, k_pages,    v_pages,      out,   cu_seqlens_q, seq_lens,
+                          slots, block_tables, max_blocks, alibi_slopes, scale, soft_cap,     window};
+    extern __shared__ unsigned char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
+    WorkQueue queue(p, plan, prefill_tiles);
+    if (!queue.has_next()) return;
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < RING; ++slot) {
+            barrier_init(shared_address(&shared.full[slot]), FEEDERS);
+            barrier_init(shared_address(&shared.empty[slot]), GROUPS * 4);
+        }
+        barrier_init(shared_address(&shared.query_full), FEEDERS);
+        barrier_init(shared_address(&shared.query_empty), GROUPS * 4);
+    }
+    __syncthreads();
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    if (group < 0) {
+        lower_registers<FEEDER_REGISTERS>();
+        Feeder feeder{p, shared, static_cast<int>(threadIdx.x), lane, {}, 0};
+        feeder.run(queue);
+    } else {
+        raise_registers<COMPUTE_REGISTERS>();
+        Consumer consumer{p, shared, group, warp, lane, {}, 0};
+        while (queue.has_next()) consumer.process(queue.next());
+    }
+}

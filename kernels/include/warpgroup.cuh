@@ -1,0 +1,131 @@
+// Hopper's warpgroup matrix instructions: four warps multiply 64 x 16 by 16 x N, asynchronously, from shared memory.
+//
+// Shared operands are columns of 64 elements (128 bytes) with the 128-byte swizzle: 16-byte piece p of row r lies at piece
+// p ^ (r % 8); columns start at multiples of 1,024 bytes. Results lie as those of mma.sync m16n8: warp w has rows 16 w ..
+// 16 w + 15, d[j] is its 8-column block j. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate". Needs sm_90a.
+#pragma once
+#include "attention_common.cuh"
+
+// Where a shared operand lies. `stride_bytes` between groups of 8 rows, `leading_bytes` between columns of 64 elements
+// (read only for an operand whose rows run along the summed dimension).
+__device__ __forceinline__ unsigned long long matrix_descriptor(unsigned address, int leading_bytes, int stride_bytes) {
+    return static_cast<unsigned long long>((address & 0x3ffff) >> 4) | static_cast<unsigned long long>(leading_bytes >> 4) << 16 |
+           static_cast<unsigned long long>(stride_bytes >> 4) << 32 | 1ull << 62;
+}
+
+// Before the first multiplication after registers or shared memory that it reads have changed.
+__device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `PENDING` committed groups are unfinished.
+template <int PENDING>
+__device__ __forceinline__ void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Makes the compiler treat registers as changed here: wgmma writes them behind its back.
+template <int BLOCKS>
+__device__ __forceinline__ void pin_registers(float (&d)[BLOCKS][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
+}
+
+// Ordinary writes to shared memory that this thread has seen become visible to its later wgmma instructions.
+__device__ __forceinline__ void fence_for_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int REGISTERS>
+__device__ __forceinline__ void raise_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void lower_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+#if BFLOAT16
+#define WGMMA_TYPES ".f32.bf16.bf16 "
+#else
+#define WGMMA_TYPES ".f32.f16.f16 "
+#endif
+#define WGMMA_BLOCK(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA_BLOCKS_4(d, i) WGMMA_BLOCK(d, i), WGMMA_BLOCK(d, i + 1), WGMMA_BLOCK(d, i + 2), WGMMA_BLOCK(d, i + 3)
+#define WGMMA_BLOCKS_8(d, i) WGMMA_BLOCKS_4(d, i), WGMMA_BLOCKS_4(d, i + 4)
+#define WGMMA_BLOCKS_16(d, i) WGMMA_BLOCKS_8(d, i), WGMMA_BLOCKS_8(d, i + 8)
+#define WGMMA_BLOCKS_32(d, i) WGMMA_BLOCKS_16(d, i), WGMMA_BLOCKS_16(d, i + 16)
+#define WGMMA_REGISTERS_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_128 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_256 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+// d = a b^T (+ d where `accumulate`), both from shared memory with rows along the summed dimension.
+template <int N>
+struct WarpgroupMultiply;
+
+template <>
+struct WarpgroupMultiply<64> {
+    __device__ __forceinline__ static void shared_shared(float (&d)[8][4], unsigned long long a, unsigned long long b, bool accumulate) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES "{" WGMMA_REGISTERS_64 "}, %32, %33, p, 1, 1, 0, 0; }"
+            : WGMMA_BLOCKS_8(d, 0)
+            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+    }
+    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
+    __device__ __forceinline__ static void register_shared(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES "{" WGMMA_REGISTERS_64 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+            : WGMMA_BLOCKS_8(d, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+};
+
+template <>
+struct WarpgroupMultiply<128> {
+    __device__ __forceinline__ static void shared_shared(float (&d)[16][4], unsigned long long a, unsigned long long b, bool accumulate) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES "{" WGMMA_REGISTERS_128 "}, %64, %65, p, 1, 1, 0, 0; }"
+            : WGMMA_BLOCKS_16(d, 0)
+            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+    }
+    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
+    __device__ __forceinline__ static void register_shared(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES "{" WGMMA_REGISTERS_128 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+            : WGMMA_BLOCKS_16(d, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+};
+
+template <>
+struct WarpgroupMultiply<256> {
+    __device__ __forceinline__ static void shared_shared(float (&d)[32][4], unsigned long long a, unsigned long long b, bool accumulate) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPES "{" WGMMA_REGISTERS_256 "}, %128, %129, p, 1, 1, 0, 0; }"
+            : WGMMA_BLOCKS_32(d, 0)
+            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+    }
+    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
+    __device__ __forceinline__ static void register_shared(float (&d)[32][4], const unsigned (&a)[4], unsigned long long b) {
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPES "{" WGMMA_REGISTERS_256 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+            : WGMMA_BLOCKS_32(d, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+};
