@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP process of ``launch.serve``, which starts it; not a command of its own."""
+
+from __future__ import annotations
+
+from phalanx.runtime.server.process import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors as the OpenAI protocol shows them: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from phalanx.parallel.errors import CapacityError, RequestError
+
+__all__ = ["ApiError", "invalid", "overloaded", "unavailable"]
+
+_TYPES = MappingProxyType({401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"})
+
+
+class ApiError(Exception):
+    """What a client is told, with the HTTP status that says who must act."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of this error."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def encoded(self) -> bytes:
+        """`body` as JSON."""
+        return msgspec.json.encode(self.body())
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """The client must change its request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(error: CapacityError) -> ApiError:
+    """The client may come back later."""
+    seconds = max(1, round(error.retry_after_seconds))
+    headers = {"retry-after": str(seconds), "x-should-retry": "true"}
+    return ApiError(429, str(error), code="queue_full", headers=headers)
+
+
+def unavailable(message: str, retry_after_seconds: int = 1) -> ApiError:
+    """This server takes no requests now."""
+    return ApiError(503, message, code="unavailable", headers={"retry-after": str(retry_after_seconds)})
+
+
+def from_request_error(error: RequestError) -> ApiError:
+    """A value of the request is refused."""
+    return invalid(str(error), error.param)

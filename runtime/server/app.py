@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from phalanx import __version__
+from phalanx.runtime.server.api_error import ApiError, invalid
+from phalanx.runtime.server.chat import chat_job, render_messages
+from phalanx.runtime.server.completions import completion_job
+from phalanx.runtime.server.engine_client import ServerState
+from phalanx.runtime.server.gate import Gate
+from phalanx.runtime.server.generation import GenerationJob, Services
+from phalanx.runtime.server.http import ClientGone, error_response, json_response, read_body
+from phalanx.runtime.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode_body,
+)
+from phalanx.runtime.server.sampling_fields import checked_token_ids
+
+__all__ = ["build_app"]
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_app(services: Services, api_keys: Sequence[bytes]) -> ASGIApp:
+    """The whole HTTP side as one ASGI application."""
+    routes = Routes(services)
+    app = Starlette(
+        routes=[
+            Route("/health", routes.health),
+            Route("/ready", routes.ready),
+            Route("/version", routes.version),
+            Route("/metrics", routes.metrics),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{model:path}", routes.model),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", routes.tokenizer_info),
+        ],
+        exception_handlers={
+            ApiError: routes.on_api_error,
+            ClientGone: routes.on_client_gone,
+            HTTPException: routes.on_http_exception,
+            Exception: routes.on_bug,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Gate(app, services.client, api_keys)
+
+
+class Routes:
+    """One method a route; each returns the whole answer or raises `ApiError`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def health(self, request: Request) -> Response:
+        """200 while steps make progress."""
+        services, client = self._services, self._services.client
+        if client.state is ServerState.FAILED:
+            raise ApiError(503, f"the engine stopped: {client.failure}", code="engine_failed")
+        silent = client.seconds_without_progress()
+        if silent > services.settings.stall_seconds:
+            raise ApiError(503, f"no step has finished for {silent:.0f} s", code="engine_stalled")
+        return json_response({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while new requests are answered; the gate says 503 otherwise."""
+        return await self.health(request)
+
+    async def version(self, request: Request) -> Response:
+        """The version of Phalanx."""
+        return json_response({"version": __version__})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(self._services.metrics.render(), headers={"content-type": METRICS_TYPE})
+
+    async def models(self, request: Request) -> Response:
+        """The names under which the model is served."""
+        names = self._services.settings.model_names
+        return json_response({"object": "list", "data": [self._model_card(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["model"]
+        self._services.check_model(name)
+        return json_response(self._model_card(name))
+
+    async def completions(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        arrival = time.monotonic()
+        body = decode_body(await read_body(request, self._services.settings), CompletionRequest)
+        return await self._generate(request, lambda held: completion_job(self._services, body, arrival, held))
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        arrival = time.monotonic()
+        body = decode_body(await read_body(request, self._services.settings), ChatRequest)
+        return await self._generate(request, lambda held: chat_job(self._services, body, arrival, held))
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of messages."""
+        services = self._services
+        body = decode_body(await read_body(request, services.settings), TokenizeRequest)
+        services.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("give either prompt or messages", "prompt")
+        if body.prompt is None:
+            chat = ChatRequest(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
+            text = await render_messages(services, chat)
+            token_ids = await services.encode(text, add_special_tokens=body.add_special_tokens is True)
+        else:
+            special = body.add_special_tokens is not False
+            token_ids = await services.encode(body.prompt, add_special_tokens=special)
+        limit = services.model.max_model_len
+        return json_response({"tokens": token_ids, "count": len(token_ids), "max_model_len": limit})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids."""
+        services = self._services
+        body = decode_body(await read_body(request, services.settings), DetokenizeRequest)
+        services.check_model(body.model)
+        tokenizer = services.need_tokenizer("tokens")
+        token_ids = checked_token_ids(body.tokens, services.model, "tokens")
+        text = await services.in_worker(
+            lambda: tokenizer.decode(token_ids, skip_special_tokens=body.skip_special_tokens)
+        )
+        return json_response({"prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """The named special tokens."""
+        return json_response({**self._services.need_tokenizer("tokenizer_info").special_tokens})
+
+    async def on_api_error(self, request: Request, error: Exception) -> Response:
+        """A request that is refused or failed."""
+        assert isinstance(error, ApiError)
+        self._services.metrics.refused.labels(str(error.status)).inc()
+        return error_response(error)
+
+    async def on_client_gone(self, request: Request, error: Exception) -> Response:
+        """Nobody reads this; 499 shows in the log."""
+        return Response(status_code=499)
+
+    async def on_http_exception(self, request: Request, error: Exception) -> Response:
+        """No such route or method."""
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        codes = {404: "route_not_found", 405: "method_not_allowed"}
+        headers = dict(error.headers or {})
+        return error_response(
+            ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers)
+        )
+
+    async def on_bug(self, request: Request, error: Exception) -> Response:
+        """An error of ours; the traceback goes to the log."""
+        return error_response(ApiError(500, "internal error; see the server's log", code="internal_error"))
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._services.created,
+            "owned_by": "phalanx",
+            "max_model_len": self._services.model.max_model_len,
+        }
+
+    async def _generate(
+        self, request: Request, prepare: Callable[[ExitStack], Awaitable[GenerationJob]]
+    ) -> Response:
+        held = ExitStack()
+        try:
+            job = await prepare(held)
+        except BaseException:
+            held.close()
+            raise
+        return await job.run(request)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities in the two shapes of the OpenAI protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phalanx.runtime.request import Logprob
+from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.text.detokenizer import Detokenizer
+
+__all__ = ["CompletionLogprobs", "chat_logprob"]
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no infinity; OpenAI's own stand-in."""
+
+
+class CompletionLogprobs:
+    """Parallel lists, collected token by token: ``tokens, token_logprobs, top_logprobs, text_offset``."""
+
+    def __init__(self, tokenizer: Tokenizer | None, text: Detokenizer | None) -> None:
+        """``text`` counts the characters before each token; it starts where the reported text does."""
+        self._tokenizer = tokenizer
+        self._text = text
+        self._offset = 0
+        self._lists = _empty_lists()
+
+    def add(self, token_id: int, logprob: Logprob | None) -> None:
+        """The next token; without a log-probability where it has none (the first of a prompt)."""
+        self._lists["tokens"].append(_label(self._tokenizer, token_id))
+        self._lists["text_offset"].append(self._offset)
+        self._lists["token_logprobs"].append(None if logprob is None else _finite(logprob.logprob))
+        self._lists["top_logprobs"].append(None if logprob is None else self._top(logprob))
+        if self._text is not None:
+            self._offset += len(self._text.push(token_id))
+
+    def take(self) -> dict[str, list[Any]]:
+        """The lists since the last call."""
+        lists, self._lists = self._lists, _empty_lists()
+        return lists
+
+    def _top(self, logprob: Logprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, value in (*logprob.top, (logprob.token_id, logprob.logprob)):
+            top.setdefault(_label(self._tokenizer, token_id), _finite(value))
+        return top
+
+
+def chat_logprob(tokenizer: Tokenizer | None, logprob: Logprob) -> dict[str, Any]:
+    """One entry of ``choices[].logprobs.content``."""
+    return {
+        **_chat_token(tokenizer, logprob.token_id, logprob.logprob),
+        "top_logprobs": [_chat_token(tokenizer, token_id, value) for token_id, value in logprob.top],
+    }
+
+
+def _chat_token(tokenizer: Tokenizer | None, token_id: int, logprob: float) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"token": f"token_id:{token_id}", "logprob": _finite(logprob), "bytes": None}
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _label(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token's text; its bytes spelt out where they are only part of a character, so that labels differ."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _empty_lists() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the HTTP process and the engine tell each other: typed MessagePack, each message after its length.
+
+The socket pair is private to the two processes, and both ends decode into exactly these types.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from phalanx.parallel.errors import CommunicatorError
+from phalanx.runtime.request import Request, TokenDelta
+
+__all__ = [
+    "Bound",
+    "Cancel",
+    "Deltas",
+    "Drained",
+    "Draining",
+    "Failed",
+    "FrameDecoder",
+    "FromFrontend",
+    "FrontendReady",
+    "FrontendRefused",
+    "ModelInfo",
+    "Refused",
+    "Stats",
+    "Stop",
+    "Submit",
+    "ToFrontend",
+    "encode_frame",
+]
+
+MAX_FRAME_BYTES = 1 << 30
+_LENGTH = struct.Struct("<I")
+
+
+class Bound(msgspec.Struct, tag=True, frozen=True):
+    """The port is open and answers 503."""
+
+    port: int
+
+
+class FrontendRefused(msgspec.Struct, tag=True, frozen=True):
+    """The HTTP process cannot start for a reason that the operator must remove."""
+
+    message: str
+
+
+class FrontendReady(msgspec.Struct, tag=True, frozen=True):
+    """The tokenizer is loaded and requests are answered from now on."""
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Queue this request."""
+
+    request: Request
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """End this request; nobody waits for it any more."""
+
+    request_id: str
+
+
+class Drained(msgspec.Struct, tag=True, frozen=True):
+    """After `Draining`: the last answer has been given."""
+
+
+class ModelInfo(msgspec.Struct, tag=True, frozen=True):
+    """The engine is ready; what the HTTP side must know about it.
+
+    Attributes:
+        directory: where the tokenizer is.
+        vocab_size: token ids are below it.
+        max_model_len: most tokens of one sequence, prompt and output.
+        max_open_requests: most requests that run and wait at once.
+    """
+
+    directory: str
+    vocab_size: int
+    max_model_len: int
+    max_open_requests: int
+
+
+class Deltas(msgspec.Struct, tag=True, frozen=True):
+    """What one step did. A plain next token is a pair in two columns, anything more is in ``others``."""
+
+    request_ids: list[str]
+    token_ids: list[int]
+    others: list[TokenDelta]
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """The engine does not take this request: ``capacity`` = try again later, ``request`` = it is invalid."""
+
+    request_id: str
+    reason: Literal["request", "capacity"]
+    message: str
+    param: str | None = None
+    retry_after_seconds: float = 1.0
+
+
+class Stats(msgspec.Struct, tag=True, frozen=True):
+    """Counts since the start or at this moment; sent several times a second as a sign of life.
+
+    Attributes:
+        num_steps: steps finished since the start.
+        has_work: whether steps should be finishing now.
+    """
+
+    num_steps: int
+    has_work: bool
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    num_preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+
+
+class Draining(msgspec.Struct, tag=True, frozen=True):
+    """Take no new requests; say `Drained` when the last one is answered."""
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The engine is gone: every open request ends with this error."""
+
+    message: str
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Close the port and exit."""
+
+
+FromFrontend = Bound | FrontendRefused | FrontendReady | Submit | Cancel | Drained
+ToFrontend = ModelInfo | Deltas | Refused | Stats | Draining | Failed | Stop
+
+
+def encode_frame(message: FromFrontend | ToFrontend) -> bytes:
+    """One message with its length in front."""
+    body = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameDecoder:
+    """Cuts a byte stream into the bodies of its messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies completed by ``data``.
+
+        Raises:
+            CommunicatorError: a length that no message of ours has; the stream is out of step.
+        """
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise CommunicatorError(
+                    f"a message claims {length} bytes; at most {MAX_FRAME_BYTES} are sent"
+                )
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            yield bytes(memoryview(self._buffer)[start + _LENGTH.size : end])
+            start = end
+        del self._buffer[:start]

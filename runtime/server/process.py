@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP process: binds the port at once, answers 503 until the engine is ready, and dies with rank 0."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.runtime.server.messages import Bound, FrontendRefused, ModelInfo, encode_frame
+from phalanx.runtime.server.settings import FrontendSettings
+
+__all__ = ["main"]
+
+BACKLOG = 2048
+LAST_ANSWERS_SECONDS = 2
+"""How long open requests have to be told that the engine is gone, before the kernel ends this process."""
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``FD SETTINGS``: the inherited end of the socket pair, and `FrontendSettings` as JSON."""
+    descriptor, encoded = sys.argv[1:] if arguments is None else arguments
+    _tie_to_parent()
+    channel = socket.socket(fileno=int(descriptor))
+    settings = msgspec.json.decode(encoded, type=FrontendSettings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    try:
+        listener = bind(settings)
+        channel.sendall(encode_frame(Bound(listener.getsockname()[1])))
+        from phalanx.runtime.server.gate import read_api_keys
+
+        api_keys = read_api_keys(settings.api_key_file)
+    except ConfigError as error:
+        channel.sendall(encode_frame(FrontendRefused(str(error))))
+        return 2
+    asyncio.run(_serve(settings, api_keys, listener, channel))
+    return 0
+
+
+def bind(settings: FrontendSettings) -> socket.socket:
+    """Listen on the chosen address.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--port {settings.port} on {settings.host} cannot be opened: {error.strerror}; "
+            "choose another with --port, or 0 for any free one"
+        ) from None
+    return listener
+
+
+def _tie_to_parent() -> None:
+    """Signals of the terminal and of the job are rank 0's to act on; this process leaves when rank 0 does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
+    signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_ANSWERS_SECONDS))
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+async def _serve(
+    settings: FrontendSettings, api_keys: Sequence[bytes], listener: socket.socket, channel: socket.socket
+) -> None:
+    import uvicorn
+
+    from phalanx.runtime.server.app import build_app
+    from phalanx.runtime.server.engine_client import EngineClient
+    from phalanx.runtime.server.generation import Services
+    from phalanx.runtime.server.h11_protocol import BoundedH11Protocol, QuietServer
+    from phalanx.runtime.server.metrics import Metrics
+
+    loop = asyncio.get_running_loop()
+    metrics = Metrics()
+    loading: set[asyncio.Task[None]] = set()
+    client = EngineClient(
+        load_model=lambda model: loading.add(loop.create_task(_load(services, model))),
+        on_gone=lambda: _leave(server),
+        on_stats=metrics.take,
+    )
+    workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
+    services = Services(client, settings, metrics, workers)
+    config = uvicorn.Config(
+        build_app(services, api_keys),
+        http=BoundedH11Protocol.with_header_timeout(settings.header_timeout_seconds),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        limit_concurrency=settings.max_connections,
+        backlog=BACKLOG,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+    )
+    server = QuietServer(config)
+    await loop.connect_accepted_socket(lambda: client, channel)
+    await server.serve(sockets=[listener])
+    workers.shutdown(wait=False, cancel_futures=True)
+
+
+async def _load(services: Any, model: ModelInfo) -> None:
+    """Load the tokenizer outside the event loop, then open for requests."""
+    from phalanx.runtime.text import Tokenizer
+
+    loop = asyncio.get_running_loop()
+    try:
+        services.tokenizer = await loop.run_in_executor(
+            services.workers, Tokenizer.from_directory, Path(model.directory)
+        )
+    except CheckpointError as error:
+        services.client.send(FrontendRefused(str(error)))
+        return
+    services.client.serve()
+
+
+def _leave(server: Any) -> None:
+    """Finish what can be finished; the kernel ends us if that hangs."""
+    signal.alarm(LAST_ANSWERS_SECONDS + 2)
+    server.should_exit = True

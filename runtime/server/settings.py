@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operator chose for the HTTP side, handed to its process as one value."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+
+from phalanx.parallel.errors import ConfigError
+
+__all__ = ["FrontendSettings"]
+
+
+class FrontendSettings(msgspec.Struct, frozen=True):
+    """Limits in bytes and seconds; the defaults are Triton's and vLLM's where they have one.
+
+    Attributes:
+        port: 0 = any free one.
+        model_names: under which requests may ask for the model; the first one is shown.
+        api_key_file: one key per line; None = no key needed.
+        insecure: serve other machines without a key.
+        request_timeout_seconds: longest that one request may take; None = for ever.
+        stall_seconds: ``/health`` fails when no step has finished for so long while there is work.
+
+    Raises:
+        ConfigError: a value is out of range, or the server would be open to other machines without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_names: tuple[str, ...] = ("phalanx",)
+    api_key_file: str | None = None
+    insecure: bool = False
+    request_timeout_seconds: float | None = None
+    stall_seconds: float = 60.0
+    max_body_bytes: int = 64 << 20
+    max_body_chunks: int = 65_536
+    max_header_bytes: int = 64 << 10
+    header_timeout_seconds: float = 30.0
+    body_timeout_seconds: float = 30.0
+    max_connections: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"--port={self.port} is no TCP port; use 0 (any free one) to 65535")
+        if self.request_timeout_seconds is not None and not 0 < self.request_timeout_seconds < 1e9:
+            raise ConfigError(
+                f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "
+                "or leave it out for no limit"
+            )
+        if not (self.api_key_file or self.insecure or is_loopback(self.host)):
+            raise ConfigError(
+                f"--host={self.host} lets other machines in and there is no --api-key-file; "
+                "give one, or say --insecure"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

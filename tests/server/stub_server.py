@@ -1,0 +1,165 @@
+"""A server whose engine invents tokens: the HTTP process and the bridge are the real ones.
+
+``python tests/server/stub_server.py SETTINGS OPTIONS`` with `FrontendSettings` and `StubOptions` as JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import msgspec
+
+import launch  # noqa: F401 (makes phalanx importable from a checkout)
+from phalanx.parallel.errors import CapacityError, ConfigError, RequestError
+from phalanx.runtime.request import Logprob, Request, TokenDelta
+from phalanx.runtime.scheduler import SchedulerStats
+from phalanx.runtime.server.bridge import EngineBridge
+from phalanx.runtime.server.frontend import Frontend
+from phalanx.runtime.server.messages import ModelInfo
+from phalanx.runtime.server.settings import FrontendSettings
+
+
+class StubOptions(msgspec.Struct):
+    """How the stub behaves.
+
+    Attributes:
+        directory: where the tokenizer is.
+        step_seconds: how long a step takes.
+        fail_after_steps: raise in this step.
+        hang_after_steps: sleep for ever in this step.
+        start_seconds: how long the engine takes to start.
+    """
+
+    directory: str
+    vocab_size: int = 400
+    max_model_len: int = 256
+    max_open_requests: int = 8
+    step_seconds: float = 0.0
+    fail_after_steps: int | None = None
+    hang_after_steps: int | None = None
+    start_seconds: float = 0.0
+
+
+FORBIDDEN_TOKEN = 13
+"""A prompt with this token is refused by the stub, as the engine may refuse what the HTTP side let pass."""
+FULL_TOKEN = 14
+"""A prompt with this token finds the stub's queue full."""
+
+
+class StubEngine:
+    """Continues a prompt p with p[0], p[1], ... again and again; prompt token 12 makes a request fail."""
+
+    def __init__(self, options: StubOptions) -> None:
+        self._options = options
+        self._open: dict[str, tuple[Request, int]] = {}
+        self._news: list[TokenDelta] = []
+        self.num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._open or self._news)
+
+    def submit(self, request: Request) -> None:
+        if FORBIDDEN_TOKEN in request.prompt_token_ids:
+            raise RequestError("token 13 brings bad luck; leave it out", "prompt")
+        if FULL_TOKEN in request.prompt_token_ids:
+            raise CapacityError("the stub is full; try again later", 7.0)
+        self._open[request.request_id] = (request, 0)
+
+    def cancel(self, request_id: str) -> None:
+        if self._open.pop(request_id, None) is not None:
+            print(f"cancelled {request_id}", flush=True)
+            self._news.append(TokenDelta(request_id, finish_reason="cancelled"))
+
+    def step(self) -> list[TokenDelta]:
+        time.sleep(self._options.step_seconds)
+        self.num_steps += 1
+        if self.num_steps == self._options.fail_after_steps:
+            raise ArithmeticError("the stub broke")
+        if self.num_steps == self._options.hang_after_steps:
+            time.sleep(3600)
+        deltas, self._news = self._news, []
+        return deltas + [self._advance(request, count) for request, count in list(self._open.values())]
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
+
+    def _advance(self, request: Request, count: int) -> TokenDelta:
+        params, prompt = request.params, request.prompt_token_ids
+        request_id = request.request_id
+        if request.deadline is not None and time.monotonic() > request.deadline:
+            return self._end(TokenDelta(request_id, finish_reason="error", error="its deadline has passed"))
+        if 12 in prompt and count == 2:
+            return self._end(TokenDelta(request_id, finish_reason="error", error="its logits are not finite"))
+        scores = None
+        if count == 0 and params.prompt_logprobs is not None:
+            scored = [self._logprob(token, params.prompt_logprobs) for token in prompt[1:]]
+            scores = (None, *scored)
+        if params.max_tokens == 0:
+            return self._end(TokenDelta(request_id, prompt_logprobs=scores, finish_reason="length"))
+        token = prompt[count % len(prompt)]
+        logprobs = () if params.logprobs is None else (self._logprob(token, params.logprobs),)
+        reason = "length" if count + 1 == params.max_tokens else None
+        stop_reason = None
+        if token in params.stop_token_ids and count + 1 >= params.min_tokens:
+            reason, stop_reason = "stop", token
+        delta = TokenDelta(
+            request_id,
+            (token,),
+            logprobs,
+            scores,
+            reason,
+            stop_reason,
+            num_cached_tokens=4 if count == 0 else 0,
+        )
+        if reason is not None:
+            return self._end(delta)
+        self._open[request_id] = (request, count + 1)
+        return delta
+
+    def _end(self, delta: TokenDelta) -> TokenDelta:
+        del self._open[delta.request_id]
+        return delta
+
+    def _logprob(self, token: int, num_top: int) -> Logprob:
+        """The token itself is the most probable, its successors come next."""
+        top = tuple(((token + i) % self._options.vocab_size, -0.5 - i) for i in range(num_top))
+        return Logprob(token, -0.5, top)
+
+
+def main() -> int:
+    settings = msgspec.json.decode(sys.argv[1], type=FrontendSettings)
+    options = msgspec.json.decode(sys.argv[2], type=StubOptions)
+    frontend = Frontend.start([sys.executable, "-m", "launch.http_process"], settings)
+    try:
+        url = frontend.wait_for_port()
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stderr.write(f"BOUND {url}\n")
+    sys.stderr.flush()
+    time.sleep(options.start_seconds)
+    bridge = EngineBridge(StubEngine(options), frontend.channel)
+    _drain_on_signal(bridge)
+    model = ModelInfo(options.directory, options.vocab_size, options.max_model_len, options.max_open_requests)
+    try:
+        bridge.run(model, lambda: _say_ready(url))
+    finally:
+        frontend.stop()
+    return 0
+
+
+def _drain_on_signal(bridge: EngineBridge) -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: bridge.request_drain())
+
+
+def _say_ready(url: str) -> None:
+    sys.stderr.write(f"READY {url}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
