@@ -115,7 +115,7 @@ class BlockPlanner:
             return False
         if len(growing):
             index = self._num_held[growing]
-            # Distinct: admission leaves a token to compute, so a slot's last block is never shared from another.
+            # Distinct: admission leaves a token to compute, so a slot's last block is never another's.
             blocks = self._pool.take_following(self._tables[growing, index - 1])
             self._tables[growing, index] = blocks
             self._num_held[growing] += 1

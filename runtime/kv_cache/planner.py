@@ -57,7 +57,7 @@ class CachePlanner(Protocol):
         ...
 
     def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
-        """Give every slot the block that its next position falls in; False (no change) if there are too few."""
+        """Give every slot the block of its next position; False, with no change, if there are too few."""
         ...
 
     def mark_filled(self, slot: int, keys: list[bytes]) -> None:

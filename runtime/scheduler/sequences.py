@@ -175,7 +175,7 @@ class SequenceTable:
 
     def num_decoding(self) -> int:
         """Running sequences whose prompt is computed or planned, but for its last token."""
-        unplanned = self.num_known + self.num_pending - self.num_computed
+        unplanned = np.minimum(self.num_known + self.num_pending, self.target_length - 1) - self.num_computed
         return int(np.count_nonzero(unplanned <= 1)) - self.num_free
 
     def youngest(self) -> int:

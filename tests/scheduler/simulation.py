@@ -1,0 +1,313 @@
+"""An executor made of token ids: its cache holds tokens, its model is a hash of the prefix read back from that cache.
+
+It checks every plan against the rules that real executors rely on, and every token that it reads against the only sequence
+that the request can produce, so that a wrong block, position or token shows up in the step that makes it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner
+from phalanx.runtime.request import Logprob, Request, TokenDelta
+from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
+from phalanx.runtime.step import PENDING_TOKEN, BatchState, StepPlan, StepResult
+
+VOCAB_SIZE = 29
+NUM_TOP = 4
+
+
+def next_token(prefix: list[int], seed: int) -> int:
+    """The token that the simulated model samples after a prefix."""
+    return zlib.crc32(repr((prefix, seed)).encode()) % VOCAB_SIZE
+
+
+def logprob(prefix: list[int], token: int) -> float:
+    """Its log-probability of a token after a prefix."""
+    return -float(zlib.crc32(repr((prefix, token)).encode()) % 1000)
+
+
+def top_logprobs(prefix: list[int]) -> list[tuple[int, float]]:
+    """The first few of the vocabulary, which serve as alternatives."""
+    return [(token, logprob(prefix, token)) for token in range(NUM_TOP)]
+
+
+@dataclass
+class Truth:
+    """A request and the tokens that it yields whatever runs beside it; ``nan_at``: length whose logits are not finite."""
+
+    request: Request
+    nan_at: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        for _ in range(self.request.params.max_tokens):
+            self.token_ids.append(next_token(self.token_ids, self.request.params.seed or 0))
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    def sample(self, length: int) -> int:
+        """The token after the first ``length`` tokens, as the executor returns it."""
+        return -1 if self.nan_at is not None and length >= self.nan_at else self.token_ids[length]
+
+    def expected(self, eos_token_ids: tuple[int, ...]) -> tuple[list[int], str, int | None]:
+        """Generated tokens, finish reason and stop reason of a request that nobody disturbs."""
+        params = self.request.params
+        generated: list[int] = []
+        for index in range(params.max_tokens):
+            token = self.sample(self.num_prompt + index)
+            if token < 0:
+                return generated, "error", None
+            generated.append(token)
+            if index >= params.min_tokens:
+                if token in params.stop_token_ids:
+                    return generated, "stop", token
+                if token in eos_token_ids and not params.ignore_eos:
+                    return generated, "stop", None
+        return generated, "length", None
+
+    def expected_logprobs(self, num_tokens: int) -> list[Logprob]:
+        most = self.request.params.logprobs or 0
+        ends = range(self.num_prompt, self.num_prompt + num_tokens)
+        return [expected_logprob(self.token_ids[:end], self.token_ids[end], most) for end in ends]
+
+    def expected_prompt_logprobs(self) -> tuple[Logprob | None, ...] | None:
+        most = self.request.params.prompt_logprobs
+        if most is None:
+            return None
+        prompt = self.token_ids[: self.num_prompt]
+        return (None, *(expected_logprob(prompt[:i], token, most) for i, token in enumerate(prompt) if i))
+
+
+def expected_logprob(prefix: list[int], token: int, most: int) -> Logprob:
+    return Logprob(token, logprob(prefix, token), tuple(top_logprobs(prefix)[:most]))
+
+
+@dataclass
+class Tenancy:
+    """One stay of a request in a slot; ``next_position`` is what the next plan must compute first."""
+
+    truth: Truth
+    next_position: int = 0
+    last_sampled: int | None = None
+
+
+class SimulatedExecutor:
+    """Runs plans at once, in order; the driver decides when the leader sees a result."""
+
+    def __init__(self, config: SchedulerConfig, cache: CachePlanner, truths: list[Truth]) -> None:
+        self.config = config
+        self.cache = cache
+        self.truth_of_seed = {truth.request.params.seed: truth for truth in truths}
+        blocks_per_seq = -(-config.max_model_len // cache.block_size)
+        self.state = BatchState.empty(config.max_num_seqs, blocks_per_seq)
+        self.contents = np.full((cache.num_blocks, cache.block_size), -9, np.int32)
+        self.tenancies: dict[int, Tenancy] = {}
+        self.unseen_samples: deque[list[Tenancy]] = deque()
+        self.results: deque[StepResult] = deque()
+
+    def execute(self, plan: StepPlan) -> None:
+        plan = StepPlan.unpack(plan.pack())
+        self._check_shape(plan)
+        self._admit(plan)
+        self.state.apply(plan)
+        self._write(plan)
+        self.results.append(self._compute(plan))
+        self.unseen_samples.append([self.tenancies[slot] for slot in plan.slots[plan.samples > 0].tolist()])
+
+    def collect(self) -> StepResult:
+        self.unseen_samples.popleft()
+        return self.results.popleft()
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        config = self.config
+        slots = plan.slots.tolist()
+        counts = plan.counts.tolist()
+        assert 0 < len(slots) == len(set(slots)) <= config.max_num_seqs
+        assert min(counts) >= 1
+        assert sum(counts) == plan.num_tokens <= config.max_num_batched_tokens
+        assert counts == sorted(counts, key=lambda count: count > 1), "sequences with one token come first"
+        assert plan.num_decodes == counts.count(1)
+        places = [(slot, index) for slot, index, _ in plan.new_blocks.tolist()]
+        assert len(places) == len(set(places)), "ranks apply new blocks in any order"
+        assert set(plan.admissions["slot"].tolist()) <= set(slots)
+        assert {slot for slot, _ in places} <= set(slots)
+
+    def _admit(self, plan: StepPlan) -> None:
+        starts = dict(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
+        for row in plan.admissions:
+            slot = int(row["slot"])
+            start = starts[slot]
+            assert start % self.cache.block_size == 0
+            self.tenancies[slot] = Tenancy(self.truth_of_seed[int(row["seed"])], start)
+
+    def _write(self, plan: StepPlan) -> None:
+        """Put the input tokens into the cache, all sequences before any of them reads, as executors do."""
+        token_ids = plan.token_ids.tolist()
+        row = 0
+        for slot, start, count in zip(*(a.tolist() for a in (plan.slots, plan.starts, plan.counts)), strict=True):
+            tenancy = self.tenancies[slot]
+            assert start == tenancy.next_position, "every position is computed once and in order"
+            tenancy.next_position = start + count
+            tokens = token_ids[row : row + count]
+            row += count
+            if tokens[0] == PENDING_TOKEN:
+                unseen = sum(tenancy is other for step in self.unseen_samples for other in step)
+                assert self.config.lookahead >= unseen == 1, "only a token in flight is pending"
+                assert tenancy.last_sampled is not None
+                tokens = [tenancy.last_sampled]
+            if tokens != [-1]:  # what a NaN row sampled; its request ends when the leader sees it
+                assert tokens == tenancy.truth.token_ids[start : start + count]
+            positions = np.arange(start, start + count)
+            blocks = self.state.block_tables[slot, positions // self.cache.block_size]
+            self._check_sole_owner(slot, set(blocks.tolist()))
+            self.contents[blocks, positions % self.cache.block_size] = tokens
+
+    def _check_sole_owner(self, slot: int, written: set[int]) -> None:
+        if not isinstance(self.cache, BlockPlanner):
+            return
+        for other in range(self.config.max_num_seqs):
+            held = self.cache.block_table(other).tolist()
+            if other == slot:
+                assert written <= set(held)
+            else:
+                assert written.isdisjoint(held), "a step writes only blocks that its sequence has to itself"
+
+    def _read(self, slot: int, length: int) -> list[int]:
+        size = self.cache.block_size
+        blocks = self.state.block_tables[slot, : -(-length // size)]
+        tokens: list[int] = self.contents[blocks].ravel()[:length].tolist()
+        return tokens
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        samples: list[int] = []
+        scored: list[tuple[list[int], int]] = []
+        prompt_scored: list[tuple[list[int], int]] = []
+        targets = dict(zip(plan.prompt_rows.tolist(), plan.prompt_targets.tolist(), strict=True))
+        row = 0
+        for i, slot in enumerate(plan.slots.tolist()):
+            tenancy = self.tenancies[slot]
+            start, count = int(plan.starts[i]), int(plan.counts[i])
+            prefix = self._read(slot, start + count)
+            if prefix[-1] != -1:
+                expected = tenancy.truth.token_ids[: start + count]
+                assert prefix == expected, "the block table leads to the sequence's own tokens"
+            for offset in range(count):
+                if row + offset in targets:
+                    prompt_scored.append((prefix[: start + offset + 1], targets[row + offset]))
+            row += count
+            if plan.samples[i]:
+                token = tenancy.truth.sample(start + count)
+                if token >= 0:
+                    token = next_token(prefix, tenancy.truth.request.params.seed or 0)
+                tenancy.last_sampled = token
+                samples.append(token)
+                scored.append((prefix, token))
+        assert len(prompt_scored) == len(plan.prompt_rows)
+        return self._result(plan, samples, scored + prompt_scored)
+
+    def _result(self, plan: StepPlan, samples: list[int], scored: list[tuple[list[int], int]]) -> StepResult:
+        """As many log-probabilities and alternatives as anybody in the step asked for."""
+        token_ids = np.array(samples, np.int32)
+        asked = [*self.state.sampling["num_logprobs"][plan.slots].tolist()]
+        if len(plan.prompt_rows):
+            asked.append(plan.num_prompt_logprobs)
+        k = max(asked)
+        if k < 0:
+            return StepResult(plan.step_id, token_ids)
+        tops = [top_logprobs(prefix)[:k] for prefix, _ in scored]
+        return StepResult(
+            plan.step_id,
+            token_ids,
+            np.array([logprob(prefix, token) for prefix, token in scored], np.float32),
+            np.array([[token for token, _ in top] for top in tops], np.int32).reshape(len(scored), k),
+            np.array([[value for _, value in top] for top in tops], np.float32).reshape(len(scored), k),
+        )
+
+
+class Driver:
+    """Scheduler and simulated executor with a log of what each request got."""
+
+    def __init__(self, config: SchedulerConfig, cache: CachePlanner, truths: list[Truth]) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, cache)
+        self.executor = SimulatedExecutor(config, cache, truths)
+        self.truths = {truth.request.request_id: truth for truth in truths}
+        self.depth = config.num_microbatches + config.lookahead
+        self.num_in_flight = 0
+        self.now = 0.0
+        self.plans: list[bytes] = []
+        self.deltas: dict[str, list[TokenDelta]] = {}
+        self.live: list[str] = []
+        self.overdue_for = 0
+
+    def submit(self, request: Request) -> None:
+        self.scheduler.submit(request, self.now)
+        self.live.append(request.request_id)
+        self.deltas[request.request_id] = []
+        self._log()
+
+    def cancel(self, request_id: str) -> None:
+        self.scheduler.cancel(request_id, self.now)
+        self._log()
+
+    def plan(self) -> bool:
+        if self.num_in_flight >= self.depth:
+            return False
+        plan = self.scheduler.plan(self.now)
+        self._log()
+        if plan is None:
+            assert self.num_in_flight or not self.live, "something can always be planned when nothing is in flight"
+            return False
+        self.executor.execute(plan)
+        self.plans.append(plan.pack().tobytes())
+        self.num_in_flight += 1
+        self._check_oldest(plan)
+        return True
+
+    def collect(self) -> bool:
+        if not self.num_in_flight:
+            return False
+        self.num_in_flight -= 1
+        self.scheduler.apply(self.executor.collect(), self.now)
+        self._log()
+        return True
+
+    def drain(self, most_steps: int = 10_000) -> None:
+        """Run to the end as the engine does."""
+        while self.scheduler.has_work:
+            while self.plan():
+                pass
+            assert self.collect()
+            most_steps -= 1
+            assert most_steps > 0, "the schedule does not end"
+
+    def _check_oldest(self, plan: StepPlan) -> None:
+        """Nobody starves: the oldest live request is part of a plan at least this often."""
+        if not self.live:
+            return
+        oldest = self.truths[self.live[0]]
+        planned = any(self.executor.tenancies[slot].truth is oldest for slot in plan.slots.tolist())
+        self.overdue_for = 0 if planned else self.overdue_for + 1
+        rounds = -(-self.config.max_num_seqs // self.config.max_num_batched_tokens)
+        assert self.overdue_for <= rounds + self.depth + 1
+
+    def _log(self) -> None:
+        for delta in self.scheduler.take_deltas():
+            log = self.deltas[delta.request_id]
+            assert not log or log[-1].finish_reason is None, "a request ends once"
+            log.append(delta)
+            if delta.finish_reason is not None:
+                if self.live[0] == delta.request_id:
+                    self.overdue_for = 0
+                self.live.remove(delta.request_id)
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for delta in self.deltas[request_id] for token in delta.token_ids]
