@@ -37,7 +37,9 @@ def build_parser() -> CommandParser:
     for mode, what in (("throughput", "all requests at once"), ("latency", "one request after the other")):
         measured = modes.add_parser(mode, help=what)
         _add_load_arguments(measured, default_prompts=64 if mode == "throughput" else 3)
-        measured.add_argument("--trace", type=Path, metavar="FILE", help="Chrome trace of every rank (opens in Perfetto)")
+        measured.add_argument(
+            "--trace", type=Path, metavar="FILE", help="Chrome trace of every rank (opens in Perfetto)"
+        )
         add_model_arguments(measured)
         add_parallel_arguments(measured)
         add_engine_arguments(measured)
@@ -126,7 +128,9 @@ def _requests(args: argparse.Namespace, vocab_size: int, warm_up: bool = False) 
     from phalanx.runtime.request import Request, SamplingParams
 
     random = np.random.default_rng(args.seed + warm_up)
-    count, output_len = (min(args.num_prompts, 2), min(args.output_len, 4)) if warm_up else (args.num_prompts, args.output_len)
+    count, output_len = (
+        (min(args.num_prompts, 2), min(args.output_len, 4)) if warm_up else (args.num_prompts, args.output_len)
+    )
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
     prompts = random.integers(0, vocab_size, (count, args.input_len))
     name = "warm-up" if warm_up else "request"
@@ -168,7 +172,7 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
 def _step_seconds(run: Measurement) -> list[float]:
     import numpy as np
 
-    return np.diff(run.step_ends, prepend=0.0).tolist()
+    return [float(value) for value in np.diff(run.step_ends, prepend=0.0)]
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -201,7 +205,9 @@ def _write_trace(path: Path, replica: Replica) -> None:
 
     write_trace = getattr(replica.executor, "write_trace", None)
     if write_trace is None:
-        raise ConfigError(f"--trace: the {_engine_name(replica.executor)} engine records no timeline; use --engine cuda")
+        raise ConfigError(
+            f"--trace: the {_engine_name(replica.executor)} engine records no timeline; use --engine cuda"
+        )
     write_trace(path)
 
 

@@ -74,7 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[SamplingParams]]:
     fields = {
         name: getattr(args, name)
-        for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "logprobs", "prompt_logprobs", "ignore_eos")
+        for name in (
+            "max_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "logprobs",
+            "prompt_logprobs",
+            "ignore_eos",
+        )
     }
     fields |= {"stop": tuple(args.stop), "seed": args.seed}
     given: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt]
@@ -135,7 +144,9 @@ def _sampling_params(fields: dict[str, Any], place: int) -> SamplingParams:
 
     unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
     if unknown:
-        raise RequestError(f"prompt {place}: unknown field {unknown[0]!r}; known: {', '.join(SamplingParams.__dataclass_fields__)}")
+        raise RequestError(
+            f"prompt {place}: unknown field {unknown[0]!r}; known: {', '.join(SamplingParams.__dataclass_fields__)}"
+        )
     try:
         return SamplingParams(**fields)
     except (RequestError, TypeError) as error:
@@ -157,7 +168,9 @@ class _Stream:
         sys.stdout.flush()
 
 
-def _print_outputs(outputs: list[RequestOutput], prompts: list[Prompt], args: argparse.Namespace, streamed: bool) -> None:
+def _print_outputs(
+    outputs: list[RequestOutput], prompts: list[Prompt], args: argparse.Namespace, streamed: bool
+) -> None:
     for output, prompt in zip(outputs, prompts, strict=True):
         if args.json:
             print(_to_json(output))

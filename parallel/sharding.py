@@ -65,7 +65,9 @@ class Shard:
             raise ConfigError(f"extent {extent} is not a multiple of the unit {self.unit} ({self.what})")
         start, stop = self._grouped(units, rank, size) if self.groups else _even(units, rank, size)
         if start == stop and units:
-            raise ConfigError(f"{units} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {units}")
+            raise ConfigError(
+                f"{units} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {units}"
+            )
         return Span(start * self.unit, stop * self.unit, (stop - start) * self.unit)
 
     def _padded(self, extent: int, rank: int, size: int) -> Span:
@@ -118,7 +120,9 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
         ConfigError: a stage would have no block.
     """
     if num_layers < num_stages:
-        raise ConfigError(f"num_layers={num_layers} cannot fill pp_size={num_stages} stages; use a pp_size of at most {num_layers}")
+        raise ConfigError(
+            f"num_layers={num_layers} cannot fill pp_size={num_stages} stages; use a pp_size of at most {num_layers}"
+        )
     small, extra = divmod(num_layers, num_stages)
     stages, start = [], 0
     for stage in range(num_stages):

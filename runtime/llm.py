@@ -15,7 +15,7 @@ import numpy as np
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CapacityError, RequestError
 from phalanx.parallel.mpi_comm import world_communicator
-from phalanx.parallel.topology import resolve_layout
+from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import Engine, follow
 from phalanx.runtime.replica import build_replica, phase
@@ -71,19 +71,31 @@ class LLM:
         return self._replica.max_model_len
 
     @property
+    def layout(self) -> Layout:
+        """Sizes of the parallel axes."""
+        return self._replica.options.layout
+
+    @property
+    def device(self) -> str:
+        """What computes on this rank, in words, for reports."""
+        return self._replica.executor.device
+
+    @property
     def is_leader(self) -> bool:
         """Whether this is the job's first rank, which should do the printing."""
         return self._replica.world.rank == 0
 
     def generate(
-        self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; results in input order, on every rank. *Collective.*
 
         Raises:
             RequestError: a prompt or its parameters cannot run here; nothing is lost of the others' results if you call `run`.
         """
-        listed = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)  # type: ignore[list-item]
+        listed = _as_list(prompts)
         params = _one_for_each(sampling_params, len(listed))
         outputs = self.run(listed, params)
         refused = next((output for output in outputs if output.finish_reason == "error"), None)
@@ -224,7 +236,9 @@ class _Run:
     def _stream(self, prompt_token_ids: tuple[int, ...], params: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
             if params.stop:
-                raise RequestError("stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop")
+                raise RequestError(
+                    "stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop"
+                )
             return None
         return self._tokenizer.text_stream(
             prompt_token_ids, stop=params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens,
@@ -253,8 +267,10 @@ def _ends_with_stop_token(delta: TokenDelta, params: SamplingParams) -> bool:
     return ended and not (params.include_stop and delta.token_ids[-1] in params.stop_token_ids)
 
 
-def _is_token_ids(prompts: object) -> bool:
-    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, (int, np.integer)) for item in prompts)
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt, or many: a sequence of numbers is one prompt."""
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    return [listed] if listed and all(isinstance(item, (int, np.integer)) for item in listed) else listed
 
 
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -53,9 +53,7 @@ class AttentionSpec:
     @staticmethod
     def of(config: ModelConfig) -> AttentionSpec:
         """Causal attention with the model's own dimensions and the usual scale."""
-        return AttentionSpec(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5, config.rope
-        )
+        return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5, config.rope)
 
 
 class Ops(ABC, Generic[Tensor]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ def _planner(executor: Executor, options: EngineConfig, max_model_len: int) -> C
     )
 
 
-def _with_generation_config(config: ModelConfig, generation: dict[str, Any]) -> ModelConfig:
+def _with_generation_config(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
     """``generation_config.json`` names the end tokens where it has any."""
     eos = generation.get("eos_token_id")
     if eos is None:

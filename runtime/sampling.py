@@ -49,7 +49,8 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
     bits = np.stack(words, axis=-1).reshape(-1)[:vocab_size]
     # 23 bits and a half are exact in float32. 24 would round the largest to 1, and its noise to infinity.
     uniform = ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
-    return -np.log(-np.log(uniform))
+    noise: Float32Array = -np.log(-np.log(uniform))
+    return noise
 
 
 def sample(logits: Float32Array, sampling: NDArray[np.void], positions: Int32Array) -> Int32Array:
@@ -61,7 +62,7 @@ def sample(logits: Float32Array, sampling: NDArray[np.void], positions: Int32Arr
         positions: ``[Q]`` position that the new token takes in its sequence.
     """
     assert sampling.dtype == ADMISSION
-    tokens = logits.argmax(axis=1).astype(np.int32)
+    tokens: Int32Array = logits.argmax(axis=1).astype(np.int32)
     for row in np.flatnonzero(sampling["temperature"] > 0):
         tokens[row] = _sample_row(logits[row], sampling[row], int(positions[row]))
     tokens[~np.isfinite(logits).all(axis=1)] = -1
@@ -89,7 +90,8 @@ def _sample_row(logits: Float32Array, params: np.void, position: int) -> int:
 def log_softmax(logits: Float32Array) -> Float32Array:
     """Natural log-probabilities over the last axis: ``[B, V]``."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    logprobs: Float32Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logprobs
 
 
 def top_logprobs(logprobs: Float32Array, count: int) -> tuple[Int32Array, Float32Array]:

@@ -43,7 +43,9 @@ class Capabilities:
         elif spec.head_dim % self.head_dim_multiple:
             missing = f"head_dim={spec.head_dim} (only multiples of {self.head_dim_multiple})"
         if missing:
-            raise ConfigError(f"the {self.engine} engine cannot run {config.architecture}: no {missing}; try --engine numpy")
+            raise ConfigError(
+                f"the {self.engine} engine cannot run {config.architecture}: no {missing}; try --engine numpy"
+            )
 
 
 class Executor(Protocol):

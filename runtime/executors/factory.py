@@ -36,7 +36,12 @@ def choose_engine(requested: str) -> str:
 
 
 def create_executor(
-    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+    model: Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineConfig,
+    topology: Topology,
+    comm: Communicator,
 ) -> tuple[Executor, int]:
     """Load this rank's shard into an executor; also the longest sequence that it can hold. *Collective over the replica.*
 
@@ -46,7 +51,7 @@ def create_executor(
     """
     engine = choose_engine(options.engine)
     if engine == "cuda":
-        from phalanx.runtime.executors.cuda_executor import create_cuda_executor
+        from phalanx.runtime.executors.cuda_factory import create_cuda_executor
 
         return create_cuda_executor(model, config, checkpoint, options, topology, comm)
     if engine == "tensorrt":
@@ -57,7 +62,12 @@ def create_executor(
 
 
 def _create_numpy_executor(
-    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+    model: Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineConfig,
+    topology: Topology,
+    comm: Communicator,
 ) -> tuple[Executor, int]:
     CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
     layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]

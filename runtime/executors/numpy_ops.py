@@ -72,20 +72,21 @@ class NumpyOps(Ops[Float32Array]):
 
     def position_embedding(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.position_embedding`."""
-        return x + self._weights[f"{name}.weight"][self.step.positions]
+        positioned: Float32Array = x + self._weights[f"{name}.weight"][self.step.positions]
+        return positioned
 
     def rms_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
         """See `Ops.rms_norm`."""
         weight = self._weights[f"{name}.weight"]
         mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
         inverse = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
-        normed = x * inverse[:, None]
+        normed: Float32Array = x * inverse[:, None]
         normed *= weight + np.float32(weight_offset) if weight_offset else weight
         return normed
 
     def layer_norm(self, x: Float32Array, name: str, eps: float) -> Float32Array:
         """See `Ops.layer_norm`."""
-        centred = x - x.mean(axis=1, keepdims=True)
+        centred: Float32Array = x - x.mean(axis=1, keepdims=True)
         variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
         centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
         centred *= self._weights[f"{name}.weight"]
@@ -130,7 +131,7 @@ class NumpyOps(Ops[Float32Array]):
     def gated_activation(self, x: Float32Array, kind: Activation) -> Float32Array:
         """See `Ops.gated_activation`."""
         half = x.shape[1] // 2
-        gated = _ACTIVATIONS[kind](x[:, :half])
+        gated: Float32Array = _ACTIVATIONS[kind](x[:, :half])
         gated *= x[:, half:]
         return gated
 
@@ -149,7 +150,7 @@ def _silu(x: Float32Array) -> Float32Array:
 
 
 def _gelu_tanh(x: Float32Array) -> Float32Array:
-    inner = x * x
+    inner: Float32Array = x * x
     inner *= np.float32(0.044715)
     inner += np.float32(1)
     inner *= x
@@ -167,10 +168,13 @@ def _gelu(x: Float32Array) -> Float32Array:
 
 def _erf(x: Float32Array) -> Float32Array:
     """Abramowitz & Stegun 7.1.26 in float64: absolute error below 1.5e-7."""
-    a = np.abs(x, dtype=np.float64)
-    t = 1 / (1 + 0.3275911 * a)
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return np.copysign(1 - poly * np.exp(-a * a), x).astype(np.float32)
+    a = np.abs(x.astype(np.float64))
+    t: NDArray[np.float64] = 1 / (1 + 0.3275911 * a)
+    poly: NDArray[np.float64] = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
+    magnitude: Float32Array = (1 - poly * np.exp(-a * a)).astype(np.float32)
+    return np.copysign(magnitude, x)
 
 
 def _relu(x: Float32Array) -> Float32Array:

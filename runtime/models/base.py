@@ -36,7 +36,9 @@ class Model:
     head_weights: Callable[[ModelConfig], list[WeightSpec]]
     ignored_tensors: tuple[str, ...] = ()
 
-    def weights(self, config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True) -> list[WeightSpec]:
+    def weights(
+        self, config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True
+    ) -> list[WeightSpec]:
         """Specs of a pipeline stage: the blocks in ``layers`` (None = all), the embedding if ``first``, the head if ``last``."""
         layers = range(config.num_layers) if layers is None else layers
         specs = self.embed_weights(config) if first else []
@@ -69,11 +71,17 @@ def feed_forward_shard(config: ModelConfig, axis: int) -> Shard:
 def qkv_weight(config: ModelConfig, name: str, sources: tuple[str, str, str], bias: bool) -> list[WeightSpec]:
     """Separate q, k, v matrices of a checkpoint as one matrix (and bias): ``[(H + 2K) C, D]``."""
     q, kv = head_shard(config, 0), kv_head_shard(config)
-    rows = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.num_kv_heads * config.head_dim)
+    rows = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
     shards = (q, kv, kv)
 
     def parts(kind: str, *tail: int) -> tuple[Part, ...]:
-        return tuple(Part(f"{source}.{kind}", (n, *tail), shard) for source, n, shard in zip(sources, rows, shards, strict=True))
+        return tuple(
+            Part(f"{source}.{kind}", (n, *tail), shard) for source, n, shard in zip(sources, rows, shards, strict=True)
+        )
 
     specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])

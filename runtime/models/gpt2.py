@@ -120,9 +120,14 @@ def _qkv(config: ModelConfig, source: str, tail: tuple[int, ...]) -> tuple[Part,
     shards = (head_shard(config, 0), kv_head_shard(config), kv_head_shard(config))
     return tuple(
         Part(
-            f"transformer.{source}", (d, *tail), shard, aliases=(source,), transposed=bool(tail),
-            first_row=index * d, source_rows=3 * d,
-        )  # fmt: skip
+            f"transformer.{source}",
+            (d, *tail),
+            shard,
+            aliases=(source,),
+            transposed=bool(tail),
+            first_row=index * d,
+            source_rows=3 * d,
+        )
         for index, shard in enumerate(shards)
     )
 

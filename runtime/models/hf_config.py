@@ -93,11 +93,13 @@ class ConfigReader:
         theta = _number("rope_theta", fields.get("rope_theta", self.raw.get("rope_theta", 10000.0)))
         kind = fields.get("rope_type", fields.get("type", "default"))
         rotary_dim = int(head_dim * _number("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0)))
-        base = {"theta": theta, "rotary_dim": rotary_dim}
+        base: dict[str, Any] = {"theta": theta, "rotary_dim": rotary_dim}
         if kind == "default":
             return RopeConfig(**base)
         if kind not in ("linear", "llama3", "yarn"):
-            raise ConfigError(f"rope_type={kind!r} in config.json is not supported; supported: default, linear, llama3, yarn")
+            raise ConfigError(
+                f"rope_type={kind!r} in config.json is not supported; supported: default, linear, llama3, yarn"
+            )
         original = fields.get("original_max_position_embeddings", self.raw.get("max_position_embeddings", 2048))
         scaled = {**base, "scaling": kind, "factor": _number("rope factor", fields.get("factor")),
                   "original_max_positions": int(original)}  # fmt: skip

@@ -29,7 +29,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def run_layout(directory: Path, tp: int, pp: int, prompt: tuple[int, ...], max_tokens: int) -> RequestOutput:
     def rank(comm: Communicator) -> RequestOutput:
-        with LLM(directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", block_size=4) as llm:
+        with LLM(
+            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", block_size=4
+        ) as llm:
             params = SamplingParams(
                 max_tokens=max_tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=20, logprobs=20
             )

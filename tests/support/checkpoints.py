@@ -23,9 +23,7 @@ class CheckpointCase:
     name: str
     config: dict[str, Any]
     dtype: str = "float32"
-    layouts: tuple[tuple[int, int], ...] = field(
-        default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3))
-    )
+    layouts: tuple[tuple[int, int], ...] = field(default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)))
 
 
 def _llama(name: str, dtype: str = "float32", **fields: Any) -> CheckpointCase:
@@ -87,12 +85,12 @@ def write_checkpoint(case: CheckpointCase, directory: Path, seed: int = 0) -> Pa
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(case.config))
     model = find_model(case.config)
-    parts = {
-        part.source: part for spec in model.weights(model.read_config(case.config)) for part in spec.parts
-    }
+    parts = {part.source: part for spec in model.weights(model.read_config(case.config)) for part in spec.parts}
     random = np.random.default_rng(seed)
     tensors = {name: _values(name, part.stored_shape, random) for name, part in sorted(parts.items())}
-    save_file({name: value.astype(_STORED[case.dtype]) for name, value in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: value.astype(_STORED[case.dtype]) for name, value in tensors.items()}, directory / "model.safetensors"
+    )
     return directory
 
 

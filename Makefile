@@ -1,0 +1,39 @@
+# Short names for the commands in CONTRIBUTING.md. Everything runs in .venv (make setup).
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup serve test lint types imports format test-1 test-2 test-3 test-4 test-8
+
+setup: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[cpu,test]'
+	touch $@
+
+serve: setup
+	mpirun -n 4 python -m launch.serve --tp 2 --pp 2
+
+test: setup
+	tests/run.sh
+
+format: setup
+	ruff format .
+	ruff check --fix .
+
+lint: setup
+	ruff format --check .
+	ruff check .
+
+types: setup
+	mypy
+
+imports: setup
+	PYTHONPATH=tools/tree lint-imports
+
+test-1: setup
+	python -m pytest
+
+test-2 test-3 test-4 test-8: test-%: setup
+	tests/run_mpi.sh $*

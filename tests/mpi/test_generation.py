@@ -1,0 +1,54 @@
+"""Generation on real ranks equals generation on one rank, in every layout of this number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.communicator import SelfCommunicator
+from phalanx.parallel.launcher import launch_info
+from phalanx.parallel.mpi_comm import world_communicator
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import SamplingParams
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+pytestmark = pytest.mark.mpi
+
+SIZE = launch_info().size
+LAYOUTS = [(tp, pp, SIZE // (tp * pp)) for tp in (1, 2, 4, 8) for pp in (1, 2, 3) if SIZE % (tp * pp) == 0]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(CASES_BY_NAME["gemma-one-kv-head"], tmp_path_factory.mktemp("gemma"))
+
+
+def prompts() -> list[list[int]]:
+    random = np.random.default_rng(5)
+    return [random.integers(3, 113, length).tolist() for length in (1, 17, 5, 40, 2, 33)]
+
+
+def params() -> list[SamplingParams]:
+    return [
+        SamplingParams(
+            max_tokens=8 + 3 * index, temperature=0.7 * (index % 2), top_k=20, top_p=0.9, seed=index, logprobs=2
+        )
+        for index in range(6)
+    ]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [layout for layout in LAYOUTS if layout[0] <= 4])
+def test_tokens_do_not_depend_on_the_layout(directory: Path, tp: int, pp: int, dp: int) -> None:
+    options = {"engine": "numpy", "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    with LLM(directory, comm=SelfCommunicator(), **options) as alone:
+        expected = [alone.generate([prompt], one)[0] for prompt, one in zip(prompts(), params(), strict=True)]
+    comm = world_communicator()
+    with LLM(
+        directory, comm=comm, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, **options
+    ) as llm:
+        outputs = llm.generate(prompts(), params())
+    comm.close()
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert [output.finish_reason for output in outputs] == [output.finish_reason for output in expected]
