@@ -14,7 +14,7 @@ from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.executors.cuda_activations import ActivationPool
-from phalanx.runtime.executors.cuda_weights import DeviceArray, device_dtype
+from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.rope import rotary_table
 

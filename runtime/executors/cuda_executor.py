@@ -23,10 +23,10 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.base import Capabilities
 from phalanx.runtime.executors.cuda_cache import CudaAttention
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda_memory import DeviceArray, download, upload
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_ring import GpuTimes, StepRing, StepSlot
 from phalanx.runtime.executors.cuda_stage import CudaStage
-from phalanx.runtime.executors.cuda_weights import DeviceArray
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 
 __all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
@@ -168,7 +168,7 @@ class CudaExecutor:
             raise ExecutorError(f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}")
         slot.plan_words[: len(words)] = words
         slot.start.record(self._stream)
-        self._copy(self._stage.arrays.plan.data.ptr, slot.plan_words.ctypes.data, len(words), to_device=True)
+        upload(self._stage.arrays.plan, slot.plan_words[: len(words)], self._stream)
 
     def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
         limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
@@ -217,11 +217,5 @@ class CudaExecutor:
             with stream:
                 self._groups.results.recv(self._inbox[:words], topology.layout.pp - 1)
         if words:
-            self._copy(slot.result_words.ctypes.data, self._inbox.data.ptr, words, to_device=False, stream=stream)
+            download(slot.result_words, self._inbox[:words], stream)
         slot.result.record(stream)
-
-    def _copy(self, target: int, source: int, words: int, *, to_device: bool, stream: Any = None) -> None:
-        from cupy.cuda import runtime
-
-        kind = runtime.memcpyHostToDevice if to_device else runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(target, source, 4 * words, kind, (stream or self._stream).ptr)

@@ -43,7 +43,7 @@ def bucket_size(count: int, limit: int) -> int:
     if count <= 8:
         size = 1 << max(count - 1, 0).bit_length()
     else:
-        step = max(8, 1 << ((count - 1).bit_length() - 5))
+        step = max(8, (1 << (count - 1).bit_length()) // 32)
         size = -(-count // step) * step
     return min(size, limit)
 

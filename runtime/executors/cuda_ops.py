@@ -7,6 +7,7 @@ the whole of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
@@ -20,11 +21,10 @@ from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_cache import CudaAttention
-from phalanx.runtime.executors.cuda_gemm import CudaGemm
-from phalanx.runtime.executors.cuda_weights import DeviceArray
+from phalanx.runtime.executors.cuda_memory import DeviceArray
 from phalanx.runtime.ops import AttentionSpec, Ops
 
-__all__ = ["CudaOps"]
+__all__ = ["CudaOps", "Gemm"]
 
 _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "silu": "silu",
@@ -32,6 +32,12 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "gelu": "gelu_erf",
     "relu": "relu",
 }
+
+
+class Gemm(Protocol):
+    """Matrix products: ``out = x @ weight.T + bias``; x ``[T, in]``, weight ``[out, in]``, bias ``[out]`` or None."""
+
+    def __call__(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray, bias: DeviceArray | None) -> None: ...
 
 
 class CudaOps(Ops[DeviceArray]):
@@ -44,7 +50,7 @@ class CudaOps(Ops[DeviceArray]):
     """
 
     def __init__(
-        self, library: KernelLibrary, gemm: CudaGemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
+        self, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
         group: DeviceCommunicator, arrays: StepArrays, pool: ActivationPool, attention: CudaAttention,
     ) -> None:  # fmt: skip
         self._library, self._gemm, self._weights, self._vocabulary = library, gemm, weights, vocabulary

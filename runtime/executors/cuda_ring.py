@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
+from phalanx.runtime.executors.cuda_memory import pinned_array
 from phalanx.runtime.executors.cuda_results import ResultLayout
-from phalanx.runtime.executors.cuda_weights import pinned_array
 from phalanx.runtime.step import StepPlan, StepResult
 
 __all__ = ["GpuTimes", "StepRing", "StepSlot"]

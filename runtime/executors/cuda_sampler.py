@@ -11,7 +11,7 @@ from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda_activations import ActivationPool
-from phalanx.runtime.executors.cuda_weights import DeviceArray
+from phalanx.runtime.executors.cuda_memory import DeviceArray
 
 __all__ = ["GATHERED_ROWS", "CudaSampler"]
 

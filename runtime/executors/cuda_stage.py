@@ -10,10 +10,10 @@ from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.cuda_graphs import StepKey
+from phalanx.runtime.executors.cuda_memory import DeviceArray
 from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_sampler import CudaSampler
-from phalanx.runtime.executors.cuda_weights import DeviceArray
 from phalanx.runtime.models import Model
 
 __all__ = ["PROMPT_ROWS", "CudaStage"]

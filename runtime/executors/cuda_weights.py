@@ -12,11 +12,9 @@ from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
+from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype, pinned_array
 
-__all__ = ["CudaSink", "DeviceArray", "device_dtype", "pinned_array"]
-
-DeviceArray = Any
-"""A ``cupy.ndarray``."""
+__all__ = ["CudaSink"]
 
 _CHUNK_BYTES = 32 << 20
 
@@ -64,7 +62,7 @@ class CudaSink:
         taken.synchronize()
         if len(buffer) < num_bytes:
             self._staging[self._turn] = (buffer := pinned_array((num_bytes,), np.uint8), taken)
-        return memoryview(buffer[:num_bytes])
+        return buffer[:num_bytes]
 
     def write(self, destination: DeviceArray, index: Index, array: NDArray[Any]) -> None:
         """Copy ``array`` to ``destination[index]``, in the compute dtype."""
@@ -96,20 +94,3 @@ class CudaSink:
             mean=dummy.mean,
             width=dummy.width,
         )
-
-
-def device_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of a compute dtype; bfloat16 is ml_dtypes'."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Uninitialised page-locked host memory, which the device copies asynchronously."""
-    import cupy
-
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = cupy.cuda.alloc_pinned_memory(size)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)

@@ -1,0 +1,224 @@
+"""Putting a CUDA executor together: device, weights, memory plan, communicators, warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.checkpoints.loader import load_weights
+from phalanx.kernels.arena import Arena
+from phalanx.kernels.attention import AttentionLimits
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.launcher import launch_info
+from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
+from phalanx.parallel.sharding import stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.cuda_activations import ActivationPool, activation_bytes
+from phalanx.runtime.executors.cuda_cache import CacheLayout, CudaAttention
+from phalanx.runtime.executors.cuda_executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
+from phalanx.runtime.executors.cuda_graphs import StepKey
+from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype
+from phalanx.runtime.executors.cuda_ops import CudaOps, Gemm
+from phalanx.runtime.executors.cuda_results import ResultLayout
+from phalanx.runtime.executors.cuda_sampler import GATHERED_ROWS, CudaSampler
+from phalanx.runtime.executors.cuda_stage import PROMPT_ROWS, CudaStage
+from phalanx.runtime.executors.cuda_weights import CudaSink
+from phalanx.runtime.models import Model
+from phalanx.runtime.models.base import vocabulary_shard
+
+__all__ = ["create_cuda_executor", "select_device"]
+
+_RESERVE_BYTES = 1 << 30
+"""Left free for captured graphs and for what libraries allocate late."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What every part of one rank's executor is built from."""
+
+    model: Model
+    config: ModelConfig
+    options: EngineConfig
+    topology: Topology
+    dtype: str
+    limits: StepLimits
+
+    @property
+    def layers(self) -> range:
+        """Blocks of this rank's stage."""
+        return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
+
+    @property
+    def tp(self) -> tuple[int, int]:
+        """Rank and size of the tensor-parallel group."""
+        return self.topology.tp_rank, self.topology.layout.tp
+
+    @property
+    def cache(self) -> CacheLayout:
+        """This rank's share of the key/value cache."""
+        return CacheLayout.of(self.config, self.layers, self.limits.block_size, self.dtype, *self.tp)
+
+
+def create_cuda_executor(
+    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+) -> tuple[CudaExecutor, int]:
+    """Load this rank's shard onto its GPU; also the longest sequence that fits. *Collective over the replica.*
+
+    Raises:
+        ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
+        CheckpointError: weights are missing, superfluous or of the wrong shape.
+    """
+    from phalanx.runtime.executors.factory import longest_sequence
+
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    CAPABILITIES.check(config, dtype)
+    longest = min(options.max_model_len or config.max_positions, config.max_positions)
+    limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
+    rank = _Rank(model, config, options, topology, dtype, limits)
+    device, stream = select_device()
+    with device, stream:
+        library = KernelLibrary()
+        groups = _groups(topology, comm)
+        weights = _load(rank, checkpoint, library)
+        stage, attention = _stage(rank, library, weights, groups)
+        stage.run(_largest_step(limits))
+        stream.synchronize()
+        num_blocks = _num_blocks(rank, comm)
+        attention.allocate(num_blocks)
+        executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks)
+        executor.warm_up()
+    return executor, longest_sequence(config, options, num_blocks)
+
+
+def select_device() -> tuple[Any, Any]:
+    """This process's GPU, made current, and a stream of its own: the one that is visible, or the one of its local rank.
+
+    Raises:
+        ConfigError: CuPy or the driver is missing, or there are fewer GPUs than ranks on this host.
+    """
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        raise ConfigError(
+            f"the cuda engine finds no GPU ({error}); install phalanx-llm[cuda13] and a driver, or use --engine numpy"
+        ) from error
+    local_rank = launch_info().local_rank
+    if count > 1 and local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} ranks on a host"
+        )
+    device = cupy.cuda.Device(local_rank if count > 1 else 0)
+    device.use()
+    return device, cupy.cuda.Stream(non_blocking=True)
+
+
+def _groups(topology: Topology, comm: Communicator) -> CudaGroups:
+    """NCCL groups over the host groups. *Collective.*"""
+    first = topology.replica_group.start
+    tensor = _group(comm, _shifted(topology.tp_group, first))
+    stages = _group(comm, _shifted(topology.pp_group, first))
+    results = _group(comm, _shifted(topology.pp_group, first))
+    return CudaGroups(tensor, stages, results)
+
+
+def _group(comm: Communicator, members: range) -> DeviceCommunicator:
+    host = comm.split(members)
+    try:
+        return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
+    finally:
+        host.close()
+
+
+def _shifted(members: range, first: int) -> range:
+    return range(members.start - first, members.stop - first, members.step)
+
+
+def _load(rank: _Rank, checkpoint: Checkpoint, library: KernelLibrary) -> Mapping[str, DeviceArray]:
+    model, config, topology = rank.model, rank.config, rank.topology
+    sink = CudaSink(rank.dtype, library)
+    load_weights(
+        checkpoint.source,
+        model.weights(config, rank.layers, topology.is_first_stage, topology.is_last_stage),
+        *rank.tp,
+        sink,
+        ignored=model.ignored_tensors,
+        all_specs=model.weights(config),
+    )
+    return sink.weights
+
+
+def _stage(
+    rank: _Rank, library: KernelLibrary, weights: Mapping[str, DeviceArray], groups: CudaGroups
+) -> tuple[CudaStage, CudaAttention]:
+    import cupy
+
+    config, limits, topology = rank.config, rank.limits, rank.topology
+    vocabulary = vocabulary_shard().span(config.vocab_size, *rank.tp)
+    pool = ActivationPool(_scratch(rank, vocabulary.size))
+    arrays = StepArrays.allocate(
+        lambda _name, shape, dtype: cupy.zeros(shape, dtype),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_tokens=limits.max_num_tokens,
+        max_logit_rows=limits.max_logit_rows,
+        max_blocks_per_seq=limits.blocks_per_seq,
+    )
+    attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
+    attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
+    gemm = _gemm(library)
+    ops = CudaOps(library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
+    sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
+    hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))
+    results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
+    stage = CudaStage(
+        library, rank.model, config, topology, rank.layers, limits.block_size, arrays, ops, sampler, hidden, results
+    )  # fmt: skip
+    return stage, attention
+
+
+def _scratch(rank: _Rank, vocab_rows: int) -> Any:
+    """Room for the activations of the largest step."""
+    config, limits = rank.config, rank.limits
+    specs = rank.model.block_weights(config, rank.layers.start)
+    logit_rows = max(limits.max_num_seqs, PROMPT_ROWS) if rank.topology.is_last_stage else 0
+    if rank.tp[1] > 1:
+        logit_rows += GATHERED_ROWS * rank.tp[1]
+    num_bytes = activation_bytes(
+        specs, config.hidden_size, vocab_rows, limits.max_num_tokens, logit_rows, device_dtype(rank.dtype).itemsize, *rank.tp
+    )
+    return Arena(num_bytes + (1 << 20)).scratch("activations", num_bytes)
+
+
+def _largest_step(limits: StepLimits) -> StepKey:
+    return StepKey(limits.max_num_tokens, min(limits.max_num_seqs, limits.max_num_tokens), has_prefill=True)
+
+
+def _num_blocks(rank: _Rank, comm: Communicator) -> int:
+    """Blocks of the cache: as asked for, else what is left on the rank that has least. *Collective.*"""
+    import cupy
+
+    options, limits = rank.options, rank.limits
+    free, total = cupy.cuda.runtime.memGetInfo()
+    usable = free - int((1.0 - options.gpu_memory_utilization) * total) - _RESERVE_BYTES
+    fitting = int(comm.all_gather(np.array([max(usable, 0) // rank.cache.block_bytes])).min())
+    wanted = options.num_kv_blocks or limits.max_num_seqs * limits.blocks_per_seq
+    if fitting < 1 or (options.num_kv_blocks is not None and options.num_kv_blocks > fitting):
+        raise ConfigError(
+            f"{options.num_kv_blocks or 1} blocks of {rank.cache.block_bytes:,} bytes do not fit beside weights and "
+            f"activations: {max(usable, 0):,} bytes are left ({fitting} blocks); use more GPUs, a smaller "
+            "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
+        )
+    return min(wanted, fitting)
+
+
+def _gemm(library: KernelLibrary) -> Gemm:
+    raise NotImplementedError

@@ -1,0 +1,90 @@
+"""The CUDA executor, its kernels emulated: the tokens and log-probabilities of the NumPy engine, in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
+from tests.support.fake_cupy import install_fake_device
+from tests.support.reference import prompt_token_ids
+
+TOLERANCE = 1e-3
+GPT2 = CASES_BY_NAME["gpt2-plain"]
+CASES = [
+    CASES_BY_NAME["llama-grouped-heads"],
+    CheckpointCase("gpt2-heads-of-8", {**GPT2.config, "n_head": 6}),
+    CASES_BY_NAME["gemma-one-kv-head"],
+]
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+
+
+def generate(
+    directory: Path, tp: int, pp: int, prompts: list[tuple[int, ...]], params: SamplingParams, engine: str = "cuda"
+) -> list[RequestOutput]:
+    def rank(comm: Communicator) -> list[RequestOutput]:
+        with LLM(
+            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine=engine, block_size=16,
+            max_num_seqs=3, max_num_batched_tokens=12, num_kv_blocks=20,
+        ) as llm:  # fmt: skip
+            return llm.generate(prompts, params)
+
+    return run_ranks(tp * pp, rank)[0]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tokens_and_logprobs_equal_the_numpy_engines(
+    case: CheckpointCase, tp: int, pp: int, tmp_path: Path, device: None
+) -> None:
+    prompt = prompt_token_ids(case)
+    directory = write_checkpoint(case, tmp_path)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    expected = generate(directory, 1, 1, [prompt], params, engine="numpy")[0]
+    output = generate(directory, tp, pp, [prompt], params)[0]
+    assert output.token_ids == expected.token_ids
+    assert output.logprobs is not None
+    assert expected.logprobs is not None
+    assert_close_logprobs(output.logprobs, expected.logprobs)
+    assert output.prompt_logprobs is not None
+    assert expected.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert_close_logprobs(output.prompt_logprobs[1:], expected.prompt_logprobs[1:])
+
+
+def assert_close_logprobs(actual: Sequence[Logprob | None], expected: Sequence[Logprob | None]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.token_id == other.token_id
+        assert abs(one.logprob - other.logprob) < TOLERANCE
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        np.testing.assert_allclose([value for _, value in one.top], [value for _, value in other.top], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_sampled_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path, device: None) -> None:
+    case = CASES_BY_NAME["llama-grouped-heads"]
+    directory = write_checkpoint(case, tmp_path)
+    prompt = prompt_token_ids(case)
+    prompts = [prompt, prompt[:7], prompt[3:4], prompt[5:], prompt[2:9]]
+    for params in (
+        SamplingParams(max_tokens=9, temperature=0.8, seed=11, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=1.2, seed=5, top_k=9, top_p=0.8, min_p=0.02, ignore_eos=True),
+    ):
+        expected = generate(directory, 1, 1, prompts, params, engine="numpy")
+        outputs = generate(directory, tp, pp, prompts, params)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]

@@ -1,0 +1,196 @@
+"""Just enough of CuPy, over NumPy, to run the CUDA executor's host side and its kernels (emulated) where there is no GPU.
+
+Streams run everything at once and graphs are not captured; what only a device shows is for ``tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.communicator import Communicator
+from tests.kernels.emulation import EmulatedLibrary
+
+__all__ = ["install_fake_device"]
+
+
+class FakeArray(np.ndarray):
+    """A NumPy array whose ``data`` has an address, as CuPy's has."""
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.memory = getattr(source, "memory", None)
+
+
+class Memory:
+    def __init__(self, size: int) -> None:
+        self.buffer = ctypes.create_string_buffer(max(size, 1) + 256)
+        self.ptr = -(-ctypes.addressof(self.buffer) // 256) * 256
+
+
+class UnownedMemory:
+    def __init__(self, ptr: int, size: int, owner: Any) -> None:
+        self.ptr, self.owner = ptr, owner
+
+
+class MemoryPointer:
+    def __init__(self, memory: Any, offset: int) -> None:
+        self.memory, self.ptr = memory, memory.ptr + offset
+
+
+def device_array(shape: tuple[int, ...], dtype: Any, memptr: MemoryPointer) -> FakeArray:
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.ctypeslib.as_array((ctypes.c_char * size).from_address(memptr.ptr)).view(np.uint8)
+    array = raw.view(dtype).reshape(shape).view(FakeArray)
+    array.memory = memptr
+    return array
+
+
+def _zeros(shape: Any, dtype: Any) -> FakeArray:
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return device_array(shape, dtype, MemoryPointer(Memory(size), 0))
+
+
+def _copy(array: np.ndarray) -> FakeArray:
+    out = _zeros(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+class Stream:
+    ptr = 0
+
+    def __init__(self, non_blocking: bool = False) -> None: ...
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    done = True
+
+    def __init__(self, disable_timing: bool = False) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Device:
+    def __init__(self, index: int = 0) -> None: ...
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def use(self) -> None: ...
+
+
+def _copy_rows(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: int
+) -> None:
+    for row in range(height):
+        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+
+def _fake_cupy() -> types.ModuleType:
+    runtime = types.ModuleType("cupy.cuda.runtime")
+    runtime.__dict__.update(
+        memcpyAsync=lambda target, source, size, kind, stream: ctypes.memmove(target, source, size),
+        memcpy2DAsync=_copy_rows,
+        memcpyHostToDevice=1,
+        memcpyDeviceToHost=2,
+        memGetInfo=lambda: (1 << 32, 1 << 32),
+        getDeviceCount=lambda: 1,
+    )
+    cuda = types.ModuleType("cupy.cuda")
+    cuda.__dict__.update(
+        runtime=runtime, Stream=Stream, Event=Event, Device=Device, Memory=Memory, UnownedMemory=UnownedMemory,
+        MemoryPointer=MemoryPointer, get_current_stream=Stream, get_elapsed_time=lambda start, end: 0.0,
+        alloc_pinned_memory=lambda size: bytearray(max(size, 1)),
+    )  # fmt: skip
+    cupy = types.ModuleType("cupy")
+    cupy.__dict__.update(cuda=cuda, ndarray=device_array, zeros=_zeros, empty=_zeros, asarray=_copy)
+    return cupy
+
+
+class OneAtATime:
+    """A library whose kernels may be launched from several threads: the emulator runs one block at a time."""
+
+    architecture = "sm_90a"
+
+    def __init__(self, library: EmulatedLibrary) -> None:
+        self._library, self._lock = library, threading.Lock()
+        self.num_multiprocessors = library.num_multiprocessors
+
+    def function(self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float) -> Any:
+        def launch(
+            grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
+        ) -> None:
+            with self._lock:
+                self._library.function(source, name, shared_bytes, **defines)(grid, block, args, shared_mem)
+
+        return launch
+
+
+class HostGroup:
+    """A device communicator over a host communicator."""
+
+    def __init__(self, host: Communicator) -> None:
+        self._host, self.rank, self.size = host, host.rank, host.size
+
+    def all_reduce(self, array: Any) -> Any:
+        return self._host.all_reduce(array) if self.size > 1 else array
+
+    def all_gather(self, array: Any, out: Any) -> Any:
+        out[...] = self._host.all_gather(array).reshape(out.shape)
+        return out
+
+    def send(self, array: Any, dest: int) -> None:
+        self._host.send(array, dest)
+
+    def recv(self, array: Any, source: int) -> Any:
+        return self._host.recv(array, source)
+
+    def check(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None:
+        self._host.close()
+
+
+def product(x: Any, weight: Any, out: Any, bias: Any) -> None:
+    out[...] = x @ weight.T if bias is None else x @ weight.T + bias
+
+
+def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Make ``engine="cuda"`` run here: emulated kernels, NumPy products, ranks joined by their host communicator."""
+    from phalanx.runtime.executors import cuda_factory, cuda_graphs
+
+    cupy = _fake_cupy()
+    for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.runtime": cupy.cuda.runtime}.items():
+        patch.setitem(sys.modules, name, module)
+    library = OneAtATime(EmulatedLibrary(cache))
+    patch.setattr(cuda_factory, "KernelLibrary", lambda: library)
+    patch.setattr(cuda_factory, "_gemm", lambda _library: product)
+    patch.setattr(cuda_factory, "_group", lambda comm, members: HostGroup(comm.split(members)))
+    patch.setattr(cuda_graphs.GraphCache, "_capture", lambda *_: False)
