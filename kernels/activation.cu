@@ -5,16 +5,8 @@
 // Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (silu, gelu_tanh, gelu_erf or relu), HAS_BIAS.
 // Grid: (chunks of NUM_THREADS * VEC columns, T).
 // Reference: the same in float64, rounded once. Shazeer 2020 (gated variants); Hendrycks and Gimpel 2016 (GELU).
+#include "activation.cuh"
 #include "dtype.cuh"
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-// 0.5 * (1 + tanh(y)) is sigmoid(2y): one exponential, and no cancellation where tanh nears -1.
-__device__ __forceinline__ float gelu_tanh(float x) {
-    return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
-}
-__device__ __forceinline__ float gelu_erf(float x) { return 0.5f * x * erfcf(-0.7071067811865476f * x); }
-__device__ __forceinline__ float relu(float x) { return x > 0.0f ? x : 0.0f; }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gated(const scalar* __restrict__ x, scalar* __restrict__ out) {

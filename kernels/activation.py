@@ -25,9 +25,7 @@ def gated_activation(library: Library, x: Array, out: Array, name: ActivationNam
     kernel(grid, block, (x, out))
 
 
-def activation(
-    library: Library, x: Array, out: Array, name: ActivationName, bias: Array | None = None
-) -> None:
+def activation(library: Library, x: Array, out: Array, name: ActivationName, bias: Array | None = None) -> None:
     """``out = f(x + bias)``. x, out [T, F] (out may be x); bias [F]."""
     num_tokens, features = out.shape
     require("x", x, (num_tokens, features), out)

@@ -9,9 +9,12 @@ import numpy as np
 
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["Array", "ceil_div", "num_threads_for", "require", "scalar_name", "vector_width"]
+__all__ = ["Array", "Defines", "ceil_div", "num_threads_for", "require", "scalar_name", "vector_width"]
 
 VECTOR_BYTES = 16
+Defines = dict[str, str | int | float]
+"""Preprocessor definitions that specialise a kernel."""
+
 _SCALAR_NAMES = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}
 
 
@@ -27,6 +30,17 @@ class Array(Protocol):
     @property
     def flags(self) -> Any: ...
 
+    @property
+    def data(self) -> Any: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
+
 
 def ceil_div(dividend: int, divisor: int) -> int:
     """``dividend / divisor``, rounded up."""
@@ -37,9 +51,7 @@ def scalar_name(array: Array) -> str:
     """The CUDA type of the array's elements. Raises ExecutorError for a type that the kernels do not compute in."""
     name = array.dtype.name
     if name not in _SCALAR_NAMES:
-        raise ExecutorError(
-            f"dtype {name} is not one of {', '.join(_SCALAR_NAMES)}; cast before calling a kernel"
-        )
+        raise ExecutorError(f"dtype {name} is not one of {', '.join(_SCALAR_NAMES)}; cast before calling a kernel")
     return _SCALAR_NAMES[name]
 
 

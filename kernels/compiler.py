@@ -167,9 +167,7 @@ def _nvrtc_version() -> str:
     try:
         major, minor = _check(nvrtc, nvrtc.nvrtcVersion())
     except RuntimeError as error:  # the bindings' own error when libnvrtc cannot be found
-        raise ConfigError(
-            f"libnvrtc cannot be loaded ({error}); install phalanx-llm[cuda13] or [cuda12]"
-        ) from error
+        raise ConfigError(f"libnvrtc cannot be loaded ({error}); install phalanx-llm[cuda13] or [cuda12]") from error
     return f"{major}.{minor}"
 
 
@@ -177,15 +175,11 @@ def _compile(source: KernelSource, options: tuple[str, ...]) -> bytes:
     nvrtc = _nvrtc()
     includes = (f"-I{INCLUDE_DIRECTORY}", *(f"-I{folder}" for folder in _toolkit_includes()))
     flags = [option.encode() for option in (*options, "-std=c++17", "-lineinfo", *includes)]
-    program = _check(
-        nvrtc, nvrtc.nvrtcCreateProgram(source.text.encode(), f"{source.name}.cu".encode(), 0, [], [])
-    )
+    program = _check(nvrtc, nvrtc.nvrtcCreateProgram(source.text.encode(), f"{source.name}.cu".encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise ExecutorError(
-                f"{source.name}.cu does not compile with {' '.join(options)}:\n{_log(nvrtc, program)}"
-            )
+            raise ExecutorError(f"{source.name}.cu does not compile with {' '.join(options)}:\n{_log(nvrtc, program)}")
         cubin = bytearray(_check(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
         _check(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
         return bytes(cubin)
@@ -204,9 +198,7 @@ def _toolkit_includes() -> list[Path]:
     import site
 
     packages = {Path(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}
-    wheels = [
-        folder / "nvidia" / part / "include" for folder in packages for part in ("cu13", "cuda_runtime")
-    ]
+    wheels = [folder / "nvidia" / part / "include" for folder in packages for part in ("cu13", "cuda_runtime")]
     toolkits = [
         Path(os.environ.get(variable, default)) / "include"
         for variable, default in (("CUDA_HOME", "/usr/local/cuda"), ("CUDA_PATH", "/usr/local/cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phalanx.kernels.arrays import Array, num_threads_for, require, scalar_name, vector_width
+from phalanx.kernels.arrays import Array, Defines, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
 
 __all__ = ["add_position_embedding", "embedding"]
@@ -42,16 +42,14 @@ def add_position_embedding(library: Library, x: Array, positions: Array, table: 
     kernel((num_tokens,), block, (x, positions, table))
 
 
-def _row_kernel(
-    library: Library, source: str, name: str, table: Array
-) -> tuple[KernelFunction, tuple[int, ...]]:
+def _row_kernel(library: Library, source: str, name: str, table: Array) -> tuple[KernelFunction, tuple[int, ...]]:
     hidden_size = table.shape[1]
     width = vector_width(table, hidden_size)
     num_threads = num_threads_for(hidden_size // width, _LARGEST_BLOCK)
-    defines = {
+    defines: Defines = {
         "SCALAR": scalar_name(table),
         "HIDDEN_SIZE": hidden_size,
         "VEC": width,
         "NUM_THREADS": num_threads,
     }
-    return library.function(source, name, **defines), (num_threads,)
+    return library.function(source, name, 0, **defines), (num_threads,)

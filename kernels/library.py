@@ -24,9 +24,7 @@ class KernelFunction(Protocol):
 class Library(Protocol):
     """What every wrapper in this package takes first: a source of compiled kernels."""
 
-    def function(
-        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
-    ) -> KernelFunction:
+    def function(self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float) -> KernelFunction:
         """Kernel ``name`` of ``<source>.cu`` compiled with ``defines``."""
         ...
 
@@ -58,9 +56,7 @@ class KernelLibrary:
         self._modules: dict[KernelSpec, Any] = {}
         self._functions: dict[tuple[KernelSpec, str, int], KernelFunction] = {}
 
-    def function(
-        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
-    ) -> KernelFunction:
+    def function(self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float) -> KernelFunction:
         """Kernel ``name`` of ``<source>.cu``; ``shared_bytes`` is the dynamic shared memory that it may be launched with.
 
         Raises ExecutorError when it does not compile.
@@ -78,7 +74,7 @@ class KernelLibrary:
 
     def _load(self, spec: KernelSpec, name: str, shared_bytes: int) -> KernelFunction:
         import cupy
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver  # type: ignore[import-untyped,unused-ignore]
 
         if spec not in self._modules:
             module = cupy.cuda.function.Module()
@@ -86,8 +82,6 @@ class KernelLibrary:
             self._modules[spec] = module
         function: Any = self._modules[spec].get_function(name)
         if shared_bytes > 48 * 1024:
-            driver.funcSetAttribute(
-                function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
-            )
+            driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
         loaded: KernelFunction = function
         return loaded

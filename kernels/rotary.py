@@ -74,9 +74,7 @@ def rotary_kv_write(
         WRITE_KEY_BACK=int(write_key_back),
         NUM_THREADS=_NUM_THREADS,
     )
-    items = num_heads * (rotary_dim // 2) + num_kv_heads * (
-        rotary_dim // 2 + head_dim - rotary_dim + head_dim
-    )
+    items = num_heads * (rotary_dim // 2) + num_kv_heads * (rotary_dim // 2 + head_dim - rotary_dim + head_dim)
     grid = (ceil_div(num_tokens * (items // width), _NUM_THREADS),)
     cos, sin = (rotary.cos, rotary.sin) if rotary is not None else (None, None)
     arguments = (qkv, cos, sin, positions, slot_mapping, key_pages, value_pages, np.int32(num_tokens))

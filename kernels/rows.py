@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from phalanx.kernels.arrays import Array, num_threads_for, require, scalar_name, vector_width
+from phalanx.kernels.arrays import Array, Defines, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
 
 __all__ = ["add_bias", "gather_rows"]
@@ -35,5 +35,5 @@ def _row_kernel(library: Library, name: str, x: Array) -> tuple[KernelFunction, 
     hidden_size = x.shape[1]
     width = vector_width(x, hidden_size)
     num_threads = num_threads_for(hidden_size // width, _LARGEST_BLOCK)
-    defines = {"SCALAR": scalar_name(x), "HIDDEN_SIZE": hidden_size, "VEC": width, "NUM_THREADS": num_threads}
-    return library.function(name, name, **defines), (num_threads,)
+    defines: Defines = {"SCALAR": scalar_name(x), "HIDDEN_SIZE": hidden_size, "VEC": width, "NUM_THREADS": num_threads}
+    return library.function(name, name, 0, **defines), (num_threads,)

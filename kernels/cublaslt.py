@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cuBLASLt behind three calls: describe a product, list algorithms for it, run one.
+
+Row-major ``out[T, O] = x[T, I] @ weight[O, I].T`` is column-major ``out^T[O, T] = weight^T^T @ x^T``: cuBLASLt's first
+operand is the weight, transposed, its second is x. float32 accumulation, never TF32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.errors import ConfigError, ExecutorError
+
+__all__ = ["Algorithm", "CublasLt", "Descriptors", "GemmProblem"]
+
+_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
+_ALGORITHM_WORDS = 8
+_ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GemmProblem:
+    """``out[T, O] = f(x[T, I] @ weight[O, I].T + bias) + out``: everything that decides which algorithm is best.
+
+    Attributes:
+        dtype: of x, weight and bias.
+        out_dtype: of out.
+        has_bias, has_gelu (tanh form), accumulate: which of the optional terms there are.
+    """
+
+    num_tokens: int
+    out_features: int
+    in_features: int
+    dtype: str
+    out_dtype: str
+    has_bias: bool = False
+    has_gelu: bool = False
+    accumulate: bool = False
+
+    @property
+    def key(self) -> str:
+        """The problem as one word, for a cache file."""
+        options = "".join(
+            name
+            for name, present in (("+bias", self.has_bias), ("+gelu", self.has_gelu), ("+out", self.accumulate))
+            if present
+        )
+        return f"{self.num_tokens}x{self.out_features}x{self.in_features}:{self.dtype}>{self.out_dtype}{options}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight matrix."""
+        return self.out_features * self.in_features * (4 if self.dtype == "float32" else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One of cuBLASLt's algorithms as its opaque words; valid for the library version and device it came from."""
+
+    words: tuple[int, ...]
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """cuBLASLt's handles for one problem."""
+
+    operation: int
+    weight: int
+    x: int
+    out: int
+
+
+class CublasLt:
+    """One cuBLASLt handle with a caller's workspace. Products enqueue on the current stream and do not wait."""
+
+    def __init__(self, workspace: Any) -> None:
+        """``workspace``: flat uint8 device array, 256-byte aligned, shared by all products of a stream.
+
+        Raises ConfigError when nvmath-python or cuBLASLt is missing.
+        """
+        try:
+            from nvmath.bindings import cublasLt
+        except ImportError as error:
+            raise ConfigError(
+                f"cuBLASLt's bindings cannot be imported ({error}); install phalanx-llm[cuda13] or [cuda12]"
+            ) from error
+        self._lt = cublasLt
+        self._workspace = workspace
+        with self._errors():
+            self.version = int(cublasLt.get_version())
+            self._handle = cublasLt.create()
+        self._descriptors: dict[GemmProblem, Descriptors] = {}
+        self._words: dict[Algorithm, np.ndarray] = {}
+        self._alpha = np.ones(1, np.float32)
+        self._beta = {False: np.zeros(1, np.float32), True: np.ones(1, np.float32)}
+
+    def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
+        """Up to ``count`` algorithms that fit the workspace, most promising first by cuBLASLt's own estimate.
+
+        Raises ExecutorError when there is none.
+        """
+        lt, handles = self._lt, self._described(problem)
+        results = np.zeros(count, lt.matmul_heuristic_result_dtype)
+        found = np.zeros(1, np.int32)
+        with self._errors(problem):
+            preference = lt.matmul_preference_create()
+            attribute = lt.MatmulPreferenceAttribute
+            limits: list[tuple[int, np.generic]] = [(attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size))]
+            for operand in ("A", "B", "C", "D"):
+                alignment = attribute[f"MIN_ALIGNMENT_{operand}_BYTES"]
+                limits.append((alignment, np.uint32(_ALIGNMENT_BYTES)))
+            for name, value in limits:
+                cell = np.array([value])
+                lt.matmul_preference_set_attribute(preference, name, cell.ctypes.data, cell.nbytes)
+            layouts = (handles.weight, handles.x, handles.out, handles.out)
+            arrays = (results.ctypes.data, found.ctypes.data)
+            lt.matmul_algo_get_heuristic(self._handle, handles.operation, *layouts, preference, count, *arrays)
+            lt.matmul_preference_destroy(preference)
+        return [
+            Algorithm(tuple(int(word) for word in np.ravel(result["algo"]["data_"])), int(result["workspace_size"]))
+            for result in results[: int(found[0])]
+            if result["state"] == 0
+        ]
+
+    def run(
+        self, problem: GemmProblem, algorithm: Algorithm, x: int, weight: int, out: int, bias: int, stream: int
+    ) -> None:
+        """Enqueue the product; operands are device addresses, ``bias`` 0 where there is none."""
+        lt, handles = self._lt, self._described(problem)
+        words = self._words.get(algorithm)
+        if words is None:
+            words = self._words[algorithm] = np.array(algorithm.words, np.uint64)
+        if problem.has_bias:
+            self._set(handles.operation, lt.MatmulDescAttribute.BIAS_POINTER, np.uint64(bias))
+        with self._errors(problem):
+            lt.matmul(
+                self._handle, handles.operation, self._alpha.ctypes.data, weight, handles.weight, x, handles.x,
+                self._beta[problem.accumulate].ctypes.data, out, handles.out, out, handles.out, words.ctypes.data,
+                self._workspace.data.ptr, algorithm.workspace_bytes, stream,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Destroy the handle and every descriptor. Nothing may be in flight."""
+        for handles in self._descriptors.values():
+            for layout in (handles.weight, handles.x, handles.out):
+                self._lt.matrix_layout_destroy(layout)
+            self._lt.matmul_desc_destroy(handles.operation)
+        self._descriptors.clear()
+        self._lt.destroy(self._handle)
+
+    def _described(self, problem: GemmProblem) -> Descriptors:
+        if problem not in self._descriptors:
+            with self._errors(problem):
+                self._descriptors[problem] = self._describe(problem)
+        return self._descriptors[problem]
+
+    def _describe(self, problem: GemmProblem) -> Descriptors:
+        from nvmath.bindings import cublas
+
+        lt = self._lt
+        operation = lt.matmul_desc_create(int(cublas.ComputeType.COMPUTE_32F), _CUDA_TYPES["float32"])
+        attribute, epilogue = lt.MatmulDescAttribute, lt.Epilogue
+        self._set(operation, attribute.TRANSA, np.int32(1))  # CUBLAS_OP_T
+        kinds = {
+            (False, False): epilogue.DEFAULT,
+            (True, False): epilogue.BIAS,
+            (False, True): epilogue.GELU,
+            (True, True): epilogue.GELU_BIAS,
+        }
+        self._set(operation, attribute.EPILOGUE, np.uint32(kinds[problem.has_bias, problem.has_gelu]))
+        dtype, out_dtype = _CUDA_TYPES[problem.dtype], _CUDA_TYPES[problem.out_dtype]
+        if problem.has_bias:
+            self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(dtype))
+        t, o, i = problem.num_tokens, problem.out_features, problem.in_features
+        weight = lt.matrix_layout_create(dtype, i, o, i)
+        x = lt.matrix_layout_create(dtype, i, t, i)
+        return Descriptors(operation, weight, x, lt.matrix_layout_create(out_dtype, o, t, o))
+
+    def _set(self, operation: int, name: int, value: np.generic) -> None:
+        cell = np.array([value])
+        self._lt.matmul_desc_set_attribute(operation, name, cell.ctypes.data, cell.nbytes)
+
+    @contextlib.contextmanager
+    def _errors(self, problem: GemmProblem | None = None) -> Iterator[None]:
+        try:
+            yield
+        except self._lt.cuBLASLtError as error:
+            raise ExecutorError(f"cuBLASLt: {error} for {problem.key if problem else 'its handle'}") from error

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products by whichever kernel was fastest for the shape: a cuBLASLt algorithm or the weight-streaming gemv."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.kernels.arrays import Array, require
+from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
+from phalanx.kernels.gemv import GemvShape, gemv, gemv_takes
+from phalanx.kernels.library import Library
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+
+__all__ = ["WORKSPACE_BYTES", "Gemm", "Operands", "problem_of"]
+
+WORKSPACE_BYTES = 64 << 20
+"""Device memory for cuBLASLt's split-k partial sums; more than its algorithms ask for at model shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The arrays of one product: x [T, I], weight [O, I], out [T, O], bias [O] or None."""
+
+    x: Array
+    weight: Array
+    out: Array
+    bias: Array | None = None
+
+
+def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = False) -> GemmProblem:
+    """The problem that ``operands`` pose. Raises ExecutorError when their shapes or dtypes do not fit together."""
+    x, weight, out, bias = operands.x, operands.weight, operands.out, operands.bias
+    (num_tokens, in_features), out_features = x.shape, weight.shape[0]
+    require("x", x, (num_tokens, in_features), weight)
+    require("weight", weight, (out_features, in_features), weight)
+    require("out", out, (num_tokens, out_features), out)
+    if bias is not None:
+        require("bias", bias, (out_features,), weight)
+    names = (weight.dtype.name, out.dtype.name)
+    return GemmProblem(num_tokens, out_features, in_features, *names, bias is not None, has_gelu, accumulate)
+
+
+class Gemm:
+    """Products of one device. Each call enqueues on the current stream and does not wait; safe under capture."""
+
+    def __init__(self, library: Library, workspace: Array, timings: GemmTimings) -> None:
+        """``workspace``: flat uint8 device array of ``WORKSPACE_BYTES`` or so; ``timings``: what the tuner found.
+
+        Raises ConfigError when cuBLASLt is missing.
+        """
+        self.cublaslt = CublasLt(workspace)
+        self._library = library
+        self._timings = timings
+        self._choices: dict[GemmProblem, GemmChoice] = {}
+
+    def __call__(
+        self,
+        x: Array,
+        weight: Array,
+        out: Array,
+        bias: Array | None = None,
+        *,
+        has_gelu: bool = False,
+        accumulate: bool = False,
+    ) -> None:
+        """``out = f(x @ weight.T + bias)``, plus ``out`` with ``accumulate``; f is GELU's tanh form with ``has_gelu``.
+
+        x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32.
+        """
+        operands = Operands(x, weight, out, bias)
+        problem = problem_of(operands, has_gelu, accumulate)
+        self.run(problem, self.choice(problem), operands)
+
+    def choice(self, problem: GemmProblem) -> GemmChoice:
+        """What the tuner found fastest, else cuBLASLt's first suggestion."""
+        if problem not in self._choices:
+            tuned = self._timings.find(problem)
+            self._choices[problem] = tuned or GemmChoice(self.cublaslt.algorithms(problem, 1)[0])
+        return self._choices[problem]
+
+    def refresh(self) -> None:
+        """Forget choices, so that new timings take effect."""
+        self._choices.clear()
+
+    def run(self, problem: GemmProblem, choice: GemmChoice, operands: Operands) -> None:
+        """Enqueue the product by a given kernel."""
+        import cupy
+
+        if isinstance(choice.kernel, GemvShape):
+            gemv(
+                self._library, operands.x, operands.weight, operands.out,
+                bias=operands.bias, accumulate=problem.accumulate, shape=choice.kernel,
+            )  # fmt: skip
+            return
+        bias = operands.bias
+        self.cublaslt.run(
+            problem, choice.kernel, operands.x.data.ptr, operands.weight.data.ptr, operands.out.data.ptr,
+            0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
+        )  # fmt: skip
+
+    def candidates(self, problem: GemmProblem, gemv_shapes: tuple[GemvShape, ...]) -> list[Algorithm | GemvShape]:
+        """Everything worth timing: cuBLASLt's suggestions, best guess first, then gemv's shapes where they apply."""
+        algorithms: list[Algorithm | GemvShape] = [*self.cublaslt.algorithms(problem, 16)]
+        takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
+        if takes and problem.out_dtype == problem.dtype and not problem.has_gelu:
+            algorithms += gemv_shapes
+        return algorithms
+
+    def close(self) -> None:
+        """Give cuBLASLt's handles back. Nothing may be in flight."""
+        self.cublaslt.close()

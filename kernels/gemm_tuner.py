@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times every candidate kernel of a matrix product in a CUDA graph and keeps the fastest.
+
+The weight rotates over copies that together exceed the second-level cache several times, as the layers of a model do:
+timing one matrix over and over would measure the cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from phalanx.kernels.cublaslt import GemmProblem
+from phalanx.kernels.gemm import Gemm, Operands
+from phalanx.kernels.gemv import GEMV_SHAPES
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+
+__all__ = ["GemmTuner"]
+
+_ROTATED_BYTES = 256 << 20
+_TIMED_SECONDS = 1.5e-3
+_NUM_REPLAYS = 5
+_SLOWEST_CALL = 1.5  # a first replay this many times slower than the best so far needs no second one
+_ASSUMED_FLOPS = 600e12
+_ASSUMED_BYTES_PER_SECOND = 4e12
+_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Operands to rotate over, and how many calls one replay makes."""
+
+    operands: list[Operands]
+    num_calls: int
+
+
+class GemmTuner:
+    """Measures products on the current device. Allocates its own operands, so run it before memory is handed out."""
+
+    def __init__(self, gemm: Gemm, timings: GemmTimings) -> None:
+        import cupy
+
+        self._gemm = gemm
+        self._timings = timings
+        self._cupy = cupy
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._noise: dict[str, np.ndarray] = {}
+
+    def tune(self, problems: Iterable[GemmProblem], again: bool = False) -> dict[GemmProblem, GemmChoice]:
+        """Measure those of ``problems`` that have no timing yet (all of them with ``again``) and keep the results."""
+        wanted = [problem for problem in problems if again or self._timings.find(problem) is None]
+        found = {problem: self._fastest(problem) for problem in wanted}
+        if found:
+            self._timings.add(found)
+            self._gemm.refresh()
+        return found
+
+    def _fastest(self, problem: GemmProblem) -> GemmChoice:
+        timed = self._timed(problem)
+        choices: list[GemmChoice] = []
+        best = float("inf")
+        for kernel in self._gemm.candidates(problem, GEMV_SHAPES):
+            microseconds = self.measure(problem, GemmChoice(kernel), timed, best)
+            best = min(best, microseconds)
+            choices.append(GemmChoice(kernel, microseconds))
+        fastest = min(choices, key=lambda choice: choice.microseconds)
+        return GemmChoice(fastest.kernel, fastest.microseconds, choices[0].microseconds)
+
+    def measure(
+        self, problem: GemmProblem, choice: GemmChoice, timed: Any = None, best_microseconds: float = float("inf")
+    ) -> float:
+        """Microseconds of one call: the median over replays of a graph of many."""
+        cupy, timed = self._cupy, timed or self._timed(problem)
+        with self._stream:
+            self._gemm.run(problem, choice, timed.operands[0])  # loads the kernel: not allowed under capture
+            self._stream.synchronize()
+            self._stream.begin_capture()
+            for call in range(timed.num_calls):
+                self._gemm.run(problem, choice, timed.operands[call % len(timed.operands)])
+            graph = self._stream.end_capture()
+        graph.launch(self._stream)
+        samples: list[float] = []
+        for _ in range(_NUM_REPLAYS):
+            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record(self._stream)
+            graph.launch(self._stream)
+            stop.record(self._stream)
+            stop.synchronize()
+            samples.append(1e3 * cupy.cuda.get_elapsed_time(start, stop) / timed.num_calls)
+            if samples[0] > _SLOWEST_CALL * best_microseconds:
+                break
+        return statistics.median(samples)
+
+    def _timed(self, problem: GemmProblem) -> _Timed:
+        t, o, i = problem.num_tokens, problem.out_features, problem.in_features
+        dtype, out_dtype = _DTYPES[problem.dtype], _DTYPES[problem.out_dtype]
+        seconds = max(2.0 * t * o * i / _ASSUMED_FLOPS, problem.weight_bytes / _ASSUMED_BYTES_PER_SECOND)
+        num_calls = min(40, max(4, int(_TIMED_SECONDS / seconds)))
+        num_copies = min(num_calls, max(1, -(-_ROTATED_BYTES // problem.weight_bytes)))
+        weights = [self._random((o, i), dtype) for _ in range(num_copies)]
+        x, out = self._random((t, i), dtype), self._random((t, o), out_dtype)
+        bias = self._random((o,), dtype) if problem.has_bias else None
+        return _Timed([Operands(x, weight, out, bias) for weight in weights], num_calls)
+
+    def _random(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Normal values (zeros would run faster than any model), a few megabytes of them repeated."""
+        cupy, num_bytes = self._cupy, int(np.prod(shape)) * dtype.itemsize
+        if dtype.name not in self._noise:
+            values = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+            self._noise[dtype.name] = (0.02 * values).astype(dtype)
+        noise = self._noise[dtype.name]
+        memory = cupy.cuda.alloc(num_bytes)
+        memory.copy_from_host(noise.ctypes.data, min(num_bytes, noise.nbytes))
+        done = noise.nbytes
+        while done < num_bytes:
+            (memory + done).copy_from_device(memory, min(done, num_bytes - done))
+            done *= 2
+        return cupy.ndarray(shape, dtype=dtype, memptr=memory)

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix product for 1 to 16 tokens: out = x @ weight^T (+ bias) (+ out), or f(gate) * up when the weight is [gate; up].
+// Decoding at small batch reads every weight once and does next to nothing with it, so all that counts is how many
+// bytes are under way. The weights go from memory straight into tensor-core operands: a lane reads 16 bytes of one
+// weight row, and because x is read with the same permutation of k, no shuffle or shared memory is needed.
+// Shapes: x [T, I], weight [O, I] (GATED: [2 * O, I], gates first), bias [O], out [T, O]; T <= 16, I % 32 == 0.
+// A block computes ROW_BLOCKS * 8 outputs (GATED: 8), its warps sharing the k range; grid: outputs over that.
+// Defines: SCALAR (__half or __nv_bfloat16), NUM_WARPS, ROW_BLOCKS (GATED: 2), UNROLL, MANY (T > 8), GATED, ACTIVATION,
+//     HAS_BIAS, ACCUMULATE.
+// Limits: float32 sums in an order that depends on NUM_WARPS and UNROLL alone.
+// Reference: x @ weight.T in float64.
+#include "activation.cuh"
+#include "mma.cuh"
+
+constexpr int LANE_ELEMENTS = 8;                     // 16 bytes
+constexpr int CHUNK = 4 * LANE_ELEMENTS;             // k range of one step of a warp: two mma
+constexpr int TILE = 8;                              // weight rows of one mma
+constexpr int ROWS = (GATED ? 1 : ROW_BLOCKS) * TILE;  // outputs of a block
+
+struct Words {
+    uint32 at[4];
+};
+
+__device__ __forceinline__ Words words(uint4 bits) { return {{bits.x, bits.y, bits.z, bits.w}}; }
+
+__device__ __forceinline__ void multiply(float (&sum)[4], const Words& low, const Words& high, const Words& weight) {
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) {
+        const uint32 a[4] = {low.at[half], high.at[half], low.at[half + 1], high.at[half + 1]};
+        const uint32 b[2] = {weight.at[half], weight.at[half + 1]};
+        mma_16x8x16(sum, a, b, scalar());
+    }
+}
+
+__device__ __forceinline__ Words load_tokens(const scalar* x, int token, int num_tokens, int in_features, int k) {
+    if (token >= num_tokens) return {};
+    return words(*reinterpret_cast<const uint4*>(x + static_cast<int64>(token) * in_features + k));
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32)
+gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scalar* __restrict__ bias, scalar* out,
+     int num_tokens, int out_features, int in_features) {
+    __shared__ float sums[NUM_WARPS][ROW_BLOCKS][4][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = lane / 4, member = lane % 4;
+
+    const scalar* row[ROW_BLOCKS];
+#pragma unroll
+    for (int block = 0; block < ROW_BLOCKS; ++block) {
+        const int output = min(static_cast<int>(blockIdx.x) * ROWS + (GATED ? 0 : block * TILE) + group, out_features - 1);
+        row[block] = weight + static_cast<int64>(output + (GATED ? block * out_features : 0)) * in_features;
+    }
+
+    float sum[ROW_BLOCKS][4] = {};
+    for (int first = warp * CHUNK; first < in_features; first += NUM_WARPS * CHUNK * UNROLL) {
+        Words streamed[UNROLL][ROW_BLOCKS];
+#pragma unroll
+        for (int step = 0; step < UNROLL; ++step) {
+            const int k = first + step * NUM_WARPS * CHUNK + member * LANE_ELEMENTS;
+#pragma unroll
+            for (int block = 0; block < ROW_BLOCKS; ++block) {
+                if (k < in_features) streamed[step][block] = words(load_streaming(row[block] + k));
+                else streamed[step][block] = {};
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < UNROLL; ++step) {
+            const int k = first + step * NUM_WARPS * CHUNK + member * LANE_ELEMENTS;
+            if (k >= in_features) break;
+            const Words low = load_tokens(x, group, num_tokens, in_features, k);
+            Words high = {};
+            if constexpr (MANY) high = load_tokens(x, group + 8, num_tokens, in_features, k);
+#pragma unroll
+            for (int block = 0; block < ROW_BLOCKS; ++block) multiply(sum[block], low, high, streamed[step][block]);
+        }
+    }
+#pragma unroll
+    for (int block = 0; block < ROW_BLOCKS; ++block)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[warp][block][i][lane] = sum[block][i];
+    __syncthreads();
+
+    // Accumulator i of lane (group, member): token group + 8 * (i / 2), row 2 * member + i % 2 of the tile.
+    constexpr int OUTPUTS = ROWS / TILE * 4 * 32;
+    for (int index = threadIdx.x; index < OUTPUTS; index += NUM_WARPS * 32) {
+        const int block = index / 128, i = index / 32 % 4, from = index % 32;
+        const int token = from / 4 + 8 * (i / 2);
+        const int output = blockIdx.x * ROWS + block * TILE + 2 * (from % 4) + i % 2;
+        if (token >= num_tokens || output >= out_features) continue;
+        float value = 0.0f, up = 0.0f;
+#pragma unroll
+        for (int other = 0; other < NUM_WARPS; ++other) {
+            value += sums[other][block][i][from];
+            if constexpr (GATED) up += sums[other][ROW_BLOCKS - 1][i][from];
+        }
+        scalar* const to = out + static_cast<int64>(token) * out_features + output;
+        if constexpr (HAS_BIAS) value += to_float(bias[output]);
+        if constexpr (GATED) value = ACTIVATION(rounded(value)) * rounded(up);
+        if constexpr (ACCUMULATE) value += to_float(*to);
+        assign(*to, value);
+    }
+}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel is fastest for a matrix product: measured once per device and cuBLASLt version, kept on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.kernels.cublaslt import Algorithm, GemmProblem
+from phalanx.kernels.gemv import GemvShape
+
+__all__ = ["GemmChoice", "GemmTimings", "timings_path"]
+
+
+@dataclass(frozen=True, slots=True)
+class GemmChoice:
+    """A kernel for one problem.
+
+    Attributes:
+        kernel: a cuBLASLt algorithm, or how gemv cuts the work.
+        microseconds: measured time of one call; 0 = not measured.
+        first_microseconds: of cuBLASLt's first suggestion, measured beside it.
+    """
+
+    kernel: Algorithm | GemvShape
+    microseconds: float = 0.0
+    first_microseconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; ``from_json`` reverses it."""
+        return {
+            "kind": "gemv" if isinstance(self.kernel, GemvShape) else "cublaslt",
+            **asdict(self.kernel),
+            "microseconds": round(self.microseconds, 3),
+            "first_microseconds": round(self.first_microseconds, 3),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> GemmChoice:
+        """Raises KeyError, TypeError or ValueError for anything that ``to_json`` did not write."""
+        kernel: Algorithm | GemvShape
+        if entry["kind"] == "gemv":
+            kernel = GemvShape(int(entry["num_warps"]), int(entry["row_blocks"]), int(entry["unroll"]))
+        else:
+            kernel = Algorithm(tuple(int(word) for word in entry["words"]), int(entry["workspace_bytes"]))
+        return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))
+
+
+def timings_path(cache: Path, device_name: str, cublaslt_version: int) -> Path:
+    """Where the timings of one kind of device and one cuBLASLt live: algorithms mean nothing to another."""
+    device = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return cache / "gemm" / f"{device}-cublaslt{cublaslt_version}.json"
+
+
+class GemmTimings:
+    """The choices measured so far. Reading a file that is missing or damaged gives an empty table."""
+
+    def __init__(self, path: Path | None) -> None:
+        """``path``: the file, or None to keep nothing."""
+        self.path = path
+        self._choices = _read(path) if path is not None else {}
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def find(self, problem: GemmProblem) -> GemmChoice | None:
+        """The measured choice, or None."""
+        return self._choices.get(problem.key)
+
+    def items(self) -> list[tuple[str, GemmChoice]]:
+        """Every problem's key with its choice, in the order of keys."""
+        return sorted(self._choices.items())
+
+    def add(self, choices: Mapping[GemmProblem, GemmChoice]) -> None:
+        """Take over ``choices`` and write them to the file, beside what other ranks wrote meanwhile."""
+        new = {problem.key: choice for problem, choice in choices.items()}
+        if self.path is None:
+            self._choices |= new
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._choices = _read(self.path) | self._choices | new
+            _write(self.path, self._choices)
+
+
+def _read(path: Path) -> dict[str, GemmChoice]:
+    try:
+        entries = json.loads(path.read_text())
+        return {key: GemmChoice.from_json(entry) for key, entry in entries.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, choices: Mapping[str, GemmChoice]) -> None:
+    text = json.dumps({key: choice.to_json() for key, choice in sorted(choices.items())}, indent=1)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

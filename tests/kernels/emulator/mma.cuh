@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// kernels/include/mma.cuh for the emulator: operands meet through the warp exchange, by the layout that PTX documents.
+#pragma once
+#include "dtype.cuh"
+
+struct MmaOperands {
+    uint32 a[4];
+    uint32 b[2];
+};
+
+inline float half_word(uint32 word, int index) {
+    const uint16_t bits = static_cast<uint16_t>(word >> 16 * index);
+    scalar value;
+    std::memcpy(&value, &bits, sizeof(bits));
+    return to_float(value);
+}
+
+// Element (row, k) of a, [16, 16].
+inline float mma_a(int row, int k) {
+    const auto from = emulator::offered_by<MmaOperands>(row % 8 * 4 + k % 8 / 2);
+    return half_word(from.a[row / 8 + k / 8 * 2], k % 2);
+}
+
+// Element (k, column) of b, [16, 8].
+inline float mma_b(int k, int column) {
+    const auto from = emulator::offered_by<MmaOperands>(column * 4 + k % 8 / 2);
+    return half_word(from.b[k / 8], k % 2);
+}
+
+inline void mma_16x8x16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2], scalar) {
+    MmaOperands own;
+    std::memcpy(own.a, a, sizeof(own.a));
+    std::memcpy(own.b, b, sizeof(own.b));
+    emulator::offer(own);
+    const int lane = emulator::current % 32;
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) d[i] += mma_a(lane / 4 + i / 2 * 8, k) * mma_b(k, lane % 4 * 2 + i % 2);
+}
+
+struct alignas(16) uint4 {
+    uint32 x, y, z, w;
+};
+
+inline uint4 load_streaming(const void* from) { return *static_cast<const uint4*>(from); }

@@ -1,0 +1,256 @@
+"""Sampling kernels against a sampler written here in float64 (sort, cumulative sums) and an own Philox."""
+
+import numpy as np
+import pytest
+
+from phalanx.kernels.sampling import (
+    RowParameters,
+    local_argmax,
+    log_probabilities,
+    merge_argmax,
+    num_splits,
+    sample_rows,
+)
+from phalanx.parallel.errors import ExecutorError
+
+from .devices import DTYPES
+
+
+def philox(key, counter):
+    """Philox4x32-10 over arrays of counters [n, 4]; checked against the published vectors below."""
+    multipliers, weyl = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+    mask = np.uint64(0xFFFFFFFF)
+    c = [np.asarray(word, np.uint64) for word in np.moveaxis(np.asarray(counter, np.uint64), -1, 0)]
+    k = [int(key) & 0xFFFFFFFF, int(key) >> 32]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(multipliers[0]), c[2] * np.uint64(multipliers[1])
+        high_a, low_a, high_b, low_b = a >> np.uint64(32), a & mask, b >> np.uint64(32), b & mask
+        c = [high_b ^ c[1] ^ np.uint64(k[0]), low_b, high_a ^ c[3] ^ np.uint64(k[1]), low_a]
+        k = [(word + step) & 0xFFFFFFFF for word, step in zip(k, weyl, strict=True)]
+    return np.stack(c, -1)
+
+
+def test_the_reference_philox_gives_the_published_vectors():
+    known = [
+        (0, [0, 0, 0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (2**64 - 1, [0xFFFFFFFF] * 4, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ]
+    for key, counter, words in known:
+        assert philox(key, [counter])[0].tolist() == words
+
+
+def gumbel(seed, position, vocab_size):
+    tokens = np.arange(vocab_size)
+    counter = np.stack([tokens >> 2, np.full_like(tokens, position), 0 * tokens, 0 * tokens], -1)
+    words = philox(seed, counter)[tokens, tokens & 3]
+    u = ((words >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    return -np.log(-np.log(u))
+
+
+def allowed_tokens(logits, temperature, top_k, top_p, min_p):
+    """The filtered set, and whether a decision was too close for float32 to be held to."""
+    scores = (logits.astype(np.float32) / np.float32(temperature)).astype(np.float64)
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp(scores[order] - scores[order[0]])
+    is_close = False
+    if top_p < 1:
+        cumulative = np.cumsum(weights / weights.sum())
+        count = int(np.searchsorted(cumulative, np.float64(np.float32(top_p)))) + 1
+        is_close |= bool(np.any(np.abs(cumulative - np.float32(top_p)) < 2e-6))
+        order, weights = order[:count], weights[:count]
+    is_close |= bool(np.any(np.abs(weights / np.float32(min_p) - 1) < 1e-5)) if min_p else False
+    return order[weights >= np.float32(min_p)], is_close
+
+
+def expected_token(logits, temperature, top_k, top_p, min_p, seed, position):
+    """The token, or None when float32 may rightly answer otherwise."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    kept, is_close = allowed_tokens(logits, temperature, top_k, top_p, min_p)
+    scores = logits.astype(np.float32) / np.float32(temperature) + gumbel(seed, position, len(logits))
+    best, *rest = np.sort(scores[kept])[::-1][:2]
+    is_close |= bool(rest and best - rest[0] < 1e-4 * max(1.0, abs(best)))
+    return None if is_close else int(kept[np.argmax(scores[kept])])
+
+
+def parameters(device, rows):
+    """Rows of (temperature, top_k, top_p, min_p, seed, position) as device arrays."""
+    temperature, top_k, top_p, min_p, seed, position = zip(*rows, strict=True)
+    put = device.put
+    return RowParameters(
+        put(np.array(temperature, np.float32)), put(np.array(seed, np.uint64)), put(np.array(position, np.int32)),
+        put(np.array(top_k, np.int32)), put(np.array(top_p, np.float32)), put(np.array(min_p, np.float32)),
+    )  # fmt: skip
+
+
+def padded_parts(logits, num_parts, part_size):
+    """[R, S, V_local] as an all-to-all leaves it; the padding would win if it were looked at."""
+    num_rows, vocab_size = logits.shape
+    wide = np.full((num_rows, num_parts * part_size), 1e4).astype(logits.dtype)
+    wide[:, :vocab_size] = logits
+    return np.ascontiguousarray(wide.reshape(num_rows, num_parts, part_size).swapaxes(0, 1))
+
+
+def run_local(device, logits, rows, num_parts, part_size):
+    """Every rank's local_argmax, the gather, the merge."""
+    vocab_size = logits.shape[1]
+    splits = num_splits(device.library, len(logits), part_size)
+    gathered = []
+    for part, columns in enumerate(padded_parts(logits, num_parts, part_size)):
+        keys = device.poisoned((splits, len(logits)), np.uint64)
+        local_argmax(
+            device.library, device.put(columns), parameters(device, rows), keys,
+            vocab_start=part * part_size, vocab_size=vocab_size,
+        )  # fmt: skip
+        gathered.append(device.get(keys))
+    token_ids = device.poisoned((len(logits),), np.int32)
+    merge_argmax(device.library, device.put(np.concatenate(gathered)), token_ids)
+    return device.get(token_ids)
+
+
+def run_rows(device, logits, rows, num_parts, part_size):
+    token_ids = device.poisoned((len(logits),), np.int32)
+    parts = device.put(padded_parts(logits, num_parts, part_size))
+    sample_rows(device.library, parts, parameters(device, rows), token_ids, vocab_size=logits.shape[1])
+    return device.get(token_ids)
+
+
+LAYOUTS = [(1, 1003), (1, 1008), (2, 504), (3, 336), (4, 253)]
+
+
+@pytest.mark.parametrize("run", [run_local, run_rows])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_greedy_takes_the_lowest_of_equal_maxima_in_any_layout(device, random_normal, dtype, run):
+    logits = random_normal(dtype, 4, 1003)
+    logits[1, [1002, 400, 700]] = 9.0
+    logits[2] = 0.0
+    logits[3, [5, 3]] = [0.0, -0.0]
+    logits[3, logits[3] > 0] *= -1
+    expected = np.argmax(logits.astype(np.float32), axis=1)
+    assert expected[1:].tolist() == [400, 0, 3]
+    for num_parts, part_size in LAYOUTS:
+        tokens = run(device, logits, [(0.0, 0, 1.0, 0.0, 1, 7)] * 4, num_parts, part_size)
+        np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.parametrize("run", [run_local, run_rows])
+def test_noise_depends_on_seed_position_and_token_alone(device, random_normal, run):
+    logits = np.repeat(random_normal(np.float32, 1, 1003), 12, axis=0)
+    rows = [(0.8, 0, 1.0, 0.0, seed, position) for seed in (0, 5, 2**63 + 11) for position in (0, 1, 2, 999)]
+    expected = [expected_token(row, *rule) for row, rule in zip(logits, rows, strict=True)]
+    assert None not in expected
+    assert len(set(expected)) > 6
+    for num_parts, part_size in LAYOUTS:
+        np.testing.assert_array_equal(run(device, logits, rows, num_parts, part_size), expected)
+    alone = [run(device, logits[:1], [rule], 1, 1003)[0] for rule in rows]
+    np.testing.assert_array_equal(alone, expected)
+
+
+def test_noise_draws_from_the_softmax(device):
+    num_rows = 4000
+    logits = np.tile(np.log(np.array([0.5, 0.25, 0.125, 0.125, 0.0 + 1e-9], np.float32)), (num_rows, 1))
+    tokens = run_local(device, logits, [(1.0, 0, 1.0, 0.0, 12345, row) for row in range(num_rows)], 1, 5)
+    frequency = np.bincount(tokens, minlength=5) / num_rows
+    np.testing.assert_allclose(frequency, [0.5, 0.25, 0.125, 0.125, 0.0], atol=4 * np.sqrt(0.25 / num_rows))
+
+
+FILTERS = [
+    (0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (50, 1.0, 0.0), (1000, 1.0, 0.0), (5000, 1.0, 0.0), (0, 0.1, 0.0),
+    (0, 0.9, 0.0), (0, 0.999, 0.0), (0, 1e-6, 0.0), (20, 0.5, 0.0), (20, 0.95, 0.0), (0, 1.0, 0.05), (0, 1.0, 1.0),
+    (50, 0.9, 0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("dtype", [DTYPES["float32"], DTYPES["bfloat16"]], ids=str)
+def test_filters_keep_exactly_what_sorting_keeps(device, random_normal, dtype, scale):
+    vocab_size = 1003
+    rules = [(0.7, *rule, seed, 3) for rule in FILTERS for seed in range(2)]
+    logits = random_normal(dtype, len(rules), vocab_size, scale=scale)
+    expected = np.array([expected_token(row, *rule) for row, rule in zip(logits, rules, strict=True)], object)
+    decided = np.array([token is not None for token in expected])
+    assert decided.mean() > 0.8
+    for num_parts, part_size in (LAYOUTS[0], LAYOUTS[3]):
+        tokens = run_rows(device, logits, rules, num_parts, part_size)
+        np.testing.assert_array_equal(tokens[decided], expected[decided].astype(np.int32))
+        for row, rule, token in zip(logits, rules, tokens, strict=True):
+            kept, is_close = allowed_tokens(row, *rule[:4])
+            assert is_close or token in kept
+
+
+def test_a_filter_set_is_exact_where_thousands_of_logits_are_equal(device):
+    """More ties than one bin's candidates: the key is narrowed digit by digit down to the token."""
+    vocab_size = 9000
+    logits = np.zeros((6, vocab_size), np.float32)
+    logits[:, 4321] = 1.0
+    logits[5, :] = -40.0  # beyond the last bin
+    logits[5, 4321] = 0.0
+    rules = [(1.0, k, p, 0.0, 3, 1) for k, p in [(2, 1.0), (2500, 1.0), (8999, 1.0), (0, 0.5), (4000, 0.3), (3000, 1.0)]]
+    seen = [set() for _ in rules]
+    for position in range(6):
+        shifted = [(*rule[:5], position) for rule in rules]
+        tokens = run_rows(device, logits, shifted, 1, vocab_size)
+        for row, (kept, token) in enumerate(zip(seen, tokens, strict=True)):
+            kept.add(int(token))
+            expected = expected_token(logits[row], *shifted[row])
+            assert expected is None or token == expected
+            assert token in allowed_tokens(logits[row], *shifted[row][:4])[0]
+    assert len(seen[2]) > 3
+
+
+@pytest.mark.parametrize("run", [run_local, run_rows])
+@pytest.mark.parametrize("rule", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 5, 0.5, 0.0)], ids=str)
+def test_a_row_that_is_not_finite_samples_minus_one_and_harms_no_other(device, random_normal, run, rule):
+    logits = random_normal(np.float32, 5, 300)
+    logits[1, 250], logits[2, 0], logits[3, 299] = np.nan, np.inf, -np.inf
+    tokens = run(device, logits, [(*rule, 9, 9)] * 5, 1, 300)
+    np.testing.assert_array_equal(tokens[1:4], -1)
+    assert 0 <= tokens[0] < 300
+    assert 0 <= tokens[4] < 300
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize(("num_parts", "part_size"), LAYOUTS)
+def test_log_probabilities_equal_float64(device, random_normal, dtype, num_parts, part_size):
+    logits = random_normal(dtype, 3, 1003, scale=5.0)
+    logits[2, 100:130] = 20.0  # more ties at the top than are asked for
+    token_ids = np.array([0, 1002, 500], np.int32)
+    logprobs, top_ids = device.poisoned((3,), np.float32), device.poisoned((3, 20), np.int32)
+    top_logprobs = device.poisoned((3, 20), np.float32)
+    parts = device.put(padded_parts(logits, num_parts, part_size))
+    log_probabilities(device.library, parts, device.put(token_ids), logprobs, top_ids, top_logprobs, vocab_size=1003)
+    wide = logits.astype(np.float64)
+    peak = wide.max(1, keepdims=True)
+    expected = wide - peak - np.log(np.exp(wide - peak).sum(1, keepdims=True))
+    np.testing.assert_allclose(device.get(logprobs), expected[np.arange(3), token_ids], rtol=1e-6, atol=2e-6)
+    order = np.stack([np.lexsort((np.arange(1003), -row))[:20] for row in wide])
+    np.testing.assert_array_equal(device.get(top_ids), order)
+    np.testing.assert_allclose(
+        device.get(top_logprobs), np.take_along_axis(expected, order, 1), rtol=1e-6, atol=2e-6
+    )  # fmt: skip
+
+
+def test_log_probabilities_without_alternatives_or_of_broken_rows(device, random_normal):
+    logits = random_normal(np.float32, 2, 64)
+    logits[1, 3] = np.nan
+    outputs = device.poisoned((2,), np.float32), device.poisoned((2, 0), np.int32), device.poisoned((2, 0), np.float32)
+    log_probabilities(
+        device.library, device.put(logits[None]), device.put(np.array([5, 6], np.int32)), *outputs, vocab_size=64
+    )  # fmt: skip
+    wide = logits[0].astype(np.float64)
+    result = device.get(outputs[0])
+    np.testing.assert_allclose(result[0], wide[5] - np.log(np.exp(wide).sum()), rtol=1e-6)
+    assert np.isnan(result[1])
+
+
+def test_sizes_that_do_not_fit_are_refused(device):
+    logits, tokens = device.put(np.zeros((1, 2, 8), np.float32)), device.put(np.zeros(2, np.int32))
+    with pytest.raises(ExecutorError, match="vocab_size=9 is above the 1 x 8 columns"):
+        sample_rows(device.library, logits, parameters(device, [(0.0, 0, 1.0, 0.0, 0, 0)] * 2), tokens, vocab_size=9)
+    with pytest.raises(ExecutorError, match="9 alternatives a row are above 8"):
+        log_probabilities(
+            device.library, logits, tokens, device.poisoned((2,), np.float32), device.poisoned((2, 9), np.int32),
+            device.poisoned((2, 9), np.float32), vocab_size=8,
+        )  # fmt: skip
