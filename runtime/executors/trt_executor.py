@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TensorRT executor: steps become passes through this rank's engine; tokens are chosen from the logits on the host.
+
+Where the engine runs is a `EngineSession`: `phalanx.runtime.executors.trt_session` on a GPU, an interpreter of the network in
+the tests. Everything else of a step is here, and the same for both.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.base import Capabilities, Executor
+from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator
+from phalanx.runtime.models import Model
+from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.step import BatchState, StepPlan, StepResult
+
+__all__ = ["CAPABILITIES", "EngineSession", "TrtExecutor", "create_trt_executor"]
+
+Float32Array = NDArray[np.float32]
+Int32Array = NDArray[np.int32]
+
+CAPABILITIES = Capabilities(
+    "tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False
+)
+
+_RESULT_TAG = 2
+
+
+class EngineSession(Protocol):
+    """One rank's engine with its caches. All ranks of a replica run the same passes in the same order."""
+
+    def run(self, engine_pass: EnginePass) -> Float32Array | None:
+        """Compute a pass, taking hidden states from the previous stage and handing them to the next.
+
+        Returns logits ``[R, V]`` on the last stage, valid until the next call, after waiting for the device; None on
+        others, which do not wait. *Collective over the replica.*
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what is in flight and release memory. *Collective over the replica.*"""
+        ...
+
+
+class TrtExecutor:
+    """See `phalanx.runtime.executors.base.Executor`.
+
+    Args:
+        shape: sizes that the engine was built for.
+        pipeline: this rank's pipeline group on the host, for results.
+    """
+
+    lookahead = 0
+
+    def __init__(
+        self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator
+    ) -> None:
+        self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
+        self._translator = StepTranslator(shape)
+        self._state = BatchState.empty(shape.max_num_seqs, 1)
+        self._results: deque[StepResult] = deque()
+        self._expected: deque[int] = deque()
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Slots."""
+        return self._shape.max_num_seqs
+
+    @property
+    def depth(self) -> int:
+        """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    def execute(self, plan: StepPlan) -> None:
+        """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
+        self._state.apply(plan)
+        choice = _Choice(plan, self._state)
+        for engine_pass in self._translator.passes(plan):
+            logits = self._session.run(engine_pass)
+            if logits is not None:
+                choice.take(engine_pass, logits)
+        if not self._topology.is_last_stage:
+            if self._topology.is_leader:
+                self._expected.append(plan.result_words(self._state))
+        elif self._topology.is_leader:
+            self._results.append(choice.result)
+        elif self._topology.tp_rank == 0:
+            self._pipeline.send(choice.result.pack(), 0, _RESULT_TAG)
+
+    def collect(self) -> StepResult:
+        """The oldest uncollected result; waits for the last stage."""
+        if self._topology.is_last_stage:
+            return self._results.popleft()
+        buffer = np.empty(self._expected.popleft(), np.int32)
+        return StepResult.unpack(self._pipeline.recv(buffer, self._pipeline.size - 1, _RESULT_TAG))
+
+    def close(self) -> None:
+        """Release the engine and the groups. *Collective over the replica.*"""
+        self._session.close()
+        self._pipeline.close()
+
+
+class _Choice:
+    """Tokens and log-probabilities of one step, filled in pass by pass."""
+
+    def __init__(self, plan: StepPlan, state: BatchState) -> None:
+        sampled = plan.samples > 0
+        self._sampling = state.sampling[plan.slots[sampled]]
+        self._positions = (plan.starts + plan.counts)[sampled]
+        self._targets = plan.prompt_targets
+        rows, count = plan.logprob_shape(state)
+        self.result = StepResult(
+            plan.step_id, np.empty(len(self._positions), np.int32), np.empty(rows, np.float32),
+            np.empty((rows, count), np.int32), np.empty((rows, count), np.float32),
+        )  # fmt: skip
+
+    def take(self, engine_pass: EnginePass, logits: Float32Array) -> None:
+        """Choose the tokens of one pass and score what is asked for."""
+        samples, prompts = engine_pass.samples, engine_pass.prompts
+        chosen = logits[: len(samples)]
+        tokens = sample(chosen, self._sampling[samples], self._positions[samples])
+        self.result.token_ids[samples] = tokens
+        if len(self.result.logprobs):
+            self._score(samples, chosen, np.maximum(tokens, 0))
+            prompt_logits = logits[len(samples) : len(samples) + len(prompts)]
+            self._score(len(self._positions) + prompts, prompt_logits, self._targets[prompts])
+
+    def _score(self, rows: Int32Array, logits: Float32Array, targets: Int32Array) -> None:
+        if not len(rows):
+            return
+        logprobs = log_softmax(logits)
+        self.result.logprobs[rows] = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
+        ids, values = top_logprobs(logprobs, self.result.top_ids.shape[1])
+        self.result.top_ids[rows], self.result.top_logprobs[rows] = ids, values
+
+
+def create_trt_executor(
+    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+) -> tuple[Executor, int]:
+    """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
+
+    Raises:
+        ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
+        CheckpointError: the checkpoint does not fit the model.
+    """
+    from phalanx.runtime.executors.trt_loading import open_session
+
+    CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
+    session, shape = open_session(model, config, checkpoint, options, topology, comm)
+    pipeline = comm.split(_shifted(topology.pp_group, topology.replica_group.start))
+    return TrtExecutor(session, shape, topology, pipeline), shape.max_model_len
+
+
+def check_sizes(options: EngineConfig, shape: NetworkShape) -> None:
+    """Refuse options that go beyond what engines were built for.
+
+    Raises:
+        ConfigError: naming the option, the limit and the way out.
+    """
+    asked = {"max_num_seqs": options.max_num_seqs, "max_model_len": options.max_model_len or 0}
+    for name, value in asked.items():
+        limit = getattr(shape, name)
+        if value > limit:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}={value} is beyond the {limit} that the engines were built for; use {flag} {limit}, or build again")
+
+
+def _shifted(members: range, first: int) -> range:
+    return range(members.start - first, members.stop - first, members.step)

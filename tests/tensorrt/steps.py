@@ -1,0 +1,96 @@
+"""Step plans of a small run: three prompts, one of them in two chunks, then decoding; and the NumPy executor's logits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.parallel.communicator import SelfCommunicator
+from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors.base import Executor
+from phalanx.runtime.executors.numpy_executor import CacheShape, NumpyExecutor
+from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.models import find_model
+from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
+
+Array = np.ndarray[Any, Any]
+
+SLOTS = (4, 0, 2)
+PROMPT_LENGTHS = (9, 1, 6)
+NUM_DECODE_STEPS = 16
+
+
+class RecordingNumpyExecutor(NumpyExecutor):
+    """The reference, with the logits that it sampled from."""
+
+    def _logits(self, x: Array) -> Array:
+        logits = super()._logits(x)
+        self.recorded.append(logits)
+        return logits
+
+    def execute(self, plan: StepPlan) -> None:
+        self.recorded: list[Array] = getattr(self, "recorded", [])
+        super().execute(plan)
+
+
+def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | None = None) -> RecordingNumpyExecutor:
+    """The NumPy executor on one rank with one cache block a slot, so that it takes the same plans."""
+    with open_checkpoint(checkpoint) as opened:
+        model = find_model(opened.config)
+        config = model.read_config(opened.config)
+        sink = NumpySink(rounding=rounding)
+        load_weights(opened.source, model.weights(config), 0, 1, sink, ignored=model.ignored_tensors)
+    cache = CacheShape(shape.max_num_seqs, shape.max_model_len, shape.max_num_seqs, shape.max_model_len)
+    return RecordingNumpyExecutor(model, config, sink.weights, Topology(Layout()), SelfCommunicator(), cache)
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    """Fixed random prompts of `PROMPT_LENGTHS`."""
+    random = np.random.default_rng(7)
+    return [random.integers(0, vocab_size, length).tolist() for length in PROMPT_LENGTHS]
+
+
+def plans(token_ids: Sequence[Sequence[int]]) -> Iterator[StepPlan]:
+    """Prefill and decoding of fixed sequences: `PROMPT_LENGTHS` tokens are prompt, the rest is fed one by one.
+
+    The first prompt comes in two chunks, and the second sequence decodes while the third is in prefill.
+    """
+    yield _plan(0, [(SLOTS[0], 0, 5, 0), (SLOTS[1], 0, 1, 1)][::-1], (1, 0), token_ids, admitted=(0, 1))
+    yield _plan(1, [(SLOTS[1], 1, 1, 1), (SLOTS[0], 5, 4, 1), (SLOTS[2], 0, 6, 1)], (1, 0, 2), token_ids, admitted=(2,))
+    fed = [length + (1 if sequence == 1 else 0) for sequence, length in enumerate(PROMPT_LENGTHS)]
+    for step in range(NUM_DECODE_STEPS):
+        rows = [(SLOTS[sequence], fed[sequence] + step, 1, 1) for sequence in (2, 0, 1)]
+        yield _plan(2 + step, rows, (2, 0, 1), token_ids)
+
+
+def _plan(
+    step_id: int, rows: Sequence[tuple[int, int, int, int]], sequences: Sequence[int], token_ids: Sequence[Sequence[int]],
+    admitted: Sequence[int] = (),
+) -> StepPlan:  # fmt: skip
+    slots, starts, counts, samples = np.array(rows, np.int32).T
+    tokens = [
+        token
+        for sequence, start, count in zip(sequences, starts.tolist(), counts.tolist(), strict=True)
+        for token in token_ids[sequence][start : start + count]
+    ]
+    admissions = np.zeros(len(admitted), ADMISSION)
+    admissions["num_logprobs"] = -1
+    admissions["slot"] = [SLOTS[sequence] for sequence in admitted]
+    blocks = np.array([(SLOTS[sequence], 0, SLOTS[sequence]) for sequence in admitted], np.int32).reshape(-1, 3)
+    return StepPlan(step_id, slots, starts, counts, samples, np.array(tokens, np.int32), blocks, admissions)
+
+
+def run(executor: Executor, steps: Sequence[StepPlan], is_leader: bool = True) -> list[StepResult]:
+    """Execute all steps, one at a time."""
+    results = []
+    for plan in steps:
+        executor.execute(plan)
+        if is_leader:
+            results.append(executor.collect())
+    return results
