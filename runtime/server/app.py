@@ -165,9 +165,7 @@ class Routes:
         message = f"{request.method} {request.url.path}: {error.detail}"
         codes = {404: "route_not_found", 405: "method_not_allowed"}
         headers = dict(error.headers or {})
-        return error_response(
-            ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers)
-        )
+        return error_response(ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers))
 
     async def on_bug(self, request: Request, error: Exception) -> Response:
         """An error of ours; the traceback goes to the log."""
@@ -182,9 +180,7 @@ class Routes:
             "max_model_len": self._services.model.max_model_len,
         }
 
-    async def _generate(
-        self, request: Request, prepare: Callable[[ExitStack], Awaitable[GenerationJob]]
-    ) -> Response:
+    async def _generate(self, request: Request, prepare: Callable[[ExitStack], Awaitable[GenerationJob]]) -> Response:
         held = ExitStack()
         try:
             job = await prepare(held)

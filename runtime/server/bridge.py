@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from phalanx.parallel.errors import CapacityError, CheckpointError, CommunicatorError, RequestError
+from phalanx.parallel.errors import CapacityError, CheckpointError, RequestError
 from phalanx.runtime.request import Request, TokenDelta
 from phalanx.runtime.scheduler import SchedulerStats
 from phalanx.runtime.server.channel import FrontendChannel
@@ -16,7 +16,6 @@ from phalanx.runtime.server.messages import (
     Deltas,
     Drained,
     Draining,
-    Failed,
     FromFrontend,
     FrontendReady,
     FrontendRefused,
@@ -46,7 +45,7 @@ class ServedEngine(Protocol):
         """Whether a call of `step` would do anything."""
         ...
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request) -> object:
         """Queue a request, or raise `RequestError` or `CapacityError`."""
         ...
 
@@ -85,32 +84,17 @@ class EngineBridge:
         """Serve. ``on_ready`` is called once requests are answered; returns after a drain.
 
         Raises:
-            ConfigError: the HTTP process cannot serve this model.
+            CheckpointError: the HTTP process cannot read the tokenizer.
             CommunicatorError: the HTTP process is gone.
-            Exception: whatever the engine raised, after every open request was told.
         """
         self._channel.send(model)
-        try:
-            while not self._drained:
-                idle = not self._engine.has_work
-                for message in self._channel.receive(IDLE_SECONDS if idle else 0.0):
-                    self._take(message, on_ready)
-                self._start_drain()
-                self._step()
-                self._send_stats()
-        except CommunicatorError:
-            raise
-        except Exception as error:
-            self.report_failure(f"{type(error).__name__}: {error}")
-            raise
-
-    def report_failure(self, message: str) -> None:
-        """Let every open request end with an error; waits for a moment at most."""
-        try:
-            self._channel.send(Failed(message))
-            self._channel.flush(0.5)
-        except CommunicatorError:
-            return
+        while not self._drained:
+            idle = not self._engine.has_work
+            for message in self._channel.receive(IDLE_SECONDS if idle else 0.0):
+                self._take(message, on_ready)
+            self._start_drain()
+            self._step()
+            self._send_stats()
 
     def _take(self, message: FromFrontend, on_ready: Callable[[], None]) -> None:
         match message:

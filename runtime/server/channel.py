@@ -89,6 +89,4 @@ class FrontendChannel:
 
 
 def _gone() -> CommunicatorError:
-    return CommunicatorError(
-        "the HTTP process is gone; see its last message above, then start the server again"
-    )
+    return CommunicatorError("the HTTP process is gone; see its last message above, then start the server again")

@@ -25,9 +25,7 @@ ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 4096
 
 
-async def chat_job(
-    services: Services, request: ChatRequest, arrival: float, held: ExitStack
-) -> GenerationJob:
+async def chat_job(services: Services, request: ChatRequest, arrival: float, held: ExitStack) -> GenerationJob:
     """Check a request and render its messages; what it holds is released with ``held``.
 
     Raises:
@@ -64,7 +62,7 @@ async def render_messages(services: Services, request: ChatRequest) -> str:
     """
     template = services.need_template()
     messages = [_template_message(message) for message in request.messages]
-    text: str = await services.in_worker(
+    return await services.in_worker(
         lambda: template.render(
             messages,
             add_generation_prompt=request.add_generation_prompt,
@@ -72,21 +70,16 @@ async def render_messages(services: Services, request: ChatRequest) -> str:
             options=request.chat_template_kwargs,
         )
     )
-    return text
 
 
 def _check_fields(request: ChatRequest) -> None:
     if not request.messages:
         raise invalid("messages is empty; give at least one", "messages")
     if len(request.messages) > MAX_MESSAGES:
-        raise invalid(
-            f"{len(request.messages)} messages are too many; use at most {MAX_MESSAGES}", "messages"
-        )
+        raise invalid(f"{len(request.messages)} messages are too many; use at most {MAX_MESSAGES}", "messages")
     for message in request.messages:
         if message.role not in ROLES:
-            raise invalid(
-                f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages"
-            )
+            raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
         if message.content is None:
             raise invalid("a message has no content; give a text", "messages")
     if request.top_logprobs is not None:
@@ -100,9 +93,7 @@ def _check_fields(request: ChatRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")
     if request.continue_final_message and request.messages[-1].role != "assistant":
-        raise invalid(
-            "continue_final_message needs a last message of the assistant", "continue_final_message"
-        )
+        raise invalid("continue_final_message needs a last message of the assistant", "continue_final_message")
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:

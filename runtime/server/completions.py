@@ -60,9 +60,7 @@ def _check_fields(request: CompletionRequest) -> None:
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise invalid(f"logprobs={request.logprobs} is out of range; use 0 to {MAX_LOGPROBS}", "logprobs")
     if request.best_of not in (None, request.n or 1):
-        raise invalid(
-            f"best_of={request.best_of} is not supported unless equal to n; leave it out", "best_of"
-        )
+        raise invalid(f"best_of={request.best_of} is not supported unless equal to n; leave it out", "best_of")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")
 

@@ -12,7 +12,7 @@ import msgspec
 
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.runtime.server.channel import FrontendChannel
-from phalanx.runtime.server.messages import Bound, FrontendRefused, Stop
+from phalanx.runtime.server.messages import Bound, Failed, FrontendRefused, Stop
 from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["Frontend"]
@@ -59,6 +59,15 @@ class Frontend:
                     host = f"[{self._host}]" if ":" in self._host else self._host
                     return f"http://{host}:{message.port}"
         raise CommunicatorError(f"the HTTP process did not open its port within {BIND_SECONDS:g} s")
+
+    def abandon(self, reason: str) -> None:
+        """The engine failed: let the process tell its clients and exit by itself; waits for a moment at most."""
+        try:
+            self.channel.send(Failed(reason))
+            self.channel.flush(0.5)
+        except CommunicatorError:
+            pass
+        self.channel.close()
 
     def stop(self) -> None:
         """Let the process close its connections and exit; kill it if it does not."""

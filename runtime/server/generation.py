@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -31,6 +31,8 @@ from phalanx.runtime.text import ChatTemplate, Tokenizer
 __all__ = ["AnswerFormat", "GenerationJob", "Services"]
 
 DONE = b"data: [DONE]\n\n"
+
+Result = TypeVar("Result")
 
 
 class AnswerFormat(Protocol):
@@ -86,9 +88,7 @@ class Services:
     def need_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer, or 400 where the checkpoint has none."""
         if self.tokenizer is None:
-            raise invalid(
-                f"the checkpoint has no tokenizer.json, so {param} cannot be text; use token ids", param
-            )
+            raise invalid(f"the checkpoint has no tokenizer.json, so {param} cannot be text; use token ids", param)
         return self.tokenizer
 
     def need_template(self) -> ChatTemplate:
@@ -106,7 +106,7 @@ class Services:
             lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens, max_characters=most)
         )
 
-    async def in_worker(self, work: Any) -> Any:
+    async def in_worker(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` on a worker thread; `RequestError` becomes a 400."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.workers, work)
@@ -160,9 +160,7 @@ class GenerationJob:
         self.num_prompt_tokens += len(token_ids)
         for number in range(num_choices):
             self.choices.append(
-                Choice.start(
-                    len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer
-                )
+                Choice.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
             )
 
     async def run(self, request: Request) -> Response:
@@ -221,9 +219,7 @@ class GenerationJob:
             seconds = self.services.settings.request_timeout_seconds
             message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
             return ApiError(408, message, code="request_timeout", headers=no_retry)
-        return ApiError(
-            500, choice.error or "the engine gave no reason", code="generation_failed", headers=no_retry
-        )
+        return ApiError(500, choice.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
 
     @property
     def _unfinished(self) -> bool:

@@ -72,7 +72,8 @@ async def _read_chunks(receive: Receive, settings: FrontendSettings) -> bytes:
 
 
 def _too_large(settings: FrontendSettings) -> ApiError:
-    message = f"the body exceeds {settings.max_body_bytes} bytes or {settings.max_body_chunks} chunks; send a smaller one"
+    limits = f"{settings.max_body_bytes} bytes or {settings.max_body_chunks} chunks"
+    message = f"the body exceeds {limits}; send a smaller one"
     return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
 
@@ -118,9 +119,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events or the client are at their end."""
         try:
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await until_disconnect(receive, self._send_events(send))
         except ClientGone:
             return

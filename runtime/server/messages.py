@@ -165,9 +165,7 @@ class FrameDecoder:
         while len(self._buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             if length > MAX_FRAME_BYTES:
-                raise CommunicatorError(
-                    f"a message claims {length} bytes; at most {MAX_FRAME_BYTES} are sent"
-                )
+                raise CommunicatorError(f"a message claims {length} bytes; at most {MAX_FRAME_BYTES} are sent")
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break

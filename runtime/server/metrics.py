@@ -43,9 +43,7 @@ class Metrics:
                 ("prefix_hit_tokens", "prefix_cache_hit_tokens", "Tokens found in the prefix cache"),
             )
         }
-        self.prompt_tokens = Counter(
-            "phalanx_prompt_tokens", "Prompt tokens of all requests", registry=registry
-        )
+        self.prompt_tokens = Counter("phalanx_prompt_tokens", "Prompt tokens of all requests", registry=registry)
         self.generation_tokens = Counter("phalanx_generation_tokens", "Tokens generated", registry=registry)
         self.first_token = Histogram(
             "phalanx_time_to_first_token_seconds",

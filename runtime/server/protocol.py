@@ -2,7 +2,7 @@
 """Request bodies of the OpenAI protocol, and what of it is refused by name.
 
 Every field that clients of OpenAI and vLLM are known to send is listed. One that Phalanx cannot honour is accepted only
-with a value that changes nothing; a field that nobody knows is refused, because it is a misspelling more often than not.
+with a value that changes nothing; a field that nobody knows is refused: it is a misspelling more often than not.
 """
 
 from __future__ import annotations
@@ -252,6 +252,4 @@ def _refuse_unsupported(struct: msgspec.Struct) -> None:
             continue
         value = getattr(struct, name)
         if value is not None and value not in neutral:
-            raise invalid(
-                f"{name} is not supported by this server; leave it out", name, "unsupported_parameter"
-            )
+            raise invalid(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")

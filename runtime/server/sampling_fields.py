@@ -79,18 +79,14 @@ def _stop_texts(stop: str | list[str] | None) -> tuple[str, ...]:
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for text in texts:
         if len(text) > MAX_STOP_CHARACTERS:
-            raise invalid(
-                f"a stop text has {len(text)} characters; use at most {MAX_STOP_CHARACTERS}", "stop"
-            )
+            raise invalid(f"a stop text has {len(text)} characters; use at most {MAX_STOP_CHARACTERS}", "stop")
     return texts
 
 
 def _stop_token_ids(token_ids: list[int] | None, model: ModelInfo) -> tuple[int, ...]:
     listed = token_ids or []
     if len(listed) > MAX_STOP_TOKEN_IDS:
-        raise invalid(
-            f"stop_token_ids has {len(listed)} entries; use at most {MAX_STOP_TOKEN_IDS}", "stop_token_ids"
-        )
+        raise invalid(f"stop_token_ids has {len(listed)} entries; use at most {MAX_STOP_TOKEN_IDS}", "stop_token_ids")
     return checked_token_ids(listed, model, "stop_token_ids")
 
 

@@ -51,8 +51,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
             )
         if not (self.api_key_file or self.insecure or is_loopback(self.host)):
             raise ConfigError(
-                f"--host={self.host} lets other machines in and there is no --api-key-file; "
-                "give one, or say --insecure"
+                f"--host={self.host} lets other machines in and there is no --api-key-file; give one, or say --insecure"
             )
 
 

@@ -145,8 +145,10 @@ def main() -> int:
     model = ModelInfo(options.directory, options.vocab_size, options.max_model_len, options.max_open_requests)
     try:
         bridge.run(model, lambda: _say_ready(url))
-    finally:
-        frontend.stop()
+    except Exception as error:
+        frontend.abandon(f"{type(error).__name__}: {error}")
+        raise
+    frontend.stop()
     return 0
 
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m launch.serve``: answer HTTP requests.
+
+Rank 0 starts the HTTP process before anything else, so that the port answers (503) while the ranks load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_engine_arguments,
+    add_model_arguments,
+    add_parallel_arguments,
+    engine_config,
+    run_command,
+)
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.launcher import launch_info
+
+if TYPE_CHECKING:
+    from phalanx.runtime.replica import Replica
+    from phalanx.runtime.server.frontend import Frontend
+    from phalanx.runtime.server.settings import FrontendSettings
+
+__all__ = ["main"]
+
+HTTP_PROCESS = (sys.executable, "-m", "launch.http_process")
+DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def build_parser() -> CommandParser:
+    """Flags as in INTERFACES."""
+    parser = CommandParser(prog="launch.serve", description="Answer HTTP requests (OpenAI protocol).")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    server.add_argument("--port", type=int, default=8000, help="0 = any free one; see the READY line")
+    server.add_argument("--grpc-port", type=int, metavar="PORT", help="not served yet; accepted with a note")
+    server.add_argument("--served-model-name", nargs="+", metavar="NAME",
+                        help="names that requests may use (default: the directory's name)")  # fmt: skip
+    server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
+    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
+    server.add_argument("--insecure", action="store_true", help="serve other machines without a key")
+    add_model_arguments(parser)
+    add_parallel_arguments(parser)
+    add_engine_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until drained; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    settings = _frontend_settings(args)
+    signals = DrainSignals()
+    if launch_info().rank:
+        signals.ignore()
+        _run_rank(args, None, signals)
+        return 0
+    if args.grpc_port is not None:
+        sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
+
+    from phalanx.runtime.server.frontend import Frontend
+
+    frontend = Frontend.start(HTTP_PROCESS, settings)
+    signals.catch()
+    try:
+        _run_rank(args, frontend, signals)
+    except BaseException as error:
+        frontend.abandon(f"{type(error).__name__}: {error}")
+        raise
+    frontend.stop()
+    return 0
+
+
+def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
+    from phalanx.runtime.server.settings import FrontendSettings
+
+    name = "phalanx-demo" if args.model is None else args.model.resolve().name
+    return FrontendSettings(
+        host=args.host,
+        port=args.port,
+        model_names=tuple(args.served_model_name or (name,)),
+        api_key_file=None if args.api_key_file is None else str(args.api_key_file),
+        insecure=args.insecure,
+        request_timeout_seconds=args.request_timeout,
+    )
+
+
+def _run_rank(args: argparse.Namespace, frontend: Frontend | None, signals: DrainSignals) -> None:
+    """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
+    from phalanx.parallel.mpi_comm import world_communicator
+    from phalanx.runtime.engine import follow
+    from phalanx.runtime.replica import build_replica, phase
+
+    world = world_communicator()
+    url = frontend.wait_for_port() if frontend is not None else ""
+    config = engine_config(args, world.size)
+    if config.layout.dp > 1:
+        raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
+    # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
+    queue = config.max_queued_requests + config.max_num_seqs
+    replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world)
+    if frontend is None:
+        with phase("executing steps"):
+            follow(replica.control, replica.executor)
+    else:
+        with phase("serving"):
+            _lead(replica, frontend, url, queue, signals)
+    replica.executor.close()
+
+
+def _lead(replica: Replica, frontend: Frontend, url: str, max_open_requests: int, signals: DrainSignals) -> None:
+    from phalanx.runtime.server.bridge import EngineBridge
+    from phalanx.runtime.server.messages import ModelInfo
+
+    assert replica.engine is not None
+    bridge = EngineBridge(replica.engine, frontend.channel)
+    signals.on_drain(bridge.request_drain)
+    model = ModelInfo(str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests)
+    bridge.run(model, lambda: _say_ready(url))
+    replica.engine.release()
+
+
+def _say_ready(url: str) -> None:
+    sys.stderr.write(f"READY {url}\n")
+    sys.stderr.flush()
+
+
+class DrainSignals:
+    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered; a second Ctrl-C ends it at once.
+
+    Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
+    """
+
+    def __init__(self) -> None:
+        self._drain: Callable[[], None] | None = None
+        self._requested = False
+        self._interrupts = 0
+
+    def ignore(self) -> None:
+        """On ranks other than 0."""
+        for number in DRAIN_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def catch(self) -> None:
+        """On rank 0."""
+        for number in DRAIN_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def on_drain(self, drain: Callable[[], None]) -> None:
+        """What to do from now on; done at once when a signal came earlier."""
+        self._drain = drain
+        if self._requested:
+            drain()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and (self._interrupts > 1 or self._drain is None):
+            raise KeyboardInterrupt
+        self._requested = True
+        if self._drain is not None:
+            self._drain()
+
+
+if __name__ == "__main__":
+    run_command(main)
