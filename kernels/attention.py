@@ -26,7 +26,7 @@ from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, Worksp
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.parallel.errors import ConfigError, ExecutorError
 
-__all__ = ["AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention"]
+__all__ = ["AttentionDType", "AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention"]
 
 AttentionDType = Literal["bfloat16", "float16", "float32"]
 BLOCK_SIZES = (16, 32, 64, 128)

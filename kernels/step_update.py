@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.library import KernelFunction, Library
 
 __all__ = ["ADMISSION_WORDS", "StepArrays", "plan_words", "store_tokens", "update"]
+
+DeviceArray = Any
+"""A ``cupy.ndarray``: what the kernels take, and slices of it."""
 
 ADMISSION_WORDS = 8
 _HEADER_WORDS = 7
@@ -49,31 +53,31 @@ class StepArrays:
             float32, float32, uint64.
     """
 
-    plan: Array
-    block_tables: Array
-    sampling: Array
-    last_tokens: Array
-    cu_seqlens: Array
-    seq_lens: Array
-    slots: Array
-    counts: Array
-    token_ids: Array
-    positions: Array
-    slot_mapping: Array
-    logit_rows: Array
-    row_slots: Array
-    row_positions: Array
-    row_targets: Array
-    row_temperatures: Array
-    row_top_ks: Array
-    row_top_ps: Array
-    row_min_ps: Array
-    row_seeds: Array
+    plan: DeviceArray
+    block_tables: DeviceArray
+    sampling: DeviceArray
+    last_tokens: DeviceArray
+    cu_seqlens: DeviceArray
+    seq_lens: DeviceArray
+    slots: DeviceArray
+    counts: DeviceArray
+    token_ids: DeviceArray
+    positions: DeviceArray
+    slot_mapping: DeviceArray
+    logit_rows: DeviceArray
+    row_slots: DeviceArray
+    row_positions: DeviceArray
+    row_targets: DeviceArray
+    row_temperatures: DeviceArray
+    row_top_ks: DeviceArray
+    row_top_ps: DeviceArray
+    row_min_ps: DeviceArray
+    row_seeds: DeviceArray
 
     @classmethod
     def allocate(
         cls,
-        array: Callable[[str, tuple[int, ...], str], Array],
+        array: Callable[[str, tuple[int, ...], str], DeviceArray],
         *,
         max_num_seqs: int,
         max_num_tokens: int,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.kernels.attention import AttentionLimits, AttentionShape, AttentionStep, PagedAttention
+from phalanx.kernels.attention import AttentionDType, AttentionLimits, AttentionShape, AttentionStep, PagedAttention
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
 from phalanx.kernels.step_update import StepArrays
@@ -35,10 +35,10 @@ class CacheLayout:
     kv_heads: Span
     head_dim: int
     block_size: int
-    dtype: str
+    dtype: AttentionDType
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: range, block_size: int, dtype: str, rank: int, size: int) -> CacheLayout:
+    def of(cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int) -> CacheLayout:
         """The share of ``rank`` of ``size`` tensor-parallel ranks."""
         heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
         kv_heads = local_kv_heads(config.num_kv_heads, rank, size)

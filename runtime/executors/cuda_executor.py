@@ -111,6 +111,19 @@ class CudaExecutor:
         return 1 if self.topology.layout.pp == 1 else 0
 
     @property
+    def device(self) -> str:
+        """Name of this rank's GPU."""
+        import cupy
+
+        name: bytes = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"]
+        return name.decode()
+
+    @property
+    def idle_fraction(self) -> float | None:
+        """Share of the device's time between steps; see `GpuTimes`."""
+        return self._ring.times.idle_fraction if self._ring.times.num_steps else None
+
+    @property
     def gpu_times(self) -> GpuTimes:
         """How long the device worked and waited so far. Only meaningful on the leader."""
         return self._ring.times
@@ -142,11 +155,11 @@ class CudaExecutor:
     def warm_up(self) -> None:
         """Run and capture steps without sequences, so that serving neither compiles nor tunes much. *Collective.*"""
         limits = self._limits
-        seqs = bucket_sizes(min(limits.max_num_seqs, limits.max_num_tokens))
-        keys = [StepKey(limits.max_num_tokens, seqs[-1], has_prefill=True)]
-        keys += [StepKey(size, size, has_prefill=False) for size in reversed(seqs)]
+        most = min(limits.max_num_seqs, limits.max_num_tokens)
+        keys = [StepKey(size, most, True) for size in bucket_sizes(limits.max_num_tokens) if size > most]
+        keys += [StepKey(size, size, False) for size in bucket_sizes(most)]
         with self._device, self._stream:
-            for key in keys:
+            for key in reversed(keys):
                 for _ in range(2):
                     self._run(key)
             self._stream.synchronize()

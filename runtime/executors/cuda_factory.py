@@ -11,7 +11,7 @@ import numpy as np
 from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
-from phalanx.kernels.attention import AttentionLimits
+from phalanx.kernels.attention import AttentionDType, AttentionLimits
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.communicator import Communicator
@@ -48,7 +48,7 @@ class _Rank:
     config: ModelConfig
     options: EngineConfig
     topology: Topology
-    dtype: str
+    dtype: AttentionDType
     limits: StepLimits
 
     @property
@@ -78,7 +78,7 @@ def create_cuda_executor(
     """
     from phalanx.runtime.executors.factory import longest_sequence
 
-    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    dtype: AttentionDType = config.dtype if options.dtype == "auto" else options.dtype
     CAPABILITIES.check(config, dtype)
     longest = min(options.max_model_len or config.max_positions, config.max_positions)
     limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)

@@ -27,7 +27,8 @@ def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     memory = cupy.cuda.alloc_pinned_memory(size)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    array: NDArray[Any] = np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    return array
 
 
 def upload(target: DeviceArray, source: NDArray[Any], stream: Any) -> None:

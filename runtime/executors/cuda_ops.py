@@ -68,10 +68,6 @@ class CudaOps(Ops[DeviceArray]):
         """Which of the step's rows with logits the next `logits` computes, as a range of `StepArrays.logit_rows`."""
         self._logit_rows = rows
 
-    def empty(self, num_columns: int) -> DeviceArray:
-        """An uninitialised activation ``[T, num_columns]`` of this step."""
-        return self._pool.array((self._num_rows, num_columns), self._weight_dtype)
-
     def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
         """See `Ops.embedding`."""
         table = self._weights[f"{name}.weight"]
