@@ -49,7 +49,7 @@ from phalanx.parallel.errors import CheckpointError, ConfigError
 
 __all__ = ["SplitReport", "split_checkpoint"]
 
-_BLOCK_BYTES = 256 << 10
+_BLOCK_BYTES = 1 << 20
 """Copied at once: what was read is still in the processor's cache when it is summed and written."""
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

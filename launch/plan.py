@@ -1,0 +1,194 @@
+"""``python -m launch.plan``: memory per rank and how many sequences fit, from ``config.json`` alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phalanx.launch.arguments import CommandParser, run_command
+from phalanx.parallel.launcher import launch_info
+
+if TYPE_CHECKING:
+    from phalanx.runtime.config import EngineConfig, ModelConfig
+    from phalanx.runtime.memory import RankMemory
+
+__all__ = ["main"]
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+def build_parser() -> CommandParser:
+    """Flags as in INTERFACES, and those of the engine that change the memory."""
+    parser = CommandParser(
+        prog="launch.plan",
+        description="Memory per rank and how many sequences fit. Needs config.json only: no GPU, no MPI, no weights.",
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="directory with config.json (default: the demo)")
+    for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
+        parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="FRACTION")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)")
+    parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="most sequences at once (default 64)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    result = plan(args)
+    if launch_info().rank == 0:
+        print(json.dumps(result) if args.json else _table(result))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints; sizes in bytes.
+
+    Raises:
+        ConfigError: the model cannot be split so, or a size is out of range.
+        CheckpointError: ``config.json`` is missing or damaged.
+    """
+    from phalanx.checkpoints.config_files import demo_path, read_config
+    from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.parallel.topology import Layout
+    from phalanx.runtime.config import EngineConfig
+    from phalanx.runtime.memory import plan_memory
+    from phalanx.runtime.models.registry import find_model
+
+    raw = read_config(ModelDirectory.at(args.model or demo_path()))
+    model = find_model(raw)
+    config = model.read_config(raw)
+    layout = Layout(args.tp, args.pp, args.dp)
+    options = EngineConfig(
+        layout=layout,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    max_model_len = args.max_model_len or config.max_positions
+    if max_model_len > config.max_positions:
+        raise ConfigError(f"--max-model-len={max_model_len} is beyond the model's {config.max_positions} positions; use less")
+    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    ranks = plan_memory(
+        model,
+        config,
+        layout,
+        dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_num_tokens=args.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=args.block_size,
+    )
+    return {
+        "model": config.architecture,
+        "dtype": dtype,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "num_gpus": layout.world_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": args.max_num_seqs,
+        "block_size": args.block_size,
+        "ranks": [_rank(rank) for rank in ranks],
+        **_fit(ranks, options, config, max_model_len, args.gpu_memory_gib),
+    }
+
+
+def _rank(memory: RankMemory) -> dict[str, Any]:
+    return {
+        "rank": memory.rank,
+        "stage": memory.stage,
+        "tp_rank": memory.tp_rank,
+        "layers": [memory.layers.start, memory.layers.stop],
+        "weights": dict(memory.weights),
+        "weight_bytes": memory.weight_bytes,
+        "workspace_bytes": memory.workspace,
+        "communication_bytes": memory.communication,
+        "kv_block_bytes": memory.kv_block_bytes,
+    }
+
+
+def _fit(
+    ranks: Sequence[RankMemory], options: EngineConfig, config: ModelConfig, max_model_len: int, gib: float | None
+) -> dict[str, Any]:
+    """How many blocks and sequences fit beside the weights; null where no memory size was given."""
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.memory import RESERVE_BYTES, num_kv_blocks
+
+    blocks_per_seq = -(-max_model_len // options.block_size)
+    needed = max(rank.fixed_bytes + blocks_per_seq * rank.kv_block_bytes for rank in ranks) + RESERVE_BYTES
+    result: dict[str, Any] = {
+        "reserve_bytes": RESERVE_BYTES,
+        "blocks_per_sequence": blocks_per_seq,
+        "smallest_gpu_bytes": -int(-needed // options.gpu_memory_utilization),
+        "gpu_memory_bytes": None,
+        "kv_blocks": None,
+        "kv_tokens": None,
+        "full_length_sequences": None,
+        "fits": None,
+    }
+    if gib is None:
+        return result
+    if gib <= 0:
+        raise ConfigError(f"--gpu-memory-gib={gib} is not above 0; give the memory of one GPU")
+    total = int(gib * _GIB)
+    blocks = num_kv_blocks(ranks, int(total * options.gpu_memory_utilization) - RESERVE_BYTES)
+    # Every replica serves as many again.
+    fitting = blocks // blocks_per_seq * options.layout.dp
+    return result | {
+        "gpu_memory_bytes": total,
+        "kv_blocks": blocks,
+        "kv_tokens": blocks * options.block_size,
+        "full_length_sequences": fitting,
+        "fits": fitting > 0,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    parts = list(result["ranks"][0]["weights"])
+    header = ["rank", "layers", *parts, "weights", "workspace", "comm", "KV/block"]
+    rows = [
+        [str(rank["rank"]), "{}-{}".format(rank["layers"][0], rank["layers"][1] - 1)]
+        + [_mib(rank["weights"][part]) for part in parts]
+        + [_mib(rank[key]) for key in ("weight_bytes", "workspace_bytes", "communication_bytes")]
+        + [f"{rank['kv_block_bytes'] / 1024:.0f} KiB"]
+        for rank in result["ranks"]
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    layout = f"dp {result['dp']} x pp {result['pp']} x tp {result['tp']}"
+    return "\n".join(
+        [f"{result['model']}, {result['dtype']}, {layout} = {result['num_gpus']} GPU(s); sizes in MiB", *lines, _verdict(result)]
+    )
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    needs = f"one sequence of {result['max_model_len']} tokens needs GPUs of {result['smallest_gpu_bytes'] / _GIB:.1f} GiB"
+    if result["fits"] is None:
+        return f"{needs}; give --gpu-memory-gib to see how many fit"
+    gpu = f"{result['gpu_memory_bytes'] / _GIB:.0f} GiB a GPU"
+    if not result["fits"]:
+        return f"does not fit: {needs}, there are {gpu}; use more tp or pp, or a smaller --max-model-len"
+    sequences = f"{result['full_length_sequences']} sequence(s) of {result['max_model_len']} tokens"
+    return f"{gpu}: {result['kv_blocks']} KV blocks = {result['kv_tokens']} tokens, {sequences} at full length"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:.1f}"
+
+
+if __name__ == "__main__":
+    run_command(main)

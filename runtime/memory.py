@@ -1,0 +1,189 @@
+"""How much memory a rank takes, from ``config.json`` alone: the arithmetic that the planner prints and the executors allocate by.
+
+Weights and the key/value cache are exact. The workspace is what the CUDA executor sets aside: an upper bound of the activations
+of its largest step. What libraries and captured graphs take comes out of `RESERVE_BYTES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from phalanx.checkpoints.spec import WeightSpec, distinct
+from phalanx.parallel.sharding import local_kv_heads, stage_layers
+from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.models.base import Model, vocabulary_shard
+
+__all__ = [
+    "DTYPE_BYTES",
+    "GATHERED_ROWS",
+    "PROMPT_ROWS",
+    "RESERVE_BYTES",
+    "WEIGHT_PARTS",
+    "RankMemory",
+    "activation_bytes",
+    "kv_block_bytes",
+    "num_kv_blocks",
+    "plan_memory",
+    "weight_bytes",
+    "workspace_bytes",
+]
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+WEIGHT_PARTS = ("embedding", "attention", "mlp", "norms", "head")
+
+PROMPT_ROWS = 256
+"""Prompt positions whose log-probabilities are computed at once."""
+
+GATHERED_ROWS = 256
+"""Rows of logits that are put together from all tensor-parallel ranks at once."""
+
+RESERVE_BYTES = 1 << 30
+"""Left free on a GPU for captured graphs and for what libraries allocate late."""
+
+ALIGNMENT_BYTES = 256
+_STEP_WORDS_PER_SEQUENCE = 32
+_STEP_WORDS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes that one rank takes before any cache, and what one block of the cache adds.
+
+    Attributes:
+        weights: by `WEIGHT_PARTS`; tied tensors count once.
+        workspace: activations of the largest step, logits included, and the state of the batch.
+        communication: buffers for the hidden states that come from the stage before.
+        kv_block_bytes: one block over all layers of the stage, keys and values.
+    """
+
+    rank: int
+    stage: int
+    tp_rank: int
+    layers: range
+    weights: Mapping[str, int]
+    workspace: int
+    communication: int
+    kv_block_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return sum(self.weights.values())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the cache."""
+        return self.weight_bytes + self.workspace + self.communication
+
+
+def plan_memory(
+    model: Model,
+    config: ModelConfig,
+    layout: Layout,
+    dtype: str,
+    *,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    max_model_len: int,
+    block_size: int,
+) -> tuple[RankMemory, ...]:
+    """Every rank of one replica, in order.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    itemsize = DTYPE_BYTES[dtype]
+    result = []
+    for rank in range(layout.tp * layout.pp):
+        place = Topology(layout, rank)
+        layers = stage_layers(config.num_layers, layout.pp)[place.stage]
+        specs = model.weights(config, layers, place.is_first_stage, place.is_last_stage)
+        state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size))
+        result.append(
+            RankMemory(
+                rank=rank,
+                stage=place.stage,
+                tp_rank=place.tp_rank,
+                layers=layers,
+                weights=weight_bytes(specs, place.tp_rank, layout.tp, itemsize),
+                workspace=workspace_bytes(model, config, place, max_num_seqs, max_num_tokens, itemsize) + state,
+                communication=0 if place.is_first_stage else max_num_tokens * config.hidden_size * itemsize,
+                kv_block_bytes=kv_block_bytes(config, len(layers), place.tp_rank, layout.tp, block_size, itemsize),
+            )
+        )
+    return tuple(result)
+
+
+def num_kv_blocks(ranks: Sequence[RankMemory], memory_bytes: int) -> int:
+    """Blocks that fit into ``memory_bytes`` of every rank; all ranks hold the same number. 0 if nothing fits."""
+    return max(0, min((memory_bytes - rank.fixed_bytes) // rank.kv_block_bytes for rank in ranks))
+
+
+def weight_bytes(specs: Iterable[WeightSpec], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
+    """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts where it comes first."""
+    result = dict.fromkeys(WEIGHT_PARTS, 0)
+    for group in distinct(specs).values():
+        result[_weight_part(group[0].name)] += math.prod(group[0].local_shape(tp_rank, tp_size)) * itemsize
+    return result
+
+
+def kv_block_bytes(
+    config: ModelConfig, num_layers: int, tp_rank: int, tp_size: int, block_size: int, itemsize: int
+) -> int:
+    """Bytes of one block of the cache: keys and values of ``block_size`` tokens in ``num_layers`` layers, local heads."""
+    heads = local_kv_heads(config.num_kv_heads, tp_rank, tp_size).size
+    return 2 * num_layers * heads * config.head_dim * block_size * itemsize
+
+
+def workspace_bytes(
+    model: Model, config: ModelConfig, place: Topology, max_num_seqs: int, max_num_tokens: int, itemsize: int
+) -> int:
+    """Room for the activations and logits of the largest step on one rank; see `activation_bytes`."""
+    tp = place.tp_rank, place.layout.tp
+    first_layer = stage_layers(config.num_layers, place.layout.pp)[place.stage].start
+    logit_rows = max(max_num_seqs, PROMPT_ROWS) if place.is_last_stage else 0
+    if tp[1] > 1:
+        logit_rows += GATHERED_ROWS * tp[1]
+    vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
+    specs = model.block_weights(config, first_layer)
+    return activation_bytes(specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp)
+
+
+def activation_bytes(
+    block_specs: Iterable[WeightSpec],
+    hidden_size: int,
+    vocab_rows: int,
+    num_tokens: int,
+    num_logit_rows: int,
+    itemsize: int,
+    rank: int,
+    size: int,
+) -> int:
+    """Room for one step: every matrix of a block with its input and output alive at once, the residual stream, the logits.
+
+    An upper bound: a block never holds all of them together. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place
+    in the tensor-parallel group.
+    """
+    matrices = [shape for spec in block_specs if len(shape := spec.local_shape(rank, size)) == 2]
+    per_token = sum(out + inner for out, inner in matrices) + 4 * hidden_size
+    pieces = 3 * len(matrices) + 32
+    logits = num_logit_rows * (vocab_rows + hidden_size)
+    return (num_tokens * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES
+
+
+def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:
+    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters."""
+    words = max_num_seqs * (blocks_per_seq + _STEP_WORDS_PER_SEQUENCE) + max_num_tokens * _STEP_WORDS_PER_TOKEN
+    return 4 * words
+
+
+def _weight_part(name: str) -> str:
+    """Which of `WEIGHT_PARTS` a weight belongs to, by the names that all families use."""
+    owner = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    if "norm" in owner:
+        return "norms"
+    parts = {"embed": "embedding", "positions": "embedding", "lm_head": "head", "qkv": "attention", "output": "attention"}
+    return parts.get(owner, "mlp")
