@@ -73,9 +73,7 @@ def build_plan(
         np.array(admissions, ADMISSION),
     )
     sampling_slots = slots[samples > 0]
-    planned = PlannedStep(
-        step_id, sampling_slots, table.epochs[sampling_slots], _add_prompt_rows(table, plan)
-    )
+    planned = PlannedStep(step_id, sampling_slots, table.epochs[sampling_slots], _add_prompt_rows(table, plan))
     table.num_computed[slots] += counts
     table.num_pending[sampling_slots] += 1
     return plan, planned
@@ -101,9 +99,7 @@ def _input_tokens(
         counts[num_singles:].tolist(),
         strict=True,
     )
-    return np.concatenate(
-        [first, *(table.token_ids[slot, start : start + count] for slot, start, count in spans)]
-    )
+    return np.concatenate([first, *(table.token_ids[slot, start : start + count] for slot, start, count in spans)])
 
 
 def _add_prompt_rows(table: SequenceTable, plan: StepPlan) -> list[PromptRows]:
@@ -117,15 +113,11 @@ def _add_prompt_rows(table: SequenceTable, plan: StepPlan) -> list[PromptRows]:
         if sequence is None or sequence.prompt_logprobs is None:
             continue
         end = min(start + int(plan.counts[i]), sequence.num_prompt - 1)
-        begin = max(
-            start, len(sequence.prompt_logprobs) - 1
-        )  # a preempted sequence has the earlier ones already
+        begin = max(start, len(sequence.prompt_logprobs) - 1)  # a preempted sequence has the earlier ones already
         if begin < end:
             parts.append(PromptRows(slot, int(table.epochs[slot]), begin, end - begin))
             rows.append(np.arange(begin - start, end - start, dtype=np.int32) + first_rows[i])
-            plan.num_prompt_logprobs = max(
-                plan.num_prompt_logprobs, sequence.request.params.prompt_logprobs or 0
-            )
+            plan.num_prompt_logprobs = max(plan.num_prompt_logprobs, sequence.request.params.prompt_logprobs or 0)
     if parts:
         plan.prompt_rows = np.concatenate(rows)
         plan.prompt_targets = np.concatenate(

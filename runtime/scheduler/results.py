@@ -15,9 +15,7 @@ __all__ = ["GOES_ON", "LENGTH", "NOT_FINITE", "STOP", "logprob_at", "outcomes", 
 GOES_ON, STOP, LENGTH, NOT_FINITE = range(4)
 
 
-def outcomes(
-    table: SequenceTable, slots: SlotArray, token_ids: Int32Array, lengths: Int32Array
-) -> NDArray[np.int8]:
+def outcomes(table: SequenceTable, slots: SlotArray, token_ids: Int32Array, lengths: Int32Array) -> NDArray[np.int8]:
     """``[S]`` what a sampled token means; an end token goes before the length limit."""
     codes = np.where(lengths >= table.target_length[slots], np.int8(LENGTH), np.int8(GOES_ON))
     ends = np.zeros(len(slots), np.bool_)
@@ -43,9 +41,7 @@ def store_prompt_logprobs(
             assert sequence.prompt_logprobs is not None
             most = sequence.request.params.prompt_logprobs or 0
             targets = table.token_ids[part.slot, part.start + 1 : part.start + 1 + part.count].tolist()
-            sequence.prompt_logprobs.extend(
-                logprob_at(result, row + i, token, most) for i, token in enumerate(targets)
-            )
+            sequence.prompt_logprobs.extend(logprob_at(result, row + i, token, most) for i, token in enumerate(targets))
             sequences.append((sequence, not np.isnan(result.logprobs[row : row + part.count]).any()))
         row += part.count
     return sequences

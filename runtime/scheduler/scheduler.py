@@ -208,9 +208,11 @@ class Scheduler:
         self._cache.extend_keys(sequence.keys, sequence.token_ids)
         # Prompt log-probabilities need the logits of every prompt token, so these requests compute them all.
         keys = [] if sequence.lacks_prompt_logprobs else sequence.keys
-        num_running = self._table.num_running
+        # One block of growth for each running sequence stays free. In a simulation of a cache 4 x too small that recomputed
+        # 3 % of the tokens at the best total time; no reserve recomputed 36 %, twice the reserve ran too few sequences.
+        spare_blocks = self._table.num_running
         num_cached = self._cache.admit(
-            self._table.next_slot, num_tokens, sequence.target_length - 1, keys, spare_blocks=num_running
+            self._table.next_slot, num_tokens, sequence.target_length - 1, keys, spare_blocks
         )
         if num_cached is not None:
             self._prefix_query_tokens += num_tokens
@@ -219,9 +221,7 @@ class Scheduler:
                 sequence.num_cached_tokens = num_cached
         return num_cached
 
-    def _build(
-        self, decodes: SlotArray, chunks: list[tuple[int, int]], admissions: list[tuple[Any, ...]]
-    ) -> StepPlan:
+    def _build(self, decodes: SlotArray, chunks: list[tuple[int, int]], admissions: list[tuple[Any, ...]]) -> StepPlan:
         plan, planned = build_plan(
             self._num_planned % 2**31, self._table, decodes, chunks, self._cache.take_new_blocks(), admissions
         )
@@ -232,9 +232,7 @@ class Scheduler:
             # Only now: a plan may share what earlier plans compute, never what it computes itself.
             sequence = self._table.sequences[slot]
             assert sequence is not None
-            self._cache.mark_filled(
-                slot, sequence.keys[: self._table.num_filled(slot) // self._cache.block_size]
-            )
+            self._cache.mark_filled(slot, sequence.keys[: self._table.num_filled(slot) // self._cache.block_size])
         return plan
 
     def _preempt(self, slot: int) -> None:
@@ -256,11 +254,7 @@ class Scheduler:
 
     def _take_planned(self, result: StepResult) -> PlannedStep:
         planned = self._in_flight.popleft() if self._in_flight else None
-        if (
-            planned is None
-            or planned.step_id != result.step_id
-            or len(planned.slots) != len(result.token_ids)
-        ):
+        if planned is None or planned.step_id != result.step_id or len(planned.slots) != len(result.token_ids):
             expected = "no step is in flight"
             if planned is not None:
                 expected = f"step {planned.step_id} with {len(planned.slots)} tokens is next"
@@ -289,9 +283,7 @@ class Scheduler:
             assert sequence is not None
             self._apply_special(sequence, result, int(rows[i]), int(codes[i]), bool(first_news[i]))
 
-    def _apply_special(
-        self, sequence: Sequence, result: StepResult, row: int, code: int, first_news: bool
-    ) -> None:
+    def _apply_special(self, sequence: Sequence, result: StepResult, row: int, code: int, first_news: bool) -> None:
         """A token that ends its request, has log-probabilities, or is the first and has more to tell."""
         if code == NOT_FINITE:
             self._fail(sequence)

@@ -1,0 +1,213 @@
+"""Paged blocks: sharing by prefix, reference counts, which blocks go first, and where new ones are placed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.kv_cache import BlockPlanner
+
+BLOCK_SIZE = 4
+
+
+def planner(num_blocks: int = 16, **options: object) -> BlockPlanner:
+    return BlockPlanner(num_blocks, BLOCK_SIZE, 8, 64, **options)  # type: ignore[arg-type]
+
+
+def prompt(*token_ids: int) -> NDArray[np.int32]:
+    return np.array(token_ids, np.int32)
+
+
+def keys_of(blocks: BlockPlanner, token_ids: NDArray[np.int32]) -> list[bytes]:
+    keys: list[bytes] = []
+    blocks.extend_keys(keys, token_ids)
+    return keys
+
+
+def fill(blocks: BlockPlanner, slot: int, token_ids: NDArray[np.int32]) -> int:
+    """Admit a sequence and mark its full blocks as computed; returns the tokens found in the cache."""
+    keys = keys_of(blocks, token_ids)
+    num_cached = blocks.admit(slot, len(token_ids), len(token_ids), keys, 0)
+    assert num_cached is not None
+    blocks.mark_filled(slot, keys)
+    return num_cached
+
+
+def test_a_key_stands_for_the_whole_prefix() -> None:
+    blocks = planner()
+    one = keys_of(blocks, prompt(1, 2, 3, 4, 5, 6, 7, 8))
+    same_second_block = keys_of(blocks, prompt(9, 2, 3, 4, 5, 6, 7, 8))
+    assert len(one) == len(same_second_block) == 2
+    assert set(one).isdisjoint(same_second_block)
+    assert keys_of(blocks, prompt(1, 2, 3, 4, 5)) == one[:1], "only full blocks have keys"
+
+
+def test_keys_grow_with_the_tokens() -> None:
+    blocks = planner()
+    keys = keys_of(blocks, prompt(1, 2, 3, 4, 5))
+    blocks.extend_keys(keys, prompt(1, 2, 3, 4, 5, 6, 7, 8, 9))
+    assert keys == keys_of(blocks, prompt(1, 2, 3, 4, 5, 6, 7, 8))
+
+
+def test_another_salt_shares_nothing() -> None:
+    tokens = prompt(1, 2, 3, 4)
+    assert keys_of(planner(salt=b"a"), tokens) != keys_of(planner(salt=b"b"), tokens)
+
+
+def test_common_prefix_is_held_once() -> None:
+    blocks = planner()
+    assert fill(blocks, 0, prompt(1, 2, 3, 4, 5, 6, 7, 8, 9)) == 0
+    assert fill(blocks, 1, prompt(1, 2, 3, 4, 5, 6, 7, 8, 10, 11)) == 8
+    assert blocks.block_table(1)[:2].tolist() == blocks.block_table(0)[:2].tolist()
+    assert blocks.block_table(1)[2] != blocks.block_table(0)[2]
+    assert blocks.num_free_blocks == 16 - 4
+    blocks.release(0, [])
+    assert blocks.num_free_blocks == 16 - 3, "the other sequence still holds the prefix"
+    blocks.release(1, [])
+    assert blocks.num_free_blocks == 16
+
+
+def test_last_token_is_left_to_compute_when_the_whole_prompt_is_known() -> None:
+    blocks = planner()
+    tokens = prompt(1, 2, 3, 4, 5, 6, 7, 8)
+    fill(blocks, 0, tokens)
+    assert fill(blocks, 1, tokens) == 4
+    assert blocks.block_table(1)[1] != blocks.block_table(0)[1]
+
+
+def test_unmarked_blocks_are_not_found() -> None:
+    blocks = planner()
+    tokens = prompt(1, 2, 3, 4, 5)
+    keys = keys_of(blocks, tokens)
+    assert blocks.admit(0, 5, 5, keys, 0) == 0
+    assert blocks.admit(1, 5, 5, keys, 0) == 0
+
+
+def test_prefix_outlives_its_sequence_until_the_space_is_needed() -> None:
+    blocks = planner(num_blocks=4)
+    tokens = prompt(1, 2, 3, 4, 5)
+    fill(blocks, 0, tokens)
+    blocks.release(0, [])
+    assert fill(blocks, 1, tokens) == 4
+    blocks.release(1, [])
+    fill(blocks, 2, np.arange(50, 66, dtype=np.int32))
+    blocks.release(2, [])
+    assert fill(blocks, 3, tokens) == 0
+
+
+def test_free_blocks_go_before_kept_ones_and_old_before_recent() -> None:
+    blocks = planner(num_blocks=4)
+    old, recent = prompt(1, 1, 1, 1, 1), prompt(2, 2, 2, 2, 2)
+    for slot, tokens in enumerate((old, recent)):
+        fill(blocks, slot, tokens)
+    for slot in (0, 1):
+        blocks.release(slot, [])
+    fill(blocks, 2, prompt(7, 7, 7, 7, 7, 7, 7, 7, 7))  # two free blocks and the older prefix
+    assert blocks.admit(3, 5, 5, keys_of(blocks, old), 0) is None
+    blocks.discard(2)
+    assert fill(blocks, 3, recent) == 4
+    assert fill(blocks, 4, old) == 0
+
+
+def test_end_of_a_prefix_is_evicted_before_its_start() -> None:
+    blocks = planner(num_blocks=3)
+    tokens = np.arange(1, 10, dtype=np.int32)
+    fill(blocks, 0, tokens)
+    blocks.release(0, [])
+    fill(blocks, 1, prompt(50, 51, 52, 53, 54))  # the free block and one of the two kept ones
+    blocks.discard(1)
+    assert fill(blocks, 2, tokens) == 4
+
+
+def test_discarded_blocks_are_never_shared_again() -> None:
+    blocks = planner()
+    tokens = prompt(1, 2, 3, 4, 5)
+    fill(blocks, 0, tokens)
+    fill(blocks, 1, tokens)
+    blocks.discard(0)
+    assert fill(blocks, 2, tokens) == 0
+    blocks.release(1, [])
+    blocks.release(2, [])
+    assert blocks.num_free_blocks == 16
+    assert fill(blocks, 3, tokens) == 4, "what slot 2 computed anew is shared"
+
+
+def test_admission_leaves_the_spare_blocks() -> None:
+    blocks = planner(num_blocks=4)
+    assert blocks.admit(0, 9, 9, [], spare_blocks=2) is None
+    assert blocks.num_free_blocks == 4
+    assert blocks.admit(0, 9, 9, [], spare_blocks=1) == 0
+
+
+def test_admission_counts_the_kept_blocks_that_it_shares() -> None:
+    blocks = planner(num_blocks=3)
+    tokens = np.arange(1, 10, dtype=np.int32)
+    fill(blocks, 0, tokens)
+    blocks.release(0, [])
+    assert blocks.admit(1, 9, 9, keys_of(blocks, tokens), spare_blocks=1) is None
+    assert blocks.admit(1, 9, 9, keys_of(blocks, tokens), spare_blocks=0) == 8
+
+
+def test_sharing_switched_off_finds_nothing() -> None:
+    blocks = planner(share_prefixes=False)
+    tokens = prompt(1, 2, 3, 4, 5)
+    assert fill(blocks, 0, tokens) == fill(blocks, 1, tokens) == 0
+
+
+def test_extend_gives_a_block_where_one_starts() -> None:
+    blocks = planner()
+    for slot, length in enumerate((4, 5, 8)):
+        assert blocks.admit(slot, length, 64, [], 0) == 0
+    blocks.take_new_blocks()
+    assert blocks.extend(np.array([0, 1, 2]), np.array([4, 5, 8], np.int32))
+    changes = blocks.take_new_blocks()
+    assert changes[:, :2].tolist() == [[0, 1], [2, 2]]
+    assert blocks.block_table(0).tolist()[1] == changes[0, 2]
+
+
+def test_extend_changes_nothing_when_blocks_are_short() -> None:
+    blocks = planner(num_blocks=3)
+    assert blocks.admit(0, 4, 4, [], 0) == blocks.admit(1, 4, 4, [], 0) == 0
+    blocks.take_new_blocks()
+    assert not blocks.extend(np.array([0, 1]), np.array([4, 4], np.int32))
+    assert blocks.num_free_blocks == 1
+    assert len(blocks.take_new_blocks()) == 0
+
+
+def test_sequences_that_grow_side_by_side_keep_consecutive_blocks() -> None:
+    blocks = planner(num_blocks=64)
+    slots = np.arange(4)
+    for slot in slots.tolist():
+        assert blocks.admit(slot, 6, 40, [], 0) == 0
+    for position in range(6, 40):
+        assert blocks.extend(slots, np.full(4, position, np.int32))
+    for slot in slots.tolist():
+        assert np.diff(blocks.block_table(slot)).tolist() == [1] * 9
+
+
+def test_prompt_takes_a_consecutive_run_past_smaller_holes() -> None:
+    blocks = planner(num_blocks=16)
+    for slot in range(3):
+        assert blocks.admit(slot, 8, 8, [], 0) == 0
+    blocks.release(1, [])
+    assert blocks.admit(3, 16, 16, [], 0) == 0
+    assert np.diff(blocks.block_table(3)).tolist() == [1, 1, 1]
+
+
+def test_every_block_can_be_used_when_none_are_consecutive() -> None:
+    blocks = planner(num_blocks=8)
+    for slot in range(8):
+        assert blocks.admit(slot, 4, 4, [], 0) == 0
+    for slot in range(0, 8, 2):
+        blocks.release(slot, [])
+    assert blocks.admit(0, 16, 16, [], 0) == 0
+    assert len(set(blocks.block_table(0).tolist())) == 4
+    assert blocks.num_free_blocks == 0
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 4), (4, 0)])
+def test_an_empty_cache_is_refused(num_blocks: int, block_size: int) -> None:
+    with pytest.raises(ConfigError, match="hold nothing"):
+        BlockPlanner(num_blocks, block_size, 8, 64)
