@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from phalanx.parallel.errors import CapacityError, CheckpointError, RequestError
-from phalanx.runtime.request import Request, TokenDelta
-from phalanx.runtime.scheduler import SchedulerStats
+from phalanx.runtime.request import Request
+from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
 from phalanx.runtime.server.channel import FrontendChannel
 from phalanx.runtime.server.messages import (
     Cancel,
@@ -42,7 +42,7 @@ class ServedEngine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether a call of `step` would do anything."""
+        """Whether a call of `step_batches` would do anything."""
         ...
 
     def submit(self, request: Request) -> object:
@@ -53,7 +53,7 @@ class ServedEngine(Protocol):
         """End a request; unknown ids are ignored."""
         ...
 
-    def step(self) -> list[TokenDelta]:
+    def step_batches(self) -> list[DeltaBatch]:
         """Finish one step."""
         ...
 
@@ -132,9 +132,9 @@ class EngineBridge:
     def _step(self) -> None:
         if not self._engine.has_work:
             return
-        deltas = self._engine.step()
-        if deltas:
-            self._channel.send(pack_deltas(deltas))
+        for batch in self._engine.step_batches():
+            if len(batch.token_ids) or batch.deltas:
+                self._channel.send(Deltas(batch.request_ids.tolist(), batch.token_ids.tolist(), batch.deltas))
 
     def _send_stats(self) -> None:
         now = self._clock()
@@ -155,24 +155,3 @@ class EngineBridge:
                 prefix_hit_tokens=stats.prefix_hit_tokens,
             )
         )
-
-
-def pack_deltas(deltas: list[TokenDelta]) -> Deltas:
-    """One step's deltas with the plain next tokens, nearly all of them, in columns."""
-    plain = [delta for delta in deltas if is_plain(delta)]
-    return Deltas(
-        [delta.request_id for delta in plain],
-        [delta.token_ids[0] for delta in plain],
-        [delta for delta in deltas if not is_plain(delta)],
-    )
-
-
-def is_plain(delta: TokenDelta) -> bool:
-    """Whether ``delta`` says no more than its next token."""
-    return (
-        len(delta.token_ids) == 1
-        and delta.finish_reason is None
-        and not delta.logprobs
-        and delta.prompt_logprobs is None
-        and not delta.num_cached_tokens
-    )

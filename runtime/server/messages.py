@@ -88,7 +88,7 @@ class ModelInfo(msgspec.Struct, tag=True, frozen=True):
 
 
 class Deltas(msgspec.Struct, tag=True, frozen=True):
-    """What one step did. A plain next token is a pair in two columns, anything more is in ``others``."""
+    """What one step did: a plain next token is a pair in two columns; anything more is in ``others``, read last."""
 
     request_ids: list[str]
     token_ids: list[int]

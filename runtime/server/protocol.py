@@ -7,6 +7,7 @@ with a value that changes nothing; a field that nobody knows is refused: it is a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -246,10 +247,14 @@ def _refused_field(reason: str) -> ApiError:
 
 
 def _refuse_unsupported(struct: msgspec.Struct) -> None:
-    for name in struct.__struct_fields__:
-        neutral = NEUTRAL_VALUES.get(name)
-        if neutral is None:
-            continue
+    for name in unsupported_fields(type(struct)):
         value = getattr(struct, name)
-        if value is not None and value not in neutral:
+        if value is not None and value not in NEUTRAL_VALUES[name]:
             raise invalid(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+
+
+@functools.cache
+def unsupported_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """Fields of ``kind`` without an implementation: typed `Any` and listed in `NEUTRAL_VALUES`."""
+    fields = msgspec.structs.fields(kind)
+    return tuple(field.encode_name for field in fields if field.type is Any and field.name in NEUTRAL_VALUES)

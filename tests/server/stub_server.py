@@ -9,11 +9,12 @@ import sys
 import time
 
 import msgspec
+import numpy as np
 
 import launch  # noqa: F401 (makes phalanx importable from a checkout)
 from phalanx.parallel.errors import CapacityError, ConfigError, RequestError
 from phalanx.runtime.request import Logprob, Request, TokenDelta
-from phalanx.runtime.scheduler import SchedulerStats
+from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
 from phalanx.runtime.server.bridge import EngineBridge
 from phalanx.runtime.server.frontend import Frontend
 from phalanx.runtime.server.messages import ModelInfo
@@ -72,7 +73,7 @@ class StubEngine:
             print(f"cancelled {request_id}", flush=True)
             self._news.append(TokenDelta(request_id, finish_reason="cancelled"))
 
-    def step(self) -> list[TokenDelta]:
+    def step_batches(self) -> list[DeltaBatch]:
         time.sleep(self._options.step_seconds)
         self.num_steps += 1
         if self.num_steps == self._options.fail_after_steps:
@@ -80,7 +81,7 @@ class StubEngine:
         if self.num_steps == self._options.hang_after_steps:
             time.sleep(3600)
         deltas, self._news = self._news, []
-        return deltas + [self._advance(request, count) for request, count in list(self._open.values())]
+        return [in_columns(deltas + [self._advance(*entry) for entry in list(self._open.values())])]
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
@@ -126,6 +127,17 @@ class StubEngine:
         """The token itself is the most probable, its successors come next."""
         top = tuple(((token + i) % self._options.vocab_size, -0.5 - i) for i in range(num_top))
         return Logprob(token, -0.5, top)
+
+
+def in_columns(deltas: list[TokenDelta]) -> DeltaBatch:
+    """Plain next tokens in columns, as the scheduler gives them."""
+    plain = [delta for delta in deltas if delta == TokenDelta(delta.request_id, delta.token_ids[:1])]
+    plain = [delta for delta in plain if delta.token_ids]
+    return DeltaBatch(
+        request_ids=np.array([delta.request_id for delta in plain], np.object_),
+        token_ids=np.array([delta.token_ids[0] for delta in plain], np.int32),
+        deltas=[delta for delta in deltas if delta not in plain],
+    )
 
 
 def main() -> int:

@@ -1,0 +1,136 @@
+"""``/v1/chat/completions``: the stub repeats the prompt that the template wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .servers import Server
+
+PATH = "/v1/chat/completions"
+HI = [{"role": "user", "content": "hi"}]
+PROMPT = "[user]hi>"
+
+
+def chat(server: Server, **fields: Any) -> dict[str, Any]:
+    answer = server.post(PATH, {"messages": HI, "temperature": 0, "max_tokens": len(PROMPT), **fields})
+    assert answer.status == 200, answer.body
+    result: dict[str, Any] = answer.json
+    return result
+
+
+def text(result: dict[str, Any]) -> str:
+    content: str = result["choices"][0]["message"]["content"]
+    return content
+
+
+def test_whole_answer(server: Server) -> None:
+    result = chat(server)
+    assert result["id"].startswith("chatcmpl-")
+    assert result["object"] == "chat.completion"
+    assert result["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": PROMPT, "refusal": None},
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
+    ]
+    assert result["usage"]["prompt_tokens"] == len(PROMPT)
+
+
+def test_content_may_be_a_list_of_text_parts(server: Server) -> None:
+    parts = [{"type": "text", "text": "hi"}]
+    assert text(chat(server, messages=[{"role": "user", "content": parts}])) == PROMPT
+
+
+def test_developer_is_the_newer_name_of_system(server: Server) -> None:
+    assert text(chat(server, messages=[{"role": "developer", "content": "x"}], max_tokens=10)) == "[system]x>"
+
+
+def test_max_completion_tokens_comes_before_max_tokens(server: Server) -> None:
+    assert text(chat(server, max_completion_tokens=3)) == PROMPT[:3]
+
+
+def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
+    usage = chat(server, max_tokens=None)["usage"]
+    assert usage["total_tokens"] == 256
+
+
+def test_without_generation_prompt(server: Server) -> None:
+    result = chat(server, add_generation_prompt=False)
+    assert result["usage"]["prompt_tokens"] == len(PROMPT) - 1
+
+
+def test_continue_final_message(server: Server) -> None:
+    messages = [*HI, {"role": "assistant", "content": "yes"}]
+    result = chat(server, messages=messages, continue_final_message=True, max_tokens=30)
+    assert text(result).startswith("[user]hi[assistant]yes[user]")
+
+
+def test_several_answers(server: Server) -> None:
+    choices = chat(server, n=3)["choices"]
+    assert [(choice["index"], choice["message"]["content"]) for choice in choices] == [(i, PROMPT) for i in range(3)]
+
+
+def test_logprobs(server: Server) -> None:
+    content = chat(server, logprobs=True, top_logprobs=1, max_tokens=2)["choices"][0]["logprobs"]["content"]
+    entry = {"token": "[", "logprob": -0.5, "bytes": [91]}
+    assert content[0] == {**entry, "top_logprobs": [entry]}
+    assert len(content) == 2
+
+
+def test_stream_begins_with_the_role_and_ends_with_an_empty_delta(server: Server) -> None:
+    events = server.stream(PATH, {"messages": HI, "max_tokens": 3, "stream_options": {"include_usage": True}})
+    deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
+    assert deltas == [{"role": "assistant", "content": ""}, *({"content": c} for c in "[us"), {}]
+    assert [e["choices"][0]["finish_reason"] for e in events if e["choices"]] == [None] * 4 + ["length"]
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] == 3
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+
+
+def test_stream_of_several_answers_opens_and_ends_each_once(server: Server) -> None:
+    events = server.stream(PATH, {"messages": HI, "max_tokens": 3, "n": 2})
+    for index in range(2):
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "[us"
+        assert [choice["finish_reason"] for choice in own] == [None] * 4 + ["length"]
+
+
+def test_stream_with_logprobs_has_one_entry_a_token(server: Server) -> None:
+    events = server.stream(PATH, {"messages": HI, "max_tokens": 3, "logprobs": True})
+    entries = [event["choices"][0]["logprobs"] for event in events]
+    assert entries[0] is None
+    assert entries[-1] is None
+    assert [entry["content"][0]["token"] for entry in entries[1:-1]] == ["[", "u", "s"]
+
+
+def test_a_text_that_the_template_refuses_is_a_400(server: Server) -> None:
+    answer = server.post(PATH, {"messages": [{"role": "assistant", "content": "x"}]})
+    assert (answer.status, answer.error["param"]) == (400, "messages")
+    assert "must not be the assistant's" in answer.error["message"]
+
+
+def test_neutral_tools_are_accepted(server: Server) -> None:
+    fields = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
+    assert text(chat(server, **fields)) == PROMPT
+
+
+def test_without_a_tokenizer_chat_is_refused(token_server: Server) -> None:
+    answer = token_server.post(PATH, {"messages": HI})
+    assert (answer.status, answer.error["param"]) == (400, "messages")
+
+
+@pytest.mark.parametrize("special", [None, False, True])
+def test_tokenize_and_detokenize_are_inverse(server: Server, special: bool | None) -> None:
+    tokens = server.post("/tokenize", {"prompt": "é🙂 x", "add_special_tokens": special}).json
+    assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), 256)
+    assert server.post("/detokenize", {"tokens": tokens["tokens"]}).json == {"prompt": "é🙂 x"}
+
+
+def test_tokenize_messages_as_chat_would(server: Server) -> None:
+    tokens = server.post("/tokenize", {"messages": HI}).json["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json == {"prompt": PROMPT}

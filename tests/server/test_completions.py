@@ -1,0 +1,234 @@
+"""``/v1/completions``: the stub continues a prompt with itself, so every answer is known beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .servers import Server
+
+PATH = "/v1/completions"
+
+
+def complete(server: Server, **fields: Any) -> dict[str, Any]:
+    answer = server.post(PATH, {"temperature": 0, **fields})
+    assert answer.status == 200, answer.body
+    result: dict[str, Any] = answer.json
+    return result
+
+
+def ids(server: Server, text: str) -> list[int]:
+    tokens: list[int] = server.post("/tokenize", {"prompt": text}).json["tokens"]
+    return tokens
+
+
+def test_text_answer(server: Server) -> None:
+    result = complete(server, prompt="abc", max_tokens=5, model="stub")
+    assert result["id"].startswith("cmpl-")
+    assert (result["object"], result["model"]) == ("text_completion", "stub")
+    assert result["choices"] == [
+        {"index": 0, "text": "abcab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert result["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 5,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+
+
+def test_max_tokens_is_sixteen_by_default(server: Server) -> None:
+    for fields in ({}, {"max_tokens": None}):
+        assert complete(server, prompt="ab", **fields)["choices"][0]["text"] == "ab" * 8
+
+
+def test_token_ids_as_prompt(server: Server) -> None:
+    assert complete(server, prompt=ids(server, "xyz"), max_tokens=4)["choices"][0]["text"] == "xyzx"
+
+
+def test_several_prompts_times_n_are_indexed_prompt_by_prompt(server: Server) -> None:
+    choices = complete(server, prompt=["ab", "cd"], n=2, max_tokens=2)["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "ab"), (1, "ab"), (2, "cd"), (3, "cd")]
+    lists = complete(server, prompt=[ids(server, "ab"), ids(server, "cd")], max_tokens=2)["choices"]
+    assert [choice["text"] for choice in lists] == ["ab", "cd"]
+
+
+def test_usage_counts_each_prompt_once_per_answer_of_the_engine(server: Server) -> None:
+    usage = complete(server, prompt=["ab", "cde"], n=2, max_tokens=2)["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, 8)
+
+
+def test_echo_puts_the_prompt_in_front(server: Server) -> None:
+    assert complete(server, prompt="é🙂", max_tokens=6, echo=True)["choices"][0]["text"] == "é🙂é🙂"
+
+
+def test_a_character_cut_by_the_end_is_a_replacement_character(server: Server) -> None:
+    assert complete(server, prompt="🙂", max_tokens=6)["choices"][0]["text"] == "🙂\ufffd"
+
+
+def test_stop_text_ends_the_answer_and_is_not_part_of_it(server: Server) -> None:
+    result = complete(server, prompt="abcdef", stop=["xx", "dea", "de"], max_tokens=100)
+    choice = result["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("abc", "stop", "de")
+    assert result["usage"]["completion_tokens"] == 5
+
+
+def test_include_stop_str_in_output(server: Server) -> None:
+    fields = {"stop": "de", "include_stop_str_in_output": True}
+    assert complete(server, prompt="abcdef", max_tokens=100, **fields)["choices"][0]["text"] == "abcde"
+
+
+def test_stop_token_ids_end_the_answer_after_min_tokens(server: Server) -> None:
+    stop = ids(server, "b")
+    choice = complete(server, prompt="abc", stop_token_ids=stop, max_tokens=50)["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("a", "stop", stop[0])
+    later = complete(server, prompt="abc", stop_token_ids=stop, min_tokens=4, max_tokens=50)["choices"][0]
+    assert later["text"] == "abca"
+
+
+def test_logprobs_are_parallel_lists(server: Server) -> None:
+    logprobs = complete(server, prompt="ab", max_tokens=3, logprobs=2)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "a"]
+    assert logprobs["token_logprobs"] == [-0.5] * 3
+    assert logprobs["top_logprobs"] == [{"a": -0.5, "b": -1.5}, {"b": -0.5, "c": -1.5}, {"a": -0.5, "b": -1.5}]
+    assert logprobs["text_offset"] == [0, 1, 2]
+
+
+def test_logprobs_zero_reports_the_chosen_token(server: Server) -> None:
+    logprobs = complete(server, prompt="ab", max_tokens=1, logprobs=0)["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"a": -0.5}]
+
+
+def test_echoed_logprobs_begin_with_null(server: Server) -> None:
+    fields = {"prompt": [ids(server, "ab")], "echo": True, "max_tokens": 1, "logprobs": 1}
+    choice = complete(server, **fields)["choices"][0]
+    assert choice["text"] == "aba"
+    assert choice["logprobs"] == {
+        "tokens": ["a", "b", "a"],
+        "token_logprobs": [None, -0.5, -0.5],
+        "top_logprobs": [None, {"b": -0.5}, {"a": -0.5}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_echo_without_tokens_scores_the_prompt_only(server: Server) -> None:
+    result = complete(server, prompt="ab", echo=True, max_tokens=0, logprobs=1)
+    choice = result["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
+    assert result["usage"]["completion_tokens"] == 0
+
+
+def test_labels_of_partial_characters_spell_their_bytes_and_offsets_count_characters(server: Server) -> None:
+    logprobs = complete(server, prompt="éx", max_tokens=3, logprobs=0)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "x"]
+    assert logprobs["text_offset"] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "é🙂x", "max_tokens": 9},
+        {"prompt": "abcdef", "stop": "fab", "max_tokens": 30},
+        {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "echo": True},
+        {"prompt": "ab", "max_tokens": 3, "echo": True, "logprobs": 1},
+        {"prompt": "ab", "max_tokens": 0, "echo": True, "logprobs": 1},
+        {"prompt": "ab", "max_tokens": 3, "return_token_ids": True},
+    ],
+)
+def test_a_stream_adds_up_to_the_whole_answer(server: Server, fields: dict[str, Any]) -> None:
+    whole = complete(server, **fields)
+    added: dict[int, dict[str, Any]] = {}
+    for event in server.stream(PATH, {"temperature": 0, **fields}):
+        for choice in event["choices"]:
+            entry = added.setdefault(choice["index"], {"index": choice["index"], "text": ""})
+            entry["text"] += choice["text"]
+            assert "finish_reason" not in entry or entry["finish_reason"] is None, "nothing follows the end"
+            entry |= {"finish_reason": choice["finish_reason"], "stop_reason": choice["stop_reason"]}
+            for name in ("token_ids", "prompt_token_ids"):
+                if name in choice:
+                    known = entry.get(name, []) if name == "token_ids" else []
+                    entry[name] = known + choice[name]
+            if choice["logprobs"] is None:
+                entry.setdefault("logprobs", None)
+                continue
+            lists = entry.setdefault("logprobs", {name: [] for name in choice["logprobs"]})
+            for name, values in choice["logprobs"].items():
+                lists[name] += values
+    assert [added[index] for index in sorted(added)] == whole["choices"]
+
+
+def test_a_stream_has_one_event_a_token_even_where_a_character_is_incomplete(server: Server) -> None:
+    events = server.stream(PATH, {"prompt": "🙂", "max_tokens": 8})
+    assert [event["choices"][0]["text"] for event in events] == ["", "", "", "🙂"] * 2
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 7 + ["length"]
+
+
+def test_usage_comes_last_in_a_stream_when_asked_for(server: Server) -> None:
+    options = {"include_usage": True}
+    events = server.stream(PATH, {"prompt": "ab", "max_tokens": 2, "stream_options": options})
+    assert [bool(event["choices"]) for event in events] == [True, True, False]
+    assert events[-1]["usage"]["total_tokens"] == 4
+    assert all("usage" not in event for event in events[:-1])
+
+
+def test_continuous_usage_counts_up(server: Server) -> None:
+    options = {"continuous_usage_stats": True}
+    events = server.stream(PATH, {"prompt": "ab", "max_tokens": 2, "stream_options": options})
+    assert events[-1]["usage"]["completion_tokens"] == 2
+
+
+def test_return_token_ids(server: Server) -> None:
+    choice = complete(server, prompt="ab", max_tokens=3, return_token_ids=True)["choices"][0]
+    a, b = ids(server, "ab")
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([a, b, a], [a, b])
+
+
+def test_without_a_tokenizer_text_is_null_and_token_ids_are_given(token_server: Server) -> None:
+    result = complete(token_server, prompt=[5, 6], max_tokens=3, logprobs=1)
+    choice = result["choices"][0]
+    assert (choice["text"], choice["token_ids"]) == (None, [5, 6, 5])
+    assert choice["logprobs"]["tokens"] == ["token_id:5", "token_id:6", "token_id:5"]
+    events = token_server.stream(PATH, {"prompt": [5, 6], "max_tokens": 2})
+    assert [event["choices"][0]["token_ids"] for event in events] == [[5], [6]]
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "a"}, {"prompt": [5], "stop": "x"}])
+def test_without_a_tokenizer_text_is_refused(token_server: Server, fields: dict[str, Any]) -> None:
+    answer = token_server.post(PATH, fields)
+    assert answer.status == 400
+    assert "tokenizer.json" in answer.error["message"]
+
+
+def test_harmless_fields_change_nothing(server: Server) -> None:
+    fields = {
+        "user": "u",
+        "metadata": {"a": 1},
+        "store": False,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "suffix": None,
+    }
+    assert complete(server, prompt="ab", max_tokens=2, **fields)["choices"][0]["text"] == "ab"
+
+
+def test_an_error_of_one_answer_is_the_answer(server: Server) -> None:
+    answer = server.post(PATH, {"prompt": [12, 30], "max_tokens": 9})
+    assert (answer.status, answer.error["code"]) == (500, "generation_failed")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_an_error_inside_a_stream_is_an_event_before_the_end(server: Server) -> None:
+    events = server.stream(PATH, {"prompt": [12, 30], "max_tokens": 9})
+    assert "choices" in events[0]
+    assert events[-1]["error"]["code"] == "generation_failed"
+    assert "logits" in events[-1]["error"]["message"]
+
+
+def test_refusals_of_the_engine_have_their_status_in_streams_too(server: Server) -> None:
+    for stream in (False, True):
+        refused = server.post(PATH, {"prompt": [13], "stream": stream})
+        assert (refused.status, refused.error["param"]) == (400, "prompt")
+        full = server.post(PATH, {"prompt": [14], "stream": stream})
+        assert (full.status, full.headers["retry-after"], full.headers["x-should-retry"]) == (429, "7", "true")
