@@ -33,7 +33,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 _PLAN_THREADS = 1024
 _DECODE_THREADS = 160
 _FLOAT32_THREADS = 128
-_MIN_DECODE_UNITS = 4  # per worker: below 256 tokens, splitting costs more in merging than it saves
 _COST_BUCKETS = 1024
 
 
@@ -76,9 +75,7 @@ class AttentionShape:
                 f"head_dim={self.head_dim} is not a multiple of 8 up to 256; use --engine numpy for this model"
             )
         if self.block_size not in BLOCK_SIZES:
-            raise ConfigError(
-                f"--block-size={self.block_size} is not one of {BLOCK_SIZES}; 16 is the default"
-            )
+            raise ConfigError(f"--block-size={self.block_size} is not one of {BLOCK_SIZES}; 16 is the default")
         if self.scale <= 0 or self.window < 0 or self.soft_cap < 0:
             raise ConfigError(
                 f"attention scale={self.scale}, window={self.window}, soft_cap={self.soft_cap}: the scale must be above 0 "
@@ -186,25 +183,18 @@ class PagedAttention:
         workspace = self._bound()
         shape = self._shape
         sizes = (
+            step.block_tables.shape[1],
+            shape.block_size,
             shape.num_kv_heads * self._decode_tiling.head_tiles,
             self._max_workers,
-            _MIN_DECODE_UNITS,
             shape.window,
             shape.group,
             self._prefill_tiling.rows,
             max(0, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
         )
-        arrays = (
-            *(
-                step.cu_seqlens_q,
-                step.seq_lens,
-                step.slots,
-                step.counts,
-                workspace.plan,
-                workspace.decode_ends,
-            ),
-            *(workspace.prefill_ends, workspace.prefill_tiles, workspace.counters),
-        )
+        inputs = (step.cu_seqlens_q, step.seq_lens, step.slots, step.block_tables, step.counts)
+        ends = (workspace.decode_ends, workspace.prefill_ends)
+        arrays = (*inputs, workspace.plan, *ends, workspace.prefill_tiles, workspace.flags)
         self._kernels.plan((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))
 
     def decode(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
@@ -219,7 +209,7 @@ class PagedAttention:
             return self._launch_float32(tensors, out.shape[0], step, is_decode=True)
         workspace = self._bound()
         table = (step.seq_lens, step.slots, step.block_tables, np.int32(step.block_tables.shape[1]))
-        scratch = (workspace.plan, workspace.partials, workspace.counters)
+        scratch = (workspace.plan, workspace.partials, workspace.flags)
         self._kernels.decode(
             (self._max_workers,),
             (_DECODE_THREADS,),
@@ -260,9 +250,7 @@ class PagedAttention:
         shape = self._shape
         return self._alibi_slopes, np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
 
-    def _launch_float32(
-        self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool
-    ) -> None:
+    def _launch_float32(self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool) -> None:
         table = (
             step.cu_seqlens_q,
             step.seq_lens,
@@ -291,18 +279,14 @@ class PagedAttention:
     def _check(self, step: AttentionStep) -> None:
         num_seqs = step.seq_lens.shape[0]
         if num_seqs > self._limits.max_num_seqs:
-            raise ExecutorError(
-                f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}"
-            )
+            raise ExecutorError(f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}")
         require("cu_seqlens_q", step.cu_seqlens_q, (num_seqs + 1,), "int32")
         require("slots", step.slots, (num_seqs,), "int32")
         require("counts", step.counts, (2,), "int32")
 
     def _bound(self) -> _Workspace:
         if self._workspace is None:
-            raise ExecutorError(
-                "attention has no workspace yet; call bind with workspace_bytes of device memory"
-            )
+            raise ExecutorError("attention has no workspace yet; call bind with workspace_bytes of device memory")
         return self._workspace
 
 
@@ -314,7 +298,7 @@ class _Workspace:
     decode_ends: Any
     prefill_ends: Any
     prefill_tiles: Any
-    counters: Any
+    flags: Any
     partials: Any
 
     @classmethod
@@ -324,7 +308,7 @@ class _Workspace:
             layout.decode_ends,
             layout.prefill_ends,
             layout.prefill_tiles,
-            layout.counters,
+            layout.flags,
             layout.partials,
         )
         return cls(*(memory[offset:] for offset in offsets))
@@ -354,9 +338,7 @@ def _load_kernels(
     }
     causal = int(shape.causal)
     if shape.dtype == "float32":
-        return _Kernels(
-            float32=library.function("attention_float32", "attention_float32", CAUSAL=causal, **common)
-        )
+        return _Kernels(float32=library.function("attention_float32", "attention_float32", CAUSAL=causal, **common))
     common["BFLOAT16"] = int(shape.dtype == "bfloat16")
     return _Kernels(
         plan=library.function("attention_plan", "attention_plan"),

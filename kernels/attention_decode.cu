@@ -2,12 +2,13 @@
 //
 // q: rows of queries, row s for sequence s, [H * HEAD_DIM] each, `query_stride` elements apart.
 // k_pages, v_pages: [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]. out: [S, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP.
-// plan: from attention_plan.cu. partials, counters: scratch, the counters zero at entry and at exit.
+// plan: from attention_plan.cu. partials, flags: scratch, the flags zero at entry and at exit.
 //
 // The step's (sequence, head) items are cut into units of TILE tokens; attention_plan.cu gives every block an equal,
 // contiguous range of units, so that one long sequence fills the GPU as evenly as a thousand short ones. A block streams its
-// range through a ring of shared-memory slots without ever draining it between items. Items that straddle blocks leave
-// float32 partial results, which the last block to finish one merges; above MERGE_FAN_IN contributors, in two levels.
+// range through a ring of shared-memory slots without ever draining it between items. The block that begins an item that
+// others continue waits for their float32 partial results at the end of its range, when they are there or about to be; above
+// DECODE_FAN_IN contributors, every DECODE_FAN_IN-th merges those up to the next one first.
 //
 // What is odd:
 // - The products are transposed, scores^T = K q^T and out^T = V^T p^T: tokens and dims lie on the tensor core's 16-side and
@@ -36,7 +37,6 @@ constexpr int COLUMNS = (HEADS_PER_ITEM + 7) / 8;      // of 8 heads
 constexpr int SLICES = (STEPS + WARPS - 1) / WARPS;    // of 16 output dims per warp
 constexpr int CHAINS = COLUMNS == 1 ? 2 : 1;           // independent sums that hide the tensor core's latency
 constexpr bool QUERY_IN_REGISTERS = STEPS * COLUMNS <= 32;
-constexpr int MERGE_FAN_IN = 16;
 constexpr int PAGE_ROWS = BLOCK_SIZE < TILE ? BLOCK_SIZE : TILE;  // rows of one page in one tile
 constexpr int PAGES_PER_TILE = TILE / PAGE_ROWS;
 constexpr int QUERY_SLOTS = 2;
@@ -53,7 +53,6 @@ struct Shared {
     float sum[WARPS][COLUMNS * 8];
     Unit units[RING];
     alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
-    int is_last_arrival;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
 
@@ -69,7 +68,7 @@ struct Parameters {
     int max_blocks;
     const int* plan;
     float* partials;
-    int* counters;
+    int* flags;
     const float* alibi_slopes;
     float scale, soft_cap;
     int window;
@@ -148,12 +147,12 @@ struct Feeder {
 
     __device__ __forceinline__ void wait_for_slot() { barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1); }
 
-    __device__ __forceinline__ void run(const DecodeRange& range) {
+    __device__ __forceinline__ void run(const DecodeRange& range, int first_page) {
         Unit unit = {range.seq, range.item, range.tile, 0, range.seq_len, 1, 0, range.begin};
         unit.first_tile = first_visible_tile(unit.seq_len, 1, p.window, TILE);
         int num_tiles = (unit.seq_len + TILE - 1) / TILE - unit.first_tile;
         int slot = range.slot;
-        int page = page_of(unit, slot);
+        int page = first_page;
         int next_len = 0, next_slot = 0;  // of the next sequence, loaded one sequence ahead
         if (range.end - range.begin > num_tiles - unit.tile + (ITEMS - 1 - unit.item) * num_tiles) {
             next_len = p.seq_lens[unit.seq + 1];
@@ -374,7 +373,7 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void process(const Unit& unit) {
+    __device__ __forceinline__ void process(const Unit& unit, const DecodeRange& range) {
         if (unit.is_first) begin_item(unit);
         float scores[COLUMNS][4];
         score(scores);
@@ -387,7 +386,7 @@ struct Consumer {
         barrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
         accumulate();
         release_slot();
-        if (unit.is_last) end_item(unit);
+        if (unit.is_last) end_item(unit, range);
     }
 
     // ---- Results ----
@@ -413,14 +412,12 @@ struct Consumer {
             }
     }
 
-    __device__ __forceinline__ void end_item(const Unit& unit) {
+    __device__ __forceinline__ void end_item(const Unit& unit, const DecodeRange& range) {
         reduce_sums();
-        const int num_tiles = (unit.seq_len + TILE - 1) / TILE - unit.first_tile;
         const int first_unit = unit.index - unit.tile;
-        const int first_worker = split.worker_of(first_unit);
-        const int contributors = split.worker_of(first_unit + num_tiles - 1) - first_worker + 1;
-        if (contributors > 1 && !merge_partials(first_worker, contributors)) return;
-        write_out(unit);
+        const int last_unit = first_unit + (unit.seq_len + TILE - 1) / TILE - unit.first_tile - 1;
+        const bool is_whole = first_unit >= range.begin && last_unit < range.end;
+        if (is_whole || merge_partials(first_unit, last_unit)) write_out(unit);
     }
 
     // A worker meets at most two split items: one that an earlier worker began (slot 2 w) and one that it begins (2 w + 1).
@@ -431,20 +428,15 @@ struct Consumer {
     static constexpr int FRAGMENTS = SLICES * COLUMNS;
     static constexpr int SLOT_FLOATS = FRAGMENTS * CONSUMERS * 4 + COLUMNS * 8 * 2;
 
-    // Adds this block's part of an item; true for the one block that then holds the whole item.
-    __device__ __forceinline__ bool merge_partials(int first_worker, int contributors) {
+    // This block's part of an item goes to the block that began it; true there, with the whole item in registers.
+    __device__ __forceinline__ bool merge_partials(int first_unit, int last_unit) {
+        const int first_worker = split.worker_of(first_unit);
+        const int contributors = split.worker_of(last_unit) - first_worker + 1;
         const int self = worker - first_worker;
-        const int leader = self / MERGE_FAN_IN * MERGE_FAN_IN;
-        const int group_end = min(leader + MERGE_FAN_IN, contributors);
-        store_partial(partial_slot(first_worker, self));
-        if (!arrive_last(2 * partial_slot(first_worker, leader), group_end - leader)) return false;
-        load_partials(first_worker, leader, group_end, 1);
-        if (contributors <= MERGE_FAN_IN) return true;
-        store_partial(partial_slot(first_worker, leader));
-        const int groups = (contributors + MERGE_FAN_IN - 1) / MERGE_FAN_IN;
-        if (!arrive_last(2 * partial_slot(first_worker, 0) + 1, groups)) return false;
-        load_partials(first_worker, 0, contributors, MERGE_FAN_IN);
-        return true;
+        if (self % DECODE_FAN_IN == 0) add_partials(first_worker, self + 1, min(self + DECODE_FAN_IN, contributors), 1);
+        if (self == 0) add_partials(first_worker, DECODE_FAN_IN, contributors, DECODE_FAN_IN);
+        if (self > 0) store_partial(partial_slot(first_worker, self));
+        return self == 0;
     }
 
     __device__ __forceinline__ void store_partial(int slot) {
@@ -463,31 +455,29 @@ struct Consumer {
             for (int column = 0; column < COLUMNS; ++column)
                 __stcg(&softmax[column * 4 + lane], make_float4(maximum[column][0], maximum[column][1], sum[column][0], sum[column][1]));
         }
-    }
-
-    // Counts this block in; the last of `expected` resets the counter and sees everything that the others stored.
-    __device__ __forceinline__ bool arrive_last(int counter, int expected) {
-        __threadfence();
         group_barrier(1, CONSUMERS);
         if (thread == 0) {
-            const bool is_last = atomicAdd(&p.counters[counter], 1) == expected - 1;
-            if (is_last) p.counters[counter] = 0;
-            shared.is_last_arrival = is_last;
+            __threadfence();
+            asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p.flags + slot) : "memory");
         }
-        group_barrier(1, CONSUMERS);
-        __threadfence();
-        return shared.is_last_arrival;
     }
 
-    __device__ __forceinline__ void load_partials(int first_worker, int begin, int end, int stride) {
-        clear_out();
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column)
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                maximum[column][side] = NEGATIVE_INFINITY;
-                sum[column][side] = 0.0f;
-            }
+    __device__ __forceinline__ void wait_for_partials(int first_worker, int begin, int end, int stride) {
+        const int contributor = begin + thread * stride;
+        if (contributor < end) {
+            int* flag = p.flags + partial_slot(first_worker, contributor);
+            int is_ready;
+            do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is_ready) : "l"(flag) : "memory");
+            while (!is_ready);
+            *flag = 0;
+        }
+        group_barrier(1, CONSUMERS);
+    }
+
+    // Adds others' partial results to this block's own.
+    __device__ __forceinline__ void add_partials(int first_worker, int begin, int end, int stride) {
+        if (begin >= end) return;
+        wait_for_partials(first_worker, begin, end, stride);
 #pragma unroll 4
         for (int contributor = begin; contributor < end; contributor += stride) {
             const float* base = p.partials + static_cast<long long>(partial_slot(first_worker, contributor)) * SLOT_FLOATS;
@@ -564,27 +554,27 @@ __device__ __forceinline__ void initialise(Shared& shared) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out, const int* seq_lens,
-    const int* slots, const int* block_tables, int max_blocks, const int* plan, float* partials, int* counters,
+    const int* slots, const int* block_tables, int max_blocks, const int* plan, float* partials, int* flags,
     const float* alibi_slopes, float scale, float soft_cap, int window) {
     const Parameters p = {q,    query_stride, k_pages,  v_pages,      out,   seq_lens, slots, block_tables, max_blocks,
-                          plan, partials,     counters, alibi_slopes, scale, soft_cap, window};
+                          plan, partials,     flags,    alibi_slopes, scale, soft_cap, window};
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const DecodeSplit split = DecodeSplit::load(p.plan);
-    const int worker = blockIdx.x;
-    if (worker >= split.num_workers) return;
-    const DecodeRange range = DecodeRange::load(p.plan, worker);
+    const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const DecodeRange range = DecodeRange::load(p.plan, block);
+    const int first_page = lane < PAGES_PER_TILE ? DecodeRange::load_page(p.plan, block, lane) : 0;
+    if (block >= split.num_workers) return;
     initialise(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == WARPS) {
         Feeder feeder{p, shared, lane};
-        feeder.run(range);
+        feeder.run(range, first_page);
         return;
     }
-    Consumer consumer{p, shared, split, worker, static_cast<int>(threadIdx.x), warp, lane};
+    Consumer consumer{p, shared, split, split.num_workers - 1 - block, static_cast<int>(threadIdx.x), warp, lane};
     for (int index = range.begin; index < range.end; ++index) {
         barrier_wait(shared_address(&shared.full[consumer.ring.slot]), consumer.ring.parity);
         const Unit unit = shared.units[consumer.ring.slot];
-        consumer.process(unit);
+        consumer.process(unit, range);
     }
 }

@@ -1,9 +1,9 @@
 // Divides one step's attention work, once a step and for all layers: see attention_plan.cuh for what it writes.
 //
 // One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous
-// ranges, one a worker; with few units, fewer workers, so that none has less than `min_units`. Prefill: every tile of
+// ranges, one a worker. Prefill: every tile of
 // `prefill_rows` query rows (tokens x heads of a group) of the other sequences, longest first.
-// Also zeroes the decode kernel's counters, so that a step after an aborted one starts clean.
+// Also clears the decode kernel's flags, so that a step after an aborted one starts clean.
 //
 // cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
 // [max S]: scratch, running totals of tiles.
@@ -107,28 +107,42 @@ __device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& til
     }
 }
 
+// As many workers as there are units and the GPU has room for, but no more to an item than one level of merging takes, unless
+// the item is long enough to pay for a second level.
+__device__ int workers_for(int units, int items, int max_workers) {
+    if (units == 0) return 0;
+    const long long useful = static_cast<long long>(items) * max(DECODE_FAN_IN, units / items / 4);
+    return static_cast<int>(min(static_cast<long long>(min(max_workers, units)), useful));
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
-    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* counts, int* plan, int* decode_ends,
-    int* prefill_ends, int4* prefill_tiles, int* counters, int items_per_seq, int max_workers, int min_units, int window,
-    int group, int prefill_rows, int cost_shift) {
+    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, const int* counts, int* plan,
+    int* decode_ends, int* prefill_ends, int4* prefill_tiles, int* flags, int max_blocks, int block_size, int items_per_seq,
+    int max_workers, int window, int group, int prefill_rows, int cost_shift) {
     __shared__ Scan scan;
     __shared__ int bucket_ends[BUCKETS];
     const int num_seqs = counts[0], num_decode = counts[1];
-    for (int i = threadIdx.x; i < 4 * max_workers; i += THREADS) counters[i] = 0;
+    for (int i = threadIdx.x; i < 2 * max_workers; i += THREADS) flags[i] = 0;
 
     const auto first_tile = [=](int seq_len) { return window > 0 ? max(seq_len - window, 0) / DECODE_TILE : 0; };
     const auto decode_tiles = [=](int seq) {
         return (seq_lens[seq] + DECODE_TILE - 1) / DECODE_TILE - first_tile(seq_lens[seq]);
     };
     const int units = running_totals(scan, 0, num_decode, decode_ends, decode_tiles) * items_per_seq;
-    const int num_workers = units == 0 ? 0 : max(1, min(max_workers, units / min_units));
+    const int num_workers = workers_for(units, num_decode * items_per_seq, max_workers);
     const DecodeSplit split = {units, num_workers};
     for (int worker = threadIdx.x; worker < num_workers; worker += THREADS) {
         const int begin = split.begin_of(worker);
         const int seq = find(decode_ends, num_decode, begin / items_per_seq);
         const int offset = begin - (seq ? decode_ends[seq - 1] : 0) * items_per_seq;
-        const int tiles = decode_tiles(seq);
-        DecodeRange{seq, offset / tiles, offset % tiles, seq_lens[seq], slots[seq], begin, split.begin_of(worker + 1)}.store(plan, worker);
+        const int tiles = decode_tiles(seq), seq_len = seq_lens[seq], slot = slots[seq];
+        const int first_token = (first_tile(seq_len) + offset % tiles) * DECODE_TILE;
+        const auto page = [&](int index) {
+            const int token = first_token + index * min(block_size, DECODE_TILE);
+            return token < min(seq_len, first_token + DECODE_TILE) ? block_tables[static_cast<long long>(slot) * max_blocks + token / block_size] : 0;
+        };
+        const DecodeRange range = {seq, offset / tiles, offset % tiles, seq_len, slot, begin, split.begin_of(worker + 1)};
+        range.store(plan, num_workers - 1 - worker, make_int4(page(0), page(1), page(2), page(3)));
     }
 
     const auto tiles_of = [=](int seq) {

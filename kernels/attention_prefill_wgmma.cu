@@ -14,7 +14,8 @@
 //   into an even share.
 //
 // Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
-// HEAD_DIM 64, 128 or 256, KEYS 64 or 128, and RING, slots of one tile of keys or values.
+// HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
+// item's queries load during this item, which short prompts need.
 #define ROWS 128
 #include "attention_prefill.cuh"
 #include "warpgroup.cuh"
@@ -29,9 +30,9 @@ constexpr int QUERY_STEPS = HEAD_DIM / 16, KEY_STEPS = KEYS / 16;
 constexpr int FEEDER_REGISTERS = 40, COMPUTE_REGISTERS = 232;
 
 struct Shared {
-    alignas(1024) unsigned char query[ROWS * HEAD_DIM * 2];
+    alignas(1024) unsigned char query[QUERY_SLOTS][ROWS * HEAD_DIM * 2];
     alignas(1024) unsigned char ring[RING][TILE_BYTES];
-    alignas(8) unsigned long long full[RING], empty[RING], query_full, query_empty;
+    alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
 
@@ -57,19 +58,18 @@ struct Feeder {
     const Parameters& p;
     Shared& shared;
     const int thread, lane;
-    RingCursor ring;
-    unsigned query_parity;
+    RingCursor ring, query;
 
     __device__ __forceinline__ void copy_query(const Work& work) {
-        barrier_wait(shared_address(&shared.query_empty), query_parity ^ 1);
-        query_parity ^= 1;
-        const unsigned destination = shared_address(shared.query);
+        barrier_wait(shared_address(&shared.query_empty[query.slot]), query.parity ^ 1);
+        const unsigned destination = shared_address(shared.query[query.slot]);
 #pragma unroll 2
         for (int i = 0; i < ROWS * PIECES / FEEDERS; ++i) {
             const int row = (i * FEEDERS + thread) / PIECES, piece = (i * FEEDERS + thread) % PIECES;
             copy_16_bytes(destination + swizzled(ROWS, row, piece), work.query(p, row) + piece * 8, work.has_row(row));
         }
-        barrier_arrive_after_copies(shared_address(&shared.query_full));
+        barrier_arrive_after_copies(shared_address(&shared.query_full[query.slot]));
+        query.advance(QUERY_SLOTS);
     }
 
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
@@ -110,8 +110,7 @@ struct Consumer {
     const Parameters& p;
     Shared& shared;
     const int group, warp, lane;  // warp within the group
-    RingCursor ring;
-    unsigned query_parity;
+    RingCursor ring, query;
     float out[HEAD_DIM / 8][4];
     SoftmaxRows softmax;
 
@@ -126,13 +125,13 @@ struct Consumer {
     // Starts scores = q k^T for the tile in this slot.
     __device__ __forceinline__ void start_scores(float (&scores)[KEYS / 8][4], const RingCursor& cursor) {
         wait_for_slot(cursor);
-        const unsigned query = shared_address(shared.query) + group * 64 * COLUMN_BYTES;
+        const unsigned queries = shared_address(shared.query[query.slot]) + group * 64 * COLUMN_BYTES;
         const unsigned keys = shared_address(shared.ring[cursor.slot]);
         pin_registers(scores);
         warpgroup_fence();
 #pragma unroll
         for (int step = 0; step < QUERY_STEPS; ++step) {
-            const auto a = matrix_descriptor(query + step / 4 * ROWS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
+            const auto a = matrix_descriptor(queries + step / 4 * ROWS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
             const auto b = matrix_descriptor(keys + step / 4 * KEYS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
             WarpgroupMultiply<KEYS>::shared_shared(scores, a, b, step > 0);
         }
@@ -166,8 +165,7 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < 4; ++j) out[i][j] = 0.0f;
         softmax.begin(p, work, group * 64 + warp * 16);
-        barrier_wait(shared_address(&shared.query_full), query_parity);
-        query_parity ^= 1;
+        barrier_wait(shared_address(&shared.query_full[query.slot]), query.parity);
 
         float scores[KEYS / 8][4], factor[2];
         unsigned probabilities[KEY_STEPS][4];
@@ -197,7 +195,8 @@ struct Consumer {
 #pragma unroll
             for (int step = 0; step < KEY_STEPS; ++step) pack_probabilities(probabilities[step], scores, step);
         }
-        release(shared.query_empty);
+        release(shared.query_empty[query.slot]);
+        query.advance(QUERY_SLOTS);
         start_values(probabilities, ring);
         warpgroup_wait<0>();
         pin_registers(out);
@@ -258,18 +257,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
             barrier_init(shared_address(&shared.full[slot]), FEEDERS);
             barrier_init(shared_address(&shared.empty[slot]), GROUPS * 4);
         }
-        barrier_init(shared_address(&shared.query_full), FEEDERS);
-        barrier_init(shared_address(&shared.query_empty), GROUPS * 4);
+        for (int slot = 0; slot < QUERY_SLOTS; ++slot) {
+            barrier_init(shared_address(&shared.query_full[slot]), FEEDERS);
+            barrier_init(shared_address(&shared.query_empty[slot]), GROUPS * 4);
+        }
     }
     __syncthreads();
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (group < 0) {
         lower_registers<FEEDER_REGISTERS>();
-        Feeder feeder{p, shared, static_cast<int>(threadIdx.x), lane, {}, 0};
+        Feeder feeder{p, shared, static_cast<int>(threadIdx.x), lane};
         feeder.run(queue);
     } else {
         raise_registers<COMPUTE_REGISTERS>();
-        Consumer consumer{p, shared, group, warp, lane, {}, 0};
+        Consumer consumer{p, shared, group, warp, lane};
         while (queue.has_next()) consumer.process(queue.next());
     }
 }

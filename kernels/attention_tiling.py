@@ -21,7 +21,7 @@ __all__ = [
 DECODE_TILE = 64
 DECODE_CONSUMERS = 128
 PLAN_HEADER = 8
-PLAN_RANGE = 8
+PLAN_RANGE = 12
 _WARPS = 4
 _RESERVED_BYTES = 1024  # of shared memory, taken by the driver for each block
 _SMALL_BYTES = 256  # barriers, flags and alignment
@@ -70,11 +70,7 @@ class DecodeTiling:
         columns = ceil_div(heads_per_item, 8)
         total = shared_bytes_per_multiprocessor(architecture)
         slot_bytes = DECODE_TILE * row_bytes(head_dim)
-        fixed = (
-            2 * columns * 8 * row_bytes(head_dim)
-            + columns * (DECODE_TILE * 16 + 2 * _WARPS * 8 * 4)
-            + _SMALL_BYTES
-        )
+        fixed = 2 * columns * 8 * row_bytes(head_dim) + columns * (DECODE_TILE * 16 + 2 * _WARPS * 8 * 4) + _SMALL_BYTES
         per_slot = slot_bytes + 32 + 16
 
         def deepest(blocks: int) -> int:
@@ -119,11 +115,13 @@ class PrefillTiling:
 
     @classmethod
     def _wgmma(cls, head_dim: int, limit: int) -> PrefillTiling:
-        rows, keys = 128, 64 if head_dim > 128 else 128
-        fixed = rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
+        rows = 128
+        keys, query_slots = (64, 1) if head_dim > 128 else (128, 2)
+        fixed = query_slots * rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
         ring = min(8, (limit - fixed) // (keys * head_dim * 2))
         shared_bytes = fixed + ring * keys * head_dim * 2
-        return cls("attention_prefill_wgmma", rows, 384, shared_bytes, (("KEYS", keys), ("RING", ring)))
+        defines = (("KEYS", keys), ("RING", ring), ("QUERY_SLOTS", query_slots))
+        return cls("attention_prefill_wgmma", rows, 384, shared_bytes, defines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +132,19 @@ class WorkspaceLayout:
     decode_ends: int
     prefill_ends: int
     prefill_tiles: int
-    counters: int
+    flags: int
     partials: int
     num_bytes: int
 
     @classmethod
-    def of(
-        cls, max_workers: int, max_num_seqs: int, max_prefill_tiles: int, partial_floats: int
-    ) -> WorkspaceLayout:
-        """Sizes: two partial results and four counters a worker, eight integers a prefill tile, one a sequence and kind."""
+    def of(cls, max_workers: int, max_num_seqs: int, max_prefill_tiles: int, partial_floats: int) -> WorkspaceLayout:
+        """Sizes: two partial results with a flag each a worker, eight integers a prefill tile, one a sequence and kind."""
         sizes = (
             4 * (PLAN_HEADER + PLAN_RANGE * max_workers),
             4 * max_num_seqs,
             4 * max_num_seqs,
             32 * max_prefill_tiles,
-            4 * 4 * max_workers,
+            4 * 2 * max_workers,
             4 * 2 * max_workers * partial_floats,
         )
         offsets = [0]

@@ -1,12 +1,14 @@
 // The plan of a step: what attention_plan.cu writes and the attention kernels read, int32 throughout.
 //
 //   [0] decode units, [1] decode workers in use, [2] prefill tiles, [3..7] unused
-//   [8 + 8 w ...]   worker w's range: sequence, item, tile, seq_len, slot, first unit, end unit, unused
+//   [8 + 12 b ...]  decode block b's range: sequence, item, tile, seq_len, slot, first unit, end unit, unused, and the four
+//                   pages at most of its first tile, which save the kernel a dependent read before its first copy
 #pragma once
 
 constexpr int DECODE_TILE = 64;  // tokens in one unit of decode work
+constexpr int DECODE_FAN_IN = 16;  // partial results that one block merges at one level
 constexpr int PLAN_HEADER = 8;
-constexpr int PLAN_RANGE = 8;
+constexpr int PLAN_RANGE = 12;
 
 // One tile of prefill work: ROWS query rows (tokens times heads of a group) of one sequence.
 struct PrefillTile {
@@ -38,18 +40,24 @@ struct DecodeSplit {
     }
 };
 
-// Where a worker starts (tile `tile` of item `item` of sequence `seq`) and which units are its own.
+// Where a worker starts (tile `tile` of item `item` of sequence `seq`) and which units are its own. Blocks take workers in
+// reverse: a worker waits only for workers after it, so only for blocks that were started before its own.
 struct DecodeRange {
     int seq, item, tile, seq_len, slot, begin, end;
 
-    __device__ __forceinline__ static DecodeRange load(const int* plan, int worker) {
-        const int4* range = reinterpret_cast<const int4*>(plan + PLAN_HEADER + worker * PLAN_RANGE);
+    __device__ __forceinline__ static const int* address(const int* plan, int block) {
+        return plan + PLAN_HEADER + block * PLAN_RANGE;
+    }
+    __device__ __forceinline__ static DecodeRange load(const int* plan, int block) {
+        const int4* range = reinterpret_cast<const int4*>(address(plan, block));
         const int4 first = range[0], second = range[1];
         return {first.x, first.y, first.z, first.w, second.x, second.y, second.z};
     }
-    __device__ __forceinline__ void store(int* plan, int worker) const {
-        int4* range = reinterpret_cast<int4*>(plan + PLAN_HEADER + worker * PLAN_RANGE);
+    __device__ __forceinline__ static int load_page(const int* plan, int block, int index) { return address(plan, block)[8 + index]; }
+    __device__ __forceinline__ void store(int* plan, int block, const int4& pages) const {
+        int4* range = reinterpret_cast<int4*>(plan + PLAN_HEADER + block * PLAN_RANGE);
         range[0] = make_int4(seq, item, tile, seq_len);
         range[1] = make_int4(slot, begin, end, 0);
+        range[2] = pages;
     }
 };

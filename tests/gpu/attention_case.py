@@ -91,10 +91,7 @@ class Case:
         q = heads.reshape(new, shape.num_kv_heads, -1, shape.head_dim)
         rows = self._page_rows(seq, total)
         k, v = (
-            data[name]
-            .transpose(0, 2, 1, 3)
-            .reshape(-1, shape.num_kv_heads, shape.head_dim)[rows]
-            .astype(np.float64)
+            data[name].transpose(0, 2, 1, 3).reshape(-1, shape.num_kv_heads, shape.head_dim)[rows].astype(np.float64)
             for name in ("keys", "values")
         )
         scores = np.einsum("tkgc,skc->kgts", q, k) * shape.scale
@@ -137,9 +134,7 @@ class DeviceCase:
         self.attention = PagedAttention(library, case.shape, limits, slopes)
         self.workspace = cupy.full(self.attention.workspace_bytes, 0xFF, cupy.uint8)
         self.attention.bind(self.workspace)
-        self.out = to_device(
-            np.zeros((rows, case.shape.num_heads * case.shape.head_dim), case.data["qkv"].dtype)
-        )
+        self.out = to_device(np.zeros((rows, case.shape.num_heads * case.shape.head_dim), case.data["qkv"].dtype))
 
     def poison(self) -> None:
         """NaN in every output."""

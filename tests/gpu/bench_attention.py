@@ -2,8 +2,8 @@
 
     python tests/gpu/bench_attention.py [decode] [prefill] [latency]
 
-Times are medians over replays of a CUDA graph that holds one launch a layer, on pages that exceed the L2 cache and are
-shuffled. A decode's bytes are the keys and values that it must read, once. A causal prefill's operations are 4 H C for each
+Times are medians over replays of a CUDA graph of 16 launches, on shuffled pages that exceed the L2 cache. A decode's bytes
+are its keys, values, queries and outputs, once each. A causal prefill's operations are 4 H C for each
 visible (query, key) pair, for the kernel and for torch alike; torch gets contiguous keys, no block tables.
 """
 
@@ -41,16 +41,15 @@ def random_elements(shape: tuple[int, ...]) -> Any:
 class Workload:
     """``num_seqs`` sequences of one length, each with ``new_tokens`` new ones, over enough layers to exceed the cache."""
 
-    def __init__(
-        self, library: Any, model: tuple[int, int, int], num_seqs: int, seq_len: int, new_tokens: int
-    ) -> None:
+    def __init__(self, library: Any, model: tuple[int, int, int], num_seqs: int, seq_len: int, new_tokens: int) -> None:
         heads, kv_heads, head_dim = model
         shape = AttentionShape(heads, kv_heads, head_dim, BLOCK_SIZE, "bfloat16", head_dim**-0.5)
         blocks = -(-seq_len // BLOCK_SIZE)
         num_blocks = num_seqs * blocks
-        self.kv_bytes = num_seqs * seq_len * kv_heads * head_dim * 4
-        num_layers = max(1, min(8, -(-400_000_000 // self.kv_bytes)))
         rows = num_seqs * new_tokens
+        kv_bytes = num_seqs * seq_len * kv_heads * head_dim * 4
+        self.num_bytes = kv_bytes + rows * heads * head_dim * 4
+        num_layers = max(1, min(8, -(-400_000_000 // kv_bytes)))
         self.attention = PagedAttention(library, shape, AttentionLimits(num_seqs, rows, seq_len))
         self.attention.bind(cupy.zeros(self.attention.workspace_bytes, cupy.uint8))
         tables = np.random.default_rng(0).permutation(num_blocks).reshape(num_seqs, blocks)
@@ -127,7 +126,7 @@ def bench_latency(library: Any) -> None:
 def report_decode(library: Any, name: str, num_seqs: int, seq_len: int) -> None:
     work = Workload(library, MODELS[name], num_seqs, seq_len, 1)
     seconds = work.seconds_per_layer()
-    rate = work.kv_bytes / seconds
+    rate = work.num_bytes / seconds
     print(
         f"{name:24}{num_seqs:6}{seq_len:9}{seconds * 1e6:9.1f}{rate / 1e12:7.2f}{rate / BANDWIDTH:8.1%}",
         flush=True,
@@ -175,9 +174,7 @@ def best_torch_seconds(model: tuple[int, int, int], num_seqs: int, seq_len: int)
 
 def _torch_seconds(q: Any, k: Any, v: Any, torch: Any, repeats: int = 7) -> float:
     def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
     for _ in range(3):
         attend()

@@ -47,9 +47,7 @@ class PortableLibrary:
         self.num_multiprocessors = library.num_multiprocessors
 
 
-def shape_of(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int = 16, **changes: Any
-) -> AttentionShape:
+def shape_of(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int = 16, **changes: Any) -> AttentionShape:
     values = {"dtype": "bfloat16", "scale": head_dim**-0.5, **changes}
     return AttentionShape(num_heads, num_kv_heads, head_dim, block_size, **values)
 
@@ -75,9 +73,7 @@ def test_every_head_dim(library: KernelLibrary, head_dim: int, dtype: str) -> No
     check(mixed(shape_of(8, 2, head_dim, dtype=dtype)), library)
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads"), [(4, 4), (6, 3), (8, 1), (5, 1), (14, 2), (16, 2), (16, 1)]
-)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 3), (8, 1), (5, 1), (14, 2), (16, 2), (16, 1)])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_groups(library: KernelLibrary, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     check(mixed(shape_of(num_heads, num_kv_heads, head_dim)), library)
@@ -129,9 +125,7 @@ def test_without_causal_mask_a_token_sees_its_whole_sequence(library: KernelLibr
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 256])
 @pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}])
 def test_float32(library: KernelLibrary, head_dim: int, features: dict[str, Any]) -> None:
-    check(
-        mixed(shape_of(6, 2, head_dim, dtype="float32", **features), has_alibi="window" in features), library
-    )
+    check(mixed(shape_of(6, 2, head_dim, dtype="float32", **features), has_alibi="window" in features), library)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 1, 256), (8, 2, 128), (4, 4, 64)])
@@ -148,9 +142,7 @@ def test_many_sequences_of_uneven_length(library: KernelLibrary) -> None:
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 1, 64), (4, 1, 128), (4, 2, 256)])
-def test_long_prefill_with_history(
-    library: KernelLibrary, num_heads: int, num_kv_heads: int, head_dim: int
-) -> None:
+def test_long_prefill_with_history(library: KernelLibrary, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     lengths = ((1500, 1500), (700, 3000), (33, 2049), (257, 257), (1024, 1024))
     shape = shape_of(num_heads, num_kv_heads, head_dim)
     check(Case(shape, tuple(new for new, _ in lengths), tuple(total for _, total in lengths)), library)
@@ -179,10 +171,13 @@ def test_a_step_may_lack_either_kind(
     assert np.isnan(device.result().astype(np.float32)).all()
 
 
-def test_repeated_runs_are_bitwise_equal(library: KernelLibrary) -> None:
-    device = DeviceCase(Case(shape_of(8, 1, 128), (1, 1, 1, 50), (9000, 3, 2500, 700)), library)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_repeated_runs_are_bitwise_equal(library: KernelLibrary, head_dim: int) -> None:
+    new_tokens = (*(1 for _ in range(40)), 50, 128, 700)
+    seq_lens = (9000, *(37 * i + 1 for i in range(39)), 700, 128, 1900)
+    device = DeviceCase(Case(shape_of(16, 4, head_dim), new_tokens, seq_lens), library)
     results = []
-    for _ in range(5):
+    for _ in range(30):
         device.poison()
         device.launch()
         results.append(device.result().tobytes())
