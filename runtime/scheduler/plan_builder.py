@@ -49,7 +49,7 @@ def build_plan(
 ) -> tuple[StepPlan, PlannedStep]:
     """Plan one token of each slot in ``decodes`` and ``count`` tokens of each (slot, count) in ``chunks``.
 
-    Counts the planned positions and samples as in flight in ``table``.
+    Marks them as planned in ``table``.
     """
     slots = decodes
     longer: list[tuple[int, int]] = []
@@ -74,8 +74,7 @@ def build_plan(
     )
     sampling_slots = slots[samples > 0]
     planned = PlannedStep(step_id, sampling_slots, table.epochs[sampling_slots], _add_prompt_rows(table, plan))
-    table.num_computed[slots] += counts
-    table.num_pending[sampling_slots] += 1
+    table.mark_planned(slots, counts, sampling_slots)
     return plan, planned
 
 

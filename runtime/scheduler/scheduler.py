@@ -161,14 +161,13 @@ class Scheduler:
             self._preempt(self._table.youngest())
 
     def _least_recent(self, slots: SlotArray) -> SlotArray:
-        """At most the token budget and a micro-batch's share, those first whose last step is longest ago."""
+        """At most the token budget and a micro-batch's share, those first whose last turn is longest ago."""
         most = self._config.max_num_batched_tokens
         if self._config.num_microbatches > 1:
             most = min(most, self._share(self._table.num_decoding()))
         if len(slots) <= most:
             return slots
-        order = np.argsort(self._table.last_steps[slots], kind="stable")
-        return np.sort(slots[order[:most]])
+        return slots[np.argsort(self._table.last_turns[slots])[:most]]
 
     def _share(self, num_seqs: int) -> int:
         """Sequences of one micro-batch, so that there is work for all of them."""
@@ -226,7 +225,6 @@ class Scheduler:
             self._num_planned % 2**31, self._table, decodes, chunks, self._cache.take_new_blocks(), admissions
         )
         self._in_flight.append(planned)
-        self._table.last_steps[plan.slots] = self._num_planned
         self._num_planned += 1
         for slot, _ in chunks:
             # Only now: a plan may share what earlier plans compute, never what it computes itself.

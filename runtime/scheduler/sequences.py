@@ -82,7 +82,7 @@ class SequenceTable:
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
-        last_steps: step that computed the row last.
+        last_turns: when a plan took the row last, counted in rows planned.
         wants_logprobs: the request reports log-probabilities of its tokens.
         has_first_news: its first token comes with more: prompt log-probabilities or the number of cached
             tokens.
@@ -103,12 +103,13 @@ class SequenceTable:
         self.end_ids = np.full((1, num_slots), _NO_TOKEN, np.int32)
         self.epochs = np.zeros(num_slots, np.int64)
         self.numbers = np.full(num_slots, -1, np.int64)
-        self.last_steps = np.full(num_slots, -1, np.int64)
+        self.last_turns = np.zeros(num_slots, np.int64)
         self.wants_logprobs = np.zeros(num_slots, np.bool_)
         self.has_first_news = np.zeros(num_slots, np.bool_)
         self.request_ids = np.full(num_slots, "", np.object_)
         self.sequences: list[Sequence | None] = [None] * num_slots
         self._free_slots = list(range(num_slots))
+        self._num_turns = 0
 
     @property
     def num_free(self) -> int:
@@ -137,7 +138,6 @@ class SequenceTable:
         self.min_length[slot] = sequence.num_prompt + sequence.request.params.min_tokens
         self._set_end_ids(slot, sequence.end_token_ids)
         self.numbers[slot] = sequence.number
-        self.last_steps[slot] = -1
         self.wants_logprobs[slot] = sequence.request.params.logprobs is not None
         self.has_first_news[slot] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
         self.request_ids[slot] = sequence.request.request_id
@@ -185,6 +185,13 @@ class SequenceTable:
     def tokens_at(self, slots: SlotArray, positions: Int32Array) -> Int32Array:
         """``[S]`` one token of each row; meaningless where it is not known."""
         return self._flat_token_ids.take(slots * self.token_ids.shape[1] + positions)
+
+    def mark_planned(self, slots: SlotArray, counts: Int32Array, sampling_slots: SlotArray) -> None:
+        """Count a plan's positions and samples as in flight."""
+        self.num_computed[slots] += counts
+        self.num_pending[sampling_slots] += 1
+        self.last_turns[slots] = np.arange(self._num_turns, self._num_turns + len(slots))
+        self._num_turns += len(slots)
 
     def append(self, slots: SlotArray, token_ids: Int32Array) -> Int32Array:
         """Add a sampled token to each row; returns the new lengths ``[S]``."""
