@@ -34,6 +34,8 @@ EXCERPTS = {
     "test/test_queue.py": 401,
     "tkinter/test/test_ttk/test_style.py": 333,
 }
+# One excerpt again in overlapping windows: tokens in a window, and how far each window moves on.
+WINDOWED, WINDOW, STRIDE = "asyncio/base_subprocess.py", 256, 100
 PROMPTS = ("def main(", "import os\n", "class Stack:\n", "for i in range(")
 QUESTIONS = ("Hello", "What does textwrap.dedent do?", "Write hello world in Python.")
 NUM_CONTINUED = 48
@@ -56,9 +58,9 @@ def main() -> None:
         "command": "python tools/record_demo_reference.py",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "held_out": [
-            record_loss(model, tokenizer, documents[path], length, folder)
-            for path, length in EXCERPTS.items()
+            record_loss(model, tokenizer, documents[path], length, folder) for path, length in EXCERPTS.items()
         ],
+        "windowed": record_windowed_loss(model, tokenizer, folder / file_name(WINDOWED)),
         "greedy": [record_greedy(model, tokenizer, prompt, count) for prompt, count in prompts],
     }
     (TESTS / "reference.json").write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
@@ -66,31 +68,21 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--corpus", type=Path, default=standard_library(), help="the library that was trained on"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=standard_library(), help="the library that was trained on")
     return parser.parse_args()
 
 
-@torch.no_grad()
-def record_loss(
-    model: Any, tokenizer: Tokenizer, document: Document, length: int, folder: Path
-) -> dict[str, Any]:
+def record_loss(model: Any, tokenizer: Tokenizer, document: Document, length: int, folder: Path) -> dict[str, Any]:
     """Write the document's first `length` tokens as text; record its mean and its tokens' losses, in nats."""
     text = document.text[: tokenizer.encode(document.text).offsets[length - 1][1]]
     encoding = tokenizer.encode(text)
     if len(encoding.ids) != length:
         again = len(encoding.ids)
         sys.exit(f"{document.path}: the first {length} tokens re-encode as {again}; choose another length")
-    file = document.path.replace("/", ".").removesuffix(".py") + ".txt"
+    file = file_name(document.path)
     (folder / file).write_text(text, encoding="utf-8")
-    token_ids = torch.tensor([encoding.ids])
-    losses = torch.nn.functional.cross_entropy(
-        model(token_ids).logits[0, :-1].double(), token_ids[0, 1:], reduction="none"
-    )
+    losses = token_losses(model, encoding.ids)
     return {
         "file": file,
         "source": document.path,
@@ -99,6 +91,31 @@ def record_loss(
         "loss": float(losses.mean()),
         "first_losses": [round(float(loss), 6) for loss in losses[:16]],
     }
+
+
+def record_windowed_loss(model: Any, tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
+    """The mean loss when each token is scored by the first window that holds it, and no window sees further back."""
+    ids = tokenizer.encode(file.read_text("utf-8")).ids
+    losses: list[float] = []
+    for start in range(0, len(ids), STRIDE):
+        window = token_losses(model, ids[start : start + WINDOW]).tolist()
+        losses += window[len(losses) - start :]
+        if len(losses) == len(ids) - 1:
+            break
+    return {"file": file.name, "context": WINDOW, "stride": STRIDE, "loss": sum(losses) / len(losses)}
+
+
+@torch.no_grad()
+def token_losses(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """The loss in nats of each token but the first."""
+    inputs = torch.tensor([token_ids])
+    logits = model(inputs).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, inputs[0, 1:], reduction="none")
+
+
+def file_name(path: str) -> str:
+    """The excerpt's file name for a document's path."""
+    return path.replace("/", ".").removesuffix(".py") + ".txt"
 
 
 @torch.no_grad()

@@ -54,9 +54,7 @@ def test_index_names_every_tensor_in_the_shard_that_holds_it(demo: Path, tensors
     assert len(set(index["weight_map"].values())) == 2
 
 
-def test_weights_are_bfloat16_with_five_to_eight_million_parameters(
-    demo: Path, tensors: dict[str, Any]
-) -> None:
+def test_weights_are_bfloat16_with_five_to_eight_million_parameters(demo: Path, tensors: dict[str, Any]) -> None:
     assert {dtype for _, dtype, _ in tensors.values()} == {"BF16"}
     num_parameters = 0
     for _, _, shape in tensors.values():
@@ -104,9 +102,7 @@ def test_card_states_data_licence_and_a_result_that_beats_both_baselines(demo: P
         "H200",
     ):
         assert topic.lower() in card.lower().replace("checksum", "sha256:"), topic
-    loss, bits = map(
-        float, re.search(r"\*\*([\d.]+) nats a token\*\* \| \*\*([\d.]+) bits a byte", card).groups()
-    )  # type: ignore[union-attr]
+    loss, bits = map(float, re.search(r"\*\*([\d.]+) nats a token\*\* \| \*\*([\d.]+) bits a byte", card).groups())  # type: ignore[union-attr]
     unigram = float(re.search(r"unigram.*\| ([\d.]+) nats a token", card).group(1))  # type: ignore[union-attr]
     byte_ngram = float(re.search(r"5-gram.*\| ([\d.]+) bits a byte", card).group(1))  # type: ignore[union-attr]
     assert loss <= unigram - 2.5

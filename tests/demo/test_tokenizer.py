@@ -37,9 +37,7 @@ def test_every_byte_has_a_token_for_characters_outside_the_vocabulary(tokenizer:
     ids = [tokenizer.token_to_id(f"<0x{value:02X}>") for value in range(256)]
     assert None not in ids
     assert len(set(ids)) == 256
-    assert tokenizer.encode("🦀", add_special_tokens=False).tokens == [
-        f"<0x{byte:02X}>" for byte in "🦀".encode()
-    ]
+    assert tokenizer.encode("🦀", add_special_tokens=False).tokens == [f"<0x{byte:02X}>" for byte in "🦀".encode()]
 
 
 def test_vocabulary_matches_the_model(tokenizer: Tokenizer, demo: Path) -> None:
@@ -59,9 +57,7 @@ def test_line_ends_and_indentation_are_tokens_of_their_own(tokenizer: Tokenizer,
     assert tokenizer.encode(text, add_special_tokens=False).tokens == ["\n", " " * spaces, "return"]
 
 
-@pytest.mark.parametrize(
-    "prompt", ["def main(", "import os\nos.", "class A:\n", "def f():\n    ", "x = [", "d = {"]
-)
+@pytest.mark.parametrize("prompt", ["def main(", "import os\nos.", "class A:\n", "def f():\n    ", "x = [", "d = {"])
 def test_prompt_tokens_are_a_prefix_of_the_continued_texts_tokens(tokenizer: Tokenizer, prompt: str) -> None:
     whole = tokenizer.encode(prompt + "name").ids
     assert whole[: len(tokenizer.encode(prompt).ids)] == tokenizer.encode(prompt).ids

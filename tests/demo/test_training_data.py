@@ -109,9 +109,7 @@ def test_conversations_are_what_the_chat_template_renders() -> None:
             role, _, content = turn.removeprefix("<|").partition("|>")
             messages.append({"role": role, "content": content})
             seen_roles.add(role)
-        rendered = template.render(
-            messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=False
-        )
+        rendered = template.render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=False)
         assert rendered == document.text
     assert seen_roles == {"system", "user", "assistant"}
 
@@ -141,9 +139,7 @@ def test_every_held_out_token_but_the_first_is_a_target_once() -> None:
 
 def test_unigram_loss_is_the_smoothed_entropy() -> None:
     train, held_out = np.array([0, 0, 1]), np.array([0, 2])
-    assert unigram_loss(train, held_out, vocab_size=3) == pytest.approx(
-        -(math.log(3 / 6) + math.log(1 / 6)) / 2
-    )
+    assert unigram_loss(train, held_out, vocab_size=3) == pytest.approx(-(math.log(3 / 6) + math.log(1 / 6)) / 2)
 
 
 class PlainKneserNey:
