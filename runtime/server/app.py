@@ -21,7 +21,7 @@ from phalanx.runtime.server.chat import chat_job, render_messages
 from phalanx.runtime.server.completions import completion_job
 from phalanx.runtime.server.engine_client import ServerState
 from phalanx.runtime.server.gate import Gate
-from phalanx.runtime.server.generation import GenerationJob, Services
+from phalanx.runtime.server.generation import GenerationJob
 from phalanx.runtime.server.http import ClientGone, error_response, json_response, read_body
 from phalanx.runtime.server.protocol import (
     ChatRequest,
@@ -31,6 +31,7 @@ from phalanx.runtime.server.protocol import (
     decode_body,
 )
 from phalanx.runtime.server.sampling_fields import checked_token_ids
+from phalanx.runtime.server.services import Services
 
 __all__ = ["build_app"]
 

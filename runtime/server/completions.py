@@ -13,10 +13,11 @@ from typing import Any
 from phalanx.runtime.request import MAX_LOGPROBS
 from phalanx.runtime.server.api_error import invalid
 from phalanx.runtime.server.choice import Choice, TokenEvent
-from phalanx.runtime.server.generation import GenerationJob, Services
+from phalanx.runtime.server.generation import GenerationJob
 from phalanx.runtime.server.logprob_format import CompletionLogprobs
 from phalanx.runtime.server.protocol import CompletionRequest, StreamOptions
 from phalanx.runtime.server.sampling_fields import checked_token_ids, num_choices, sampling_params
+from phalanx.runtime.server.services import Services
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["completion_job"]

@@ -60,16 +60,18 @@ class GenerationGroup:
         """Wait for news; everything that has arrived by then.
 
         Raises:
-            ApiError: the engine refused a request of this group, or is gone.
+            ApiError: the engine refused a request of this group, or is gone; what came before was returned earlier.
         """
-        items = [await self._queue.get()]
-        while not self._queue.empty():
-            items.append(self._queue.get_nowait())
         news: list[tuple[int, TokenDelta]] = []
-        for item in items:
-            if isinstance(item, ApiError):
+        while not news or not self._queue.empty():
+            item = await self._queue.get()
+            if not isinstance(item, ApiError):
+                news.append(item)
+            elif news:
+                self._queue.put_nowait(item)
+                break
+            else:
                 raise item
-            news.append(item)
         return news
 
     def cancel(self, index: int) -> None:

@@ -3,36 +3,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import SamplingParams, TokenDelta
-from phalanx.runtime.server.api_error import ApiError, from_request_error, invalid
+from phalanx.runtime.server.api_error import ApiError
 from phalanx.runtime.server.choice import Choice, TokenEvent
-from phalanx.runtime.server.engine_client import EngineClient, GenerationGroup
+from phalanx.runtime.server.engine_client import GenerationGroup
 from phalanx.runtime.server.http import EventStream, json_response, until_disconnect
-from phalanx.runtime.server.messages import ModelInfo
-from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.protocol import StreamOptions
 from phalanx.runtime.server.sampling_fields import choice_params
-from phalanx.runtime.server.settings import FrontendSettings
-from phalanx.runtime.text import ChatTemplate, Tokenizer
+from phalanx.runtime.server.services import Services
 
-__all__ = ["AnswerFormat", "GenerationJob", "Services"]
+__all__ = ["AnswerFormat", "GenerationJob"]
 
 DONE = b"data: [DONE]\n\n"
-
-Result = TypeVar("Result")
 
 
 class AnswerFormat(Protocol):
@@ -53,91 +45,6 @@ class AnswerFormat(Protocol):
     def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece; ``choice.events`` holds all events."""
         ...
-
-
-@dataclass(slots=True)
-class Services:
-    """What handlers work with. ``model`` and ``tokenizer`` are there once the server is ready."""
-
-    client: EngineClient
-    settings: FrontendSettings
-    metrics: Metrics
-    workers: ThreadPoolExecutor
-    tokenizer: Tokenizer | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def model(self) -> ModelInfo:
-        """What the engine said about the model."""
-        assert self.client.model is not None
-        return self.client.model
-
-    @property
-    def model_name(self) -> str:
-        """The name that answers carry."""
-        return self.settings.model_names[0]
-
-    def check_model(self, name: str | None) -> None:
-        """Raise 404 when a request asks for another model."""
-        if name is not None and name not in self.settings.model_names:
-            known = ", ".join(self.settings.model_names)
-            raise ApiError(
-                404, f"model {name!r} is not served here; use {known}", param="model", code="model_not_found"
-            )
-
-    def need_tokenizer(self, param: str) -> Tokenizer:
-        """The tokenizer, or 400 where the checkpoint has none."""
-        if self.tokenizer is None:
-            raise invalid(f"the checkpoint has no tokenizer.json, so {param} cannot be text; use token ids", param)
-        return self.tokenizer
-
-    def need_template(self) -> ChatTemplate:
-        """The chat template, or 400 where the checkpoint has none."""
-        template = self.need_tokenizer("messages").chat_template
-        if template is None:
-            raise invalid("this checkpoint has no chat template; use /v1/completions", "messages")
-        return template
-
-    async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a prompt, computed outside the event loop."""
-        tokenizer = self.need_tokenizer("prompt")
-        most = self.model.max_model_len * tokenizer.max_token_characters
-        return await self.in_worker(
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens, max_characters=most)
-        )
-
-    async def in_worker(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` on a worker thread; `RequestError` becomes a 400."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.workers, work)
-        except RequestError as error:
-            raise from_request_error(error) from None
-
-    def deadline(self, arrival: float) -> float | None:
-        """Monotonic time at which a request that arrived at ``arrival`` must be over."""
-        seconds = self.settings.request_timeout_seconds
-        return None if seconds is None else arrival + seconds
-
-    def completion_budget(self, num_prompt_tokens: int, asked: int | None, param: str) -> int:
-        """How many tokens to generate: what was asked for, or what the context has room for.
-
-        Raises:
-            ApiError: 400 ``context_length_exceeded``.
-        """
-        room = self.model.max_model_len - num_prompt_tokens
-        if asked is not None and asked < 0:
-            raise invalid(f"{param}={asked} is negative; use 1 or more", param)
-        if num_prompt_tokens == 0:
-            raise invalid("the prompt is empty; give at least one token", "prompt")
-        if (asked or 0) > room or room < (0 if asked == 0 else 1):
-            wanted = "" if asked is None else f" and {param}={asked}"
-            raise invalid(
-                f"{num_prompt_tokens} prompt tokens{wanted} exceed this model's context of "
-                f"{self.model.max_model_len} tokens; shorten the prompt or ask for fewer tokens",
-                param if room > 0 else "prompt",
-                "context_length_exceeded",
-            )
-        return room if asked is None else asked
 
 
 @dataclass(slots=True)
@@ -193,13 +100,15 @@ class GenerationJob:
         self.held.close()
 
     async def _next(self) -> list[tuple[Choice, list[TokenEvent]]]:
-        """Wait for the engine; what became of which choice."""
+        """Wait for the engine; what became of which choice. An error shows after all that came before it."""
         assert self.group is not None
         news: list[tuple[Choice, list[TokenEvent]]] = []
-        for index, delta in await self.group.next():
-            choice = self.choices[index]
-            if choice.finish_reason is None:
-                news.append((choice, self._take(choice, delta)))
+        while not news:
+            self._raise_failure()
+            for index, delta in await self.group.next():
+                choice = self.choices[index]
+                if choice.finish_reason is None and (events := self._take(choice, delta)):
+                    news.append((choice, events))
         self._observe(news)
         return news
 
@@ -208,22 +117,23 @@ class GenerationJob:
         events = choice.take(delta)
         if choice.stopped_by_text and delta.finish_reason is None:
             self.group.cancel(choice.index)
-        if choice.finish_reason == "error":
-            raise self._failure(choice)
-        return events
+        return events if choice.finish_reason != "error" else []
 
-    def _failure(self, choice: Choice) -> ApiError:
+    def _raise_failure(self) -> None:
+        failed = next((choice for choice in self.choices if choice.finish_reason == "error"), None)
+        if failed is None:
+            return
         deadline = self.services.deadline(self.arrival)
         no_retry = {"x-should-retry": "false"}
         if deadline is not None and time.monotonic() >= deadline:
             seconds = self.services.settings.request_timeout_seconds
             message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
-            return ApiError(408, message, code="request_timeout", headers=no_retry)
-        return ApiError(500, choice.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
+            raise ApiError(408, message, code="request_timeout", headers=no_retry)
+        raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
 
     @property
     def _unfinished(self) -> bool:
-        return any(choice.finish_reason is None for choice in self.choices)
+        return any(choice.finish_reason in (None, "error") for choice in self.choices)
 
     async def _collect(self) -> dict[str, Any]:
         while self._unfinished:

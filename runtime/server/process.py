@@ -88,9 +88,9 @@ async def _serve(
 
     from phalanx.runtime.server.app import build_app
     from phalanx.runtime.server.engine_client import EngineClient
-    from phalanx.runtime.server.generation import Services
     from phalanx.runtime.server.h11_protocol import BoundedH11Protocol, QuietServer
     from phalanx.runtime.server.metrics import Metrics
+    from phalanx.runtime.server.services import Services
 
     loop = asyncio.get_running_loop()
     metrics = Metrics()

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,44 @@ EXIT_SECONDS = 30
 
 
 class Server:
-    """A server process. Its standard error is read only as far as a test needs it."""
+    """A server process and what it has written to standard error, read all the time so that it never waits for us."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.url = ""
         self.lines: list[str] = []
+        self._closed = False
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def wait_for(self, word: str) -> str:
-        """Read standard error up to a line that starts with ``word``; the rest of that line."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if line.startswith(word):
-                self.url = line.split()[1]
-                return line[len(word) :].strip()
-        raise AssertionError(f"no {word} in {''.join(self.lines)!r}")
+        """Wait for a line that starts with ``word``; its second word, which is the URL where there is one."""
+        with self._news:
+            self._news.wait_for(lambda: self._find(word) or self._closed, EXIT_SECONDS)
+        line = self._find(word)
+        assert line, f"no {word} in {''.join(self.lines)!r}"
+        self.url = line.split()[1]
+        return self.url
 
     def wait(self) -> tuple[int, str]:
         """Exit status and all of standard error."""
+        status = self.process.wait(EXIT_SECONDS)
+        self._reader.join(EXIT_SECONDS)
+        return status, "".join(self.lines)
+
+    def _find(self, word: str) -> str | None:
+        return next((line for line in self.lines if line.startswith(word)), None)
+
+    def _read(self) -> None:
         assert self.process.stderr is not None
-        self.lines += self.process.stderr.readlines()
-        return self.process.wait(EXIT_SECONDS), "".join(self.lines)
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
 
     def drain(self) -> tuple[int, str]:
         """Ask it to leave and wait until it has."""
@@ -115,10 +132,13 @@ def stub_server(directory: Path, settings: dict[str, Any], wait_for: str = "READ
 @contextlib.contextmanager
 def start(command: list[str]) -> Iterator[Server]:
     """Run ``command`` in the checkout; kill it at the end if it still runs."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    server = Server(process)
     try:
-        yield Server(process)
+        yield server
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        server.wait()
+        assert process.stderr is not None
+        process.stderr.close()
