@@ -20,7 +20,7 @@ from phalanx.kernels.gemm import Gemm, Operands
 from phalanx.kernels.gemv import GEMV_SHAPES
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
-__all__ = ["GemmTuner"]
+__all__ = ["GemmTuner", "TimedOperands"]
 
 _ROTATED_BYTES = 256 << 20
 _TIMED_SECONDS = 1.5e-3
@@ -32,7 +32,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bf
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
+class TimedOperands:
     """Operands to rotate over, and how many calls one replay makes."""
 
     operands: list[Operands]
@@ -61,7 +61,7 @@ class GemmTuner:
         return found
 
     def _fastest(self, problem: GemmProblem) -> GemmChoice:
-        timed = self._timed(problem)
+        timed = self.timed_operands(problem)
         choices: list[GemmChoice] = []
         best = float("inf")
         for kernel in self._gemm.candidates(problem, GEMV_SHAPES):
@@ -72,10 +72,14 @@ class GemmTuner:
         return GemmChoice(fastest.kernel, fastest.microseconds, choices[0].microseconds)
 
     def measure(
-        self, problem: GemmProblem, choice: GemmChoice, timed: Any = None, best_microseconds: float = float("inf")
+        self,
+        problem: GemmProblem,
+        choice: GemmChoice,
+        timed: TimedOperands | None = None,
+        best_microseconds: float = float("inf"),
     ) -> float:
         """Microseconds of one call: the median over replays of a graph of many."""
-        cupy, timed = self._cupy, timed or self._timed(problem)
+        cupy, timed = self._cupy, timed or self.timed_operands(problem)
         with self._stream:
             self._gemm.run(problem, choice, timed.operands[0])  # loads the kernel: not allowed under capture
             self._stream.synchronize()
@@ -96,7 +100,8 @@ class GemmTuner:
                 break
         return statistics.median(samples)
 
-    def _timed(self, problem: GemmProblem) -> _Timed:
+    def timed_operands(self, problem: GemmProblem) -> TimedOperands:
+        """Operands for ``measure``; make them once for several kernels."""
         t, o, i = problem.num_tokens, problem.out_features, problem.in_features
         dtype, out_dtype = _DTYPES[problem.dtype], _DTYPES[problem.out_dtype]
         seconds = max(2.0 * t * o * i / _ASSUMED_FLOPS, problem.weight_bytes / _ASSUMED_BYTES_PER_SECOND)
@@ -105,7 +110,7 @@ class GemmTuner:
         weights = [self._random((o, i), dtype) for _ in range(num_copies)]
         x, out = self._random((t, i), dtype), self._random((t, o), out_dtype)
         bias = self._random((o,), dtype) if problem.has_bias else None
-        return _Timed([Operands(x, weight, out, bias) for weight in weights], num_calls)
+        return TimedOperands([Operands(x, weight, out, bias) for weight in weights], num_calls)
 
     def _random(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Normal values (zeros would run faster than any model), a few megabytes of them repeated."""

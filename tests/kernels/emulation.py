@@ -31,26 +31,20 @@ class EmulatedLibrary:
         self._cache = cache
         self._libraries: dict[KernelSpec, ctypes.CDLL] = {}
 
-    def function(
-        self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float
-    ) -> KernelFunction:
+    def function(self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float) -> KernelFunction:
         """As `KernelLibrary.function`."""
         spec = KernelSpec.of(source, defines)
         if spec not in self._libraries:
             self._libraries[spec] = ctypes.CDLL(str(self._compiled(spec)))
         entry = getattr(self._libraries[spec], f"launch_{name}")
 
-        def launch(
-            grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
-        ) -> None:
+        def launch(grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0) -> None:
             assert shared_mem <= max(shared_bytes, 48 * 1024), (shared_mem, shared_bytes)
             cells = [_cell(argument) for argument in args]
             pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
-            shape = (ctypes.c_uint * 6)(*(grid + (1, 1))[:3], *(block + (1, 1))[:3])
+            shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
             if entry(pointers, shape, ctypes.c_size_t(shared_mem)) != 0:
-                raise AssertionError(
-                    f"{source}.cu: {name} deadlocks: threads of a block wait at different places"
-                )
+                raise AssertionError(f"{source}.cu: {name} deadlocks: threads of a block wait at different places")
 
         return launch
 
@@ -97,7 +91,5 @@ def _cell(argument: Any) -> Any:
         return ctypes.c_void_p(0)
     if isinstance(argument, np.ndarray):
         return ctypes.c_void_p(argument.ctypes.data)
-    assert isinstance(argument, np.generic), (
-        f"pass {type(argument).__name__} as a NumPy scalar: CUDA needs its width"
-    )
+    assert isinstance(argument, np.generic), f"pass {type(argument).__name__} as a NumPy scalar: CUDA needs its width"
     return (ctypes.c_char * argument.dtype.itemsize).from_buffer_copy(argument.tobytes())

@@ -35,9 +35,7 @@ def test_gated_activation_takes_the_gate_first(device, random_normal, dtype, num
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("dtype", "num_tokens", "features"), SIZES)
-def test_plain_activation_may_work_in_place(
-    device, random_normal, dtype, num_tokens, features, name, has_bias
-):
+def test_plain_activation_may_work_in_place(device, random_normal, dtype, num_tokens, features, name, has_bias):
     x, bias = random_normal(dtype, num_tokens, features, scale=2.0), random_normal(dtype, features)
     on_device = device.put(x)
     activation(device.library, on_device, on_device, name, bias=device.put(bias) if has_bias else None)

@@ -24,9 +24,7 @@ def test_device_makes_the_same_dummy_weights_as_the_host(device, stored, transpo
     )  # fmt: skip
     result = device.get(whole)
     rows, columns = (17, 20) if transposed else (20, 17)
-    np.testing.assert_array_equal(
-        result[5 : 5 + rows, 2 : 2 + columns], expected.T if transposed else expected
-    )
+    np.testing.assert_array_equal(result[5 : 5 + rows, 2 : 2 + columns], expected.T if transposed else expected)
     assert np.isnan(result).sum() == 40 * 40 - rows * columns
 
 

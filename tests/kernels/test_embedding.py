@@ -12,9 +12,7 @@ SIZES = cases((1, 64), (7, 96), (5, 33), (3, 2050))
 
 
 @pytest.mark.parametrize(("dtype", "num_tokens", "hidden_size"), SIZES)
-def test_embedding_scales_local_rows_and_zeroes_the_others(
-    device, random_normal, dtype, num_tokens, hidden_size
-):
+def test_embedding_scales_local_rows_and_zeroes_the_others(device, random_normal, dtype, num_tokens, hidden_size):
     table = random_normal(dtype, 11, hidden_size)
     token_ids = np.resize(np.array([20, 30, 19, 31, 25, 0, 2**31 - 1], np.int32), num_tokens)
     out = device.poisoned((num_tokens, hidden_size), dtype)
@@ -30,9 +28,7 @@ def test_position_embedding_is_added_in_place(device, random_normal, dtype, num_
     x, table = random_normal(dtype, num_tokens, hidden_size), random_normal(dtype, 9, hidden_size)
     positions = (np.arange(num_tokens, dtype=np.int32) * 5 + 8) % 9
     on_device = device.put(x)
-    add_position_embedding(
-        device.library, on_device, device.put(positions.astype(np.int32)), device.put(table)
-    )
+    add_position_embedding(device.library, on_device, device.put(positions.astype(np.int32)), device.put(table))
     assert_close(device.get(on_device), x.astype(np.float64) + table.astype(np.float64)[positions])
 
 

@@ -43,7 +43,10 @@ def test_gemv_adds_bias_and_old_values(device, random_normal, dtype, out_feature
 @pytest.mark.parametrize("num_tokens", [1, 9])
 def test_gated_gemv_equals_product_then_activation(device, random_normal, dtype, num_tokens, name):
     features, in_features = 20, 96
-    x, weight = random_normal(dtype, num_tokens, in_features), random_normal(dtype, 2 * features, in_features, scale=0.1)
+    x, weight = (
+        random_normal(dtype, num_tokens, in_features),
+        random_normal(dtype, 2 * features, in_features, scale=0.1),
+    )
     out, both = device.poisoned((num_tokens, features), dtype), device.poisoned((num_tokens, 2 * features), dtype)
     gated_gemv(device.library, device.put(x), device.put(weight), out, name, shape=GemvShape(4))
     gemv(device.library, device.put(x), device.put(weight), both, shape=GemvShape(4))

@@ -21,23 +21,15 @@ def added(dtype, *terms):
 def test_rms_norm_equals_float64(device, random_normal, dtype, num_tokens, hidden_size, weight_offset):
     x, weight = random_normal(dtype, num_tokens, hidden_size, scale=3.0), random_normal(dtype, hidden_size)
     out = device.poisoned(x.shape, dtype)
-    rms_norm(
-        device.library, device.put(x), device.put(weight), out, epsilon=EPSILON, weight_offset=weight_offset
-    )
+    rms_norm(device.library, device.put(x), device.put(weight), out, epsilon=EPSILON, weight_offset=weight_offset)
     wide = x.astype(np.float64)
-    expected = (
-        wide
-        / np.sqrt((wide**2).mean(-1, keepdims=True) + EPSILON)
-        * (weight_offset + weight.astype(np.float64))
-    )
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPSILON) * (weight_offset + weight.astype(np.float64))
     assert_close(device.get(out), expected)
 
 
 @pytest.mark.parametrize("has_row_bias", [False, True])
 @pytest.mark.parametrize(("dtype", "num_tokens", "hidden_size"), SIZES)
-def test_rms_norm_adds_residual_and_row_bias_once(
-    device, random_normal, dtype, num_tokens, hidden_size, has_row_bias
-):
+def test_rms_norm_adds_residual_and_row_bias_once(device, random_normal, dtype, num_tokens, hidden_size, has_row_bias):
     x, residual = (random_normal(dtype, num_tokens, hidden_size) for _ in range(2))
     weight, row_bias = (random_normal(dtype, hidden_size) for _ in range(2))
     out, carried = device.put(x), device.put(residual)  # out aliases x
@@ -54,9 +46,7 @@ def test_rms_norm_adds_residual_and_row_bias_once(
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("dtype", "num_tokens", "hidden_size"), SIZES)
-def test_layer_norm_does_not_cancel_under_a_large_mean(
-    device, random_normal, dtype, num_tokens, hidden_size, has_bias
-):
+def test_layer_norm_does_not_cancel_under_a_large_mean(device, random_normal, dtype, num_tokens, hidden_size, has_bias):
     x = (random_normal(np.float64, num_tokens, hidden_size) + 30.0).astype(dtype)
     residual = random_normal(dtype, num_tokens, hidden_size)
     weight, bias = (random_normal(dtype, hidden_size) for _ in range(2))

@@ -8,9 +8,7 @@ from .devices import DTYPES, cases, poison
 from .tolerance import assert_close
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_POSITIONS = 5, 16, 300
-LAYOUTS = cases(
-    (4, 2, 64, 64), (8, 1, 256, 256), (3, 3, 128, 128), (2, 1, 80, 32), (2, 2, 24, 8), (1, 1, 7, 6)
-)
+LAYOUTS = cases((4, 2, 64, 64), (8, 1, 256, 256), (3, 3, 128, 128), (2, 1, 80, 32), (2, 2, 24, 8), (1, 1, 7, 6))
 
 
 def tables(rotary_dim, base=10000.0):

@@ -187,7 +187,9 @@ def test_a_filter_set_is_exact_where_thousands_of_logits_are_equal(device):
     logits[:, 4321] = 1.0
     logits[5, :] = -40.0  # beyond the last bin
     logits[5, 4321] = 0.0
-    rules = [(1.0, k, p, 0.0, 3, 1) for k, p in [(2, 1.0), (2500, 1.0), (8999, 1.0), (0, 0.5), (4000, 0.3), (3000, 1.0)]]
+    rules = [
+        (1.0, k, p, 0.0, 3, 1) for k, p in [(2, 1.0), (2500, 1.0), (8999, 1.0), (0, 0.5), (4000, 0.3), (3000, 1.0)]
+    ]
     seen = [set() for _ in rules]
     for position in range(6):
         shifted = [(*rule[:5], position) for rule in rules]

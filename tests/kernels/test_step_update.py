@@ -32,9 +32,14 @@ def mixed_plan() -> StepPlan:
         counts=np.array([1, 1, 1, 7, 5], np.int32),
         samples=np.array([1, 1, 0, 1, 0], np.int32),
         token_ids=np.array([PENDING_TOKEN, 11, 12, *range(20, 27), *range(30, 35)], np.int32),
-        new_blocks=np.array([[4, 2, 17], [0, 0, 5], [7, 0, 6], [2, 0, 1], [2, 1, 2], [2, 2, 3], [8, 0, 9], [8, 1, 8]], np.int32),
+        new_blocks=np.array(
+            [[4, 2, 17], [0, 0, 5], [7, 0, 6], [2, 0, 1], [2, 1, 2], [2, 2, 3], [8, 0, 9], [8, 1, 8]], np.int32
+        ),
         admissions=np.array(
-            [admission(2, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=2**63 + 5), admission(4, temperature=2.0)],
+            [
+                admission(2, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=2**63 + 5),
+                admission(4, temperature=2.0),
+            ],
             ADMISSION,
         ),
         prompt_rows=np.array([3, 4], np.int32),
@@ -72,7 +77,9 @@ def test_step_arrays_equal_the_plans_own_properties(device, num_rows, num_logit_
     np.testing.assert_array_equal(tokens, [104, *plan.token_ids[1:], *[0] * (num_rows - total)])
     padding = num_logit_rows - rows
     np.testing.assert_array_equal(device.get(arrays.logit_rows)[:num_logit_rows], [*plan.logit_rows, *[-1] * padding])
-    np.testing.assert_array_equal(device.get(arrays.row_targets)[:num_logit_rows], [-1, -1, -1, 21, 22, *[-1] * padding])
+    np.testing.assert_array_equal(
+        device.get(arrays.row_targets)[:num_logit_rows], [-1, -1, -1, 21, 22, *[-1] * padding]
+    )
 
 
 def test_rows_carry_their_slots_sampling_parameters(device):
@@ -95,9 +102,7 @@ def test_stored_tokens_reach_their_slots_and_prompt_rows_get_their_targets(devic
     sampled = device.put(np.array([50, 51, 52, 53, 54, 55], np.int32))
     step_update.store_tokens(device.library, arrays, BLOCK_SIZE, sampled)
     np.testing.assert_array_equal(device.get(sampled), [50, 51, 52, 21, 22, -1])
-    np.testing.assert_array_equal(
-        device.get(arrays.last_tokens), [51, 101, 52, 103, 50, 105, 106, 107, 108]
-    )
+    np.testing.assert_array_equal(device.get(arrays.last_tokens), [51, 101, 52, 103, 50, 105, 106, 107, 108])
 
 
 def test_more_sequences_than_threads_are_scanned_in_turns(device):

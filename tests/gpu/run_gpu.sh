@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU: tests first, then benchmarks. Run from the repository's root:
+#     tests/gpu/run_gpu.sh [--sanitize] [--no-bench]
+# Results (JSON, logs) go to $OUT, by default ./gpu-results. Needs cupy, nvmath-python, pytest; torch for comparisons.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-gpu-results}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+sanitize=0 bench=1 status=0
+for option in "$@"; do
+    case $option in
+        --sanitize) sanitize=1 ;;
+        --no-bench) bench=0 ;;
+        *) echo "unknown option $option; there are --sanitize and --no-bench" >&2; exit 2 ;;
+    esac
+done
+
+run() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" >"$OUT/$name.log" 2>&1 || { status=1; echo "$name failed:"; tail -40 "$OUT/$name.log"; }
+    tail -3 "$OUT/$name.log"
+}
+
+run tests "$PYTHON" -m pytest tests/kernels tests/gpu -m gpu -q -p no:cacheprovider
+if ((sanitize)); then
+    for tool in memcheck racecheck initcheck; do
+        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" -m pytest tests/kernels -m gpu -q -p no:cacheprovider -x
+    done
+fi
+if ((bench)); then
+    run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json"
+fi
+exit $status
