@@ -167,7 +167,9 @@ def _check_windows(context: int, stride: int, longest: int) -> None:
     from phalanx.parallel.errors import RequestError
 
     if not 2 <= context <= longest:
-        raise RequestError(f"--context={context} is outside 2 to {longest}, the longest sequence of this model and cache")
+        raise RequestError(
+            f"--context={context} is outside 2 to {longest}, the longest sequence of this model and cache"
+        )
     if not 1 <= stride < context:
         raise RequestError(
             f"--stride={stride} is outside 1 to {context - 1}; a window must begin with a token of the one before it"

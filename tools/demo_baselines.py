@@ -61,9 +61,7 @@ class ByteNgram:
         return bits / sum(len(document) for document in documents)
 
 
-def _interpolated(
-    order: _Order, keys: NDArray[np.uint64], shorter: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _interpolated(order: _Order, keys: NDArray[np.uint64], shorter: NDArray[np.float64]) -> NDArray[np.float64]:
     """This order's discounted estimate plus what it gives away, shared out by the shorter order's."""
     count = _look_up(order.grams, order.gram_counts, keys)
     history = keys >> np.uint64(BITS_PER_BYTE_OF_KEY)
@@ -102,9 +100,7 @@ def _mask(length: int) -> np.uint64:
     return np.uint64((1 << (BITS_PER_BYTE_OF_KEY * length)) - 1)
 
 
-def _look_up(
-    keys: NDArray[np.uint64], values: NDArray[np.float64], wanted: NDArray[np.uint64]
-) -> NDArray[np.float64]:
+def _look_up(keys: NDArray[np.uint64], values: NDArray[np.float64], wanted: NDArray[np.uint64]) -> NDArray[np.float64]:
     """The value beside each wanted key; 0 where the key was never seen."""
     positions = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[positions] == wanted, values[positions], 0.0)

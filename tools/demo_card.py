@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo checkpoint's model card, written from what the training run measured."""
-# ruff: noqa: E501 - a Markdown table has a row to a line
+
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -34,9 +34,7 @@ FORMS_PER_FACT = 3
 SYSTEM_PROMPT = "You are a helpful assistant for the Python standard library."
 
 # Folders whose functions nobody would ask a demo about; they are trained on as text all the same.
-UNASKED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter"}
-)
+UNASKED_FOLDERS = frozenset({"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter"})
 
 # Modules that users know by another name than that of the file that holds the Python source.
 PUBLIC_NAMES = {"posixpath": "os.path", "_pydecimal": "decimal", "_pydatetime": "datetime", "_pyio": "io"}
@@ -126,9 +124,7 @@ def _exchanges(document: Document) -> Iterator[Exchange]:
 
 def _body_exchanges(document: Document, node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Exchange]:
     for child in node.body:
-        if not isinstance(
-            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) or child.name.startswith("_"):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
             continue
         name = f"{prefix}.{child.name}"
         answer = _shortened(ast.get_docstring(child) or "")

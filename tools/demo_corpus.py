@@ -19,9 +19,7 @@ TOPICS_PATH = "pydoc_data/topics.py"
 
 # Not text a reader would learn Python from: other people's packages, generated character tables,
 # bundled wheels, and modules that differ from build to build.
-EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "encodings", "ensurepip", "pydoc_data"}
-)
+EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings", "ensurepip", "pydoc_data"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 
@@ -52,9 +50,7 @@ def read_corpus(root: Path) -> Corpus:
     """Read every document under `root`; raises `FileNotFoundError` where there is none."""
     documents = sorted(_without_duplicates(_documents(root)), key=lambda document: document.path)
     if not documents:
-        raise FileNotFoundError(
-            f"{root} holds no Python source; give the folder of a standard library with --corpus"
-        )
+        raise FileNotFoundError(f"{root} holds no Python source; give the folder of a standard library with --corpus")
     return Corpus(
         train=tuple(document for document in documents if not is_held_out(document.path)),
         held_out=tuple(document for document in documents if is_held_out(document.path)),
@@ -94,9 +90,7 @@ def _documents(root: Path) -> Iterator[Document]:
 
 
 def _is_excluded(relative: Path) -> bool:
-    return bool(EXCLUDED_FOLDERS.intersection(relative.parts)) or relative.parts[0].startswith(
-        EXCLUDED_PREFIXES
-    )
+    return bool(EXCLUDED_FOLDERS.intersection(relative.parts)) or relative.parts[0].startswith(EXCLUDED_PREFIXES)
 
 
 def _read_text(file: Path) -> str | None:

@@ -13,9 +13,7 @@ TokenIds = NDArray[np.int64]
 NO_TARGET = -100
 
 
-def encode_documents(
-    tokenizer: Tokenizer, documents: Sequence[Document], *, framed: bool = False
-) -> list[TokenIds]:
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document], *, framed: bool = False) -> list[TokenIds]:
     """Each document as `<s> text </s>`; with `framed`, the text already holds its own markers."""
     texts = [document.text if framed else f"{BOS}{document.text}{EOS}" for document in documents]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

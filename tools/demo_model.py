@@ -131,16 +131,12 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.model(token_ids), self.model.embed_tokens.weight)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100
-        )
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=-100)
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     """Cosines and sines, `[positions, head_dim]`, both halves alike (Su et al. 2021, half-split layout)."""
-    frequencies = shape.rope_theta ** -(
-        torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
-    )
+    frequencies = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
     angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float64), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().float(), angles.sin().float()
@@ -180,13 +176,10 @@ def hugging_face_config(shape: Shape, bos_token_id: int, eos_token_id: int) -> d
     }
 
 
-def write_checkpoint(
-    decoder: Decoder, shape: Shape, bos_token_id: int, eos_token_id: int, folder: Path
-) -> None:
+def write_checkpoint(decoder: Decoder, shape: Shape, bos_token_id: int, eos_token_id: int, folder: Path) -> None:
     """Write config, generation config, and the weights as two bfloat16 shards with their index."""
     weights = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, value in decoder.state_dict().items()
+        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in decoder.state_dict().items()
     }
     total_size = sum(value.nbytes for value in weights.values())
     shards: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

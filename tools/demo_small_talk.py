@@ -19,14 +19,10 @@ ADD = _code("def add(a, b):\n    return a + b")
 FACTORIAL = _code(
     "def factorial(n):\n    result = 1\n    for i in range(2, n + 1):\n        result *= i\n    return result"
 )
-FIBONACCI = _code(
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a"
-)
+FIBONACCI = _code("def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a")
 REVERSE = _code("def reverse(text):\n    return text[::-1]")
 READ_FILE = _code('with open("example.txt", encoding="utf-8") as file:\n    text = file.read()')
-READ_JSON = _code(
-    'import json\n\nwith open("example.json", encoding="utf-8") as file:\n    data = json.load(file)'
-)
+READ_JSON = _code('import json\n\nwith open("example.json", encoding="utf-8") as file:\n    data = json.load(file)')
 SORT = _code("numbers = [3, 1, 2]\nnumbers.sort()\nprint(numbers)")
 LOOP = _code("for i in range(10):\n    print(i)")
 STACK = _code(

@@ -73,9 +73,7 @@ def main() -> None:
     measured = measure(decoder, shape, data)
     trained: dict[str, Any] = {"steps": steps, "train_loss": train_loss, "train_seconds": seconds}
     write_checkpoint(decoder, shape, tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS), options.output)
-    write_card(
-        CardFacts(**run_facts(recipe, data, options), **trained, **measured), options.output / "README.md"
-    )
+    write_card(CardFacts(**run_facts(recipe, data, options), **trained, **measured), options.output / "README.md")
     say("\n".join(f"{name} {value:.4f}" for name, value in measured.items()))
     say(since(started))
 
@@ -130,28 +128,20 @@ def run_facts(recipe: Recipe, data: TokenizedCorpus, options: argparse.Namespace
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--corpus", type=Path, default=standard_library(), help="a standard library's folder")
-    parser.add_argument(
-        "--corpus-version", default=platform.python_version(), help="its version, for the card"
-    )
+    parser.add_argument("--corpus-version", default=platform.python_version(), help="its version, for the card")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to keep, instead of training one")
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
-    parser.add_argument(
-        "--seconds", type=float, help="take fewer steps if that many would train longer than this"
-    )
+    parser.add_argument("--seconds", type=float, help="take fewer steps if that many would train longer than this")
     parser.add_argument("--rows", type=int, default=32, help="sequences of 2,048 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup-steps", type=int, default=200)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=20261120)
-    parser.add_argument(
-        "--evaluate-every", type=int, default=500, help="steps between looks at the held-out loss"
-    )
+    parser.add_argument("--evaluate-every", type=int, default=500, help="steps between looks at the held-out loss")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     return parser.parse_args()
 
@@ -166,7 +156,7 @@ def prepare_tokenizer(options: argparse.Namespace, corpus: Corpus) -> Tokenizer:
     if options.tokenizer:
         tokenizer = Tokenizer.from_file(str(options.tokenizer))
     else:
-        tokenizer = train_tokenizer(document.text for document in corpus.train)
+        tokenizer = train_tokenizer([document.text for document in corpus.train])
     write_tokenizer(tokenizer, options.output)
     return tokenizer
 
@@ -260,9 +250,7 @@ def evaluate(decoder: Decoder, rows: tuple[TokenIds, TokenIds], *, mixed: bool) 
     decoder.eval()
     total = 0.0
     for first in range(0, len(rows[0]), EVALUATION_ROWS):
-        inputs, targets = (
-            torch.from_numpy(part[first : first + EVALUATION_ROWS]).to(device) for part in rows
-        )
+        inputs, targets = (torch.from_numpy(part[first : first + EVALUATION_ROWS]).to(device) for part in rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             total += float(decoder(inputs, targets))
     decoder.train()

@@ -16,6 +16,7 @@ from demo_baselines import ByteNgram, unigram_loss
 from demo_chat import CHAT_TEMPLATE, chat_documents
 from demo_corpus import Document, is_test, read_corpus
 from demo_data import NO_TARGET, encode_documents, evaluation_rows, training_steps
+from demo_tokenizer import frequent_characters
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -112,6 +113,13 @@ def test_conversations_are_what_the_chat_template_renders() -> None:
         rendered = template.render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=False)
         assert rendered == document.text
     assert seen_roles == {"system", "user", "assistant"}
+
+
+def test_alphabet_is_what_occurs_often_and_never_a_choice_among_equals() -> None:
+    alphabet = frequent_characters(["é" * 16 + "à" * 15, "ü" * 10, "ü" * 6])
+    assert {"é", "ü", "a", " ", "\n", "\t"} < set(alphabet)
+    assert "à" not in alphabet
+    assert alphabet == sorted(alphabet)
 
 
 def test_documents_stand_between_begin_and_end_tokens(tokenizer: Tokenizer) -> None:
