@@ -45,17 +45,13 @@ def copies(shape: Sequence[int], boxes: Iterable[Index]) -> Mapping[int, int]:
 
 @functools.lru_cache(maxsize=1024)  # the layers of a model are alike
 def _copies(shape: tuple[int, ...], counted: tuple[tuple[_Corners, int], ...]) -> Mapping[int, int]:
-    cuts = [
-        sorted({0, extent}.union(*(box[axis] for box, _ in counted))) for axis, extent in enumerate(shape)
-    ]
+    cuts = [sorted({0, extent}.union(*(box[axis] for box, _ in counted))) for axis, extent in enumerate(shape)]
     result: Counter[int] = Counter()
     for cell in itertools.product(*(list(itertools.pairwise(edges)) for edges in cuts)):
         holders = sum(
             number
             for box, number in counted
-            if all(
-                low <= start and stop <= high for (low, high), (start, stop) in zip(box, cell, strict=True)
-            )
+            if all(low <= start and stop <= high for (low, high), (start, stop) in zip(box, cell, strict=True))
         )
         result[holders] += math.prod(stop - start for start, stop in cell)
     return MappingProxyType(dict(result))

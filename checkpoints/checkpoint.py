@@ -51,9 +51,7 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(
-    path: Path | None, load_format: Literal["auto", "dummy"] = "auto", seed: int = 0
-) -> Checkpoint:
+def open_checkpoint(path: Path | None, load_format: Literal["auto", "dummy"] = "auto", seed: int = 0) -> Checkpoint:
     """Open a Hugging Face directory or a split of one; None = the demo checkpoint that ships with Phalanx.
 
     All headers are verified here, so that what is wrong with a checkpoint shows before anything is allocated. ``dummy``
@@ -80,9 +78,7 @@ def content_checksum(source: TensorSource, chunk_bytes: int = 4 << 20) -> str:
 
     The same for a checkpoint and all splits of it (that keep its format). Reads everything, at about 2 GB/s.
     """
-    digest = hashlib.blake2b(
-        repr(source).encode() if isinstance(source, DummySource) else b"", digest_size=16
-    )
+    digest = hashlib.blake2b(repr(source).encode() if isinstance(source, DummySource) else b"", digest_size=16)
     for name in sorted(source.names()):
         info, checksum = source.info(name), 0
         rows = info.shape[0] if info.shape else 1

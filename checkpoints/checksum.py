@@ -23,7 +23,7 @@ _POLYNOMIAL = 0xEDB88320
 class ChunkedChecksum:
     """Checksums of consecutive chunks of a stream of bytes that arrives in any portions."""
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
         self._chunks: list[int] = []
         self._filled = chunk_bytes
@@ -37,7 +37,7 @@ class ChunkedChecksum:
                 self._chunks.append(0)
                 self._filled = 0
             portion = data[done : done + self._chunk_bytes - self._filled]
-            self._chunks[-1] = zlib.crc32(portion, self._chunks[-1])
+            self._chunks[-1] = zlib.crc32(portion.data, self._chunks[-1])
             self._filled += len(portion)
             done += len(portion)
         self.num_bytes += len(data)
@@ -52,9 +52,7 @@ class ChunkedChecksum:
         """Checksum of all bytes."""
         result = 0
         for number, checksum in enumerate(self._chunks):
-            result = combine(
-                result, checksum, min(self._chunk_bytes, self.num_bytes - number * self._chunk_bytes)
-            )
+            result = combine(result, checksum, min(self._chunk_bytes, self.num_bytes - number * self._chunk_bytes))
         return result
 
 

@@ -7,18 +7,16 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.manifest import FORMAT
 from phalanx.checkpoints.resolve import list_names
 from phalanx.checkpoints.safetensors_file import SafetensorsFile
 from phalanx.checkpoints.source import Array, Buffer, Index, TensorInfo
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SPLIT_FORMAT", "DirectorySource"]
+__all__ = ["INDEX_FILE", "DirectorySource"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-
-SPLIT_FORMAT = "phalanx-split"
-"""``format`` in the metadata of files that `launch.split` writes."""
 
 _SHARD = re.compile(r"(?P<stem>.+-)(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
@@ -67,7 +65,7 @@ class DirectorySource:
 
     def _add(self, file: SafetensorsFile) -> None:
         self._files.append(file)
-        if file.metadata.get("format") == SPLIT_FORMAT:
+        if file.metadata.get("format") == FORMAT:
             raise CheckpointError(
                 f"{file.name!r} is one rank's file of a split without its manifest.json: the split was interrupted or "
                 "copied in part; run launch.split again"
@@ -81,9 +79,7 @@ class DirectorySource:
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         if unlisted := self._home.keys() - weight_map.keys():
-            raise CheckpointError(
-                f"{INDEX_FILE} does not list {list_names(unlisted)}; it belongs to other files"
-            )
+            raise CheckpointError(f"{INDEX_FILE} does not list {list_names(unlisted)}; it belongs to other files")
         for name, file in weight_map.items():
             if name not in self._home or self._home[name].name != file:
                 raise CheckpointError(
@@ -97,12 +93,8 @@ def _weight_map(directory: ModelDirectory) -> dict[str, str] | None:
         return None
     weight_map: Any = directory.read_json(INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{INDEX_FILE} has no weight_map of tensor names to file names; the file is damaged"
-        )
-    for file in (
-        set(weight_map.values()) if all(isinstance(file, str) for file in weight_map.values()) else (None,)
-    ):
+        raise CheckpointError(f"{INDEX_FILE} has no weight_map of tensor names to file names; the file is damaged")
+    for file in set(weight_map.values()) if all(isinstance(file, str) for file in weight_map.values()) else (None,):
         if file is None or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{INDEX_FILE} names the file {str(file)[:120]!r}, not a *.safetensors; it is damaged"

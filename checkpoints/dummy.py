@@ -61,7 +61,7 @@ class DummySlice:
     def values(self, buffer: Buffer | None = None) -> Array:
         """The slice as a host array in stored orientation and format; aliases ``buffer`` where one is given."""
         out = result_array(index_shape(self.index), FLOAT_DTYPES[self.dtype], buffer)
-        rows = out.reshape(-1, out.shape[-1])
+        rows = out.reshape(math.prod(out.shape[:-1]), out.shape[-1])
         starts = self._row_starts()
         for low in range(0, rows.shape[1], _BLOCK):
             columns = np.arange(low, min(low + _BLOCK, rows.shape[1]), dtype=np.uint64)
@@ -75,9 +75,7 @@ class DummySlice:
         """Flat index in the whole tensor at which each row of the slice begins."""
         starts = np.zeros(1, np.uint64)
         for axis, part in enumerate(self.index[:-1]):
-            offsets = np.arange(part.start, part.stop, dtype=np.uint64) * np.uint64(
-                math.prod(self.shape[axis + 1 :])
-            )
+            offsets = np.arange(part.start, part.stop, dtype=np.uint64) * np.uint64(math.prod(self.shape[axis + 1 :]))
             starts = (starts[:, None] + offsets).reshape(-1)
         return starts + np.uint64(self.index[-1].start)
 
@@ -126,9 +124,7 @@ class DummySource:
     def slice(self, name: str, index: Index, transposed: bool = False) -> DummySlice:
         """The description of one slice, from which a kernel can generate it."""
         shape = self.shapes[name]
-        key0, key1 = np.frombuffer(
-            hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest(), "<u4"
-        )
+        key0, key1 = np.frombuffer(hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest(), "<u4")
         mean, width = _distribution(name, shape)
         return DummySlice(int(key0), int(key1), mean, width, self.dtype, shape, index, transposed)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,7 @@ class ModelDirectory:
         with open(self.open(name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise CheckpointError(
-                    f"{name!r} has {size} bytes, more than the {limit} that such a file may have"
-                )
+                raise CheckpointError(f"{name!r} has {size} bytes, more than the {limit} that such a file may have")
             return file.read(limit)
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -117,14 +116,7 @@ class ModelDirectory:
         return CheckpointError(f"{name!r} is missing from model directory {str(self.path)!r}; copy it there")
 
     def _real_path(self, name: str) -> str:
-        if (
-            not name
-            or name in (".", "..")
-            or "/" in name
-            or "\\" in name
-            or "\0" in name
-            or len(name.encode()) > 255
-        ):
+        if not _is_plain(name):
             raise CheckpointError(f"file name {name[:120]!r} is not a plain name inside the model directory")
         real = os.path.realpath(self.root / name)
         if os.path.dirname(real) not in self._homes():
@@ -139,6 +131,15 @@ class ModelDirectory:
         return (str(self.root), str(hub)) if self.root.parent.name == "snapshots" else (str(self.root),)
 
 
+def _is_plain(name: str) -> bool:
+    if not name or name in (".", "..") or any(character in name for character in "/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
+
+
 def parse_json(raw: bytes, what: str) -> Any:
     """Parse JSON, refusing keys that occur twice (parsers differ in which one counts).
 
@@ -149,16 +150,14 @@ def parse_json(raw: bytes, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = max(counts, key=counts.__getitem__)
             raise CheckpointError(f"{what!r} holds the key {twice[:120]!r} twice; the file is damaged")
         return result
 
     try:
-        return json.loads(raw, object_pairs_hook=unique)
+        return json.loads(raw.decode(), object_pairs_hook=unique)
     except (CheckpointError, MemoryError):
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{what!r} is not valid JSON ({str(error)[:120]}); the file is damaged"
-        ) from None
+        raise CheckpointError(f"{what!r} is not valid JSON ({str(error)[:120]}); the file is damaged") from None

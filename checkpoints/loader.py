@@ -22,6 +22,7 @@ from phalanx.checkpoints.spec import Part, WeightSpec, distinct
 __all__ = ["DummySink", "LoadReport", "WeightSink", "load_weights"]
 
 Destination = TypeVar("Destination")
+_Target = TypeVar("_Target", contravariant=True)
 
 
 class WeightSink(Protocol[Destination]):
@@ -56,10 +57,10 @@ class WeightSink(Protocol[Destination]):
 
 
 @runtime_checkable
-class DummySink(Protocol[Destination]):
+class DummySink(Protocol[_Target]):
     """A sink that makes dummy weights itself, e.g. on a device, instead of getting them written."""
 
-    def generate(self, destination: Destination, index: Index, dummy: DummySlice) -> None:
+    def generate(self, destination: _Target, index: Index, dummy: DummySlice) -> None:
         """Fill ``destination[index]`` with the values that `DummySlice` describes."""
         ...
 
@@ -97,17 +98,13 @@ def load_weights(
     stored_names = resolve(source, all_specs, ignored)
     groups, bytes_read = distinct(specs), 0
     for parts, group in groups.items():
-        destination = sink.allocate(
-            tuple(spec.name for spec in group), group[0].local_shape(tp_rank, tp_size)
-        )
+        destination = sink.allocate(tuple(spec.name for spec in group), group[0].local_shape(tp_rank, tp_size))
         first_row = 0
         for part in parts:
             for piece in _pieces(
                 part, source.info(stored_names[part.source]), first_row, tp_rank, tp_size, sink.chunk_bytes
             ):
-                bytes_read += _load_piece(
-                    source, stored_names[part.source], part.transposed, piece, sink, destination
-                )
+                bytes_read += _load_piece(source, stored_names[part.source], part.transposed, piece, sink, destination)
             first_row += part.span(0, tp_rank, tp_size).size
     return LoadReport(len(groups), bytes_read, time.perf_counter() - start)
 

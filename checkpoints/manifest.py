@@ -7,7 +7,7 @@ is missing (`phalanx.checkpoints.coverage`).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -29,12 +29,10 @@ __all__ = [
 ]
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "phalanx-split"
+FORMAT: Final = "phalanx-split"
+"""Also ``format`` in the metadata of every rank's file."""
 VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
-
-_Size = int
-_Checksum = int
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,10 +147,8 @@ def _check(manifest: Manifest) -> None:
     world_size = manifest.layout.tp * manifest.layout.pp
     _require(manifest.layout.tp > 0 and manifest.layout.pp > 0, "the layout is not positive")
     _require(manifest.chunk_bytes > 0, "chunk_bytes is not positive")
-    _require(
-        [entry.rank for entry in manifest.ranks] == list(range(world_size)),
-        f"ranks are not 0..{world_size - 1}",
-    )
+    ranks = [entry.rank for entry in manifest.ranks]
+    _require(len(ranks) == world_size and ranks == list(range(len(ranks))), f"ranks are not 0..{world_size - 1}")
     for name, tensor in manifest.sources.items():
         _require(
             tensor.dtype in FLOAT_DTYPES and min(tensor.shape, default=0) >= 0,
@@ -174,8 +170,7 @@ def _check_piece(piece: Piece, manifest: Manifest) -> None:
         f"{what} has another number of axes than its source",
     )
     inside = all(
-        0 <= low < high <= extent
-        for low, high, extent in zip(piece.start, piece.stop, tensor.shape, strict=True)
+        0 <= low < high <= extent for low, high, extent in zip(piece.start, piece.stop, tensor.shape, strict=True)
     )
     _require(inside, f"{what} reaches outside its source")
     _require(
@@ -187,9 +182,7 @@ def _check_piece(piece: Piece, manifest: Manifest) -> None:
         f"{what} has another size than its shape",
     )
     chunks = math.ceil(piece.num_bytes / manifest.chunk_bytes)
-    _require(
-        len(piece.chunk_checksums) == chunks, f"{what} has {len(piece.chunk_checksums)} of {chunks} checksums"
-    )
+    _require(len(piece.chunk_checksums) == chunks, f"{what} has {len(piece.chunk_checksums)} of {chunks} checksums")
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -41,9 +41,7 @@ def stored_index(part: Part, rank: int, size: int) -> Index:
     """What ``rank`` of ``size`` reads of the part's source tensor, in stored orientation."""
     spans = [part.span(axis, rank, size) for axis in range(len(part.shape))]
     first_row = (part.first_row, *(0 for _ in spans[1:]))
-    index = tuple(
-        slice(first + span.start, first + span.stop) for first, span in zip(first_row, spans, strict=True)
-    )
+    index = tuple(slice(first + span.start, first + span.stop) for first, span in zip(first_row, spans, strict=True))
     return index[::-1] if part.transposed else index
 
 

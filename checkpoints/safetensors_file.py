@@ -83,9 +83,7 @@ class SafetensorsFile:
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         size = self.num_bytes
         if size < 10:
-            raise CheckpointError(
-                f"{self.name!r} has {size} bytes, fewer than any safetensors file; copy it again"
-            )
+            raise CheckpointError(f"{self.name!r} has {size} bytes, fewer than any safetensors file; copy it again")
         prefix = np.empty(8, np.uint8)
         self.read_bytes(0, prefix)
         (length,) = struct.unpack("<Q", prefix.tobytes())
@@ -95,24 +93,18 @@ class SafetensorsFile:
                 "the file is damaged, or must be saved in more shards"
             )
         if 8 + length > size:
-            raise CheckpointError(
-                f"{self.name!r} ends inside its header ({size} of {8 + length} bytes); copy it again"
-            )
+            raise CheckpointError(f"{self.name!r} ends inside its header ({size} of {8 + length} bytes); copy it again")
         raw = np.empty(length, np.uint8)
         self.read_bytes(8, raw)
         if length == 0 or raw[0] != ord("{"):
-            raise CheckpointError(
-                f"{self.name!r} is not a safetensors file: its header does not begin with '{{'"
-            )
+            raise CheckpointError(f"{self.name!r} is not a safetensors file: its header does not begin with '{{'")
         return 8 + length, parse_json(raw.tobytes(), self.name)
 
     def _check(self, header: dict[str, Any]) -> dict[str, StoredTensor]:
         tensors = {name: _tensor(name, entry, self.name, self.data_start) for name, entry in header.items()}
         position = self.data_start
         # Empty tensors share their offset with the next; (offset, size) puts them first.
-        for name, stored in sorted(
-            tensors.items(), key=lambda item: (item[1].offset, item[1].info.num_bytes)
-        ):
+        for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].info.num_bytes)):
             if stored.offset != position:
                 what = "overlaps the one before it" if stored.offset < position else "leaves a gap before it"
                 raise CheckpointError(f"tensor {name[:120]!r} of {self.name!r} {what}; the file is damaged")
@@ -133,20 +125,14 @@ def _metadata(value: Any, file: str) -> dict[str, str]:
 def _tensor(name: str, entry: Any, file: str, data_start: int) -> StoredTensor:
     what = f"tensor {name[:120]!r} of {file!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{what} is not described by dtype, shape and data_offsets; the file is damaged"
-        )
+        raise CheckpointError(f"{what} is not described by dtype, shape and data_offsets; the file is damaged")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{what} has dtype {str(dtype)[:40]!r}; supported: {', '.join(ITEM_SIZES)}")
     if not _are_sizes(shape) or len(shape) > MAX_AXES:
-        raise CheckpointError(
-            f"{what} has shape {str(shape)[:80]}; at most {MAX_AXES} whole numbers >= 0 are allowed"
-        )
+        raise CheckpointError(f"{what} has shape {str(shape)[:80]}; at most {MAX_AXES} whole numbers >= 0 are allowed")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(
-            f"{what} has data_offsets {str(offsets)[:80]}; two whole numbers >= 0 are needed"
-        )
+        raise CheckpointError(f"{what} has data_offsets {str(offsets)[:80]}; two whole numbers >= 0 are needed")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
         raise CheckpointError(
             f"{what} covers {offsets[1] - offsets[0]} bytes, but {dtype} of shape {str(shape)[:80]} has "

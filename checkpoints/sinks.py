@@ -23,9 +23,7 @@ class NumpySink:
         chunk_bytes: bound on what is held besides the arrays: about three chunks (stored, float32, rounded).
     """
 
-    def __init__(
-        self, rounding: str | None = None, dtype: Any = np.float32, chunk_bytes: int = 1 << 20
-    ) -> None:
+    def __init__(self, rounding: str | None = None, dtype: Any = np.float32, chunk_bytes: int = 1 << 20) -> None:
         self.weights: dict[str, Array] = {}
         self.chunk_bytes = chunk_bytes
         self._dtype = np.dtype(dtype)

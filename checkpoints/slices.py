@@ -28,22 +28,18 @@ def read_bytes(descriptor: int, offset: int, out: Buffer, what: str) -> None:
     Raises:
         CheckpointError: the file ends before, or cannot be read.
     """
-    view, done = memoryview(out).cast("B"), 0
+    view, done = out.data.cast("B"), 0
     try:
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], offset + done)
             if count == 0:
-                raise CheckpointError(
-                    f"{what} ended at byte {offset + done} while it was read; copy the file again"
-                )
+                raise CheckpointError(f"{what} ended at byte {offset + done} while it was read; copy the file again")
             done += count
     except OSError as error:
         raise CheckpointError(f"{what} cannot be read at byte {offset + done}: {error.strerror}") from None
 
 
-def read_slice(
-    descriptor: int, offset: int, shape: tuple[int, ...], index: Index, out: Array, what: str
-) -> None:
+def read_slice(descriptor: int, offset: int, shape: tuple[int, ...], index: Index, out: Array, what: str) -> None:
     """Fill the C-contiguous ``out`` with ``index`` of the tensor of ``shape`` that starts at byte ``offset``.
 
     Raises:
@@ -67,9 +63,7 @@ def read_slice(
             read_bytes(descriptor, first + number * pitch, row, what)
 
 
-def _read_each(
-    descriptor: int, offset: int, shape: tuple[int, ...], index: Index, out: Array, what: str
-) -> None:
+def _read_each(descriptor: int, offset: int, shape: tuple[int, ...], index: Index, out: Array, what: str) -> None:
     """Three axes and more: one entry of the first axis after the other."""
     pitch = math.prod(shape[1:]) * out.itemsize
     for number, entry in enumerate(range(index[0].start, index[0].stop)):

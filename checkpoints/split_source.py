@@ -116,7 +116,7 @@ class SplitSource:
             scratch = np.empty(min(size, piece.num_bytes), np.uint8) if scratch is None else scratch
             data = scratch[: min(size, piece.num_bytes - chunk * size)]
             self._file(home.entry).read_bytes(piece.offset + chunk * size, data)
-            if zlib.crc32(data) != piece.chunk_checksums[chunk]:
+            if zlib.crc32(data.data) != piece.chunk_checksums[chunk]:
                 raise CheckpointError(
                     f"checksum of {piece.name[:120]!r} in {home.entry.file!r} does not match at byte "
                     f"{piece.offset + chunk * size}; the file is damaged, copy it again or split again"
@@ -127,11 +127,7 @@ class SplitSource:
 def _check_agreement(file: SafetensorsFile, entry: RankFile) -> None:
     for piece in entry.tensors:
         stored = file.tensors.get(piece.name)
-        if (
-            stored is None
-            or stored.offset != piece.offset
-            or stored.info != TensorInfo(piece.shape, piece.dtype)
-        ):
+        if stored is None or stored.offset != piece.offset or stored.info != TensorInfo(piece.shape, piece.dtype):
             raise CheckpointError(
                 f"{file.name!r} does not hold {piece.name[:120]!r} as manifest.json says; it belongs to another split"
             )

@@ -45,7 +45,7 @@ from phalanx.checkpoints.safetensors_layout import FileLayout, plan_file
 from phalanx.checkpoints.source import Buffer, TensorInfo, TensorSource
 from phalanx.checkpoints.split_plan import PlannedPiece, PlannedRank, SplitJob, plan_ranks
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.errors import ConfigError
 
 __all__ = ["SplitReport", "split_checkpoint"]
 
@@ -121,7 +121,9 @@ def _layout(rank: PlannedRank, job: SplitJob) -> FileLayout:
 def _check_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(path).free
     if free < num_bytes:
-        raise ConfigError(f"--output needs {num_bytes} bytes, but {str(path.parent)!r} has {free} left; use another disk")
+        raise ConfigError(
+            f"--output needs {num_bytes} bytes, but {str(path.parent)!r} has {free} left; use another disk"
+        )
 
 
 def _write_ranks(
@@ -161,10 +163,12 @@ def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> Ra
 
 def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, offset: int) -> Piece:
     """Copy one box, a bounded number of its rows at a time."""
-    checksum, dtype = ChunkedChecksum(), FLOAT_DTYPES[piece.info.dtype]
+    checksum, dtype = ChunkedChecksum(CHUNK_BYTES), FLOAT_DTYPES[piece.info.dtype]
     first, *rest = piece.box or (slice(0, 1),)
     each = max(1, _BLOCK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
-    buffer: Buffer = np.empty(min(each, first.stop - first.start) * _row_bytes(source.info(piece.source), rest), np.uint8)
+    buffer: Buffer = np.empty(
+        min(each, first.stop - first.start) * _row_bytes(source.info(piece.source), rest), np.uint8
+    )
     for low in range(first.start, first.stop, each):
         index = (slice(low, min(low + each, first.stop)), *rest) if piece.box else ()
         array = convert(source.read(piece.source, index, buffer), dtype, piece.source)
@@ -190,7 +194,7 @@ def _row_bytes(info: TensorInfo, rest: Sequence[slice]) -> int:
 
 
 def _write(descriptor: int, offset: int, data: Buffer) -> None:
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
 
@@ -203,7 +207,8 @@ def _gather(entries: Sequence[RankFile], comm: Communicator) -> list[RankFile]:
     padded[: len(data)] = data
     everyone = comm.all_gather(padded)
     lists = [
-        msgspec.msgpack.decode(row[:size].tobytes(), type=list[RankFile]) for row, size in zip(everyone, sizes, strict=True)
+        msgspec.msgpack.decode(row[:size].tobytes(), type=list[RankFile])
+        for row, size in zip(everyone, sizes, strict=True)
     ]
     return sorted((entry for entries in lists for entry in entries), key=lambda entry: entry.rank)
 
