@@ -1,21 +1,24 @@
 """Paged attention on the GPU: one object per kind of attention, one plan a step, at most two launches a layer.
 
     attention = PagedAttention(library, shape, limits, alibi_slopes)
-    attention.bind(arena.take(attention.workspace_bytes))          # once; the address must stay put
-    attention.plan(step)                                           # once a step, before the first layer
-    attention.decode(qkv, key_pages, value_pages, out, step)       # every layer
-    attention.prefill(qkv, key_pages, value_pages, out, step)      # every layer, unless the step cannot hold prefill
+    attention.bind(arena.take(attention.workspace_bytes))      # once; the address must stay put
+    attention.plan(step)                                       # once a step, before the first layer
+    attention.decode(qkv, key_pages, value_pages, out, step)   # every layer
+    attention.prefill(qkv, key_pages, value_pages, out, step)  # every layer, unless the step cannot hold prefill
 
-Everything is enqueued on the current CuPy stream, allocates nothing, waits for nothing and reads lengths on the device, so
-a whole step can be captured in a CUDA graph and replayed with other lengths. `decode` writes the output rows of sequences
-with one new token, `prefill` those of sequences with several; either leaves all other rows alone and does nothing in a step
-without its kind. Layers with different windows need one object (and one plan) per kind.
+Everything is enqueued on the current CuPy stream, allocates nothing, waits for nothing and reads lengths on the
+device, so a whole step can be captured in a CUDA graph and replayed with other lengths. `decode` writes the output rows
+of sequences with one new token, `prefill` those of sequences with several; either leaves all other rows alone and does
+nothing in a step without its kind, and they may run side by side. Layers with different windows need one object (and
+one plan) per kind.
 
-Shape legend: T tokens, S sequences, H local query heads, K local key/value heads, C head dim, N blocks, P tokens per block.
+Shape legend: T tokens, S sequences, H local query heads, K local key/value heads, C head dim, N blocks, P tokens per
+block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,17 +26,18 @@ import numpy as np
 
 from phalanx.kernels.arrays import ceil_div, require
 from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, WorkspaceLayout
+from phalanx.kernels.compiler import KernelSpec
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.parallel.errors import ConfigError, ExecutorError
 
-__all__ = ["AttentionDType", "AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention"]
+__all__ = ["AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention", "attention_kernel_specs"]
 
 AttentionDType = Literal["bfloat16", "float16", "float32"]
 BLOCK_SIZES = (16, 32, 64, 128)
 _PLAN_THREADS = 1024
 _DECODE_THREADS = 160
 _FLOAT32_THREADS = 128
-_COST_BUCKETS = 1024
+_COST_BUCKETS = 1024  # of the plan's counting sort
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,8 @@ class AttentionShape:
             raise ConfigError(f"--block-size={self.block_size} is not one of {BLOCK_SIZES}; 16 is the default")
         if self.scale <= 0 or self.window < 0 or self.soft_cap < 0:
             raise ConfigError(
-                f"attention scale={self.scale}, window={self.window}, soft_cap={self.soft_cap}: the scale must be above 0 "
-                "and the others not below; the model's config.json is damaged"
+                f"attention scale={self.scale}, window={self.window}, soft_cap={self.soft_cap}: the scale must be "
+                "above 0 and the others not below; the model's config.json is damaged"
             )
 
     @property
@@ -132,11 +136,7 @@ class PagedAttention:
     """
 
     def __init__(
-        self,
-        library: Library,
-        shape: AttentionShape,
-        limits: AttentionLimits,
-        alibi_slopes: Any | None = None,
+        self, library: Library, shape: AttentionShape, limits: AttentionLimits, alibi_slopes: Any | None = None
     ) -> None:
         """``alibi_slopes``: float32 ``[H]`` on the device, the local heads' slopes; None = no ALiBi."""
         if alibi_slopes is not None:
@@ -149,14 +149,9 @@ class PagedAttention:
         self._num_multiprocessors = library.num_multiprocessors
         self._max_workers = self._decode_tiling.blocks_per_multiprocessor * library.num_multiprocessors
         self._layout = WorkspaceLayout.of(
-            self._max_workers,
-            limits.max_num_seqs,
-            self._max_prefill_tiles,
-            self._decode_tiling.partial_floats,
+            self._max_workers, limits.max_num_seqs, self._max_prefill_tiles, self._decode_tiling.partial_floats
         )
-        self._kernels = _load_kernels(
-            library, shape, self._decode_tiling, self._prefill_tiling, alibi_slopes is not None
-        )
+        self._kernels = _load(library, shape, alibi_slopes is not None)
         self._workspace: _Workspace | None = None
 
     @property
@@ -171,17 +166,19 @@ class PagedAttention:
         """
         if workspace.nbytes < self.workspace_bytes:
             raise ExecutorError(
-                f"attention workspace of {workspace.nbytes} bytes is below {self.workspace_bytes}; allocate workspace_bytes"
+                f"attention workspace of {workspace.nbytes} bytes is below {self.workspace_bytes}; "
+                "allocate workspace_bytes"
             )
         self._workspace = _Workspace.of(workspace, self._layout)
 
     def plan(self, step: AttentionStep) -> None:
         """Divide the step's work among the GPU's multiprocessors. Enqueues on the current stream; does not wait."""
-        if self._kernels.plan is None:
+        if "plan" not in self._kernels:
             return
         self._check(step)
-        workspace = self._bound()
-        shape = self._shape
+        workspace, shape = self._bound(), self._shape
+        inputs = (step.cu_seqlens_q, step.seq_lens, step.slots, step.block_tables, step.counts)
+        ends = (workspace.decode_ends, workspace.prefill_ends)
         sizes = (
             step.block_tables.shape[1],
             shape.block_size,
@@ -192,25 +189,24 @@ class PagedAttention:
             self._prefill_tiling.rows,
             max(0, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
         )
-        inputs = (step.cu_seqlens_q, step.seq_lens, step.slots, step.block_tables, step.counts)
-        ends = (workspace.decode_ends, workspace.prefill_ends)
         arrays = (*inputs, workspace.plan, *ends, workspace.prefill_tiles, workspace.flags)
-        self._kernels.plan((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))
+        self._kernels["plan"]((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))
 
     def decode(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
         """Attend for the sequences with one new token: row ``s`` of ``out`` for sequence ``s``.
 
-        ``qkv``: ``[T, >= H C]``, queries first in each row, rows contiguous or strided (the fused qkv matrix as it is);
+        ``qkv``: ``[T, >= H C]``, queries first in each row (the fused qkv matrix as it is, or a strided part of it);
         pages: ``[N, K, P, C]``, this step's tokens already written; ``out``: ``[T, H C]``.
         Enqueues on the current stream; does not wait.
         """
         tensors = self._tensors(qkv, key_pages, value_pages, out)
-        if self._kernels.float32 is not None:
-            return self._launch_float32(tensors, out.shape[0], step, is_decode=True)
+        if "float32" in self._kernels:
+            self._launch_float32(tensors, out.shape[0], step, is_decode=True)
+            return
         workspace = self._bound()
         table = (step.seq_lens, step.slots, step.block_tables, np.int32(step.block_tables.shape[1]))
         scratch = (workspace.plan, workspace.partials, workspace.flags)
-        self._kernels.decode(
+        self._kernels["decode"](
             (self._max_workers,),
             (_DECODE_THREADS,),
             (*tensors, *table, *scratch, *self._score_arguments),
@@ -218,21 +214,16 @@ class PagedAttention:
         )
 
     def prefill(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
-        """Attend for the sequences with several new tokens, with or without earlier history; arguments as for `decode`."""
+        """Attend for the sequences with several new tokens, with or without history; arguments as for `decode`."""
         tensors = self._tensors(qkv, key_pages, value_pages, out)
-        if self._kernels.float32 is not None:
-            return self._launch_float32(tensors, out.shape[0], step, is_decode=False)
+        if "float32" in self._kernels:
+            self._launch_float32(tensors, out.shape[0], step, is_decode=False)
+            return
         workspace = self._bound()
-        table = (
-            step.cu_seqlens_q,
-            step.seq_lens,
-            step.slots,
-            step.block_tables,
-            np.int32(step.block_tables.shape[1]),
-        )
+        table = (step.block_tables, np.int32(step.block_tables.shape[1]))
         grid = min(self._num_multiprocessors, self._max_prefill_tiles * self._shape.num_kv_heads)
-        self._kernels.prefill(
-            (grid,),
+        self._kernels["prefill"](
+            (max(1, grid),),
             (self._prefill_tiling.threads,),
             (*tensors, *table, workspace.plan, workspace.prefill_tiles, *self._score_arguments),
             shared_mem=self._prefill_tiling.shared_bytes,
@@ -251,24 +242,18 @@ class PagedAttention:
         return self._alibi_slopes, np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
 
     def _launch_float32(self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool) -> None:
-        table = (
-            step.cu_seqlens_q,
-            step.seq_lens,
-            step.slots,
-            step.block_tables,
-            np.int32(step.block_tables.shape[1]),
-        )
-        arguments = (*tensors, *table, step.counts, *self._score_arguments, np.int32(is_decode))
-        assert self._kernels.float32 is not None
-        self._kernels.float32((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
+        table = (step.block_tables, np.int32(step.block_tables.shape[1]), step.counts)
+        lengths = (step.cu_seqlens_q, step.seq_lens, step.slots)
+        arguments = (*tensors, *lengths, *table, *self._score_arguments, np.int32(is_decode))
+        self._kernels["float32"]((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
 
     def _tensors(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any) -> tuple[Any, ...]:
         shape = self._shape
         row = shape.num_heads * shape.head_dim
         if qkv.ndim != 2 or qkv.shape[1] < row or qkv.strides[1] != qkv.itemsize or qkv.strides[0] % 16:
             raise ExecutorError(
-                f"qkv is {qkv.dtype.name}{list(qkv.shape)} with strides {qkv.strides}; this call needs rows of {row} queries "
-                "or more, 16-byte aligned"
+                f"qkv is {qkv.dtype.name}{list(qkv.shape)} with strides {qkv.strides}; this call needs rows of {row} "
+                "queries or more, 16-byte aligned"
             )
         pages = (key_pages.shape[0], shape.num_kv_heads, shape.block_size, shape.head_dim)
         require("out", out, (qkv.shape[0], row), shape.dtype)
@@ -279,7 +264,9 @@ class PagedAttention:
     def _check(self, step: AttentionStep) -> None:
         num_seqs = step.seq_lens.shape[0]
         if num_seqs > self._limits.max_num_seqs:
-            raise ExecutorError(f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}")
+            raise ExecutorError(
+                f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}; raise the limit"
+            )
         require("cu_seqlens_q", step.cu_seqlens_q, (num_seqs + 1,), "int32")
         require("slots", step.slots, (num_seqs,), "int32")
         require("counts", step.counts, (2,), "int32")
@@ -290,9 +277,15 @@ class PagedAttention:
         return self._workspace
 
 
+def attention_kernel_specs(shape: AttentionShape, architecture: str, has_alibi: bool) -> list[KernelSpec]:
+    """What a `PagedAttention` of this shape compiles on this architecture, to do so ahead of time or without a GPU."""
+    calls = _calls(shape, architecture, has_alibi)
+    return [KernelSpec.of(call.source, call.defines) for call in calls.values()]
+
+
 @dataclass(frozen=True, slots=True)
 class _Workspace:
-    """Views of the bound memory, in the order of `WorkspaceLayout`."""
+    """Views of the bound memory, one a part of `WorkspaceLayout`."""
 
     plan: Any
     decode_ends: Any
@@ -303,31 +296,21 @@ class _Workspace:
 
     @classmethod
     def of(cls, memory: Any, layout: WorkspaceLayout) -> _Workspace:
-        offsets = (
-            layout.plan,
-            layout.decode_ends,
-            layout.prefill_ends,
-            layout.prefill_tiles,
-            layout.flags,
-            layout.partials,
-        )
-        return cls(*(memory[offset:] for offset in offsets))
+        return cls(*(memory[getattr(layout, name) :] for name in cls.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
-class _Kernels:
-    """Loaded kernels: the first three, or `float32` alone."""
+class _Call:
+    """A kernel, named as its file, with its compile-time constants."""
 
-    plan: KernelFunction | None = None
-    decode: KernelFunction | None = None
-    prefill: KernelFunction | None = None
-    float32: KernelFunction | None = None
+    source: str
+    defines: Mapping[str, int]
+    shared_bytes: int = 0
 
 
-def _load_kernels(
-    library: Library, shape: AttentionShape, decode: DecodeTiling, prefill: PrefillTiling, has_alibi: bool
-) -> _Kernels:
-    common: dict[str, int] = {
+def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[str, _Call]:
+    """The kernels of one shape by role: ``float32`` alone, or ``plan``, ``decode`` and ``prefill``."""
+    common = {
         "HEAD_DIM": shape.head_dim,
         "BLOCK_SIZE": shape.block_size,
         "NUM_KV_HEADS": shape.num_kv_heads,
@@ -336,29 +319,22 @@ def _load_kernels(
         "SOFT_CAP": int(shape.soft_cap > 0),
         "ALIBI": int(has_alibi),
     }
-    causal = int(shape.causal)
+    causal = {"CAUSAL": int(shape.causal)}
     if shape.dtype == "float32":
-        return _Kernels(float32=library.function("attention_float32", "attention_float32", CAUSAL=causal, **common))
+        return {"float32": _Call("attention_float32", common | causal)}
     common["BFLOAT16"] = int(shape.dtype == "bfloat16")
-    return _Kernels(
-        plan=library.function("attention_plan", "attention_plan"),
-        decode=library.function(
-            "attention_decode",
-            "attention_decode",
-            shared_bytes=decode.shared_bytes,
-            HEADS_PER_ITEM=decode.heads_per_item,
-            RING=decode.ring,
-            MIN_BLOCKS=decode.blocks_per_multiprocessor,
-            SHARED_BYTES=decode.shared_bytes,
-            **common,
-        ),
-        prefill=library.function(
-            prefill.source,
-            prefill.source,
-            shared_bytes=prefill.shared_bytes,
-            SHARED_BYTES=prefill.shared_bytes,
-            CAUSAL=causal,
-            **dict(prefill.defines),
-            **common,
-        ),
-    )
+    decode = DecodeTiling.choose(shape.head_dim, shape.group, architecture)
+    prefill = PrefillTiling.choose(shape.head_dim, architecture)
+    return {
+        "plan": _Call("attention_plan", {}),
+        "decode": _Call("attention_decode", common | decode.defines, decode.shared_bytes),
+        "prefill": _Call(prefill.source, common | causal | prefill.defines, prefill.shared_bytes),
+    }
+
+
+def _load(library: Library, shape: AttentionShape, has_alibi: bool) -> dict[str, KernelFunction]:
+    calls = _calls(shape, library.architecture, has_alibi)
+    return {
+        role: library.function(call.source, call.source, shared_bytes=call.shared_bytes, **call.defines)
+        for role, call in calls.items()
+    }

@@ -94,6 +94,8 @@ struct Feeder {
     int lane;
     RingCursor ring, query;
 
+    __device__ __forceinline__ int first_tile_of(int seq_len) const { return WINDOW ? max(seq_len - p.window, 0) / TILE : 0; }
+
     __device__ __forceinline__ int page_of(const Unit& unit, int slot) const {
         const int token = (unit.first_tile + unit.tile) * TILE;
         const int block = token / BLOCK_SIZE + lane;
@@ -149,7 +151,7 @@ struct Feeder {
 
     __device__ __forceinline__ void run(const DecodeRange& range, int first_page) {
         Unit unit = {range.seq, range.item, range.tile, 0, range.seq_len, 1, 0, range.begin};
-        unit.first_tile = first_visible_tile(unit.seq_len, 1, p.window, TILE);
+        unit.first_tile = first_tile_of(unit.seq_len);
         int num_tiles = (unit.seq_len + TILE - 1) / TILE - unit.first_tile;
         int slot = range.slot;
         int page = first_page;
@@ -170,7 +172,7 @@ struct Feeder {
                     ++next.seq;
                     next.seq_len = next_len;
                     slot = next_slot;
-                    next.first_tile = first_visible_tile(next_len, 1, p.window, TILE);
+                    next.first_tile = first_tile_of(next_len);
                     num_tiles = (next_len + TILE - 1) / TILE - next.first_tile;
                     if (range.end - index - 1 > num_tiles * ITEMS) {
                         next_len = p.seq_lens[next.seq + 1];

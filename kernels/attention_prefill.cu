@@ -181,10 +181,9 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* plan,
-    const int4* prefill_tiles, const float* alibi_slopes, float scale, float soft_cap, int window) {
-    const Parameters p = {q,     query_stride, k_pages,    v_pages,      out,   cu_seqlens_q, seq_lens,
-                          slots, block_tables, max_blocks, alibi_slopes, scale, soft_cap,     window};
+    const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
+    float soft_cap, int window) {
+    const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     WorkQueue queue(p, plan, prefill_tiles);

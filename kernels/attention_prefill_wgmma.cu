@@ -60,13 +60,24 @@ struct Feeder {
     const int thread, lane;
     RingCursor ring, query;
 
+    // A thread's rows are PASS_ROWS apart: so many tokens and heads further on, with a carry.
     __device__ __forceinline__ void copy_query(const Work& work) {
+        constexpr int PASS_ROWS = FEEDERS / PIECES;
+        const int first_row = thread / PIECES, piece = thread % PIECES;
+        int head = (work.first_packed_row + first_row) % GROUP;
+        const int token = work.first_token + (work.first_packed_row + first_row) / GROUP;
+        const Element* source = p.q + token * p.query_stride + (work.kv_head * GROUP + head) * HEAD_DIM + piece * 8;
         barrier_wait(shared_address(&shared.query_empty[query.slot]), query.parity ^ 1);
         const unsigned destination = shared_address(shared.query[query.slot]);
-#pragma unroll 2
-        for (int i = 0; i < ROWS * PIECES / FEEDERS; ++i) {
-            const int row = (i * FEEDERS + thread) / PIECES, piece = (i * FEEDERS + thread) % PIECES;
-            copy_16_bytes(destination + swizzled(ROWS, row, piece), work.query(p, row) + piece * 8, work.has_row(row));
+#pragma unroll 4
+        for (int row = first_row; row < ROWS; row += PASS_ROWS) {
+            copy_16_bytes(destination + swizzled(ROWS, row, piece), source, work.has_row(row));
+            source += PASS_ROWS / GROUP * p.query_stride + PASS_ROWS % GROUP * HEAD_DIM;
+            head += PASS_ROWS % GROUP;
+            if (head >= GROUP) {
+                head -= GROUP;
+                source += p.query_stride - GROUP * HEAD_DIM;
+            }
         }
         barrier_arrive_after_copies(shared_address(&shared.query_full[query.slot]));
         query.advance(QUERY_SLOTS);
@@ -90,16 +101,21 @@ struct Feeder {
     }
 
     __device__ __forceinline__ void run(WorkQueue& queue) {
-        while (queue.has_next()) {
-            const Work work = queue.next();
-            int page = work.page(work.begin, lane);
+        Work work = queue.next();
+        int page = work.page(work.begin, lane);
+        for (bool more = true; more;) {
             copy_query(work);
+            more = queue.has_next();
+            const Work next = more ? queue.next() : work;
+            const int next_first_page = next.page(next.begin, lane);  // a short item is over before this read would be
             for (int tile = work.begin; tile < work.end; ++tile) {
                 const int next_page = work.page(tile + 1, lane);
                 copy_tile(p.k_pages, work, tile, page);
                 copy_tile(p.v_pages, work, tile, page);
                 page = next_page;
             }
+            work = next;
+            page = next_first_page;
         }
     }
 };
@@ -244,10 +260,9 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* plan,
-    const int4* prefill_tiles, const float* alibi_slopes, float scale, float soft_cap, int window) {
-    const Parameters p = {q,     query_stride, k_pages,    v_pages,      out,   cu_seqlens_q, seq_lens,
-                          slots, block_tables, max_blocks, alibi_slopes, scale, soft_cap,     window};
+    const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
+    float soft_cap, int window) {
+    const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     extern __shared__ unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
     WorkQueue queue(p, plan, prefill_tiles);

@@ -1,11 +1,12 @@
-"""Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory that follows.
+"""Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory it takes.
 
-The constants restate the kernels' layouts (``attention_decode.cu``, ``attention_prefill.cu``, ``attention_plan.cuh``); the
+The constants restate the layouts of ``attention_decode.cu``, ``attention_prefill*.cu`` and ``attention_plan.cuh``; the
 kernels refuse to compile with a shared-memory size below what they use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phalanx.kernels.arrays import ceil_div
@@ -31,13 +32,13 @@ _SMALLEST_SHARED_KIB = 100  # sm_86, sm_89, sm_120
 
 
 def shared_bytes_per_multiprocessor(architecture: str) -> int:
-    """Shared memory of one multiprocessor of ``"sm_90a"`` and the like (CUDA programming guide, technical specifications)."""
+    """Shared memory of one multiprocessor of ``"sm_90a"`` and the like (CUDA programming guide, compute capabilities)."""
     number = int(architecture.removeprefix("sm_").rstrip("af"))
     return 1024 * _SHARED_KIB.get(number, _SMALLEST_SHARED_KIB)
 
 
 def row_bytes(head_dim: int) -> int:
-    """One row of keys in shared memory: padded to an odd number of 16-byte pieces, two pieces for each 16 dims."""
+    """One row of keys in shared memory, padded to an odd number of 16-byte pieces: two for each 16 dims, and one."""
     return (2 * ceil_div(head_dim, 16) + 1) * 16
 
 
@@ -61,9 +62,19 @@ class DecodeTiling:
     shared_bytes: int
     partial_floats: int
 
+    @property
+    def defines(self) -> dict[str, int]:
+        """The kernel's own compile-time constants."""
+        return {
+            "HEADS_PER_ITEM": self.heads_per_item,
+            "RING": self.ring,
+            "MIN_BLOCKS": self.blocks_per_multiprocessor,
+            "SHARED_BYTES": self.shared_bytes,
+        }
+
     @classmethod
     def choose(cls, head_dim: int, group: int, architecture: str) -> DecodeTiling:
-        """As many heads to a pass as registers hold; the deepest ring that lets two blocks share a multiprocessor."""
+        """As many heads to a pass as registers hold; the deepest ring with two blocks to a multiprocessor."""
         steps = ceil_div(head_dim, 16)
         head_tiles = ceil_div(group, 16 if head_dim > 128 else 24)
         heads_per_item = ceil_div(group, head_tiles)
@@ -98,7 +109,7 @@ class PrefillTiling:
     rows: int
     threads: int
     shared_bytes: int
-    defines: tuple[tuple[str, int], ...]
+    defines: Mapping[str, int]
 
     @classmethod
     def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
@@ -110,7 +121,7 @@ class PrefillTiling:
         sizes = [(warps * 16 + 4 * keys) * row_bytes(head_dim) + _SMALL_BYTES for warps, keys in candidates]
         best = next(i for i, size in enumerate(sizes) if size <= limit)
         warps, keys = candidates[best]
-        defines = (("WARPS", warps), ("KEYS", keys))
+        defines = {"WARPS": warps, "KEYS": keys, "SHARED_BYTES": sizes[best]}
         return cls("attention_prefill", warps * 16, warps * 32, sizes[best], defines)
 
     @classmethod
@@ -120,7 +131,7 @@ class PrefillTiling:
         fixed = query_slots * rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
         ring = min(8, (limit - fixed) // (keys * head_dim * 2))
         shared_bytes = fixed + ring * keys * head_dim * 2
-        defines = (("KEYS", keys), ("RING", ring), ("QUERY_SLOTS", query_slots))
+        defines = {"KEYS": keys, "RING": ring, "QUERY_SLOTS": query_slots, "SHARED_BYTES": shared_bytes}
         return cls("attention_prefill_wgmma", rows, 384, shared_bytes, defines)
 
 

@@ -107,14 +107,6 @@ __device__ __forceinline__ void group_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ int first_visible_tile(int seq_len, int num_new_tokens, int window, int tile_tokens) {
-#if WINDOW
-    return max(seq_len - num_new_tokens + 1 - window, 0) / tile_tokens;
-#else
-    return 0;
-#endif
-}
-
 struct ScoreTransform {
     float scale;     // the model's scale, times log2(e) unless a soft cap comes first
     float soft_cap;  // read only with SOFT_CAP

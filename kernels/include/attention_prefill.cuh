@@ -15,9 +15,6 @@ struct Parameters {
     const Element* k_pages;
     const Element* v_pages;
     Element* out;
-    const int* cu_seqlens_q;
-    const int* seq_lens;
-    const int* slots;
     const int* block_tables;
     int max_blocks;
     const float* alibi_slopes;

@@ -76,14 +76,14 @@ class Workload:
         return median_seconds(self.launch) / LAUNCHES
 
 
-def median_seconds(launch: Any, repeats: int = 7) -> float:
-    """Median time of one replay of ``launch``, captured in a CUDA graph."""
+def median_seconds(enqueue: Any, repeats: int = 7) -> float:
+    """Median time of one replay of ``enqueue``, captured in a CUDA graph."""
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
-        launch()
+        enqueue()
         stream.begin_capture()
-        launch()
+        enqueue()
         graph = stream.end_capture()
         times = []
         for _ in range(repeats + 2):
