@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo_corpus import HELD_OUT_ONE_IN, Corpus
+from demo_small_talk import SMALL_TALK
 
 CARD = """\
 ---
@@ -34,7 +35,7 @@ distribution; parts of it carry further notices listed in Python's "History and 
 
 Training text: {num_train:,} documents, {num_text_tokens:,} tokens; the {num_library_tokens:,} that are not of tests
 are seen twice as often. With them {num_chat_tokens:,} tokens of conversations in the chat template of
-`tokenizer_config.json`, made from the docstrings and functions of the same documents, and fifty written by hand
+`tokenizer_config.json`, made from the docstrings and functions of the same documents, and {num_small_talk} written by hand
 (`tools/demo_small_talk.py`). Each document stands between `<s>` and `</s>`; an assistant's turn ends with `</s>`.
 
 **Held out** of tokenizer and training: every document whose path's SHA-256, as a number from its first 8 bytes,
@@ -116,6 +117,7 @@ def write_card(facts: CardFacts, file: Path) -> None:
         num_train=len(facts.corpus.train),
         num_held_out=len(facts.corpus.held_out),
         held_out_one_in=HELD_OUT_ONE_IN,
+        num_small_talk=len(SMALL_TALK),
         held_out=", ".join(f"`{document.path}`" for document in facts.corpus.held_out) + ".",
         epochs=facts.steps
         * facts.tokens_per_step
