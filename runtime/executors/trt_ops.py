@@ -26,6 +26,9 @@ __all__ = ["LocalHeads", "StepTensors", "TrtOps"]
 _FLOAT32 = np.dtype(np.float32)
 _ACTIVATIONS: Mapping[Activation, str] = {"gelu_tanh": "GELU_TANH", "gelu": "GELU_ERF", "relu": "RELU"}
 
+_HIDDEN = -60000.0
+"""Added to the score of a position that must not be seen: within float16, and its exponential is 0 in every type."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -227,7 +230,7 @@ class TrtOps(Ops[ITensor]):
         return self._graph.constant(np.ascontiguousarray(values, np.float32))
 
     def _mask(self, window: int) -> ITensor:
-        """``[B, 1, N, P]``: true where a query sees a position of its slot; one for all layers of a kind."""
+        """``[B, 1, N, P]``, added to scores: 0 where a query sees a position of its slot; one for all layers of a kind."""
         if window not in self._masks:
             graph = self._graph
             own = graph.reshape(self._step.positions, graph.extents(self._num_seqs, 1, self._seq_tokens, 1))
@@ -236,7 +239,8 @@ class TrtOps(Ops[ITensor]):
             if window:
                 oldest = graph.binary("SUB", own, graph.constant(np.full((1, 1, 1, 1), window, np.int32)))
                 visible = graph.binary("AND", visible, graph.binary("GREATER", slot, oldest))
-            self._masks[window] = visible
+            nothing, hidden = (graph.constant(np.full((1, 1, 1, 1), value, self._dtype)) for value in (0.0, _HIDDEN))
+            self._masks[window] = graph.select(visible, nothing, hidden)
         return self._masks[window]
 
     # Helpers

@@ -196,15 +196,12 @@ class NetworkInterpreter:
             assert form == self._trt.AttentionIOForm.PADDED_BHND
         assert attention.key_value_lengths is None
         assert attention.causal_kind == self._trt.CausalMaskKind.NONE
-        assert mask.dtype == np.bool_
+        assert mask.dtype == np.float32
         groups = query.shape[1] // key.shape[1]
-        scores = query @ np.repeat(key, groups, axis=1).swapaxes(-1, -2)
+        scores = query @ np.repeat(key, groups, axis=1).swapaxes(-1, -2) + mask
         if attention.norm_op == self._trt.AttentionNormalizationOp.SOFTMAX:
-            scores = np.where(mask, scores, np.float32(-np.inf))
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
             scores /= scores.sum(axis=-1, keepdims=True)
-        else:
-            scores = np.where(mask, scores, np.float32(0))
         return scores @ np.repeat(value, groups, axis=1)
 
     def _dist_collective(self, layer: Any, operands: Sequence[Array]) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
@@ -46,16 +47,22 @@ class WrittenNetwork:
     network: RankNetwork
 
 
+def open_request(checkpoint: Path, shape: NetworkShape) -> tuple[TensorRT, BuildRequest, TensorSource]:
+    """What a build takes, for compute capability 8.9."""
+    opened = open_checkpoint(checkpoint)
+    model = find_model(opened.config)
+    request = BuildRequest(model, model.read_config(opened.config), shape, ("8.9",))
+    return load_tensorrt(), request, opened.source
+
+
 def write_rank_network(checkpoint: Path, topology: Topology, shape: NetworkShape) -> WrittenNetwork:
     """The network of one rank of a checkpoint."""
-    library = load_tensorrt()
+    library, request, source = open_request(checkpoint, shape)
     builder = library.module.Builder(library.logger(lambda severity, message: None))
-    with open_checkpoint(checkpoint) as opened:
-        model = find_model(opened.config)
-        request = BuildRequest(model, model.read_config(opened.config), shape, ("8.9",))
-        weights = load_shard(request, opened.source, topology)
+    weights = load_shard(request, source, topology)
     graph = Graph(library, library.create_network(builder))
-    return WrittenNetwork(library, builder, request, write_network(graph, model, request.config, weights, topology, shape))
+    network = write_network(graph, request.model, request.config, weights, topology, shape)
+    return WrittenNetwork(library, builder, request, network)
 
 
 class InterpretedSession:

@@ -1,0 +1,134 @@
+"""Engines build with the real TensorRT for RTX on a machine without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+
+from launch import build
+
+from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+FAMILIES = ("llama-bfloat16", "gpt2-float16", "gemma-wide-heads-bfloat16", "demo")
+LAYOUTS = tuple(itertools.product((1, 2, 4), (1, 2)))
+DTYPES = ("float16", "bfloat16")
+TARGETS = ("8.0", "8.9", "12.0")
+SIZES = ("--max-num-seqs", "4", "--max-model-len", "64")
+
+
+@pytest.fixture
+def run_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+    """Runs ``launch.build`` on a case (``demo`` = the demo checkpoint); returns the engines that it printed."""
+    monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(case: str, *arguments: str, output: str = "engines") -> list[Path]:
+        model = []
+        if case != "demo":
+            model = ["--model", str(write_checkpoint(CASES_BY_NAME[case], tmp_path / case))]
+        assert build.main([*model, "--output", str(tmp_path / output), *SIZES, *arguments]) == 0
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def _build_matrix_cell(run_build: Callable[..., list[Path]], case: str, tp: int, pp: int, dtype: str, target: str) -> None:
+    engines = run_build(
+        case, "--tp", str(tp), "--pp", str(pp), "--dtype", dtype, "--target-compute-capability", target
+    )  # fmt: skip
+    assert [engine.name for engine in engines] == [
+        f"{case}_{dtype}_tp{tp}_pp{pp}_rank{rank}.engine" for rank in range(tp * pp)
+    ]
+    for engine in engines:
+        assert engine.stat().st_size > 100_000
+    config = json.loads((engines[0].parent / "config.json").read_text())
+    assert config["target_compute_capabilities"] == [target]
+    assert (config["dtype"], config["tensor_parallel_size"], config["pipeline_parallel_size"]) == (dtype, tp, pp)
+
+
+@pytest.mark.parametrize(
+    ("case", "tp", "pp", "dtype", "target"),
+    [
+        ("llama-bfloat16", 2, 1, "bfloat16", "8.0"),
+        ("llama-bfloat16", 1, 1, "float16", "12.0"),
+        ("gpt2-float16", 2, 1, "float16", "8.9"),
+        ("gpt2-float16", 1, 2, "bfloat16", "8.0"),
+        ("gemma-wide-heads-bfloat16", 1, 2, "float16", "8.9"),
+        ("gemma-wide-heads-bfloat16", 2, 1, "bfloat16", "12.0"),
+        ("demo", 2, 2, "bfloat16", "8.9"),
+    ],
+)
+def test_engines_build_without_a_gpu(
+    run_build: Callable[..., list[Path]], case: str, tp: int, pp: int, dtype: str, target: str
+) -> None:
+    _build_matrix_cell(run_build, case, tp, pp, dtype, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "layout", "dtype", "target"), list(itertools.product(FAMILIES, LAYOUTS, DTYPES, TARGETS))
+)
+def test_every_family_layout_dtype_and_target_builds(
+    run_build: Callable[..., list[Path]], case: str, layout: tuple[int, int], dtype: str, target: str
+) -> None:
+    _build_matrix_cell(run_build, case, *layout, dtype, target)
+
+
+def test_one_engine_serves_several_compute_capabilities(run_build: Callable[..., list[Path]]) -> None:
+    (several,) = run_build("gpt2-float16", "--target-compute-capability", "8.0,8.9", output="several")
+    (one,) = run_build("gpt2-float16", "--target-compute-capability", "8.0", output="one")
+    assert several.stat().st_size > one.stat().st_size
+    config = json.loads((several.parent / "config.json").read_text())
+    assert config["target_compute_capabilities"] == ["8.0", "8.9"]
+
+
+def test_one_rank_can_be_built_alone_beside_the_others(run_build: Callable[..., list[Path]]) -> None:
+    target = ("--tp", "2", "--target-compute-capability", "8.9")
+    (second,) = run_build("gpt2-float16", *target, "--rank", "1")
+    key = json.loads((second.parent / "config.json").read_text())["key"]
+    assert [path.name for path in second.parent.glob("*.engine")] == ["gpt2-float16_float16_tp2_pp1_rank1.engine"]
+    run_build("gpt2-float16", *target, "--rank", "0")
+    assert len(list(second.parent.glob("*.engine"))) == 2
+    assert json.loads((second.parent / "config.json").read_text())["key"] == key
+
+
+def test_dummy_weights_need_no_checkpoint_but_a_config(run_build: Callable[..., list[Path]], tmp_path: Path) -> None:
+    run_build("llama-plain", "--load-format", "dummy", "--dtype", "float16", "--target-compute-capability", "8.6")
+    (tmp_path / "llama-plain" / "model.safetensors").unlink()
+    engines = build.main(
+        ["--model", str(tmp_path / "llama-plain"), "--load-format", "dummy", "--output", str(tmp_path / "dummy"),
+         *SIZES, "--dtype", "float16", "--target-compute-capability", "8.6"]
+    )  # fmt: skip
+    assert engines == 0
+
+
+def test_timing_cache_and_nothing_partial_is_left_behind(run_build: Callable[..., list[Path]]) -> None:
+    (engine,) = run_build("gpt2-float16", "--target-compute-capability", "8.9")
+    names = sorted(path.name for path in engine.parent.iterdir())
+    assert names == ["config.json", "gpt2-float16_float16_tp1_pp1_rank0.engine", "model.cache"]
+    assert (engine.parent / "model.cache").stat().st_size > 0
+
+
+def test_build_reports_progress_of_the_library(tmp_path: Path) -> None:
+    from phalanx.parallel.topology import Layout, Topology
+    from phalanx.runtime.executors.trt_builder import build_engine
+    from phalanx.runtime.executors.trt_network import NetworkShape
+
+    from .networks import open_request
+
+    seen: list[tuple[str, int, int]] = []
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    library, request, source = open_request(path, NetworkShape("float16", 2, 32, 16))
+    report = build_engine(
+        library, request, source, Topology(Layout()), tmp_path / "engine", tmp_path / "cache",
+        lambda *step: seen.append(step),
+    )  # fmt: skip
+    assert any(phase == "Building engine" and step == num_steps > 0 for phase, step, num_steps in seen)
+    assert report.engine_bytes == (tmp_path / "engine").stat().st_size
+    assert report.shard_bytes > 0
+    assert report.peak_bytes > report.shard_bytes
