@@ -9,17 +9,15 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.server.api_error import ApiError, unavailable
 from phalanx.runtime.server.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.http import error_response
 
-__all__ = ["Gate", "read_api_keys"]
+__all__ = ["Gate"]
 
 _LOG = logging.getLogger("phalanx.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -83,24 +81,6 @@ class Gate:
             return False
         matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._api_keys]
         return any(matches)
-
-
-def read_api_keys(path: str | None) -> tuple[bytes, ...]:
-    """One key per line; empty lines and ``#`` comments do not count.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no key.
-    """
-    if path is None:
-        return ()
-    try:
-        lines = [line.strip() for line in Path(path).read_bytes().splitlines()]
-    except OSError as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}; check the path") from None
-    keys = tuple(line for line in lines if line and not line.startswith(b"#"))
-    if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key; write one per line")
-    return keys
 
 
 def _request_id(headers: Headers) -> str:

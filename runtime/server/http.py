@@ -42,7 +42,7 @@ async def read_body(request: Request, settings: FrontendSettings) -> bytes:
         ClientGone: the connection closed before its end.
     """
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > settings.max_body_bytes:
+    if declared.isdigit() and int(declared) > 2 * settings.max_body_bytes:
         raise _too_large(settings)
     try:
         async with asyncio.timeout(settings.body_timeout_seconds):
@@ -56,19 +56,24 @@ async def read_body(request: Request, settings: FrontendSettings) -> bytes:
 
 
 async def _read_chunks(receive: Receive, settings: FrontendSettings) -> bytes:
+    """A body somewhat over the limit is read to its end, so that the client is there to see the refusal."""
     chunks: list[bytes] = []
-    num_bytes = 0
-    while True:
+    num_bytes = num_chunks = 0
+    more = True
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        chunk = message.get("body", b"")
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         num_bytes += len(chunk)
-        chunks.append(chunk)
-        if num_bytes > settings.max_body_bytes or len(chunks) > settings.max_body_chunks:
-            raise _too_large(settings)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+        num_chunks += 1
+        if max(num_bytes / settings.max_body_bytes, num_chunks / settings.max_body_chunks) > 2:
+            break
+        if num_bytes <= settings.max_body_bytes and num_chunks <= settings.max_body_chunks:
+            chunks.append(chunk)
+    if num_bytes > settings.max_body_bytes or num_chunks > settings.max_body_chunks:
+        raise _too_large(settings)
+    return b"".join(chunks)
 
 
 def _too_large(settings: FrontendSettings) -> ApiError:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.runtime.server.api_keys import read_api_keys
 from phalanx.runtime.server.messages import Bound, FrontendRefused, ModelInfo, encode_frame
 from phalanx.runtime.server.settings import FrontendSettings
 
@@ -37,14 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     try:
-        listener = bind(settings)
-        channel.sendall(encode_frame(Bound(listener.getsockname()[1])))
-        from phalanx.runtime.server.gate import read_api_keys
-
         api_keys = read_api_keys(settings.api_key_file)
+        listener = bind(settings)
     except ConfigError as error:
         channel.sendall(encode_frame(FrontendRefused(str(error))))
         return 2
+    channel.sendall(encode_frame(Bound(listener.getsockname()[1])))
     asyncio.run(_serve(settings, api_keys, listener, channel))
     return 0
 

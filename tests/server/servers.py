@@ -25,19 +25,28 @@ class Server:
         self.process = process
         self.url = ""
         self.lines: list[str] = []
+        self.connections: list[http.client.HTTPConnection] = []
+        self.streams: list[http.client.HTTPResponse] = []
         self._closed = False
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def wait_for(self, word: str) -> str:
-        """Wait for a line that starts with ``word``; its second word, which is the URL where there is one."""
+    def wait_for(self, word: str, count: int = 1) -> str:
+        """Wait for ``count`` lines that start with ``word``; the last of them."""
         with self._news:
-            self._news.wait_for(lambda: self._find(word) or self._closed, EXIT_SECONDS)
-        line = self._find(word)
-        assert line, f"no {word} in {''.join(self.lines)!r}"
-        self.url = line.split()[1]
-        return self.url
+            self._news.wait_for(lambda: len(self._find(word)) >= count or self._closed, EXIT_SECONDS)
+        found = self._find(word)
+        assert len(found) >= count, f"{len(found)} x {word} in {''.join(self.lines)!r}"
+        if " http" in found[-1]:
+            self.url = found[-1].split()[1]
+        return found[-1]
+
+    def lines_with(self, text: str) -> list[str]:
+        """Lines so far that contain ``text``, after waiting for the first of them."""
+        with self._news:
+            self._news.wait_for(lambda: any(text in line for line in self.lines) or self._closed, EXIT_SECONDS)
+        return [line for line in self.lines if text in line]
 
     def wait(self) -> tuple[int, str]:
         """Exit status and all of standard error."""
@@ -45,8 +54,8 @@ class Server:
         self._reader.join(EXIT_SECONDS)
         return status, "".join(self.lines)
 
-    def _find(self, word: str) -> str | None:
-        return next((line for line in self.lines if line.startswith(word)), None)
+    def _find(self, word: str) -> list[str]:
+        return [line for line in self.lines if line.startswith(word)]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -64,10 +73,12 @@ class Server:
         return self.wait()
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection of its own."""
+        """A connection of its own, closed at the latest with the server."""
         address = urlsplit(self.url)
         assert address.hostname is not None
-        return http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+        self.connections.append(connection)
+        return connection
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         """One request on a connection of its own; ``body`` is sent as JSON unless it is bytes."""
@@ -85,6 +96,22 @@ class Server:
     def post(self, path: str, body: Any, **headers: str) -> Answer:
         """``POST``."""
         return self.request("POST", path, body, headers)
+
+    def open_stream(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+        """A stream of which the first event has arrived; close it to leave."""
+        connection = self.connect()
+        connection.request("POST", path, json.dumps({**body, "stream": True}), {"Connection": "close"})
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.readline().startswith(b"data: ")
+        self.streams.append(response)
+        return response
+
+    def http_process(self) -> int:
+        """Process id of the HTTP process, the only child of a stub server."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1
+        return int(children[0])
 
     def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         """All events of a stream, which must end with ``[DONE]``."""
@@ -137,6 +164,8 @@ def start(command: list[str]) -> Iterator[Server]:
     try:
         yield server
     finally:
+        for item in (*server.streams, *server.connections):
+            item.close()
         if process.poll() is None:
             process.kill()
         server.wait()

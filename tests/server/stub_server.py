@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -70,7 +71,7 @@ class StubEngine:
 
     def cancel(self, request_id: str) -> None:
         if self._open.pop(request_id, None) is not None:
-            print(f"cancelled {request_id}", flush=True)
+            say(f"CANCELLED {request_id}")
             self._news.append(TokenDelta(request_id, finish_reason="cancelled"))
 
     def step_batches(self) -> list[DeltaBatch]:
@@ -149,14 +150,13 @@ def main() -> int:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stderr.write(f"BOUND {url}\n")
-    sys.stderr.flush()
+    say(f"BOUND {url}")
     time.sleep(options.start_seconds)
     bridge = EngineBridge(StubEngine(options), frontend.channel)
     _drain_on_signal(bridge)
     model = ModelInfo(options.directory, options.vocab_size, options.max_model_len, options.max_open_requests)
     try:
-        bridge.run(model, lambda: _say_ready(url))
+        bridge.run(model, lambda: say(f"READY {url}"))
     except Exception as error:
         frontend.abandon(f"{type(error).__name__}: {error}")
         raise
@@ -165,13 +165,11 @@ def main() -> int:
 
 
 def _drain_on_signal(bridge: EngineBridge) -> None:
-    import signal
-
     signal.signal(signal.SIGTERM, lambda *_: bridge.request_drain())
 
 
-def _say_ready(url: str) -> None:
-    sys.stderr.write(f"READY {url}\n")
+def say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 

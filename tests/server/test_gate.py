@@ -1,0 +1,118 @@
+"""What every request passes: keys, request ids, the state of the server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.server.api_keys import read_api_keys
+from phalanx.runtime.server.settings import FrontendSettings
+
+from .servers import Server, start, stub_server
+
+ROUTES = {
+    "/ready": "GET",
+    "/version": "GET",
+    "/metrics": "GET",
+    "/v1/models": "GET",
+    "/v1/models/stub": "GET",
+    "/v1/completions": "POST",
+    "/v1/chat/completions": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/tokenizer_info": "GET",
+    "/nothing": "GET",
+}
+
+
+@pytest.fixture(scope="module")
+def locked(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("# our two teams\nfirst-secret\n\n  second-secret  \n")
+    with stub_server(model_directory, {"api_key_file": str(keys), "model_names": ["stub"]}) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("path", "method"), ROUTES.items())
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Bearer first", "Basic first-secret", "first-secret"]
+)
+def test_every_route_needs_a_key(locked: Server, path: str, method: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    answer = locked.request(method, path, headers=headers)
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_health_needs_no_key(locked: Server) -> None:
+    assert locked.get("/health").status == 200
+
+
+@pytest.mark.parametrize("key", ["first-secret", "second-secret"])
+def test_each_key_opens_the_server(locked: Server, key: str) -> None:
+    assert locked.get("/v1/models", Authorization=f"Bearer {key}").status == 200
+    answer = locked.post("/v1/completions", {"prompt": "a"}, Authorization=f"Bearer {key}")
+    assert answer.status == 200
+
+
+def test_comments_in_the_key_file_are_no_keys(locked: Server) -> None:
+    assert locked.get("/v1/models", Authorization="Bearer # our two teams").status == 401
+
+
+def test_keys_and_prompts_are_not_logged(locked: Server) -> None:
+    body = {"prompt": "canary prompt", "max_tokens": 1}
+    answer = locked.post("/v1/completions", body, Authorization="Bearer first-secret", **{"X-Request-Id": "canary-id"})
+    assert answer.status == 200
+    assert any("canary-id POST /v1/completions 200" in line for line in locked.lines_with("canary-id"))
+    assert not any("canary prompt" in line or "secret" in line for line in locked.lines)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n", "# only a comment\n"])
+def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match="--api-key-file"):
+        read_api_keys(str(file))
+
+
+def test_a_missing_key_file_ends_the_server(model_directory: Path) -> None:
+    with stub_server(model_directory, {"api_key_file": "/nowhere"}, wait_for="") as server:
+        status, errors = server.wait()
+    assert status == 2
+    assert errors == "--api-key-file /nowhere cannot be read: No such file or directory; check the path\n"
+
+
+@pytest.mark.parametrize("given", ["abc-1.2:3_4", "x" * 128])
+def test_a_request_id_is_echoed(server: Server, given: str) -> None:
+    assert server.get("/version", **{"X-Request-Id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "http://host/", "a b", "a\tb", "é"])
+def test_a_request_id_that_is_none_is_replaced(server: Server, given: str) -> None:
+    answer = server.get("/version", **{"X-Request-Id": given})
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_other_machines_need_a_key_or_a_word(host: str) -> None:
+    with pytest.raises(ConfigError, match="--insecure"):
+        FrontendSettings(host=host)
+    assert FrontendSettings(host=host, insecure=True).host == host
+    assert FrontendSettings(host=host, api_key_file="keys").host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.3.2.1"])
+def test_this_machine_needs_none(host: str) -> None:
+    assert FrontendSettings(host=host).host == host
+
+
+def test_help_needs_no_server() -> None:
+    import sys
+
+    with start([sys.executable, "-m", "launch.serve", "--help"]) as server:
+        assert server.wait()[0] == 0
