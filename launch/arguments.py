@@ -63,6 +63,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--engine", choices=("auto", "numpy", "cuda", "tensorrt"), default="auto")
+    group.add_argument("--engine-dir", type=Path, metavar="DIR",
+                       help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output")
     group.add_argument("--seed", type=int, default=0)
 
@@ -82,7 +84,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keyword arguments of `phalanx.runtime.llm.LLM` (less the model)."""
     names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-             "num_kv_blocks", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
+             "num_kv_blocks", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)
     return {

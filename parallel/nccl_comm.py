@@ -128,6 +128,12 @@ class NcclCommunicator:
             "uint8": nccl.NCCL_UINT8,
         }
 
+    @property
+    def handle(self) -> int:
+        """Address of the ``ncclComm_t``, for a library that calls NCCL itself (TensorRT)."""
+        address: int = self._comm.comm
+        return address
+
     def all_reduce(self, array: DeviceArray) -> DeviceArray:
         """Sum over ranks, in place. *Collective.*"""
         pointer, count, dtype = self._operand(array)

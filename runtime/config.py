@@ -7,6 +7,7 @@ ignored. `EngineConfig` holds what the operator chooses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from phalanx.parallel.errors import ConfigError
@@ -99,6 +100,7 @@ class EngineConfig:
         max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
+        engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.
         prefix_caching: share blocks between requests with equal beginnings.
         seed: for random weights and for requests that bring no seed.
 
@@ -115,6 +117,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     num_kv_blocks: int | None = None
+    engine_dir: Path | None = None
     gpu_memory_utilization: float = 0.90
     prefix_caching: bool = True
     max_queued_requests: int = 1024
