@@ -12,8 +12,11 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionDType, AttentionLimits
+from phalanx.kernels.compiler import cache_directory
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays
+from phalanx.kernels.tuning import GemmTimings, timings_path
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
@@ -26,7 +29,7 @@ from phalanx.runtime.executors.cuda_cache import CacheLayout, CudaAttention
 from phalanx.runtime.executors.cuda_executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
 from phalanx.runtime.executors.cuda_graphs import StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype
-from phalanx.runtime.executors.cuda_ops import CudaOps, Gemm
+from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_sampler import GATHERED_ROWS, CudaSampler
 from phalanx.runtime.executors.cuda_stage import PROMPT_ROWS, CudaStage
@@ -221,4 +224,12 @@ def _num_blocks(rank: _Rank, comm: Communicator) -> int:
 
 
 def _gemm(library: KernelLibrary) -> Gemm:
-    raise NotImplementedError
+    """Matrix products, by what was fastest when this kind of GPU was tuned with this cuBLASLt."""
+    import cupy
+
+    runtime, workspace = cupy.cuda.runtime, cupy.empty(WORKSPACE_BYTES, np.uint8)
+    device_name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+    untuned = Gemm(library, workspace, GemmTimings(None))
+    path = timings_path(cache_directory(), device_name, untuned.cublaslt.version)
+    untuned.close()
+    return Gemm(library, workspace, GemmTimings(path))

@@ -7,11 +7,11 @@ the whole of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
+from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.rows import add_bias, gather_rows
@@ -24,7 +24,7 @@ from phalanx.runtime.executors.cuda_cache import CudaAttention
 from phalanx.runtime.executors.cuda_memory import DeviceArray
 from phalanx.runtime.ops import AttentionSpec, Ops
 
-__all__ = ["CudaOps", "Gemm"]
+__all__ = ["CudaOps"]
 
 _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "silu": "silu",
@@ -32,12 +32,6 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "gelu": "gelu_erf",
     "relu": "relu",
 }
-
-
-class Gemm(Protocol):
-    """Matrix products: ``out = x @ weight.T + bias``; x ``[T, in]``, weight ``[out, in]``, bias ``[out]`` or None."""
-
-    def __call__(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray, bias: DeviceArray | None) -> None: ...
 
 
 class CudaOps(Ops[DeviceArray]):

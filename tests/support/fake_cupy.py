@@ -9,7 +9,6 @@ import ctypes
 import sys
 import threading
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +138,14 @@ class OneAtATime:
 
     def __init__(self, library: EmulatedLibrary) -> None:
         self._library, self._lock = library, threading.Lock()
-        self.num_multiprocessors = library.num_multiprocessors
 
-    def function(self, source: str, name: str, shared_bytes: int = 0, **defines: str | int | float) -> Any:
-        def launch(
-            grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared_mem: int = 0
-        ) -> None:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def function(self, *names: Any, **defines: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
             with self._lock:
-                self._library.function(source, name, shared_bytes, **defines)(grid, block, args, shared_mem)
+                self._library.function(*names, **defines)(*arguments, **options)
 
         return launch
 

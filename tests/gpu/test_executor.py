@@ -1,0 +1,132 @@
+"""The CUDA executor on a GPU against the NumPy engine: tokens, log-probabilities, capture, chunks, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+_LLAMA, _GPT2, _GEMMA = (CASES_BY_NAME[name].config for name in ("llama-plain", "gpt2-plain", "gemma-one-kv-head"))
+CASES = {
+    "llama": {**_LLAMA, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+    "llama-128": {**_LLAMA, "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128},
+    "gpt2": {**_GPT2, "n_embd": 256, "n_head": 4},
+    "gemma": {**_GEMMA, "hidden_size": 256, "head_dim": 256, "vocab_size": 1009},
+}
+TOLERANCES = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 0.15}
+"""Largest error of a log-probability: a few roundings of logits of up to 16 in the storage type."""
+
+PROMPT_LENGTHS = (1, 2, 17, 40, 33, 5, 64, 90)
+
+
+def checkpoint(name: str, dtype: str, directory: Path) -> Path:
+    return write_checkpoint(CheckpointCase(name, {**CASES[name], "torch_dtype": dtype}, dtype), directory)
+
+
+def prompts(vocab_size: int) -> list[tuple[int, ...]]:
+    random = np.random.default_rng(5)
+    return [tuple(random.integers(3, vocab_size, length).tolist()) for length in PROMPT_LENGTHS]
+
+
+def generate(
+    directory: Path, requests: list[tuple[int, ...]], params: SamplingParams, engine: str = "cuda", **options: object
+) -> list[RequestOutput]:
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "num_kv_blocks": 200, "block_size": 16, **options}
+    with LLM(directory, engine=engine, **sizes) as llm:
+        return llm.generate(requests, params)
+
+
+def tokens(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_prompt_logprobs_equal_the_numpy_engines(name: str, dtype: str, tmp_path: Path) -> None:
+    directory = checkpoint(name, dtype, tmp_path)
+    requests = prompts(CASES[name]["vocab_size"])
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    expected = generate(directory, requests, params, engine="numpy")
+    outputs = generate(directory, requests, params)
+    for output, reference in zip(outputs, expected, strict=True):
+        error = np.abs(_values(output) - _values(reference))
+        assert error.max(initial=0.0) < TOLERANCES[dtype], error.max()
+
+
+def _values(output: RequestOutput) -> np.ndarray:
+    scored: Sequence[Logprob | None] = output.prompt_logprobs or ()
+    return np.array([entry.logprob for entry in scored[1:] if entry is not None])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_continuations_equal_the_numpy_engines_in_float32(name: str, tmp_path: Path) -> None:
+    directory = checkpoint(name, "float32", tmp_path)
+    requests = prompts(CASES[name]["vocab_size"])
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    assert tokens(generate(directory, requests, params)) == tokens(
+        generate(directory, requests, params, engine="numpy")
+    )
+
+
+def test_sampled_continuations_equal_the_numpy_engines_in_float32(tmp_path: Path) -> None:
+    directory = checkpoint("llama", "float32", tmp_path)
+    requests = prompts(101)
+    for params in (
+        SamplingParams(max_tokens=30, temperature=0.9, seed=3, ignore_eos=True),
+        SamplingParams(max_tokens=30, temperature=1.1, seed=4, top_k=20, top_p=0.9, min_p=0.01, ignore_eos=True),
+    ):
+        expected = generate(directory, requests, params, engine="numpy")
+        assert tokens(generate(directory, requests, params)) == tokens(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replayed_graphs_and_eager_steps_give_the_same_tokens(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phalanx.runtime.executors.cuda_graphs import GraphCache
+
+    directory = checkpoint("llama", dtype, tmp_path)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=2)
+    captured = generate(directory, prompts(101) * 2, params)
+    monkeypatch.setattr(GraphCache, "_capture", lambda *_: False)
+    eager = generate(directory, prompts(101) * 2, params)
+    assert tokens(captured) == tokens(eager)
+    assert [output.logprobs for output in captured] == [output.logprobs for output in eager]
+
+
+def test_prompts_in_chunks_give_the_same_tokens_as_whole(tmp_path: Path) -> None:
+    directory = checkpoint("gemma", "float32", tmp_path)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    whole = generate(directory, prompts(1009), params, max_num_batched_tokens=512)
+    chunked = generate(directory, prompts(1009), params, max_num_batched_tokens=24)
+    assert tokens(whole) == tokens(chunked)
+
+
+def test_dummy_weights_equal_the_hosts(tmp_path: Path) -> None:
+    directory = checkpoint("llama", "bfloat16", tmp_path)
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+    on_host = generate(directory, prompts(101), params, engine="numpy", load_format="dummy", seed=9)
+    on_device = generate(directory, prompts(101), params, load_format="dummy", seed=9)
+    for output, reference in zip(on_device, on_host, strict=True):
+        assert np.abs(_values(output) - _values(reference)).max(initial=0.0) < TOLERANCES["bfloat16"]
+
+
+def test_memory_returns_when_an_engine_closes(tmp_path: Path) -> None:
+    import cupy
+
+    directory = checkpoint("llama", "bfloat16", tmp_path)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    free = []
+    for _ in range(3):
+        generate(directory, prompts(101), params, num_kv_blocks=4000)
+        cupy.get_default_memory_pool().free_all_blocks()
+        free.append(cupy.cuda.runtime.memGetInfo()[0])
+    assert free[2] >= free[1] - (8 << 20), free
