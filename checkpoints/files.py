@@ -56,8 +56,11 @@ class ModelDirectory:
         return os.path.lexists(self.root / name)
 
     def names(self, suffix: str) -> list[str]:
-        """Names that end in ``suffix``, sorted."""
-        return sorted(name for name in os.listdir(self.root) if name.endswith(suffix))
+        """Names that end in ``suffix``, sorted. Raises `CheckpointError` where the directory may not be listed."""
+        try:
+            return sorted(name for name in os.listdir(self.root) if name.endswith(suffix))
+        except OSError as error:
+            raise CheckpointError(f"cannot list model directory {str(self.path)!r}: {error.strerror}") from None
 
     def check_size(self, name: str, num_bytes: int) -> None:
         """Raise `CheckpointError` unless the file ``name`` has exactly ``num_bytes``."""

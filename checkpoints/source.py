@@ -57,7 +57,8 @@ class TensorSource(Protocol):
         """Read one slice, and nothing else, in the stored format (ml_dtypes types for BF16 and FP8).
 
         The result is C-contiguous and the caller's: it aliases the beginning of ``buffer`` where one is given (at least
-        as many bytes as the slice has), else it is fresh memory. Sources keep no reference to either.
+        as many bytes as the slice has), else it is fresh memory. Sources keep no reference to either, and several
+        threads may read at once.
 
         Raises:
             CheckpointError: the file is damaged, or changed since it was opened.

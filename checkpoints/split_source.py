@@ -7,6 +7,7 @@ byte that is used was verified: before a piece is read from, the chunks that hol
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class SplitSource:
         verify_coverage(self.manifest)
         self._directory = directory
         self._files: dict[int, SafetensorsFile] = {}
+        self._opening = threading.Lock()
         self._homes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], _Home]] = {
             name: {} for name in self.manifest.sources
         }
@@ -97,11 +99,12 @@ class SplitSource:
         assert not remaining, "verify_coverage holds"
 
     def _file(self, entry: RankFile) -> SafetensorsFile:
-        if entry.rank not in self._files:
-            file = SafetensorsFile(self._directory, entry.file)
-            self._files[entry.rank] = file
-            _check_agreement(file, entry)
-        return self._files[entry.rank]
+        with self._opening:
+            if entry.rank not in self._files:
+                file = SafetensorsFile(self._directory, entry.file)
+                self._files[entry.rank] = file
+                _check_agreement(file, entry)
+            return self._files[entry.rank]
 
     def _verify(self, home: _Home, part: Index) -> None:
         """Check the chunks between the first and the last byte of ``part`` that were not checked before."""

@@ -167,7 +167,7 @@ def test_tensor_in_a_file_but_not_in_the_index(model: Path) -> None:
 
 def test_tensor_in_two_files(model: Path) -> None:
     (model / SHARDS[1]).write_bytes(file_bytes({"b": entry(0, 16), "a": entry(16, 32)}, 32))
-    with pytest.raises(CheckpointError, match="'a' is in .*00001.* and in .*00002"):
+    with pytest.raises(CheckpointError, match=r"'a' is in .*00001.* and in .*00002"):
         open_checkpoint(model)
 
 

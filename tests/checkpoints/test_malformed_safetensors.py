@@ -6,12 +6,16 @@ import json
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phalanx.checkpoints.directory import DirectorySource
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 from tests.checkpoints.safetensors_bytes import GOOD_HEADER, entry, file_bytes
@@ -122,11 +126,34 @@ def test_header_over_the_limit_is_not_even_read(tmp_path: Path) -> None:
         DirectorySource(ModelDirectory.at(tmp_path))
 
 
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
+    cut=st.integers(0, 60),
+)
+def test_damaged_bytes_load_as_a_consistent_file_or_are_refused(edits: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(file_bytes(GOOD_HEADER))
+    for position, byte in edits:
+        data[position % len(data)] = byte
+    data = data[: len(data) - cut]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.safetensors").write_bytes(data)
+        try:
+            source = DirectorySource(ModelDirectory.at(Path(folder)))
+        except CheckpointError:
+            return
+        for name in source.names():
+            info = source.info(name)
+            if info.dtype in FLOAT_DTYPES:
+                assert source.read(name, info.whole).shape == info.shape
+        source.close()
+
+
 _PROBE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from phalanx.checkpoints.directory import DirectorySource
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,17 @@ def assert_nothing_loads(directory: Path, but: str) -> None:
 
 
 def test_killed_at_any_system_call_it_leaves_nothing_that_loads(tmp_path: Path) -> None:
-    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    case = CASES_BY_NAME["gpt2-plain"]
+    path = write_checkpoint(replace(case, config=case.config | {"n_layer": 1}), tmp_path / "model")
     (path / "tokenizer.json").write_text("{}")
     stored = read_all(path)
     number = 0
-    while run_until_call(number, lambda: split(path, tmp_path / "s", 2, 2)):
+    while run_until_call(number, lambda: split(path, tmp_path / "s", 2, 1)):
         if (tmp_path / "s").exists():  # killed after the rename: then it is complete
             break
         assert_nothing_loads(tmp_path, but="model")
         number += 1
-    assert number > 100
+    assert number > 40
     assert {file.name for file in tmp_path.iterdir()} == {"model", "s"}
     for name, values in read_all(tmp_path / "s").items():
         assert values.tobytes() == stored[name].tobytes()

@@ -1,0 +1,141 @@
+"""``launch.plan``: exact bytes, from ``config.json`` alone, without NumPy, MPI or a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.launch.plan import main
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.sharding import stage_layers
+from phalanx.runtime.models import find_model
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama_3_8b(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    return tmp_path
+
+
+def plan(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["--model", str(path), "--json", *arguments]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_llama_3_8b_on_one_gpu_by_hand(llama_3_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = plan(capsys, llama_3_8b, "--gpu-memory-gib", "80")
+    (rank,) = result["ranks"]
+    assert rank["weights"] == {
+        "embedding": 128256 * 4096 * 2,
+        "attention": 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096) * 2,
+        "mlp": 32 * 3 * 4096 * 14336 * 2,
+        "norms": 65 * 4096 * 2,
+        "head": 128256 * 4096 * 2,
+    }
+    assert rank["weight_bytes"] == 2 * 8_030_261_248  # the published number of parameters
+    assert rank["kv_block_bytes"] == 2 * 32 * 8 * 128 * 16 * 2
+    left = int(80 * 2**30 * 0.9) - 2**30 - rank["weight_bytes"] - rank["workspace_bytes"]
+    assert result["kv_blocks"] == left // rank["kv_block_bytes"]
+    assert result["full_length_sequences"] == result["kv_blocks"] // 512
+    assert result["kv_tokens"] == result["kv_blocks"] * 16
+    assert result["fits"] is True
+
+
+@pytest.mark.parametrize("name", ["llama-one-kv-head-tied", "gpt2-untied-odd-width", "gemma-several-kv-heads"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (1, 3)])
+def test_weights_are_exactly_what_a_rank_loads(
+    name: str, tp: int, pp: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_checkpoint(CASES_BY_NAME[name], tmp_path)
+    result = plan(capsys, path, "--tp", str(tp), "--pp", str(pp), "--dtype", "float32")
+    model = find_model(CASES_BY_NAME[name].config)
+    config = model.read_config(CASES_BY_NAME[name].config)
+    for rank in result["ranks"]:
+        stage = rank["rank"] // tp
+        layers = stage_layers(config.num_layers, pp)[stage]
+        assert rank["layers"] == [layers.start, layers.stop]
+        sink = NumpySink()
+        with open_checkpoint(path) as checkpoint:
+            specs = model.weights(config, layers, stage == 0, stage == pp - 1)
+            load_weights(checkpoint.source, specs, rank["tp_rank"], tp, sink, all_specs=model.weights(config))
+        held = {id(array): array.nbytes for array in sink.weights.values()}
+        assert rank["weight_bytes"] == sum(held.values()) == sum(rank["weights"].values())
+
+
+def test_more_memory_fits_more_and_too_little_says_what_to_do(
+    llama_3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = [plan(capsys, llama_3_8b, "--gpu-memory-gib", size)["kv_blocks"] for size in ("16", "24", "48", "80")]
+    assert blocks[0] == 0
+    assert 0 < blocks[1] < blocks[2] < blocks[3]
+    assert main(["--model", str(llama_3_8b), "--gpu-memory-gib", "16"]) == 0
+    assert "use more tp or pp" in capsys.readouterr().out
+
+
+def test_smallest_gpu_is_the_smallest_that_fits(llama_3_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smallest = plan(capsys, llama_3_8b)["smallest_gpu_bytes"] / 2**30
+    for size, fits in ((smallest + 1e-6, True), (smallest - 1e-6, False)):
+        assert plan(capsys, llama_3_8b, "--gpu-memory-gib", str(size))["fits"] is fits
+
+
+def test_replicas_serve_as_many_again(llama_3_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (plan(capsys, llama_3_8b, "--gpu-memory-gib", "80", "--dp", dp) for dp in "12")
+    assert two["full_length_sequences"] == 2 * one["full_length_sequences"]
+    assert (two["num_gpus"], len(two["ranks"])) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tp", "3"], "num_kv_heads=8 cannot be shared by tp_size=3"),
+        (["--pp", "33"], "num_layers=32"),
+        (["--max-model-len", "9000"], "8192 positions"),
+        (["--gpu-memory-gib", "0"], "not above 0"),
+        (["--max-num-seqs", "0"], "max-num-seqs=0"),
+    ],
+)
+def test_impossible_plans_are_refused(arguments: list[str], expected: str, llama_3_8b: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        main(["--model", str(llama_3_8b), *arguments])
+
+
+def test_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        main(["--model", str(tmp_path)])
+
+
+def test_table_names_every_rank_and_part(llama_3_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(llama_3_8b), "--tp", "2", "--pp", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:7] == ["rank", "layers", "embedding", "attention", "mlp", "norms", "head"]
+    assert [line.split()[:2] for line in lines[2:6]] == [["0", "0-15"], ["1", "0-15"], ["2", "16-31"], ["3", "16-31"]]
+
+
+def test_it_needs_neither_numpy_nor_mpi(llama_3_8b: Path) -> None:
+    program = (
+        "import sys; from launch.plan import main; main(sys.argv[1:]);"
+        "print([name for name in ('numpy', 'mpi4py', 'cupy') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--model", str(llama_3_8b)],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert result.stdout.splitlines()[-1] == "[]"
