@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from phalanx.runtime.scheduler.batcher import Selection
 from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SequenceTable, SlotArray
 from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, StepPlan
 
@@ -40,26 +40,10 @@ class PlannedStep:
 
 
 def build_plan(
-    step_id: int,
-    table: SequenceTable,
-    decodes: SlotArray,
-    chunks: list[tuple[int, int]],
-    new_blocks: Int32Array,
-    admissions: list[tuple[Any, ...]],
+    step_id: int, table: SequenceTable, selection: Selection, new_blocks: Int32Array
 ) -> tuple[StepPlan, PlannedStep]:
-    """Plan one token of each slot in ``decodes`` and ``count`` tokens of each (slot, count) in ``chunks``.
-
-    Marks them as planned in ``table``.
-    """
-    slots = decodes
-    longer: list[tuple[int, int]] = []
-    if chunks:
-        longer = [(slot, count) for slot, count in chunks if count > 1]
-        singles = [slot for slot, count in chunks if count == 1]
-        slots = np.concatenate((decodes, np.array([*singles, *(slot for slot, _ in longer)], np.intp)))
-    counts = np.ones(len(slots), np.int32)
-    num_singles = len(slots) - len(longer)
-    counts[num_singles:] = [count for _, count in longer]
+    """Write down what to compute, and mark it as planned in ``table``."""
+    slots, counts, num_singles = _in_order(selection)
     starts = table.num_computed[slots]
     samples = _sampling(table, slots, starts + counts)
     plan = StepPlan(
@@ -70,12 +54,23 @@ def build_plan(
         samples,
         _input_tokens(table, slots, starts, counts, num_singles),
         new_blocks,
-        np.array(admissions, ADMISSION),
+        np.array(selection.admissions, ADMISSION),
     )
     sampling_slots = slots[samples > 0]
     planned = PlannedStep(step_id, sampling_slots, table.epochs[sampling_slots], _add_prompt_rows(table, plan))
     table.mark_planned(slots, counts, sampling_slots)
     return plan, planned
+
+
+def _in_order(selection: Selection) -> tuple[SlotArray, Int32Array, int]:
+    """Slots and counts, those with one token first, and how many those are."""
+    if not selection.chunks:
+        return selection.decodes, np.ones(len(selection.decodes), np.int32), len(selection.decodes)
+    chunks = sorted(selection.chunks, key=lambda chunk: chunk[1] > 1)
+    slots = np.concatenate((selection.decodes, np.array([slot for slot, _ in chunks], np.intp)))
+    counts = np.ones(len(slots), np.int32)
+    counts[len(selection.decodes) :] = [count for _, count in chunks]
+    return slots, counts, int(np.count_nonzero(counts == 1))
 
 
 def _sampling(table: SequenceTable, slots: SlotArray, ends: Int32Array) -> Int32Array:

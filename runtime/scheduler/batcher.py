@@ -1,0 +1,167 @@
+"""Which sequences run and which of them a step computes: admission, preemption, chunks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from phalanx.runtime.kv_cache import CachePlanner
+from phalanx.runtime.scheduler.admission import admission_row
+from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable, SlotArray
+from phalanx.runtime.scheduler.values import SchedulerConfig
+from phalanx.runtime.scheduler.waiting import WaitingQueue
+
+__all__ = ["Batcher", "Selection"]
+
+
+@dataclass(slots=True)
+class Selection:
+    """What a step computes.
+
+    Attributes:
+        decodes: ``[S]`` slots that compute one token.
+        chunks: (slot, tokens) of prompts, and of what is computed again after a preemption.
+        admissions: rows of `ADMISSION` for sequences that start.
+    """
+
+    decodes: SlotArray
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    admissions: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return len(self.decodes) + sum(count for _, count in self.chunks)
+
+
+class Batcher:
+    """The running sequences, those that wait, and the cache blocks that they share out.
+
+    First come, first served: the oldest request is admitted first and preempted last, so that every request ends.
+
+    Attributes:
+        table: running sequences.
+        waiting: the others.
+        num_preemptions, prefix_query_tokens, prefix_hit_tokens: see `SchedulerStats`.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CachePlanner) -> None:
+        self._config = config
+        self._cache = cache
+        self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
+        self.waiting = WaitingQueue()
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    def select(self) -> Selection:
+        """Decodes first, then prompts under way, then new requests, up to the token budget."""
+        preemptions = self.num_preemptions
+        selection = Selection(self._choose_decodes())
+        most_chunks = self._share(self.table.num_running + min(len(self.waiting), self.table.num_free))
+        self._add_chunks(selection, most_chunks)
+        if self.num_preemptions == preemptions:
+            # Not beside a preemption: the blocks that it freed are for those that run, or both would take turns for ever.
+            self._admit(selection, most_chunks)
+        return selection
+
+    def mark_filled(self, chunks: list[tuple[int, int]]) -> None:
+        """Offer the full blocks of planned chunks for sharing.
+
+        To be called when the plan is made, not before: a plan may share what earlier plans compute, never its own.
+        """
+        for slot, _ in chunks:
+            sequence = self.table.sequences[slot]
+            assert sequence is not None
+            self._cache.mark_filled(slot, sequence.keys[: self.table.num_filled(slot) // self._cache.block_size])
+
+    def release(self, sequence: Sequence) -> None:
+        """Free slot and blocks, or the place in the queue; known tokens stay in the cache for later prompts."""
+        slot = sequence.slot
+        if slot < 0:
+            self.waiting.discard(sequence)
+            return
+        filled = self.table.known_tokens(slot)[: self.table.num_filled(slot)]
+        self._cache.extend_keys(sequence.keys, filled)
+        self._cache.release(slot, sequence.keys[: len(filled) // self._cache.block_size])
+        self.table.remove(slot)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Free slot and blocks of a running sequence whose numbers are broken; nobody shares what it left."""
+        self._cache.discard(sequence.slot)
+        self.table.remove(sequence.slot)
+
+    def _choose_decodes(self) -> SlotArray:
+        """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
+        while True:
+            decodes = self._least_recent(np.flatnonzero(self.table.remaining() == 1))
+            if self._cache.extend(decodes, self.table.num_computed[decodes]):
+                return decodes
+            self._preempt(self.table.youngest())
+
+    def _least_recent(self, slots: SlotArray) -> SlotArray:
+        """At most the token budget and a micro-batch's share, those first whose last turn is longest ago."""
+        most = self._config.max_num_batched_tokens
+        if self._config.num_microbatches > 1:
+            most = min(most, self._share(self.table.num_decoding()))
+        if len(slots) <= most:
+            return slots
+        return slots[np.argsort(self.table.last_turns[slots])[:most]]
+
+    def _share(self, num_seqs: int) -> int:
+        """Sequences of one micro-batch, so that there is work for all of them."""
+        return -(-num_seqs // self._config.num_microbatches)
+
+    def _add_chunks(self, selection: Selection, most: int) -> None:
+        """Prompts that are partly computed, the oldest request first."""
+        remaining = self.table.remaining()
+        slots = np.flatnonzero(remaining > 1)
+        budget = self._config.max_num_batched_tokens - selection.num_tokens
+        for slot in slots[np.argsort(self.table.numbers[slots])].tolist():
+            if budget == 0 or len(selection.chunks) == most:
+                break
+            count = min(int(remaining[slot]), budget)
+            selection.chunks.append((slot, count))
+            budget -= count
+
+    def _admit(self, selection: Selection, most: int) -> None:
+        """Start waiting requests in order of arrival while slots, blocks and token budget last."""
+        budget = self._config.max_num_batched_tokens - selection.num_tokens
+        while self.waiting and self.table.num_free and budget > 0 and len(selection.chunks) < most:
+            sequence = self.waiting.first
+            num_cached = self._reserve(sequence)
+            if num_cached is None:
+                break
+            self.waiting.discard(sequence)
+            self.table.add(sequence, num_cached)
+            count = min(sequence.num_to_compute - num_cached, budget)
+            selection.chunks.append((sequence.slot, count))
+            selection.admissions.append(admission_row(sequence, sequence.slot, self._config.vocab_size))
+            budget -= count
+
+    def _reserve(self, sequence: Sequence) -> int | None:
+        """Blocks for all known tokens in the next slot; returns how many are cached, None if there are too few."""
+        num_tokens = len(sequence.token_ids)
+        self._cache.extend_keys(sequence.keys, sequence.token_ids)
+        # Prompt log-probabilities need the logits of every prompt token, so these requests compute them all.
+        keys = [] if sequence.lacks_prompt_logprobs else sequence.keys
+        # A block of growth for each running sequence stays free: docs/benchmarks/scheduler.md says what that saves.
+        spare_blocks = self.table.num_running
+        num_cached = self._cache.admit(self.table.next_slot, num_tokens, sequence.target_length - 1, keys, spare_blocks)
+        if num_cached is not None:
+            self.prefix_query_tokens += num_tokens
+            self.prefix_hit_tokens += num_cached
+            if sequence.num_cached_tokens < 0:
+                sequence.num_cached_tokens = num_cached
+        return num_cached
+
+    def _preempt(self, slot: int) -> None:
+        """Take a sequence's slot and blocks; all its tokens, generated ones too, will be computed again."""
+        sequence = self.table.sequences[slot]
+        assert sequence is not None, "a sequence alone always fits: larger ones were refused"
+        sequence.token_ids = self.table.known_tokens(slot).copy()
+        self.release(sequence)
+        self.waiting.put_back(sequence)
+        self.num_preemptions += 1
