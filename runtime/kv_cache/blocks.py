@@ -83,12 +83,11 @@ class BlockPlanner:
         """Append the keys of full blocks of ``token_ids`` that ``keys`` lacks."""
         if not self._share_prefixes:
             return
-        size = self._block_size
+        tokens = token_ids.tobytes()
+        width = self._block_size * token_ids.itemsize
         key = keys[-1] if keys else self._root_key
-        for index in range(len(keys), len(token_ids) // size):
-            key = blake2b(
-                key + token_ids[index * size : (index + 1) * size].tobytes(), digest_size=_KEY_BYTES
-            ).digest()
+        for end in range((len(keys) + 1) * width, len(tokens) + 1, width):
+            key = blake2b(key + tokens[end - width : end], digest_size=_KEY_BYTES).digest()
             keys.append(key)
 
     def admit(

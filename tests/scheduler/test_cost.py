@@ -1,0 +1,56 @@
+"""A step in steady decoding does no Python work per sequence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from .harness import make_prompt, make_request, make_result, make_scheduler, plan_step
+
+
+def count_calls(work: Callable[[], object]) -> int:
+    """Calls of Python and built-in functions."""
+    events = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal events
+        events += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return events
+
+
+def calls_of_a_step(num_seqs: int, lookahead: int) -> int:
+    scheduler = make_scheduler(
+        num_blocks=4 * num_seqs,
+        block_size=16,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=8 * num_seqs,
+        max_queued_requests=num_seqs,
+        lookahead=lookahead,
+    )
+    for index in range(num_seqs):
+        scheduler.submit(make_request(f"r{index}", make_prompt(4, 2 + index % 90), max_tokens=50), 0.0)
+    results = []
+    for _ in range(1 + lookahead):
+        results.append(make_result(plan_step(scheduler)))
+
+    def step() -> None:
+        scheduler.apply(results.pop(0), 0.0)
+        scheduler.take_batches()
+        results.append(make_result(plan_step(scheduler)))
+
+    for _ in range(5):
+        step()
+    return count_calls(step)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_work_of_a_step_does_not_grow_with_the_number_of_sequences(lookahead: int) -> None:
+    assert calls_of_a_step(16, lookahead) == calls_of_a_step(256, lookahead) < 250
