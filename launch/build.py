@@ -26,9 +26,7 @@ def build_parser() -> CommandParser:
         description="Make one TensorRT engine per rank. Ranks are built one after the other; start one process per --rank "
         "to build them side by side.",
     )
-    parser.add_argument(
-        "--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead"
-    )
+    parser.add_argument("--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead")
     parser.add_argument("--model", type=Path, metavar="DIR",
                         help="Hugging Face directory or output of launch.split (default: the demo checkpoint)")  # fmt: skip
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
@@ -78,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.executors.trt_engines import EngineDirectory, identify
 
     layout = Layout(tp=args.tp, pp=args.pp)
-    ranks = [
-        Topology(layout, rank) for rank in (range(layout.world_size) if args.rank is None else (args.rank,))
-    ]
+    ranks = [Topology(layout, rank) for rank in (range(layout.world_size) if args.rank is None else (args.rank,))]
     library = load_tensorrt()
     with open_checkpoint(args.model, args.load_format, args.seed) as checkpoint:
         request = _request(args, checkpoint, library)
@@ -109,9 +105,7 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
         raise ConfigError(f"--stripped is not supported by {library.name}; leave it out, or install tensorrt")
     model = find_model(checkpoint.config)
     config = model.read_config(checkpoint.config)
-    shape = network_shape(
-        config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens
-    )
+    shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()
     return BuildRequest(model, config, shape, targets, args.stripped)
 

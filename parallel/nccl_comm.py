@@ -34,6 +34,11 @@ class DeviceCommunicator(Protocol):
     rank: int
     size: int
 
+    @property
+    def handle(self) -> int:
+        """Address of the ``ncclComm_t``, for a library that calls NCCL itself (TensorRT); 0 = there is none."""
+        ...
+
     def all_reduce(self, array: DeviceArray) -> DeviceArray:
         """Sum over ranks, in place; returns ``array``. *Collective.* Enqueues on the current stream; does not wait."""
         ...
@@ -68,6 +73,7 @@ class SelfDeviceCommunicator:
 
     rank = 0
     size = 1
+    handle = 0
 
     def all_reduce(self, array: DeviceArray) -> DeviceArray:
         """Return ``array`` unchanged."""
@@ -130,7 +136,7 @@ class NcclCommunicator:
 
     @property
     def handle(self) -> int:
-        """Address of the ``ncclComm_t``, for a library that calls NCCL itself (TensorRT)."""
+        """Address of the ``ncclComm_t``."""
         address: int = self._comm.comm
         return address
 

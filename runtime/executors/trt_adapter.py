@@ -6,6 +6,7 @@ that differs between them or between releases is a method here; the rest of the 
 
     difference                  tensorrt 10.16       tensorrt 11.x        tensorrt_rtx 1.7
     attention                   add_attention        add_attention_v2     add_attention_v2
+    collectives                 preview feature      yes                  yes
     build without a GPU         no                   no                   yes, for named compute capabilities
     timing cache                yes                  yes                  accepted, always empty
     stripped plan and refit     yes                  yes                  no
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.trt_device import compute_capability
 
@@ -39,7 +43,16 @@ _RELEASES: dict[Flavour, tuple[tuple[int, int], tuple[int, int]]] = {
     "tensorrt": ((10, 16), (12, 0)),
     "tensorrt_rtx": ((1, 7), (2, 0)),
 }
-_INSTALL = "install one: pip install 'phalanx-llm[tensorrt]' (data centre GPUs) or 'phalanx-llm[tensorrt-rtx]' (RTX GPUs)"
+_DATA_TYPES: dict[np.dtype[Any], str] = {
+    np.dtype(np.float32): "FLOAT",
+    FLOAT_DTYPES["F16"]: "HALF",
+    FLOAT_DTYPES["BF16"]: "BF16",
+    np.dtype(np.int32): "INT32",
+    np.dtype(np.int64): "INT64",
+}
+_INSTALL = (
+    "install one: pip install 'phalanx-llm[tensorrt]' (data centre GPUs) or 'phalanx-llm[tensorrt-rtx]' (RTX GPUs)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,10 @@ class TensorRT:
                 f"compute capability {capability} is below 8.0, which TensorRT's attention needs; use --engine cuda or numpy"
             )
 
+    def data_type(self, dtype: np.dtype[Any]) -> Any:
+        """The library's type for a NumPy type."""
+        return getattr(self.module.DataType, _DATA_TYPES[np.dtype(dtype)])
+
     # Networks
 
     def create_network(self, builder: Any) -> Any:
@@ -117,6 +134,12 @@ class TensorRT:
         return self.module.Weights(dtype, address, count)
 
     # Building
+
+    def enable_collectives(self, config: Any) -> None:
+        """Allow collectives in the network: 10.16 has them as a preview, later releases without asking."""
+        feature = getattr(self.module.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)
+        if feature is not None:
+            config.set_preview_feature(feature, True)
 
     def set_targets(self, config: Any, targets: Sequence[str]) -> None:
         """Build for these compute capabilities.

@@ -168,6 +168,7 @@ def _create_builder(library: TensorRT, log: BuildLog) -> Any:
 def _builder_config(library: TensorRT, builder: Any, request: BuildRequest, network: RankNetwork) -> Any:
     config = builder.create_builder_config()
     library.set_targets(config, request.targets)
+    library.enable_collectives(config)
     if request.stripped:
         library.set_refit(config)
     for shapes in network.profiles:
@@ -186,9 +187,7 @@ def _write_plan(
         with partial.open("wb") as file:
             writer = library.stream_writer(file.write)
             if not builder.build_serialized_network_to_stream(network.graph.network, config, writer):
-                raise ExecutorError(
-                    f"{library.name} could not build {path.name}: {log.cause() or 'it gave no reason'}"
-                )
+                raise ExecutorError(f"{library.name} could not build {path.name}: {log.cause() or 'it gave no reason'}")
             size = file.tell()
         partial.replace(path)
     finally:

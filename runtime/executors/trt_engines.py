@@ -131,6 +131,18 @@ class EngineDirectory:
             raise ConfigError(f"{self.config_path} is not of launch.build; {_REBUILD}")
         return config
 
+    def read_shape(self) -> NetworkShape:
+        """The sizes that the engines here were built for.
+
+        Raises:
+            ConfigError: `read_config` does, or a size is missing.
+        """
+        config = self.read_config()
+        names = [field.name for field in dataclasses.fields(NetworkShape)]
+        if missing := [name for name in names if name not in config]:
+            raise ConfigError(f"{self.config_path} lacks {', '.join(missing)}; {_REBUILD}")
+        return NetworkShape(**{name: config[name] for name in names})
+
     def check(self, identity: EngineIdentity, rank: int, capability: str) -> Path:
         """The plan of ``rank``, after making sure that it is what ``identity`` describes and runs on this GPU.
 
@@ -150,9 +162,7 @@ class EngineDirectory:
                 raise ConfigError(_difference(self.path, name, config.get(name), value))
         engine = self.engine(identity, rank)
         if not engine.exists():
-            raise ConfigError(
-                f"{engine.name} is missing from {self.path}; build it with launch.build --rank {rank}"
-            )
+            raise ConfigError(f"{engine.name} is missing from {self.path}; build it with launch.build --rank {rank}")
         return engine
 
 
@@ -163,13 +173,9 @@ def _difference(path: Path, name: str, found: Any, wanted: Any) -> str:
         return f"the engines in {path} are stale: the checkpoint's weights changed since they were built; {_REBUILD}"
     if isinstance(found, dict) and isinstance(wanted, dict):
         name, found, wanted = next(
-            (f"{name}.{inner}", found.get(inner), value)
-            for inner, value in wanted.items()
-            if found.get(inner) != value
+            (f"{name}.{inner}", found.get(inner), value) for inner, value in wanted.items() if found.get(inner) != value
         )
-    return (
-        f"the engines in {path} were built for {name}={found}, but {name}={wanted} is asked for; {_REBUILD}"
-    )
+    return f"the engines in {path} were built for {name}={found}, but {name}={wanted} is asked for; {_REBUILD}"
 
 
 def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
@@ -178,9 +184,7 @@ def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
         return content_checksum(checkpoint.source)
     files = sorted(checkpoint.path.glob("*.safetensors"))
     stamps = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
-    stamp = hashlib.blake2b(
-        repr((str(checkpoint.path.resolve()), stamps)).encode(), digest_size=16
-    ).hexdigest()
+    stamp = hashlib.blake2b(repr((str(checkpoint.path.resolve()), stamps)).encode(), digest_size=16).hexdigest()
     remembered = memory / f"{stamp}.checksum"
     if remembered.exists():
         return remembered.read_text().strip()
@@ -192,9 +196,7 @@ def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
     return checksum
 
 
-def identify(
-    checkpoint: Checkpoint, request: BuildRequest, layout: Layout, library: TensorRT
-) -> EngineIdentity:
+def identify(checkpoint: Checkpoint, request: BuildRequest, layout: Layout, library: TensorRT) -> EngineIdentity:
     """What engines built from these choices are. Reads the checkpoint, unless its checksum is remembered."""
     weights = "" if request.stripped else weights_checksum(checkpoint, cache_directory() / "checksums")
     return EngineIdentity(request.config, request.shape, layout, weights, library.name, request.targets)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.base import Capabilities, Executor
@@ -30,15 +29,18 @@ __all__ = ["CAPABILITIES", "EngineSession", "TrtExecutor", "create_trt_executor"
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
 
-CAPABILITIES = Capabilities(
-    "tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False
-)
+CAPABILITIES = Capabilities("tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False)
 
 _RESULT_TAG = 2
 
 
 class EngineSession(Protocol):
     """One rank's engine with its caches. All ranks of a replica run the same passes in the same order."""
+
+    @property
+    def device(self) -> str:
+        """What computes, in words."""
+        ...
 
     def run(self, engine_pass: EnginePass) -> Float32Array | None:
         """Compute a pass, taking hidden states from the previous stage and handing them to the next.
@@ -63,9 +65,7 @@ class TrtExecutor:
 
     lookahead = 0
 
-    def __init__(
-        self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator
-    ) -> None:
+    def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:
         self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
         self._translator = StepTranslator(shape)
         self._state = BatchState.empty(shape.max_num_seqs, 1)
@@ -76,6 +76,11 @@ class TrtExecutor:
     def num_kv_blocks(self) -> int:
         """Slots."""
         return self._shape.max_num_seqs
+
+    @property
+    def device(self) -> str:
+        """What computes, in words."""
+        return self._session.device
 
     @property
     def depth(self) -> int:
@@ -146,7 +151,12 @@ class _Choice:
 
 
 def create_trt_executor(
-    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+    model: Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineConfig,
+    topology: Topology,
+    comm: Communicator,
 ) -> tuple[Executor, int]:
     """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
 
@@ -160,20 +170,6 @@ def create_trt_executor(
     session, shape = open_session(model, config, checkpoint, options, topology, comm)
     pipeline = comm.split(_shifted(topology.pp_group, topology.replica_group.start))
     return TrtExecutor(session, shape, topology, pipeline), shape.max_model_len
-
-
-def check_sizes(options: EngineConfig, shape: NetworkShape) -> None:
-    """Refuse options that go beyond what engines were built for.
-
-    Raises:
-        ConfigError: naming the option, the limit and the way out.
-    """
-    asked = {"max_num_seqs": options.max_num_seqs, "max_model_len": options.max_model_len or 0}
-    for name, value in asked.items():
-        limit = getattr(shape, name)
-        if value > limit:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}={value} is beyond the {limit} that the engines were built for; use {flag} {limit}, or build again")
 
 
 def _shifted(members: range, first: int) -> range:

@@ -13,21 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.executors.trt_adapter import ITensor, TensorRT
 
 __all__ = ["Graph"]
 
-Array = NDArray[Any]
 
-_DTYPES = {
-    np.dtype(np.float32): "FLOAT",
-    FLOAT_DTYPES["F16"]: "HALF",
-    FLOAT_DTYPES["BF16"]: "BF16",
-    np.dtype(np.int32): "INT32",
-    np.dtype(np.int64): "INT64",
-}
+Array = NDArray[Any]
 
 
 class Graph:
@@ -49,7 +41,7 @@ class Graph:
 
     def dtype(self, dtype: np.dtype[Any]) -> Any:
         """The library's type for a NumPy type."""
-        return getattr(self._trt.DataType, _DTYPES[np.dtype(dtype)])
+        return self.library.data_type(dtype)
 
     def input(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ITensor:
         """A network input; -1 = extent given at run time."""
@@ -95,9 +87,7 @@ class Graph:
 
     def extents(self, *parts: ITensor | int) -> ITensor:
         """A shape tensor from one-element shape tensors and known extents."""
-        tensors = [
-            self.constant(np.array([part], np.int64)) if isinstance(part, int) else part for part in parts
-        ]
+        tensors = [self.constant(np.array([part], np.int64)) if isinstance(part, int) else part for part in parts]
         return self.network.add_concatenation(tensors).get_output(0)
 
     def extent(self, shape: ITensor, axis: int) -> ITensor:
@@ -171,9 +161,7 @@ class Graph:
     def matmul_transposed(self, x: ITensor, weight: ITensor) -> ITensor:
         """``x @ weight.T``: ``[T, in] x [out, in] -> [T, out]``."""
         none, transpose = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
-        return _made(
-            self.network.add_matrix_multiply(x, none, weight, transpose), "matrix product"
-        ).get_output(0)
+        return _made(self.network.add_matrix_multiply(x, none, weight, transpose), "matrix product").get_output(0)
 
     def mean_square(self, x: ITensor) -> ITensor:
         """Mean of squares over the last axis: ``[T, D] -> [T, 1]``."""
@@ -201,9 +189,7 @@ class Graph:
     def update_cache(self, cache: ITensor, update: ITensor, write_indices: ITensor) -> ITensor:
         """Write ``[B, K, N, C]`` into ``[B, K, P, C]`` at each sequence's index; the result must alias ``cache``."""
         mode = self._trt.KVCacheMode.LINEAR
-        return _made(
-            self.network.add_kv_cache_update(cache, update, write_indices, mode), "cache update"
-        ).get_output(0)
+        return _made(self.network.add_kv_cache_update(cache, update, write_indices, mode), "cache update").get_output(0)
 
     def attention(self, query: ITensor, key: ITensor, value: ITensor, mask: ITensor) -> ITensor:
         """Masked softmax attention; queries are scaled already: ``[B, H, N, C]``."""
@@ -222,16 +208,12 @@ class Graph:
         layer = self.network.add_dist_collective(x, kind, reduction, -1, list(range(num_ranks)))
         layer = _made(layer, operation)
         layer.num_ranks = num_ranks
-        layer.metadata = (
-            operation  # the layer does not tell its operation; whoever reads the network finds it here
-        )
+        layer.metadata = operation  # the layer does not tell its operation; whoever reads the network finds it here
         return layer.get_output(0)
 
 
 def _made(layer: Any, what: str) -> Any:
     """The library returns None for a layer that it refuses, and logs why."""
     if layer is None:
-        raise ExecutorError(
-            f"TensorRT refused a layer of the network: {what}; its own message stands in the log"
-        )
+        raise ExecutorError(f"TensorRT refused a layer of the network: {what}; its own message stands in the log")
     return layer

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class NetworkShape:
                 raise ConfigError(f"{name}={getattr(self, name)} of an engine is below 1; use at least 1")
 
     @property
-    def numpy_dtype(self) -> np.dtype[Array]:
+    def numpy_dtype(self) -> np.dtype[Any]:
         """Compute type as a NumPy type."""
         return FLOAT_DTYPES[dtype_from_config(self.dtype)]
 
@@ -178,9 +178,7 @@ def _run_blocks(model: Model, config: ModelConfig, ops: TrtOps, layers: range, x
     return x if residual is None else ops.add(x, residual)
 
 
-def _write_logits(
-    graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int
-) -> None:
+def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int) -> None:
     """Logits of the rows asked for, over the whole vocabulary on every rank."""
     rows = graph.gather(x, graph.input("logit_rows", _INT32, (-1,)))
     local = graph.cast(model.head(ops, config, rows, None), np.dtype(np.float32))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class TrtOps(Ops[ITensor]):
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype[Array], vocabulary: Span, heads: LocalHeads,
+        self, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype[Any], vocabulary: Span, heads: LocalHeads,
         caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, num_ranks: int,
     ) -> None:  # fmt: skip
         self._graph, self._weights, self._dtype = graph, weights, dtype
@@ -91,15 +92,9 @@ class TrtOps(Ops[ITensor]):
         assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
         ids = graph.reshape(self._step.token_ids, (-1,))
         table = self._weight(f"{name}.weight")
-        rows = (
-            graph.gather(table, ids)
-            if self._num_ranks == 1
-            else self.all_reduce(self._local_rows(table, ids))
-        )
+        rows = graph.gather(table, ids) if self._num_ranks == 1 else self.all_reduce(self._local_rows(table, ids))
         return (
-            rows
-            if scale == 1.0
-            else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
+            rows if scale == 1.0 else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
         )
 
     def _local_rows(self, table: ITensor, ids: ITensor) -> ITensor:
@@ -214,9 +209,7 @@ class TrtOps(Ops[ITensor]):
         key = ("heads", num_heads)
         if key not in self._shapes:
             self._shapes[key] = self._graph.extents(self._num_seqs, self._seq_tokens, num_heads, dim)
-        return self._graph.split_heads(
-            self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key]
-        )
+        return self._graph.split_heads(self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key])
 
     def _rotate(self, x: ITensor, rope: RopeConfig | None) -> ITensor:
         if rope is None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from phalanx.runtime.executors.trt_network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
 from phalanx.runtime.step import StepPlan
 
-__all__ = ["EnginePass", "StepTranslator"]
+__all__ = ["EnginePass", "StepTranslator", "slot_buckets"]
 
 Int32Array = NDArray[np.int32]
 
@@ -105,9 +105,7 @@ class StepTranslator:
             high = min(low + longest, count)
             prompts = _within(plan.prompt_rows, first_row + low, first_row + high)
             samples = np.array([sample_index] if high == count and sample_index >= 0 else [], np.int32)
-            rows = np.concatenate(
-                (np.full(len(samples), high - low - 1), plan.prompt_rows[prompts] - first_row - low)
-            )
+            rows = np.concatenate((np.full(len(samples), high - low - 1), plan.prompt_rows[prompts] - first_row - low))
             yield EnginePass(
                 PREFILL_PROFILE, slot, plan.token_ids[None, first_row + low : first_row + high],
                 np.arange(start + low, start + high, dtype=np.int32)[None], np.array([start + low], np.int32),
@@ -120,6 +118,10 @@ def _within(rows: Int32Array, low: int, high: int) -> Int32Array:
     return np.flatnonzero((rows >= low) & (rows < high)).astype(np.int32)
 
 
+def slot_buckets(limit: int) -> list[int]:
+    """Numbers of slots that decode passes are rounded up to: powers of two, and ``limit``."""
+    return [*(1 << exponent for exponent in range((limit - 1).bit_length())), limit]
+
+
 def _round_up(count: int, limit: int) -> int:
-    """To a power of two of at most ``limit``: that many shapes of decode passes are captured."""
-    return min(1 << (count - 1).bit_length(), limit)
+    return next(bucket for bucket in slot_buckets(limit) if bucket >= count)

@@ -74,7 +74,8 @@ class NetworkInterpreter:
             return
         layer.__class__ = self._classes[kind]
         operands = [
-            None if (tensor := layer.get_input(index)) is None else values[tensor.name] for index in range(layer.num_inputs)
+            None if (tensor := layer.get_input(index)) is None else values[tensor.name]
+            for index in range(layer.num_inputs)
         ]
         assert layer.num_outputs == 1, (kind, layer.num_outputs)
         result = getattr(self, "_" + kind.lower())(layer, operands)
@@ -103,7 +104,9 @@ class NetworkInterpreter:
     def _gather(self, layer: Any, operands: Sequence[Array]) -> Array:
         assert layer.mode == self._trt.GatherMode.DEFAULT
         data, indices = operands
-        assert indices.size == 0 or (indices.min() >= 0 and indices.max() < data.shape[layer.axis]), "gather out of bounds"
+        assert indices.size == 0 or (indices.min() >= 0 and indices.max() < data.shape[layer.axis]), (
+            "gather out of bounds"
+        )
         return np.take(data, indices, axis=layer.axis)
 
     def _elementwise(self, layer: Any, operands: Sequence[Array]) -> Array:
@@ -230,4 +233,8 @@ def _check_shape(tensor: Any, value: Array) -> None:
     """What the library inferred must be what was computed."""
     shape = tuple(tensor.shape)
     assert len(shape) == value.ndim, (tensor.name, shape, value.shape)
-    assert all(known in (-1, found) for known, found in zip(shape, value.shape, strict=True)), (tensor.name, shape, value.shape)
+    assert all(known in (-1, found) for known, found in zip(shape, value.shape, strict=True)), (
+        tensor.name,
+        shape,
+        value.shape,
+    )

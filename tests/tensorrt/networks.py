@@ -85,6 +85,8 @@ class InterpretedSession:
         layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
         self._caches = {name: np.zeros(cache_shape, np.float32) for name in cache_names(layers)}
 
+    device = "interpreter"
+
     def run(self, engine_pass: EnginePass) -> Array | None:
         """Interpret one pass."""
         num_seqs, num_tokens = engine_pass.token_ids.shape

@@ -23,7 +23,9 @@ SIZES = ("--max-num-seqs", "4", "--max-model-len", "64")
 
 
 @pytest.fixture
-def run_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+def run_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Path]]:
     """Runs ``launch.build`` on a case (``demo`` = the demo checkpoint); returns the engines that it printed."""
     monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path / "cache"))
 
@@ -37,7 +39,9 @@ def run_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     return run
 
 
-def _build_matrix_cell(run_build: Callable[..., list[Path]], case: str, tp: int, pp: int, dtype: str, target: str) -> None:
+def _build_matrix_cell(
+    run_build: Callable[..., list[Path]], case: str, tp: int, pp: int, dtype: str, target: str
+) -> None:
     engines = run_build(
         case, "--tp", str(tp), "--pp", str(pp), "--dtype", dtype, "--target-compute-capability", target
     )  # fmt: skip

@@ -52,7 +52,9 @@ def _interpreted(
     return ranks[-layout.tp][0], ranks[0][1]
 
 
-def _reference(path: Path, vocab_size: int, rounding: str | None = None) -> tuple[list[StepPlan], list[Array], list[StepResult]]:
+def _reference(
+    path: Path, vocab_size: int, rounding: str | None = None
+) -> tuple[list[StepPlan], list[Array], list[StepResult]]:
     """Steps of greedy decoding by the NumPy executor, its logits and results."""
     executor = reference_executor(path, SHAPE, rounding)
     token_ids = prompts(vocab_size)
@@ -63,7 +65,10 @@ def _reference(path: Path, vocab_size: int, rounding: str | None = None) -> tupl
         steps.append(plan)
         results += run(executor, [plan])
         for slot, end, token in zip(
-            plan.slots[plan.samples > 0], (plan.starts + plan.counts)[plan.samples > 0], results[-1].token_ids, strict=True
+            plan.slots[plan.samples > 0],
+            (plan.starts + plan.counts)[plan.samples > 0],
+            results[-1].token_ids,
+            strict=True,
         ):
             token_ids[{4: 0, 0: 1, 2: 2}[int(slot)]][int(end)] = int(token)
     return steps, executor.recorded, results
@@ -86,7 +91,9 @@ def test_interpreted_network_gives_the_reference_logits(
     steps, expected, expected_results = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
     logits, results = _interpreted(path, layout, steps)
     assert _difference(logits, expected) <= TOLERANCE
-    assert [result.token_ids.tolist() for result in results] == [result.token_ids.tolist() for result in expected_results]
+    assert [result.token_ids.tolist() for result in results] == [
+        result.token_ids.tolist() for result in expected_results
+    ]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -153,9 +160,7 @@ def _first(layers: list[Any], kind: str) -> Any:
         ("gpt2-plain", _larger_epsilon),
     ],
 )
-def test_one_disturbed_attribute_is_noticed(
-    name: str, disturb: Disturbance, checkpoint: Callable[[str], Path]
-) -> None:
+def test_one_disturbed_attribute_is_noticed(name: str, disturb: Disturbance, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(name)
     steps, expected, _ = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
     assert _difference(_interpreted(path, Layout(), steps)[0], expected) <= TOLERANCE

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an operator's choice to an engine on this rank's GPU: found, checked, or built on first use."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.kernels.compiler import cache_directory
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
+from phalanx.runtime.executors.trt_builder import BuildRequest, build_engine, load_shard, network_shape
+from phalanx.runtime.executors.trt_device import compute_capability
+from phalanx.runtime.executors.trt_engines import EngineDirectory, EngineIdentity, weights_checksum
+from phalanx.runtime.executors.trt_log import BuildLog
+from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.executors.trt_session import DeviceSession, LoadedEngine, SessionGroups
+from phalanx.runtime.models import Model
+
+__all__ = ["check_sizes", "find_engine", "open_session"]
+
+
+def open_session(
+    model: Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineConfig,
+    topology: Topology,
+    comm: Communicator,
+) -> tuple[DeviceSession, NetworkShape]:
+    """This rank's engine, ready to run, and the sizes that it was built for. *Collective over the replica.*
+
+    Raises:
+        ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
+        CheckpointError: the checkpoint does not fit the model.
+        ExecutorError: the engine cannot be loaded.
+    """
+    library = load_tensorrt()
+    if compute_capability() is None:
+        raise ConfigError(
+            "--engine tensorrt found no GPU here; engines can be built here (python -m launch.build) and run on a machine "
+            "that has one, or use --engine numpy"
+        )
+    from phalanx.runtime.executors.cuda_factory import select_device
+
+    device, stream = select_device()
+    capability = compute_capability(device.id) or ""
+    library.check_target(capability)
+    path, request = find_engine(library, model, config, checkpoint, options, topology, comm, capability)
+    loaded = _deserialize(library, path)
+    if request.stripped:
+        _refit(loaded, request, checkpoint, topology, stream.ptr)
+    groups = SessionGroups(_group(comm, topology.tp_group, topology), _group(comm, topology.pp_group, topology))
+    return DeviceSession(loaded, config, topology, request.shape, groups, device, stream), request.shape
+
+
+def find_engine(
+    library: TensorRT, model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology,
+    comm: Communicator, capability: str,
+) -> tuple[Path, BuildRequest]:  # fmt: skip
+    """This rank's plan and what it was built from; without ``engine_dir``, built if need be. *Collective.*
+
+    Raises:
+        ConfigError: engines in ``engine_dir`` are missing, stale, for another machine or too small.
+    """
+    checksum = _shared_checksum(checkpoint, comm)
+    if options.engine_dir is not None:
+        return _given_engine(library, model, config, checkpoint, options, topology, capability, checksum)
+    shape = network_shape(
+        config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens
+    )
+    request = BuildRequest(model, config, shape, (capability,))
+    identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,))
+    directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, checkpoint.path)
+    rank = topology.rank - topology.replica_group.start
+    engine = directory.engine(identity, rank)
+    if not engine.exists():
+        if topology.is_leader:
+            sys.stderr.write(f"building TensorRT engines in {directory.path}; later starts will find them there\n")
+        directory.path.mkdir(parents=True, exist_ok=True)
+        place = Topology(topology.layout, rank)
+        build_engine(library, request, checkpoint.source, place, engine, directory.timing_cache)
+    comm.barrier()
+    if topology.is_leader:
+        directory.write_config(identity)
+    return engine, request
+
+
+def _given_engine(
+    library: TensorRT, model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology,
+    capability: str, checksum: str,
+) -> tuple[Path, BuildRequest]:  # fmt: skip
+    assert options.engine_dir is not None
+    directory = EngineDirectory.of(options.engine_dir, checkpoint.path)
+    found = directory.read_config()
+    shape = directory.read_shape()
+    stripped = not found.get("weights_checksum")
+    identity = EngineIdentity(config, shape, topology.layout, "" if stripped else checksum, library.name, (capability,))
+    path = directory.check(identity, topology.rank - topology.replica_group.start, capability)
+    check_sizes(options, config, shape)
+    return path, BuildRequest(model, config, shape, (capability,), stripped)
+
+
+def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape) -> None:
+    """Refuse options that go beyond what engines were built for.
+
+    Raises:
+        ConfigError: naming the option, the limit and the way out.
+    """
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    if dtype != shape.dtype:
+        raise ConfigError(
+            f"the engines were built for dtype={shape.dtype}, but {dtype} is asked for; use --dtype {shape.dtype}, or build "
+            "them again with python -m launch.build"
+        )
+    for name, value in (("max_num_seqs", options.max_num_seqs), ("max_model_len", options.max_model_len or 1)):
+        limit = getattr(shape, name)
+        if value > limit:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag}={value} is beyond the {limit} that the engines were built for; use {flag} {limit}, or build them "
+                "again with python -m launch.build"
+            )
+
+
+def _shared_checksum(checkpoint: Checkpoint, comm: Communicator) -> str:
+    """The checkpoint's checksum, computed by one rank. *Collective.*"""
+    digest = np.zeros(16, np.uint8)
+    if comm.rank == 0:
+        checksum = weights_checksum(checkpoint, cache_directory() / "checksums")
+        digest[:] = np.frombuffer(bytes.fromhex(checksum), np.uint8)
+    return bytes(comm.broadcast(digest)).hex()
+
+
+def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
+    log = BuildLog()
+    logger = library.logger(log)
+    log.keep_alive(logger)
+    runtime = library.module.Runtime(logger)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ExecutorError(
+            f"{library.name} cannot load {path}: {log.cause() or 'it gave no reason'}; build it again with launch.build"
+        )
+    return LoadedEngine(library, logger, runtime, engine)
+
+
+def _refit(
+    loaded: LoadedEngine, request: BuildRequest, checkpoint: Checkpoint, topology: Topology, stream: int
+) -> None:
+    """Fill in the weights of a stripped engine."""
+    library = loaded.library
+    refitter = library.module.Refitter(loaded.engine, loaded.logger)
+    weights = load_shard(request, checkpoint.source, topology)
+    missing = set(refitter.get_all_weights())
+    for name, array in weights.items():
+        if name in missing:
+            dtype = library.data_type(array.dtype)
+            if not refitter.set_named_weights(name, library.weights(dtype, array.ctypes.data, array.size)):
+                raise ExecutorError(f"the engine does not take weight {name}; build it again with launch.build")
+    if (left := refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(stream):
+        raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")
+
+
+def _group(comm: Communicator, members: range, topology: Topology) -> DeviceCommunicator:
+    """A device communicator of some of the replica's ranks. *Collective.*"""
+    first = topology.replica_group.start
+    host = comm.split(range(members.start - first, members.stop - first, members.step))
+    try:
+        return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
+    finally:
+        host.close()

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine on a GPU: memory, contexts, communicators and CUDA graphs of one rank. See `EngineSession`.
+
+Each number of decoding slots has a context of its own, with fixed shapes and addresses, because a captured graph refers to
+what its context held; prefill has one, bound anew to the slot of each chunk. All share one block of scratch memory, since passes
+run one after the other on one stream. This module has not run on a GPU (docs/tensorrt.md says how it can).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
+from phalanx.parallel.errors import ExecutorError
+from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
+from phalanx.parallel.sharding import stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey
+from phalanx.runtime.executors.cuda_memory import DeviceArray, download, pinned_array, upload
+from phalanx.runtime.executors.trt_adapter import TensorRT
+from phalanx.runtime.executors.trt_device import compute_capability
+from phalanx.runtime.executors.trt_network import (
+    DECODE_PROFILE,
+    PREFILL_PROFILE,
+    NetworkShape,
+    cache_names,
+    local_heads_of,
+)
+from phalanx.runtime.executors.trt_steps import EnginePass, slot_buckets
+
+__all__ = ["DeviceSession", "LoadedEngine", "SessionGroups"]
+
+Float32Array = NDArray[np.float32]
+
+_PASS_TIMEOUT_SECONDS = 300.0
+_INT32_BYTES = 4
+
+
+@dataclass(slots=True)
+class LoadedEngine:
+    """A deserialised engine with what must outlive it."""
+
+    library: TensorRT
+    logger: Any
+    runtime: Any
+    engine: Any
+
+
+@dataclass(frozen=True, slots=True)
+class SessionGroups:
+    """This rank's communicators on the device: tensor-parallel peers and pipeline stages."""
+
+    tensor: DeviceCommunicator
+    stages: DeviceCommunicator
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes and extents of one rank's buffers."""
+
+    config: ModelConfig
+    topology: Topology
+    shape: NetworkShape
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.shape.max_num_seqs, self.shape.max_prefill_tokens)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return self.config.hidden_size * self.shape.numpy_dtype.itemsize
+
+    @property
+    def caches(self) -> list[str]:
+        layers = stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
+        return cache_names(layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot's keys, or values, in one layer."""
+        heads = local_heads_of(self.config, self.topology)
+        return heads.num_kv_heads * self.shape.slot_length * heads.head_dim * self.shape.numpy_dtype.itemsize
+
+    @property
+    def input_words(self) -> dict[str, int]:
+        """int32 words of each input that describes the step."""
+        words = {"positions": self.max_tokens, "write_indices": self.shape.max_num_seqs}
+        if self.topology.is_first_stage:
+            words["token_ids"] = self.max_tokens
+        if self.topology.is_last_stage:
+            words["logit_rows"] = self.shape.max_logit_rows
+        return words
+
+    def pieces(self, scratch_bytes: int) -> dict[str, int]:
+        """Every buffer by name, in bytes."""
+        pieces = {name: self.shape.max_num_seqs * self.slot_bytes for name in self.caches}
+        pieces["inputs"] = sum(_aligned(words * _INT32_BYTES) for words in self.input_words.values())
+        if not self.topology.is_first_stage:
+            pieces["hidden"] = self.max_tokens * self.token_bytes
+        if self.topology.is_last_stage:
+            pieces["logits"] = self.shape.max_logit_rows * self.config.vocab_size * _INT32_BYTES
+        else:
+            pieces["hidden_out"] = self.max_tokens * self.token_bytes
+        return pieces | {"scratch": max(scratch_bytes, 1)}
+
+
+class DeviceSession:
+    """See `phalanx.runtime.executors.trt_executor.EngineSession`. *Construction is collective over the replica.*
+
+    Args:
+        device, stream: this rank's GPU and where passes run.
+
+    Raises:
+        ConfigError: the GPU's memory does not hold caches and buffers.
+        ExecutorError: TensorRT refused a context, an address or a communicator.
+    """
+
+    def __init__(
+        self, loaded: LoadedEngine, config: ModelConfig, topology: Topology, shape: NetworkShape, groups: SessionGroups,
+        device: Any, stream: Any,
+    ) -> None:  # fmt: skip
+        self._loaded, self._topology, self._groups = loaded, topology, groups
+        self._device, self._stream = device, stream
+        self._vocab_size = config.vocab_size
+        self._sizes = sizes = _Sizes(config, topology, shape)
+        pieces = sizes.pieces(loaded.engine.device_memory_size_v2)
+        arena = Arena(sum(_aligned(num_bytes) for num_bytes in pieces.values()))
+        self._memory = {name: arena.array(name, (num_bytes,), np.uint8) for name, num_bytes in pieces.items()}
+        for name in sizes.caches:
+            self._memory[name].fill(0)  # a masked position counts 0 times its value, which must not be NaN
+        self._inputs = pinned_array((pieces["inputs"] // _INT32_BYTES,), np.int32)
+        self._inputs_taken = stream.record()
+        logit_bytes = pieces.get("logits", 0)
+        self._logits = pinned_array((logit_bytes // _INT32_BYTES,), np.float32) if logit_bytes else None
+        self._logits_there = stream.record()
+        self._decode = {count: self._decode_context(count) for count in slot_buckets(shape.max_num_seqs)}
+        self._prefill = self._context(PREFILL_PROFILE)
+        self._graphs: GraphCache[bool] = GraphCache(stream, self._can_capture())
+        stream.synchronize()
+
+    @property
+    def device(self) -> str:
+        """TensorRT and the GPU's compute capability."""
+        return f"{self._loaded.library.name} on compute capability {compute_capability(self._device.id)}"
+
+    def run(self, engine_pass: EnginePass) -> Float32Array | None:
+        """Compute a pass; see `EngineSession.run`."""
+        with self._device, self._stream:
+            self._upload(engine_pass)
+            if not self._topology.is_first_stage:
+                self._groups.stages.recv(self._hidden("hidden", engine_pass), self._topology.stage - 1)
+            self._enqueue(engine_pass)
+            if self._topology.is_last_stage:
+                return self._download_logits(len(engine_pass.samples) + len(engine_pass.prompts))
+            self._groups.stages.send(self._hidden("hidden_out", engine_pass), self._topology.stage + 1)
+            return None
+
+    def close(self) -> None:
+        """Finish, then release graphs before contexts, contexts before the engine, and groups last. *Collective.*"""
+        with self._device, self._stream:
+            self._stream.synchronize()
+            self._graphs.clear()
+            self._decode.clear()
+            self._prefill = None
+            self._loaded.engine = None
+            self._loaded.runtime = None
+            self._memory.clear()
+            self._groups.stages.close()
+            self._groups.tensor.close()
+
+    # Contexts
+
+    def _context(self, profile: int) -> Any:
+        """A context on a profile, with the shared scratch memory and the tensor-parallel group. *Collective.*"""
+        strategy = self._loaded.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._loaded.engine.create_execution_context(strategy)
+        _require(context is not None, "an execution context (it needs more device memory than is free)")
+        _require(context.set_optimization_profile_async(profile, self._stream.ptr), f"profile {profile}")
+        scratch = self._memory["scratch"]
+        context.set_device_memory(scratch.data.ptr, scratch.size)
+        if self._groups.tensor.size > 1:
+            handle = _capsule(self._groups.tensor.handle)
+            _require(context.set_communicator(handle), "the tensor-parallel communicator")
+        for name, address in self._fixed_addresses():
+            _require(context.set_tensor_address(name, address), f"the address of {name}")
+        return context
+
+    def _decode_context(self, num_slots: int) -> Any:
+        context = self._context(DECODE_PROFILE)
+        self._bind_slots(context, 0, num_slots)
+        self._set_shapes(context, num_slots, 1, num_slots)
+        return context
+
+    def _fixed_addresses(self) -> Iterator[tuple[str, int]]:
+        base = self._memory["inputs"].data.ptr
+        for name, start in self._input_starts():
+            yield name, base + start * _INT32_BYTES
+        for name in ("hidden", "hidden_out", "logits"):
+            if name in self._memory:
+                yield name, self._memory[name].data.ptr
+
+    def _bind_slots(self, context: Any, first_slot: int, num_slots: int) -> None:
+        """Caches of consecutive slots, in and out at the same address."""
+        sizes = self._sizes
+        heads = local_heads_of(sizes.config, sizes.topology)
+        shape = (num_slots, heads.num_kv_heads, sizes.shape.slot_length, heads.head_dim)
+        for name in sizes.caches:
+            address = self._memory[name].data.ptr + first_slot * sizes.slot_bytes
+            _require(context.set_tensor_address(name, address), f"the address of {name}")
+            _require(context.set_tensor_address(f"{name}.updated", address), f"the address of {name}.updated")
+            _require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
+
+    def _set_shapes(self, context: Any, num_seqs: int, num_tokens: int, num_rows: int) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"positions": (num_seqs, num_tokens), "write_indices": (num_seqs,)}
+        if self._topology.is_first_stage:
+            shapes["token_ids"] = (num_seqs, num_tokens)
+        else:
+            shapes["hidden"] = (num_seqs, num_tokens, self._sizes.config.hidden_size)
+        if self._topology.is_last_stage:
+            shapes["logit_rows"] = (num_rows,)
+        for name, shape in shapes.items():
+            _require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
+
+    def _can_capture(self) -> bool:
+        contexts = self._decode.values()
+        return all(self._loaded.library.can_capture(context, self._stream.ptr) for context in contexts)
+
+    # One pass
+
+    def _upload(self, engine_pass: EnginePass) -> None:
+        """All int32 inputs in one copy; waits until the copy before has left the pinned memory."""
+        self._inputs_taken.synchronize()
+        for name, start in self._input_starts():
+            values = getattr(engine_pass, name).ravel()
+            self._inputs[start : start + len(values)] = values
+        upload(self._memory["inputs"], self._inputs, self._stream)
+        self._inputs_taken.record(self._stream)
+
+    def _input_starts(self) -> Iterator[tuple[str, int]]:
+        start = 0
+        for name, words in self._sizes.input_words.items():
+            yield name, start
+            start += _aligned(words * _INT32_BYTES) // _INT32_BYTES
+
+    def _enqueue(self, engine_pass: EnginePass) -> None:
+        num_seqs, num_tokens = engine_pass.token_ids.shape
+        if engine_pass.profile == DECODE_PROFILE:
+            key = StepKey(num_rows=num_seqs, num_logit_rows=num_seqs, has_prefill=False)
+            self._graphs.run(key, lambda key: self._execute(self._decode[key.num_rows]))
+            return
+        self._bind_slots(self._prefill, engine_pass.first_slot, num_seqs)
+        self._set_shapes(self._prefill, num_seqs, num_tokens, len(engine_pass.logit_rows))
+        self._execute(self._prefill)
+
+    def _execute(self, context: Any) -> bool:
+        if not context.execute_async_v3(self._stream.ptr):
+            raise ExecutorError("TensorRT could not start a pass; its own message stands in the log")
+        return True
+
+    def _hidden(self, name: str, engine_pass: EnginePass) -> DeviceArray:
+        return self._memory[name][: engine_pass.num_tokens * self._sizes.token_bytes]
+
+    def _download_logits(self, num_rows: int) -> Float32Array:
+        assert self._logits is not None
+        count = num_rows * self._vocab_size
+        if count:
+            download(self._logits, self._memory["logits"][: count * _INT32_BYTES], self._stream)
+        self._logits_there.record(self._stream)
+        wait_for(self._logits_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
+        return self._logits[:count].reshape(num_rows, self._vocab_size)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _capsule(address: int) -> Any:
+    """A pointer as the bindings take it."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(address, None, None)
+
+
+def _require(done: bool, what: str) -> None:
+    if not done:
+        raise ExecutorError(f"TensorRT refused {what}; its own message stands in the log")
