@@ -35,10 +35,10 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 PROMPT_ROWS = 256
-"""Prompt positions whose log-probabilities are computed at once."""
+"""Rows of logits held at once when prompt log-probabilities are asked for; bounds memory at large vocabularies."""
 
 GATHERED_ROWS = 256
-"""Rows of logits that are put together from all tensor-parallel ranks at once."""
+"""Rows of logits gathered from all tensor-parallel ranks at once; bounds memory at large vocabularies."""
 
 RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
@@ -185,5 +185,11 @@ def _weight_part(name: str) -> str:
     owner = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
     if "norm" in owner:
         return "norms"
-    parts = {"embed": "embedding", "positions": "embedding", "lm_head": "head", "qkv": "attention", "output": "attention"}
+    parts = {
+        "embed": "embedding",
+        "positions": "embedding",
+        "lm_head": "head",
+        "qkv": "attention",
+        "output": "attention",
+    }
     return parts.get(owner, "mlp")

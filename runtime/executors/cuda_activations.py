@@ -7,16 +7,14 @@ empty region, and steps of one rank never overlap on the device: they share the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.spec import WeightSpec
 from phalanx.kernels.arena import ALIGNMENT_BYTES, Scratch
 
-__all__ = ["ActivationPool", "activation_bytes"]
+__all__ = ["ActivationPool"]
 
 
 class _Lease:
@@ -60,19 +58,3 @@ class ActivationPool:
 
 def _aligned(num_bytes: int) -> int:
     return max(-(-num_bytes // ALIGNMENT_BYTES), 1) * ALIGNMENT_BYTES
-
-
-def activation_bytes(
-    block_specs: Iterable[WeightSpec], hidden_size: int, vocab_rows: int, num_tokens: int, num_logit_rows: int,
-    itemsize: int, rank: int, size: int,
-) -> int:  # fmt: skip
-    """Room for one step: every matrix of a block with its input and output alive at once, the residual stream, the logits.
-
-    An upper bound: a block never holds all of them together. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place in
-    the tensor-parallel group.
-    """
-    matrices = [shape for spec in block_specs if len(shape := spec.local_shape(rank, size)) == 2]
-    per_token = sum(out + inner for out, inner in matrices) + 4 * hidden_size
-    pieces = 3 * len(matrices) + 32
-    logits = num_logit_rows * (vocab_rows + hidden_size)
-    return (num_tokens * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES

@@ -24,23 +24,21 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, Sel
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
-from phalanx.runtime.executors.cuda_activations import ActivationPool, activation_bytes
+from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_cache import CacheLayout, CudaAttention
 from phalanx.runtime.executors.cuda_executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
 from phalanx.runtime.executors.cuda_graphs import StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype
 from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
-from phalanx.runtime.executors.cuda_sampler import GATHERED_ROWS, CudaSampler
-from phalanx.runtime.executors.cuda_stage import PROMPT_ROWS, CudaStage
+from phalanx.runtime.executors.cuda_sampler import CudaSampler
+from phalanx.runtime.executors.cuda_stage import CudaStage
 from phalanx.runtime.executors.cuda_weights import CudaSink
+from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 
 __all__ = ["create_cuda_executor", "select_device"]
-
-_RESERVE_BYTES = 1 << 30
-"""Left free for captured graphs and for what libraries allocate late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +165,7 @@ def _stage(
 
     config, limits, topology = rank.config, rank.limits, rank.topology
     vocabulary = vocabulary_shard().span(config.vocab_size, *rank.tp)
-    pool = ActivationPool(_scratch(rank, vocabulary.size))
+    pool = ActivationPool(_scratch(rank))
     arrays = StepArrays.allocate(
         lambda _name, shape, dtype: cupy.zeros(shape, dtype),
         max_num_seqs=limits.max_num_seqs,
@@ -188,15 +186,11 @@ def _stage(
     return stage, attention
 
 
-def _scratch(rank: _Rank, vocab_rows: int) -> Any:
+def _scratch(rank: _Rank) -> Any:
     """Room for the activations of the largest step."""
-    config, limits = rank.config, rank.limits
-    specs = rank.model.block_weights(config, rank.layers.start)
-    logit_rows = max(limits.max_num_seqs, PROMPT_ROWS) if rank.topology.is_last_stage else 0
-    if rank.tp[1] > 1:
-        logit_rows += GATHERED_ROWS * rank.tp[1]
-    num_bytes = activation_bytes(
-        specs, config.hidden_size, vocab_rows, limits.max_num_tokens, logit_rows, device_dtype(rank.dtype).itemsize, *rank.tp
+    limits, itemsize = rank.limits, device_dtype(rank.dtype).itemsize
+    num_bytes = workspace_bytes(
+        rank.model, rank.config, rank.topology, limits.max_num_seqs, limits.max_num_tokens, itemsize
     )
     return Arena(num_bytes + (1 << 20)).scratch("activations", num_bytes)
 
@@ -211,7 +205,7 @@ def _num_blocks(rank: _Rank, comm: Communicator) -> int:
 
     options, limits = rank.options, rank.limits
     free, total = cupy.cuda.runtime.memGetInfo()
-    usable = free - int((1.0 - options.gpu_memory_utilization) * total) - _RESERVE_BYTES
+    usable = free - int((1.0 - options.gpu_memory_utilization) * total) - RESERVE_BYTES
     fitting = int(comm.all_gather(np.array([max(usable, 0) // rank.cache.block_bytes])).min())
     wanted = options.num_kv_blocks or limits.max_num_seqs * limits.blocks_per_seq
     if fitting < 1 or (options.num_kv_blocks is not None and options.num_kv_blocks > fitting):

@@ -12,11 +12,9 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_memory import DeviceArray
+from phalanx.runtime.memory import GATHERED_ROWS
 
-__all__ = ["GATHERED_ROWS", "CudaSampler"]
-
-GATHERED_ROWS = 256
-"""Rows of logits gathered from all ranks at once; bounds memory at large vocabularies."""
+__all__ = ["CudaSampler"]
 
 
 class CudaSampler:

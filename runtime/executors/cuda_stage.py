@@ -14,12 +14,10 @@ from phalanx.runtime.executors.cuda_memory import DeviceArray
 from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_sampler import CudaSampler
+from phalanx.runtime.memory import PROMPT_ROWS
 from phalanx.runtime.models import Model
 
-__all__ = ["PROMPT_ROWS", "CudaStage"]
-
-PROMPT_ROWS = 256
-"""Rows of logits held at once when prompt log-probabilities are asked for; bounds memory at large vocabularies."""
+__all__ = ["CudaStage"]
 
 
 @dataclass(frozen=True, slots=True)
