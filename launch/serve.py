@@ -69,7 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from phalanx.runtime.server.frontend import Frontend
 
-    frontend = Frontend.start(HTTP_PROCESS, settings)
+    try:
+        frontend = Frontend.start(HTTP_PROCESS, settings)
+    except ConfigError:
+        from phalanx.parallel.mpi_comm import world_communicator
+
+        world_communicator()  # the other ranks wait in MPI's start; only from inside can they be ended
+        raise
     signals.catch()
     try:
         _run_rank(args, frontend, signals)
@@ -101,7 +107,6 @@ def _run_rank(args: argparse.Namespace, frontend: Frontend | None, signals: Drai
     from phalanx.runtime.replica import build_replica, phase
 
     world = world_communicator()
-    url = frontend.wait_for_port() if frontend is not None else ""
     config = engine_config(args, world.size)
     if config.layout.dp > 1:
         raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
@@ -113,11 +118,11 @@ def _run_rank(args: argparse.Namespace, frontend: Frontend | None, signals: Drai
             follow(replica.control, replica.executor)
     else:
         with phase("serving"):
-            _lead(replica, frontend, url, queue, signals)
+            _lead(replica, frontend, queue, signals)
     replica.executor.close()
 
 
-def _lead(replica: Replica, frontend: Frontend, url: str, max_open_requests: int, signals: DrainSignals) -> None:
+def _lead(replica: Replica, frontend: Frontend, max_open_requests: int, signals: DrainSignals) -> None:
     from phalanx.runtime.server.bridge import EngineBridge
     from phalanx.runtime.server.messages import ModelInfo
 
@@ -125,7 +130,7 @@ def _lead(replica: Replica, frontend: Frontend, url: str, max_open_requests: int
     bridge = EngineBridge(replica.engine, frontend.channel)
     signals.on_drain(bridge.request_drain)
     model = ModelInfo(str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests)
-    bridge.run(model, lambda: _say_ready(url))
+    bridge.run(model, lambda: _say_ready(frontend.url))
     replica.engine.release()
 
 

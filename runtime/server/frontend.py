@@ -1,84 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's handle on the HTTP process: start it, wait for its port, see it off."""
+"""Rank 0's handle on the HTTP process: open the port, start it, see it off."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 
 import msgspec
 
-from phalanx.parallel.errors import CommunicatorError, ConfigError
+from phalanx.parallel.errors import CommunicatorError
+from phalanx.runtime.server.api_keys import read_api_keys
 from phalanx.runtime.server.channel import FrontendChannel
-from phalanx.runtime.server.messages import Bound, Failed, FrontendRefused, Stop
+from phalanx.runtime.server.listener import answer_early, bind
+from phalanx.runtime.server.messages import Failed, Stop
 from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["Frontend"]
 
-BIND_SECONDS = 60.0
 EXIT_SECONDS = 8.0
 
 
 class Frontend:
-    """A running HTTP process and the engine's end of the socket pair."""
+    """A running HTTP process and the engine's end of the socket pair.
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: FrontendChannel, host: str) -> None:
-        self._process = process
-        self._host = host
+    Attributes:
+        url: where it listens.
+        channel: messages to and from it.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], channel: FrontendChannel) -> None:
+        self.url = url
         self.channel = channel
+        self._process = process
 
     @classmethod
     def start(cls, command: Sequence[str], settings: FrontendSettings) -> Frontend:
-        """Start ``command`` with the socket and the settings as its last arguments; returns at once.
+        """Open the port and start ``command``, with three descriptors and the settings as its last arguments.
 
-        It gets a session of its own, so that a terminal's or a launcher's signals reach rank 0 only.
-        """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [*command, str(theirs.fileno()), msgspec.json.encode(settings).decode()]
-            process = subprocess.Popen(
-                arguments, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        return cls(process, FrontendChannel(ours), settings.host)
-
-    def wait_for_port(self) -> str:
-        """The URL on which the process listens.
+        Returns at once; a thread answers 503 until the process does. The process gets a session of its own, so
+        that a terminal's or a launcher's signals reach rank 0 only.
 
         Raises:
             ConfigError: the port or the key file cannot be had.
-            CommunicatorError: the process ended or did not answer.
         """
-        deadline = time.monotonic() + BIND_SECONDS
-        while time.monotonic() < deadline:
-            for message in self.channel.receive(deadline - time.monotonic()):
-                if isinstance(message, FrontendRefused):
-                    raise ConfigError(message.message)
-                if isinstance(message, Bound):
-                    host = f"[{self._host}]" if ":" in self._host else self._host
-                    return f"http://{host}:{message.port}"
-        raise CommunicatorError(f"the HTTP process did not open its port within {BIND_SECONDS:g} s")
+        read_api_keys(settings.api_key_file)
+        listener = bind(settings.host, settings.port)
+        url = _url(settings.host, listener.getsockname()[1])
+        ours, theirs = socket.socketpair()
+        started, starting = os.pipe()
+        descriptors = (theirs.fileno(), listener.fileno(), starting)
+        encoded = msgspec.json.encode(settings).decode()
+        process = subprocess.Popen(
+            [*command, *map(str, descriptors), encoded],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        os.close(starting)
+        answer_early(listener, started)
+        return cls(url, process, FrontendChannel(ours))
 
     def abandon(self, reason: str) -> None:
         """The engine failed: let the process tell its clients and exit by itself; waits for a moment at most."""
-        try:
+        with contextlib.suppress(CommunicatorError):
             self.channel.send(Failed(reason))
             self.channel.flush(0.5)
-        except CommunicatorError:
-            pass
         self.channel.close()
 
     def stop(self) -> None:
         """Let the process close its connections and exit; kill it if it does not."""
-        try:
+        with contextlib.suppress(CommunicatorError):
             self.channel.send(Stop())
             self.channel.flush(1.0)
-        except CommunicatorError:
-            pass
         self.channel.close()
         try:
             self._process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

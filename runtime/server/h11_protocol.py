@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import uvicorn
@@ -41,7 +42,16 @@ class BoundedH11Protocol(H11Protocol):
 
 
 class QuietServer(uvicorn.Server):
-    """Leaves signals alone: rank 0 decides when to stop."""
+    """Leaves signals alone, because rank 0 decides when to stop, and says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections."""
+        await super().startup(sockets)
+        self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -16,7 +16,6 @@ from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.request import Request, TokenDelta
 
 __all__ = [
-    "Bound",
     "Cancel",
     "Deltas",
     "Drained",
@@ -39,14 +38,8 @@ MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<I")
 
 
-class Bound(msgspec.Struct, tag=True, frozen=True):
-    """The port is open and answers 503."""
-
-    port: int
-
-
 class FrontendRefused(msgspec.Struct, tag=True, frozen=True):
-    """The HTTP process cannot start for a reason that the operator must remove."""
+    """The HTTP process cannot serve this checkpoint: its tokenizer is broken."""
 
     message: str
 
@@ -138,7 +131,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
-FromFrontend = Bound | FrontendRefused | FrontendReady | Submit | Cancel | Drained
+FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained
 ToFrontend = ModelInfo | Deltas | Refused | Stats | Draining | Failed | Stop
 
 

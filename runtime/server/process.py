@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP process: binds the port at once, answers 503 until the engine is ready, and dies with rank 0."""
+"""The HTTP process: answers 503 until the engine is ready, and dies with rank 0."""
 
 from __future__ import annotations
 
@@ -10,63 +10,39 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.server.api_keys import read_api_keys
-from phalanx.runtime.server.messages import Bound, FrontendRefused, ModelInfo, encode_frame
+from phalanx.runtime.server.listener import BACKLOG
+from phalanx.runtime.server.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["main"]
 
-BACKLOG = 2048
 LAST_ANSWERS_SECONDS = 2
 """How long open requests have to be told that the engine is gone, before the kernel ends this process."""
 _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``FD SETTINGS``: the inherited end of the socket pair, and `FrontendSettings` as JSON."""
-    descriptor, encoded = sys.argv[1:] if arguments is None else arguments
+    """``CHANNEL LISTENER STARTING SETTINGS``: three inherited descriptors, and `FrontendSettings` as JSON.
+
+    The first is an end of the socket pair, the second listens, the third is closed once this process answers.
+    """
     _tie_to_parent()
-    channel = socket.socket(fileno=int(descriptor))
+    channel, listener, starting, encoded = sys.argv[1:] if arguments is None else arguments
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    try:
-        api_keys = read_api_keys(settings.api_key_file)
-        listener = bind(settings)
-    except ConfigError as error:
-        channel.sendall(encode_frame(FrontendRefused(str(error))))
-        return 2
-    channel.sendall(encode_frame(Bound(listener.getsockname()[1])))
-    asyncio.run(_serve(settings, api_keys, listener, channel))
+    api_keys = read_api_keys(settings.api_key_file)
+    sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))
+    asyncio.run(_serve(settings, api_keys, *sockets, lambda: os.close(int(starting))))
     return 0
-
-
-def bind(settings: FrontendSettings) -> socket.socket:
-    """Listen on the chosen address.
-
-    Raises:
-        ConfigError: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"--port {settings.port} on {settings.host} cannot be opened: {error.strerror}; "
-            "choose another with --port, or 0 for any free one"
-        ) from None
-    return listener
 
 
 def _tie_to_parent() -> None:
@@ -81,7 +57,11 @@ def _tie_to_parent() -> None:
 
 
 async def _serve(
-    settings: FrontendSettings, api_keys: Sequence[bytes], listener: socket.socket, channel: socket.socket
+    settings: FrontendSettings,
+    api_keys: Sequence[bytes],
+    listener: socket.socket,
+    channel: socket.socket,
+    on_started: Callable[[], None],
 ) -> None:
     import uvicorn
 
@@ -116,7 +96,7 @@ async def _serve(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
     )
-    server = QuietServer(config)
+    server = QuietServer(config, on_started)
     await loop.connect_accepted_socket(lambda: client, channel)
     await server.serve(sockets=[listener])
     workers.shutdown(wait=False, cancel_futures=True)

@@ -144,19 +144,18 @@ def in_columns(deltas: list[TokenDelta]) -> DeltaBatch:
 def main() -> int:
     settings = msgspec.json.decode(sys.argv[1], type=FrontendSettings)
     options = msgspec.json.decode(sys.argv[2], type=StubOptions)
-    frontend = Frontend.start([sys.executable, "-m", "launch.http_process"], settings)
     try:
-        url = frontend.wait_for_port()
+        frontend = Frontend.start([sys.executable, "-m", "launch.http_process"], settings)
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        say(str(error))
         return 2
-    say(f"BOUND {url}")
+    say(f"BOUND {frontend.url}")
     time.sleep(options.start_seconds)
     bridge = EngineBridge(StubEngine(options), frontend.channel)
     _drain_on_signal(bridge)
     model = ModelInfo(options.directory, options.vocab_size, options.max_model_len, options.max_open_requests)
     try:
-        bridge.run(model, lambda: say(f"READY {url}"))
+        bridge.run(model, lambda: say(f"READY {frontend.url}"))
     except Exception as error:
         frontend.abandon(f"{type(error).__name__}: {error}")
         raise
