@@ -13,6 +13,10 @@ from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubi
 __all__ = ["KernelFunction", "KernelLibrary", "Library"]
 
 
+FIRST_WITH_CLUSTERS = 90
+"""Compute capability of Hopper."""
+
+
 class KernelFunction(Protocol):
     """A launchable kernel: enqueues on the current stream and does not wait."""
 
@@ -38,6 +42,11 @@ class Library(Protocol):
         """Streaming multiprocessors of the device: what a grid should fill."""
         ...
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether blocks can share memory in clusters (Hopper and later)."""
+        ...
+
 
 class KernelLibrary:
     """The kernels of the current CUDA device.
@@ -52,6 +61,7 @@ class KernelLibrary:
         device = cupy.cuda.Device()
         self.architecture = architecture_name(device.compute_capability)
         self.num_multiprocessors: int = device.attributes["MultiProcessorCount"]
+        self.has_clusters = int(device.compute_capability) >= FIRST_WITH_CLUSTERS
         self._cache = cache
         self._modules: dict[KernelSpec, Any] = {}
         self._functions: dict[tuple[KernelSpec, str, int], KernelFunction] = {}

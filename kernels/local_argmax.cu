@@ -16,25 +16,20 @@ local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temper
     const int row = blockIdx.y;
     const scalar* const columns = logits + static_cast<int64>(row) * part_size;
     const float temperature = temperatures[row];
-    Noise noise(seeds[row], positions[row]);
     const int end = min(part_size, vocab_size - vocab_start);
-    uint64 best = 0;
-    float best_score = __int_as_float(0x7fffffff);  // NaN: nothing compares below it
-    for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
-        float value[VEC];
-        load(columns + at, value);
+    Winner greedy;
+    NoisyWinner noisy(seeds[row], positions[row], temperature);
+    const auto for_each = [&](auto offer) {
+        for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
+            float value[VEC];
+            load(columns + at, value);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-            if (at + i >= end) continue;
-            const int token = vocab_start + at + i;
-            float score = scaled(value[i], temperature);
-            if (temperature > 0.0f) score += noise.gumbel(token);
-            // Tokens come in order, so a tie stays with the lower one. What is not finite fails this test.
-            if (score <= best_score && score >= -LARGEST_SCORE) continue;
-            best = Max()(best, packed_key(score, token));
-            best_score = score;
+            for (int i = 0; i < VEC; ++i)
+                if (at + i < end) offer(value[i], vocab_start + at + i);
         }
-    }
-    best = block_reduce<NUM_THREADS>(best, Max());
+    };
+    if (temperature > 0.0f) for_each([&](float logit, int token) { noisy.offer(logit, token); });
+    else for_each([&](float logit, int token) { greedy.offer(logit, token); });
+    const uint64 best = block_reduce<NUM_THREADS>(Max()(greedy.key, noisy.key()), Max());
     if (threadIdx.x == 0) keys[static_cast<int64>(blockIdx.x) * gridDim.y + row] = best;
 }

@@ -1,28 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampling with filters: temperature, then top-k, then top-p over what is left, then min-p; one block a row.
+// Sampling with filters: temperature, then top-k, then top-p over what is left, then min-p.
+// CLUSTER blocks a row: one where rows fill the device, more where few rows would leave it idle.
 // The row's parts come from the ranks (an all-to-all gives each rank whole rows of some sequences).
 // Shapes: logits [R, S, V_local], token = part * V_local + column; temperatures, top_ps, min_ps [S] float32;
 //     top_ks, positions [S] int32 (0 = all tokens); seeds [S] uint64; token_ids [S] int32 (-1: not finite).
 // Tie rules: equal logits rank by the lower token; top-p keeps the smallest set that reaches p, at least one token.
 // Noise as in local_argmax.cu, so a filter that keeps everything changes nothing.
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two). Shared memory: 41 KiB.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
 // Reference: sort, cumulative sums and argmax in NumPy.
 #include "row_select.cuh"
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
 sample_rows(const scalar* __restrict__ logits, const float* __restrict__ temperatures, const int* __restrict__ top_ks,
             const float* __restrict__ top_ps, const float* __restrict__ min_ps, const uint64* __restrict__ seeds,
             const int* __restrict__ positions, int* __restrict__ token_ids, int num_parts, int part_size,
             int vocab_size) {
     __shared__ RowSelect::Storage storage;
-    const int index = blockIdx.x;
-    const int64 part_stride = static_cast<int64>(gridDim.x) * part_size;
+    const int index = blockIdx.x / CLUSTER;
+    const int64 part_stride = static_cast<int64>(gridDim.x / CLUSTER) * part_size;
     const float temperature = temperatures[index];
     const Row row = {logits + static_cast<int64>(index) * part_size, part_stride, num_parts, part_size, vocab_size,
                      temperature};
     uint64 best = row.best();
     if (temperature > 0.0f && best != NOT_FINITE) {
-        const float maximum = score_of(best);
+        const float maximum = scaled(score_of(best), temperature);
         const int top_k = top_ks[index];
         const float top_p = top_ps[index];
         const float lowest = min_ps[index] > 0.0f ? maximum + logf(min_ps[index]) : -LARGEST_SCORE;
@@ -37,13 +38,17 @@ sample_rows(const scalar* __restrict__ logits, const float* __restrict__ tempera
                 threshold = select.best_mass(Max()(target, static_cast<uint64>(1))).key;
             }
         }
-        Noise noise(seeds[index], positions[index]);
-        best = 0;
-        row.for_each([&](float score, int token) {
-            if (score < lowest || packed_key(score, token) < threshold) return;
-            best = Max()(best, packed_key(score + noise.gumbel(token), token));
+        NoisyWinner winner(seeds[index], positions[index], temperature);
+        const bool keeps_all = threshold == 0 && lowest == -LARGEST_SCORE;
+        const float threshold_score = threshold == 0 ? -LARGEST_SCORE : score_of(threshold);
+        row.for_each([&](float logit, int token) {
+            if (!keeps_all) {
+                const float score = scaled(logit, temperature);
+                if (score < lowest || score < threshold_score || packed_key(score, token) < threshold) return;
+            }
+            winner.offer(logit, token);
         });
-        best = block_reduce<NUM_THREADS>(best, Max());
+        best = cluster_reduce<NUM_THREADS>(winner.key(), Max());
     }
-    if (threadIdx.x == 0) token_ids[index] = token_of(best);
+    if (threadIdx.x == 0 && cluster_rank() == 0) token_ids[index] = token_of(best);
 }

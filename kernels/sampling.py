@@ -31,6 +31,8 @@ _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128
 _ROW_THREADS = 1024
 _BLOCKS_PER_MULTIPROCESSOR = 4
+_CLUSTER = 8
+_CLUSTER_WAVES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def sample_rows(
     num_parts, num_rows, part_size = _checked_parts(logits, vocab_size)
     require("token_ids", token_ids, (num_rows,), "int32")
     parameters.check(num_rows)
-    kernel = _row_kernel(library, "sample_rows", logits)
+    kernel, grid = _row_kernel(library, "sample_rows", logits)
     arguments = (
         logits,
         parameters.temperatures,
@@ -133,7 +135,7 @@ def sample_rows(
         token_ids,
     )
     sizes = (np.int32(num_parts), np.int32(part_size), np.int32(vocab_size))
-    kernel((num_rows,), (_ROW_THREADS,), (*arguments, *sizes))
+    kernel(grid, (_ROW_THREADS,), (*arguments, *sizes))
 
 
 def log_probabilities(
@@ -159,9 +161,9 @@ def log_probabilities(
     require("logprobs", logprobs, (num_rows,), "float32")
     require("top_ids", top_ids, (num_rows, num_top), "int32")
     require("top_logprobs", top_logprobs, (num_rows, num_top), "float32")
-    kernel = _row_kernel(library, "log_probabilities", logits)
+    kernel, grid = _row_kernel(library, "log_probabilities", logits)
     sizes = (np.int32(num_parts), np.int32(part_size), np.int32(vocab_size), np.int32(num_top))
-    kernel((num_rows,), (_ROW_THREADS,), (logits, token_ids, logprobs, top_ids, top_logprobs, *sizes))
+    kernel(grid, (_ROW_THREADS,), (logits, token_ids, logprobs, top_ids, top_logprobs, *sizes))
 
 
 def _checked_parts(logits: Array, vocab_size: int) -> tuple[int, int, int]:
@@ -172,6 +174,17 @@ def _checked_parts(logits: Array, vocab_size: int) -> tuple[int, int, int]:
     return num_parts, num_rows, part_size
 
 
-def _row_kernel(library: Library, name: str, logits: Array) -> KernelFunction:
-    width = vector_width(logits, logits.shape[2])
-    return library.function(name, name, SCALAR=scalar_name(logits), VEC=width, NUM_THREADS=_ROW_THREADS)
+def _row_kernel(library: Library, name: str, logits: Array) -> tuple[KernelFunction, tuple[int]]:
+    """The kernel and its grid: a cluster of blocks a row while there are fewer rows than the device has room for."""
+    _, num_rows, part_size = logits.shape
+    has_room = num_rows * _CLUSTER <= _CLUSTER_WAVES * library.num_multiprocessors
+    cluster = _CLUSTER if library.has_clusters and has_room else 1
+    kernel = library.function(
+        name,
+        name,
+        SCALAR=scalar_name(logits),
+        VEC=vector_width(logits, part_size),
+        NUM_THREADS=_ROW_THREADS,
+        CLUSTER=cluster,
+    )
+    return kernel, (num_rows * cluster,)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One block looks at one row of logits that may lie in several parts (one from each rank) and finds the key of the
+// A block, or a cluster of them, looks at one row of logits that may lie in several parts (one from each rank) and finds the key of the
 // k-th best token, or of the token at which the best ones' mass reaches a target. Exact for every row.
 //
 // Pass 1 counts tokens and mass in 2048 bins of 1/64 nat below the maximum. Pass 2 collects the bin that holds the
@@ -7,6 +7,7 @@
 // Mass is a 64-bit integer in units of 2^-40 of the best token's: sums do not depend on their order, so neither
 // the batch nor the number of parts can move a threshold.
 #pragma once
+#include "cluster.cuh"
 #include "reduce.cuh"
 #include "sampling.cuh"
 
@@ -15,6 +16,7 @@ constexpr float BINS_PER_NAT = 64.0f;
 constexpr int MAX_CANDIDATES = 2048;
 constexpr int DIGIT_BITS = 10;
 constexpr int NUM_DIGITS = 1 << DIGIT_BITS;
+constexpr int IN_FLIGHT = 4;  // vectors that a thread loads before it looks at the first
 
 // Tokens and mass of a set. A 64-bit sum in shared memory is two 32-bit ones: those have native atomics.
 struct Totals {
@@ -34,6 +36,12 @@ struct Totals {
     }
 };
 
+template <int N>
+__device__ __forceinline__ void shift_down(Vector<N>& packed) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; ++i) packed.lane[i] = packed.lane[i + 1];
+}
+
 // logits [num_parts, num_rows, V_local]; token = part * V_local + column, of which the first vocab_size exist.
 struct Row {
     const scalar* logits;
@@ -43,27 +51,59 @@ struct Row {
     int vocab_size;
     float temperature;
 
-    // Calls visit(scaled logit, token) for every token; each thread in increasing order of its tokens.
+    // Calls visit(logits, column, first token, end) for this thread's share of the vectors, in increasing order.
     template <typename Visit>
-    __device__ __forceinline__ void for_each(Visit visit) const {
+    __device__ __forceinline__ void for_each_vector(Visit visit) const {
+        constexpr int STRIDE = CLUSTER * NUM_THREADS * VEC;
         for (int part = 0; part < num_parts; ++part) {
             const scalar* const columns = logits + part * part_stride;
             const int first = part * part_size;
             const int end = min(part_size, vocab_size - first);
-            for (int at = threadIdx.x * VEC; at < end; at += NUM_THREADS * VEC) {
-                float value[VEC];
-                load(columns + at, value);
+            for (int at = (cluster_rank() * NUM_THREADS + threadIdx.x) * VEC; at < end; at += IN_FLIGHT * STRIDE) {
+                Vector<VEC> packed[IN_FLIGHT];
 #pragma unroll
-                for (int i = 0; i < VEC; ++i)
-                    if (at + i < end) visit(scaled(value[i], temperature), first + at + i);
+                for (int step = 0; step < IN_FLIGHT; ++step)
+                    if (at + step * STRIDE < end)
+                        packed[step] = *reinterpret_cast<const Vector<VEC>*>(columns + at + step * STRIDE);
+#pragma unroll
+                for (int step = 0; step < IN_FLIGHT; ++step)
+                    if (at + step * STRIDE < end)
+                        visit(packed[step], first + at + step * STRIDE, min(end - (at + step * STRIDE), VEC));
             }
         }
     }
 
+    // Calls visit(logit, token); unrolled, for visits of a few instructions.
+    template <typename Visit>
+    __device__ __forceinline__ void for_each_unrolled(Visit visit) const {
+        for_each_vector([&](const Vector<VEC>& packed, int token, int count) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i)
+                if (i < count) visit(to_float(packed.lane[i]), token + i);
+        });
+    }
+
+    // Calls visit(logit, token); a loop that shifts the next element down, so that a long visit is compiled once.
+    template <typename Visit>
+    __device__ __forceinline__ void for_each(Visit visit) const {
+        for_each_vector([&](Vector<VEC> packed, int token, int count) {
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+                visit(to_float(packed.lane[0]), token + i);
+                shift_down(packed);
+            }
+        });
+    }
+
+    template <typename Visit>
+    __device__ __forceinline__ void for_each_scaled(Visit visit) const {
+        for_each([&](float logit, int token) { visit(scaled(logit, temperature), token); });
+    }
+
     __device__ uint64 best() const {
-        uint64 key = 0;
-        for_each([&](float score, int token) { key = Max()(key, packed_key(score, token)); });
-        return block_reduce<NUM_THREADS>(key, Max());
+        Winner winner;
+        for_each_unrolled([&](float logit, int token) { winner.offer(logit, token); });
+        return cluster_reduce<NUM_THREADS>(winner.key, Max());
     }
 };
 
@@ -90,18 +130,17 @@ class RowSelect {
         : row_(row), maximum_(maximum), at_(storage) {
         for (int bin = threadIdx.x; bin < NUM_BINS; bin += NUM_THREADS) at_.bins[bin].clear();
         __syncthreads();
-        row_.for_each([&](float score, int) { at_.bins[bin_of(score)].add(mass_of(score)); });
-        __syncthreads();
+        row_.for_each_scaled([&](float score, int) { at_.bins[bin_of(score)].add(mass_of(score)); });
+        add_up_over_cluster<NUM_BINS>(at_.bins);
     }
 
     // A count or mass that the row does not reach keeps all of it.
-    __device__ Threshold best_tokens(uint64 count) { return select<false>(count); }
-    __device__ Threshold best_mass(uint64 mass) { return select<true>(mass); }
+    __device__ Threshold best_tokens(uint64 count) { return select(count, false); }
+    __device__ Threshold best_mass(uint64 mass) { return select(mass, true); }
 
     // The keys at or above a threshold that at most MAX_CANDIDATES tokens reach, best first.
     __device__ int collect(uint64 threshold) {
-        gather([&](float, uint64 key) { return key >= threshold; });
-        sort();
+        gather(-1, 0, 64, threshold);
         return at_.num_candidates;
     }
 
@@ -116,9 +155,8 @@ class RowSelect {
         return below < NUM_BINS / BINS_PER_NAT ? static_cast<int>(below * BINS_PER_NAT) : NUM_BINS - 1;
     }
 
-    template <bool BY_MASS>
-    __device__ Threshold select(uint64 target) {
-        if (!find<BY_MASS>(at_.bins, NUM_BINS, target, 0, 0)) return {0, at_.before_mass};
+    __device__ __noinline__ Threshold select(uint64 target, bool by_mass) {
+        if (!find(at_.bins, NUM_BINS, target, by_mass, 0, 0)) return {0, at_.before_mass};
         const int bin = at_.found;
         uint64 prefix = 0;
         int shift = 64;
@@ -127,14 +165,13 @@ class RowSelect {
             const int above = shift;
             shift = max(above - DIGIT_BITS, 0);
             count_digits(bin, prefix, above, shift);
-            find<BY_MASS>(at_.digits, NUM_DIGITS, target, at_.before_weight, at_.before_mass);
+            find(at_.digits, NUM_DIGITS, target, by_mass, at_.before_weight, at_.before_mass);
             prefix = prefix << (above - shift) | static_cast<uint64>(NUM_DIGITS - 1 - at_.found);
             count = at_.digits[at_.found].count;
             __syncthreads();
         }
-        gather([&](float score, uint64 key) { return bin_of(score) == bin && starts_with(key, prefix, shift); });
-        sort();
-        return find_candidate<BY_MASS>(target);
+        gather(bin, prefix, shift, 0);
+        return find_candidate(target, by_mass);
     }
 
     __device__ static __forceinline__ bool starts_with(uint64 key, uint64 prefix, int shift) {
@@ -143,21 +180,46 @@ class RowSelect {
 
     // Digits run downwards, best first, as bins do. The last digit overlaps the one before it by six bits, which all
     // members share.
-    __device__ void count_digits(int bin, uint64 prefix, int above, int shift) {
+    __device__ __noinline__ void count_digits(int bin, uint64 prefix, int above, int shift) {
         for (int digit = threadIdx.x; digit < NUM_DIGITS; digit += NUM_THREADS) at_.digits[digit].clear();
         __syncthreads();
-        row_.for_each([&](float score, int token) {
+        row_.for_each_scaled([&](float score, int token) {
             const uint64 key = packed_key(score, token);
             if (bin_of(score) != bin || !starts_with(key, prefix, above)) return;
             at_.digits[NUM_DIGITS - 1 - static_cast<int>(key >> shift & (NUM_DIGITS - 1))].add(mass_of(score));
         });
-        __syncthreads();
+        add_up_over_cluster<NUM_DIGITS>(at_.digits);
+    }
+
+    // Each block's own counts become those of all blocks, in every block.
+    template <int NUM_ENTRIES>
+    __device__ static void add_up_over_cluster(Totals* entries) {
+        cluster_sync();
+        if constexpr (CLUSTER > 1) {
+            constexpr int SHARE = (NUM_ENTRIES + NUM_THREADS - 1) / NUM_THREADS;
+            Totals sums[SHARE];
+#pragma unroll
+            for (int i = 0; i < SHARE; ++i) {
+                uint64 mass = 0;
+                uint32 count = 0;
+                for (int rank = 0; rank < CLUSTER; ++rank) {
+                    const Totals other = *in_block(entries + i * NUM_THREADS + threadIdx.x, rank);
+                    mass += other.mass();
+                    count += other.count;
+                }
+                sums[i] = {count, static_cast<uint32>(mass), static_cast<uint32>(mass >> 32)};
+            }
+            cluster_sync();
+#pragma unroll
+            for (int i = 0; i < SHARE; ++i) entries[i * NUM_THREADS + threadIdx.x] = sums[i];
+            __syncthreads();
+        }
     }
 
     // Finds the entry where the running weight, starting from `weight`, reaches `target`, and remembers what lies
     // before it. False when all of it does not reach that far.
-    template <bool BY_MASS>
-    __device__ bool find(const Totals* entries, int num_entries, uint64 target, uint64 weight, uint64 mass) {
+    __device__ __noinline__ bool find(const Totals* entries, int num_entries, uint64 target, bool by_mass, uint64 weight,
+                                      uint64 mass) {
         __syncthreads();
         if (threadIdx.x == 0) at_.found = -1;
         const int share = num_entries / NUM_THREADS;
@@ -165,12 +227,12 @@ class RowSelect {
         uint64 own_weight = 0, own_mass = 0;
         for (int i = first; i < first + share; ++i) {
             own_mass += entries[i].mass();
-            own_weight += BY_MASS ? entries[i].mass() : entries[i].count;
+            own_weight += by_mass ? entries[i].mass() : entries[i].count;
         }
         uint64 weight_before = weight + block_exclusive_sum<NUM_THREADS>(own_weight);
         uint64 mass_before = mass + block_exclusive_sum<NUM_THREADS>(own_mass);
         for (int i = first; i < first + share; ++i) {
-            const uint64 more = BY_MASS ? entries[i].mass() : entries[i].count;
+            const uint64 more = by_mass ? entries[i].mass() : entries[i].count;
             if (weight_before < target && weight_before + more >= target) remember(i, weight_before, mass_before);
             weight_before += more;
             mass_before += entries[i].mass();
@@ -187,20 +249,32 @@ class RowSelect {
         at_.before_mass = mass;
     }
 
-    template <typename Wanted>
-    __device__ void gather(Wanted wanted) {
+    // Tokens of `bin` (of any, if negative) whose key starts with `prefix` and is at least `threshold`: into the first
+    // block, sorted there, and from there into every block.
+    __device__ __noinline__ void gather(int bin, uint64 prefix, int shift, uint64 threshold) {
         __syncthreads();
         if (threadIdx.x == 0) at_.num_candidates = 0;
-        __syncthreads();
-        row_.for_each([&](float score, int token) {
+        cluster_sync();
+        Storage* const leader = in_block(&at_, 0);
+        row_.for_each_scaled([&](float score, int token) {
+            if (bin >= 0 && bin_of(score) != bin) return;
             const uint64 key = packed_key(score, token);
-            if (wanted(score, key)) at_.candidates[atomicAdd(&at_.num_candidates, 1)] = key;
+            if (key < threshold || !starts_with(key, prefix, shift)) return;
+            leader->candidates[atomicAdd(&leader->num_candidates, 1)] = key;
         });
-        __syncthreads();
+        cluster_sync();
+        if (cluster_rank() == 0) sort();
+        cluster_sync();
+        if (cluster_rank() != 0) {
+            const int count = leader->num_candidates;
+            for (int i = threadIdx.x; i < count; i += NUM_THREADS) at_.candidates[i] = leader->candidates[i];
+            if (threadIdx.x == 0) at_.num_candidates = count;
+        }
+        cluster_sync();
     }
 
     // Bitonic, descending; padded with keys below all real ones.
-    __device__ void sort() {
+    __device__ __noinline__ void sort() {
         int size = 2;
         while (size < at_.num_candidates) size *= 2;
         for (int i = at_.num_candidates + threadIdx.x; i < size; i += NUM_THREADS) at_.candidates[i] = 0;
@@ -220,8 +294,7 @@ class RowSelect {
         }
     }
 
-    template <bool BY_MASS>
-    __device__ Threshold find_candidate(uint64 target) {
+    __device__ __noinline__ Threshold find_candidate(uint64 target, bool by_mass) {
         constexpr int SHARE = MAX_CANDIDATES / NUM_THREADS;
         const int first = threadIdx.x * SHARE;
         uint64 masses[SHARE];
@@ -234,9 +307,9 @@ class RowSelect {
         }
         const uint64 weight = at_.before_weight, mass = at_.before_mass;
         uint64 mass_before = mass + block_exclusive_sum<NUM_THREADS>(own_mass);
-        uint64 weight_before = BY_MASS ? mass_before : weight + block_exclusive_sum<NUM_THREADS>(own_count);
+        uint64 weight_before = by_mass ? mass_before : weight + block_exclusive_sum<NUM_THREADS>(own_count);
         for (int i = 0; i < SHARE; ++i) {
-            const uint64 more = BY_MASS ? masses[i] : first + i < at_.num_candidates;
+            const uint64 more = by_mass ? masses[i] : first + i < at_.num_candidates;
             if (weight_before < target && weight_before + more >= target) remember(first + i, 0, mass_before + masses[i]);
             weight_before += more;
             mass_before += masses[i];

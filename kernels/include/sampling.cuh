@@ -37,13 +37,22 @@ class Noise {
 
     // -log(-log(u)), u uniform on the odd multiples of 2^-24: all exact in float32, none of them 0 or 1.
     __device__ __forceinline__ float gumbel(int token) {
-        if (token >> 2 != quad_) draw(token >> 2);
-        const uint32 word = token & 2 ? (token & 1 ? word3_ : word2_) : (token & 1 ? word1_ : word0_);
-        const float u = (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f;
+        const float u = (static_cast<float>(bits(token)) + 0.5f) * 0x1p-23f;
         return -logf(-logf(u));
     }
 
+    // 1 - u, exactly.
+    __device__ __forceinline__ float below_one(int token) {
+        return static_cast<float>((1 << 23) - 1 - bits(token)) * 0x1p-23f + 0x1p-24f;
+    }
+
   private:
+    __device__ __forceinline__ int bits(int token) {
+        if (token >> 2 != quad_) draw(token >> 2);
+        const uint32 word = token & 2 ? (token & 1 ? word3_ : word2_) : (token & 1 ? word1_ : word0_);
+        return static_cast<int>(word >> 9);
+    }
+
     // Four neighbouring tokens share a draw: visiting them in order costs one.
     __device__ __forceinline__ void draw(int quad) {
         quad_ = quad;
@@ -76,3 +85,41 @@ class Noise {
 __device__ __forceinline__ float scaled(float logit, float temperature) {
     return temperature > 0.0f ? __fdiv_rn(logit, temperature) : logit;
 }
+
+// The best of the tokens offered so far, which must come in increasing order.
+struct Winner {
+    uint64 key = 0;
+    float score = __int_as_float(0x7fffffff);  // NaN: nothing compares below it
+
+    // A tie stays with the lower token. What is not finite fails the first test.
+    __device__ __forceinline__ void offer(float candidate, int token) {
+        if (candidate <= score && candidate >= -LARGEST_SCORE) return;
+        key = max(key, packed_key(candidate, token));
+        score = candidate;
+    }
+};
+
+// The best of tokens with noise. Logarithms are taken only of the few that could win: -log(u) >= 1 - u, so that
+// 1 - u > exp(logit / temperature - best) says that -log(-log(u)) + logit / temperature < best. One per cent of
+// slack covers the approximate exponential and the product that stands for the division.
+class NoisyWinner {
+  public:
+    __device__ NoisyWinner(uint64 seed, int position, float temperature)
+        : noise_(seed, position), temperature_(temperature), factor_(LOG2_E / temperature) {}
+
+    __device__ __forceinline__ void offer(float logit, int token) {
+        const float exponent = logit * factor_ - bound_;
+        if (noise_.below_one(token) > 1.01f * exp2f(exponent) && exponent >= -LARGEST_SCORE) return;
+        winner_.offer(scaled(logit, temperature_) + noise_.gumbel(token), token);
+        bound_ = winner_.score * LOG2_E;
+    }
+
+    __device__ uint64 key() const { return winner_.key; }
+
+  private:
+    static constexpr float LOG2_E = 1.4426950408889634f;
+    Noise noise_;
+    Winner winner_;
+    float temperature_, factor_;
+    float bound_ = -LARGEST_SCORE;  // the best score so far in powers of two; at first everything is above it
+};

@@ -27,7 +27,9 @@ class EmulatedLibrary:
     """Kernels compiled for the CPU, kept in ``cache`` between runs."""
 
     def __init__(self, cache: Path, num_multiprocessors: int = 4) -> None:
+        self.architecture = "sm_80"
         self.num_multiprocessors = num_multiprocessors
+        self.has_clusters = False
         self._cache = cache
         self._libraries: dict[KernelSpec, ctypes.CDLL] = {}
 
@@ -82,7 +84,7 @@ class EmulatedLibrary:
 def _kernel_names(text: str) -> list[str]:
     import re
 
-    return re.findall(r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(', text)
+    return re.findall(r'extern "C" __global__ void (?:CLUSTER_DIMENSIONS )?__launch_bounds__\([^)]*\)\s*(\w+)\(', text)
 
 
 def _cell(argument: Any) -> Any:

@@ -37,8 +37,4 @@ inline void mma_16x8x16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2
         for (int k = 0; k < 16; ++k) d[i] += mma_a(lane / 4 + i / 2 * 8, k) * mma_b(k, lane % 4 * 2 + i % 2);
 }
 
-struct alignas(16) uint4 {
-    uint32 x, y, z, w;
-};
-
 inline uint4 load_streaming(const void* from) { return *static_cast<const uint4*>(from); }
