@@ -18,7 +18,6 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -304,7 +303,7 @@ class _Call:
     """A kernel, named as its file, with its compile-time constants."""
 
     source: str
-    defines: Mapping[str, int]
+    defines: dict[str, int]
     shared_bytes: int = 0
 
 

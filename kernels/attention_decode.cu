@@ -21,6 +21,7 @@
 // Reference: Dao et al., "Flash-Decoding for long-context inference" (2023); the even split is Osama et al., "Stream-K"
 // (2023), applied to attention. Needs sm_80. Parameters: BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32,
 // 64, 128), NUM_KV_HEADS, GROUP, HEADS_PER_ITEM, RING, MIN_BLOCKS, SHARED_BYTES, WINDOW, SOFT_CAP, ALIBI.
+#include "attention_instructions.cuh"
 #include "attention_common.cuh"
 #include "attention_plan.cuh"
 
@@ -460,7 +461,7 @@ struct Consumer {
         group_barrier(1, CONSUMERS);
         if (thread == 0) {
             __threadfence();
-            asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(p.flags + slot) : "memory");
+            store_release(p.flags + slot, 1);
         }
     }
 
@@ -468,9 +469,8 @@ struct Consumer {
         const int contributor = begin + thread * stride;
         if (contributor < end) {
             int* flag = p.flags + partial_slot(first_worker, contributor);
-            int is_ready;
-            do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is_ready) : "l"(flag) : "memory");
-            while (!is_ready);
+            while (!load_acquire(flag)) {
+            }
             *flag = 0;
         }
         group_barrier(1, CONSUMERS);
@@ -560,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
     const float* alibi_slopes, float scale, float soft_cap, int window) {
     const Parameters p = {q,    query_stride, k_pages,  v_pages,      out,   seq_lens, slots, block_tables, max_blocks,
                           plan, partials,     flags,    alibi_slopes, scale, soft_cap, window};
-    extern __shared__ __align__(16) unsigned char memory[];
+    DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const DecodeSplit split = DecodeSplit::load(p.plan);
     const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -16,6 +16,7 @@
 // BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32, 64, 128), NUM_KV_HEADS, GROUP, WARPS, KEYS (per tile, a
 // multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL.
 #define ROWS (WARPS * 16)
+#include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -32,9 +33,6 @@ struct Shared {
     int pages[2][PAGES_PER_TILE];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ void copy_query(const Parameters& p, const Work& work, Shared& shared) {
     for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
@@ -184,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
     float soft_cap, int window) {
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
-    extern __shared__ __align__(16) unsigned char memory[];
+    DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     WorkQueue queue(p, plan, prefill_tiles);
     if (!queue.has_next()) return;

@@ -17,6 +17,7 @@
 // HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
 // item's queries load during this item, which short prompts need.
 #define ROWS 128
+#include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
 #include "warpgroup.cuh"
 
@@ -263,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
     float soft_cap, int window) {
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
-    extern __shared__ unsigned char memory[];
+    DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
     WorkQueue queue(p, plan, prefill_tiles);
     if (!queue.has_next()) return;

@@ -6,7 +6,6 @@ kernels refuse to compile with a shared-memory size below what they use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phalanx.kernels.arrays import ceil_div
@@ -109,7 +108,7 @@ class PrefillTiling:
     rows: int
     threads: int
     shared_bytes: int
-    defines: Mapping[str, int]
+    defines: dict[str, int]
 
     @classmethod
     def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
