@@ -97,6 +97,9 @@ def split_checkpoint(
             _copy_files(directory, unfinished.path, job.dtype)
             _write_manifest(_manifest(source, stored_names, job, entries), unfinished.path)
             unfinished.commit()
+    except OSError as error:
+        unfinished.discard()
+        raise ConfigError(f"cannot write {str(unfinished.path)!r}: {error.strerror}; nothing was left there") from error
     except BaseException:
         unfinished.discard()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -390,6 +391,25 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match="has 10 left"):
         split(path, tmp_path / "s", 1, 1)
     assert not (tmp_path / "s.partial").exists()
+
+
+def test_disk_that_fills_up_meanwhile_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(LLAMA, tmp_path / "model")
+    real, left = os.pwrite, 50_000
+
+    def filling(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[:1000], offset)  # short writes are completed, too
+
+    monkeypatch.setattr(os, "pwrite", filling)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        split(path, tmp_path / "s", 2, 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_layout_that_the_heads_refuse_leaves_nothing(tmp_path: Path) -> None:

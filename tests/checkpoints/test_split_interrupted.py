@@ -64,6 +64,7 @@ def assert_nothing_loads(directory: Path, but: str) -> None:
             open_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_killed_at_any_system_call_it_leaves_nothing_that_loads(tmp_path: Path) -> None:
     case = CASES_BY_NAME["gpt2-plain"]
     path = write_checkpoint(replace(case, config=case.config | {"n_layer": 1}), tmp_path / "model")
@@ -81,6 +82,7 @@ def test_killed_at_any_system_call_it_leaves_nothing_that_loads(tmp_path: Path) 
         assert values.tobytes() == stored[name].tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_partial_directory_does_not_load_under_another_name_either(tmp_path: Path) -> None:
     path = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")
     seen = 0
@@ -96,6 +98,7 @@ def test_partial_directory_does_not_load_under_another_name_either(tmp_path: Pat
     assert seen >= 3
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_leftovers_are_replaced_and_reported(tmp_path: Path) -> None:
     path = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")
     assert run_until_call(60, lambda: split(path, tmp_path / "s", 2, 2))
