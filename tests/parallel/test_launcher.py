@@ -1,0 +1,29 @@
+"""Rank and size come from the launcher's environment, whichever launcher it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from phalanx.parallel.launcher import LaunchInfo, launch_info
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, LaunchInfo()),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "2"}, LaunchInfo(2, 4, 2, 4, "MPICH")),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_RANK": "5",
+            },
+            LaunchInfo(5, 8, 1, 4, "Open MPI"),
+        ),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}, LaunchInfo(3, 8, 3, 8, "Slurm")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, LaunchInfo()),
+        ({"SLURM_STEP_ID": "batch", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, LaunchInfo()),
+    ],
+    ids=["by hand", "mpich", "openmpi", "srun step", "batch script, old", "batch script"],
+)  # fmt: skip
+def test_launch_info(environ: dict[str, str], expected: LaunchInfo) -> None:
+    assert launch_info(environ) == expected

@@ -1,0 +1,77 @@
+"""What each rank holds: whole units, everything exactly once, key/value heads copied when there are too few."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Shard, local_heads, local_kv_heads, stage_layers
+
+
+@given(units=st.integers(1, 40), unit=st.integers(1, 16), size=st.integers(1, 8))
+def test_even_split_covers_every_unit_once(units: int, unit: int, size: int) -> None:
+    assume(units >= size)
+    spans = [Shard(0, unit).span(units * unit, rank, size) for rank in range(size)]
+    assert [span.start for span in spans[1:]] == [span.stop for span in spans[:-1]]
+    assert (spans[0].start, spans[-1].stop) == (0, units * unit)
+    assert all(span.start % unit == 0 and span.padding == 0 for span in spans)
+    counts = [(span.stop - span.start) // unit for span in spans]
+    assert max(counts) - min(counts) <= 1
+
+
+@given(kv_heads=st.integers(1, 8), group=st.integers(1, 9), size=st.integers(1, 16))
+def test_query_heads_stay_with_their_key_value_head(kv_heads: int, group: int, size: int) -> None:
+    assume(kv_heads % size == 0 or size % kv_heads == 0)
+    assume(size <= kv_heads * group)
+    owned: list[int] = []
+    for rank in range(size):
+        heads = local_heads(kv_heads * group, kv_heads, rank, size)
+        kv = local_kv_heads(kv_heads, rank, size)
+        assert {head // group for head in range(heads.start, heads.stop)} == set(range(kv.start, kv.stop))
+        assert heads.size % kv.size == 0, "attention groups query heads evenly over a rank's key/value heads"
+        owned += range(heads.start, heads.stop)
+    assert owned == list(range(kv_heads * group))
+
+
+def test_fewer_key_value_heads_than_ranks_are_copied() -> None:
+    assert [local_kv_heads(2, rank, 4).start for rank in range(4)] == [0, 0, 1, 1]
+
+
+def test_query_heads_of_one_group_may_be_uneven() -> None:
+    assert [local_heads(6, 2, rank, 4).size for rank in range(4)] == [1, 2, 1, 2]
+
+
+def test_key_value_heads_that_cannot_be_shared_name_a_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"num_kv_heads=4 cannot be shared by tp_size=3; use a tp_size that divides 4"):
+        local_kv_heads(4, 0, 3)
+
+
+def test_more_ranks_than_query_heads_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 query heads cannot be shared by tp_size=4"):
+        [local_heads(2, 1, rank, 4) for rank in range(4)]
+
+
+@given(vocab=st.integers(1, 5000), size=st.integers(1, 8))
+def test_vocabulary_is_padded_to_equal_parts(vocab: int, size: int) -> None:
+    spans = [Shard(0, pad_to=16).span(vocab, rank, size) for rank in range(size)]
+    assert len({span.size for span in spans}) == 1
+    assert spans[0].size % 16 == 0
+    assert [row for span in spans for row in range(span.start, span.stop)] == list(range(vocab))
+    assert all(span.start == min(rank * span.size, vocab) for rank, span in enumerate(spans))
+
+
+@given(layers=st.integers(1, 90), stages=st.integers(1, 12))
+def test_stages_cover_all_layers_in_order(layers: int, stages: int) -> None:
+    assume(layers >= stages)
+    parts = stage_layers(layers, stages)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True), "the last stage also has the LM head"
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_layers=3 cannot fill pp_size=4"):
+        stage_layers(3, 4)
