@@ -64,6 +64,7 @@ class TrtExecutor:
     """
 
     lookahead = 0
+    idle_fraction: float | None = None
 
     def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:
         self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
