@@ -7,9 +7,12 @@
 // Reference: the same in float64, rounded once. Shazeer 2020 (gated variants); Hendrycks and Gimpel 2016 (GELU).
 #include "activation.cuh"
 #include "dtype.cuh"
+#include "launch.cuh"
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gated(const scalar* __restrict__ x, scalar* __restrict__ out) {
+    wait_for_previous();
+    let_next_start();
     const int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
     if (at >= FEATURES) return;
     const int64 row = blockIdx.y;
@@ -23,6 +26,8 @@ gated(const scalar* __restrict__ x, scalar* __restrict__ out) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 plain(const scalar* x, const scalar* __restrict__ bias, scalar* out) {
+    wait_for_previous();
+    let_next_start();
     const int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
     if (at >= FEATURES) return;
     const int64 row = blockIdx.y;

@@ -39,11 +39,15 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class KernelSource:
-    """One ``.cu`` file and a digest over it and the package headers that it includes, directly or not."""
+    """One ``.cu`` file and a digest over it and the package headers that it includes, directly or not.
+
+    ``overlaps_previous``: its kernels are written for programmatic dependent launch (they include ``launch.cuh``).
+    """
 
     name: str
     text: str
     digest: str
+    overlaps_previous: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,10 @@ def load_source(name: str) -> KernelSource:
     """Read ``<name>.cu`` of this package and digest it together with its package headers."""
     text = (SOURCE_DIRECTORY / f"{name}.cu").read_text()
     digest = hashlib.sha256(text.encode())
-    for header in sorted(_headers_of(text)):
+    headers = _headers_of(text)
+    for header in sorted(headers):
         digest.update(header.encode() + (INCLUDE_DIRECTORY / header).read_bytes())
-    return KernelSource(name, text, digest.hexdigest())
+    return KernelSource(name, text, digest.hexdigest(), "launch.cuh" in headers)
 
 
 def _headers_of(text: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -174,7 +179,7 @@ def _nvrtc_version() -> str:
 def _compile(source: KernelSource, options: tuple[str, ...]) -> bytes:
     nvrtc = _nvrtc()
     includes = (f"-I{INCLUDE_DIRECTORY}", *(f"-I{folder}" for folder in _toolkit_includes()))
-    flags = [option.encode() for option in (*options, "-std=c++17", "-lineinfo", *includes)]
+    flags = [option.encode() for option in (*options, "-std=c++17", "-lineinfo", "-default-device", *includes)]
     program = _check(nvrtc, nvrtc.nvrtcCreateProgram(source.text.encode(), f"{source.name}.cu".encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)

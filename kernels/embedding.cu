@@ -5,10 +5,13 @@
 // Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS.
 // Reference: table[ids - vocab_start] * scale in float32, rounded once.
 #include "dtype.cuh"
+#include "launch.cuh"
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 embedding(const int* __restrict__ token_ids, const scalar* __restrict__ table, scalar* __restrict__ out,
           int vocab_start, int num_rows, float scale) {
+    wait_for_previous();
+    let_next_start();
     const int64 token = blockIdx.x;
     const int row = token_ids[token] - vocab_start;
     const bool is_local = row >= 0 && row < num_rows;

@@ -4,9 +4,12 @@
 // Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS.
 // Reference: x[rows].
 #include "dtype.cuh"
+#include "launch.cuh"
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gather_rows(const scalar* __restrict__ x, const int* __restrict__ rows, scalar* __restrict__ out) {
+    wait_for_previous();
+    let_next_start();
     const int64 row = rows[blockIdx.x];
     for (int at = threadIdx.x * VEC; at < HIDDEN_SIZE; at += NUM_THREADS * VEC) {
         float value[VEC] = {};

@@ -10,11 +10,13 @@
 // Limits: float32 sums in an order that depends on NUM_WARPS and UNROLL alone.
 // Reference: x @ weight.T in float64.
 #include "activation.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
 
 constexpr int LANE_ELEMENTS = 8;                     // 16 bytes
 constexpr int CHUNK = 4 * LANE_ELEMENTS;             // k range of one step of a warp: two mma
 constexpr int TILE = 8;                              // weight rows of one mma
+constexpr int STRIDE = NUM_WARPS * CHUNK;            // between a warp's steps
 constexpr int ROWS = (GATED ? 1 : ROW_BLOCKS) * TILE;  // outputs of a block
 
 struct Words {
@@ -37,6 +39,18 @@ __device__ __forceinline__ Words load_tokens(const scalar* x, int token, int num
     return words(*reinterpret_cast<const uint4*>(x + static_cast<int64>(token) * in_features + k));
 }
 
+using Streamed = Words[UNROLL][ROW_BLOCKS];
+
+__device__ __forceinline__ void load_weights(const scalar* const (&row)[ROW_BLOCKS], int first, int in_features,
+                                             Streamed& streamed) {
+#pragma unroll
+    for (int step = 0; step < UNROLL; ++step)
+#pragma unroll
+        for (int block = 0; block < ROW_BLOCKS; ++block)
+            if (first + step * STRIDE < in_features)
+                streamed[step][block] = words(load_streaming(row[block] + first + step * STRIDE));
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32)
 gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scalar* __restrict__ bias, scalar* out,
      int num_tokens, int out_features, int in_features) {
@@ -51,28 +65,30 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
         row[block] = weight + static_cast<int64>(output + (GATED ? block * out_features : 0)) * in_features;
     }
 
+    // The weights are nobody's output: the first of them are under way before the previous kernel has ended.
+    int k = warp * CHUNK + member * LANE_ELEMENTS;
+    Streamed streamed;
+    load_weights(row, k, in_features, streamed);
+    wait_for_previous();
+    let_next_start();
+
     float sum[ROW_BLOCKS][4] = {};
-    for (int first = warp * CHUNK; first < in_features; first += NUM_WARPS * CHUNK * UNROLL) {
-        Words streamed[UNROLL][ROW_BLOCKS];
+    while (k < in_features) {
+        Streamed next;
+        load_weights(row, k + UNROLL * STRIDE, in_features, next);
 #pragma unroll
-        for (int step = 0; step < UNROLL; ++step) {
-            const int k = first + step * NUM_WARPS * CHUNK + member * LANE_ELEMENTS;
-#pragma unroll
-            for (int block = 0; block < ROW_BLOCKS; ++block) {
-                if (k < in_features) streamed[step][block] = words(load_streaming(row[block] + k));
-                else streamed[step][block] = {};
-            }
-        }
-#pragma unroll
-        for (int step = 0; step < UNROLL; ++step) {
-            const int k = first + step * NUM_WARPS * CHUNK + member * LANE_ELEMENTS;
-            if (k >= in_features) break;
+        for (int step = 0; step < UNROLL; ++step, k += STRIDE) {
+            if (k >= in_features) continue;
             const Words low = load_tokens(x, group, num_tokens, in_features, k);
             Words high = {};
             if constexpr (MANY) high = load_tokens(x, group + 8, num_tokens, in_features, k);
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block) multiply(sum[block], low, high, streamed[step][block]);
         }
+#pragma unroll
+        for (int step = 0; step < UNROLL; ++step)
+#pragma unroll
+            for (int block = 0; block < ROW_BLOCKS; ++block) streamed[step][block] = next[step][block];
     }
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block)

@@ -30,11 +30,12 @@ class GemvShape:
 
 GEMV_SHAPES = (
     GemvShape(4, 1, 4),
-    GemvShape(4, 2, 4),
+    GemvShape(8, 1, 2),
     GemvShape(8, 1, 4),
+    GemvShape(8, 2, 2),
     GemvShape(8, 2, 4),
+    GemvShape(16, 1, 2),
     GemvShape(16, 1, 4),
-    GemvShape(8, 1, 8),
 )
 """What the tuner tries."""
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin
+from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin, load_source
+from phalanx.kernels.programmatic_launch import ProgrammaticFunction
 
 __all__ = ["KernelFunction", "KernelLibrary", "Library"]
 
@@ -93,5 +94,7 @@ class KernelLibrary:
         function: Any = self._modules[spec].get_function(name)
         if shared_bytes > 48 * 1024:
             driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        if self.has_clusters and load_source(spec.source).overlaps_previous:
+            return ProgrammaticFunction(function.ptr, name)
         loaded: KernelFunction = function
         return loaded

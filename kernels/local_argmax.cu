@@ -6,6 +6,7 @@
 //     keys [num_splits, S] uint64. Tokens from vocab_size on (padding) never win. Grid (num_splits, S).
 // Defines: SCALAR, VEC (divides V_local), NUM_THREADS.
 // Reference: argmax in NumPy, ties to the lower token; Philox4x32-10 (Salmon et al. 2011).
+#include "launch.cuh"
 #include "reduce.cuh"
 #include "sampling.cuh"
 
@@ -13,6 +14,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temperatures,
              const uint64* __restrict__ seeds, const int* __restrict__ positions, uint64* __restrict__ keys,
              int part_size, int vocab_start, int vocab_size) {
+    wait_for_previous();
+    let_next_start();
     const int row = blockIdx.y;
     const scalar* const columns = logits + static_cast<int64>(row) * part_size;
     const float temperature = temperatures[row];

@@ -5,6 +5,7 @@
 //     NaN (and top_ids -1) where a logit is NaN or infinite; NaN for a negative token.
 // Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
 // Reference: log-softmax in float64.
+#include "launch.cuh"
 #include "row_select.cuh"
 
 #define NOT_A_NUMBER __int_as_float(0x7fffffff)
@@ -13,6 +14,8 @@ extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
 log_probabilities(const scalar* __restrict__ logits, const int* __restrict__ token_ids, float* __restrict__ logprobs,
                   int* __restrict__ top_ids, float* __restrict__ top_logprobs, int num_parts, int part_size,
                   int vocab_size, int num_top) {
+    wait_for_previous();
+    let_next_start();
     __shared__ RowSelect::Storage storage;
     const int64 index = blockIdx.x / CLUSTER;
     const int64 part_stride = static_cast<int64>(gridDim.x / CLUSTER) * part_size;

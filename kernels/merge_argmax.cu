@@ -3,11 +3,14 @@
 // Shapes: keys [num_parts, S] uint64 as local_argmax.cu writes them, gathered over ranks; token_ids [S] int32.
 // One warp a row. Defines: SCALAR (unused by the keys), NUM_THREADS.
 // Reference: argmax in NumPy.
+#include "launch.cuh"
 #include "reduce.cuh"
 #include "sampling.cuh"
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 merge_argmax(const uint64* __restrict__ keys, int* __restrict__ token_ids, int num_parts, int num_rows) {
+    wait_for_previous();
+    let_next_start();
     const int row = (blockIdx.x * NUM_THREADS + threadIdx.x) / 32;
     if (row >= num_rows) return;
     uint64 best = 0;

@@ -8,6 +8,7 @@
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
 // Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
 #include "dtype.cuh"
+#include "launch.cuh"
 #include "reduce.cuh"
 
 constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
@@ -15,6 +16,8 @@ constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_bias, const scalar* __restrict__ weight,
      const scalar* __restrict__ bias, scalar* out, float epsilon, float weight_offset) {
+    wait_for_previous();
+    let_next_start();
     const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
     float value[NUM_CHUNKS][VEC] = {};
     float total = 0.0f;

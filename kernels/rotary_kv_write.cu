@@ -8,6 +8,7 @@
 //     INTERLEAVED, WRITE_KEY_BACK, NUM_THREADS. VEC divides C, R / 2 and C - R. One thread an item: a pair of vectors to rotate, or one vector to copy.
 // Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
 #include "dtype.cuh"
+#include "launch.cuh"
 
 // The "+ !X" below keep divisors of unused branches from being zero.
 constexpr int PAIRS = ROTARY_DIM / 2 / VEC;                       // rotated vector pairs a head
@@ -56,6 +57,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
                 const int* __restrict__ positions, const int* __restrict__ slot_mapping,
                 scalar* __restrict__ key_pages, scalar* __restrict__ value_pages, int num_tokens) {
+    wait_for_previous();
+    let_next_start();
     const int64 index = static_cast<int64>(blockIdx.x) * NUM_THREADS + threadIdx.x;
     const int token = static_cast<int>(index / ITEMS);
     if (token >= num_tokens) return;

@@ -8,6 +8,7 @@
 // Noise as in local_argmax.cu, so a filter that keeps everything changes nothing.
 // Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
 // Reference: sort, cumulative sums and argmax in NumPy.
+#include "launch.cuh"
 #include "row_select.cuh"
 
 extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
@@ -15,6 +16,8 @@ sample_rows(const scalar* __restrict__ logits, const float* __restrict__ tempera
             const float* __restrict__ top_ps, const float* __restrict__ min_ps, const uint64* __restrict__ seeds,
             const int* __restrict__ positions, int* __restrict__ token_ids, int num_parts, int part_size,
             int vocab_size) {
+    wait_for_previous();
+    let_next_start();
     __shared__ RowSelect::Storage storage;
     const int index = blockIdx.x / CLUSTER;
     const int64 part_stride = static_cast<int64>(gridDim.x / CLUSTER) * part_size;
