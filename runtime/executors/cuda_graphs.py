@@ -57,11 +57,11 @@ def bucket_sizes(limit: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Entry(Generic[Outputs]):
+class _Entry:
     """A step shape that ran before: first without a graph, which compiles, loads and tunes what it needs."""
 
     graph: Any = None
-    outputs: Outputs | None = None
+    outputs: Any = None
 
 
 class GraphCache(Generic[Outputs]):
@@ -75,7 +75,7 @@ class GraphCache(Generic[Outputs]):
     def __init__(self, stream: Any, enabled: bool = True) -> None:
         self._stream = stream
         self._enabled = enabled
-        self._entries: dict[StepKey, _Entry[Outputs]] = {}
+        self._entries: dict[StepKey, _Entry] = {}
 
     @property
     def num_captured(self) -> int:
@@ -91,15 +91,15 @@ class GraphCache(Generic[Outputs]):
         if entry.graph is None and not self._capture(key, entry, program):
             return program(key)
         entry.graph.launch(self._stream)
-        assert entry.outputs is not None
-        return entry.outputs
+        outputs: Outputs = entry.outputs
+        return outputs
 
     def clear(self) -> None:
         """Forget all graphs, for example because what they refer to has moved."""
         for entry in self._entries.values():
             entry.graph = entry.outputs = None
 
-    def _capture(self, key: StepKey, entry: _Entry[Outputs], program: Callable[[StepKey], Outputs]) -> bool:
+    def _capture(self, key: StepKey, entry: _Entry, program: Callable[[StepKey], Outputs]) -> bool:
         if not self._enabled or self.num_captured >= _MOST_GRAPHS:
             return False
         from cupy.cuda import runtime

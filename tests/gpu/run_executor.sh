@@ -24,13 +24,13 @@ try:
           "tpot", r["time_per_output_token_ms"], "ttft", r["time_to_first_token_ms"])
 except Exception:
     print("status", status)
-    print(open(log).read()[-2500:])
+    print(open(log).read()[-1200:])
 PY
 }
 
 for step in "$@"; do
     case $step in
-    tests) timeout 300 python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_executor.py 2>&1 | tail -40 ;;
+    tests) timeout 300 python3 -c 'import sys, launch, pytest; sys.exit(pytest.main(sys.argv[1:]))' -q -x -p no:cacheprovider tests/gpu/test_executor.py 2>&1 | tail -40 ;;
     gemma-2b) bench gemma-2b gemma-2b throughput 128 128 8192 1024 2048 ;;
     gemma-2b-short) bench gemma-2b-short gemma-2b throughput 128 128 2048 1024 2048 ;;
     gemma-7b) bench gemma-7b gemma-7b throughput 128 128 2048 512 2048 ;;
