@@ -459,10 +459,7 @@ struct Consumer {
                 __stcg(&softmax[column * 4 + lane], make_float4(maximum[column][0], maximum[column][1], sum[column][0], sum[column][1]));
         }
         group_barrier(1, CONSUMERS);
-        if (thread == 0) {
-            __threadfence();
-            store_release(p.flags + slot, 1);
-        }
+        if (thread == 0) store_release(p.flags + slot, 1);
     }
 
     __device__ __forceinline__ void wait_for_partials(int first_worker, int begin, int end, int stride) {

@@ -169,7 +169,9 @@ struct Consumer {
         warpgroup_commit();
     }
 
+    // Maxima settle after a few tiles; then most of these multiplications would be by one.
     __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+        if (__all_sync(~0u, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 8; ++i)
 #pragma unroll

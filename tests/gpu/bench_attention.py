@@ -1,6 +1,6 @@
 """Attention kernels on this GPU: bandwidth of decode, rate of prefill beside torch's scaled_dot_product_attention.
 
-    python tests/gpu/bench_attention.py [decode] [prefill] [latency]
+    python tests/gpu/bench_attention.py [decode] [latency] [plan] [prefill]
 
 Times are medians over replays of a CUDA graph of 16 launches, on shuffled pages that exceed the L2 cache. A decode's bytes
 are its keys, values, queries and outputs, once each. A causal prefill's operations are 4 H C for each
@@ -71,6 +71,10 @@ class Workload:
         for layer in range(LAUNCHES):
             run(self.qkv, *self.pages[layer % len(self.pages)], self.out, self.step)
 
+    def plan(self) -> None:
+        for _ in range(LAUNCHES):
+            self.attention.plan(self.step)
+
     def seconds_per_layer(self) -> float:
         self.attention.plan(self.step)
         return median_seconds(self.launch) / LAUNCHES
@@ -131,6 +135,14 @@ def report_decode(library: Any, name: str, num_seqs: int, seq_len: int) -> None:
         f"{name:24}{num_seqs:6}{seq_len:9}{seconds * 1e6:9.1f}{rate / 1e12:7.2f}{rate / BANDWIDTH:8.1%}",
         flush=True,
     )
+
+
+def bench_plan(library: Any) -> None:
+    print(f"{'plan, once a step':24}{'seqs':>6}{'tokens':>9}{'us':>9}")
+    for num_seqs, seq_len, new_tokens in [(1, 200, 1), (256, 2048, 1), (2048, 256, 1), (64, 128, 128), (4, 2048, 2048)]:
+        work = Workload(library, MODELS["llama-3-8b 32/8/128"], num_seqs, seq_len, new_tokens)
+        seconds = median_seconds(work.plan) / LAUNCHES
+        print(f"{'':24}{num_seqs:6}{new_tokens:9}{seconds * 1e6:9.1f}", flush=True)
 
 
 def bench_prefill(library: Any) -> None:
@@ -195,8 +207,9 @@ def _torch_seconds(q: Any, k: Any, v: Any, torch: Any, repeats: int = 7) -> floa
 
 def main() -> None:
     library = KernelLibrary()
-    chosen = sys.argv[1:] or ["decode", "latency", "prefill"]
-    for name, bench in {"decode": bench_decode, "latency": bench_latency, "prefill": bench_prefill}.items():
+    benches = {"decode": bench_decode, "latency": bench_latency, "plan": bench_plan, "prefill": bench_prefill}
+    chosen = sys.argv[1:] or list(benches)
+    for name, bench in benches.items():
         if name in chosen:
             bench(library)
 

@@ -137,7 +137,6 @@ inline int load_acquire(const int* flag) {
     if (!*flag) give_way();
     return *flag;
 }
-inline void __threadfence() {}
 inline float __fdividef(float a, float b) { return a / b; }
 template <typename T>
 T __ldcg(const T* address) {
