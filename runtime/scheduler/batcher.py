@@ -57,14 +57,10 @@ class Batcher:
         self.prefix_hit_tokens = 0
 
     def select(self) -> Selection:
-        """Decodes first, then prompts under way, then new requests, up to the token budget."""
-        preemptions = self.num_preemptions
+        """Decodes first, then the prompt under way, then new requests, up to the token budget."""
         selection = Selection(self._choose_decodes())
-        most_chunks = self._share(self.table.num_running + min(len(self.waiting), self.table.num_free))
-        self._add_chunks(selection, most_chunks)
-        if self.num_preemptions == preemptions:
-            # Not beside a preemption: the blocks that it freed are for those that run, or both would take turns for ever.
-            self._admit(selection, most_chunks)
+        self._add_chunks(selection)
+        self._admit(selection)
         return selection
 
     def mark_filled(self, chunks: list[tuple[int, int]]) -> None:
@@ -114,20 +110,19 @@ class Batcher:
         """Sequences of one micro-batch, so that there is work for all of them."""
         return -(-num_seqs // self._config.num_microbatches)
 
-    def _add_chunks(self, selection: Selection, most: int) -> None:
-        """Prompts that are partly computed, the oldest request first."""
+    def _add_chunks(self, selection: Selection) -> None:
+        """More of the prompt that is partly computed; there is one at most, as the next gets what it leaves over."""
         remaining = self.table.remaining()
-        slots = np.flatnonzero(remaining > 1)
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        for slot in slots[np.argsort(self.table.numbers[slots])].tolist():
-            if budget == 0 or len(selection.chunks) == most:
-                break
+        for slot in np.flatnonzero(remaining > 1).tolist():
             count = min(int(remaining[slot]), budget)
-            selection.chunks.append((slot, count))
-            budget -= count
+            if count > 0:
+                selection.chunks.append((slot, count))
+                budget -= count
 
-    def _admit(self, selection: Selection, most: int) -> None:
+    def _admit(self, selection: Selection) -> None:
         """Start waiting requests in order of arrival while slots, blocks and token budget last."""
+        most = self._share(self.table.num_running + min(len(self.waiting), self.table.num_free))
         budget = self._config.max_num_batched_tokens - selection.num_tokens
         while self.waiting and self.table.num_free and budget > 0 and len(selection.chunks) < most:
             sequence = self.waiting.first
@@ -158,7 +153,10 @@ class Batcher:
         return num_cached
 
     def _preempt(self, slot: int) -> None:
-        """Take a sequence's slot and blocks; all its tokens, generated ones too, will be computed again."""
+        """Take a sequence's slot and blocks; all its tokens, generated ones too, will be computed again.
+
+        It cannot come back in the same plan, and so they do not take turns: it would need the blocks that it gave.
+        """
         sequence = self.table.sequences[slot]
         assert sequence is not None, "a sequence alone always fits: larger ones were refused"
         sequence.token_ids = self.table.known_tokens(slot).copy()
