@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -157,9 +158,16 @@ def stub_server(directory: Path, settings: dict[str, Any], wait_for: str = "READ
 
 
 @contextlib.contextmanager
-def start(command: list[str]) -> Iterator[Server]:
+def start(command: list[str], **environment: str) -> Iterator[Server]:
     """Run ``command`` in the checkout; kill it at the end if it still runs."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     server = Server(process)
     try:
         yield server

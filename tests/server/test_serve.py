@@ -1,0 +1,264 @@
+"""``launch.serve`` as users start it: ranks under mpirun, a real engine, small random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import Job, serve
+from .test_lifecycle import events
+
+PATH = "/v1/completions"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 277,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 276,
+}
+LONG: dict[str, Any] = {"prompt": "ab", "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture(scope="session")
+def tiny(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand parameters; its weights are made by the loader."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(model_directory, directory)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+@contextlib.contextmanager
+def serve_tiny(tiny: Path, num_ranks: int = 4, *flags: str, wait_for: str = "READY") -> Iterator[Job]:
+    layout = ("--tp", "2", "--pp", "2") if num_ranks == 4 else ()
+    model = ("--model", str(tiny), "--load-format", "dummy")
+    with serve(num_ranks, *model, *layout, *flags, wait_for=wait_for) as job:
+        yield job
+
+
+@pytest.fixture(scope="module")
+def job(tiny: Path) -> Iterator[Job]:
+    """tp 2 x pp 2, with a cache for about a quarter of what 64 requests need."""
+    with serve_tiny(tiny, 4, "--max-num-seqs", "16", "--block-size", "8", "--num-kv-blocks", "96") as running:
+        yield running
+
+
+def metric(job: Job, name: str) -> float:
+    lines = job.server.get("/metrics").body.decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+def wait_until_idle(job: Job) -> None:
+    while metric(job, "phalanx_requests_running") + metric(job, "phalanx_requests_waiting") > 0:
+        continue
+    assert metric(job, "phalanx_kv_cache_usage_ratio") == 0.0
+
+
+def test_models_are_named_after_the_directory(job: Job) -> None:
+    (card,) = job.server.get("/v1/models").json["data"]
+    assert (card["id"], card["max_model_len"]) == ("tiny", 512)
+
+
+def test_mixed_requests_together_give_the_tokens_of_each_alone(job: Job) -> None:
+    draw = random.Random(5)
+    requests = [
+        {
+            "prompt": [draw.randrange(20, 276) for _ in range(draw.randrange(1, 60))],
+            "max_tokens": draw.randrange(1, 30),
+            "temperature": draw.choice([0.0, 1.0]),
+            "seed": draw.randrange(2**63),
+            "top_k": draw.choice([0, 5]),
+            "ignore_eos": draw.random() < 0.5,
+            "return_token_ids": True,
+            "stream": draw.random() < 0.5,
+        }
+        for _ in range(64)
+    ]
+
+    def token_ids(request: dict[str, Any]) -> list[int]:
+        if not request["stream"]:
+            answer = job.server.post(PATH, request)
+            assert answer.status == 200, answer.body
+            return list(answer.json["choices"][0]["token_ids"])
+        chunks = job.server.stream(PATH, request)
+        return [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(token_ids, requests))
+    alone = [token_ids(request) for request in requests]
+    assert together == alone
+    assert len({len(tokens) for tokens in alone}) > 10, "lengths must differ, or this shows little"
+    wait_until_idle(job)
+
+
+def test_chat_and_scores(job: Job) -> None:
+    answer = job.server.post(
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 3},
+    )
+    content = answer.json["choices"][0]["logprobs"]["content"]
+    assert len(content) == 3
+    assert all(entry["logprob"] <= entry["top_logprobs"][0]["logprob"] < 0 for entry in content)
+
+
+def test_echoed_scores_are_those_of_generation(job: Job) -> None:
+    fields = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "return_token_ids": True}
+    prompt = [30, 40, 50]
+    first = job.server.post(PATH, {"prompt": prompt, "max_tokens": 8, **fields}).json["choices"][0]
+    whole = prompt + first["token_ids"]
+    echo = job.server.post(PATH, {"prompt": whole, "max_tokens": 1, "echo": True, **fields}).json["choices"][0]
+    scored = echo["logprobs"]["token_logprobs"]
+    assert scored[0] is None
+    assert scored[3:11] == pytest.approx(first["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+def test_an_engine_limit_is_a_400(job: Job) -> None:
+    answer = job.server.post(PATH, {"prompt": [30] * 500, "max_tokens": 13})
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_clients_that_leave_free_their_blocks(job: Job) -> None:
+    for _ in range(5):
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(6)]
+        for stream in streams:
+            stream.close()
+    wait_until_idle(job)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_mpirun_drains(tiny: Path, number: signal.Signals) -> None:
+    with serve_tiny(tiny) as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(4)]
+        job.server.process.send_signal(number)
+        for stream in streams:
+            assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"
+        status, errors = job.server.wait()
+        assert (status, "Traceback" in errors) == (0, False), errors
+        assert job.seconds_until_gone() < 10
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_killing_a_rank_ends_everything_and_tells_clients(tiny: Path, rank: int) -> None:
+    with serve_tiny(tiny) as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(8)]
+        os.kill(job.rank(rank), signal.SIGKILL)
+        for stream in streams:
+            assert events(stream)[-1]["error"]["code"] == "engine_failed"
+        assert job.seconds_until_gone() < 10
+        assert job.server.wait()[0] != 0
+
+
+def test_killing_the_http_process_ends_everything_with_a_message(tiny: Path) -> None:
+    with serve_tiny(tiny) as job:
+        os.kill(job.http_process(), signal.SIGKILL)
+        assert job.seconds_until_gone() < 10
+        status, errors = job.server.wait()
+        assert status != 0
+        assert "the HTTP process is gone" in errors
+
+
+def test_one_process_without_mpirun_serves_and_drains(tiny: Path) -> None:
+    with serve_tiny(tiny, 0) as job:
+        assert job.server.post(PATH, {"prompt": "a", "max_tokens": 2}).status == 200
+        assert job.server.drain()[0] == 0
+
+
+def test_the_port_answers_503_within_a_second(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = time.monotonic()
+    with serve_tiny(tiny, 0, "--port", str(port), wait_for="") as job:
+        job.server.url = f"http://127.0.0.1:{port}"
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                answer = job.server.get("/health")
+                break
+        seconds = time.monotonic() - started
+        assert (answer.status, answer.error["code"]) == (503, "unavailable")
+        assert seconds < 1.0
+        job.server.wait_for("READY")
+        assert job.server.get("/health").status == 200
+
+
+@pytest.mark.parametrize("num_ranks", [0, 4])
+def test_a_port_in_use_is_one_line_and_status_2(tiny: Path, num_ranks: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with serve_tiny(tiny, num_ranks, "--port", port, wait_for="") as job:
+            status, errors = job.server.wait()
+    assert status == 2
+    assert_one_line(errors, f"--port {port} on 127.0.0.1 cannot be opened: Address already in use")
+
+
+@pytest.mark.parametrize("num_ranks", [0, 4])
+def test_a_broken_checkpoint_is_one_line_and_status_2(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
+    layout = ("--tp", "2", "--pp", "2") if num_ranks else ()
+    started = time.monotonic()
+    with serve(num_ranks, "--model", str(broken), *layout, wait_for="") as job:
+        status, errors = job.server.wait()
+    assert status == 2
+    assert time.monotonic() - started < 10
+    assert_one_line(errors, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tp", "3"), "3"),
+        (("--host", "0.0.0.0"), "--insecure"),
+        (("--port", "70000"), "70000"),
+        (("--request-timeout", "-1"), "--request-timeout"),
+        (("--api-key-file", "/nowhere"), "/nowhere"),
+        (("--model", "/nowhere"), "/nowhere"),
+        (("--dp", "4"), "one server per replica"),
+        (("--no-such-flag",), "--no-such-flag"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_on_four_ranks(tiny: Path, flags: tuple[str, ...], message: str) -> None:
+    with serve(4, "--model", str(tiny), "--load-format", "dummy", *flags, wait_for="") as job:
+        status, errors = job.server.wait()
+    assert status == 2, errors
+    assert_one_line(errors, message)
+
+
+def test_a_second_interrupt_does_not_wait(tiny: Path) -> None:
+    with serve_tiny(tiny, 0) as job:
+        stream = job.server.open_stream(PATH, LONG | {"max_tokens": 500})
+        job.server.process.send_signal(signal.SIGINT)
+        while job.server.get("/ready").status == 200:
+            continue
+        job.server.process.send_signal(signal.SIGINT)
+        assert events(stream)[-1].get("error", {}).get("code") == "engine_failed"
+        assert job.server.wait()[0] == 130
+
+
+def assert_one_line(errors: str, message: str) -> None:
+    """Ours is one line; a launcher may add its own block about the exit status."""
+    ours = [line for line in errors.splitlines() if line.startswith(("phalanx: ", "launch.serve: "))]
+    assert len(ours) == 1, errors
+    assert message in ours[0]
+    assert "Traceback" not in errors
