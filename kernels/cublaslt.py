@@ -128,6 +128,17 @@ class CublasLt:
             if result["state"] == 0
         ]
 
+    def accepts(self, problem: GemmProblem, algorithm: Algorithm) -> bool:
+        """Whether an algorithm found for one problem computes another one within the workspace."""
+        lt, handles = self._lt, self._described(problem)
+        result, words = np.zeros(1, lt.matmul_heuristic_result_dtype), np.array(algorithm.words, np.uint64)
+        layouts = (handles.weight, handles.x, handles.out, handles.out)
+        try:
+            lt.matmul_algo_check(self._handle, handles.operation, *layouts, words.ctypes.data, result.ctypes.data)
+        except lt.cuBLASLtError:
+            return False
+        return bool(result["workspace_size"][0] <= algorithm.workspace_bytes)
+
     def run(
         self, problem: GemmProblem, algorithm: Algorithm, x: int, weight: int, out: int, bias: int, stream: int
     ) -> None:

@@ -6,15 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.kernels.arrays import Array, require
+from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
 from phalanx.kernels.gemv import GemvShape, gemv, gemv_takes
 from phalanx.kernels.library import Library
-from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
 
-__all__ = ["WORKSPACE_BYTES", "Gemm", "Operands", "problem_of"]
+__all__ = ["WORKSPACE_BYTES", "Gemm", "Operands", "open_gemm", "problem_of"]
 
 WORKSPACE_BYTES = 64 << 20
 """Device memory for cuBLASLt's split-k partial sums; more than its algorithms ask for at model shapes."""
+
+MOST_BORROWED_TOKENS = 256
+"""Up to here a problem without a timing of its own takes that of the next larger number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +47,11 @@ def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = Fa
 class Gemm:
     """Products of one device. Each call enqueues on the current stream and does not wait; safe under capture."""
 
-    def __init__(self, library: Library, workspace: Array, timings: GemmTimings) -> None:
-        """``workspace``: flat uint8 device array of ``WORKSPACE_BYTES`` or so; ``timings``: what the tuner found.
-
-        Raises ConfigError when cuBLASLt is missing.
-        """
-        self.cublaslt = CublasLt(workspace)
+    def __init__(self, library: Library, cublaslt: CublasLt, timings: GemmTimings) -> None:
+        """``timings``: what the tuner found on such a device."""
+        self.cublaslt = cublaslt
+        self.timings = timings
         self._library = library
-        self._timings = timings
         self._choices: dict[GemmProblem, GemmChoice] = {}
 
     def __call__(
@@ -72,11 +73,18 @@ class Gemm:
         self.run(problem, self.choice(problem), operands)
 
     def choice(self, problem: GemmProblem) -> GemmChoice:
-        """What the tuner found fastest, else cuBLASLt's first suggestion."""
+        """What the tuner found fastest for this problem or one much like it, else cuBLASLt's first suggestion."""
         if problem not in self._choices:
-            tuned = self._timings.find(problem)
+            tuned = self.timings.find(problem) or self._neighbour(problem)
             self._choices[problem] = tuned or GemmChoice(self.cublaslt.algorithms(problem, 1)[0])
         return self._choices[problem]
+
+    def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
+        """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
+        choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
+        if choice is None or isinstance(choice.kernel, GemvShape):
+            return choice
+        return choice if self.cublaslt.accepts(problem, choice.kernel) else None
 
     def refresh(self) -> None:
         """Forget choices, so that new timings take effect."""
@@ -109,3 +117,16 @@ class Gemm:
     def close(self) -> None:
         """Give cuBLASLt's handles back. Nothing may be in flight."""
         self.cublaslt.close()
+
+
+def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:
+    """Products of the current device with the timings that are on disk for its kind.
+
+    ``workspace``: flat uint8 device array; None allocates ``WORKSPACE_BYTES``. Raises ConfigError when cuBLASLt is missing.
+    """
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    device_name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+    cublaslt = CublasLt(cupy.empty(WORKSPACE_BYTES, "uint8") if workspace is None else workspace)
+    return Gemm(library, cublaslt, GemmTimings(timings_path(cache_directory(), device_name, cublaslt.version)))

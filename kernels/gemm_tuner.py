@@ -16,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from phalanx.kernels.cublaslt import GemmProblem
-from phalanx.kernels.gemm import Gemm, Operands
+from phalanx.kernels.gemm import Gemm, Operands, open_gemm
 from phalanx.kernels.gemv import GEMV_SHAPES
+from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
-__all__ = ["GemmTuner", "TimedOperands"]
+__all__ = ["GemmTuner", "TimedOperands", "open_tuner"]
 
 _ROTATED_BYTES = 256 << 20
 _TIMED_SECONDS = 1.5e-3
@@ -126,3 +127,12 @@ class GemmTuner:
             (memory + done).copy_from_device(memory, min(done, num_bytes - done))
             done *= 2
         return cupy.ndarray(shape, dtype=dtype, memptr=memory)
+
+
+def open_tuner() -> tuple[GemmTimings, GemmTuner]:
+    """This device's timings and a tuner that adds to them.
+
+    Raises ConfigError when cuBLASLt is missing.
+    """
+    gemm = open_gemm(KernelLibrary())
+    return gemm.timings, GemmTuner(gemm, gemm.timings)

@@ -74,6 +74,13 @@ class GemmTimings:
         """The measured choice, or None."""
         return self._choices.get(problem.key)
 
+    def find_above(self, problem: GemmProblem, most_tokens: int) -> GemmChoice | None:
+        """The choice for the fewest tokens that are more than the problem's, up to ``most_tokens``, all else equal."""
+        tokens, rest = problem.key.split("x", 1)
+        others = (key.split("x", 1) for key in self._choices)
+        above = sorted(int(count) for count, tail in others if tail == rest and int(tokens) < int(count) <= most_tokens)
+        return self._choices[f"{above[0]}x{rest}"] if above else None
+
     def items(self) -> list[tuple[str, GemmChoice]]:
         """Every problem's key with its choice, in the order of keys."""
         return sorted(self._choices.items())

@@ -12,11 +12,9 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionDType, AttentionLimits
-from phalanx.kernels.compiler import cache_directory
-from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
+from phalanx.kernels.gemm import open_gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays
-from phalanx.kernels.tuning import GemmTimings, timings_path
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
@@ -175,7 +173,7 @@ def _stage(
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
-    gemm = _gemm(library)
+    gemm = open_gemm(library)
     ops = CudaOps(library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
     hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))
@@ -215,15 +213,3 @@ def _num_blocks(rank: _Rank, comm: Communicator) -> int:
             "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
         )
     return min(wanted, fitting)
-
-
-def _gemm(library: KernelLibrary) -> Gemm:
-    """Matrix products, by what was fastest when this kind of GPU was tuned with this cuBLASLt."""
-    import cupy
-
-    runtime, workspace = cupy.cuda.runtime, cupy.empty(WORKSPACE_BYTES, np.uint8)
-    device_name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
-    untuned = Gemm(library, workspace, GemmTimings(None))
-    path = timings_path(cache_directory(), device_name, untuned.cublaslt.version)
-    untuned.close()
-    return Gemm(library, workspace, GemmTimings(path))

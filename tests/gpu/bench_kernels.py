@@ -25,7 +25,7 @@ import cupy
 
 import launch  # noqa: F401  makes phalanx importable from a checkout
 from phalanx.kernels import activation, embedding, norm, rotary, sampling
-from phalanx.kernels.cublaslt import GemmProblem
+from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gated_gemv
@@ -221,7 +221,7 @@ def torch_microseconds(bench: Bench, problem: GemmProblem) -> float:
 
 def gemm_table(bench: Bench, tokens: tuple[int, ...], with_torch: bool) -> list[dict[str, Any]]:
     timings = GemmTimings(None)
-    gemm = Gemm(bench.library, cupy.empty(WORKSPACE_BYTES, np.uint8), timings)
+    gemm = Gemm(bench.library, CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), timings)
     tuner, rows = GemmTuner(gemm, timings), []
     for model in MODELS:
         for name, (out_features, in_features) in gemm_shapes(model).items():

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GEMV_SHAPES
@@ -22,8 +23,7 @@ ATOL = 2.0**-19
 
 @pytest.fixture(scope="module")
 def gemm():
-    workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
-    gemm = Gemm(KernelLibrary(), workspace, GemmTimings(None))
+    gemm = Gemm(KernelLibrary(), CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), GemmTimings(None))
     yield gemm
     cupy.cuda.runtime.deviceSynchronize()
     gemm.close()
@@ -121,3 +121,15 @@ def test_the_tuner_keeps_a_choice_that_is_not_slower_and_finds_it_again(gemm, tm
     again = GemmTimings(path).find(problem)
     assert again is not None
     assert again.kernel == choice.kernel
+
+
+def test_a_small_problem_borrows_the_choice_of_the_next_larger_one(gemm):
+    def problem(num_tokens):
+        return GemmProblem(num_tokens, 512, 1024, "bfloat16", "bfloat16")
+
+    timings = GemmTimings(None)
+    timings.add({problem(n): GemmChoice(gemm.cublaslt.algorithms(problem(n), 4)[-1]) for n in (64, 128, 512)})
+    borrowing = Gemm(KernelLibrary(), gemm.cublaslt, timings)
+    assert borrowing.choice(problem(40)) == timings.find(problem(64))
+    assert borrowing.choice(problem(100)) == timings.find(problem(128))
+    assert borrowing.choice(problem(300)).kernel == gemm.cublaslt.algorithms(problem(300), 1)[0]
