@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import cupy
 
 import launch  # noqa: F401  makes phalanx importable from a checkout
-from phalanx.kernels import activation, embedding, norm, rotary, sampling
+from phalanx.kernels import activation, embedding, norm, rotary, rows, sampling
 from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
 from phalanx.kernels.gemm_tuner import GemmTuner
@@ -153,7 +153,7 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
 
         return call
 
-    def rows(rule: sampling.RowParameters) -> Callable[[int], None]:
+    def whole(rule: sampling.RowParameters) -> Callable[[int], None]:
         def call(index: int) -> None:
             sampling.sample_rows(library, logits[index % len(logits)][None], rule, tokens, vocab_size=vocab_size)
 
@@ -169,10 +169,10 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
     calls = {
         "greedy": local(parameters(0.0, 0, 1.0)),
         "random": local(parameters(1.0, 0, 1.0)),
-        "rows random": rows(parameters(1.0, 0, 1.0)),
-        "top-k 50": rows(parameters(0.7, 50, 1.0)),
-        "top-p 0.9": rows(parameters(0.7, 0, 0.9)),
-        "top-k, top-p": rows(parameters(0.7, 50, 0.9)),
+        "rows random": whole(parameters(1.0, 0, 1.0)),
+        "top-k 50": whole(parameters(0.7, 50, 1.0)),
+        "top-p 0.9": whole(parameters(0.7, 0, 0.9)),
+        "top-k, top-p": whole(parameters(0.7, 50, 0.9)),
         "log-probabilities, 5": score,
     }
     for name, call in calls.items():
@@ -222,7 +222,7 @@ def torch_microseconds(bench: Bench, problem: GemmProblem) -> float:
 def gemm_table(bench: Bench, tokens: tuple[int, ...], with_torch: bool) -> list[dict[str, Any]]:
     timings = GemmTimings(None)
     gemm = Gemm(bench.library, CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), timings)
-    tuner, rows = GemmTuner(gemm, timings), []
+    tuner, table = GemmTuner(gemm, timings), []
     for model in MODELS:
         for name, (out_features, in_features) in gemm_shapes(model).items():
             for t in tokens:
@@ -238,7 +238,7 @@ def gemm_table(bench: Bench, tokens: tuple[int, ...], with_torch: bool) -> list[
                 best_lt = choice.microseconds
                 if isinstance(choice.kernel, GemvShape):
                     best_lt = min(tuner.measure(problem, GemmChoice(c), timed) for c in lt)
-                rows.append(
+                table.append(
                     {
                         "model": model, "gemm": name, "shape": [t, out_features, in_features],
                         "torch": torch_microseconds(bench, problem) if with_torch else None,
@@ -248,9 +248,9 @@ def gemm_table(bench: Bench, tokens: tuple[int, ...], with_torch: bool) -> list[
                         "teraflops": 2e-6 * t * out_features * in_features / choice.microseconds,
                     }
                 )  # fmt: skip
-                print_gemm(rows[-1])
+                print_gemm(table[-1])
     gemm.close()
-    return rows
+    return table
 
 
 def print_gemm(row: dict[str, Any]) -> None:
@@ -277,12 +277,59 @@ def gated_gemv_table(bench: Bench, model: str) -> None:
         print(f"gated gemv {model:14} {shape} {time_:7.1f} us {num_bytes / time_ / 1e3:6.0f} GB/s")
 
 
+def decode_chain(bench: Bench, model: str, kind: str, num_layers: int = 8) -> float:
+    """Microseconds a layer of one token through everything but attention, by ``kind`` of product.
+
+    "cublaslt": its tuned algorithms; "tuned": whatever the tuner prefers; "gated": the same, with the activation in gemv.
+    """
+    hidden, heads, kv_heads, head_dim, features, _ = MODELS[model]
+    library, timings = bench.library, GemmTimings(None)
+    gemm = Gemm(library, CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), timings)
+    tuner = GemmTuner(gemm, timings)
+    shapes = gemm_shapes(model)
+    problems = [GemmProblem(1, *shapes[name], "bfloat16", "bfloat16") for name in ("qkv", "o", "gate_up", "down")]
+    if kind == "cublaslt":
+        for problem in problems:
+            candidates = [GemmChoice(c) for c in gemm.candidates(problem, ())]
+            operands = tuner.timed_operands(problem)
+            timings.add({problem: min(candidates, key=lambda c: tuner.measure(problem, c, operands))})  # noqa: B023
+    else:
+        tuner.tune(problems)
+    layers = [{name: bench.normal(*shapes[name]) for name in shapes if name != "head"} for _ in range(num_layers)]
+    x, residual, norm_weight = bench.normal(1, hidden), bench.normal(1, hidden), bench.normal(hidden)
+    qkv, attended = bench.normal(1, shapes["qkv"][0]), bench.normal(1, heads * head_dim)
+    both, inner = bench.normal(1, 2 * features), bench.normal(1, features)
+    tables = rotary.RotaryTables(*(bench.normal(64, head_dim // 2, dtype=np.float32) for _ in range(2)))
+    pages = [bench.normal(4, kv_heads, 16, head_dim) for _ in range(2)]
+    position, slot = bench.integers([5]), bench.integers([7])
+    normed = bench.normal(1, hidden)
+
+    def call(index: int) -> None:
+        weights = layers[index % num_layers]
+        norm.rms_norm(library, x, norm_weight, normed, epsilon=1e-6, residual=residual)
+        gemm(normed, weights["qkv"], qkv)
+        rotary.rotary_kv_write(library, qkv, position, slot, *pages, tables, num_heads=heads)
+        gemm(attended, weights["o"], x)
+        norm.rms_norm(library, x, norm_weight, normed, epsilon=1e-6, residual=residual)
+        if kind == "gated":
+            gated_gemv(library, normed, weights["gate_up"], inner, "silu", shape=GemvShape(8, 2, 2))
+        else:
+            gemm(normed, weights["gate_up"], both)
+            activation.gated_activation(library, both, inner, "silu")
+        gemm(inner, weights["down"], x)
+
+    result = bench.microseconds(call, sum(problem.weight_bytes for problem in problems))
+    gemm.close()
+    return result
+
+
 def copy_rate(bench: Bench) -> float:
-    """Gigabytes a second of a device copy, read and written."""
-    num_bytes = 2 << 30
-    source, target = (bench.normal(num_bytes // 2) for _ in range(2))
-    copy = lambda _: target.data.copy_from_device_async(source.data, num_bytes, bench.stream)  # noqa: E731
-    return 2 * num_bytes / bench.microseconds(copy, 2 * num_bytes) / 1e3
+    """Gigabytes a second of a copy by a kernel, read and written: what the memory-bound kernels are measured against."""
+    num_rows, width = 1 << 17, 8192
+    source, target = (bench.normal(num_rows, width) for _ in range(2))
+    order = bench.integers(np.arange(num_rows))
+    copy = lambda _: rows.gather_rows(bench.library, source, order, target)  # noqa: E731
+    return 2 * source.nbytes / bench.microseconds(copy, 2 * source.nbytes) / 1e3
 
 
 def main() -> None:
@@ -292,7 +339,7 @@ def main() -> None:
     parser.add_argument("--gemm-tokens", default="1,8,64,1024,2048")
     parser.add_argument("--no-torch", action="store_true")
     options = parser.parse_args()
-    begin, bench, report = time.time(), Bench(), {"rows": [], "gemm": []}
+    begin, bench, report = time.time(), Bench(), {"rows": [], "gemm": [], "chain": []}
     print(f"device copy {copy_rate(bench):.0f} GB/s")
     for model in ("Gemma 2B", "Llama-3-8B"):
         for t in TOKENS:
@@ -309,6 +356,8 @@ def main() -> None:
     if not options.skip_gemm:
         for model in MODELS:
             gated_gemv_table(bench, model)
+            chains = {kind: decode_chain(bench, model, kind) for kind in ("cublaslt", "tuned", "gated")}
+            print(f"decode chain {model:14} " + "; ".join(f"{kind} {us:.1f} us" for kind, us in chains.items()))
         tokens = tuple(int(t) for t in options.gemm_tokens.split(","))
         report["gemm"] = gemm_table(bench, tokens, not options.no_torch)
     print(f"{time.time() - begin:.0f} s")

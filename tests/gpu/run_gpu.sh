@@ -24,11 +24,12 @@ run() {
     tail -3 "$OUT/$name.log"
 }
 
-run tests "$PYTHON" -m pytest tests/kernels tests/gpu -m gpu -q -p no:cacheprovider
+# `import launch` makes phalanx importable where it is not installed.
+pytest=("$PYTHON" -c "import launch, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))" -q -p no:cacheprovider -m gpu)
+run tests "${pytest[@]}" tests/kernels tests/gpu
 if ((sanitize)); then
     for tool in memcheck racecheck initcheck; do
-        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m pytest tests/kernels -m gpu -q -p no:cacheprovider -x
+        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" -x tests/kernels
     done
 fi
 if ((bench)); then
