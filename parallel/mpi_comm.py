@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,15 @@ from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.parallel.launcher import launch_info
 
-__all__ = ["MpiCommunicator", "abort_world", "all_ranks_failed", "mpi_is_up", "world_communicator"]
+__all__ = [
+    "MpiCommunicator",
+    "MpiLibrary",
+    "abort_world",
+    "all_ranks_failed",
+    "mpi_is_up",
+    "mpi_library",
+    "world_communicator",
+]
 
 _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
@@ -113,6 +122,43 @@ def world_communicator() -> Communicator:
     return MpiCommunicator(world.Dup())
 
 
+@dataclass(frozen=True, slots=True)
+class MpiLibrary:
+    """Which MPI a process has loaded.
+
+    Attributes:
+        vendor: name and version, such as ``MPICH 5.0.2``.
+        standard: version of the MPI standard, such as ``4.1``.
+        path: the library's file, whose ``.so`` number is the ABI (12 MPICH, 40 Open MPI).
+    """
+
+    vendor: str
+    standard: str
+    path: str
+
+
+def mpi_library() -> MpiLibrary:
+    """The MPI library that this process uses, loaded if need be but not started.
+
+    Call it after `world_communicator`: where it comes first, MPI is not started later either.
+
+    Raises:
+        ConfigError: no MPI library can be loaded.
+    """
+    mpi = _mpi(start=False)
+    name, version = mpi.get_vendor()
+    return MpiLibrary(
+        vendor=f"{name} {'.'.join(map(str, version))}",
+        standard=".".join(map(str, mpi.Get_version())),
+        path=next((path for path in _mapped_files() if "/libmpi" in path), "not found"),
+    )
+
+
+def _mapped_files() -> set[str]:
+    with open("/proc/self/maps") as maps:
+        return {line.split(maxsplit=5)[5].rstrip() for line in maps if "/" in line}
+
+
 def abort_world(status: int) -> None:
     """End every rank of the job at once with ``status``. Returns only where MPI was never started."""
     if mpi_is_up():
@@ -148,11 +194,12 @@ def _bytes(array: Array) -> list[Any]:
     return [array, array.nbytes, _mpi().BYTE]
 
 
-def _mpi() -> Any:
+def _mpi(start: bool = True) -> Any:
     """``mpi4py.MPI``, initialised on first use."""
     import mpi4py
 
     mpi4py.rc.thread_level = "serialized"
+    mpi4py.rc.initialize = start
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -17,7 +17,14 @@ import numpy as np
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 
-__all__ = ["DeviceArray", "DeviceCommunicator", "NcclCommunicator", "SelfDeviceCommunicator", "wait_for"]
+__all__ = [
+    "DeviceArray",
+    "DeviceCommunicator",
+    "NcclCommunicator",
+    "SelfDeviceCommunicator",
+    "nccl_version",
+    "wait_for",
+]
 
 DeviceArray = Any
 """A C-contiguous ``cupy.ndarray``."""
@@ -180,6 +187,16 @@ class NcclCommunicator:
     def _operand(self, array: DeviceArray) -> tuple[int, int, int]:
         assert array.flags.c_contiguous, array.strides
         return array.data.ptr, array.size, self._dtypes[array.dtype.name]
+
+
+def nccl_version() -> str:
+    """Such as ``2.32.3``.
+
+    Raises:
+        ConfigError: NCCL cannot be loaded.
+    """
+    number: int = _nccl().get_version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def wait_for(event: Any, groups: Sequence[DeviceCommunicator], timeout_seconds: float,

@@ -1,0 +1,1 @@
+"""What ``launch.doctor`` looks at: this host, its GPUs, and whether the ranks of the job agree."""

@@ -1,0 +1,172 @@
+"""``launch.doctor``: one line a check, with and without mpirun, whatever is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from phalanx.launch.diagnosis.check import Check, attempt
+from phalanx.launch.diagnosis.ranks import (
+    RankReport,
+    collective_checks,
+    engine_checks,
+    gather_reports,
+    merge,
+    world_checks,
+)
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.thread_comm import run_ranks
+
+from .commands import ROOT, needs_mpirun, run
+
+
+def report(result: subprocess.CompletedProcess[str]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """The JSON object, and its checks by name."""
+    assert "Traceback" not in result.stderr
+    decoded = json.loads(result.stdout)
+    return decoded, {check["name"]: check for check in decoded["checks"]}
+
+
+def test_alone_this_machine_can_run_one_engine() -> None:
+    result = run("doctor", "--json")
+    decoded, checks = report(result)
+    assert (result.returncode, result.stderr, decoded["ok"]) == (0, "", True)
+    assert decoded["engines"]["numpy"] is True
+    assert checks["ranks"]["detail"].startswith("1 (")
+    assert all(check["status"] in ("ok", "warn", "off", "fail") for check in checks.values())
+    assert {"Python", "MPI", "GPUs", "TensorRT", "shared memory", "Slurm", "processors", "memory"} <= set(checks)
+
+
+@needs_mpirun
+def test_under_mpirun_one_table_speaks_for_all_ranks() -> None:
+    result = run("doctor", ranks=3)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    names = [line[6:].split("  ")[0].strip() for line in lines]
+    assert len(names) == len(set(names))
+    table = dict(zip(names, lines, strict=True))
+    assert "3 started by MPICH, 3 seen by MPI" in table["ranks"]
+    assert "3 ranks agree" in table["MPI all-reduce"]
+    assert "equal on every rank" in table["versions"]
+    assert table["engine numpy"].startswith("ok")
+
+
+@pytest.mark.parametrize("module", ["numpy", "mpi4py", "msgspec", "cupy", "ml_dtypes"])
+def test_a_missing_library_is_a_line_not_a_traceback(module: str) -> None:
+    program = f"import sys; sys.modules[{module!r}] = None; from launch.doctor import main; sys.exit(main(['--json']))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    decoded, checks = report(result)
+    assert result.returncode == (0 if decoded["ok"] else 1)
+    assert decoded["engines"]["numpy"] is (module != "numpy")
+    if module == "mpi4py":
+        assert (checks["MPI"]["status"], checks["ranks"]["status"]) == ("off", "ok")
+
+
+def test_a_launcher_of_another_mpi_is_found_out() -> None:
+    foreign = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
+    if any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK")):
+        pytest.skip("inside a launcher already")
+    result = run("doctor", "--json", environ=foreign)
+    decoded, checks = report(result)
+    assert (result.returncode, decoded["ok"]) == (1, False)
+    assert "Open MPI started 4 ranks but MPI sees 1" in checks["ranks"]["detail"]
+    assert "use the mpirun of this environment" in checks["ranks"]["fix"]
+
+
+@needs_mpirun
+def test_ranks_that_never_answer_are_given_up() -> None:
+    result = run("doctor", "--timeout", "0", ranks=2)
+    assert result.returncode != 0
+    assert "no answer within 0 s" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_needs_nothing_heavy() -> None:
+    program = "import sys, launch.doctor\ntry:\n    launch.doctor.main(['--help'])\nexcept SystemExit as exit_:\n    "
+    program += "print(exit_.code, [name for name in ('numpy', 'mpi4py', 'cupy', 'msgspec') if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+def test_an_error_says_its_way_out_as_the_fix() -> None:
+    def probe() -> str:
+        raise ConfigError("no MPI library can be loaded; install one: pip install mpich")
+
+    expected = Check("MPI", "fail", "no MPI library can be loaded", "install one: pip install mpich")
+    assert attempt("MPI", probe) == expected
+
+
+def on_ranks(make: Callable[[int], RankReport], size: int = 4) -> list[RankReport]:
+    """What every rank sees after the reports went round."""
+    seen = run_ranks(size, lambda comm: gather_reports(comm, make(comm.rank)))
+    assert all(reports == seen[0] for reports in seen)
+    return seen[0]
+
+
+def rank_report(rank: int, numpy: str = "2.4", gpu: str = "", *checks: Check) -> RankReport:
+    return RankReport(f"node{rank // 2}", gpu, {"numpy": numpy}, checks)
+
+
+def test_equal_results_are_one_line_and_different_ones_name_their_ranks() -> None:
+    def one(rank: int) -> RankReport:
+        odd = Check("MPI", "fail", "broken" * (20 + rank // 3), "mend")
+        return rank_report(rank, "2.4", "", Check("Python", "ok", "3.11"), odd)
+
+    merged = merge(on_ranks(one))
+    assert merged[0] == Check("Python", "ok", "3.11")
+    assert [check.detail[:14] for check in merged[1:]] == ["[ranks 0-2] br", "[ranks 3] brok"]
+
+
+def test_different_versions_fail_with_rank_and_host() -> None:
+    reports = on_ranks(lambda rank: rank_report(rank, "2.5" if rank == 3 else "2.4"))
+    (check,) = [check for check in world_checks(reports) if check.name == "versions"]
+    assert (check.status, check.detail) == ("fail", "numpy 2.4 on rank 0 and 2.5 on rank 3 (node1)")
+
+
+def test_two_ranks_on_one_gpu_are_found_out_and_equal_numbers_on_two_hosts_are_not() -> None:
+    def status(buses: str) -> list[tuple[str, str]]:
+        reports = on_ranks(lambda rank: rank_report(rank, "2.4", f"0000:{buses[rank]}"))
+        return [(check.status, check.detail) for check in world_checks(reports) if check.name == "GPU mapping"]
+
+    assert status("ABAB") == [("ok", "every rank has a GPU of its own")]
+    assert status("ABCC") == [("fail", "ranks 2-3 on node1 share GPU 0000:C")]
+
+
+def test_a_wrong_sum_is_found_out() -> None:
+    class Forgetful:
+        rank, size = 0, 2
+
+        def all_reduce(self, array: Any) -> Any:
+            return array
+
+    (check,) = collective_checks(Forgetful(), None)  # type: ignore[arg-type]
+    assert (check.name, check.status) == ("MPI all-reduce", "fail")
+    assert "is 1, not 3" in check.detail
+
+
+def test_collective_checks_skip_nccl_where_a_rank_has_no_gpu() -> None:
+    def names(comm: Communicator) -> list[str]:
+        return [check.name for check in collective_checks(comm, 0 if comm.rank else None)]
+
+    assert run_ranks(2, names) == [["MPI all-reduce"]] * 2
+
+
+def test_an_engine_is_ready_only_when_all_that_it_needs_is() -> None:
+    fine = [Check(name, "ok", "") for name in ("Python", "packages", "ranks", "GPUs", "kernels", "cuBLASLt")]
+    states = [check.status for check in engine_checks([*fine, Check("TensorRT", "off", "")])]
+    assert states == ["ok", "ok", "off"]
+    broken = [*fine, Check("NCCL all-reduce", "fail", ""), Check("TensorRT", "warn", "")]
+    numpy, cuda, tensorrt = engine_checks(broken)
+    assert (numpy.status, cuda.status, tensorrt.status) == ("ok", "fail", "fail")
+    assert cuda.detail == "not ready: see NCCL all-reduce"
