@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_SLURM_RUN = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
     if launcher is None:
         return LaunchInfo()
     size = _first(environ, _SIZE, 1)
-    local_size = _first(environ, _LOCAL_SIZE, size)
+    local_size = _first(environ, _LOCAL_SIZE, _slurm_local_size(environ) or size)
     return LaunchInfo(
         rank=_first(environ, _RANK, 0),
         size=size,
@@ -44,6 +46,15 @@ def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
         local_size=local_size,
         launcher={"OMPI": "Open MPI", "PMI_": "MPICH", "PMIX": "PMIx", "SLUR": "Slurm"}[launcher[:4]],
     )
+
+
+def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
+    """Tasks of this step on this node, from Slurm's run lengths: ``4(x2),1`` is 4 on two nodes and 1 on the next."""
+    counts: list[int] = []
+    for run in _SLURM_RUN.findall(environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(run[0])] * int(run[1] or 1)
+    node = _first(environ, ("SLURM_NODEID",), 0)
+    return counts[node] if node < len(counts) else None
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...], default: int) -> int:

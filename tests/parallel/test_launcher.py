@@ -27,3 +27,12 @@ from phalanx.parallel.launcher import LaunchInfo, launch_info
 )  # fmt: skip
 def test_launch_info(environ: dict[str, str], expected: LaunchInfo) -> None:
     assert launch_info(environ) == expected
+
+
+@pytest.mark.parametrize(("node", "local_size"), [("0", 4), ("1", 4), ("2", 1)])
+def test_slurm_says_how_many_tasks_share_a_node(node: str, local_size: int) -> None:
+    environ = {
+        "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "9", "SLURM_NODEID": node,
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+    }  # fmt: skip
+    assert launch_info(environ).local_size == local_size
