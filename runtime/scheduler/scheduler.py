@@ -204,12 +204,7 @@ class Scheduler:
 
     def _end_overdue(self, now: float) -> None:
         for sequence in self._deadlines.take_overdue(now):
-            if self._sequences.get(sequence.request.request_id) is sequence:
-                self._end(
-                    sequence,
-                    "error",
-                    "the deadline passed; allow more time (--request-timeout) or ask for less",
-                )
+            self._end(sequence, "error", "the deadline passed; allow more time (--request-timeout) or ask for less")
 
     def _fail(self, sequence: Sequence) -> None:
         """End a sequence whose numbers are broken, and let nobody share what it left in the cache."""
@@ -238,6 +233,7 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         self._batcher.release(sequence)
+        sequence.has_ended = True
         del self._sequences[sequence.request.request_id]
 
     def _emit(self, delta: TokenDelta) -> None:

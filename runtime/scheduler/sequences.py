@@ -34,6 +34,7 @@ class Sequence:
         slot: row of `SequenceTable`; -1 while it waits.
         num_cached_tokens: prompt tokens that its first admission found in the cache.
         prompt_logprobs: those known so far; None unless asked for.
+        has_ended: its last delta was given.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Sequence:
     slot: int = -1
     num_cached_tokens: int = -1
     prompt_logprobs: list[Logprob | None] | None = None
+    has_ended: bool = False
 
     @property
     def num_prompt(self) -> int:

@@ -9,6 +9,8 @@ from phalanx.runtime.scheduler.sequences import Sequence
 
 __all__ = ["Deadlines", "WaitingQueue"]
 
+_MIN_PRUNE = 64
+
 
 class WaitingQueue:
     """First come, first served; preempted sequences arrived before all others, so they go back to the front.
@@ -43,18 +45,28 @@ class WaitingQueue:
 
 
 class Deadlines:
-    """A heap of deadlines; entries of sequences that ended earlier leave it when their time comes."""
+    """A heap of deadlines. Entries of ended requests are dropped whenever the heap has doubled, so it stays small."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Sequence]] = []
+        self._prune_at = _MIN_PRUNE
+
+    def __len__(self) -> int:
+        return len(self._heap)
 
     def add(self, deadline: float, sequence: Sequence) -> None:
         """Watch a sequence."""
+        if len(self._heap) >= self._prune_at:
+            self._heap = [entry for entry in self._heap if not entry[2].has_ended]
+            heapq.heapify(self._heap)
+            self._prune_at = 2 * len(self._heap) + _MIN_PRUNE
         heapq.heappush(self._heap, (deadline, sequence.number, sequence))
 
     def take_overdue(self, now: float) -> list[Sequence]:
-        """Sequences whose deadline is at or before ``now``, ended ones among them."""
+        """Live sequences whose deadline is at or before ``now``."""
         overdue = []
         while self._heap and self._heap[0][0] <= now:
-            overdue.append(heapq.heappop(self._heap)[2])
+            sequence = heapq.heappop(self._heap)[2]
+            if not sequence.has_ended:
+                overdue.append(sequence)
         return overdue

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from phalanx.runtime.kv_cache import SlotPlanner
 from phalanx.runtime.request import TokenDelta
 from phalanx.runtime.scheduler import Scheduler
+from phalanx.runtime.scheduler.admission import make_sequence
+from phalanx.runtime.scheduler.waiting import Deadlines
 from phalanx.runtime.step import StepResult
 
-from .harness import EOS, make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
+from .harness import CONFIG, EOS, make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
 
 
 def run_tokens(scheduler: Scheduler, token_ids: list[int]) -> list[TokenDelta]:
@@ -121,6 +124,19 @@ def test_deadline_of_an_ended_request_does_not_touch_its_namesake() -> None:
     scheduler.take_deltas()
     run_step(scheduler, now=9.0)
     assert [delta.finish_reason for delta in scheduler.take_deltas()] == [None]
+
+
+def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
+    deadlines = Deadlines()
+    lasting = make_sequence(make_request("lasting"), 0, CONFIG, SlotPlanner(8, 64))
+    deadlines.add(1000.0, lasting)
+    for number in range(1, 1000):
+        sequence = make_sequence(make_request(str(number)), number, CONFIG, SlotPlanner(8, 64))
+        deadlines.add(2000.0 - number, sequence)
+        sequence.has_ended = True
+    assert len(deadlines) < 200
+    assert deadlines.take_overdue(999.0) == []
+    assert deadlines.take_overdue(5000.0) == [lasting]
 
 
 def test_logits_that_are_not_finite_end_one_request_and_leave_nothing_to_share() -> None:
