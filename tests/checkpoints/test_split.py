@@ -279,6 +279,7 @@ def test_rank_reads_only_files_and_chunks_that_it_needs(tmp_path: Path, monkeypa
 
 def test_every_chunk_is_verified_once_and_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phalanx.checkpoints.splitter.CHUNK_BYTES", 256)
+    monkeypatch.setattr("phalanx.checkpoints.rank_files.CHUNK_BYTES", 256)
     path = write_checkpoint(LLAMA, tmp_path / "model")
     split(path, tmp_path / "s", 2, 1)
     source = SplitSource(ModelDirectory.at(tmp_path / "s"))
@@ -408,7 +409,8 @@ def test_disk_that_fills_up_meanwhile_is_one_clear_error_and_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", filling)
     with pytest.raises(ConfigError, match="No space left on device"):
-        split(path, tmp_path / "s", 2, 1)
+        split(path, tmp_path / "s", 2, 1, threads=2)
+    assert left > -500_000, "what comes after a failure is not written any more"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 

@@ -1,0 +1,114 @@
+"""Writing the files of a split's ranks: every piece copied in bounded blocks, summed while it passes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from phalanx.checkpoints.checksum import CHUNK_BYTES, ChunkedChecksum, combine
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES, convert
+from phalanx.checkpoints.manifest import Piece, RankFile, rank_file_name
+from phalanx.checkpoints.safetensors_layout import FileLayout
+from phalanx.checkpoints.source import Buffer, TensorInfo, TensorSource
+from phalanx.checkpoints.split_plan import PlannedPiece, PlannedRank
+
+__all__ = ["write_rank_files"]
+
+_BLOCK_BYTES = 1 << 20
+"""Copied at once: what was read is still in the processor's cache when it is summed and written."""
+
+
+def write_rank_files(
+    source: TensorSource, ranks: Sequence[PlannedRank], files: Sequence[FileLayout], path: Path, threads: int
+) -> list[RankFile]:
+    """Write the files of ``ranks``; pieces of different files in turn, because writers of one file wait for each other."""
+    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+        jobs: list[list[Callable[[], Piece]]] = []
+        for rank, file in zip(ranks, files, strict=True):
+            descriptor = _create(path / rank_file_name(rank.rank), file.num_bytes)
+            stack.callback(os.close, descriptor)
+            _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
+            pairs = zip(rank.pieces, file.offsets, strict=True)
+            jobs.append([partial(_write_piece, source, piece, descriptor, offset) for piece, offset in pairs])
+        futures: list[list[Future[Piece]]] = [[] for _ in jobs]
+        for turn in itertools.zip_longest(*jobs):
+            for job, done in zip(turn, futures, strict=True):
+                if job is not None:
+                    done.append(pool.submit(job))
+        try:
+            finished, _ = wait([future for done in futures for future in done], return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C the rest need not be written
+        for future in finished:
+            future.result()  # raises what failed, before the cancelled ones below would
+        return [
+            _entry(rank, file, tuple(future.result() for future in done))
+            for rank, file, done in zip(ranks, files, futures, strict=True)
+        ]
+
+
+def _create(path: Path, num_bytes: int) -> int:
+    """A new file with its space reserved, which makes writing cheaper and a full disk show at once."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> RankFile:
+    checksum = zlib.crc32(file.header)
+    for piece in pieces:
+        checksum = combine(checksum, piece.checksum, piece.num_bytes)
+    name = rank_file_name(rank.rank)
+    return RankFile(rank.rank, rank.stage, rank.tp_rank, name, file.num_bytes, checksum, pieces)
+
+
+def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, offset: int) -> Piece:
+    """Copy one box, a bounded number of its rows at a time."""
+    checksum, dtype = ChunkedChecksum(CHUNK_BYTES), FLOAT_DTYPES[piece.info.dtype]
+    first, *rest = piece.box or (slice(0, 1),)
+    each = max(1, _BLOCK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
+    buffer: Buffer = np.empty(
+        min(each, first.stop - first.start) * _row_bytes(source.info(piece.source), rest), np.uint8
+    )
+    for low in range(first.start, first.stop, each):
+        index = (slice(low, min(low + each, first.stop)), *rest) if piece.box else ()
+        array = convert(source.read(piece.source, index, buffer), dtype, piece.source)
+        data = array.reshape(-1).view(np.uint8)
+        _write(descriptor, offset + checksum.num_bytes, data)
+        checksum.update(data)
+    return Piece(
+        name=piece.name,
+        source=piece.source,
+        start=tuple(part.start for part in piece.box),
+        stop=tuple(part.stop for part in piece.box),
+        dtype=piece.info.dtype,
+        shape=piece.info.shape,
+        offset=offset,
+        num_bytes=piece.info.num_bytes,
+        checksum=checksum.total,
+        chunk_checksums=checksum.chunks,
+    )
+
+
+def _row_bytes(info: TensorInfo, rest: Sequence[slice]) -> int:
+    return TensorInfo(tuple(part.stop - part.start for part in rest), info.dtype).num_bytes
+
+
+def _write(descriptor: int, offset: int, data: Buffer) -> None:
+    view, done = data.data, 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
