@@ -35,6 +35,7 @@ INCLUDE_DIRECTORY = SOURCE_DIRECTORY / "include"
 OLDEST_COMPUTE_CAPABILITY = 80
 _INCLUDE_LINE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _DIGEST_BYTES = 32
+_FLAGS = ("-std=c++17", "-lineinfo", "-default-device")  # some NVRTC take generic lambdas for host code without the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def compile_cubin(spec: KernelSpec, architecture: str, cache: Path | None = None
     or does not know the architecture.
     """
     source = load_source(spec.source)
-    key = "\n".join([source.digest, *spec.options, architecture, _nvrtc_version()])
+    key = "\n".join([source.digest, *spec.options, *_FLAGS, architecture, _nvrtc_version()])
     folder = (cache or cache_directory()) / "kernels"
     path = folder / f"{spec.source}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     if (cubin := _read_entry(path)) is not None:

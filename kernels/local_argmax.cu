@@ -10,6 +10,17 @@
 #include "reduce.cuh"
 #include "sampling.cuh"
 
+template <typename Best>
+__device__ __forceinline__ void offer_all(const scalar* columns, int vocab_start, int end, Best& best) {
+    for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
+        float value[VEC];
+        load(columns + at, value);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i)
+            if (at + i < end) best.offer(value[i], vocab_start + at + i);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temperatures,
              const uint64* __restrict__ seeds, const int* __restrict__ positions, uint64* __restrict__ keys,
@@ -22,17 +33,8 @@ local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temper
     const int end = min(part_size, vocab_size - vocab_start);
     Winner greedy;
     NoisyWinner noisy(seeds[row], positions[row], temperature);
-    const auto for_each = [&](auto offer) {
-        for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
-            float value[VEC];
-            load(columns + at, value);
-#pragma unroll
-            for (int i = 0; i < VEC; ++i)
-                if (at + i < end) offer(value[i], vocab_start + at + i);
-        }
-    };
-    if (temperature > 0.0f) for_each([&](float logit, int token) { noisy.offer(logit, token); });
-    else for_each([&](float logit, int token) { greedy.offer(logit, token); });
+    if (temperature > 0.0f) offer_all(columns, vocab_start, end, noisy);
+    else offer_all(columns, vocab_start, end, greedy);
     const uint64 best = block_reduce<NUM_THREADS>(Max()(greedy.key, noisy.key()), Max());
     if (threadIdx.x == 0) keys[static_cast<int64>(blockIdx.x) * gridDim.y + row] = best;
 }
