@@ -23,6 +23,8 @@ from phalanx.checkpoints.split_plan import PlannedPiece, PlannedRank
 
 __all__ = ["write_rank_files"]
 
+_Job = Callable[[], Piece]
+
 _BLOCK_BYTES = 1 << 20
 """Copied at once: what was read is still in the processor's cache when it is summed and written."""
 
@@ -30,30 +32,44 @@ _BLOCK_BYTES = 1 << 20
 def write_rank_files(
     source: TensorSource, ranks: Sequence[PlannedRank], files: Sequence[FileLayout], path: Path, threads: int
 ) -> list[RankFile]:
-    """Write the files of ``ranks``; pieces of different files in turn, because writers of one file wait for each other."""
-    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
-        jobs: list[list[Callable[[], Piece]]] = []
-        for rank, file in zip(ranks, files, strict=True):
-            descriptor = _create(path / rank_file_name(rank.rank), file.num_bytes)
-            stack.callback(os.close, descriptor)
-            _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
-            pairs = zip(rank.pieces, file.offsets, strict=True)
-            jobs.append([partial(_write_piece, source, piece, descriptor, offset) for piece, offset in pairs])
+    """Write the files of ``ranks`` into the directory ``path``; returns their entries of the manifest.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read or converted.
+        OSError: a file cannot be written.
+    """
+    with ExitStack() as descriptors:
+        jobs = [_start_file(source, rank, file, path, descriptors) for rank, file in zip(ranks, files, strict=True)]
+        pieces = _run(jobs, threads)
+    return [_entry(*each) for each in zip(ranks, files, pieces, strict=True)]
+
+
+def _start_file(
+    source: TensorSource, rank: PlannedRank, file: FileLayout, path: Path, descriptors: ExitStack
+) -> list[_Job]:
+    """Create a rank's file with its header; one job for each piece."""
+    descriptor = _create(path / rank_file_name(rank.rank), file.num_bytes)
+    descriptors.callback(os.close, descriptor)
+    _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
+    pairs = zip(rank.pieces, file.offsets, strict=True)
+    return [partial(_write_piece, source, piece, descriptor, offset) for piece, offset in pairs]
+
+
+def _run(jobs: Sequence[Sequence[_Job]], threads: int) -> list[tuple[Piece, ...]]:
+    """Results of all jobs; those of different files in turn, because writers of one file wait for each other."""
+    with ThreadPoolExecutor(threads) as pool:
         futures: list[list[Future[Piece]]] = [[] for _ in jobs]
         for turn in itertools.zip_longest(*jobs):
-            for job, done in zip(turn, futures, strict=True):
+            for job, submitted in zip(turn, futures, strict=True):
                 if job is not None:
-                    done.append(pool.submit(job))
+                    submitted.append(pool.submit(job))
         try:
-            finished, _ = wait([future for done in futures for future in done], return_when=FIRST_EXCEPTION)
+            finished, _ = wait(itertools.chain(*futures), return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C the rest need not be written
-        for future in finished:
-            future.result()  # raises what failed, before the cancelled ones below would
-        return [
-            _entry(rank, file, tuple(future.result() for future in done))
-            for rank, file, done in zip(ranks, files, futures, strict=True)
-        ]
+    for future in finished:
+        future.result()  # raises what failed, before a cancelled one below would
+    return [tuple(future.result() for future in submitted) for submitted in futures]
 
 
 def _create(path: Path, num_bytes: int) -> int:

@@ -410,7 +410,6 @@ def test_disk_that_fills_up_meanwhile_is_one_clear_error_and_leaves_nothing(
     monkeypatch.setattr(os, "pwrite", filling)
     with pytest.raises(ConfigError, match="No space left on device"):
         split(path, tmp_path / "s", 2, 1, threads=2)
-    assert left > -500_000, "what comes after a failure is not written any more"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
