@@ -13,6 +13,7 @@ from phalanx.launch.arguments import CommandParser, run_command
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
+    from phalanx.parallel.topology import Layout
     from phalanx.runtime.executors.trt_adapter import TensorRT
     from phalanx.runtime.executors.trt_builder import BuildReport, BuildRequest, Progress
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.executors.trt_engines import EngineDirectory, identify
 
     layout = Layout(tp=args.tp, pp=args.pp)
-    ranks = [Topology(layout, rank) for rank in (range(layout.world_size) if args.rank is None else (args.rank,))]
+    ranks = [Topology(layout, rank) for rank in _ranks(args, layout)]
     library = load_tensorrt()
     with open_checkpoint(args.model, args.load_format, args.seed) as checkpoint:
         request = _request(args, checkpoint, library)
@@ -96,6 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _ranks(args: argparse.Namespace, layout: Layout) -> Sequence[int]:
+    from phalanx.parallel.errors import ConfigError
+
+    if args.rank is None:
+        return range(layout.world_size)
+    if not 0 <= args.rank < layout.world_size:
+        raise ConfigError(
+            f"--rank {args.rank} is outside 0..{layout.world_size - 1} of tp={layout.tp} x pp={layout.pp}; leave --rank out "
+            "to build all ranks"
+        )
+    return (args.rank,)
+
+
 def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.executors.trt_builder import BuildRequest, network_shape
@@ -107,6 +121,7 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     config = model.read_config(checkpoint.config)
     shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()
+    library.check_targets(targets)
     return BuildRequest(model, config, shape, targets, args.stripped)
 
 

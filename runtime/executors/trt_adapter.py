@@ -141,17 +141,25 @@ class TensorRT:
         if feature is not None:
             config.set_preview_feature(feature, True)
 
-    def set_targets(self, config: Any, targets: Sequence[str]) -> None:
-        """Build for these compute capabilities.
+    def check_targets(self, targets: Sequence[str]) -> None:
+        """Refuse compute capabilities that this library cannot build for.
 
         Raises:
-            ConfigError: this library cannot; the message says which it can.
+            ConfigError: with those that it can.
         """
+        if self.flavour == "tensorrt_rtx":
+            for capability in targets:
+                self.check_target(capability)
+        elif tuple(targets) != (local := self.default_targets()):
+            raise ConfigError(
+                f"--target-compute-capability {','.join(targets)} is not this machine's GPU ({local[0]}), and {self.name} "
+                "builds only for the GPU it runs on; build on the target machine, or with tensorrt-rtx"
+            )
+
+    def set_targets(self, config: Any, targets: Sequence[str]) -> None:
+        """Build for these compute capabilities, which `check_targets` has passed."""
         if self.flavour == "tensorrt":
-            self._check_only_local(targets)
             return
-        for capability in targets:
-            self.check_target(capability)
         config.num_compute_capabilities = len(targets)
         for index, capability in enumerate(targets):
             name = "SM" + capability.replace(".", "")
@@ -173,13 +181,6 @@ class TensorRT:
             raise ConfigError(f"no GPU was found here; {way_out}")
         self.check_target(capability)
         return (capability,)
-
-    def _check_only_local(self, targets: Sequence[str]) -> None:
-        if tuple(targets) != (local := self.default_targets()):
-            raise ConfigError(
-                f"--target-compute-capability {','.join(targets)} is not this machine's GPU ({local[0]}), and {self.name} "
-                "builds only for the GPU it runs on; build on the target machine, or with tensorrt-rtx"
-            )
 
     @property
     def can_refit(self) -> bool:

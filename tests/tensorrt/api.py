@@ -136,7 +136,15 @@ def record_wheel(wheel: Path) -> dict[str, list[Signature] | None]:
         source.write_text(_STAND_IN)
         for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
             name = f"lib{library}.so.{major}"
-            command = [_compiler(), "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(Path(folder) / name), str(source)]
+            command = [
+                _compiler(),
+                "-shared",
+                "-fPIC",
+                f"-Wl,-soname,{name}",
+                "-o",
+                str(Path(folder) / name),
+                str(source),
+            ]
             subprocess.run(command, check=True, timeout=60)
         environment = os.environ | {"LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
         command = [sys.executable, "-W", "ignore", __file__, "--module", "tensorrt_bindings"]

@@ -43,7 +43,11 @@ def _used_expressions(module: str) -> Iterator[tuple[ast.Attribute, ast.AST | No
 
 def _names(member: str) -> list[str]:
     """``Class.member`` of a member name, or the class itself."""
-    return [member] if member in api.MEMBERS else [f"{owner}.{member}" for owner in api.MEMBERS if member in api.MEMBERS[owner]]
+    return (
+        [member]
+        if member in api.MEMBERS
+        else [f"{owner}.{member}" for owner in api.MEMBERS if member in api.MEMBERS[owner]]
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)

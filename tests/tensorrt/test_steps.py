@@ -1,0 +1,135 @@
+"""Step plans as passes through an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.communicator import Communicator, SelfCommunicator
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors.trt_network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
+from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator, slot_buckets
+from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
+
+from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+SHAPE = NetworkShape("float32", max_num_seqs=6, max_model_len=64, max_prefill_tokens=8)
+
+
+def _plan(
+    rows: list[tuple[int, int, int, int]], prompt_rows: list[int] | None = None, step_id: int = 0, vocab_size: int = 97
+) -> StepPlan:
+    """A plan of (slot, start, count, samples), all slots admitted in step 0, with random tokens."""
+    slots, starts, counts, samples = np.array(rows, np.int32).T
+    random = np.random.default_rng(step_id)
+    token_ids = random.integers(0, vocab_size, int(counts.sum())).astype(np.int32)
+    plan = StepPlan(step_id, slots, starts, counts, samples, token_ids)
+    if step_id == 0:
+        plan.new_blocks = np.stack((slots, np.zeros_like(slots), slots), axis=1)
+        plan.admissions = np.zeros(len(slots), ADMISSION)
+        plan.admissions["slot"] = slots
+        plan.admissions["num_logprobs"] = 2
+        plan.admissions["temperature"] = [0.0 if slot % 2 else 0.8 for slot in slots]
+        plan.admissions["seed"] = slots
+    if prompt_rows:
+        plan.prompt_rows = np.array(prompt_rows, np.int32)
+        plan.prompt_targets = random.integers(0, vocab_size, len(prompt_rows)).astype(np.int32)
+        plan.num_prompt_logprobs = 3
+    return plan
+
+
+def _passes(translator: StepTranslator, plan: StepPlan) -> list[EnginePass]:
+    return list(translator.passes(plan))
+
+
+def test_decoding_takes_slots_from_the_first_and_rounds_up() -> None:
+    assert slot_buckets(6) == [1, 2, 4, 6]
+    assert slot_buckets(1) == [1]
+    assert slot_buckets(8) == [1, 2, 4, 8]
+    translator = StepTranslator(SHAPE)
+    (decode,) = _passes(translator, _plan([(2, 5, 1, 1), (1, 9, 1, 1)]))
+    assert (decode.profile, decode.first_slot, decode.token_ids.shape) == (DECODE_PROFILE, 0, (4, 1))
+    assert decode.logit_rows.tolist()[:2] == [2, 1]
+    assert sorted(decode.logit_rows.tolist()) == [0, 1, 2, 3]
+    assert decode.samples.tolist() == [0, 1]
+
+
+def test_idle_slots_compute_where_their_next_token_will_be_written() -> None:
+    translator = StepTranslator(SHAPE)
+    _passes(translator, _plan([(0, 0, 7, 1), (1, 0, 3, 0)]))
+    (decode,) = _passes(translator, _plan([(2, 0, 1, 1)]))
+    assert decode.write_indices.tolist() == [7, 3, 0, 0]
+    assert decode.positions[:, 0].tolist() == [7, 3, 0, 0]
+
+
+def test_idle_slot_that_is_full_stays_inside_its_memory() -> None:
+    translator = StepTranslator(SHAPE)
+    _passes(translator, _plan([(0, 60, 4, 1)]))
+    (decode,) = _passes(translator, _plan([(1, 0, 1, 1)]))
+    assert decode.write_indices.tolist() == [63, 0]
+
+
+def test_prompt_chunks_are_bound_to_their_slot_and_cut_to_the_profile() -> None:
+    plan = _plan([(3, 10, 19, 1)])
+    passes = _passes(StepTranslator(SHAPE), plan)
+    assert [one.token_ids.shape for one in passes] == [(1, 8), (1, 8), (1, 3)]
+    assert [one.first_slot for one in passes] == [3, 3, 3]
+    assert [one.write_indices.tolist() for one in passes] == [[10], [18], [26]]
+    assert np.concatenate([one.token_ids[0] for one in passes]).tolist() == plan.token_ids.tolist()
+    assert np.concatenate([one.positions[0] for one in passes]).tolist() == list(range(10, 29))
+    assert [one.samples.tolist() for one in passes] == [[], [], [0]]
+    assert [one.logit_rows.tolist() for one in passes] == [[0], [0], [2]]
+
+
+def test_no_pass_asks_for_more_logits_than_fit() -> None:
+    shape = NetworkShape("float32", 2, 2048, 1024)
+    assert shape.max_prefill_logit_rows == 256
+    passes = _passes(StepTranslator(shape), _plan([(0, 0, 1000, 1)], list(range(999))))
+    assert max(len(one.logit_rows) for one in passes) <= 256
+    assert np.concatenate([one.prompts for one in passes]).tolist() == list(range(999))
+    assert passes[-1].samples.tolist() == [0]
+
+
+def test_prompts_of_one_token_decode_unless_their_log_probabilities_are_asked_for() -> None:
+    rows = [(0, 3, 1, 1), (1, 0, 1, 1), (2, 0, 4, 1)]
+    assert [one.profile for one in _passes(StepTranslator(SHAPE), _plan(rows))] == [DECODE_PROFILE, PREFILL_PROFILE]
+    scored = _passes(StepTranslator(SHAPE), _plan(rows, [1, 3]))
+    assert [one.profile for one in scored] == [DECODE_PROFILE, PREFILL_PROFILE, PREFILL_PROFILE]
+    assert [one.prompts.tolist() for one in scored] == [[], [0], [1]]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=["one-rank", "tp2pp2"])
+def test_results_are_the_numpy_executors(layout: Layout, tmp_path: Path) -> None:
+    """Sampled tokens, log-probabilities and prompt log-probabilities, over mixed steps."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    from .networks import interpreted_executor
+    from .steps import reference_executor, run
+
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    steps = [
+        _plan([(5, 0, 1, 1), (1, 0, 19, 0), (4, 0, 6, 1)], [2, 1, 9, 20, 23]),
+        _plan([(5, 1, 1, 1), (4, 6, 1, 1), (1, 19, 11, 1)], step_id=1),
+        _plan([(4, 7, 1, 1), (1, 30, 1, 1), (5, 2, 1, 1)], step_id=2),
+        _plan([(1, 31, 1, 1), (5, 3, 3, 0)], step_id=3),
+    ]
+
+    def body(comm: Communicator) -> list[StepResult]:
+        topology = Topology(layout, comm.rank)
+        executor, _ = interpreted_executor(path, topology, SHAPE, comm)
+        assert (executor.num_kv_blocks, executor.depth, executor.lookahead) == (6, layout.pp, 0)
+        results = run(executor, steps, topology.is_leader)
+        executor.close()
+        return results
+
+    expected = run(reference_executor(path, SHAPE), steps)
+    found = run_ranks(layout.world_size, body)[0] if layout.world_size > 1 else body(SelfCommunicator())
+    assert len(found[0].logprobs) == 2 + 5
+    for one, other in zip(found, expected, strict=True):
+        assert one.step_id == other.step_id
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.top_ids.tolist() == other.top_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+        np.testing.assert_allclose(one.top_logprobs, other.top_logprobs, atol=2e-5)
