@@ -31,9 +31,13 @@ def build_parser() -> CommandParser:
     for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted"
+    )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="FRACTION")
-    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="most sequences at once (default 64)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N")
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
@@ -59,52 +63,60 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """
     from phalanx.checkpoints.config_files import demo_path, read_config
     from phalanx.checkpoints.files import ModelDirectory
-    from phalanx.parallel.errors import ConfigError
-    from phalanx.parallel.topology import Layout
-    from phalanx.runtime.config import EngineConfig
     from phalanx.runtime.memory import plan_memory
     from phalanx.runtime.models.registry import find_model
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
     model = find_model(raw)
     config = model.read_config(raw)
-    layout = Layout(args.tp, args.pp, args.dp)
-    options = EngineConfig(
-        layout=layout,
+    options = _options(args, config)
+    assert options.max_model_len is not None
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    ranks = plan_memory(
+        model,
+        config,
+        options.layout,
+        dtype,
+        max_num_seqs=options.max_num_seqs,
+        max_num_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+        block_size=options.block_size,
+    )
+    return {
+        "model": config.architecture,
+        "dtype": dtype,
+        "tp": options.layout.tp,
+        "pp": options.layout.pp,
+        "dp": options.layout.dp,
+        "num_gpus": options.layout.world_size,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "block_size": options.block_size,
+        "ranks": [_rank(rank) for rank in ranks],
+        **_fit(ranks, options, options.max_model_len, args.gpu_memory_gib),
+    }
+
+
+def _options(args: argparse.Namespace, config: ModelConfig) -> EngineConfig:
+    """The flags as the engine would take them, with the model's own longest sequence filled in."""
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.parallel.topology import Layout
+    from phalanx.runtime.config import EngineConfig
+
+    if (args.max_model_len or 0) > config.max_positions:
+        raise ConfigError(
+            f"--max-model-len={args.max_model_len} is beyond the {config.max_positions} positions of "
+            f"{config.architecture}; use at most {config.max_positions}"
+        )
+    return EngineConfig(
+        layout=Layout(args.tp, args.pp, args.dp),
         dtype=args.dtype,
-        max_model_len=args.max_model_len,
+        max_model_len=config.max_positions if args.max_model_len is None else args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
-    max_model_len = args.max_model_len or config.max_positions
-    if max_model_len > config.max_positions:
-        raise ConfigError(f"--max-model-len={max_model_len} is beyond the model's {config.max_positions} positions; use less")
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
-    ranks = plan_memory(
-        model,
-        config,
-        layout,
-        dtype,
-        max_num_seqs=args.max_num_seqs,
-        max_num_tokens=args.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        block_size=args.block_size,
-    )
-    return {
-        "model": config.architecture,
-        "dtype": dtype,
-        "tp": layout.tp,
-        "pp": layout.pp,
-        "dp": layout.dp,
-        "num_gpus": layout.world_size,
-        "max_model_len": max_model_len,
-        "max_num_seqs": args.max_num_seqs,
-        "block_size": args.block_size,
-        "ranks": [_rank(rank) for rank in ranks],
-        **_fit(ranks, options, config, max_model_len, args.gpu_memory_gib),
-    }
 
 
 def _rank(memory: RankMemory) -> dict[str, Any]:
@@ -121,9 +133,7 @@ def _rank(memory: RankMemory) -> dict[str, Any]:
     }
 
 
-def _fit(
-    ranks: Sequence[RankMemory], options: EngineConfig, config: ModelConfig, max_model_len: int, gib: float | None
-) -> dict[str, Any]:
+def _fit(ranks: Sequence[RankMemory], options: EngineConfig, max_model_len: int, gib: float | None) -> dict[str, Any]:
     """How many blocks and sequences fit beside the weights; null where no memory size was given."""
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.memory import RESERVE_BYTES, num_kv_blocks
@@ -171,12 +181,18 @@ def _table(result: dict[str, Any]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     layout = f"dp {result['dp']} x pp {result['pp']} x tp {result['tp']}"
     return "\n".join(
-        [f"{result['model']}, {result['dtype']}, {layout} = {result['num_gpus']} GPU(s); sizes in MiB", *lines, _verdict(result)]
+        [
+            f"{result['model']}, {result['dtype']}, {layout} = {result['num_gpus']} GPU(s); sizes in MiB",
+            *lines,
+            _verdict(result),
+        ]
     )
 
 
 def _verdict(result: dict[str, Any]) -> str:
-    needs = f"one sequence of {result['max_model_len']} tokens needs GPUs of {result['smallest_gpu_bytes'] / _GIB:.1f} GiB"
+    needs = (
+        f"one sequence of {result['max_model_len']} tokens needs GPUs of {result['smallest_gpu_bytes'] / _GIB:.1f} GiB"
+    )
     if result["fits"] is None:
         return f"{needs}; give --gpu-memory-gib to see how many fit"
     gpu = f"{result['gpu_memory_bytes'] / _GIB:.0f} GiB a GPU"

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from phalanx.checkpoints.split_plan import SplitJob
+    from phalanx.checkpoints.splitter import SplitReport
+    from phalanx.parallel.topology import Layout
 
 __all__ = ["main"]
 
@@ -38,41 +44,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
     from phalanx.checkpoints.files import ModelDirectory
-    from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.checkpoints.splitter import split_checkpoint
     from phalanx.parallel.mpi_comm import world_communicator
-    from phalanx.parallel.sharding import stage_layers
     from phalanx.parallel.topology import Layout
-    from phalanx.runtime.models.registry import find_model
 
     start = time.perf_counter()
-    layout = Layout(tp=args.tp, pp=args.pp)
     with open_checkpoint(args.model) as checkpoint:
-        model = find_model(checkpoint.config)
-        config = model.read_config(checkpoint.config)
-        stages = stage_layers(config.num_layers, layout.pp)
-        last = layout.pp - 1
-        job = SplitJob(
-            architecture=model.architecture,
-            stages=tuple(
-                model.weights(config, layers, first=stage == 0, last=stage == last) for stage, layers in enumerate(stages)
-            ),
-            tp_size=layout.tp,
-            ignored=model.ignored_tensors,
-            dtype=_STORED[args.dtype],
-        )
+        job = _job(checkpoint.config, Layout(tp=args.tp, pp=args.pp), args.dtype)
         comm = world_communicator()
-        report = split_checkpoint(checkpoint.source, ModelDirectory.at(checkpoint.path), job, args.output, comm, _threads())
+        directory = ModelDirectory.at(checkpoint.path)
+        report = split_checkpoint(checkpoint.source, directory, job, args.output, comm, _threads())
     if comm.rank == 0:
-        seconds = time.perf_counter() - start
-        if report.replaced_leftovers:
-            sys.stderr.write(f"removed what an interrupted split left in {args.output}.partial\n")
-        sys.stderr.write(
-            f"{args.output}: {report.num_files} file(s), {report.num_bytes / 1e9:.3f} GB in {seconds:.1f} s "
-            f"({report.num_bytes / 1e9 / seconds:.2f} GB/s)\n"
-        )
+        _report(report, args.output, time.perf_counter() - start)
     comm.close()
     return 0
+
+
+def _job(raw_config: Mapping[str, Any], layout: Layout, dtype: str) -> SplitJob:
+    """What to write, from the model's own declaration of its weights."""
+    from phalanx.checkpoints.split_plan import SplitJob
+    from phalanx.parallel.sharding import stage_layers
+    from phalanx.runtime.models.registry import find_model
+
+    model = find_model(raw_config)
+    config = model.read_config(raw_config)
+    last = layout.pp - 1
+    stages = tuple(
+        model.weights(config, layers, first=stage == 0, last=stage == last)
+        for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp))
+    )
+    return SplitJob(model.architecture, stages, layout.tp, model.ignored_tensors, _STORED[dtype])
+
+
+def _report(report: SplitReport, output: Path, seconds: float) -> None:
+    if report.replaced_leftovers:
+        sys.stderr.write(f"replaced what an interrupted split had left in {output}.partial\n")
+    gigabytes = report.num_bytes / 1e9
+    speed = gigabytes / seconds
+    sys.stderr.write(
+        f"{output}: {report.num_files} file(s), {gigabytes:.3f} GB in {seconds:.1f} s ({speed:.2f} GB/s)\n"
+    )
 
 
 def _threads() -> int:
