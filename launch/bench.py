@@ -6,7 +6,6 @@ Greedy, end-of-sequence ignored, fixed lengths, random prompts; output tokens on
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from phalanx.launch.arguments import (
     engine_config,
     run_command,
 )
+from phalanx.launch.bench_report import Progress, summary, versions
 
 if TYPE_CHECKING:
     from phalanx.runtime.measure import Measurement
@@ -62,14 +62,15 @@ def _add_load_arguments(parser: argparse.ArgumentParser, default_prompts: int) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; prints one JSON object on standard output of rank 0."""
+    """Run the command; prints one JSON object on standard output of rank 0. 1 when requests failed."""
     args = build_parser().parse_args(argv)
     _check_load(args)
     if args.mode == "serve":
         from phalanx.launch.bench_serve import run_serve
 
-        _write(run_serve(args), args)
-        return 0
+        served = run_serve(args)
+        _write(served, args)
+        return 1 if served["failed_requests"] else 0
     report = _measure(args)
     if report is not None:
         _write(report, args)
@@ -82,6 +83,8 @@ def _check_load(args: argparse.Namespace) -> None:
     for name in ("input_len", "output_len", "num_prompts"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} is below 1; use at least 1")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"--json {args.json}: its directory does not exist; make it first")
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -97,6 +100,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     if options.layout.dp > 1:
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
     replica = build_replica(args.model, options, world)
+    if args.trace is not None and not hasattr(replica.executor, "write_trace"):
+        engine = _engine_name(replica.executor)
+        raise ConfigError(f"--trace: the {engine} engine records no timeline; use --engine cuda")
     report = None
     if replica.engine is not None:
         report = _report(args, replica, _run(args, replica))
@@ -104,7 +110,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         follow(replica.control, replica.executor)
     if args.trace is not None:
-        _write_trace(args.trace, replica)
+        replica.executor.write_trace(args.trace)  # type: ignore[attr-defined]
     replica.executor.close()
     return report
 
@@ -116,7 +122,7 @@ def _run(args: argparse.Namespace, replica: Replica) -> list[Measurement]:
     assert engine is not None
     requests = _requests(args, replica.config.vocab_size)
     measure(engine, _requests(args, replica.config.vocab_size, warm_up=True))
-    with _Progress(args.num_prompts * args.output_len) as progress:
+    with Progress(args.num_prompts * args.output_len) as progress:
         if args.mode == "throughput":
             return [measure(engine, requests, progress)]
         return [measure(engine, [request], progress) for request in requests]
@@ -159,12 +165,12 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
         "total_tokens_per_second": (output_tokens + args.num_prompts * args.input_len) / seconds,
         "steady_output_tokens_per_second": statistics.median(run.steady_tokens_per_second for run in runs),
         "mean_step_ms": 1e3 * statistics.fmean(steps),
-        "time_to_first_token_ms": _summary([value for run in runs for value in run.first_token]),
-        "time_per_output_token_ms": _summary([value for run in runs for value in run.time_per_output_token]),
+        "time_to_first_token_ms": summary([value for run in runs for value in run.first_token]),
+        "time_per_output_token_ms": summary([value for run in runs for value in run.time_per_output_token]),
         "gpu_idle_fraction": executor.idle_fraction,
         "kv_blocks": executor.num_kv_blocks,
         "device": executor.device,
-        "versions": _versions(),
+        "versions": versions(),
         "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
     }
 
@@ -175,63 +181,8 @@ def _step_seconds(run: Measurement) -> list[float]:
     return [float(value) for value in np.diff(run.step_ends, prepend=0.0)]
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, float] | None:
-    import numpy as np
-
-    if not len(seconds):
-        return None
-    mean, p50, p99 = np.mean(seconds), *np.percentile(seconds, (50, 99))
-    return {"mean": 1e3 * float(mean), "p50": 1e3 * float(p50), "p99": 1e3 * float(p99)}
-
-
 def _engine_name(executor: object) -> str:
     return type(executor).__name__.removesuffix("Executor").lower()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("phalanx-llm", "numpy", "mpi4py", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python", "tensorrt"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _write_trace(path: Path, replica: Replica) -> None:
-    from phalanx.parallel.errors import ConfigError
-
-    write_trace = getattr(replica.executor, "write_trace", None)
-    if write_trace is None:
-        raise ConfigError(
-            f"--trace: the {_engine_name(replica.executor)} engine records no timeline; use --engine cuda"
-        )
-    write_trace(path)
-
-
-class _Progress:
-    """A bar of output tokens on standard error, when that is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("output tokens", total=total)
-
-    def __enter__(self) -> _Progress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, tokens: int) -> None:
-        self._progress.advance(self._task, tokens)
 
 
 def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
