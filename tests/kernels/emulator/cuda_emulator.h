@@ -212,6 +212,24 @@ T __shfl_sync(unsigned int, T value, int lane) {
 }
 
 template <typename T>
+unsigned int __match_any_sync(unsigned int, T value) {
+    emulator::offer(value);
+    unsigned int equal = 0;
+    for (unsigned int lane = 0; lane < 32; ++lane) equal |= (emulator::offered_by<T>(lane) == value) << lane;
+    return equal;
+}
+
+inline bool __all_sync(unsigned int, bool value) {
+    emulator::offer(value);
+    bool all = true;
+    for (unsigned int lane = 0; lane < 32; ++lane) all = all && emulator::offered_by<bool>(lane);
+    return all;
+}
+
+inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+template <typename T>
 T atomicAdd(T* address, T value) {
     const T before = *address;
     *address += value;

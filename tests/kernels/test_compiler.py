@@ -1,0 +1,129 @@
+"""NVRTC without a GPU: every kernel compiles for every architecture that we name, and the cache does what it says."""
+
+import multiprocessing
+import re
+
+import pytest
+
+from phalanx.kernels import compiler
+from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin, load_source
+from phalanx.parallel.errors import ConfigError, ExecutorError
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
+ROWS = {"VEC": 8, "NUM_THREADS": 1024, "CLUSTER": 1}
+SPECS = [
+    ("embedding", ROW),
+    ("position_embedding", ROW),
+    ("gather_rows", ROW),
+    ("add_bias", ROW),
+    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 0, "HAS_BIAS": 0}),
+    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 1, "HAS_BIAS": 1}),
+    ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf", "HAS_BIAS": 1}),
+    (
+        "rotary_kv_write",
+        {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "VEC": 8,
+         "INTERLEAVED": 0, "WRITE_KEY_BACK": 0, "NUM_THREADS": 128},
+    ),
+    ("local_argmax", {"VEC": 8, "NUM_THREADS": 256}),
+    ("merge_argmax", {"NUM_THREADS": 128}),
+    ("sample_rows", ROWS),
+    ("log_probabilities", ROWS),
+    (
+        "gemv",
+        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
+         "ACCUMULATE": 0},
+    ),
+]  # fmt: skip
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
+SMALL = KernelSpec.of("add_bias", {"SCALAR": "float", "HIDDEN_SIZE": 32, "VEC": 4, "NUM_THREADS": 32})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("source", "defines"), SPECS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_kernel_compiles_without_a_gpu(cache, source, defines, architecture):
+    scalar = {"SCALAR": "__half" if architecture == "sm_80" else "__nv_bfloat16"}
+    cubin = compile_cubin(KernelSpec.of(source, defines | scalar), architecture, cache)
+    assert cubin.startswith(b"\x7fELF")
+    for name in re.findall(r'extern "C" __global__ void [^(]*\([^)]*\)\s*(\w+)\(', load_source(source).text):
+        assert name.encode() in cubin
+
+
+def test_row_sampling_compiles_with_clusters_on_hopper(cache):
+    for source in ("sample_rows", "log_probabilities"):
+        spec = KernelSpec.of(source, ROWS | {"CLUSTER": 8, "SCALAR": "__nv_bfloat16"})
+        assert compile_cubin(spec, "sm_90a", cache).startswith(b"\x7fELF")
+
+
+def test_a_second_call_reads_the_cache(tmp_path, monkeypatch):
+    first = compile_cubin(SMALL, "sm_80", tmp_path)
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compile_cubin(SMALL, "sm_80", tmp_path) == first
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", lambda data: data[:-1], lambda data: b"\0" * 32 + data[32:]])
+def test_a_damaged_entry_is_compiled_again(tmp_path, damage):
+    first = compile_cubin(SMALL, "sm_80", tmp_path)
+    (entry,) = (tmp_path / "kernels").glob("*.cubin")
+    entry.write_bytes(damage(entry.read_bytes()) if callable(damage) else damage)
+    assert compile_cubin(SMALL, "sm_80", tmp_path) == first
+    assert entry.read_bytes().endswith(first)
+
+
+def test_the_key_covers_defines_architecture_headers_and_compiler(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compiler, "_compile", lambda source, options: compiled.append(options) or b"cubin")
+    compile_cubin(SMALL, "sm_80", tmp_path)
+    compile_cubin(SMALL, "sm_80", tmp_path)
+    assert len(compiled) == 1
+    compile_cubin(SMALL, "sm_90a", tmp_path)
+    compile_cubin(KernelSpec.of("add_bias", dict(SMALL.defines) | {"VEC": 1}), "sm_80", tmp_path)
+    assert len(compiled) == 3
+    monkeypatch.setattr(compiler, "_nvrtc_version", lambda: "99.9")
+    compile_cubin(SMALL, "sm_80", tmp_path)
+    assert len(compiled) == 4
+    header = tmp_path / "include"
+    header.mkdir()
+    for path in compiler.INCLUDE_DIRECTORY.iterdir():
+        (header / path.name).write_text(path.read_text() + ("\n// changed\n" if path.name == "dtype.cuh" else ""))
+    monkeypatch.setattr(compiler, "INCLUDE_DIRECTORY", header)
+    compile_cubin(SMALL, "sm_80", tmp_path)
+    assert len(compiled) == 5
+
+
+def _compile_small(folder):
+    return compile_cubin(SMALL, "sm_80", folder)
+
+
+def test_many_processes_may_fill_one_cache(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        results = pool.map(_compile_small, [tmp_path] * 6)
+    assert len(set(results)) == 1
+    assert len(list((tmp_path / "kernels").glob("*.cubin"))) == 1
+
+
+def test_a_source_that_does_not_compile_says_where(tmp_path):
+    broken = KernelSpec.of("add_bias", {"SCALAR": "float", "HIDDEN_SIZE": 32, "VEC": "?", "NUM_THREADS": 32})
+    with pytest.raises(ExecutorError, match=r"(?s)add_bias.cu does not compile with .*-DVEC=\?.*error"):
+        compile_cubin(broken, "sm_80", tmp_path)
+    assert not list((tmp_path / "kernels").glob("*.cubin"))
+
+
+def test_gpus_before_ampere_are_refused_in_one_sentence():
+    assert [architecture_name(number) for number in ("80", "86", "90", "100", "120")] == [
+        "sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"compute capability 7.5 is below 8.0; use an Ampere or later GPU"):
+        architecture_name("75")
+
+
+def test_every_source_has_a_header_that_says_what_it_is():
+    for path in sorted(compiler.SOURCE_DIRECTORY.glob("*.cu")):
+        head = path.read_text().split("#include")[0]
+        assert len(head.splitlines()) >= 4, f"{path.name} does not say what it is"
