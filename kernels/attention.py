@@ -37,6 +37,7 @@ _PLAN_THREADS = 1024
 _DECODE_THREADS = 160
 _FLOAT32_THREADS = 128
 _COST_BUCKETS = 1024  # of the plan's counting sort
+_COST_SHIFT = 7  # tiles whose last rows see equally many times 128 keys cost the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class PagedAttention:
             shape.window,
             shape.group,
             self._prefill_tiling.rows,
-            max(0, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
+            max(_COST_SHIFT, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
         )
         arrays = (*inputs, workspace.plan, *ends, workspace.prefill_tiles, workspace.flags)
         self._kernels["plan"]((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))

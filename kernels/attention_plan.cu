@@ -83,13 +83,24 @@ struct PrefillTiles {
         return {first_token, cu_seqlens_q[seq + 1] - first_token, seq_lens[seq], slots[seq], index * rows};
     }
 
-    // By cost, which is the number of keys that the tile's last row sees; the most expensive first.
+    // By cost, which is the number of key tiles that the tile's last row sees; the most expensive first.
     __device__ int bucket(const PrefillTile& tile) const {
         const int last_token = min(tile.num_tokens - 1, (tile.first_row + rows - 1) / group);
-        const int visible = tile.seq_len - tile.num_tokens + last_token + 1;
-        return BUCKETS - 1 - min(visible >> cost_shift, BUCKETS - 1);
+        const int last_visible = tile.seq_len - tile.num_tokens + last_token;
+        return BUCKETS - 1 - min(last_visible >> cost_shift, BUCKETS - 1);
     }
 };
+
+// The warp's lanes with equal buckets take neighbouring places, in order: tiles of one sequence then run side by side and
+// read their keys from the cache. All lanes call it; BUCKETS stands for none.
+__device__ int take_place(int* bucket_ends, int bucket) {
+    const int lane = threadIdx.x % 32;
+    const unsigned peers = __match_any_sync(~0u, bucket);
+    const int first = __ffs(peers) - 1;
+    int place = 0;
+    if (lane == first && bucket < BUCKETS) place = atomicAdd(&bucket_ends[bucket], __popc(peers));
+    return __shfl_sync(~0u, place, first) + __popc(peers & ((1u << lane) - 1));
+}
 
 __device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& tiles, int4* sorted) {
     for (int bucket = threadIdx.x; bucket < BUCKETS; bucket += THREADS) bucket_ends[bucket] = 0;
@@ -101,9 +112,12 @@ __device__ void sort_tiles(Scan& scan, int* bucket_ends, const PrefillTiles& til
     const int end = scan.inclusive(own, total);
     bucket_ends[threadIdx.x] = end - own;
     __syncthreads();
-    for (int i = threadIdx.x; i < tiles.num_tiles; i += THREADS) {
-        const PrefillTile tile = tiles[i];
-        tile.store(sorted, atomicAdd(&bucket_ends[tiles.bucket(tile)], 1));
+    for (int base = 0; base < tiles.num_tiles; base += THREADS) {
+        const int i = base + threadIdx.x;
+        const bool valid = i < tiles.num_tiles;
+        const PrefillTile tile = valid ? tiles[i] : PrefillTile{};
+        const int place = take_place(bucket_ends, valid ? tiles.bucket(tile) : BUCKETS);
+        if (valid) tile.store(sorted, place);
     }
 }
 

@@ -105,6 +105,7 @@ struct Rows {  // what one warp keeps of its 16 rows
     }
 
     __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+        if (__all_sync(~0u, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
         for (int i = 0; i < STEPS * 2; ++i)
 #pragma unroll

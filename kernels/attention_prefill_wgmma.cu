@@ -28,7 +28,7 @@ constexpr int PIECES = HEAD_DIM / 8;            // of 16 bytes in a row
 constexpr int COLUMN_BYTES = 128;               // a row's share of one swizzled column of 64 elements
 constexpr int TILE_BYTES = KEYS * HEAD_DIM * 2;
 constexpr int QUERY_STEPS = HEAD_DIM / 16, KEY_STEPS = KEYS / 16;
-constexpr int FEEDER_REGISTERS = 40, COMPUTE_REGISTERS = 232;
+constexpr int FEEDER_REGISTERS = 56, COMPUTE_REGISTERS = 224;
 
 struct Shared {
     alignas(1024) unsigned char query[QUERY_SLOTS][ROWS * HEAD_DIM * 2];
@@ -55,24 +55,33 @@ __device__ __forceinline__ unsigned swizzled(int rows, int row, int piece) {
 
 // ---- The feeding warpgroup ----
 
+constexpr int PASS_ROWS = FEEDERS / PIECES;  // rows that the warpgroup copies at once; a thread's rows are so far apart
+
+// Address of a thread's piece `row` rows below its first one, a multiple of PASS_ROWS; the swizzle repeats every 8 rows.
+__device__ __forceinline__ unsigned rows_below(unsigned first, int row) {
+    return (PASS_ROWS % 8 ? first ^ row % 8 * 16 : first) + row * COLUMN_BYTES;
+}
+
 struct Feeder {
     const Parameters& p;
     Shared& shared;
     const int thread, lane;
     RingCursor ring, query;
 
-    // A thread's rows are PASS_ROWS apart: so many tokens and heads further on, with a carry.
+    __device__ __forceinline__ int first_row() const { return thread / PIECES; }
+    __device__ __forceinline__ int piece() const { return thread % PIECES; }
+
+    // From row to row it is so many tokens and heads further, with a carry.
     __device__ __forceinline__ void copy_query(const Work& work) {
-        constexpr int PASS_ROWS = FEEDERS / PIECES;
-        const int first_row = thread / PIECES, piece = thread % PIECES;
-        int head = (work.first_packed_row + first_row) % GROUP;
-        const int token = work.first_token + (work.first_packed_row + first_row) / GROUP;
-        const Element* source = p.q + token * p.query_stride + (work.kv_head * GROUP + head) * HEAD_DIM + piece * 8;
+        int head = (work.first_packed_row + first_row()) % GROUP;
+        const int token = work.first_token + (work.first_packed_row + first_row()) / GROUP;
+        const Element* source = p.q + token * p.query_stride + (work.kv_head * GROUP + head) * HEAD_DIM + piece() * 8;
+        const int valid_rows = work.num_tokens * GROUP - work.first_packed_row - first_row();
         barrier_wait(shared_address(&shared.query_empty[query.slot]), query.parity ^ 1);
-        const unsigned destination = shared_address(shared.query[query.slot]);
-#pragma unroll 4
-        for (int row = first_row; row < ROWS; row += PASS_ROWS) {
-            copy_16_bytes(destination + swizzled(ROWS, row, piece), source, work.has_row(row));
+        const unsigned destination = shared_address(shared.query[query.slot]) + swizzled(ROWS, first_row(), piece());
+#pragma unroll 2
+        for (int row = 0; row < ROWS; row += PASS_ROWS) {
+            copy_16_bytes(rows_below(destination, row), source, row < valid_rows);
             source += PASS_ROWS / GROUP * p.query_stride + PASS_ROWS % GROUP * HEAD_DIM;
             head += PASS_ROWS % GROUP;
             if (head >= GROUP) {
@@ -86,16 +95,19 @@ struct Feeder {
 
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
     __device__ __forceinline__ void copy_tile(const Element* pages, const Work& work, int tile, int page) {
+        const int first_key = tile * KEYS + first_row();
+        const int in_page = (work.kv_head * BLOCK_SIZE + tile * KEYS % BLOCK_SIZE + first_row()) * HEAD_DIM + piece() * 8;
         barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
-        const unsigned destination = shared_address(shared.ring[ring.slot]);
-        const int first_key = tile * KEYS;
-#pragma unroll 4
-        for (int i = 0; i < KEYS * PIECES / FEEDERS; ++i) {
-            const int row = (i * FEEDERS + thread) / PIECES, piece = (i * FEEDERS + thread) % PIECES;
-            const int row_page = __shfl_sync(~0u, page, row / PAGE_ROWS);
-            const int page_row = (row_page * NUM_KV_HEADS + work.kv_head) * BLOCK_SIZE + (first_key + row) % BLOCK_SIZE;
-            const Element* source = pages + static_cast<long long>(page_row) * HEAD_DIM + piece * 8;
-            copy_16_bytes(destination + swizzled(KEYS, row, piece), source, first_key + row < work.seq_len);
+        const unsigned destination = shared_address(shared.ring[ring.slot]) + swizzled(KEYS, first_row(), piece());
+#pragma unroll
+        for (int index = 0; index < PAGES_PER_TILE; ++index) {
+            const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
+            const Element* source = pages + __shfl_sync(~0u, page, index) * page_elements + in_page;
+#pragma unroll
+            for (int row = 0; row < PAGE_ROWS; row += PASS_ROWS) {
+                const int tile_row = index * PAGE_ROWS + row;
+                copy_16_bytes(rows_below(destination, tile_row), source + row * HEAD_DIM, first_key + tile_row < work.seq_len);
+            }
         }
         barrier_arrive_after_copies(shared_address(&shared.full[ring.slot]));
         ring.advance(RING);
@@ -142,14 +154,14 @@ struct Consumer {
     // Starts scores = q k^T for the tile in this slot.
     __device__ __forceinline__ void start_scores(float (&scores)[KEYS / 8][4], const RingCursor& cursor) {
         wait_for_slot(cursor);
-        const unsigned queries = shared_address(shared.query[query.slot]) + group * 64 * COLUMN_BYTES;
-        const unsigned keys = shared_address(shared.ring[cursor.slot]);
+        const auto queries = matrix_descriptor(shared_address(shared.query[query.slot]) + group * 64 * COLUMN_BYTES, 16, 8 * COLUMN_BYTES);
+        const auto keys = matrix_descriptor(shared_address(shared.ring[cursor.slot]), 16, 8 * COLUMN_BYTES);
         pin_registers(scores);
         warpgroup_fence();
 #pragma unroll
         for (int step = 0; step < QUERY_STEPS; ++step) {
-            const auto a = matrix_descriptor(queries + step / 4 * ROWS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
-            const auto b = matrix_descriptor(keys + step / 4 * KEYS * COLUMN_BYTES + step % 4 * 32, 16, 8 * COLUMN_BYTES);
+            const auto a = moved(queries, step / 4 * ROWS * COLUMN_BYTES + step % 4 * 32);
+            const auto b = moved(keys, step / 4 * KEYS * COLUMN_BYTES + step % 4 * 32);
             WarpgroupMultiply<KEYS>::shared_shared(scores, a, b, step > 0);
         }
         warpgroup_commit();
@@ -158,18 +170,16 @@ struct Consumer {
     // Starts out += probabilities v for the tile in this slot.
     __device__ __forceinline__ void start_values(const unsigned (&probabilities)[KEY_STEPS][4], const RingCursor& cursor) {
         wait_for_slot(cursor);
-        const unsigned values = shared_address(shared.ring[cursor.slot]);
+        const auto values = matrix_descriptor(shared_address(shared.ring[cursor.slot]), KEYS * COLUMN_BYTES, 8 * COLUMN_BYTES);
         pin_registers(out);
         warpgroup_fence();
 #pragma unroll
         for (int step = 0; step < KEY_STEPS; ++step) {
-            const auto b = matrix_descriptor(values + step * 16 * COLUMN_BYTES, KEYS * COLUMN_BYTES, 8 * COLUMN_BYTES);
-            WarpgroupMultiply<HEAD_DIM>::register_shared(out, probabilities[step], b);
+            WarpgroupMultiply<HEAD_DIM>::register_shared(out, probabilities[step], moved(values, step * 16 * COLUMN_BYTES));
         }
         warpgroup_commit();
     }
 
-    // Maxima settle after a few tiles; then most of these multiplications would be by one.
     __device__ __forceinline__ void rescale(const float (&factor)[2]) {
         if (__all_sync(~0u, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
@@ -207,6 +217,7 @@ struct Consumer {
             release(shared.empty[ring.slot]);
             ring.advance(RING);
             softmax.advance(scores, factor, p, work, tile);
+            pin_registers(scores);  // or the compiler waits first and computes afterwards
             warpgroup_wait<0>();
             pin_registers(out);
             release(shared.empty[values.slot]);

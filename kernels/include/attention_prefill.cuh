@@ -63,6 +63,8 @@ struct Work {
     }
 };
 
+constexpr float LARGEST_GROWTH = 8.0f;
+
 // The softmax state of a warp's 16 rows; a thread has rows lane / 4 and lane / 4 + 8, as the tensor cores' results lie.
 struct SoftmaxRows {
     float maximum[2], sum[2], slope[2];
@@ -87,8 +89,8 @@ struct SoftmaxRows {
         return needed;
     }
 
-    // Scores of a tile become probabilities under the new maxima; earlier sums and outputs are to be multiplied by `factor`
-    // (the sums are, here).
+    // Scores of a tile become probabilities, relative to a reference that is the rows' maximum or up to 2 ** LARGEST_GROWTH
+    // below it, so that it seldom moves: earlier outputs are to be multiplied by `factor`, mostly one (the sums are, here).
     __device__ __forceinline__ void advance(float (&scores)[KEYS / 8][4], float (&factor)[2], const Parameters& p, const Work& work, int tile) {
         const ScoreTransform to_score = ScoreTransform::make(p.scale, p.soft_cap);
         constexpr bool PLAIN = !SOFT_CAP && !ALIBI;  // then scaling is folded into the exponent
@@ -107,9 +109,11 @@ struct SoftmaxRows {
             for (int i = 0; i < KEYS / 8; ++i) new_maximum = fmaxf(new_maximum, fmaxf(scores[i][2 * side], scores[i][2 * side + 1]));
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(~0u, new_maximum, 1));
             new_maximum = fmaxf(new_maximum, __shfl_xor_sync(~0u, new_maximum, 2));
+            const bool moves = !((new_maximum - maximum[side]) * unit <= LARGEST_GROWTH);
+            if (!moves) new_maximum = maximum[side];
             // A row that has seen nothing yet keeps weight 0: exp2(-inf - 0), not exp2(-inf + inf).
             const float shift = new_maximum == NEGATIVE_INFINITY ? 0.0f : new_maximum * unit;
-            factor[side] = exp2_fast(maximum[side] * unit - shift);
+            factor[side] = moves ? exp2_fast(maximum[side] * unit - shift) : 1.0f;
             maximum[side] = new_maximum;
             float total = 0.0f;
 #pragma unroll

@@ -13,6 +13,9 @@ __device__ __forceinline__ unsigned long long matrix_descriptor(unsigned address
            static_cast<unsigned long long>(stride_bytes >> 4) << 32 | 1ull << 62;
 }
 
+// The same operand, `bytes` further on (within shared memory, so the address field cannot overflow into the next one).
+__device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
 // Before the first multiplication after registers or shared memory that it reads have changed.
 __device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
