@@ -50,11 +50,19 @@ class GenerationGroup:
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._request_ids = list(request_ids)
-        self._queue: asyncio.Queue[tuple[int, TokenDelta] | ApiError] = asyncio.Queue()
+        self._news: list[tuple[int, TokenDelta]] = []
+        self._error: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: tuple[int, TokenDelta] | ApiError) -> None:
-        """Called by the client as news arrive."""
-        self._queue.put_nowait(item)
+    def put(self, index: int, delta: TokenDelta) -> None:
+        """News of one request; called by the client."""
+        self._news.append((index, delta))
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """The group cannot go on; called by the client."""
+        self._error = self._error or error
+        self._wake()
 
     async def next(self) -> list[tuple[int, TokenDelta]]:
         """Wait for news; everything that has arrived by then.
@@ -62,16 +70,15 @@ class GenerationGroup:
         Raises:
             ApiError: the engine refused a request of this group, or is gone; what came before was returned earlier.
         """
-        news: list[tuple[int, TokenDelta]] = []
-        while not news or not self._queue.empty():
-            item = await self._queue.get()
-            if not isinstance(item, ApiError):
-                news.append(item)
-            elif news:
-                self._queue.put_nowait(item)
-                break
-            else:
-                raise item
+        if not self._news and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        news, self._news = self._news, []
+        if not news and self._error is not None:
+            raise self._error
         return news
 
     def cancel(self, index: int) -> None:
@@ -82,6 +89,10 @@ class GenerationGroup:
         """End what is still open."""
         for request_id in self._request_ids:
             self._client.cancel(request_id)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient(asyncio.Protocol):
@@ -218,12 +229,12 @@ class EngineClient(asyncio.Protocol):
         self._last_progress = self._clock()
         for request_id, token_id in zip(deltas.request_ids, deltas.token_ids, strict=True):
             if (entry := self._open.get(request_id)) is not None:
-                entry[0].put((entry[1], TokenDelta(request_id, (token_id,))))
+                entry[0].put(entry[1], TokenDelta(request_id, (token_id,)))
         for delta in deltas.others:
             if (entry := self._open.get(delta.request_id)) is not None:
                 if delta.finish_reason is not None:
                     del self._open[delta.request_id]
-                entry[0].put((entry[1], delta))
+                entry[0].put(entry[1], delta)
 
     def _take_stats(self, stats: Stats) -> None:
         if self.stats is None or not stats.has_work or stats.num_steps > self.stats.num_steps:
@@ -236,16 +247,16 @@ class EngineClient(asyncio.Protocol):
         if entry is None:
             return
         if refused.reason == "capacity":
-            entry[0].put(overloaded(CapacityError(refused.message, refused.retry_after_seconds)))
+            entry[0].fail(overloaded(CapacityError(refused.message, refused.retry_after_seconds)))
         else:
-            entry[0].put(invalid(refused.message, refused.param))
+            entry[0].fail(invalid(refused.message, refused.param))
 
     def _fail(self, reason: str) -> None:
         if self.failure is None:
             self.failure = reason
             self.state = ServerState.FAILED
         for group, _ in self._open.values():
-            group.put(self.failed())
+            group.fail(self.failed())
         self._open.clear()
 
     def _report_drained(self) -> None:

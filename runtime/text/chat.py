@@ -40,9 +40,7 @@ class ChatTemplate:
         try:
             return cls(Sandbox().compile(source), dict(special_tokens))
         except (jinja2.TemplateError, RecursionError) as error:
-            raise CheckpointError(
-                f"the chat template cannot be compiled: {error}; correct chat_template"
-            ) from error
+            raise CheckpointError(f"the chat template cannot be compiled: {error}; correct chat_template") from error
 
     def render(
         self,
@@ -81,9 +79,7 @@ def message_text(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise RequestError(
-            f"content is a {type(content).__name__}; use a text or a list of text parts", "messages"
-        )
+        raise RequestError(f"content is a {type(content).__name__}; use a text or a list of text parts", "messages")
     return "\n".join(_part_text(part) for part in content)
 
 
@@ -92,9 +88,7 @@ def _part_text(part: Any) -> str:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": str(kind)} if kind != "text":
-            raise RequestError(
-                f"content part of type {kind!r} is not supported; use parts of type 'text'", "messages"
-            )
+            raise RequestError(f"content part of type {kind!r} is not supported; use parts of type 'text'", "messages")
     raise RequestError('a content part must be {"type": "text", "text": "..."}', "messages")
 
 
@@ -106,9 +100,7 @@ def _checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"chat_template_kwargs may not set {name!r}; allowed are {allowed}", "chat_template_kwargs"
             )
         if not isinstance(value, (str, bool, int, float, type(None))):
-            raise RequestError(
-                f"chat_template_kwargs {name!r} must be a single value", "chat_template_kwargs"
-            )
+            raise RequestError(f"chat_template_kwargs {name!r} must be a single value", "chat_template_kwargs")
     return options
 
 
@@ -133,9 +125,7 @@ def _run(sandbox: Sandbox, code: CodeType, variables: dict[str, Any], max_charac
         TypeError,
         ValueError,
     ) as error:
-        raise RequestError(
-            f"the chat template does not accept these messages: {error}", "messages"
-        ) from error
+        raise RequestError(f"the chat template does not accept these messages: {error}", "messages") from error
     return "".join(pieces)
 
 

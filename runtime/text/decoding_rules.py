@@ -60,9 +60,7 @@ def read_rules(decoder: Any) -> DecodingRules | None:
         case {"type": "ByteLevel"}:
             return DecodingRules(byte_level=True)
         case {"type": "Metaspace", "replacement": str(mark)}:
-            added = decoder.get("prepend_scheme", "always") != "never" and decoder.get(
-                "add_prefix_space", True
-            )
+            added = decoder.get("prepend_scheme", "always") != "never" and decoder.get("add_prefix_space", True)
             return DecodingRules(replacements=((mark, " "),), dropped_in_first_token=mark if added else None)
         case {"type": "Sequence", "decoders": list(steps)}:
             return _read_sequence(steps)
@@ -77,9 +75,7 @@ def _read_sequence(steps: list[Any]) -> DecodingRules | None:
     byte_fallback, fused, stripped = False, False, 0
     for step in steps:
         match step:
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
-                not byte_fallback
-            ):
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if not byte_fallback:
                 replacements.append((old, new))
             case {"type": "ByteFallback"} if not fused:
                 byte_fallback = True
@@ -91,9 +87,7 @@ def _read_sequence(steps: list[Any]) -> DecodingRules | None:
                 return None
     if not fused:
         return None
-    return DecodingRules(
-        byte_fallback=byte_fallback, replacements=tuple(replacements), stripped_spaces=stripped
-    )
+    return DecodingRules(byte_fallback=byte_fallback, replacements=tuple(replacements), stripped_spaces=stripped)
 
 
 def _byte_level_alphabet() -> Iterator[tuple[str, int]]:

@@ -35,20 +35,18 @@ class ByteDetokenizer:
     characters in it, which a stream that has already shown them cannot do.
     """
 
-    def __init__(self, rules: DecodingRules, token_text: Callable[[int], str | None]) -> None:
-        """``token_text`` gives a token's spelling in the vocabulary, None for tokens that leave no text."""
-        self._rules = rules
-        self._token_text = token_text
+    def __init__(self, rules: DecodingRules, token_bytes: Callable[[int, bool], bytes | None]) -> None:
+        """``token_bytes(token_id, first)`` gives what a token adds, None for one that leaves no trace in a text."""
+        self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = True
         self._spaces_to_strip = rules.stripped_spaces
 
     def push(self, token_id: int) -> str:
         """See `Detokenizer.push`."""
-        token = self._token_text(token_id)
-        if token is None:
+        data = self._token_bytes(token_id, self._first)
+        if data is None:
             return ""
-        data = self._rules.token_bytes(token, first=self._first)
         self._first = False
         return self._utf8.decode(self._strip(data) if self._spaces_to_strip else data)
 

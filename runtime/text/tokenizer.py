@@ -45,6 +45,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._backend = backend
         self._rules = _decoding_rules(backend)
+        self._known_bytes: dict[int, bytes] = {}
         self._special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -70,9 +71,7 @@ class Tokenizer:
                 f"{file} cannot be read: {error}; restore it, or remove it to use token ids"
             ) from None
         config = _read_config(Path(path) / "tokenizer_config.json")
-        special_tokens = {
-            name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None
-        }
+        special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
         source = _template_source(Path(path), config)
         template = ChatTemplate.compile(source, special_tokens) if source is not None else None
         return cls(backend, special_tokens, template)
@@ -86,15 +85,11 @@ class Tokenizer:
             RequestError: more than ``max_characters``, or lone surrogates, which are no Unicode text.
         """
         if max_characters is not None and len(text) > max_characters:
-            raise RequestError(
-                f"prompt has {len(text)} characters; at most {max_characters} can fit", "prompt"
-            )
+            raise RequestError(f"prompt has {len(text)} characters; at most {max_characters} can fit", "prompt")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RequestError(
-                "prompt holds a lone surrogate, which is no Unicode text; remove it", "prompt"
-            ) from None
+            raise RequestError("prompt holds a lone surrogate, which is no Unicode text; remove it", "prompt") from None
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -111,9 +106,7 @@ class Tokenizer:
             return token.encode()
         return self._rules.token_bytes(token)
 
-    def detokenizer(
-        self, *, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
-    ) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental detokeniser; with ``prompt_token_ids`` it gives only what follows them."""
         detokenizer: Detokenizer
         if self._rules is None:
@@ -122,7 +115,7 @@ class Tokenizer:
             )
         else:
             detokenizer = ByteDetokenizer(
-                self._rules, self._visible_token if skip_special_tokens else self._backend.id_to_token
+                self._rules, self._visible_bytes if skip_special_tokens else self._spelt_bytes
             )
         for token_id in prompt_token_ids[-_CONTEXT_TOKENS:]:
             detokenizer.push(token_id)
@@ -138,13 +131,23 @@ class Tokenizer:
         skip_special_tokens: bool = True,
     ) -> TextStream:
         """The growing text of a request that continues ``prompt_token_ids``; see `TextStream`."""
-        detokenizer = self.detokenizer(
-            skip_special_tokens=skip_special_tokens, prompt_token_ids=prompt_token_ids
-        )
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens, prompt_token_ids=prompt_token_ids)
         return TextStream(detokenizer, stop, include_stop=include_stop, min_tokens=min_tokens)
 
-    def _visible_token(self, token_id: int) -> str | None:
-        return None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+    def _visible_bytes(self, token_id: int, first: bool) -> bytes | None:
+        return None if token_id in self._special_ids else self._spelt_bytes(token_id, first)
+
+    def _spelt_bytes(self, token_id: int, first: bool) -> bytes | None:
+        """What a token adds to a text. Remembered, because every generated token comes through here."""
+        data = None if first else self._known_bytes.get(token_id)
+        if data is None:
+            token = self._backend.id_to_token(token_id)
+            if token is None or self._rules is None:
+                return None
+            data = self._rules.token_bytes(token, first=first)
+            if not first:
+                self._known_bytes[token_id] = data
+        return data
 
 
 def _decoding_rules(backend: tokenizers.Tokenizer) -> DecodingRules | None:

@@ -132,12 +132,15 @@ class StubEngine:
 
 def in_columns(deltas: list[TokenDelta]) -> DeltaBatch:
     """Plain next tokens in columns, as the scheduler gives them."""
-    plain = [delta for delta in deltas if delta == TokenDelta(delta.request_id, delta.token_ids[:1])]
-    plain = [delta for delta in plain if delta.token_ids]
+
+    def is_plain(delta: TokenDelta) -> bool:
+        return bool(delta.token_ids) and delta == TokenDelta(delta.request_id, delta.token_ids)
+
+    plain = [delta for delta in deltas if is_plain(delta)]
     return DeltaBatch(
         request_ids=np.array([delta.request_id for delta in plain], np.object_),
         token_ids=np.array([delta.token_ids[0] for delta in plain], np.int32),
-        deltas=[delta for delta in deltas if delta not in plain],
+        deltas=[delta for delta in deltas if not is_plain(delta)],
     )
 
 

@@ -113,7 +113,8 @@ def test_an_error_inside_a_stream_is_raised(server: Server, client: openai.OpenA
 
 def test_a_client_that_closes_a_stream_ends_its_request(model_directory: Path) -> None:
     with stub_server(model_directory, {"model_names": ["stub"]}, step_seconds=0.02) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            with client.completions.create(model="stub", prompt="ab", max_tokens=250, stream=True) as stream:
-                assert next(iter(stream)).choices[0].text == "a"
-            server.wait_for("CANCELLED")
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with client.completions.create(model="stub", prompt="ab", max_tokens=250, stream=True) as stream:
+            assert next(iter(stream)).choices[0].text == "a"
+        server.wait_for("CANCELLED")
+        client.close()

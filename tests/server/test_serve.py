@@ -60,7 +60,7 @@ def serve_tiny(tiny: Path, num_ranks: int = 4, *flags: str, wait_for: str = "REA
 @pytest.fixture(scope="module")
 def job(tiny: Path) -> Iterator[Job]:
     """tp 2 x pp 2, with a cache for about a quarter of what 64 requests need."""
-    with serve_tiny(tiny, 4, "--max-num-seqs", "16", "--block-size", "8", "--num-kv-blocks", "96") as running:
+    with serve_tiny(tiny, 4, "--max-num-seqs", "16", "--block-size", "8", "--num-kv-blocks", "64") as running:
         yield running
 
 
@@ -84,8 +84,8 @@ def test_mixed_requests_together_give_the_tokens_of_each_alone(job: Job) -> None
     draw = random.Random(5)
     requests = [
         {
-            "prompt": [draw.randrange(20, 276) for _ in range(draw.randrange(1, 60))],
-            "max_tokens": draw.randrange(1, 30),
+            "prompt": [draw.randrange(20, 276) for _ in range(draw.randrange(1, 50))],
+            "max_tokens": draw.randrange(1, 14),
             "temperature": draw.choice([0.0, 1.0]),
             "seed": draw.randrange(2**63),
             "top_k": draw.choice([0, 5]),
@@ -108,7 +108,7 @@ def test_mixed_requests_together_give_the_tokens_of_each_alone(job: Job) -> None
         together = list(pool.map(token_ids, requests))
     alone = [token_ids(request) for request in requests]
     assert together == alone
-    assert len({len(tokens) for tokens in alone}) > 10, "lengths must differ, or this shows little"
+    assert len({len(tokens) for tokens in alone}) > 8, "lengths must differ, or this shows little"
     wait_until_idle(job)
 
 
@@ -149,7 +149,7 @@ def test_clients_that_leave_free_their_blocks(job: Job) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_mpirun_drains(tiny: Path, number: signal.Signals) -> None:
     with serve_tiny(tiny) as job:
-        streams = [job.server.open_stream(PATH, LONG) for _ in range(4)]
+        streams = [job.server.open_stream(PATH, LONG | {"max_tokens": 100}) for _ in range(4)]
         job.server.process.send_signal(number)
         for stream in streams:
             assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"

@@ -35,11 +35,7 @@ def streamed(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens
 
 def has_invalid_byte_run(backend: tokenizers.Tokenizer, token_ids: Sequence[int]) -> bool:
     """Whether some run of byte tokens is no UTF-8, where byte-fallback decoders blank the whole run."""
-    spelt = [
-        token
-        for i in token_ids
-        if (token := backend.id_to_token(i)) is not None and token not in ("<s>", "</s>")
-    ]
+    spelt = [token for i in token_ids if (token := backend.id_to_token(i)) is not None and token not in ("<s>", "</s>")]
     run = b""
     for token in [*spelt, ""]:
         if match := BYTE_TOKEN.fullmatch(token):
@@ -86,9 +82,7 @@ def test_byte_fallback_blanks_only_the_bytes_that_make_no_character(token_ids: l
     if not has_invalid_byte_run(GEMMA, token_ids):
         assert text == GEMMA.decode(token_ids)
     raw = b"".join(
-        bytes.fromhex(match[1])
-        if (match := BYTE_TOKEN.fullmatch(token))
-        else token.replace("▁", " ").encode()
+        bytes.fromhex(match[1]) if (match := BYTE_TOKEN.fullmatch(token)) else token.replace("▁", " ").encode()
         for i in token_ids
         if (token := GEMMA.id_to_token(i)) is not None and token not in ("<s>", "</s>")
     )

@@ -59,9 +59,7 @@ def test_nothing_is_held_back_longer_than_needed(pieces: list[str]) -> None:
         assert held == "" or any(s.startswith(held) for s in stop)
 
 
-def stream(
-    stop: tuple[str, ...], include_stop: bool = False, min_tokens: int = 0
-) -> tuple[Tokenizer, TextStream]:
+def stream(stop: tuple[str, ...], include_stop: bool = False, min_tokens: int = 0) -> tuple[Tokenizer, TextStream]:
     tokenizer = Tokenizer(made.byte_fallback(), {}, None)
     return tokenizer, tokenizer.text_stream(stop=stop, include_stop=include_stop, min_tokens=min_tokens)
 

@@ -48,9 +48,7 @@ def test_special_tokens_are_shown_only_when_asked_for(directory: Path) -> None:
 
 
 def test_special_tokens_are_named_plainly_or_as_objects(directory: Path) -> None:
-    tokenizer = load(
-        directory, bos_token={"content": "<s>", "lstrip": False}, eos_token="</s>", pad_token=None
-    )
+    tokenizer = load(directory, bos_token={"content": "<s>", "lstrip": False}, eos_token="</s>", pad_token=None)
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -81,9 +79,7 @@ def test_a_broken_tokenizer_file_is_named(directory: Path, broken: str) -> None:
         Tokenizer.from_directory(directory)
 
 
-@pytest.mark.parametrize(
-    "config", ["{", "[]", '{"chat_template": 3}', '{"chat_template": [{"name": "other"}]}']
-)
+@pytest.mark.parametrize("config", ["{", "[]", '{"chat_template": 3}', '{"chat_template": [{"name": "other"}]}'])
 def test_a_broken_configuration_is_named(directory: Path, config: str) -> None:
     (directory / "tokenizer_config.json").write_text(config)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):

@@ -34,9 +34,7 @@ def byte_fallback(*, strip: bool = True) -> Tokenizer:
     pieces += ["▁", "▁▁", "▁the", "▁fox", "e", "é", "日", "t", "h", "f", "o", "x", "▁t", "he", "!", "▁日"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [("▁", "▁"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "日")]
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strip else []))
@@ -50,18 +48,14 @@ def unigram() -> Tokenizer:
     pieces += [("▁", -3.0), ("▁fox", -4.0), ("▁▁", -5.0), ("a", -4.0), ("fo", -4.0), ("x", -4.0), ("é", -6.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
 def metaspace() -> Tokenizer:
     """A plain Metaspace decoder, which drops the mark that opens a text."""
     pieces = ["<unk>", "▁", "▁▁", "▁fox", "a", "b▁", "é", "<s>"]
-    tokenizer = Tokenizer(
-        models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["<s>"])
     return tokenizer
@@ -70,9 +64,7 @@ def metaspace() -> Tokenizer:
 def wordpiece() -> Tokenizer:
     """A decoder whose effect is not token by token."""
     pieces = ["[UNK]", "the", "fox", "##es", "jump", "##ed", ".", ",", "'", "s", "n", "t", "do", "[SEP]"]
-    tokenizer = Tokenizer(
-        models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     tokenizer.add_special_tokens(["[SEP]"])
