@@ -86,6 +86,11 @@ class Gemm:
             return choice
         return choice if self.cublaslt.accepts(problem, choice.kernel) else None
 
+    @property
+    def problems(self) -> list[GemmProblem]:
+        """Every problem posed since the start or the last `refresh`."""
+        return list(self._choices)
+
     def refresh(self) -> None:
         """Forget choices, so that new timings take effect."""
         self._choices.clear()

@@ -12,7 +12,7 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionDType, AttentionLimits
-from phalanx.kernels.gemm import open_gemm
+from phalanx.kernels.gemm import Gemm, open_gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.communicator import Communicator
@@ -31,6 +31,7 @@ from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_sampler import CudaSampler
 from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda_tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda_weights import CudaSink
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models import Model
@@ -87,7 +88,9 @@ def create_cuda_executor(
         library = KernelLibrary()
         groups = _groups(topology, comm)
         weights = _load(rank, checkpoint, library)
-        stage, attention = _stage(rank, library, weights, groups)
+        gemm = open_gemm(library)
+        stage, attention = _stage(rank, library, gemm, weights, groups)
+        tune_products(gemm, stage, tuned_sizes(limits.max_num_seqs, limits.max_num_tokens), limits.max_num_seqs, comm)
         stage.run(_largest_step(limits))
         stream.synchronize()
         num_blocks = _num_blocks(rank, comm)
@@ -157,7 +160,7 @@ def _load(rank: _Rank, checkpoint: Checkpoint, library: KernelLibrary) -> Mappin
 
 
 def _stage(
-    rank: _Rank, library: KernelLibrary, weights: Mapping[str, DeviceArray], groups: CudaGroups
+    rank: _Rank, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], groups: CudaGroups
 ) -> tuple[CudaStage, CudaAttention]:
     import cupy
 
@@ -173,7 +176,6 @@ def _stage(
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
-    gemm = open_gemm(library)
     ops = CudaOps(library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
     hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))

@@ -21,8 +21,8 @@ CASES = {
     "gpt2": {**_GPT2, "n_embd": 256, "n_head": 4},
     "gemma": {**_GEMMA, "hidden_size": 256, "head_dim": 256, "vocab_size": 1009},
 }
-TOLERANCES = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 0.15}
-"""Largest error of a log-probability: a few roundings of logits of up to 16 in the storage type."""
+TOLERANCES = {"float32": 2e-4, "float16": 6e-2, "bfloat16": 0.5}
+"""Largest error of a log-probability: 16 roundings in the storage type of logits of up to 8, of which every layer adds some."""
 
 PROMPT_LENGTHS = (1, 2, 17, 40, 33, 5, 64, 90)
 
