@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from phalanx.launch.announcement import Announcement
 from phalanx.launch.arguments import (
     CommandParser,
     add_engine_arguments,
@@ -27,6 +28,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 
 if TYPE_CHECKING:
+    from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.replica import Replica
     from phalanx.runtime.server.frontend import Frontend
     from phalanx.runtime.server.settings import FrontendSettings
@@ -48,6 +50,8 @@ def build_parser() -> CommandParser:
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
     server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
+    server.add_argument("--endpoint-file", type=Path, metavar="FILE",
+                        help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--insecure", action="store_true", help="serve other machines without a key")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = DrainSignals()
     if launch_info().rank:
         signals.ignore()
-        _run_rank(args, None, signals)
+        _run_rank(args, None, None, signals)
         return 0
     if args.grpc_port is not None:
         sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
@@ -70,18 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.server.frontend import Frontend
 
     try:
+        announcement = Announcement(settings.model_names[0], args.endpoint_file)
         frontend = Frontend.start(HTTP_PROCESS, settings)
     except ConfigError:
         from phalanx.parallel.mpi_comm import world_communicator
 
-        world_communicator()  # the other ranks wait in MPI's start; only from inside can they be ended
+        _agree(world_communicator(), started=False)
         raise
     signals.catch()
     try:
-        _run_rank(args, frontend, signals)
+        _run_rank(args, frontend, announcement, signals)
     except BaseException as error:
         frontend.abandon(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        announcement.withdraw()
     frontend.stop()
     return 0
 
@@ -100,29 +107,42 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
     )
 
 
-def _run_rank(args: argparse.Namespace, frontend: Frontend | None, signals: DrainSignals) -> None:
+def _run_rank(
+    args: argparse.Namespace, frontend: Frontend | None, announcement: Announcement | None, signals: DrainSignals
+) -> None:
     """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
     from phalanx.parallel.mpi_comm import world_communicator
     from phalanx.runtime.engine import follow
     from phalanx.runtime.replica import build_replica, phase
 
     world = world_communicator()
+    if not _agree(world, started=True):
+        raise ConfigError("rank 0 cannot serve; see its message")
     config = engine_config(args, world.size)
     if config.layout.dp > 1:
         raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
     queue = config.max_queued_requests + config.max_num_seqs
     replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world)
-    if frontend is None:
+    if frontend is None or announcement is None:
         with phase("executing steps"):
             follow(replica.control, replica.executor)
     else:
         with phase("serving"):
-            _lead(replica, frontend, queue, signals)
+            _lead(replica, frontend, announcement, queue, signals)
     replica.executor.close()
 
 
-def _lead(replica: Replica, frontend: Frontend, max_open_requests: int, signals: DrainSignals) -> None:
+def _agree(world: Communicator, started: bool) -> bool:
+    """Whether rank 0 could open its port: if not, all ranks end by themselves. *Collective.*"""
+    import numpy as np
+
+    return bool(world.broadcast(np.array([started]))[0])
+
+
+def _lead(
+    replica: Replica, frontend: Frontend, announcement: Announcement, max_open_requests: int, signals: DrainSignals
+) -> None:
     from phalanx.runtime.server.bridge import EngineBridge
     from phalanx.runtime.server.messages import ModelInfo
 
@@ -130,13 +150,8 @@ def _lead(replica: Replica, frontend: Frontend, max_open_requests: int, signals:
     bridge = EngineBridge(replica.engine, frontend.channel)
     signals.on_drain(bridge.request_drain)
     model = ModelInfo(str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests)
-    bridge.run(model, lambda: _say_ready(frontend.url))
+    bridge.run(model, lambda: announcement.publish(frontend.url))
     replica.engine.release()
-
-
-def _say_ready(url: str) -> None:
-    sys.stderr.write(f"READY {url}\n")
-    sys.stderr.flush()
 
 
 class DrainSignals:
