@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from phalanx.checkpoints.files import ModelDirectory
@@ -53,10 +53,6 @@ class DirectorySource:
     def read(self, name: str, index: Index, buffer: Buffer | None = None) -> Array:
         """As `TensorSource.read`."""
         return self._home[name].read(name, index, buffer)
-
-    def files(self) -> Iterable[SafetensorsFile]:
-        """The open files, in order of their names."""
-        return tuple(self._files)
 
     def close(self) -> None:
         """Close all files."""
