@@ -71,7 +71,7 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
                 max_queued_requests=options.max_queued_requests,
                 vocab_size=config.vocab_size,
                 eos_token_ids=config.eos_token_ids,
-                num_microbatches=options.layout.pp,
+                num_microbatches=executor.depth - executor.lookahead,
                 lookahead=executor.lookahead,
                 seed=options.seed + topology.replica,
             ),
