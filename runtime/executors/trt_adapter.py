@@ -192,6 +192,10 @@ class TensorRT:
         config.set_flag(self.module.BuilderFlag.REFIT)
         config.set_flag(self.module.BuilderFlag.STRIP_PLAN)
 
+    def forbid_tf32(self, config: Any) -> None:
+        """Multiply float32 in float32: by default mantissas may be cut to ten bits."""
+        config.clear_flag(self.module.BuilderFlag.TF32)
+
     def set_timing_cache(self, config: Any, serialized: bytes) -> None:
         """Start from earlier measurements of kernels."""
         with _library_warnings_ignored():

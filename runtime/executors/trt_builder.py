@@ -169,6 +169,8 @@ def _builder_config(library: TensorRT, builder: Any, request: BuildRequest, netw
     config = builder.create_builder_config()
     library.set_targets(config, request.targets)
     library.enable_collectives(config)
+    if request.shape.dtype == "float32":
+        library.forbid_tf32(config)
     if request.stripped:
         library.set_refit(config)
     for shapes in network.profiles:

@@ -27,7 +27,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "Builder": (
         "__init__", "build_serialized_network_to_stream", "create_builder_config", "create_network", "create_optimization_profile",
     ),
-    "BuilderFlag": ("REFIT", "STRIP_PLAN"),
+    "BuilderFlag": ("REFIT", "STRIP_PLAN", "TF32"),
     "CausalMaskKind": ("NONE",),
     "CollectiveOperation": ("ALL_GATHER", "ALL_REDUCE"),
     "ComputeCapability": (),
@@ -36,7 +36,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "IAttention": ("decomposable", "get_output", "mask"),
     "IBuilderConfig": (
-        "add_optimization_profile", "create_timing_cache", "get_timing_cache", "num_compute_capabilities",
+        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "num_compute_capabilities",
         "progress_monitor", "set_compute_capability", "set_flag", "set_preview_feature", "set_timing_cache",
     ),
     "ICudaEngine": ("create_execution_context", "device_memory_size_v2"),

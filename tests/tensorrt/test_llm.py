@@ -1,0 +1,64 @@
+"""The TensorRT executor behind scheduler, slots and engine: only the device is replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+
+from phalanx import LLM, SamplingParams
+from phalanx.parallel.communicator import Communicator, SelfCommunicator
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.parallel.topology import Layout
+from phalanx.runtime.executors import trt_loading
+from phalanx.runtime.executors.trt_builder import network_shape
+
+from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
+from .networks import InterpretedSession, write_rank_network
+
+LIMITS = {"max_num_seqs": 3, "max_model_len": 48, "max_num_batched_tokens": 12}
+
+
+def _interpret(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let the executor open a session that interprets its network."""
+
+    def open_session(
+        model: object, config: Any, checkpoint: object, options: Any, topology: Any, comm: Communicator
+    ) -> tuple[InterpretedSession, Any]:
+        shape = network_shape(config, options.dtype, options.max_num_seqs, options.max_model_len, 5)
+        groups = comm.split(topology.tp_group), comm.split(topology.pp_group)
+        return InterpretedSession(write_rank_network(path, topology, shape), topology, *groups), shape
+
+    monkeypatch.setattr(trt_loading, "open_session", open_session)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=["one-rank", "tp2pp2"])
+def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven prompts through three slots, prefill in chunks, greedy and sampled: each as the NumPy engine continues it."""
+    path = write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path / "model")
+    _interpret(monkeypatch, path)
+    random = np.random.default_rng(5)
+    prompts = [random.integers(3, 101, length).tolist() for length in (7, 1, 20, 3, 13, 2, 9)]
+    params = [
+        SamplingParams(max_tokens=9, temperature=0.9 if index % 2 else 0.0, seed=index, logprobs=2)
+        for index in range(len(prompts))
+    ]
+
+    def body(engine: str, comm: Communicator) -> list[tuple[list[int], str | None]]:
+        sizes = {"tensor_parallel_size": layout.tp, "pipeline_parallel_size": layout.pp} if comm.size > 1 else {}
+        with LLM(path, comm=comm, engine=engine, **sizes, **LIMITS) as llm:
+            outputs = llm.generate(prompts, params)
+        return [(list(output.token_ids), output.finish_reason) for output in outputs]
+
+    expected = body("numpy", SelfCommunicator())
+    if layout.world_size > 1:
+        found = run_ranks(layout.world_size, lambda comm: body("tensorrt", comm))
+    else:
+        found = [body("tensorrt", SelfCommunicator())]
+    assert all(rank == expected for rank in found)
