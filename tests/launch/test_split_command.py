@@ -105,3 +105,23 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
     )
     assert result.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python (extra [cpu])")
+def test_split_again_and_again_it_says_the_same_token_for_token(tmp_path: Path) -> None:
+    """The demo checkpoint, 4x1 -> 2x2 -> 1x3, loaded at 2x2, against the same without any split on one rank."""
+    before: list[str | Path] = []
+    for tp, pp in ((4, 1), (2, 2), (1, 3)):
+        output = tmp_path / f"{tp}x{pp}"
+        assert run(*before, "--output", output, "--tp", str(tp), "--pp", str(pp)).returncode == 0
+        before = ["--model", output]
+    prompts = ["--prompt", "def main(", "--prompt", "import os", "--max-tokens", "24", "--json"]
+    generate = [sys.executable, "-m", "launch.generate", *prompts]
+    layout = ["--model", str(tmp_path / "1x3"), "--tp", "2", "--pp", "2"]
+    commands = ([*generate, "--engine", "numpy"], [str(MPIRUN), "-n", "4", *generate, "--engine", "numpy", *layout])
+    one, four = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+        for command in commands
+    )
+    assert one == four
+    assert one.count('"token_ids"') == 2
