@@ -50,12 +50,20 @@ class GenerationGroup:
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._request_ids = list(request_ids)
-        self._news: list[tuple[int, TokenDelta]] = []
+        self._news: list[tuple[int, list[int] | TokenDelta]] = []
         self._error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
+    def put_token(self, index: int, token_id: int) -> None:
+        """A plain next token of one request; called by the client. What nobody fetches takes little memory."""
+        if self._news and self._news[-1][0] == index and isinstance(self._news[-1][1], list):
+            self._news[-1][1].append(token_id)
+        else:
+            self._news.append((index, [token_id]))
+        self._wake()
+
     def put(self, index: int, delta: TokenDelta) -> None:
-        """News of one request; called by the client."""
+        """Other news of one request; called by the client."""
         self._news.append((index, delta))
         self._wake()
 
@@ -79,7 +87,7 @@ class GenerationGroup:
         news, self._news = self._news, []
         if not news and self._error is not None:
             raise self._error
-        return news
+        return [(index, self._as_delta(index, item)) for index, item in news]
 
     def cancel(self, index: int) -> None:
         """End one request of the group; no news of it come any more."""
@@ -89,6 +97,9 @@ class GenerationGroup:
         """End what is still open."""
         for request_id in self._request_ids:
             self._client.cancel(request_id)
+
+    def _as_delta(self, index: int, item: list[int] | TokenDelta) -> TokenDelta:
+        return TokenDelta(self._request_ids[index], tuple(item)) if isinstance(item, list) else item
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -229,7 +240,7 @@ class EngineClient(asyncio.Protocol):
         self._last_progress = self._clock()
         for request_id, token_id in zip(deltas.request_ids, deltas.token_ids, strict=True):
             if (entry := self._open.get(request_id)) is not None:
-                entry[0].put(entry[1], TokenDelta(request_id, (token_id,)))
+                entry[0].put_token(entry[1], token_id)
         for delta in deltas.others:
             if (entry := self._open.get(delta.request_id)) is not None:
                 if delta.finish_reason is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +20,7 @@ import msgspec
 from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.server.api_keys import read_api_keys
 from phalanx.runtime.server.listener import BACKLOG
+from phalanx.runtime.server.log import start_logging
 from phalanx.runtime.server.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 
@@ -38,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tie_to_parent()
     channel, listener, starting, encoded = sys.argv[1:] if arguments is None else arguments
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    log = start_logging(sys.stderr)
+    _raise_descriptor_limit()
     api_keys = read_api_keys(settings.api_key_file)
     sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))
-    asyncio.run(_serve(settings, api_keys, *sockets, lambda: os.close(int(starting))))
+    try:
+        asyncio.run(_serve(settings, api_keys, *sockets, lambda: os.close(int(starting))))
+    finally:
+        log.stop()
     return 0
 
 
@@ -54,6 +59,13 @@ def _tie_to_parent() -> None:
     signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_ANSWERS_SECONDS))
     if os.getppid() != parent:
         raise SystemExit(1)
+
+
+def _raise_descriptor_limit() -> None:
+    """One descriptor per connection: use all that the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logging that never holds up the event loop: a thread writes, and what nobody reads in time is dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import queue
+from typing import TextIO
+
+__all__ = ["start_logging"]
+
+MAX_WAITING_LINES = 10_000
+
+
+class _DroppingHandler(logging.handlers.QueueHandler):
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+def start_logging(stream: TextIO) -> logging.handlers.QueueListener:
+    """Send this process's log, from INFO on, to ``stream``; `stop` the result to write what still waits."""
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
+    writer = logging.StreamHandler(stream)
+    writer.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    listener = logging.handlers.QueueListener(waiting, writer)
+    listener.start()
+    root = logging.getLogger()
+    root.addHandler(_DroppingHandler(waiting))
+    root.setLevel(logging.INFO)
+    return listener
