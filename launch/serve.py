@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-HTTP_PROCESS = (sys.executable, "-m", "launch.http_process")
+HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         announcement = Announcement(settings.model_names[0], args.endpoint_file)
-        frontend = Frontend.start(HTTP_PROCESS, settings)
+        frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
     except ConfigError:
         from phalanx.parallel.mpi_comm import world_communicator
 
@@ -105,6 +106,13 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
     )
+
+
+def _same_code() -> dict[str, str]:
+    """An environment in which ``launch`` is this one, whatever the working directory holds."""
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [str(Path(__file__).resolve().parent.parent), *([inherited] if inherited else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _run_rank(

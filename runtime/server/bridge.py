@@ -95,6 +95,8 @@ class EngineBridge:
             self._start_drain()
             self._step()
             self._send_stats()
+        while self._engine.has_work:  # of clients that have left; every rank must finish the steps it began
+            self._engine.step_batches()
 
     def _take(self, message: FromFrontend, on_ready: Callable[[], None]) -> None:
         match message:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -37,10 +37,12 @@ class Frontend:
         self._process = process
 
     @classmethod
-    def start(cls, command: Sequence[str], settings: FrontendSettings) -> Frontend:
+    def start(
+        cls, command: Sequence[str], settings: FrontendSettings, environment: Mapping[str, str] | None = None
+    ) -> Frontend:
         """Open the port and start ``command``, with three descriptors and the settings as its last arguments.
 
-        Returns at once; a thread answers 503 until the process does. The process gets a session of its own, so
+        ``environment`` is that of the process; None = ours. Returns at once; a thread answers 503 until the process does. The process gets a session of its own, so
         that a terminal's or a launcher's signals reach rank 0 only.
 
         Raises:
@@ -57,6 +59,7 @@ class Frontend:
             [*command, *map(str, descriptors), encoded],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
+            env=environment,
             start_new_session=True,
         )
         theirs.close()
