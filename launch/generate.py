@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[SamplingParams]]:
+    from phalanx.parallel.errors import RequestError
+
     fields = {
         name: getattr(args, name)
         for name in (
@@ -90,6 +92,8 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Sampling
     given += [{"prompt_token_ids": _parse_token_ids(text)} for text in args.prompt_token_ids]
     if args.input_file is not None:
         given += _read_lines(args.input_file)
+    if not given:
+        raise RequestError(f'--input-file {args.input_file} holds no prompt; write lines like {{"prompt": "..."}}')
     prompts: list[Prompt] = []
     params = []
     for place, entry in enumerate(given):
@@ -123,7 +127,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             entries.append(msgspec.json.decode(line, type=dict[str, Any]))
         except msgspec.DecodeError as error:
-            raise RequestError(f"{path} line {number} is not a JSON object: {error}") from None
+            raise RequestError(f"{path} line {number} is not a JSON object: {error}; write one object a line") from None
     return entries
 
 

@@ -109,7 +109,8 @@ def resolve_layout(world_size: int, tp: int | None = None, pp: int | None = None
     Raises:
         ConfigError: the sizes cannot make up ``world_size``; the message gives the ``mpirun -n`` that would.
     """
-    layout = Layout(tp=tp if tp is not None else 1, pp=pp or 1, dp=dp or 1)
+    tp_size, pp_size, dp_size = (1 if size is None else size for size in (tp, pp, dp))
+    layout = Layout(tp_size, pp_size, dp_size)
     if tp is None:
         others = layout.pp * layout.dp
         if world_size % others:

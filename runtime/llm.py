@@ -27,6 +27,9 @@ __all__ = ["LLM", "Progress", "Prompt"]
 Prompt = str | Sequence[int]
 """Text, or token ids as they are."""
 
+_LARGEST_TOKEN_ID = 2**31 - 1
+"""What a step's arrays hold; the scheduler knows the vocabulary's own, smaller limit."""
+
 Progress = Callable[[int, TokenDelta, str], None]
 """Called on the leader as tokens arrive: index of the request, what was added, its text."""
 
@@ -219,26 +222,33 @@ class _Run:
         growing = _Growing(index, (), params, None)
         try:
             growing.prompt_token_ids = self._encode(prompt)
-            growing.stream = self._stream(growing.prompt_token_ids, params)
+            self._check_stop(params)
+            # The scheduler checks the token ids, so it comes before the tokenizer.
             self._engine.submit(Request(str(index), growing.prompt_token_ids, params))
         except (RequestError, CapacityError) as error:
             self._finished.append(growing.finish("error", None, str(error)))
             return
+        growing.stream = self._stream(growing.prompt_token_ids, params)
         self._growing[str(index)] = growing
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(prompt)
+            token_ids = tuple(map(int, prompt))
+            if too_large := [token for token in token_ids if abs(token) > _LARGEST_TOKEN_ID]:
+                raise RequestError(
+                    f"prompt token {too_large[0]} is no token id; use numbers below the vocabulary's size"
+                )
+            return token_ids
         if self._tokenizer is None:
             raise RequestError("the checkpoint has no tokenizer.json, so text cannot be read; give token ids", "prompt")
         return self._tokenizer.encode(prompt)
 
+    def _check_stop(self, params: SamplingParams) -> None:
+        if self._tokenizer is None and params.stop:
+            raise RequestError("stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop")
+
     def _stream(self, prompt_token_ids: tuple[int, ...], params: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
-            if params.stop:
-                raise RequestError(
-                    "stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop"
-                )
             return None
         return self._tokenizer.text_stream(
             prompt_token_ids, stop=params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens,
