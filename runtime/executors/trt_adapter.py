@@ -188,8 +188,11 @@ class TensorRT:
         return self.flavour == "tensorrt"
 
     def set_refit(self, config: Any) -> None:
-        """Leave weights out of the plan and let any weights of the same shapes be filled in."""
-        config.set_flag(self.module.BuilderFlag.REFIT)
+        """Leave the weights that the network marks out of the plan, to take any values later.
+
+        Only those: tables and scales of the model's structure stay in the plan, and may be folded.
+        """
+        config.set_flag(self.module.BuilderFlag.REFIT_INDIVIDUAL)
         config.set_flag(self.module.BuilderFlag.STRIP_PLAN)
 
     def forbid_tf32(self, config: Any) -> None:

@@ -111,7 +111,7 @@ def build_engine(
     log = BuildLog()
     builder = _create_builder(library, log)
     network = write_network(
-        Graph(library, library.create_network(builder)),
+        Graph(library, library.create_network(builder), request.stripped),
         request.model,
         request.config,
         weights,

@@ -28,11 +28,13 @@ class Graph:
     Args:
         library: adapter of the TensorRT in use.
         network: an empty strongly typed network.
+        refittable: checkpoint weights are to be filled in when the engine is loaded.
     """
 
-    def __init__(self, library: TensorRT, network: Any) -> None:
+    def __init__(self, library: TensorRT, network: Any, refittable: bool = False) -> None:
         self.library = library
         self.network = network
+        self._refittable = refittable
         self._trt: Any = library.module
         self._memory: list[Array] = []
         self._constants: dict[tuple[int, tuple[int, ...]], ITensor] = {}
@@ -53,16 +55,20 @@ class Graph:
         self.network.mark_output(tensor)
 
     def weight(self, name: str, array: Array, shape: tuple[int, ...] | None = None) -> ITensor:
-        """A checkpoint weight, refittable under ``name``. Tied weights share memory and become one constant."""
+        """A checkpoint weight. Tied weights share memory and become one constant, named after the first."""
         shape = array.shape if shape is None else shape
         key = (array.ctypes.data, shape)
         if key not in self._constants:
             layer, weights = self._constant(array, shape)
             layer.name = name
-            if self.library.can_refit:
-                self.network.set_weights_name(weights, name)
+            if self._refittable:
+                self._mark_refittable(weights, name)
             self._constants[key] = layer.get_output(0)
         return self._constants[key]
+
+    def _mark_refittable(self, weights: Any, name: str) -> None:
+        if not (self.network.set_weights_name(weights, name) and self.network.mark_weights_refittable(name)):
+            raise ExecutorError(f"TensorRT does not take {name} as refittable; build without --stripped")
 
     def constant(self, array: Array) -> ITensor:
         """A constant of the model's structure: a table, a scale, a shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
 from phalanx.runtime.executors.trt_builder import BuildRequest, build_engine, load_shard, network_shape
 from phalanx.runtime.executors.trt_device import compute_capability
 from phalanx.runtime.executors.trt_engines import EngineDirectory, EngineIdentity, weights_checksum
+from phalanx.runtime.executors.trt_graph import Array
 from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.executors.trt_session import DeviceSession, LoadedEngine, SessionGroups
 from phalanx.runtime.models import Model
 
-__all__ = ["check_sizes", "find_engine", "open_session"]
+__all__ = ["check_sizes", "find_engine", "open_session", "refit"]
 
 
 def open_session(
@@ -56,10 +58,13 @@ def open_session(
     library.check_target(capability)
     path, request = find_engine(library, model, config, checkpoint, options, topology, comm, capability)
     loaded = _deserialize(library, path)
-    if request.stripped:
-        _refit(loaded, request, checkpoint, topology, stream.ptr)
-    groups = SessionGroups(_group(comm, topology.tp_group, topology), _group(comm, topology.pp_group, topology))
-    return DeviceSession(loaded, config, topology, request.shape, groups, device, stream), request.shape
+    with device, stream:
+        if request.stripped:
+            refit(loaded, load_shard(request, checkpoint.source, topology), stream.ptr)
+            stream.synchronize()
+        groups = SessionGroups(_group(comm, topology.tp_group, topology), _group(comm, topology.pp_group, topology))
+        session = DeviceSession(loaded, config, topology, request.shape, groups, device, stream)
+    return session, request.shape
 
 
 def find_engine(
@@ -154,19 +159,21 @@ def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
     return LoadedEngine(library, logger, runtime, engine)
 
 
-def _refit(
-    loaded: LoadedEngine, request: BuildRequest, checkpoint: Checkpoint, topology: Topology, stream: int
-) -> None:
-    """Fill in the weights of a stripped engine."""
+def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> None:
+    """Fill in the weights of a stripped engine; tied ones have one name there. Enqueues on ``stream``.
+
+    Raises:
+        ExecutorError: the engine wants other weights than the checkpoint has.
+    """
     library = loaded.library
     refitter = library.module.Refitter(loaded.engine, loaded.logger)
-    weights = load_shard(request, checkpoint.source, topology)
-    missing = set(refitter.get_all_weights())
-    for name, array in weights.items():
-        if name in missing:
-            dtype = library.data_type(array.dtype)
-            if not refitter.set_named_weights(name, library.weights(dtype, array.ctypes.data, array.size)):
-                raise ExecutorError(f"the engine does not take weight {name}; build it again with launch.build")
+    for name in refitter.get_all_weights():
+        if name not in weights:
+            raise ExecutorError(f"the engine wants a weight {name!r} that the checkpoint has not; build it again")
+        array = weights[name]
+        view = library.weights(library.data_type(array.dtype), array.ctypes.data, array.size)
+        if not refitter.set_named_weights(name, view):
+            raise ExecutorError(f"the engine does not take weight {name!r} {array.shape}; build it again")
     if (left := refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(stream):
         raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")
 

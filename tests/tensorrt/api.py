@@ -27,7 +27,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "Builder": (
         "__init__", "build_serialized_network_to_stream", "create_builder_config", "create_network", "create_optimization_profile",
     ),
-    "BuilderFlag": ("REFIT", "STRIP_PLAN", "TF32"),
+    "BuilderFlag": ("REFIT_INDIVIDUAL", "STRIP_PLAN", "TF32"),
     "CausalMaskKind": ("NONE",),
     "CollectiveOperation": ("ALL_GATHER", "ALL_REDUCE"),
     "ComputeCapability": (),
@@ -50,7 +50,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "add_activation", "add_attention", "add_attention_v2", "add_cast", "add_concatenation", "add_constant",
         "add_dist_collective", "add_elementwise", "add_gather", "add_input", "add_kv_cache_update", "add_matrix_multiply",
         "add_normalization_v2", "add_reduce", "add_rotary_embedding", "add_select", "add_shape", "add_shuffle", "add_slice",
-        "add_unary", "mark_output", "num_layers", "set_weights_name",
+        "add_unary", "mark_output", "mark_weights_refittable", "num_layers", "set_weights_name",
     ),
     "INormalizationLayer": ("epsilon",),
     "IOptimizationProfile": ("set_shape",),

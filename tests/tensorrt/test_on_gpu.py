@@ -57,9 +57,7 @@ def _logprobs(outputs: list[RequestOutput]) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", CASES)
-def test_log_probabilities_are_the_numpy_engines(
-    name: str, dtype: str, checkpoint: Callable[[str], Path]
-) -> None:
+def test_log_probabilities_are_the_numpy_engines(name: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
     """Prompt and decoding, prefill in pieces; on as many tensor-parallel ranks as were started."""
     path = checkpoint(name)
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
