@@ -36,14 +36,22 @@ class PartialDirectory:
         self._lock = -1
         self.path = self._output.with_name(self._output.name + PARTIAL_SUFFIX)
 
+    def require_absent(self) -> None:
+        """Refuse an output that is there. For every process, so that all of them end by themselves.
+
+        Raises:
+            ConfigError: the output exists.
+        """
+        if os.path.lexists(self._output):
+            raise ConfigError(f"--output {str(self._output)!r} exists; remove it or choose another name")
+
     def create(self) -> bool:
         """Make it, empty and locked against a second writer; True if leftovers of an interrupted run were removed.
 
         Raises:
             ConfigError: the output exists, another process is writing it, or its parent cannot be written.
         """
-        if os.path.lexists(self._output):
-            raise ConfigError(f"--output {str(self._output)!r} exists; remove it or choose another name")
+        self.require_absent()
         try:
             self.path.mkdir(exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -74,6 +74,7 @@ def split_checkpoint(
     stored_names, ranks = plan_ranks(source, job)
     files = [_layout(rank, job) for rank in ranks]
     unfinished = PartialDirectory(output, _is_ours)
+    unfinished.require_absent()
     is_first = comm.rank == 0
     replaced = unfinished.create() if is_first else False
     try:
