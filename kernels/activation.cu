@@ -11,8 +11,8 @@
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gated(const scalar* __restrict__ x, scalar* __restrict__ out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
     if (at >= FEATURES) return;
     const int64 row = blockIdx.y;
@@ -26,8 +26,8 @@ gated(const scalar* __restrict__ x, scalar* __restrict__ out) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 plain(const scalar* x, const scalar* __restrict__ bias, scalar* out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
     if (at >= FEATURES) return;
     const int64 row = blockIdx.y;

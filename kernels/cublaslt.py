@@ -21,6 +21,7 @@ __all__ = ["Algorithm", "CublasLt", "Descriptors", "GemmProblem"]
 _CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
 _ALGORITHM_WORDS = 8
 _ALIGNMENT_BYTES = 16
+_REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums are never rounded to storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,10 @@ class CublasLt:
         with self._errors(problem):
             preference = lt.matmul_preference_create()
             attribute = lt.MatmulPreferenceAttribute
-            limits: list[tuple[int, np.generic]] = [(attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size))]
+            limits: list[tuple[int, np.generic]] = [
+            (attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size)),
+            (attribute.REDUCTION_SCHEME_MASK, np.uint32(_REDUCE_IN_FLOAT32)),
+        ]
             for operand in ("A", "B", "C", "D"):
                 alignment = attribute[f"MIN_ALIGNMENT_{operand}_BYTES"]
                 limits.append((alignment, np.uint32(_ALIGNMENT_BYTES)))

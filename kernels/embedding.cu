@@ -10,8 +10,8 @@
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 embedding(const int* __restrict__ token_ids, const scalar* __restrict__ table, scalar* __restrict__ out,
           int vocab_start, int num_rows, float scale) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int64 token = blockIdx.x;
     const int row = token_ids[token] - vocab_start;
     const bool is_local = row >= 0 && row < num_rows;

@@ -8,8 +8,8 @@
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gather_rows(const scalar* __restrict__ x, const int* __restrict__ rows, scalar* __restrict__ out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int64 row = rows[blockIdx.x];
     for (int at = threadIdx.x * VEC; at < HIDDEN_SIZE; at += NUM_THREADS * VEC) {
         float value[VEC] = {};

@@ -5,7 +5,8 @@
 // weight row, and because x is read with the same permutation of k, no shuffle or shared memory is needed.
 // Shapes: x [T, I], weight [O, I] (GATED: [2 * O, I], gates first), bias [O], out [T, O]; T <= 16, I % 32 == 0.
 // A block computes ROW_BLOCKS * 8 outputs (GATED: 8), its warps sharing the k range; grid: outputs over that.
-// Defines: SCALAR (__half or __nv_bfloat16), NUM_WARPS, ROW_BLOCKS (GATED: 2), UNROLL, MANY (T > 8), GATED, ACTIVATION,
+// Defines: SCALAR (__half or __nv_bfloat16), NUM_WARPS, ROW_BLOCKS (GATED: 2), UNROLL,
+//     PREFETCH_BYTES (of each row into the second-level cache ahead of time), MANY (T > 8), GATED, ACTIVATION,
 //     HAS_BIAS, ACCUMULATE.
 // Limits: float32 sums in an order that depends on NUM_WARPS and UNROLL alone.
 // Reference: x @ weight.T in float64.
@@ -66,16 +67,21 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
     }
 
     // The weights are nobody's output: the first of them are under way before the previous kernel has ended.
+    let_next_start();
     int k = warp * CHUNK + member * LANE_ELEMENTS;
     Streamed streamed;
     load_weights(row, k, in_features, streamed);
+    if (warp == 0 && member == 0) {
+        const int from = min(UNROLL * STRIDE, in_features);
+        const int num_bytes = min((in_features - from) * static_cast<int>(sizeof(scalar)), PREFETCH_BYTES);
+#pragma unroll
+        for (int block = 0; block < ROW_BLOCKS; ++block)
+            if (num_bytes > 0) prefetch(row[block] + from, num_bytes);
+    }
     wait_for_previous();
-    let_next_start();
 
     float sum[ROW_BLOCKS][4] = {};
     while (k < in_features) {
-        Streamed next;
-        load_weights(row, k + UNROLL * STRIDE, in_features, next);
 #pragma unroll
         for (int step = 0; step < UNROLL; ++step, k += STRIDE) {
             if (k >= in_features) continue;
@@ -85,10 +91,7 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block) multiply(sum[block], low, high, streamed[step][block]);
         }
-#pragma unroll
-        for (int step = 0; step < UNROLL; ++step)
-#pragma unroll
-            for (int block = 0; block < ROW_BLOCKS; ++block) streamed[step][block] = next[step][block];
+        load_weights(row, k, in_features, streamed);
     }
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,21 +21,21 @@ _ROWS_PER_TILE = 8
 
 @dataclass(frozen=True, slots=True)
 class GemvShape:
-    """How a block is cut: warps that share the k range, tiles of 8 outputs, chunks of 32 k in flight a warp."""
+    """How a block is cut: warps that share the k range, tiles of 8 outputs, chunks of 32 k in flight a warp.
+
+    ``prefetch_bytes`` of each weight row are brought into the second-level cache while the previous kernel ends.
+    """
 
     num_warps: int = 8
     row_blocks: int = 1
     unroll: int = 4
+    prefetch_bytes: int = 0
 
 
-GEMV_SHAPES = (
-    GemvShape(4, 1, 4),
-    GemvShape(8, 1, 2),
-    GemvShape(8, 1, 4),
-    GemvShape(8, 2, 2),
-    GemvShape(8, 2, 4),
-    GemvShape(16, 1, 2),
-    GemvShape(16, 1, 4),
+GEMV_SHAPES = tuple(
+    GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
+    for num_warps, row_blocks, unroll in ((4, 1, 4), (8, 1, 4), (8, 2, 2), (16, 1, 2), (16, 1, 4))
+    for prefetch_bytes in (0, 4096, 16384)
 )
 """What the tuner tries."""
 
@@ -80,7 +80,7 @@ def gated_gemv(
     _check(x, out, num_tokens, out_features)
     require("weight", weight, (2 * out_features, x.shape[1]), x)
     chosen = shape or GemvShape()
-    shape = GemvShape(chosen.num_warps, 2, chosen.unroll)
+    shape = replace(chosen, row_blocks=2)
     kernel = _kernel(library, x, shape, activation=activation)
     _launch(kernel, shape, _ROWS_PER_TILE, (x, weight, None, out))
 
@@ -111,6 +111,7 @@ def _kernel(
         NUM_WARPS=shape.num_warps,
         ROW_BLOCKS=shape.row_blocks,
         UNROLL=shape.unroll,
+        PREFETCH_BYTES=shape.prefetch_bytes,
         MANY=int(x.shape[0] > 8),
         GATED=int(activation is not None),
         ACTIVATION=activation or "silu",

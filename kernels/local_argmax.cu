@@ -10,14 +10,14 @@
 #include "reduce.cuh"
 #include "sampling.cuh"
 
-template <typename Best>
-__device__ __forceinline__ void offer_all(const scalar* columns, int vocab_start, int end, Best& best) {
-    for (int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC; at < end; at += gridDim.x * NUM_THREADS * VEC) {
-        float value[VEC];
-        load(columns + at, value);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i)
-            if (at + i < end) best.offer(value[i], vocab_start + at + i);
+// Calls visit(logits, first token, how many of them exist) for the block's vectors, all lanes of a warp together.
+template <typename Visit>
+__device__ __forceinline__ void for_each_vector(const scalar* columns, int vocab_start, int end, Visit visit) {
+    for (int first = blockIdx.x * NUM_THREADS * VEC; first < end; first += gridDim.x * NUM_THREADS * VEC) {
+        const int at = first + threadIdx.x * VEC;
+        float value[VEC] = {};
+        if (at < end) load(columns + at, value);
+        visit(value, vocab_start + at, end - at);
     }
 }
 
@@ -25,16 +25,28 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temperatures,
              const uint64* __restrict__ seeds, const int* __restrict__ positions, uint64* __restrict__ keys,
              int part_size, int vocab_start, int vocab_size) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int row = blockIdx.y;
     const scalar* const columns = logits + static_cast<int64>(row) * part_size;
     const float temperature = temperatures[row];
     const int end = min(part_size, vocab_size - vocab_start);
     Winner greedy;
     NoisyWinner noisy(seeds[row], positions[row], temperature);
-    if (temperature > 0.0f) offer_all(columns, vocab_start, end, noisy);
-    else offer_all(columns, vocab_start, end, greedy);
+    if (temperature > 0.0f) {
+        for_each_vector(columns, vocab_start, end, [&](const float (&value)[VEC], int token, int count) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i)
+                if (i < count) noisy.offer(value[i], token + i);
+            noisy.share();
+        });
+    } else {
+        for_each_vector(columns, vocab_start, end, [&](const float (&value)[VEC], int token, int count) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i)
+                if (i < count) greedy.offer(value[i], token + i);
+        });
+    }
     const uint64 best = block_reduce<NUM_THREADS>(Max()(greedy.key, noisy.key()), Max());
     if (threadIdx.x == 0) keys[static_cast<int64>(blockIdx.x) * gridDim.y + row] = best;
 }

@@ -14,12 +14,12 @@ extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
 log_probabilities(const scalar* __restrict__ logits, const int* __restrict__ token_ids, float* __restrict__ logprobs,
                   int* __restrict__ top_ids, float* __restrict__ top_logprobs, int num_parts, int part_size,
                   int vocab_size, int num_top) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     __shared__ RowSelect::Storage storage;
     const int64 index = blockIdx.x / CLUSTER;
     const int64 part_stride = static_cast<int64>(gridDim.x / CLUSTER) * part_size;
-    const Row row = {logits + index * part_size, part_stride, num_parts, part_size, vocab_size, 0.0f};
+    const Row row = {logits + index * part_size, part_stride, num_parts, part_size, vocab_size};
     const uint64 best = row.best();
     if (best == NOT_FINITE) {
         for (int rank = threadIdx.x; rank < num_top; rank += NUM_THREADS) {
@@ -31,7 +31,9 @@ log_probabilities(const scalar* __restrict__ logits, const int* __restrict__ tok
     }
     const float maximum = score_of(best);
     uint64 mass = 0;
-    row.for_each([&](float score, int) { mass += static_cast<uint64>(expf(score - maximum) * 0x1p40f); });
+    row.for_each(-LARGEST_SCORE, [&](float logit, int) {
+        mass += static_cast<uint64>(expf(logit - maximum) * 0x1p40f);
+    });
     mass = cluster_reduce<NUM_THREADS>(mass, Sum());
     const float log_total = maximum + logf(static_cast<float>(mass) * 0x1p-40f);
 
@@ -41,7 +43,7 @@ log_probabilities(const scalar* __restrict__ logits, const int* __restrict__ tok
         logprobs[index] = token < 0 ? NOT_A_NUMBER : to_float(row.logits[at]) - log_total;
     }
     if (num_top == 0) return;
-    RowSelect select(row, maximum, storage);
+    RowSelect select(row, maximum, 1.0f, false, storage);
     select.collect(select.best_tokens(num_top).key);
     if (cluster_rank() != 0) return;
     for (int rank = threadIdx.x; rank < num_top; rank += NUM_THREADS) {

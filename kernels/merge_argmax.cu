@@ -9,8 +9,8 @@
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 merge_argmax(const uint64* __restrict__ keys, int* __restrict__ token_ids, int num_parts, int num_rows) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int row = (blockIdx.x * NUM_THREADS + threadIdx.x) / 32;
     if (row >= num_rows) return;
     uint64 best = 0;

@@ -16,8 +16,8 @@ constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_bias, const scalar* __restrict__ weight,
      const scalar* __restrict__ bias, scalar* out, float epsilon, float weight_offset) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
     float value[NUM_CHUNKS][VEC] = {};
     float total = 0.0f;

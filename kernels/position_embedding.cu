@@ -8,8 +8,8 @@
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 add_position_embedding(scalar* __restrict__ x, const int* __restrict__ positions, const scalar* __restrict__ table) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     scalar* const row = x + static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
     const scalar* const addend = table + static_cast<int64>(positions[blockIdx.x]) * HIDDEN_SIZE;
     for (int at = threadIdx.x * VEC; at < HIDDEN_SIZE; at += NUM_THREADS * VEC) {

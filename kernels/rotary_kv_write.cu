@@ -57,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
                 const int* __restrict__ positions, const int* __restrict__ slot_mapping,
                 scalar* __restrict__ key_pages, scalar* __restrict__ value_pages, int num_tokens) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const int64 index = static_cast<int64>(blockIdx.x) * NUM_THREADS + threadIdx.x;
     const int token = static_cast<int>(index / ITEMS);
     if (token >= num_tokens) return;

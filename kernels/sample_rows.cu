@@ -11,29 +11,47 @@
 #include "launch.cuh"
 #include "row_select.cuh"
 
+// The winner with noise among tokens at or above `threshold` and `lowest`. The best token comes first: whatever cannot
+// beat it is dismissed with a comparison.
+__device__ uint64 draw(const Row& row, uint64 best, uint64 threshold, float lowest, NoisyWinner winner) {
+    winner.offer(score_of(best), token_of(best));
+    row.for_each_vector([&](Vector<VEC> packed, int token, int count) {
+        float largest = -LARGEST_SCORE;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) largest = fmaxf(largest, to_float(packed.lane[i]));
+        if (largest < lowest) count = 0;
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            const float logit = to_float(packed.lane[0]);
+            if (logit >= lowest && packed_key(logit, token + i) >= threshold) winner.offer(logit, token + i);
+            shift_down(packed);
+        }
+        winner.share();
+    });
+    return cluster_reduce<NUM_THREADS>(winner.key(), Max());
+}
+
 extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
 sample_rows(const scalar* __restrict__ logits, const float* __restrict__ temperatures, const int* __restrict__ top_ks,
             const float* __restrict__ top_ps, const float* __restrict__ min_ps, const uint64* __restrict__ seeds,
             const int* __restrict__ positions, int* __restrict__ token_ids, int num_parts, int part_size,
             int vocab_size) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     __shared__ RowSelect::Storage storage;
     const int index = blockIdx.x / CLUSTER;
     const int64 part_stride = static_cast<int64>(gridDim.x / CLUSTER) * part_size;
     const float temperature = temperatures[index];
-    const Row row = {logits + static_cast<int64>(index) * part_size, part_stride, num_parts, part_size, vocab_size,
-                     temperature};
+    const Row row = {logits + static_cast<int64>(index) * part_size, part_stride, num_parts, part_size, vocab_size};
     uint64 best = row.best();
     if (temperature > 0.0f && best != NOT_FINITE) {
-        const float maximum = scaled(score_of(best), temperature);
+        const float maximum = score_of(best);
         const int top_k = top_ks[index];
-        const float top_p = top_ps[index];
-        const float lowest = min_ps[index] > 0.0f ? maximum + logf(min_ps[index]) : -LARGEST_SCORE;
+        const float top_p = top_ps[index], min_p = min_ps[index];
         const bool limits_tokens = top_k > 0 && top_k < vocab_size;
         uint64 threshold = 0;
         if (limits_tokens || top_p < 1.0f) {
-            RowSelect select(row, maximum, storage);
+            RowSelect select(row, maximum, temperature, top_p < 1.0f, storage);
             const Threshold kept = select.best_tokens(limits_tokens ? top_k : ~0ull);
             threshold = kept.key;
             if (top_p < 1.0f) {
@@ -41,17 +59,9 @@ sample_rows(const scalar* __restrict__ logits, const float* __restrict__ tempera
                 threshold = select.best_mass(Max()(target, static_cast<uint64>(1))).key;
             }
         }
-        NoisyWinner winner(seeds[index], positions[index], temperature);
-        const bool keeps_all = threshold == 0 && lowest == -LARGEST_SCORE;
-        const float threshold_score = threshold == 0 ? -LARGEST_SCORE : score_of(threshold);
-        row.for_each([&](float logit, int token) {
-            if (!keeps_all) {
-                const float score = scaled(logit, temperature);
-                if (score < lowest || score < threshold_score || packed_key(score, token) < threshold) return;
-            }
-            winner.offer(logit, token);
-        });
-        best = cluster_reduce<NUM_THREADS>(winner.key(), Max());
+        float lowest = threshold == 0 ? -LARGEST_SCORE : score_of(threshold);
+        if (min_p > 0.0f) lowest = Max()(lowest, maximum + logf(min_p) * temperature);
+        best = draw(row, best, threshold, lowest, NoisyWinner(seeds[index], positions[index], temperature));
     }
     if (threadIdx.x == 0 && cluster_rank() == 0) token_ids[index] = token_of(best);
 }

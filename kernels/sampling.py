@@ -31,8 +31,8 @@ _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128
 _ROW_THREADS = 1024
 _BLOCKS_PER_MULTIPROCESSOR = 4
-_CLUSTER = 8
-_CLUSTER_WAVES = 4
+_CLUSTERS = (8, 2)
+_ROWS_PER_MULTIPROCESSOR = 2  # blocks of _ROW_THREADS that are resident at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,9 @@ def _checked_parts(logits: Array, vocab_size: int) -> tuple[int, int, int]:
 def _row_kernel(library: Library, name: str, logits: Array) -> tuple[KernelFunction, tuple[int]]:
     """The kernel and its grid: a cluster of blocks a row while there are fewer rows than the device has room for."""
     _, num_rows, part_size = logits.shape
-    has_room = num_rows * _CLUSTER <= _CLUSTER_WAVES * library.num_multiprocessors
-    cluster = _CLUSTER if library.has_clusters and has_room else 1
+    room = _ROWS_PER_MULTIPROCESSOR * library.num_multiprocessors
+    fitting = [cluster for cluster in _CLUSTERS if library.has_clusters and num_rows * cluster <= room]
+    cluster = fitting[0] if fitting else 1
     kernel = library.function(
         name,
         name,

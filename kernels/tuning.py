@@ -47,7 +47,8 @@ class GemmChoice:
         """Raises KeyError, TypeError or ValueError for anything that ``to_json`` did not write."""
         kernel: Algorithm | GemvShape
         if entry["kind"] == "gemv":
-            kernel = GemvShape(int(entry["num_warps"]), int(entry["row_blocks"]), int(entry["unroll"]))
+            names = ("num_warps", "row_blocks", "unroll", "prefetch_bytes")
+            kernel = GemvShape(*(int(entry[name]) for name in names))
         else:
             kernel = Algorithm(tuple(int(word) for word in entry["words"]), int(entry["workspace_bytes"]))
         return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))

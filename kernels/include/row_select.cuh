@@ -4,7 +4,7 @@
 //
 // Pass 1 counts tokens and mass in 2048 bins of 1/64 nat below the maximum. Pass 2 collects the bin that holds the
 // answer and sorts it. A bin with more tokens than fit (flat rows) is narrowed first, ten bits of the key at a time.
-// Mass is a 64-bit integer in units of 2^-40 of the best token's: sums do not depend on their order, so neither
+// Mass is an integer in units of 2^-31 of the best token's: sums do not depend on their order, so neither
 // the batch nor the number of parts can move a threshold.
 #pragma once
 #include "cluster.cuh"
@@ -26,13 +26,11 @@ struct Totals {
 
     __device__ __forceinline__ uint64 mass() const { return static_cast<uint64>(mass_high) << 32 | mass_low; }
     __device__ __forceinline__ void clear() { count = mass_low = mass_high = 0; }
-    __device__ __forceinline__ void add(uint64 mass) {
+    __device__ __forceinline__ void add(uint32 mass) {
         atomicAdd(&count, 1u);
-        const uint32 low = static_cast<uint32>(mass);
         if (mass == 0) return;
-        const uint32 before = atomicAdd(&mass_low, low);
-        const uint32 high = static_cast<uint32>(mass >> 32) + (before + low < before);
-        if (high != 0) atomicAdd(&mass_high, high);
+        const uint32 before = atomicAdd(&mass_low, mass);
+        if (before + mass < before) atomicAdd(&mass_high, 1u);
     }
 };
 
@@ -49,9 +47,8 @@ struct Row {
     int num_parts;
     int part_size;
     int vocab_size;
-    float temperature;
 
-    // Calls visit(logits, column, first token, end) for this thread's share of the vectors, in increasing order.
+    // Calls visit(vector, first token, how many of its tokens exist), all lanes of a warp together.
     template <typename Visit>
     __device__ __forceinline__ void for_each_vector(Visit visit) const {
         constexpr int STRIDE = CLUSTER * NUM_THREADS * VEC;
@@ -59,7 +56,8 @@ struct Row {
             const scalar* const columns = logits + part * part_stride;
             const int first = part * part_size;
             const int end = min(part_size, vocab_size - first);
-            for (int at = (cluster_rank() * NUM_THREADS + threadIdx.x) * VEC; at < end; at += IN_FLIGHT * STRIDE) {
+            for (int from = cluster_rank() * NUM_THREADS * VEC; from < end; from += IN_FLIGHT * STRIDE) {
+                const int at = from + threadIdx.x * VEC;
                 Vector<VEC> packed[IN_FLIGHT];
 #pragma unroll
                 for (int step = 0; step < IN_FLIGHT; ++step)
@@ -67,26 +65,20 @@ struct Row {
                         packed[step] = *reinterpret_cast<const Vector<VEC>*>(columns + at + step * STRIDE);
 #pragma unroll
                 for (int step = 0; step < IN_FLIGHT; ++step)
-                    if (at + step * STRIDE < end)
-                        visit(packed[step], first + at + step * STRIDE, min(end - (at + step * STRIDE), VEC));
+                    visit(packed[step], first + at + step * STRIDE, min(end - at - step * STRIDE, VEC));
             }
         }
     }
 
-    // Calls visit(logit, token); unrolled, for visits of a few instructions.
+    // Calls visit(logit, token) for the tokens at or above `lowest` and some below: vectors that lie below it are passed
+    // over. A loop that shifts the next element down, so that a long visit is compiled once.
     template <typename Visit>
-    __device__ __forceinline__ void for_each_unrolled(Visit visit) const {
-        for_each_vector([&](const Vector<VEC>& packed, int token, int count) {
-#pragma unroll
-            for (int i = 0; i < VEC; ++i)
-                if (i < count) visit(to_float(packed.lane[i]), token + i);
-        });
-    }
-
-    // Calls visit(logit, token); a loop that shifts the next element down, so that a long visit is compiled once.
-    template <typename Visit>
-    __device__ __forceinline__ void for_each(Visit visit) const {
+    __device__ __forceinline__ void for_each(float lowest, Visit visit) const {
         for_each_vector([&](Vector<VEC> packed, int token, int count) {
+            float best = -LARGEST_SCORE;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) best = fmaxf(best, to_float(packed.lane[i]));
+            if (best < lowest) return;
 #pragma unroll 1
             for (int i = 0; i < count; ++i) {
                 visit(to_float(packed.lane[0]), token + i);
@@ -95,14 +87,13 @@ struct Row {
         });
     }
 
-    template <typename Visit>
-    __device__ __forceinline__ void for_each_scaled(Visit visit) const {
-        for_each([&](float logit, int token) { visit(scaled(logit, temperature), token); });
-    }
-
     __device__ uint64 best() const {
         Winner winner;
-        for_each_unrolled([&](float logit, int token) { winner.offer(logit, token); });
+        for_each_vector([&](const Vector<VEC>& packed, int token, int count) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i)
+                if (i < count) winner.offer(to_float(packed.lane[i]), token + i);
+        });
         return cluster_reduce<NUM_THREADS>(winner.key, Max());
     }
 };
@@ -125,12 +116,13 @@ class RowSelect {
         int num_candidates;
     };
 
-    // Collective over the block, like every member. `maximum` is the row's largest scaled logit.
-    __device__ RowSelect(const Row& row, float maximum, Storage& storage)
-        : row_(row), maximum_(maximum), at_(storage) {
+    // Collective over the cluster, like every member. `maximum` is the row's largest logit; `weighs`: masses are wanted.
+    __device__ RowSelect(const Row& row, float maximum, float temperature, bool weighs, Storage& storage)
+        : row_(row), maximum_(maximum), temperature_(temperature), factor_(1.0f / temperature), weighs_(weighs),
+          at_(storage) {
         for (int bin = threadIdx.x; bin < NUM_BINS; bin += NUM_THREADS) at_.bins[bin].clear();
         __syncthreads();
-        row_.for_each_scaled([&](float score, int) { at_.bins[bin_of(score)].add(mass_of(score)); });
+        row_.for_each(-LARGEST_SCORE, [&](float logit, int) { at_.bins[bin_of(logit)].add(mass_of(logit)); });
         add_up_over_cluster<NUM_BINS>(at_.bins);
     }
 
@@ -139,20 +131,27 @@ class RowSelect {
     __device__ Threshold best_mass(uint64 mass) { return select(mass, true); }
 
     // The keys at or above a threshold that at most MAX_CANDIDATES tokens reach, best first.
-    __device__ int collect(uint64 threshold) {
-        gather(-1, 0, 64, threshold);
-        return at_.num_candidates;
-    }
+    __device__ void collect(uint64 threshold) { gather(-1, 0, 64, threshold, score_of(threshold)); }
 
-    __device__ __forceinline__ uint64 mass_of(float score) const {
-        const float below = maximum_ - score;
-        return below < NUM_BINS / BINS_PER_NAT ? static_cast<uint64>(expf(-below) * 0x1p40f) : 0;
-    }
+    // How far a logit lies below the maximum, in nats at the row's temperature.
+    __device__ __forceinline__ float below(float logit) const { return (maximum_ - logit) * factor_; }
 
   private:
-    __device__ __forceinline__ int bin_of(float score) const {
-        const float below = maximum_ - score;
-        return below < NUM_BINS / BINS_PER_NAT ? static_cast<int>(below * BINS_PER_NAT) : NUM_BINS - 1;
+    __device__ __forceinline__ uint32 mass_of(float logit) const {
+        const float nats = below(logit);
+        return weighs_ && nats < NUM_BINS / BINS_PER_NAT ? __float2uint_rn(exp2f(nats * -1.4426950408889634f) * 0x1p31f) : 0;
+    }
+
+    __device__ __forceinline__ int bin_of(float logit) const {
+        const float nats = below(logit);
+        return nats < NUM_BINS / BINS_PER_NAT ? static_cast<int>(nats * BINS_PER_NAT) : NUM_BINS - 1;
+    }
+
+    // Below the lowest logit that the bin can hold, with room for rounding.
+    __device__ __forceinline__ float lowest_of(int bin) const {
+        if (bin == NUM_BINS - 1) return -LARGEST_SCORE;
+        const float depth = static_cast<float>(bin + 1) / BINS_PER_NAT * temperature_;
+        return maximum_ - 1.0001f * depth - 1e-5f * fabsf(maximum_);
     }
 
     __device__ __noinline__ Threshold select(uint64 target, bool by_mass) {
@@ -170,7 +169,7 @@ class RowSelect {
             count = at_.digits[at_.found].count;
             __syncthreads();
         }
-        gather(bin, prefix, shift, 0);
+        gather(bin, prefix, shift, 0, lowest_of(bin));
         return find_candidate(target, by_mass);
     }
 
@@ -183,10 +182,10 @@ class RowSelect {
     __device__ __noinline__ void count_digits(int bin, uint64 prefix, int above, int shift) {
         for (int digit = threadIdx.x; digit < NUM_DIGITS; digit += NUM_THREADS) at_.digits[digit].clear();
         __syncthreads();
-        row_.for_each_scaled([&](float score, int token) {
-            const uint64 key = packed_key(score, token);
-            if (bin_of(score) != bin || !starts_with(key, prefix, above)) return;
-            at_.digits[NUM_DIGITS - 1 - static_cast<int>(key >> shift & (NUM_DIGITS - 1))].add(mass_of(score));
+        row_.for_each(lowest_of(bin), [&](float logit, int token) {
+            const uint64 key = packed_key(logit, token);
+            if (bin_of(logit) != bin || !starts_with(key, prefix, above)) return;
+            at_.digits[NUM_DIGITS - 1 - static_cast<int>(key >> shift & (NUM_DIGITS - 1))].add(mass_of(logit));
         });
         add_up_over_cluster<NUM_DIGITS>(at_.digits);
     }
@@ -251,14 +250,14 @@ class RowSelect {
 
     // Tokens of `bin` (of any, if negative) whose key starts with `prefix` and is at least `threshold`: into the first
     // block, sorted there, and from there into every block.
-    __device__ __noinline__ void gather(int bin, uint64 prefix, int shift, uint64 threshold) {
+    __device__ __noinline__ void gather(int bin, uint64 prefix, int shift, uint64 threshold, float lowest) {
         __syncthreads();
         if (threadIdx.x == 0) at_.num_candidates = 0;
         cluster_sync();
         Storage* const leader = in_block(&at_, 0);
-        row_.for_each_scaled([&](float score, int token) {
-            if (bin >= 0 && bin_of(score) != bin) return;
-            const uint64 key = packed_key(score, token);
+        row_.for_each(lowest, [&](float logit, int token) {
+            if (bin >= 0 && bin_of(logit) != bin) return;
+            const uint64 key = packed_key(logit, token);
             if (key < threshold || !starts_with(key, prefix, shift)) return;
             leader->candidates[atomicAdd(&leader->num_candidates, 1)] = key;
         });
@@ -321,6 +320,7 @@ class RowSelect {
     }
 
     const Row& row_;
-    const float maximum_;
+    const float maximum_, temperature_, factor_;
+    const bool weighs_;
     Storage& at_;
 };

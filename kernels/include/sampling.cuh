@@ -81,19 +81,17 @@ class Noise {
     uint32 word0_, word1_, word2_, word3_;
 };
 
-// Division, not a product with the reciprocal: the NumPy sampler divides, and both must round alike.
-__device__ __forceinline__ float scaled(float logit, float temperature) {
-    return temperature > 0.0f ? __fdiv_rn(logit, temperature) : logit;
-}
+// Division, not a product with the reciprocal: the NumPy sampler divides, and scores must round alike.
+__device__ __forceinline__ float scaled(float logit, float temperature) { return __fdiv_rn(logit, temperature); }
 
-// The best of the tokens offered so far, which must come in increasing order.
+// The best of the tokens offered so far, in any order.
 struct Winner {
     uint64 key = 0;
     float score = __int_as_float(0x7fffffff);  // NaN: nothing compares below it
 
-    // A tie stays with the lower token. What is not finite fails the first test.
+    // Equal scores are settled by the keys. What is not finite fails the second test.
     __device__ __forceinline__ void offer(float candidate, int token) {
-        if (candidate <= score && candidate >= -LARGEST_SCORE) return;
+        if (candidate < score && candidate >= -LARGEST_SCORE) return;
         key = max(key, packed_key(candidate, token));
         score = candidate;
     }
@@ -112,6 +110,11 @@ class NoisyWinner {
         if (noise_.below_one(token) > 1.01f * exp2f(exponent) && exponent >= -LARGEST_SCORE) return;
         winner_.offer(scaled(logit, temperature_) + noise_.gumbel(token), token);
         bound_ = winner_.score * LOG2_E;
+    }
+
+    // Every lane learns the warp's best. All lanes must call it.
+    __device__ __forceinline__ void share() {
+        bound_ = from_ordered_bits(__reduce_max_sync(0xffffffffu, ordered_bits(bound_)));
     }
 
     __device__ uint64 key() const { return winner_.key; }

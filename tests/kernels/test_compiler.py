@@ -32,7 +32,7 @@ SPECS = [
     ("log_probabilities", ROWS),
     (
         "gemv",
-        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
+        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "PREFETCH_BYTES": 4096, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
          "ACCUMULATE": 0},
     ),
 ]  # fmt: skip

@@ -229,6 +229,13 @@ inline bool __all_sync(unsigned int, bool value) {
 inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
+inline unsigned int __reduce_max_sync(unsigned int, unsigned int value) {
+    emulator::offer(value);
+    unsigned int largest = 0;
+    for (unsigned int lane = 0; lane < 32; ++lane) largest = max(largest, emulator::offered_by<unsigned int>(lane));
+    return largest;
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
     const T before = *address;
@@ -237,6 +244,7 @@ T atomicAdd(T* address, T value) {
 }
 
 inline unsigned int __umulhi(unsigned int a, unsigned int b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline unsigned int __float2uint_rn(float x) { return static_cast<unsigned int>(rintf(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
