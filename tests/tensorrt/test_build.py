@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +139,23 @@ def test_build_reports_progress_of_the_library(tmp_path: Path) -> None:
     assert report.engine_bytes == (tmp_path / "engine").stat().st_size
     assert report.shard_bytes > 0
     assert report.peak_bytes > report.shard_bytes
+
+
+@pytest.mark.slow
+def test_peak_memory_is_two_shards_and_a_constant(tmp_path: Path) -> None:
+    """0.8 GB of weights, in a process of its own. With the 4 GB of Llama-3-8B's quarter the same is 2.17 shards."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 6,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 5632, "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "launch.build", "--model", str(tmp_path / "model"), "--load-format", "dummy",
+               "--target-compute-capability", "8.9", "--output", str(tmp_path / "engines")]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    report = re.search(r"shard ([\d.]+) GB .* peak host memory ([\d.]+) GB", result.stderr)
+    assert report is not None, result.stderr
+    shard, peak = (float(group) for group in report.groups())
+    assert shard > 0.75
+    assert peak <= 2 * shard + 0.6
