@@ -6,6 +6,7 @@ Greedy, end-of-sequence ignored, fixed lengths, random prompts; output tokens on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     world = world_communicator()
     args.max_queued_requests = args.max_queued_requests or args.num_prompts
     args.max_model_len = args.max_model_len or args.input_len + args.output_len
-    options = engine_config(args, world.size)
+    options = dataclasses.replace(engine_config(args, world.size), trace=args.trace is not None)
     if options.layout.dp > 1:
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
     replica = build_replica(args.model, options, world)
@@ -110,7 +111,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         follow(replica.control, replica.executor)
     if args.trace is not None:
-        replica.executor.write_trace(args.trace)  # type: ignore[attr-defined]
+        replica.executor.write_trace(args.trace, replica.group)  # type: ignore[attr-defined]
     replica.executor.close()
     return report
 

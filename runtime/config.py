@@ -103,6 +103,7 @@ class EngineConfig:
         engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.
         prefix_caching: share blocks between requests with equal beginnings.
         seed: for random weights and for requests that bring no seed.
+        trace: record a timeline of the last steps (cuda; they then run without graphs).
 
     Raises:
         ConfigError: a size is below its minimum.
@@ -122,6 +123,7 @@ class EngineConfig:
     prefix_caching: bool = True
     max_queued_requests: int = 1024
     seed: int = 0
+    trace: bool = False
 
     def __post_init__(self) -> None:
         minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}

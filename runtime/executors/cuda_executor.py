@@ -12,12 +12,15 @@ never waits for a later stage. With several stages one micro-batch more than sta
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phalanx.parallel.errors import ExecutorError
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.base import Capabilities
@@ -27,6 +30,7 @@ from phalanx.runtime.executors.cuda_memory import DeviceArray, download, upload
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_ring import GpuTimes, StepRing, StepSlot
 from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda_trace import Category, Timeline, write_chrome_trace
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 
 __all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
@@ -76,11 +80,12 @@ class CudaExecutor:
     Args:
         stream: where steps run.
         num_kv_blocks: N, equal on all ranks.
+        timeline: record one; steps then run without graphs.
     """
 
     def __init__(
         self, stage: CudaStage, attention: CudaAttention, limits: StepLimits, groups: CudaGroups, stream: Any,
-        num_kv_blocks: int, use_graphs: bool = True,
+        num_kv_blocks: int, timeline: Timeline | None = None,
     ) -> None:  # fmt: skip
         import cupy
 
@@ -88,11 +93,12 @@ class CudaExecutor:
         self._device, self._stream = cupy.cuda.Device(), stream
         self._result_stream = cupy.cuda.Stream(non_blocking=True)
         self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
-        self._graphs: GraphCache[DeviceArray | None] = GraphCache(stream, use_graphs)
+        self._graphs: GraphCache[DeviceArray | None] = GraphCache(stream, enabled=timeline is None)
         result_words = ResultLayout.most_words(limits.max_logit_rows) if self.topology.is_leader else 0
         self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all)
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
         self._in_flight: deque[StepSlot] = deque()
+        self._timeline = timeline
         self.num_kv_blocks = num_kv_blocks
 
     @property
@@ -130,7 +136,9 @@ class CudaExecutor:
 
     def execute(self, plan: StepPlan) -> None:
         """Start a step. *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one."""
-        with self._device, self._stream:
+        if self._timeline is not None:
+            self._timeline.next_step()
+        with self._device, self._stream, self._host_span("execute"):
             slot = self._ring.acquire()
             slot.follows = bool(self._in_flight)
             self._upload(plan, slot)
@@ -148,9 +156,20 @@ class CudaExecutor:
     def collect(self) -> StepResult:
         """The oldest uncollected result; waits for its step."""
         slot = self._in_flight.popleft()
-        with self._device:
+        with self._device, self._host_span("collect"):
             self._ring.wait(slot.result)
         return slot.read()
+
+    def write_trace(self, path: Path, comm: Communicator) -> None:
+        """Write the timeline of the last steps of all ranks; ``comm`` joins them. *Collective.*
+
+        Raises:
+            ConfigError: the engine was not told to record one.
+        """
+        if self._timeline is None:
+            raise ConfigError("no timeline was recorded; set EngineConfig.trace")
+        with self._device, self._stream:
+            write_chrome_trace(path, self._timeline, comm)
 
     def warm_up(self) -> None:
         """Run and capture steps without sequences, so that serving neither compiles nor tunes much. *Collective.*"""
@@ -212,11 +231,13 @@ class CudaExecutor:
 
     def _receive_hidden(self, key: StepKey) -> None:
         if not self.topology.is_first_stage:
-            self._groups.stages.recv(self._stage.hidden[: key.num_rows], self.topology.stage - 1)
+            with self._device_span("receive", "bubble"):
+                self._groups.stages.recv(self._stage.hidden[: key.num_rows], self.topology.stage - 1)
 
     def _send_hidden(self, hidden: DeviceArray | None) -> None:
         if hidden is not None:
-            self._groups.stages.send(hidden, self.topology.stage + 1)
+            with self._device_span("send", "communication"):
+                self._groups.stages.send(hidden, self.topology.stage + 1)
 
     def _return_results(self, slot: StepSlot, layout: ResultLayout) -> None:
         """Start the results' way to the leader's host: from the last stage, over the leader's device where it is another."""
@@ -232,3 +253,9 @@ class CudaExecutor:
         if words:
             download(slot.result_words, self._inbox[:words], stream)
         slot.result.record(stream)
+
+    def _host_span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._timeline is None else self._timeline.host(name)
+
+    def _device_span(self, name: str, category: Category) -> AbstractContextManager[None]:
+        return nullcontext() if self._timeline is None else self._timeline.device(name, category)

@@ -31,6 +31,7 @@ from phalanx.runtime.executors.cuda_ops import CudaOps
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_sampler import CudaSampler
 from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda_trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda_tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda_weights import CudaSink
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
@@ -89,13 +90,14 @@ def create_cuda_executor(
         groups = _groups(topology, comm)
         weights = _load(rank, checkpoint, library)
         gemm = open_gemm(library)
-        stage, attention = _stage(rank, library, gemm, weights, groups)
+        timeline = Timeline(stream) if options.trace else None
+        stage, attention = _stage(rank, library, gemm, weights, groups, timeline)
         tune_products(gemm, stage, tuned_sizes(limits.max_num_seqs, limits.max_num_tokens), limits.max_num_seqs, comm)
         stage.run(_largest_step(limits))
         stream.synchronize()
         num_blocks = _num_blocks(rank, comm)
         attention.allocate(num_blocks)
-        executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks)
+        executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
         executor.warm_up()
     return executor, longest_sequence(config, options, num_blocks)
 
@@ -160,7 +162,12 @@ def _load(rank: _Rank, checkpoint: Checkpoint, library: KernelLibrary) -> Mappin
 
 
 def _stage(
-    rank: _Rank, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], groups: CudaGroups
+    rank: _Rank,
+    library: KernelLibrary,
+    gemm: Gemm,
+    weights: Mapping[str, DeviceArray],
+    groups: CudaGroups,
+    timeline: Timeline | None,
 ) -> tuple[CudaStage, CudaAttention]:
     import cupy
 
@@ -176,7 +183,8 @@ def _stage(
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
-    ops = CudaOps(library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
+    parts = (library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
+    ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
     hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))
     results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,3 +89,23 @@ def test_sampled_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path
         expected = generate(directory, 1, 1, prompts, params, engine="numpy")
         outputs = generate(directory, tp, pp, prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+def test_timeline_of_all_ranks_is_one_chrome_trace(tmp_path: Path, device: None) -> None:
+    directory = write_checkpoint(CASES[0], tmp_path / "model")
+    trace = tmp_path / "trace.json"
+
+    def rank(comm: Communicator) -> None:
+        with LLM(
+            directory, tensor_parallel_size=1, pipeline_parallel_size=2, comm=comm, engine="cuda", max_num_seqs=2,
+            max_num_batched_tokens=12, num_kv_blocks=8, trace=True,
+        ) as llm:  # fmt: skip
+            llm.generate([(3, 4, 5)], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+            llm._replica.executor.write_trace(trace, comm)
+
+    run_ranks(2, rank)
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in spans} == {0, 1}
+    assert {"GEMM", "attention", "bubble", "communication", "host", "other"} == {event["cat"] for event in spans}
+    assert all(event["dur"] >= 0 for event in spans)

@@ -43,6 +43,13 @@ MODELS = {  # hidden, heads, kv heads, head dim, feed-forward, vocabulary: of on
 }
 
 
+GATED_SHAPES = tuple(
+    GemvShape(num_warps, 2, unroll, prefetch_bytes)
+    for num_warps, unroll in ((4, 4), (8, 2), (16, 1), (16, 2))
+    for prefetch_bytes in (0, 4096, 16384)
+)
+
+
 class Bench:
     def __init__(self) -> None:
         self.library = KernelLibrary()
@@ -263,7 +270,9 @@ def print_gemm(row: dict[str, Any]) -> None:
     )
 
 
-def gated_gemv_table(bench: Bench, model: str) -> None:
+def gated_gemv_times(bench: Bench, model: str) -> dict[GemvShape, float]:
+    """Microseconds of the fused gate, up and activation for one token, by shape of block."""
+    results = {}
     hidden, features = MODELS[model][0], MODELS[model][4]
     num_bytes = 4.0 * features * hidden
     weights = [bench.normal(2 * features, hidden) for _ in range(copies_for(num_bytes))]
@@ -272,12 +281,12 @@ def gated_gemv_table(bench: Bench, model: str) -> None:
     def call(shape: GemvShape) -> Callable[[int], None]:
         return lambda i: gated_gemv(bench.library, x, weights[i % len(weights)], out, "silu", shape=shape)
 
-    for shape in (GemvShape(4, 2, 4), GemvShape(8, 2, 4), GemvShape(8, 2, 2)):
-        time_ = bench.microseconds(call(shape), num_bytes)
-        print(f"gated gemv {model:14} {shape} {time_:7.1f} us {num_bytes / time_ / 1e3:6.0f} GB/s")
+    for shape in GATED_SHAPES:
+        results[shape] = bench.microseconds(call(shape), num_bytes)
+    return results
 
 
-def decode_chain(bench: Bench, model: str, kind: str, num_layers: int = 8) -> float:
+def decode_chain(bench: Bench, model: str, kind: str, gated: GemvShape, num_layers: int = 8) -> float:
     """Microseconds a layer of one token through everything but attention, by ``kind`` of product.
 
     "cublaslt": its tuned algorithms; "tuned": whatever the tuner prefers; "gated": the same, with the activation in gemv.
@@ -312,7 +321,7 @@ def decode_chain(bench: Bench, model: str, kind: str, num_layers: int = 8) -> fl
         gemm(attended, weights["o"], x)
         norm.rms_norm(library, x, norm_weight, normed, epsilon=1e-6, residual=residual)
         if kind == "gated":
-            gated_gemv(library, normed, weights["gate_up"], inner, "silu", shape=GemvShape(8, 2, 2))
+            gated_gemv(library, normed, weights["gate_up"], inner, "silu", shape=gated)
         else:
             gemm(normed, weights["gate_up"], both)
             activation.gated_activation(library, both, inner, "silu")
@@ -355,8 +364,10 @@ def main() -> None:
     print(f"{time.time() - begin:.0f} s")
     if not options.skip_gemm:
         for model in MODELS:
-            gated_gemv_table(bench, model)
-            chains = {kind: decode_chain(bench, model, kind) for kind in ("cublaslt", "tuned", "gated")}
+            gated = gated_gemv_times(bench, model)
+            best = min(gated, key=lambda shape: gated[shape])
+            print(f"gated gemv {model:14} best {best} " + " ".join(f"{us:.1f}" for us in gated.values()))
+            chains = {kind: decode_chain(bench, model, kind, best) for kind in ("cublaslt", "tuned", "gated")}
             print(f"decode chain {model:14} " + "; ".join(f"{kind} {us:.1f} us" for kind, us in chains.items()))
         tokens = tuple(int(t) for t in options.gemm_tokens.split(","))
         report["gemm"] = gemm_table(bench, tokens, not options.no_torch)

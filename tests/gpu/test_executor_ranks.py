@@ -13,7 +13,7 @@ import pytest
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 
-from .test_executor import checkpoint, prompts
+from tests.gpu.test_executor import checkpoint, prompts
 
 pytestmark = pytest.mark.gpu
 
