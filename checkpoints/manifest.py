@@ -73,8 +73,9 @@ class Piece(_Struct, frozen=True):
         source: of the tensor in the original checkpoint.
         start, stop: index ranges in the source, one an axis.
         offset, num_bytes: byte range in the file.
-        checksum: CRC-32 of these bytes.
-        chunk_checksums: CRC-32 of each `Manifest.chunk_bytes` of them, so that a part can be verified.
+        chunk_checksums: of each `Manifest.chunk_bytes` of these bytes, so that a part can be verified
+            (`phalanx.checkpoints.checksum`).
+        checksum: of all of them.
     """
 
     name: str
@@ -85,8 +86,8 @@ class Piece(_Struct, frozen=True):
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
-    checksum: int
-    chunk_checksums: tuple[int, ...]
+    checksum: str
+    chunk_checksums: tuple[str, ...]
 
     @property
     def box(self) -> Index:
@@ -95,14 +96,14 @@ class Piece(_Struct, frozen=True):
 
 
 class RankFile(_Struct, frozen=True):
-    """What one rank of the split's layout holds; ``checksum`` is the CRC-32 of the whole file."""
+    """What one rank of the split's layout holds; ``checksum`` is of its header and its tensors'."""
 
     rank: int
     stage: int
     tp_rank: int
     file: str
     num_bytes: int
-    checksum: int
+    checksum: str
     tensors: tuple[Piece, ...]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phalanx.checkpoints.checksum import CHUNK_BYTES, ChunkedChecksum, combine
+from phalanx.checkpoints.checksum import CHUNK_BYTES, ChunkedChecksum, checksum, combine
 from phalanx.checkpoints.dtypes import FLOAT_DTYPES, convert
 from phalanx.checkpoints.manifest import Piece, RankFile, rank_file_name
 from phalanx.checkpoints.safetensors_layout import FileLayout
@@ -85,16 +84,14 @@ def _create(path: Path, num_bytes: int) -> int:
 
 
 def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> RankFile:
-    checksum = zlib.crc32(file.header)
-    for piece in pieces:
-        checksum = combine(checksum, piece.checksum, piece.num_bytes)
-    name = rank_file_name(rank.rank)
-    return RankFile(rank.rank, rank.stage, rank.tp_rank, name, file.num_bytes, checksum, pieces)
+    header = np.frombuffer(file.header, np.uint8)
+    total = combine([checksum(header), *(piece.checksum for piece in pieces)])
+    return RankFile(rank.rank, rank.stage, rank.tp_rank, rank_file_name(rank.rank), file.num_bytes, total, pieces)
 
 
 def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, offset: int) -> Piece:
     """Copy one box, a bounded number of its rows at a time."""
-    checksum, dtype = ChunkedChecksum(CHUNK_BYTES), FLOAT_DTYPES[piece.info.dtype]
+    checksums, dtype = ChunkedChecksum(CHUNK_BYTES), FLOAT_DTYPES[piece.info.dtype]
     first, *rest = piece.box or (slice(0, 1),)
     each = max(1, _BLOCK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
     buffer: Buffer = np.empty(
@@ -104,8 +101,8 @@ def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, off
         index = (slice(low, min(low + each, first.stop)), *rest) if piece.box else ()
         array = convert(source.read(piece.source, index, buffer), dtype, piece.source)
         data = array.reshape(-1).view(np.uint8)
-        _write(descriptor, offset + checksum.num_bytes, data)
-        checksum.update(data)
+        _write(descriptor, offset + checksums.num_bytes, data)
+        checksums.update(data)
     return Piece(
         name=piece.name,
         source=piece.source,
@@ -115,8 +112,8 @@ def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, off
         shape=piece.info.shape,
         offset=offset,
         num_bytes=piece.info.num_bytes,
-        checksum=checksum.total,
-        chunk_checksums=checksum.chunks,
+        checksum=combine(checksums.chunks),
+        chunk_checksums=checksums.chunks,
     )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import threading
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from phalanx.checkpoints.boxes import intersect, relative, subtract
+from phalanx.checkpoints.checksum import checksum
 from phalanx.checkpoints.coverage import verify_coverage
 from phalanx.checkpoints.dtypes import ITEM_SIZES, numpy_dtype
 from phalanx.checkpoints.files import ModelDirectory
@@ -119,7 +119,7 @@ class SplitSource:
             scratch = np.empty(min(size, piece.num_bytes), np.uint8) if scratch is None else scratch
             data = scratch[: min(size, piece.num_bytes - chunk * size)]
             self._file(home.entry).read_bytes(piece.offset + chunk * size, data)
-            if zlib.crc32(data.data) != piece.chunk_checksums[chunk]:
+            if checksum(data) != piece.chunk_checksums[chunk]:
                 raise CheckpointError(
                     f"checksum of {piece.name[:120]!r} in {home.entry.file!r} does not match at byte "
                     f"{piece.offset + chunk * size}; the file is damaged, copy it again or split again"

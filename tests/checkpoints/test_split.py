@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import content_checksum, open_checkpoint
+from phalanx.checkpoints.checksum import checksum, combine
 from phalanx.checkpoints.coverage import verify_coverage
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -110,7 +110,9 @@ def test_manifest_describes_the_files_exactly(checkpoints: Callable[[str], Path]
     assert [entry["file"] for entry in manifest["ranks"]] == [f"rank_0000{rank}.safetensors" for rank in range(4)]
     for entry in manifest["ranks"]:
         raw = (tmp_path / "s" / entry["file"]).read_bytes()
-        assert (len(raw), zlib.crc32(raw)) == (entry["num_bytes"], entry["checksum"])
+        assert len(raw) == entry["num_bytes"]
+        header = np.frombuffer(raw[: entry["tensors"][0]["offset"]], np.uint8)
+        assert entry["checksum"] == combine([checksum(header), *(tensor["checksum"] for tensor in entry["tensors"])])
         library = load_file(tmp_path / "s" / entry["file"])
         assert library.keys() == {tensor["name"] for tensor in entry["tensors"]}
         for tensor in entry["tensors"]:
@@ -120,7 +122,8 @@ def test_manifest_describes_the_files_exactly(checkpoints: Callable[[str], Path]
             assert tuple(tensor["shape"]) == expected.shape
             data = raw[tensor["offset"] : tensor["offset"] + tensor["num_bytes"]]
             assert data == np.ascontiguousarray(expected).tobytes()
-            assert zlib.crc32(data) == tensor["checksum"]
+            assert tensor["chunk_checksums"] == [checksum(np.frombuffer(data, np.uint8))]
+            assert tensor["checksum"] == combine(tensor["chunk_checksums"])
             np.testing.assert_array_equal(library[tensor["name"]], expected)
 
 
@@ -285,7 +288,7 @@ def test_every_chunk_is_verified_once_and_before_use(tmp_path: Path, monkeypatch
     source = SplitSource(ModelDirectory.at(tmp_path / "s"))
     assert source.manifest.chunk_bytes == 256
     sums: list[int] = []
-    monkeypatch.setattr("phalanx.checkpoints.split_source.zlib.crc32", _recording(sums))
+    monkeypatch.setattr("phalanx.checkpoints.split_source.checksum", _recording(sums))
     name = "model.layers.0.self_attn.q_proj.weight"
     row = 48 * 4
     source.read(name, (slice(0, 1), slice(0, 48)))
@@ -299,14 +302,12 @@ def test_every_chunk_is_verified_once_and_before_use(tmp_path: Path, monkeypatch
     source.close()
 
 
-def _recording(sums: list[int]) -> Callable[..., int]:
-    real = zlib.crc32
-
-    def crc32(data: Any, value: int = 0) -> int:
+def _recording(sums: list[int]) -> Callable[[Any], str]:
+    def recording(data: Any) -> str:
         sums.append(len(data))
-        return real(data, value)
+        return checksum(data)
 
-    return crc32
+    return recording
 
 
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), [("BF16", ml_dtypes.bfloat16), ("F16", np.float16)])

@@ -1,9 +1,8 @@
-"""Box arithmetic against sets of elements; chunked checksums against zlib over the whole."""
+"""Box arithmetic against sets of elements."""
 
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.checkpoints.boxes import copies, intersect, relative, subtract
-from phalanx.checkpoints.checksum import ChunkedChecksum, combine
 from phalanx.checkpoints.source import Index
 
 SHAPE = (6, 5)
@@ -45,25 +43,3 @@ def test_copies_counts_every_element(held: list[Index]) -> None:
     counts = Counter(element for box in held for element in elements(box))
     expected = Counter(counts[element] for element in itertools.product(*map(range, SHAPE)))
     assert copies(SHAPE, held) == dict(expected)
-
-
-@given(
-    data=st.binary(max_size=200),
-    chunk_bytes=st.integers(1, 64),
-    cuts=st.lists(st.integers(0, 200), max_size=5),
-)
-def test_checksums_do_not_depend_on_how_bytes_arrive(data: bytes, chunk_bytes: int, cuts: list[int]) -> None:
-    checksum = ChunkedChecksum(chunk_bytes)
-    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    for low, high in itertools.pairwise(edges):
-        checksum.update(np.frombuffer(data[low:high], np.uint8))
-    starts = range(0, len(data), chunk_bytes)
-    assert checksum.chunks == tuple(zlib.crc32(data[start : start + chunk_bytes]) for start in starts)
-    assert checksum.total == zlib.crc32(data)
-    assert checksum.num_bytes == len(data)
-
-
-@given(first=st.binary(max_size=100), zeros=st.integers(0, 100_000))
-def test_checksums_combine_over_any_length(first: bytes, zeros: int) -> None:
-    second = bytes(zeros)
-    assert combine(zlib.crc32(first), zlib.crc32(second), zeros) == zlib.crc32(first + second)
