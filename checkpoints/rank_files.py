@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ def _start_file(
     source: TensorSource, rank: PlannedRank, file: FileLayout, path: Path, descriptors: ExitStack
 ) -> list[_Job]:
     """Create a rank's file with its header; one job for each piece."""
-    descriptor = _create(path / rank_file_name(rank.rank), file.num_bytes)
+    descriptor = _create(path / rank_file_name(rank.rank))
     descriptors.callback(os.close, descriptor)
     _write(descriptor, 0, np.frombuffer(file.header, np.uint8))
     pairs = zip(rank.pieces, file.offsets, strict=True)
@@ -71,16 +70,8 @@ def _run(jobs: Sequence[Sequence[_Job]], threads: int) -> list[tuple[Piece, ...]
     return [tuple(future.result() for future in submitted) for submitted in futures]
 
 
-def _create(path: Path, num_bytes: int) -> int:
-    """A new file with its space reserved, which makes writing cheaper and a full disk show at once."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            os.close(descriptor)
-            raise
-    return descriptor
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
 
 def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> RankFile:
