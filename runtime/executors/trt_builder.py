@@ -110,14 +110,7 @@ def build_engine(
     loaded = time.perf_counter()
     log = BuildLog()
     builder = _create_builder(library, log)
-    network = write_network(
-        Graph(library, library.create_network(builder), request.stripped),
-        request.model,
-        request.config,
-        weights,
-        topology,
-        request.shape,
-    )
+    network = _write_network(library, builder, request, weights, topology, log)
     config = _builder_config(library, builder, request, network)
     if progress is not None:
         monitor = library.progress_monitor(progress)
@@ -163,6 +156,16 @@ def _create_builder(library: TensorRT, log: BuildLog) -> Any:
         ) from error
     log.keep_alive(logger)
     return builder
+
+
+def _write_network(
+    library: TensorRT, builder: Any, request: BuildRequest, weights: dict[str, Array], topology: Topology, log: BuildLog
+) -> RankNetwork:
+    graph = Graph(library, library.create_network(builder), request.stripped)
+    try:
+        return write_network(graph, request.model, request.config, weights, topology, request.shape)
+    except ExecutorError as error:
+        raise ExecutorError(f"{error}: {log.cause() or 'it gave no reason'}") from error
 
 
 def _builder_config(library: TensorRT, builder: Any, request: BuildRequest, network: RankNetwork) -> Any:

@@ -45,8 +45,8 @@ class EngineSession(Protocol):
     def run(self, engine_pass: EnginePass) -> Float32Array | None:
         """Compute a pass, taking hidden states from the previous stage and handing them to the next.
 
-        Returns logits ``[R, V]`` on the last stage, valid until the next call, after waiting for the device; None on
-        others, which do not wait. *Collective over the replica.*
+        Returns logits on the last stage, a row for each of the pass's samples and prompt rows, valid until the next call,
+        after waiting for the device if there is any; None on others, which do not wait. *Collective over the replica.*
         """
         ...
 

@@ -221,5 +221,5 @@ class Graph:
 def _made(layer: Any, what: str) -> Any:
     """The library returns None for a layer that it refuses, and logs why."""
     if layer is None:
-        raise ExecutorError(f"TensorRT refused a layer of the network: {what}; its own message stands in the log")
+        raise ExecutorError(f"TensorRT refused a layer of the network: {what}")
     return layer

@@ -148,7 +148,6 @@ def _shared_checksum(checkpoint: Checkpoint, comm: Communicator) -> str:
 def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
     log = BuildLog()
     logger = library.logger(log)
-    log.keep_alive(logger)
     runtime = library.module.Runtime(logger)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
@@ -156,7 +155,7 @@ def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
         raise ExecutorError(
             f"{library.name} cannot load {path}: {log.cause() or 'it gave no reason'}; build it again with launch.build"
         )
-    return LoadedEngine(library, logger, runtime, engine)
+    return LoadedEngine(library, log, logger, runtime, engine)
 
 
 def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> None:

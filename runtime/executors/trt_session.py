@@ -9,7 +9,7 @@ run one after the other on one stream. This module has not run on a GPU (docs/te
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
-from phalanx.parallel.errors import ExecutorError
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
@@ -26,6 +26,7 @@ from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.trt_adapter import TensorRT
 from phalanx.runtime.executors.trt_device import compute_capability
+from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import (
     DECODE_PROFILE,
     PREFILL_PROFILE,
@@ -45,12 +46,22 @@ _INT32_BYTES = 4
 
 @dataclass(slots=True)
 class LoadedEngine:
-    """A deserialised engine with what must outlive it."""
+    """A deserialised engine with what must outlive it.
+
+    Attributes:
+        log: what ``logger`` was told; gives errors their cause.
+    """
 
     library: TensorRT
+    log: BuildLog
     logger: Any
     runtime: Any
     engine: Any
+
+    def require(self, done: bool, what: str) -> None:
+        """Raise `ExecutorError` with the library's own words unless ``done``."""
+        if not done:
+            raise ExecutorError(f"TensorRT refused {what}: {self.log.cause() or 'it gave no reason'}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,7 @@ class _Sizes:
 
     def pieces(self, scratch_bytes: int) -> dict[str, int]:
         """Every buffer by name, in bytes."""
-        pieces = {name: self.shape.max_num_seqs * self.slot_bytes for name in self.caches}
+        pieces = dict.fromkeys(self.caches, self.shape.max_num_seqs * self.slot_bytes)
         pieces["inputs"] = sum(_aligned(words * _INT32_BYTES) for words in self.input_words.values())
         if not self.topology.is_first_stage:
             pieces["hidden"] = self.max_tokens * self.token_bytes
@@ -132,7 +143,7 @@ class DeviceSession:
         self._vocab_size = config.vocab_size
         self._sizes = sizes = _Sizes(config, topology, shape)
         pieces = sizes.pieces(loaded.engine.device_memory_size_v2)
-        arena = Arena(sum(_aligned(num_bytes) for num_bytes in pieces.values()))
+        arena = _allocate(pieces, shape)
         self._memory = {name: arena.array(name, (num_bytes,), np.uint8) for name, num_bytes in pieces.items()}
         for name in sizes.caches:
             self._memory[name].fill(0)  # a masked position counts 0 times its value, which must not be NaN
@@ -182,15 +193,15 @@ class DeviceSession:
         """A context on a profile, with the shared scratch memory and the tensor-parallel group. *Collective.*"""
         strategy = self._loaded.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._loaded.engine.create_execution_context(strategy)
-        _require(context is not None, "an execution context (it needs more device memory than is free)")
-        _require(context.set_optimization_profile_async(profile, self._stream.ptr), f"profile {profile}")
+        self._loaded.require(context is not None, "an execution context (it needs more device memory than is free)")
+        self._loaded.require(context.set_optimization_profile_async(profile, self._stream.ptr), f"profile {profile}")
         scratch = self._memory["scratch"]
         context.set_device_memory(scratch.data.ptr, scratch.size)
         if self._groups.tensor.size > 1:
             handle = _capsule(self._groups.tensor.handle)
-            _require(context.set_communicator(handle), "the tensor-parallel communicator")
+            self._loaded.require(context.set_communicator(handle), "the tensor-parallel communicator")
         for name, address in self._fixed_addresses():
-            _require(context.set_tensor_address(name, address), f"the address of {name}")
+            self._loaded.require(context.set_tensor_address(name, address), f"the address of {name}")
         return context
 
     def _decode_context(self, num_slots: int) -> Any:
@@ -214,9 +225,11 @@ class DeviceSession:
         shape = (num_slots, heads.num_kv_heads, sizes.shape.slot_length, heads.head_dim)
         for name in sizes.caches:
             address = self._memory[name].data.ptr + first_slot * sizes.slot_bytes
-            _require(context.set_tensor_address(name, address), f"the address of {name}")
-            _require(context.set_tensor_address(f"{name}.updated", address), f"the address of {name}.updated")
-            _require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
+            self._loaded.require(context.set_tensor_address(name, address), f"the address of {name}")
+            self._loaded.require(
+                context.set_tensor_address(f"{name}.updated", address), f"the address of {name}.updated"
+            )
+            self._loaded.require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
 
     def _set_shapes(self, context: Any, num_seqs: int, num_tokens: int, num_rows: int) -> None:
         shapes: dict[str, tuple[int, ...]] = {"positions": (num_seqs, num_tokens), "write_indices": (num_seqs,)}
@@ -227,7 +240,7 @@ class DeviceSession:
         if self._topology.is_last_stage:
             shapes["logit_rows"] = (num_rows,)
         for name, shape in shapes.items():
-            _require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
+            self._loaded.require(context.set_input_shape(name, shape), f"shape {shape} of {name}")
 
     def _can_capture(self) -> bool:
         contexts = self._decode.values()
@@ -261,8 +274,7 @@ class DeviceSession:
         self._execute(self._prefill)
 
     def _execute(self, context: Any) -> bool:
-        if not context.execute_async_v3(self._stream.ptr):
-            raise ExecutorError("TensorRT could not start a pass; its own message stands in the log")
+        self._loaded.require(context.execute_async_v3(self._stream.ptr), "to start a pass")
         return True
 
     def _hidden(self, name: str, engine_pass: EnginePass) -> DeviceArray:
@@ -271,8 +283,9 @@ class DeviceSession:
     def _download_logits(self, num_rows: int) -> Float32Array:
         assert self._logits is not None
         count = num_rows * self._vocab_size
-        if count:
-            download(self._logits, self._memory["logits"][: count * _INT32_BYTES], self._stream)
+        if not count:  # the middle of a prompt: nothing to wait for
+            return self._logits[:0].reshape(0, self._vocab_size)
+        download(self._logits, self._memory["logits"][: count * _INT32_BYTES], self._stream)
         self._logits_there.record(self._stream)
         wait_for(self._logits_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
         return self._logits[:count].reshape(num_rows, self._vocab_size)
@@ -282,13 +295,19 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def _allocate(pieces: Mapping[str, int], shape: NetworkShape) -> Arena:
+    total = sum(_aligned(num_bytes) for num_bytes in pieces.values())
+    try:
+        return Arena(total)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{shape.max_num_seqs} slots of {shape.slot_length} tokens and the buffers need {total / 1e9:.2f} GB beside the "
+            f"engine ({error}); build with a smaller --max-num-seqs or --max-model-len, or use more GPUs"
+        ) from error
+
+
 def _capsule(address: int) -> Any:
     """A pointer as the bindings take it."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return new(address, None, None)
-
-
-def _require(done: bool, what: str) -> None:
-    if not done:
-        raise ExecutorError(f"TensorRT refused {what}; its own message stands in the log")

@@ -17,6 +17,7 @@ from phalanx.runtime.executors.trt_adapter import TensorRT
 from phalanx.runtime.executors.trt_builder import load_shard
 from phalanx.runtime.executors.trt_graph import Graph
 from phalanx.runtime.executors.trt_loading import refit
+from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape, write_network
 from phalanx.runtime.executors.trt_session import LoadedEngine
 
@@ -69,7 +70,7 @@ def _loaded(wanted: dict[str, int]) -> LoadedEngine:
         return SimpleNamespace(dtype=dtype, address=address, count=count)
 
     module = SimpleNamespace(Refitter=_Refitter, Weights=weights, DataType=SimpleNamespace(FLOAT="f32"))
-    return LoadedEngine(TensorRT(module, "tensorrt", "11.4.0.106"), None, None, wanted)  # type: ignore[arg-type]
+    return LoadedEngine(TensorRT(module, "tensorrt", "11.4.0.106"), BuildLog(), None, None, wanted)  # type: ignore[arg-type]
 
 
 def test_refit_gives_each_weight_that_the_engine_wants() -> None:

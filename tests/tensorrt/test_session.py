@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
 
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
-from phalanx.parallel.errors import ExecutorError
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors import trt_session
 from phalanx.runtime.executors.trt_executor import TrtExecutor
+from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.executors.trt_session import DeviceSession, LoadedEngine, SessionGroups
 from phalanx.runtime.step import StepResult
@@ -30,7 +32,7 @@ def _open(path: Path, topology: Topology, comm: Communicator) -> tuple[DeviceSes
     tensor_group, pipeline = comm.split(topology.tp_group), comm.split(topology.pp_group)
     written = write_rank_network(path, topology, SHAPE)
     engine = InterpretedEngine(written, tensor_group)
-    loaded = LoadedEngine(written.library, None, None, engine)
+    loaded = LoadedEngine(written.library, BuildLog(), None, None, engine)
     groups = SessionGroups(HostGroup(tensor_group), HostGroup(pipeline))  # type: ignore[arg-type]
     session = DeviceSession(loaded, written.request.config, topology, SHAPE, groups, Stream(), Stream())
     return session, engine, pipeline
@@ -83,5 +85,17 @@ def test_refused_shape_or_execution_is_an_executor_error(tmp_path: Path, monkeyp
     with pytest.raises(ExecutorError, match=r"TensorRT refused shape \(1, 9\) of positions"):
         session._set_shapes(session._prefill, 1, 9, 1)
     monkeypatch.setattr(type(engine.contexts[0]), "execute_async_v3", lambda context, stream: False)
-    with pytest.raises(ExecutorError, match="TensorRT could not start a pass"):
+    with pytest.raises(ExecutorError, match="TensorRT refused to start a pass: it gave no reason"):
         session._execute(engine.contexts[0])
+
+
+def test_memory_that_does_not_suffice_says_what_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_device(monkeypatch)
+
+    def no_memory(num_bytes: int) -> None:
+        raise ConfigError("there is none")
+
+    monkeypatch.setattr(trt_session, "Arena", no_memory)
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"5 slots of 128 tokens .* need 0\.00 GB .*smaller --max-num-seqs"):
+        _open(path, Topology(Layout()), SelfCommunicator())
