@@ -7,6 +7,8 @@
 // fourth key, its lanes share the head's dims; running softmax per warp, merged at the end.
 //
 // Needs sm_80. Parameters: HEAD_DIM (<= 256), BLOCK_SIZE, NUM_KV_HEADS, GROUP, WINDOW, SOFT_CAP, ALIBI, CAUSAL.
+#include "launch.cuh"
+
 constexpr int WARPS = 4;
 constexpr int DIMS_PER_LANE = (HEAD_DIM + 31) / 32;
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
@@ -41,6 +43,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_float32(
     const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* counts,
     const float* alibi_slopes, float scale, float soft_cap, int window, int decode) {
     __shared__ float shared_out[WARPS][HEAD_DIM], shared_maximum[WARPS], shared_sum[WARPS];
+    let_next_start();
+    wait_for_previous();
     const int row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int num_seqs = counts[0], num_decode = counts[1];
     const bool is_decode_row = row < num_decode;

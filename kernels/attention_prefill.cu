@@ -18,6 +18,7 @@
 #define ROWS (WARPS * 16)
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
+#include "launch.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes in a row
@@ -131,6 +132,7 @@ struct Rows {  // what one warp keeps of its 16 rows
     // Through this warp's rows of the query buffer, so that global writes are 16 bytes wide.
     __device__ __forceinline__ void store(const Parameters& p, const Work& work, Shared& shared) {
         unsigned char* own = shared.query + warp * 16 * ROW_BYTES;
+        __syncwarp();  // other lanes may still read the queries
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const float inverse = softmax.inverse_sum(side);
@@ -185,6 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
+    let_next_start();
+    wait_for_previous();
     WorkQueue queue(p, plan, prefill_tiles);
     if (!queue.has_next()) return;
     if (HEAD_DIM % 16) {  // the tensor cores read a row's padding, which no copy writes

@@ -19,6 +19,7 @@
 #define ROWS 128
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
+#include "launch.cuh"
 #include "warpgroup.cuh"
 
 constexpr int GROUPS = 2;                       // computing warpgroups
@@ -279,8 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
-    WorkQueue queue(p, plan, prefill_tiles);
-    if (!queue.has_next()) return;
+    let_next_start();
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < RING; ++slot) {
             barrier_init(shared_address(&shared.full[slot]), FEEDERS);
@@ -292,6 +292,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         }
     }
     __syncthreads();
+    wait_for_previous();
+    WorkQueue queue(p, plan, prefill_tiles);
+    if (!queue.has_next()) return;
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (group < 0) {
         lower_registers<FEEDER_REGISTERS>();
