@@ -33,7 +33,7 @@ _DEFAULT_LONGEST = 4096
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with phase, step and number of steps, from the builder's threads."""
+"""Called with phase, step and number of steps (0 = not known), from the builder's threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,8 @@ def build_engine(
         ExecutorError: TensorRT failed; the message gives what it logged.
     """
     start = time.perf_counter()
+    if progress is not None:
+        progress("reading weights", 0, 0)
     weights = load_shard(request, source, topology)
     loaded = time.perf_counter()
     log = BuildLog()

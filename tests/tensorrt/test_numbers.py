@@ -18,7 +18,8 @@ from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.step import StepPlan, StepResult
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
-from .networks import Disturbance, interpreted_executor
+from .interpreter import layer_kind
+from .networks import Disturbance, interpreted_executor, write_rank_network
 from .steps import NUM_DECODE_STEPS, PROMPT_LENGTHS, plans, prompts, reference_executor, run
 
 Array = np.ndarray[Any, Any]
@@ -108,6 +109,29 @@ def test_float16_network_holds_rounded_weights_and_the_same_graph(checkpoint: Ca
     steps, expected, _ = _reference(path, 101, rounding="F16")
     half = NetworkShape("float16", SHAPE.max_num_seqs, SHAPE.max_model_len, SHAPE.max_prefill_tokens)
     assert _difference(_interpreted(path, Layout(tp=2), steps, half)[0], expected) <= TOLERANCE
+
+
+def _graph(path: Path, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Type, output type and output shape of every layer, the compute type written as ``compute``."""
+    shape = NetworkShape(dtype, SHAPE.max_num_seqs, SHAPE.max_model_len, SHAPE.max_prefill_tokens)
+    written = write_rank_network(path, Topology(Layout(tp=2), 1), shape)
+    network, module = written.network.graph.network, written.library.module
+    layers = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        output = layer.get_output(0)
+        kind = "compute" if output.dtype.name in ("HALF", "BF16") else output.dtype.name
+        layers.append((layer_kind(module, layer), kind, tuple(output.shape)))
+    return layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_network_is_the_float16_one_in_another_type(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """bfloat16 constants cannot be read back in Python; so its numbers are shown by way of float16."""
+    path = checkpoint(name)
+    half = _graph(path, "float16")
+    assert _graph(path, "bfloat16") == half
+    assert {kind for _, kind, _ in half} == {"compute", "FLOAT", "INT32", "INT64", "BOOL"}
 
 
 def _interleave_rotary(layers: list[Any]) -> None:
