@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ __all__ = [
     "engine_options",
     "run_command",
 ]
+
+SPOKESMAN_SECONDS = 1.0
+"""How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
+rank 0 must have spoken by then."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -165,4 +170,6 @@ def _leave(status: int, abort: bool = False) -> NoReturn:
         from phalanx.parallel.mpi_comm import abort_world
 
         abort_world(status)
+    elif status and launch_info().rank:
+        time.sleep(SPOKESMAN_SECONDS)
     raise SystemExit(status)

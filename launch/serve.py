@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = _frontend_settings(args)
     signals = DrainSignals()
+    if launch_info().launcher is not None:
+        _die_with_launcher()
     if launch_info().rank:
         signals.ignore()
         _run_rank(args, None, None, signals)
@@ -106,6 +108,13 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
     )
+
+
+def _die_with_launcher() -> None:
+    """Open MPI's ranks would stay for ever when mpirun is killed: idle ones do not notice."""
+    from phalanx.runtime.server.parent import signal_when_parent_dies
+
+    signal_when_parent_dies(signal.SIGKILL)
 
 
 def _same_code() -> dict[str, str]:

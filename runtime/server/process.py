@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import resource
 import signal
@@ -22,13 +21,13 @@ from phalanx.runtime.server.api_keys import read_api_keys
 from phalanx.runtime.server.listener import BACKLOG
 from phalanx.runtime.server.log import start_logging
 from phalanx.runtime.server.messages import FrontendRefused, ModelInfo
+from phalanx.runtime.server.parent import signal_when_parent_dies
 from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["main"]
 
 LAST_ANSWERS_SECONDS = 2
 """How long open requests have to be told that the engine is gone, before the kernel ends this process."""
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +53,8 @@ def _tie_to_parent() -> None:
     """Signals of the terminal and of the job are rank 0's to act on; this process leaves when rank 0 does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
     signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_ANSWERS_SECONDS))
-    if os.getppid() != parent:
-        raise SystemExit(1)
+    signal_when_parent_dies(signal.SIGUSR2)
 
 
 def _raise_descriptor_limit() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
+import subprocess
 import sys
 import time
 import uuid
@@ -18,6 +20,30 @@ from .servers import Server, start
 MARK = "PHALANX_TEST_JOB"
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def mpirun() -> str:
+    """The launcher of this environment; the test is skipped where there is none."""
+    found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("no mpirun here")
+    return found
+
+
+@functools.cache
+def is_open_mpi() -> bool:
+    """Whether it is Open MPI's, which ends the ranks half a second after a SIGTERM or Ctrl-C, drained or not."""
+    version = subprocess.run([mpirun(), "--version"], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    return "Open MPI" in version.stdout
+
+
 class Job:
     """A server made of several processes, all of which carry the job's mark in their environment."""
 
@@ -27,7 +53,8 @@ class Job:
 
     def rank(self, rank: int) -> int:
         """Process id of a rank."""
-        return self._find(f"PMI_RANK={rank}".encode(), b"launch.serve")
+        name = b"OMPI_COMM_WORLD_RANK" if is_open_mpi() else b"PMI_RANK"
+        return self._find(b"%s=%d" % (name, rank), b"launch.serve")
 
     def http_process(self) -> int:
         """Process id of the HTTP process."""
@@ -54,7 +81,11 @@ class Job:
         found = [
             pid
             for pid, (environment, line) in self.processes().items()
-            if variable in environment and command in line and b"mpirun" not in line and b"hydra" not in line
+            if variable in environment
+            and command in line
+            and b"mpirun" not in line
+            and b"hydra" not in line
+            and b"prte" not in line
         ]
         assert len(found) == 1, (variable, command, found)
         return found[0]
@@ -66,12 +97,8 @@ def serve(num_ranks: int, *flags: str, wait_for: str = "READY") -> Iterator[Job]
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "launch.serve", "--port", "0", *flags]
     if num_ranks:
-        mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        if mpirun is None:
-            pytest.skip("no mpirun here")
-        command = [mpirun, "-n", str(num_ranks), *command]
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with start(command, **{MARK: mark}, **threads) as server:
+        command = [mpirun(), "-n", str(num_ranks), *command]
+    with start(command, **{MARK: mark}, **ENVIRONMENT) as server:
         job = Job(server, mark)
         if wait_for:
             server.wait_for(wait_for)
