@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from phalanx.kernels.attention import AttentionLimits, AttentionShape, PagedAttention, attention_kernel_specs
 from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, shared_bytes_per_multiprocessor
+from phalanx.kernels.compiler import compile_cubin
 from phalanx.kernels.library import Library
 from phalanx.parallel.errors import ConfigError, ExecutorError
 
@@ -127,6 +129,26 @@ def test_kernel_specs_are_what_construction_loads(device: KernelDevice) -> None:
     assert [dict(spec.defines) for spec in specs] == [
         {name: str(value) for name, value in defines.items()} for _, defines in library.loaded
     ]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("shape", "has_alibi"),
+    [
+        (shape_of(8, 2, 128), False),
+        (shape_of(14, 2, 80, 32, dtype="float16", window=9, soft_cap=5.0), True),
+        (shape_of(8, 2, 64, dtype="float32"), False),
+    ],
+    ids=["plain", "every feature", "float32"],
+)
+def test_kernels_compile_without_a_gpu(
+    tmp_path: Path, shape: AttentionShape, has_alibi: bool, architecture: str
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    for spec in attention_kernel_specs(shape, architecture, has_alibi):
+        cubin = compile_cubin(spec, architecture, tmp_path)
+        assert cubin.startswith(b"\x7fELF")
+        assert spec.source.encode() in cubin
 
 
 @pytest.mark.parametrize(
