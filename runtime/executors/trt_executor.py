@@ -170,7 +170,7 @@ def create_trt_executor(
     CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
     session, shape = open_session(model, config, checkpoint, options, topology, comm)
     pipeline = comm.split(_shifted(topology.pp_group, topology.replica_group.start))
-    return TrtExecutor(session, shape, topology, pipeline), shape.max_model_len
+    return TrtExecutor(session, shape, topology, pipeline), options.max_model_len or shape.max_model_len
 
 
 def _shifted(members: range, first: int) -> range:

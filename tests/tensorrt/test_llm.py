@@ -29,7 +29,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     def open_session(
         model: object, config: Any, checkpoint: object, options: Any, topology: Any, comm: Communicator
     ) -> tuple[InterpretedSession, Any]:
-        shape = network_shape(config, options.dtype, options.max_num_seqs, options.max_model_len, 5)
+        shape = network_shape(config, options.dtype, LIMITS["max_num_seqs"], LIMITS["max_model_len"], 5)
         groups = comm.split(topology.tp_group), comm.split(topology.pp_group)
         return InterpretedSession(write_rank_network(path, topology, shape), topology, *groups), shape
 
@@ -62,3 +62,12 @@ def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
     else:
         found = [body("tensorrt", SelfCommunicator())]
     assert all(rank == expected for rank in found)
+
+
+def test_engines_larger_than_what_is_asked_for_serve_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path / "model")
+    _interpret(monkeypatch, path)
+    with LLM(path, comm=SelfCommunicator(), engine="tensorrt", max_num_seqs=2, max_model_len=20) as llm:
+        assert llm.max_model_len == 20
+        (output,) = llm.generate([[3, 4, 5]], SamplingParams(max_tokens=17, temperature=0.0, ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason) == (17, "length")
