@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -35,3 +36,21 @@ def messages(stderr: str) -> list[str]:
     """Lines of standard error that are ours, not the launcher's."""
     ours: Sequence[str] = ("phalanx", "launch.")
     return [line for line in stderr.splitlines() if line.startswith(tuple(ours))]
+
+
+def processes(mark: str) -> dict[int, list[bytes]]:
+    """Running processes that carry ``mark`` (``NAME=value``) in their environment, with that environment."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if mark.encode() in environment:
+                found[int(entry.name)] = environment
+    return found
+
+
+def rank_process(mark: str, rank: int) -> int:
+    """The process of a rank of the job that carries ``mark``; MPICH tells it its rank."""
+    found = [pid for pid, environment in processes(mark).items() if f"PMI_RANK={rank}".encode() in environment]
+    assert len(found) == 1, (rank, found)
+    return found[0]
