@@ -19,6 +19,7 @@ from phalanx.runtime.server.protocol import CompletionRequest, StreamOptions
 from phalanx.runtime.server.sampling_fields import checked_token_ids, num_choices, sampling_params
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.text.detokenizer import Detokenizer
 
 __all__ = ["completion_job"]
 
@@ -38,7 +39,7 @@ async def completion_job(
     _check_fields(request)
     prompts, n = _prompts(request), num_choices(request)
     held.enter_context(services.client.admit(len(prompts) * n))
-    answer = CompletionAnswer(services.model_name, services.tokenizer, request)
+    answer = CompletionAnswer(services.model_name, services.tokenizer, request, prompts, len(prompts) * n)
     options = request.stream_options or StreamOptions()
     job = GenerationJob(services, answer, arrival, bool(request.stream), options, held)
     for prompt in prompts:
@@ -90,11 +91,13 @@ async def _token_ids(services: Services, request: CompletionRequest, prompt: Pro
 
 @dataclass(slots=True)
 class CompletionAnswer:
-    """Writes ``text_completion`` objects; see `AnswerFormat`."""
+    """Writes ``text_completion`` objects; see `AnswerFormat`. ``num_choices`` counts those of all prompts."""
 
     model_name: str
     tokenizer: Tokenizer | None
     request: CompletionRequest
+    prompts: Sequence[Prompt]
+    num_choices: int
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
@@ -136,11 +139,10 @@ class CompletionAnswer:
     def _choice(self, choice: Choice, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
         echo = self._echo_is_due(choice)
         self.echoed.add(choice.index)
-        text: str | None = "".join(event.text for event in events)
-        if self.tokenizer is None:
-            text = None
-        elif echo:
-            text = self.tokenizer.decode(choice.prompt_token_ids, skip_special_tokens=False) + (text or "")
+        text = None
+        if self.tokenizer is not None:
+            text = "".join(event.text for event in events)
+            text = self._prompt_text(choice, self.tokenizer) + text if echo else text
         entry: dict[str, Any] = {
             "index": choice.index,
             "text": text,
@@ -167,10 +169,19 @@ class CompletionAnswer:
                 lists.add(event.token_id, event.logprob)
         return lists.take()
 
-    def _counter(self, choice: Choice) -> Any:
+    def _prompt(self, choice: Choice) -> Prompt:
+        return self.prompts[choice.index * len(self.prompts) // self.num_choices]
+
+    def _prompt_text(self, choice: Choice, tokenizer: Tokenizer) -> str:
+        prompt = self._prompt(choice)
+        return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _counter(self, choice: Choice) -> Detokenizer | None:
+        """Counts the characters of the reported text; tokens that encoding put around a text are not in it."""
         if self.tokenizer is None:
             return None
+        if self.request.echo:
+            return self.tokenizer.detokenizer(skip_special_tokens=isinstance(self._prompt(choice), str))
         return self.tokenizer.detokenizer(
-            skip_special_tokens=not self.request.echo and self.request.skip_special_tokens,
-            prompt_token_ids=() if self.request.echo else choice.prompt_token_ids,
+            skip_special_tokens=self.request.skip_special_tokens, prompt_token_ids=choice.prompt_token_ids
         )

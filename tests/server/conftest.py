@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .servers import Server, stub_server
 
@@ -26,10 +26,23 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE({character: 20 + i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|begin|>", special=True)])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"chat_template": TEMPLATE, "eos_token": "<|end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def begin_directory(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer, but encoding puts a special token in front."""
+    directory = tmp_path_factory.mktemp("begin")
+    tokenizer = Tokenizer.from_file(str(model_directory / "tokenizer.json"))
+    begin = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .servers import Server
+from .servers import Server, stub_server
 
 PATH = "/v1/completions"
 
@@ -118,6 +119,17 @@ def test_echo_without_tokens_scores_the_prompt_only(server: Server) -> None:
     assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
     assert result["usage"]["completion_tokens"] == 0
+
+
+def test_echo_of_a_text_is_that_text_and_offsets_agree(begin_directory: Path) -> None:
+    fields = {"prompt": "ab", "echo": True, "max_tokens": 3, "logprobs": 0, "temperature": 0}
+    with stub_server(begin_directory, {}) as server:
+        choice = complete(server, **fields)["choices"][0]
+        assert choice["logprobs"]["tokens"][:3] == ["<|begin|>", "a", "b"]
+        assert choice["text"] == "abab"
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 2, 3]
+        without = complete(server, **fields, add_special_tokens=False)["choices"][0]
+        assert without["logprobs"]["tokens"] == ["a", "b", "a", "b", "a"]
 
 
 def test_labels_of_partial_characters_spell_their_bytes_and_offsets_count_characters(server: Server) -> None:
