@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TensorRT executor: steps become passes through this rank's engine; tokens are chosen from the logits on the host.
+"""The TensorRT executor: steps become passes through this rank's engine, which also finds the most probable tokens; where a
+request samples or wants log-probabilities, the host chooses from the logits.
 
 Where the engine runs is a `EngineSession`: `phalanx.runtime.executors.trt_session` on a GPU, an interpreter of the network in
 the tests. Everything else of a step is here, and the same for both.
@@ -8,7 +9,8 @@ the tests. Everything else of a step is here, and the same for both.
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from phalanx.runtime.models import Model
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 
-__all__ = ["CAPABILITIES", "EngineSession", "TrtExecutor", "create_trt_executor"]
+__all__ = ["CAPABILITIES", "EngineSession", "PassOutput", "TrtExecutor", "Wanted", "create_trt_executor"]
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
@@ -32,6 +34,23 @@ Int32Array = NDArray[np.int32]
 CAPABILITIES = Capabilities("tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False)
 
 _RESULT_TAG = 2
+
+
+Wanted = Literal["nothing", "tokens", "logits"]
+"""What a rank needs of a pass: greedy decoding needs a token a row, not a vocabulary a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassOutput:
+    """A row for each of a pass's samples, then for each of its prompt rows; valid until the next pass.
+
+    Attributes:
+        token_ids: most probable token, -1 where a row's logits are not all finite.
+        logits: ``[n, V]``; None unless asked for.
+    """
+
+    token_ids: Int32Array
+    logits: Float32Array | None
 
 
 class EngineSession(Protocol):
@@ -42,11 +61,10 @@ class EngineSession(Protocol):
         """What computes, in words."""
         ...
 
-    def run(self, engine_pass: EnginePass) -> Float32Array | None:
+    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput | None:
         """Compute a pass, taking hidden states from the previous stage and handing them to the next.
 
-        Returns logits on the last stage, a row for each of the pass's samples and prompt rows, valid until the next call,
-        after waiting for the device if there is any; None on others, which do not wait. *Collective over the replica.*
+        Waits for the device and returns something only if something is wanted. *Collective over the replica.*
         """
         ...
 
@@ -70,6 +88,7 @@ class TrtExecutor:
         self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
         self._translator = StepTranslator(shape)
         self._state = BatchState.empty(shape.max_num_seqs, 1)
+        self._chooses = topology.is_last_stage and topology.tp_rank == 0
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
 
@@ -91,17 +110,17 @@ class TrtExecutor:
     def execute(self, plan: StepPlan) -> None:
         """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
         self._state.apply(plan)
-        choice = _Choice(plan, self._state)
+        choice = _Choice(plan, self._state) if self._chooses else None
         for engine_pass in self._translator.passes(plan):
-            logits = self._session.run(engine_pass)
-            if logits is not None:
-                choice.take(engine_pass, logits)
-        if not self._topology.is_last_stage:
+            output = self._session.run(engine_pass, choice.wanted(engine_pass) if choice else "nothing")
+            if choice and output:
+                choice.take(engine_pass, output)
+        if choice is None:
             if self._topology.is_leader:
                 self._expected.append(plan.result_words(self._state))
         elif self._topology.is_leader:
             self._results.append(choice.result)
-        elif self._topology.tp_rank == 0:
+        else:
             self._pipeline.send(choice.result.pack(), 0, _RESULT_TAG)
 
     def collect(self) -> StepResult:
@@ -131,14 +150,22 @@ class _Choice:
             np.empty((rows, count), np.int32), np.empty((rows, count), np.float32),
         )  # fmt: skip
 
-    def take(self, engine_pass: EnginePass, logits: Float32Array) -> None:
+    def wanted(self, engine_pass: EnginePass) -> Wanted:
+        """What the pass's rows need."""
+        if not len(engine_pass.samples) and not len(engine_pass.prompts):
+            return "nothing"
+        is_greedy = (self._sampling["temperature"][engine_pass.samples] <= 0).all()
+        return "tokens" if is_greedy and not len(self.result.logprobs) else "logits"
+
+    def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
         """Choose the tokens of one pass and score what is asked for."""
         samples, prompts = engine_pass.samples, engine_pass.prompts
-        chosen = logits[: len(samples)]
-        tokens = sample(chosen, self._sampling[samples], self._positions[samples])
+        tokens, logits = output.token_ids[: len(samples)], output.logits
+        if logits is not None:
+            tokens = sample(logits[: len(samples)], self._sampling[samples], self._positions[samples])
         self.result.token_ids[samples] = tokens
-        if len(self.result.logprobs):
-            self._score(samples, chosen, np.maximum(tokens, 0))
+        if logits is not None and len(self.result.logprobs):
+            self._score(samples, logits[: len(samples)], np.maximum(tokens, 0))
             prompt_logits = logits[len(samples) : len(samples) + len(prompts)]
             self._score(len(self._positions) + prompts, prompt_logits, self._targets[prompts])
 

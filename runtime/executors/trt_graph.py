@@ -174,6 +174,15 @@ class Graph:
         square = self.binary("PROD", x, x)
         return self.network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << 1, True).get_output(0)
 
+    def row_sums(self, x: ITensor) -> ITensor:
+        """Sum over the last axis: ``[B, V] -> [B]``."""
+        return self.network.add_reduce(x, self._trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
+
+    def largest(self, x: ITensor) -> ITensor:
+        """Index of each row's largest element: ``[B, V] -> [B]`` int32."""
+        layer = _made(self.network.add_topk(x, self._trt.TopKOperation.MAX, 1, 1 << 1), "largest element")
+        return self.reshape(layer.get_output(1), (-1,))
+
     def layer_norm(self, x: ITensor, scale: ITensor, bias: ITensor, eps: float) -> ITensor:
         """Normalise over the last axis of ``[T, D]``; scale and bias are ``[1, D]``."""
         layer = _made(self.network.add_normalization_v2(x, scale, bias, 1 << 1), "normalisation")

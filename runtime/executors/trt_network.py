@@ -3,7 +3,8 @@
 
     inputs   token_ids [B, N] (first stage) or hidden [B, N, D]; positions [B, N]; write_indices [B];
              logit_rows [R] (last stage); keys.<layer>, values.<layer> [B, K, P, C]
-    outputs  hidden [T, D], residual added in (all but the last stage) or logits [R, V] float32 (last stage);
+    outputs  hidden_out [T, D], residual added in (all but the last stage), or logits [R, V] float32, of each row the most
+             probable token_out [R] and the sum logit_sum [R], which tells whether all are finite (last stage);
              keys.<layer>.updated, values.<layer>.updated, bound to the addresses of their inputs
 
 Two profiles: decoding takes one token of each of B slots, prefill N tokens of one slot. A prompt chunk is bound straight to its
@@ -179,7 +180,7 @@ def _run_blocks(model: Model, config: ModelConfig, ops: TrtOps, layers: range, x
 
 
 def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int) -> None:
-    """Logits of the rows asked for, over the whole vocabulary on every rank."""
+    """Logits of the rows asked for, over the whole vocabulary on every rank, and the most probable token of each."""
     rows = graph.gather(x, graph.input("logit_rows", _INT32, (-1,)))
     local = graph.cast(model.head(ops, config, rows, None), np.dtype(np.float32))
     width = local.shape[1]
@@ -188,7 +189,10 @@ def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, 
         ranks_first = graph.extents(num_ranks, graph.extent(graph.shape(local), 0), width)
         local = graph.swap_outer(graph.reshape(stacked, ranks_first), num_ranks * width)
     num_rows = graph.extent(graph.shape(local), 0)
-    graph.output("logits", graph.columns(local, 0, graph.extents(num_rows, config.vocab_size)))
+    logits = graph.columns(local, 0, graph.extents(num_rows, config.vocab_size))
+    graph.output("logits", logits)
+    graph.output("token_out", graph.largest(logits))
+    graph.output("logit_sum", graph.row_sums(logits))
 
 
 def _profiles(

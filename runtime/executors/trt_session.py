@@ -26,6 +26,7 @@ from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.trt_adapter import TensorRT
 from phalanx.runtime.executors.trt_device import compute_capability
+from phalanx.runtime.executors.trt_executor import PassOutput, Wanted
 from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import (
     DECODE_PROFILE,
@@ -37,8 +38,6 @@ from phalanx.runtime.executors.trt_network import (
 from phalanx.runtime.executors.trt_steps import EnginePass, slot_buckets
 
 __all__ = ["DeviceSession", "LoadedEngine", "SessionGroups"]
-
-Float32Array = NDArray[np.float32]
 
 _PASS_TIMEOUT_SECONDS = 300.0
 _INT32_BYTES = 4
@@ -110,6 +109,12 @@ class _Sizes:
             words["logit_rows"] = self.shape.max_logit_rows
         return words
 
+    @property
+    def output_words(self) -> dict[str, int]:
+        """32-bit words of each output of the last stage."""
+        rows = self.shape.max_logit_rows
+        return {"logits": rows * self.config.vocab_size, "token_out": rows, "logit_sum": rows}
+
     def pieces(self, scratch_bytes: int) -> dict[str, int]:
         """Every buffer by name, in bytes."""
         pieces = dict.fromkeys(self.caches, self.shape.max_num_seqs * self.slot_bytes)
@@ -117,7 +122,8 @@ class _Sizes:
         if not self.topology.is_first_stage:
             pieces["hidden"] = self.max_tokens * self.token_bytes
         if self.topology.is_last_stage:
-            pieces["logits"] = self.shape.max_logit_rows * self.config.vocab_size * _INT32_BYTES
+            for name, words in self.output_words.items():
+                pieces[name] = words * _INT32_BYTES
         else:
             pieces["hidden_out"] = self.max_tokens * self.token_bytes
         return pieces | {"scratch": max(scratch_bytes, 1)}
@@ -149,9 +155,8 @@ class DeviceSession:
             self._memory[name].fill(0)  # a masked position counts 0 times its value, which must not be NaN
         self._inputs = pinned_array((pieces["inputs"] // _INT32_BYTES,), np.int32)
         self._inputs_taken = stream.record()
-        logit_bytes = pieces.get("logits", 0)
-        self._logits = pinned_array((logit_bytes // _INT32_BYTES,), np.float32) if logit_bytes else None
-        self._logits_there = stream.record()
+        self._outputs = self._pinned_outputs() if topology.is_last_stage and topology.tp_rank == 0 else {}
+        self._outputs_there = stream.record()
         self._decode = {count: self._decode_context(count) for count in slot_buckets(shape.max_num_seqs)}
         self._prefill = self._context(PREFILL_PROFILE)
         self._graphs: GraphCache[bool] = GraphCache(stream, self._can_capture())
@@ -162,17 +167,18 @@ class DeviceSession:
         """TensorRT and the GPU's compute capability."""
         return f"{self._loaded.library.name} on compute capability {compute_capability(self._device.id)}"
 
-    def run(self, engine_pass: EnginePass) -> Float32Array | None:
+    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput | None:
         """Compute a pass; see `EngineSession.run`."""
         with self._device, self._stream:
             self._upload(engine_pass)
             if not self._topology.is_first_stage:
                 self._groups.stages.recv(self._hidden("hidden", engine_pass), self._topology.stage - 1)
             self._enqueue(engine_pass)
-            if self._topology.is_last_stage:
-                return self._download_logits(len(engine_pass.samples) + len(engine_pass.prompts))
-            self._groups.stages.send(self._hidden("hidden_out", engine_pass), self._topology.stage + 1)
-            return None
+            if not self._topology.is_last_stage:
+                self._groups.stages.send(self._hidden("hidden_out", engine_pass), self._topology.stage + 1)
+            if wanted == "nothing":
+                return None
+            return self._download(len(engine_pass.samples) + len(engine_pass.prompts), wanted)
 
     def close(self) -> None:
         """Finish, then release graphs before contexts, contexts before the engine, and groups last. *Collective.*"""
@@ -214,7 +220,7 @@ class DeviceSession:
         base = self._memory["inputs"].data.ptr
         for name, start in self._input_starts():
             yield name, base + start * _INT32_BYTES
-        for name in ("hidden", "hidden_out", "logits"):
+        for name in ("hidden", "hidden_out", *self._sizes.output_words):
             if name in self._memory:
                 yield name, self._memory[name].data.ptr
 
@@ -280,15 +286,23 @@ class DeviceSession:
     def _hidden(self, name: str, engine_pass: EnginePass) -> DeviceArray:
         return self._memory[name][: engine_pass.num_tokens * self._sizes.token_bytes]
 
-    def _download_logits(self, num_rows: int) -> Float32Array:
-        assert self._logits is not None
-        count = num_rows * self._vocab_size
-        if not count:  # the middle of a prompt: nothing to wait for
-            return self._logits[:0].reshape(0, self._vocab_size)
-        download(self._logits, self._memory["logits"][: count * _INT32_BYTES], self._stream)
-        self._logits_there.record(self._stream)
-        wait_for(self._logits_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
-        return self._logits[:count].reshape(num_rows, self._vocab_size)
+    def _pinned_outputs(self) -> dict[str, NDArray[Any]]:
+        dtypes = {"logits": np.float32, "token_out": np.int32, "logit_sum": np.float32}
+        return {name: pinned_array((words,), dtypes[name]) for name, words in self._sizes.output_words.items()}
+
+    def _download(self, num_rows: int, wanted: Wanted) -> PassOutput:
+        """The first rows of the outputs, after waiting for them."""
+        counts = {"token_out": num_rows, "logit_sum": num_rows}
+        if wanted == "logits":
+            counts["logits"] = num_rows * self._vocab_size
+        for name, count in counts.items():
+            download(self._outputs[name], self._memory[name][: count * _INT32_BYTES], self._stream)
+        self._outputs_there.record(self._stream)
+        wait_for(self._outputs_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
+        is_finite = np.isfinite(self._outputs["logit_sum"][:num_rows])
+        token_ids = np.where(is_finite, self._outputs["token_out"][:num_rows], np.int32(-1))
+        logits = self._outputs["logits"][: counts.get("logits", 0)].reshape(-1, self._vocab_size)
+        return PassOutput(token_ids, logits if wanted == "logits" else None)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -49,7 +49,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "INetworkDefinition": (
         "add_activation", "add_attention", "add_attention_v2", "add_cast", "add_concatenation", "add_constant",
         "add_dist_collective", "add_elementwise", "add_gather", "add_input", "add_kv_cache_update", "add_matrix_multiply",
-        "add_normalization_v2", "add_reduce", "add_rotary_embedding", "add_select", "add_shape", "add_shuffle", "add_slice",
+        "add_normalization_v2", "add_reduce", "add_rotary_embedding", "add_select", "add_shape", "add_shuffle", "add_slice", "add_topk",
         "add_unary", "mark_output", "mark_weights_refittable", "num_layers", "set_weights_name",
     ),
     "INormalizationLayer": ("epsilon",),
@@ -67,6 +67,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "ReduceOperation": ("AVG", "NONE", "SUM"),
     "Refitter": ("__init__", "get_all_weights", "get_missing_weights", "refit_cuda_engine_async", "set_named_weights"),
     "Runtime": ("__init__", "deserialize_cuda_engine"),
+    "TopKOperation": ("MAX",),
     "UnaryOperation": ("NOT", "SQRT"),
     "Weights": ("__init__",),
 }  # fmt: skip

@@ -101,7 +101,7 @@ class InterpretedContext:
         return True
 
     def _array(self, name: str, shape: tuple[int, ...]) -> Array:
-        is_int = name in ("token_ids", "positions", "write_indices", "logit_rows")
+        is_int = name in ("token_ids", "positions", "write_indices", "logit_rows", "token_out")
         count = int(np.prod(shape))
         memory = ((ctypes.c_int32 if is_int else ctypes.c_float) * count).from_address(self._addresses[name])
         return np.ctypeslib.as_array(memory).reshape(shape)

@@ -37,7 +37,7 @@ class NetworkInterpreter:
             "MATRIX_MULTIPLY": module.IMatrixMultiplyLayer, "NORMALIZATION": module.INormalizationLayer,
             "REDUCE": module.IReduceLayer, "ROTARY_EMBEDDING": module.IRotaryEmbeddingLayer,
             "SELECT": module.ISelectLayer, "SHAPE": module.IShapeLayer, "SHUFFLE": module.IShuffleLayer,
-            "SLICE": module.ISliceLayer, "UNARY": module.IUnaryLayer,
+            "SLICE": module.ISliceLayer, "TOPK": module.ITopKLayer, "UNARY": module.IUnaryLayer,
         }  # fmt: skip
 
     @property
@@ -77,11 +77,13 @@ class NetworkInterpreter:
             None if (tensor := layer.get_input(index)) is None else values[tensor.name]
             for index in range(layer.num_inputs)
         ]
-        assert layer.num_outputs == 1, (kind, layer.num_outputs)
-        result = getattr(self, "_" + kind.lower())(layer, operands)
-        output = layer.get_output(0)
-        _check_shape(output, result)
-        values[output.name] = result
+        results = getattr(self, "_" + kind.lower())(layer, operands)
+        results = results if isinstance(results, tuple) else (results,)
+        assert layer.num_outputs == len(results), (kind, layer.num_outputs)
+        for index, result in enumerate(results):
+            output = layer.get_output(index)
+            _check_shape(output, result)
+            values[output.name] = result
 
     # One method a layer type
 
@@ -137,8 +139,14 @@ class NetworkInterpreter:
         return np.where(*operands)
 
     def _reduce(self, layer: Any, operands: Sequence[Array]) -> Array:
-        assert layer.op == self._trt.ReduceOperation.AVG
-        return operands[0].mean(axis=_axes(layer.axes), keepdims=layer.keep_dims)
+        operations: dict[str, Callable[..., Array]] = {"AVG": np.mean, "SUM": np.sum}
+        return operations[layer.op.name](operands[0], axis=_axes(layer.axes), keepdims=layer.keep_dims)
+
+    def _topk(self, layer: Any, operands: Sequence[Array]) -> tuple[Array, Array]:
+        assert (layer.op, layer.k) == (self._trt.TopKOperation.MAX, 1)
+        (axis,) = _axes(layer.axes)
+        indices = operands[0].argmax(axis=axis, keepdims=True).astype(np.int32)
+        return np.take_along_axis(operands[0], indices, axis=axis), indices
 
     def _normalization(self, layer: Any, operands: Sequence[Array]) -> Array:
         assert layer.num_groups == 1

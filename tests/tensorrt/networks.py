@@ -16,7 +16,7 @@ from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
 from phalanx.runtime.executors.trt_builder import BuildRequest, load_shard
-from phalanx.runtime.executors.trt_executor import TrtExecutor
+from phalanx.runtime.executors.trt_executor import PassOutput, TrtExecutor, Wanted
 from phalanx.runtime.executors.trt_graph import Graph
 from phalanx.runtime.executors.trt_network import (
     NetworkShape,
@@ -70,6 +70,7 @@ class InterpretedSession:
 
     Attributes:
         logits: of every pass, in order.
+        wanted: what was asked of every pass.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class InterpretedSession:
         graph = written.network.graph
         self.interpreter = NetworkInterpreter(written.library.module, graph.network, tensor_group, written)
         self.logits: list[Array] = []
+        self.wanted: list[Wanted] = []
         self._topology, self._pipeline, self._hidden_size = topology, pipeline, config.hidden_size
         heads = local_heads_of(config, topology)
         cache_shape = (shape.max_num_seqs, heads.num_kv_heads, shape.slot_length, heads.head_dim)
@@ -87,7 +89,7 @@ class InterpretedSession:
 
     device = "interpreter"
 
-    def run(self, engine_pass: EnginePass) -> Array | None:
+    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput | None:
         """Interpret one pass."""
         num_seqs, num_tokens = engine_pass.token_ids.shape
         slots = slice(engine_pass.first_slot, engine_pass.first_slot + num_seqs)
@@ -103,12 +105,15 @@ class InterpretedSession:
         outputs = self.interpreter.run(inputs)
         for name, cache in self._caches.items():
             cache[slots] = outputs[f"{name}.updated"]
-        if self._topology.is_last_stage:
-            self.logits.append(outputs["logits"][: len(engine_pass.samples) + len(engine_pass.prompts)])
-            return outputs["logits"]
-        hidden_out = outputs["hidden_out"].reshape(num_seqs, num_tokens, self._hidden_size)
-        self._pipeline.send(hidden_out, self._pipeline.rank + 1, _HIDDEN_TAG)
-        return None
+        if not self._topology.is_last_stage:
+            hidden_out = outputs["hidden_out"].reshape(num_seqs, num_tokens, self._hidden_size)
+            self._pipeline.send(hidden_out, self._pipeline.rank + 1, _HIDDEN_TAG)
+            return None
+        wanted_rows = slice(len(engine_pass.samples) + len(engine_pass.prompts))
+        self.logits.append(outputs["logits"][wanted_rows])
+        token_ids = np.where(np.isfinite(outputs["logit_sum"]), outputs["token_out"], np.int32(-1))
+        self.wanted.append(wanted)
+        return PassOutput(token_ids[wanted_rows], self.logits[-1] if wanted == "logits" else None)
 
     def close(self) -> None:
         """Nothing to release."""

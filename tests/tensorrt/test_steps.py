@@ -133,3 +133,41 @@ def test_results_are_the_numpy_executors(layout: Layout, tmp_path: Path) -> None
         assert one.top_ids.tolist() == other.top_ids.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
         np.testing.assert_allclose(one.top_logprobs, other.top_logprobs, atol=2e-5)
+
+
+def _one_rank(path: Path, steps: list[StepPlan]) -> tuple[list[StepResult], list[str]]:
+    from .networks import interpreted_executor
+    from .steps import run
+
+    executor, session = interpreted_executor(path, Topology(Layout()), SHAPE, SelfCommunicator())
+    return run(executor, steps), list(session.wanted)
+
+
+def _without_logprobs(plan: StepPlan, temperature: float) -> StepPlan:
+    plan.admissions["num_logprobs"] = -1
+    plan.admissions["temperature"] = temperature
+    return plan
+
+
+def test_only_what_a_pass_needs_leaves_the_device(tmp_path: Path) -> None:
+    """Greedy decoding takes tokens, sampling logits, and the middle of a prompt nothing."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    rows = [(0, 0, 1, 1), (1, 0, 19, 1)]
+    assert _one_rank(path, [_without_logprobs(_plan(rows), 0.0)])[1] == ["tokens", "nothing", "nothing", "tokens"]
+    assert _one_rank(path, [_without_logprobs(_plan(rows), 0.5)])[1] == ["logits", "nothing", "nothing", "logits"]
+    assert _one_rank(path, [_plan(rows, [3])])[1] == ["logits", "logits", "nothing", "logits"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_told(temperature: float, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    from safetensors.numpy import load_file, save_file
+
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("ln_f.bias"))
+    tensors[name][3] = np.nan
+    save_file(tensors, path / "model.safetensors")
+    results, _ = _one_rank(path, [_without_logprobs(_plan([(0, 0, 1, 1), (1, 0, 4, 1)]), temperature)])
+    assert results[0].token_ids.tolist() == [-1, -1]
