@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .servers import Server, stub_server
+from .servers import ROOT, Server, stub_server
 
 
 async def count_events(host: str, port: int, num_tokens: int) -> tuple[int, float]:
@@ -47,13 +46,14 @@ async def measure(server: Server, num_clients: int, num_tokens: int) -> str:
 
 
 def main() -> None:
-    """Measure each number of clients in turn, against one server without tokenizer."""
+    """Measure each number of clients in turn, against one server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 256, 1024])
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "demo", help="whose tokenizer to use")
     args = parser.parse_args()
     limits = {"max_open_requests": max(args.clients), "max_model_len": args.tokens + 8}
-    with tempfile.TemporaryDirectory() as directory, stub_server(Path(directory), {}, **limits) as server:
+    with stub_server(args.model, {}, **limits) as server:
         for num_clients in args.clients:
             print(asyncio.run(measure(server, num_clients, args.tokens)))
 
