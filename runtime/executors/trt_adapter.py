@@ -11,6 +11,7 @@ that differs between them or between releases is a method here; the rest of the 
     timing cache                yes                  yes                  accepted, always empty
     stripped plan and refit     yes                  yes                  no
     stream capture              whole step           whole step           asked of the context
+    kernels                     in the plan          in the plan          compiled on the GPU, kept in a cache
 """
 
 from __future__ import annotations
@@ -259,6 +260,39 @@ class TensorRT:
         return Writer()
 
     # Execution
+
+    def create_kernel_cache(self, engine: Any, serialized: bytes) -> Any:
+        """Where the contexts of ``engine`` share the kernels that TensorRT for RTX compiles when it runs; None elsewhere.
+
+        ``serialized`` (empty = none) is what `serialize_kernel_cache` gave on this machine; anything else is ignored.
+        """
+        config = engine.create_runtime_config()
+        if not hasattr(config, "create_runtime_cache"):
+            return None
+        cache = config.create_runtime_cache()
+        if serialized:
+            cache.deserialize(serialized)
+        return cache
+
+    def serialize_kernel_cache(self, cache: Any) -> bytes:
+        """The kernels compiled so far; empty where there is no cache."""
+        return b"" if cache is None else bytes(cache.serialize())
+
+    def create_context(self, engine: Any, kernel_cache: Any, is_captured: bool) -> Any:
+        """An execution context whose device memory we provide; None if the library refuses.
+
+        Args:
+            is_captured: the context runs one shape, in a captured graph: then RTX must compile kernels for that shape at once,
+                for a graph would keep the general ones that it uses until they are there.
+        """
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if kernel_cache is not None:
+            config.set_runtime_cache(kernel_cache)
+            if is_captured:
+                strategies = self.module.DynamicShapesKernelSpecializationStrategy
+                config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return engine.create_execution_context(config)
 
     def can_capture(self, context: Any, stream: int) -> bool:
         """Whether a step of ``context`` may be captured in a CUDA graph on ``stream``."""

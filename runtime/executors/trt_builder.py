@@ -26,7 +26,7 @@ from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape, RankNetwork, write_network
 from phalanx.runtime.models import Model
 
-__all__ = ["BuildReport", "BuildRequest", "Progress", "build_engine", "load_shard", "network_shape"]
+__all__ = ["BuildReport", "BuildRequest", "Progress", "build_engine", "load_shard", "network_shape", "replace_file"]
 
 _DEFAULT_LONGEST = 4096
 """Tokens: a slot is allocated in full for every sequence, so a model's 131,072 positions are no default."""
@@ -120,7 +120,7 @@ def build_engine(
         config.progress_monitor = monitor
     library.set_timing_cache(config, timing_cache.read_bytes() if timing_cache.exists() else b"")
     engine_bytes = _write_plan(library, builder, network, config, path, log)
-    _replace(timing_cache, library.timing_cache(config))
+    replace_file(timing_cache, library.timing_cache(config))
     return BuildReport(
         num_layers=network.graph.network.num_layers,
         shard_bytes=_distinct_bytes(weights),
@@ -202,7 +202,8 @@ def _write_plan(
     return size
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)

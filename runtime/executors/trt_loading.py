@@ -155,7 +155,10 @@ def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
         raise ExecutorError(
             f"{library.name} cannot load {path}: {log.cause() or 'it gave no reason'}; build it again with launch.build"
         )
-    return LoadedEngine(library, log, logger, runtime, engine)
+    kernel_path = path.with_suffix(".kernels")
+    kernels = kernel_path.read_bytes() if kernel_path.exists() else b""
+    cache = library.create_kernel_cache(engine, kernels)
+    return LoadedEngine(library, log, logger, runtime, engine, cache, kernel_path)
 
 
 def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> None:

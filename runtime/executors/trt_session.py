@@ -9,8 +9,10 @@ run one after the other on one stream. This module has not run on a GPU (docs/te
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.trt_adapter import TensorRT
+from phalanx.runtime.executors.trt_builder import replace_file
 from phalanx.runtime.executors.trt_device import compute_capability
 from phalanx.runtime.executors.trt_executor import PassOutput, Wanted
 from phalanx.runtime.executors.trt_log import BuildLog
@@ -49,6 +52,7 @@ class LoadedEngine:
 
     Attributes:
         log: what ``logger`` was told; gives errors their cause.
+        kernel_cache: see `TensorRT.create_kernel_cache`; kept in ``kernel_path`` from one start to the next.
     """
 
     library: TensorRT
@@ -56,6 +60,17 @@ class LoadedEngine:
     logger: Any
     runtime: Any
     engine: Any
+    kernel_cache: Any = None
+    kernel_path: Path | None = None
+
+    def close(self) -> None:
+        """Release everything, the engine before the runtime. Contexts must be gone."""
+        kernels = self.library.serialize_kernel_cache(self.kernel_cache)
+        if kernels and self.kernel_path is not None and os.access(self.kernel_path.parent, os.W_OK):
+            replace_file(self.kernel_path, kernels)
+        self.kernel_cache = None
+        self.engine = None
+        self.runtime = None
 
     def require(self, done: bool, what: str) -> None:
         """Raise `ExecutorError` with the library's own words unless ``done``."""
@@ -187,8 +202,7 @@ class DeviceSession:
             self._graphs.clear()
             self._decode.clear()
             self._prefill = None
-            self._loaded.engine = None
-            self._loaded.runtime = None
+            self._loaded.close()
             self._memory.clear()
             self._groups.stages.close()
             self._groups.tensor.close()
@@ -197,8 +211,8 @@ class DeviceSession:
 
     def _context(self, profile: int) -> Any:
         """A context on a profile, with the shared scratch memory and the tensor-parallel group. *Collective.*"""
-        strategy = self._loaded.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._loaded.engine.create_execution_context(strategy)
+        loaded = self._loaded
+        context = loaded.library.create_context(loaded.engine, loaded.kernel_cache, profile == DECODE_PROFILE)
         self._loaded.require(context is not None, "an execution context (it needs more device memory than is free)")
         self._loaded.require(context.set_optimization_profile_async(profile, self._stream.ptr), f"profile {profile}")
         scratch = self._memory["scratch"]

@@ -39,7 +39,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "num_compute_capabilities",
         "progress_monitor", "set_compute_capability", "set_flag", "set_preview_feature", "set_timing_cache",
     ),
-    "ICudaEngine": ("create_execution_context", "device_memory_size_v2"),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
+    "ICudaEngine": ("create_execution_context", "create_runtime_config", "device_memory_size_v2"),
     "IExecutionContext": (
         "execute_async_v3", "is_stream_capturable", "set_communicator", "set_device_memory", "set_input_shape",
         "set_optimization_profile_async", "set_tensor_address",
@@ -55,6 +56,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "INormalizationLayer": ("epsilon",),
     "IOptimizationProfile": ("set_shape",),
     "IProgressMonitor": ("__init__", "phase_finish", "phase_start", "step_complete"),
+    "IRuntimeCache": ("deserialize", "serialize"),
+    "IRuntimeConfig": (
+        "create_runtime_cache", "dynamic_shapes_kernel_specialization_strategy", "set_execution_context_allocation_strategy",
+        "set_runtime_cache",
+    ),
     "IShuffleLayer": ("first_transpose", "reshape_dims", "second_transpose"),
     "IStreamWriter": ("__init__", "write"),
     "ITensor": ("dtype", "name", "shape"),
@@ -74,7 +80,10 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 
 _ONLY_RTX = frozenset(
     {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
-     "IExecutionContext.is_stream_capturable"}
+     "IExecutionContext.is_stream_capturable", "DynamicShapesKernelSpecializationStrategy",
+     "DynamicShapesKernelSpecializationStrategy.EAGER", "IRuntimeCache", "IRuntimeCache.deserialize", "IRuntimeCache.serialize",
+     "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache",
+     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy"}
 )  # fmt: skip
 _ONLY_10_16 = frozenset({"PreviewFeature.MULTIDEVICE_RUNTIME_10_16"})
 _SINCE_11 = frozenset({"CausalMaskKind", "CausalMaskKind.NONE", "INetworkDefinition.add_attention_v2"})

@@ -67,6 +67,7 @@ class InterpretedContext:
         self._addresses: dict[str, int] = {}
         self._profile: ProfileShapes = {}
         self.communicator: Any = None
+        self.config: RuntimeConfig | None = None
         self.scratch = (0, 0)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
@@ -120,9 +121,47 @@ class InterpretedEngine:
         self.tensor_names = self.interpreter.input_names | outputs
         self.contexts: list[InterpretedContext] = []
 
-    def create_execution_context(self, strategy: Any) -> InterpretedContext:
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig) -> InterpretedContext:
+        assert config.strategy.name == "USER_MANAGED"
         self.contexts.append(InterpretedContext(self))
+        self.contexts[-1].config = config
         return self.contexts[-1]
+
+
+class RuntimeConfig:
+    """What contexts are created with, as TensorRT for RTX has it."""
+
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.cache: Any = None
+        self.dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> KernelCache:
+        return KernelCache()
+
+    def set_runtime_cache(self, cache: KernelCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class KernelCache:
+    """Grows by what it was given."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        self.content = content
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content + b"."
 
 
 class Event:

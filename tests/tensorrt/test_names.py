@@ -32,7 +32,7 @@ def _used_expressions(module: str) -> Iterator[tuple[ast.Attribute, ast.AST | No
     """Attributes of library objects in one of our modules, with the call around them if there is one."""
     tree = ast.parse((EXECUTORS / f"{module}.py").read_text())
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    known_config = set(api.MEMBERS["IBuilderConfig"])
+    known_config = {*api.MEMBERS["IBuilderConfig"], *api.MEMBERS["IRuntimeConfig"]}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or node.attr in _OURS:
             continue

@@ -99,3 +99,21 @@ def test_memory_that_does_not_suffice_says_what_to_build(tmp_path: Path, monkeyp
     path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
     with pytest.raises(ConfigError, match=r"5 slots of 128 tokens .* need 0\.00 GB .*smaller --max-num-seqs"):
         _open(path, Topology(Layout()), SelfCommunicator())
+
+
+def test_contexts_share_compiled_kernels_and_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding contexts, which are captured, compile for their shape at once."""
+    replace_device(monkeypatch)
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    written = write_rank_network(path, Topology(Layout()), SHAPE)
+    engine, library = InterpretedEngine(written, SelfCommunicator()), written.library
+    loaded = LoadedEngine(library, BuildLog(), None, None, engine)
+    loaded.kernel_cache, loaded.kernel_path = library.create_kernel_cache(engine, b"kept"), tmp_path / "x.kernels"
+    groups = SessionGroups(HostGroup(SelfCommunicator()), HostGroup(SelfCommunicator()))  # type: ignore[arg-type]
+    session = DeviceSession(loaded, written.request.config, Topology(Layout()), SHAPE, groups, Stream(), Stream())
+    configs = [context.config for context in engine.contexts]
+    assert all(config is not None and config.cache is loaded.kernel_cache for config in configs)
+    strategies = [config.dynamic_shapes_kernel_specialization_strategy for config in configs if config is not None]
+    assert [strategy is not None and strategy.name for strategy in strategies] == ["EAGER"] * 4 + [False]
+    session.close()
+    assert (tmp_path / "x.kernels").read_bytes() == b"kept."
