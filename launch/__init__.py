@@ -16,7 +16,8 @@ def _map_checkout() -> None:
     spec = importlib.util.spec_from_file_location(
         "phalanx", root / "package" / "__init__.py", submodule_search_locations=[str(root)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["phalanx"] = module
     spec.loader.exec_module(module)

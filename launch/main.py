@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from phalanx.launch.arguments import run_command
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.launcher import launch_info
 
 __all__ = ["COMMANDS", "main"]
 
@@ -33,12 +35,14 @@ def _dispatch(argv: Sequence[str] | None) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-        print("usage: phalanx <command> [options]\n\n" + "\n".join(lines) + "\n\nphalanx <command> --help tells more")
+        if launch_info().rank == 0:
+            print(
+                "usage: phalanx <command> [options]\n\n" + "\n".join(lines) + "\n\nphalanx <command> --help tells more"
+            )
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        sys.stderr.write(f"phalanx: {command!r} is not a command; use one of: {', '.join(COMMANDS)}\n")
-        return 2
+        raise ConfigError(f"{command!r} is not a command; use one of: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"phalanx.launch.{command}")
     status: int | None = module.main(rest)
     return status

@@ -89,6 +89,7 @@ MISTAKES = (
     Mistake("more pipeline stages than layers", f"{TINY} --pp 4 {IDS}", ("num_layers=3", "pp_size=4", "at most 3"), ranks=4),
     Mistake("`--dp 0`", f"--dp 0 {IDS}", ("data-parallel-size=0 is below 1", "use 1")),
     Mistake("a flag that does not exist", f"{IDS} --speed fast", ("--speed", "launch.generate --help")),
+    Mistake("a command that does not exist", "frobnicate", ("'frobnicate' is not a command", "use one of: serve"), command="main"),
     Mistake("no prompt at all", TINY, ("no prompt", "--input-file")),
     Mistake("a model directory that does not exist", f"--model {{}}/nowhere {IDS}", ("nowhere' does not exist", "config.json")),
     Mistake("a file for a directory", f"{TINY}/config.json {IDS}", ("is a file; give a directory",)),

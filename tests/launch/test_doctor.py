@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from phalanx.kernels.device import Gpu
 from phalanx.launch.diagnosis.check import Check, attempt
+from phalanx.launch.diagnosis.gpu import gpu_checks
 from phalanx.launch.diagnosis.ranks import (
     RankReport,
     collective_checks,
@@ -21,7 +24,8 @@ from phalanx.launch.diagnosis.ranks import (
     world_checks,
 )
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.parallel.launcher import LaunchInfo
 from phalanx.parallel.thread_comm import run_ranks
 
 from .commands import ROOT, needs_mpirun, run
@@ -170,3 +174,67 @@ def test_an_engine_is_ready_only_when_all_that_it_needs_is() -> None:
     numpy, cuda, tensorrt = engine_checks(broken)
     assert (numpy.status, cuda.status, tensorrt.status) == ("ok", "fail", "fail")
     assert cuda.detail == "not ready: see NCCL all-reduce"
+
+
+GPU = Gpu(index=0, name="NVIDIA H200", bus_id="0000:0A", compute_capability="90", memory_bytes=141 << 30)
+
+
+@pytest.fixture
+def host_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Check]]:
+    """Checks of a pretended host, by name: its GPUs, or what CUDA says instead of any."""
+
+    def checks(*gpus: Gpu, error: str = "", local_rank: int = 0) -> dict[str, Check]:
+        def visible() -> tuple[Gpu, ...]:
+            if error:
+                raise ConfigError(error)
+            return gpus
+
+        monkeypatch.setattr("phalanx.kernels.device.driver_is_installed", lambda: True)
+        monkeypatch.setattr("phalanx.kernels.device.visible_gpus", visible)
+        monkeypatch.setattr("phalanx.kernels.device.peers_out_of_reach", lambda gpus: [(0, 1)] if len(gpus) > 1 else [])
+        monkeypatch.setattr("phalanx.kernels.probe.probe_kernel", lambda device: None)
+        monkeypatch.setattr("phalanx.kernels.probe.probe_cublaslt", lambda device: 130100 + device)
+        monkeypatch.setattr("phalanx.parallel.nccl_comm.nccl_version", lambda: "2.32.3")
+        found, _ = gpu_checks(LaunchInfo(local_rank=local_rank))
+        return {check.name: check for check in found}
+
+    return checks
+
+
+def test_a_driver_without_cupy_fails_with_what_to_install(host_with: Callable[..., dict[str, Check]]) -> None:
+    checks = host_with(error="no GPU can be used (No module named 'cupy'); install phalanx-llm[cuda13]")
+    expected = Check("GPUs", "fail", "no GPU can be used (No module named 'cupy')", "install phalanx-llm[cuda13]")
+    assert checks == {"GPUs": expected}
+    assert [check.status for check in engine_checks([expected])] == ["ok", "fail", "fail"]
+
+
+def test_a_rank_looks_at_the_gpu_of_its_local_number(host_with: Callable[..., dict[str, Check]]) -> None:
+    checks = host_with(GPU, dataclasses.replace(GPU, index=1, bus_id="0000:0B"), local_rank=1)
+    assert checks["GPUs"].detail == "2 visible: NVIDIA H200 (141 GiB)"
+    assert checks["cuBLASLt"].detail == "version 130101"
+    assert checks["NCCL"].detail == "version 2.32.3"
+    assert (checks["peer access"].status, checks["peer access"].detail) == (
+        "warn", "1 pair(s) without direct access: 0-1",
+    )  # fmt: skip
+
+
+def test_a_gpu_before_ampere_is_too_old(host_with: Callable[..., dict[str, Check]]) -> None:
+    old = dataclasses.replace(GPU, name="Tesla T4", compute_capability="75")
+    checks = host_with(old)
+    assert (checks["compute capability"].status, checks["compute capability"].detail) == ("fail", "7.5 is below 8.0")
+    assert checks["kernel compiler"].status == "fail"
+    assert "--engine numpy" in checks["kernel compiler"].fix
+
+
+def test_a_kernel_that_computes_wrong_values_fails(
+    host_with: Callable[..., dict[str, Check]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(device: int) -> None:
+        raise ExecutorError("a kernel gave 3 wrong values of 1048576; the GPU or its driver is faulty")
+
+    host_with(GPU)
+    monkeypatch.setattr("phalanx.kernels.probe.probe_kernel", wrong)
+    found, own = gpu_checks(LaunchInfo())
+    assert own == GPU
+    (check,) = [check for check in found if check.name == "kernels"]
+    assert (check.status, check.fix) == ("fail", "the GPU or its driver is faulty")
