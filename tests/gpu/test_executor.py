@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,8 +22,9 @@ CASES = {
     "gpt2": {**_GPT2, "n_embd": 256, "n_head": 4},
     "gemma": {**_GEMMA, "hidden_size": 256, "head_dim": 256, "vocab_size": 1009},
 }
-TOLERANCES = {"float32": 2e-4, "float16": 6e-2, "bfloat16": 0.5}
-"""Largest error of a log-probability: 16 roundings in the storage type of logits of up to 8, of which every layer adds some."""
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+ROUNDINGS = 6
+"""A log-probability may be off by this many roundings, in the storage type, of the largest: every layer adds some."""
 
 PROMPT_LENGTHS = (1, 2, 17, 40, 33, 5, 64, 90)
 
@@ -49,16 +51,20 @@ def tokens(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_prompt_logprobs_equal_the_numpy_engines(name: str, dtype: str, tmp_path: Path) -> None:
     directory = checkpoint(name, dtype, tmp_path)
     requests = prompts(CASES[name]["vocab_size"])
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     expected = generate(directory, requests, params, engine="numpy")
     outputs = generate(directory, requests, params)
-    for output, reference in zip(outputs, expected, strict=True):
-        error = np.abs(_values(output) - _values(reference))
-        assert error.max(initial=0.0) < TOLERANCES[dtype], error.max()
+    assert_close_logprobs(outputs, expected, dtype)
+
+
+def assert_close_logprobs(outputs: list[RequestOutput], expected: list[RequestOutput], dtype: str) -> None:
+    actual, wanted = (np.concatenate([_values(output) for output in some]) for some in (outputs, expected))
+    tolerance = max(2e-4, ROUNDINGS * float(ml_dtypes.finfo(DTYPES[dtype]).eps) * np.abs(wanted).max())
+    assert np.abs(actual - wanted).max() < tolerance
 
 
 def _values(output: RequestOutput) -> np.ndarray:
@@ -115,8 +121,7 @@ def test_dummy_weights_equal_the_hosts(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
     on_host = generate(directory, prompts(101), params, engine="numpy", load_format="dummy", seed=9)
     on_device = generate(directory, prompts(101), params, load_format="dummy", seed=9)
-    for output, reference in zip(on_device, on_host, strict=True):
-        assert np.abs(_values(output) - _values(reference)).max(initial=0.0) < TOLERANCES["bfloat16"]
+    assert_close_logprobs(on_device, on_host, "bfloat16")
 
 
 def test_memory_returns_when_an_engine_closes(tmp_path: Path) -> None:
