@@ -54,7 +54,8 @@ for step in "$@"; do
     llama-3-8b-short) bench $step llama-3-8b throughput 128 128 2048 1024 2048 ;;
     llama-3-8b-2048) bench $step llama-3-8b throughput 2048 128 256 256 8192 ;;
     llama-3-8b-one) bench $step llama-3-8b latency 128 128 3 1 2048 ;;
-    trace) bench $step gemma-2b throughput 128 32 1024 512 2048 --trace "$out/trace.json" ;;
+    trace) bench $step gemma-2b throughput 128 32 1024 512 2048 --trace "$out/timeline.json" ;;
+    trace-pp2) RANKS=2 bench $step llama-3-8b throughput 128 32 512 256 2048 --pp 2 --tp 1 --trace "$out/timeline.json" ;;
     llama-2-70b-*-one) layout llama-2-70b ${step%-one}; bench $step llama-2-70b latency 128 128 2 1 2048 --tp $tp --pp $pp ;;
     llama-2-70b-*) layout llama-2-70b $step; bench $step llama-2-70b throughput 128 128 "${PROMPTS:-2048}" 1024 2048 --tp $tp --pp $pp ;;
     *) echo "unknown step $step" >&2; exit 2 ;;

@@ -12,7 +12,6 @@ import pytest
 
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
-
 from tests.gpu.test_executor import checkpoint, prompts
 
 pytestmark = pytest.mark.gpu
