@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
-from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey
 from phalanx.runtime.executors.cuda_memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.trt_adapter import TensorRT
+from phalanx.runtime.executors.trt_buffers import WORD_BYTES, BufferSizes, aligned, allocate
 from phalanx.runtime.executors.trt_builder import replace_file
 from phalanx.runtime.executors.trt_device import compute_capability
 from phalanx.runtime.executors.trt_executor import PassOutput, Wanted
@@ -35,7 +34,6 @@ from phalanx.runtime.executors.trt_network import (
     DECODE_PROFILE,
     PREFILL_PROFILE,
     NetworkShape,
-    cache_names,
     local_heads_of,
 )
 from phalanx.runtime.executors.trt_steps import EnginePass, slot_buckets
@@ -43,7 +41,6 @@ from phalanx.runtime.executors.trt_steps import EnginePass, slot_buckets
 __all__ = ["DeviceSession", "LoadedEngine", "SessionGroups"]
 
 _PASS_TIMEOUT_SECONDS = 300.0
-_INT32_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -86,64 +83,6 @@ class SessionGroups:
     stages: DeviceCommunicator
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Bytes and extents of one rank's buffers."""
-
-    config: ModelConfig
-    topology: Topology
-    shape: NetworkShape
-
-    @property
-    def max_tokens(self) -> int:
-        return max(self.shape.max_num_seqs, self.shape.max_prefill_tokens)
-
-    @property
-    def token_bytes(self) -> int:
-        """Of one token's hidden state."""
-        return self.config.hidden_size * self.shape.numpy_dtype.itemsize
-
-    @property
-    def caches(self) -> list[str]:
-        layers = stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
-        return cache_names(layers)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of one slot's keys, or values, in one layer."""
-        heads = local_heads_of(self.config, self.topology)
-        return heads.num_kv_heads * self.shape.slot_length * heads.head_dim * self.shape.numpy_dtype.itemsize
-
-    @property
-    def input_words(self) -> dict[str, int]:
-        """int32 words of each input that describes the step."""
-        words = {"positions": self.max_tokens, "write_indices": self.shape.max_num_seqs}
-        if self.topology.is_first_stage:
-            words["token_ids"] = self.max_tokens
-        if self.topology.is_last_stage:
-            words["logit_rows"] = self.shape.max_logit_rows
-        return words
-
-    @property
-    def output_words(self) -> dict[str, int]:
-        """32-bit words of each output of the last stage."""
-        rows = self.shape.max_logit_rows
-        return {"logits": rows * self.config.vocab_size, "token_out": rows, "logit_sum": rows}
-
-    def pieces(self, scratch_bytes: int) -> dict[str, int]:
-        """Every buffer by name, in bytes."""
-        pieces = dict.fromkeys(self.caches, self.shape.max_num_seqs * self.slot_bytes)
-        pieces["inputs"] = sum(_aligned(words * _INT32_BYTES) for words in self.input_words.values())
-        if not self.topology.is_first_stage:
-            pieces["hidden"] = self.max_tokens * self.token_bytes
-        if self.topology.is_last_stage:
-            for name, words in self.output_words.items():
-                pieces[name] = words * _INT32_BYTES
-        else:
-            pieces["hidden_out"] = self.max_tokens * self.token_bytes
-        return pieces | {"scratch": max(scratch_bytes, 1)}
-
-
 class DeviceSession:
     """See `phalanx.runtime.executors.trt_executor.EngineSession`. *Construction is collective over the replica.*
 
@@ -162,13 +101,12 @@ class DeviceSession:
         self._loaded, self._topology, self._groups = loaded, topology, groups
         self._device, self._stream = device, stream
         self._vocab_size = config.vocab_size
-        self._sizes = sizes = _Sizes(config, topology, shape)
+        self._sizes = sizes = BufferSizes(config, topology, shape)
         pieces = sizes.pieces(loaded.engine.device_memory_size_v2)
-        arena = _allocate(pieces, shape)
-        self._memory = {name: arena.array(name, (num_bytes,), np.uint8) for name, num_bytes in pieces.items()}
+        self._memory = allocate(pieces, shape)
         for name in sizes.caches:
             self._memory[name].fill(0)  # a masked position counts 0 times its value, which must not be NaN
-        self._inputs = pinned_array((pieces["inputs"] // _INT32_BYTES,), np.int32)
+        self._inputs = pinned_array((pieces["inputs"] // WORD_BYTES,), np.int32)
         self._inputs_taken = stream.record()
         self._outputs = self._pinned_outputs() if topology.is_last_stage and topology.tp_rank == 0 else {}
         self._outputs_there = stream.record()
@@ -233,7 +171,7 @@ class DeviceSession:
     def _fixed_addresses(self) -> Iterator[tuple[str, int]]:
         base = self._memory["inputs"].data.ptr
         for name, start in self._input_starts():
-            yield name, base + start * _INT32_BYTES
+            yield name, base + start * WORD_BYTES
         for name in ("hidden", "hidden_out", *self._sizes.output_words):
             if name in self._memory:
                 yield name, self._memory[name].data.ptr
@@ -281,7 +219,7 @@ class DeviceSession:
         start = 0
         for name, words in self._sizes.input_words.items():
             yield name, start
-            start += _aligned(words * _INT32_BYTES) // _INT32_BYTES
+            start += aligned(words * WORD_BYTES) // WORD_BYTES
 
     def _enqueue(self, engine_pass: EnginePass) -> None:
         num_seqs, num_tokens = engine_pass.token_ids.shape
@@ -310,28 +248,13 @@ class DeviceSession:
         if wanted == "logits":
             counts["logits"] = num_rows * self._vocab_size
         for name, count in counts.items():
-            download(self._outputs[name], self._memory[name][: count * _INT32_BYTES], self._stream)
+            download(self._outputs[name], self._memory[name][: count * WORD_BYTES], self._stream)
         self._outputs_there.record(self._stream)
         wait_for(self._outputs_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
         is_finite = np.isfinite(self._outputs["logit_sum"][:num_rows])
         token_ids = np.where(is_finite, self._outputs["token_out"][:num_rows], np.int32(-1))
         logits = self._outputs["logits"][: counts.get("logits", 0)].reshape(-1, self._vocab_size)
         return PassOutput(token_ids, logits if wanted == "logits" else None)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _allocate(pieces: Mapping[str, int], shape: NetworkShape) -> Arena:
-    total = sum(_aligned(num_bytes) for num_bytes in pieces.values())
-    try:
-        return Arena(total)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{shape.max_num_seqs} slots of {shape.slot_length} tokens and the buffers need {total / 1e9:.2f} GB beside the "
-            f"engine ({error}); build with a smaller --max-num-seqs or --max-model-len, or use more GPUs"
-        ) from error
 
 
 def _capsule(address: int) -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
 from phalanx.parallel.communicator import Communicator
-from phalanx.runtime.executors import trt_session
+from phalanx.runtime.executors import trt_buffers, trt_session
 from phalanx.runtime.executors.trt_network import ProfileShapes
 
 from .interpreter import NetworkInterpreter
@@ -200,7 +200,7 @@ def replace_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(target: Array, source: Array, stream: object) -> None:
         ctypes.memmove(np.ndarray.__getattribute__(target, "ctypes").data, source.ctypes.data, source.nbytes)
 
-    monkeypatch.setattr(trt_session, "Arena", lambda num_bytes: Arena(num_bytes, allocate))
+    monkeypatch.setattr(trt_buffers, "Arena", lambda num_bytes: Arena(num_bytes, allocate))
     monkeypatch.setattr(trt_session, "pinned_array", lambda shape, dtype: np.zeros(shape, dtype))
     monkeypatch.setattr(trt_session, "upload", copy)
     monkeypatch.setattr(trt_session, "download", copy)

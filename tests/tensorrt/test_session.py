@@ -13,7 +13,7 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
-from phalanx.runtime.executors import trt_session
+from phalanx.runtime.executors import trt_buffers
 from phalanx.runtime.executors.trt_executor import TrtExecutor
 from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape
@@ -95,7 +95,7 @@ def test_memory_that_does_not_suffice_says_what_to_build(tmp_path: Path, monkeyp
     def no_memory(num_bytes: int) -> None:
         raise ConfigError("there is none")
 
-    monkeypatch.setattr(trt_session, "Arena", no_memory)
+    monkeypatch.setattr(trt_buffers, "Arena", no_memory)
     path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
     with pytest.raises(ConfigError, match=r"5 slots of 128 tokens .* need 0\.00 GB .*smaller --max-num-seqs"):
         _open(path, Topology(Layout()), SelfCommunicator())
