@@ -141,5 +141,6 @@ GPT2 = Model(
     embed_weights=embed_weights,
     block_weights=block_weights,
     head_weights=head_weights,
-    ignored_tensors=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
+    # Published checkpoints also hold causal masks, and tied ones sometimes a copy of the token table.
+    ignored_tensors=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
 )

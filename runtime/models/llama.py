@@ -117,5 +117,6 @@ LLAMA = Model(
     embed_weights=embed_weights,
     block_weights=block_weights,
     head_weights=head_weights,
-    ignored_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    # Published checkpoints also hold rotary tables, and tied ones sometimes a copy of the token table.
+    ignored_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
 )

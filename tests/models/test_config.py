@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from phalanx.parallel.errors import ConfigError
+from phalanx import LLM, SamplingParams
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.models import find_model
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
@@ -74,3 +78,22 @@ def test_gpt2_variants_that_change_the_computation_are_refused(field: str, value
     raw = {"architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9, field: value}
     with pytest.raises(ConfigError, match=field):
         find_model(raw).read_config(raw)
+
+
+@pytest.mark.parametrize("name", ["llama-one-kv-head-tied", "gpt2-plain", "gemma-one-kv-head"])
+def test_a_tied_checkpoint_may_hold_a_copy_of_its_table(name: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(CASES_BY_NAME[name], tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    table = next(value for key, value in tensors.items() if "embed" in key or "wte" in key)
+    save_file({**tensors, "lm_head.weight": table}, directory / "model.safetensors")
+    with LLM(directory, engine="numpy") as llm:
+        assert len(llm.generate([3, 4], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+
+
+def test_an_untied_checkpoint_needs_its_own_head(tmp_path: Path) -> None:
+    directory = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        LLM(directory, engine="numpy")
