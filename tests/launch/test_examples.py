@@ -15,7 +15,7 @@ def run_example(*launcher: str) -> subprocess.CompletedProcess[str]:
 
 @needs_mpirun
 def test_offline_prints_once_and_the_same_on_any_number_of_ranks() -> None:
-    alone, ranks = run_example(), run_example(str(MPIRUN), "-n", "4")
+    alone, ranks = run_example(), run_example(str(MPIRUN), "-n", "2")
     assert (alone.returncode, alone.stderr, ranks.returncode, ranks.stderr) == (0, "", 0, "")
     assert alone.stdout == ranks.stdout
     assert alone.stdout.count("--- ") == 3
