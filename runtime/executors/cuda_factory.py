@@ -183,7 +183,7 @@ def _stage(
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
-    parts = (library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
+    parts = (config.num_layers, library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
     hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))

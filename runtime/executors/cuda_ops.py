@@ -37,26 +37,35 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
 class CudaOps(Ops[DeviceArray]):
     """One rank's operations; `bind` sets the sizes of the step, whose contents the kernels read on the device.
 
+    Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there: of a
+    2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
+
     Args:
+        num_layers: blocks of the whole model.
         weights: name -> ``[out, in]`` or ``[out]``, this rank's shard.
         vocabulary: rows of the vocabulary that this rank holds.
         group: the tensor-parallel group.
     """
 
     def __init__(
-        self, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
+        self, num_layers: int, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
         group: DeviceCommunicator, arrays: StepArrays, pool: ActivationPool, attention: CudaAttention,
     ) -> None:  # fmt: skip
         self._library, self._gemm, self._weights, self._vocabulary = library, gemm, weights, vocabulary
         self._group, self._arrays, self._pool, self._attention = group, arrays, pool, attention
+        self._last_layer = num_layers - 1
         self._num_rows = 0
+        self._num_kept = 0
         self._logit_rows = range(0)
 
-    def bind(self, num_rows: int, has_prefill: bool) -> None:
-        """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten."""
+    def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
+        """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
+
+        ``num_kept``: go on with this many of the step's rows with logits behind the last attention; 0 = with all rows.
+        """
         self._pool.reset()
         self._attention.begin(has_prefill)
-        self._num_rows = num_rows
+        self._num_rows, self._num_kept = num_rows, num_kept
 
     def bind_logits(self, rows: range) -> None:
         """Which of the step's rows with logits the next `logits` computes, as a range of `StepArrays.logit_rows`."""
@@ -89,6 +98,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
+        residual = self._rows_of(residual, x)
         out = self._pool.array(x.shape, x.dtype)
         rms_norm(
             self._library, x, self._weights[f"{name}.weight"], out,
@@ -100,6 +110,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
+        residual = self._rows_of(residual, x)
         out = self._pool.array(x.shape, x.dtype)
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
@@ -132,6 +143,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
         """See `Ops.add`."""
+        x, y = self._rows_of(x, y), self._rows_of(y, x)
         out = self._pool.array(x.shape, x.dtype)
         add(self._library, x, y, out)
         return out
@@ -150,17 +162,29 @@ class CudaOps(Ops[DeviceArray]):
 
     def attention(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
         """See `Ops.attention`."""
-        return self._attention(qkv, layer, spec)
+        out = self._attention(qkv, layer, spec)
+        if layer == self._last_layer and self._num_kept:
+            return self._gather(out, range(self._num_kept))
+        return out
 
     def logits(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
-        rows = self._arrays.logit_rows[self._logit_rows.start : self._logit_rows.stop]
-        gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
-        gather_rows(self._library, x, rows, gathered)
-        return self.linear(gathered, name)
+        return self.linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         weight = self._weights[f"{name}.weight"]
         out = self._pool.array((len(x), weight.shape[0]), x.dtype)
         self._gemm(x, weight, out, bias)
         return out
+
+    def _rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
+        """``x`` with the rows that ``other`` has: those kept, where ``other`` comes from behind the last attention."""
+        if x is None or len(x) <= len(other):
+            return x
+        return self._gather(x, range(len(other)))
+
+    def _gather(self, x: DeviceArray, rows: range) -> DeviceArray:
+        """The rows of ``x`` that some of the step's rows with logits are."""
+        gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
+        gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
+        return gathered

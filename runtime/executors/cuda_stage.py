@@ -44,7 +44,9 @@ class CudaStage:
 
     def run(self, key: StepKey) -> DeviceArray | None:
         """The whole stage; returns what the next stage needs, ``[T, D]``, or None on the last. Enqueues; does not wait."""
-        x, residual = self._blocks(key, key.num_logit_rows)
+        rows = max(key.num_logit_rows, 1)  # one padding row where nobody needs logits
+        narrows = self.topology.is_last_stage and rows < key.num_rows
+        x, residual = self._blocks(key, rows, num_kept=rows if narrows else 0)
         if not self.topology.is_last_stage:
             return x if residual is None else self.ops.add(x, residual)
         if key.num_logit_rows:
@@ -54,7 +56,7 @@ class CudaStage:
     def run_with_prompt_rows(self, key: StepKey, num_sampled: int, num_prompt_rows: int) -> DeviceArray | None:
         """Like `run` for a step that scores prompt rows too; ``key.num_logit_rows`` is their number and the samples'."""
         total = num_sampled + num_prompt_rows
-        x, residual = self._blocks(key, total)
+        x, residual = self._blocks(key, total, num_kept=0)
         if residual is not None:
             x = self.ops.add(x, residual)
         if not self.topology.is_last_stage:
@@ -64,9 +66,9 @@ class CudaStage:
             self._sample(key, x, None, range(start, stop), ResultLayout(total, key.num_top))
         return None
 
-    def _blocks(self, key: StepKey, num_logit_rows: int) -> tuple[DeviceArray, DeviceArray | None]:
+    def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
         step_update.update(self.library, self.arrays, self.block_size, key.num_rows, num_logit_rows)
-        self.ops.bind(key.num_rows, key.has_prefill)
+        self.ops.bind(key.num_rows, key.has_prefill, num_kept)
         if self.topology.is_first_stage:
             x = self.model.embed(self.ops, self.config)
         else:
