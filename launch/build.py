@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = _request(args, checkpoint, library)
         directory = EngineDirectory.of(args.output, checkpoint.path)
         identity = identify(checkpoint, request, layout, library)
-        args.output.mkdir(parents=True, exist_ok=True)
+        if stale := directory.prepare(identity):
+            sys.stderr.write(f"removed {len(stale)} engine(s) of an earlier build from {args.output}\n")
         sys.stderr.write(_plan_line(request, library))
         for topology in ranks:
             path = directory.engine(identity, topology.rank)
@@ -93,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             sys.stderr.write(_report_line(path, report))
             sys.stdout.write(f"{path}\n")
-        directory.write_config(identity)
     return 0
 
 

@@ -6,6 +6,7 @@ Peak host memory is the shard, the builder's own copy of it, and some hundred me
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -189,7 +190,7 @@ def _builder_config(library: TensorRT, builder: Any, request: BuildRequest, netw
 def _write_plan(
     library: TensorRT, builder: Any, network: RankNetwork, config: Any, path: Path, log: BuildLog
 ) -> int:  # fmt: skip
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             writer = library.stream_writer(file.write)
@@ -204,9 +205,14 @@ def _write_plan(
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes first: several may make the same file at once."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def _distinct_bytes(weights: dict[str, Array]) -> int:

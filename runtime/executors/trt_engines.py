@@ -23,7 +23,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.trt_adapter import TensorRT
-from phalanx.runtime.executors.trt_builder import BuildRequest
+from phalanx.runtime.executors.trt_builder import BuildRequest, replace_file
 from phalanx.runtime.executors.trt_network import NetworkShape
 
 __all__ = ["EngineDirectory", "EngineIdentity", "identify", "weights_checksum"]
@@ -87,8 +87,17 @@ class EngineDirectory:
 
     @staticmethod
     def of(path: Path, checkpoint: Path) -> EngineDirectory:
-        """The directory ``path``, its files named after the checkpoint's directory."""
+        """The directory ``path`` to build into, its files named after the checkpoint's directory."""
         return EngineDirectory(path, re.sub(r"[^A-Za-z0-9.-]+", "-", checkpoint.resolve().name) or "model")
+
+    @staticmethod
+    def existing(path: Path) -> EngineDirectory:
+        """The directory ``path`` that engines were built into, from a checkpoint of whatever name.
+
+        Raises:
+            ConfigError: there are no engines, or ``config.json`` is damaged.
+        """
+        return EngineDirectory(path, str(EngineDirectory(path, "").read_config().get("model_name")))
 
     @property
     def config_path(self) -> Path:
@@ -106,12 +115,30 @@ class EngineDirectory:
         name = f"{self.model_name}_{identity.shape.dtype}_tp{layout.tp}_pp{layout.pp}_rank{rank}.engine"
         return self.path / name
 
-    def write_config(self, identity: EngineIdentity) -> None:
-        """Say what the engines are. Engines of another identity that lie here become stale."""
-        text = json.dumps({"key": identity.key, **identity.fields()}, indent=2)
-        partial = self.config_path.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(self.config_path)
+    def prepare(self, identity: EngineIdentity) -> list[Path]:
+        """Make the directory ready for engines of ``identity``; returns the stale ones of the same names, which are removed.
+
+        So whatever lies here is what ``config.json`` says, however many processes build its ranks.
+
+        Raises:
+            ConfigError: there are engines of another model, type or layout.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        key = self.read_config()["key"] if self.config_path.exists() else None
+        stale: list[Path] = []
+        if key != identity.key:
+            names = {self.engine(identity, rank).name for rank in range(identity.layout.world_size)}
+            stale = sorted(self.path.glob("*.engine"))
+            if others := [engine.name for engine in stale if engine.name not in names]:
+                raise ConfigError(f"{self.path} holds other engines ({others[0]}); use another --output")
+            for engine in stale:
+                engine.unlink(missing_ok=True)
+            self._write_config(identity)
+        return stale
+
+    def _write_config(self, identity: EngineIdentity) -> None:
+        content = {"key": identity.key, "model_name": self.model_name, **identity.fields()}
+        replace_file(self.config_path, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_config(self) -> dict[str, Any]:
         """What the engines here are.
@@ -190,9 +217,7 @@ def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
         return remembered.read_text().strip()
     checksum = content_checksum(checkpoint.source)
     memory.mkdir(parents=True, exist_ok=True)
-    partial = memory / f"{stamp}.{id(checkpoint)}.partial"
-    partial.write_text(checksum)
-    partial.replace(remembered)
+    replace_file(remembered, checksum.encode())
     return checksum
 
 

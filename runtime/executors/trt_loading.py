@@ -87,15 +87,14 @@ def find_engine(
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, checkpoint.path)
     rank = topology.rank - topology.replica_group.start
     engine = directory.engine(identity, rank)
+    if comm.rank == 0:
+        directory.prepare(identity)
+    comm.barrier()
     if not engine.exists():
-        if topology.is_leader:
+        if comm.rank == 0:
             sys.stderr.write(f"building TensorRT engines in {directory.path}; later starts will find them there\n")
-        directory.path.mkdir(parents=True, exist_ok=True)
         place = Topology(topology.layout, rank)
         build_engine(library, request, checkpoint.source, place, engine, directory.timing_cache)
-    comm.barrier()
-    if topology.is_leader:
-        directory.write_config(identity)
     return engine, request
 
 
@@ -104,7 +103,7 @@ def _given_engine(
     capability: str, checksum: str,
 ) -> tuple[Path, BuildRequest]:  # fmt: skip
     assert options.engine_dir is not None
-    directory = EngineDirectory.of(options.engine_dir, checkpoint.path)
+    directory = EngineDirectory.existing(options.engine_dir)
     found = directory.read_config()
     shape = directory.read_shape()
     stripped = not found.get("weights_checksum")

@@ -47,8 +47,7 @@ def _identity(**changes: Any) -> EngineIdentity:
 def directory(tmp_path: Path) -> EngineDirectory:
     """Engines of `_identity`."""
     directory = EngineDirectory.of(tmp_path / "engines", tmp_path / "llama-plain")
-    directory.path.mkdir()
-    directory.write_config(_identity())
+    assert directory.prepare(_identity()) == []
     for rank in range(2):
         directory.engine(_identity(), rank).write_bytes(b"plan")
     return directory
@@ -200,6 +199,25 @@ def test_missing_engine_damaged_and_absent_config_are_told_apart(directory: Engi
         ConfigError, match=r"holds no engines \(no config\.json\); make them with python -m launch\.build"
     ):
         EngineDirectory(tmp_path / "nothing", "x").read_config()
+
+
+def test_engines_are_found_whatever_the_checkpoint_is_called_now(directory: EngineDirectory) -> None:
+    assert EngineDirectory.existing(directory.path) == directory
+
+
+def test_a_new_build_removes_what_it_makes_stale_and_nothing_else(directory: EngineDirectory) -> None:
+    changed = _identity(weights="1" * 32)
+    assert directory.prepare(_identity()) == []
+    assert [path.name[-12:] for path in directory.prepare(changed)] == ["rank0.engine", "rank1.engine"]
+    assert not list(directory.path.glob("*.engine"))
+    directory.engine(changed, 0).write_bytes(b"plan")
+    assert directory.prepare(changed) == []
+    assert directory.check(changed, 0, "8.9").exists()
+    with pytest.raises(
+        ConfigError, match=r"holds other engines \(llama-plain_float32_tp2_pp1_rank0.engine\); use another"
+    ):
+        directory.prepare(_identity(layout=Layout(tp=4)))
+    assert directory.engine(changed, 0).exists()
 
 
 @pytest.mark.parametrize(
