@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
-from phalanx.parallel.launcher import launch_info
+from phalanx.parallel.launcher import LaunchInfo, launch_info
 
 __all__ = [
     "MpiCommunicator",
@@ -31,6 +32,7 @@ __all__ = [
 _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
+_MPICH_FAMILY = ("MPICH", "MPICH2", "MVAPICH", "MVAPICH2", "Intel MPI")
 
 
 class MpiCommunicator:
@@ -113,10 +115,7 @@ def world_communicator() -> Communicator:
         return SelfCommunicator()
     world = _mpi().COMM_WORLD
     if world.Get_size() == 1 and info.size > 1:
-        raise ConfigError(
-            f"{info.launcher} started {info.size} ranks but MPI sees 1: the launcher and the MPI library do not belong "
-            "together; use the mpirun of this environment, or srun --mpi=pmix (Open MPI) / --mpi=pmi2 (MPICH)"
-        )
+        raise ConfigError(_mismatch(info, "MPI sees 1"))
     if world.Get_size() == 1:
         return SelfCommunicator()
     return MpiCommunicator(world.Dup())
@@ -139,8 +138,6 @@ class MpiLibrary:
 
 def mpi_library() -> MpiLibrary:
     """The MPI library that this process uses, loaded if need be but not started.
-
-    Call it after `world_communicator`: where it comes first, MPI is not started later either.
 
     Raises:
         ConfigError: no MPI library can be loaded.
@@ -195,11 +192,13 @@ def _bytes(array: Array) -> list[Any]:
 
 
 def _mpi(start: bool = True) -> Any:
-    """``mpi4py.MPI``, initialised on first use."""
+    """``mpi4py.MPI``, initialised on first use.
+
+    Starting under a foreign launcher would end the process from inside MPI, so that is looked at first.
+    """
     import mpi4py
 
-    mpi4py.rc.thread_level = "serialized"
-    mpi4py.rc.initialize = start
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -207,4 +206,22 @@ def _mpi(start: bool = True) -> Any:
             f"no MPI library can be loaded ({str(error).splitlines()[0]}); install one: pip install mpich, "
             "or load your site's MPI module"
         ) from error
+    if start and not MPI.Is_initialized():
+        _refuse_foreign_launcher(MPI.get_vendor()[0])
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return MPI
+
+
+def _refuse_foreign_launcher(vendor: str) -> None:
+    info = launch_info()
+    if info.launcher == "Open MPI" and vendor in _MPICH_FAMILY:
+        raise ConfigError(_mismatch(info, f"the MPI library is {vendor}"))
+
+
+def _mismatch(info: LaunchInfo, what: str) -> str:
+    return (
+        f"{info.launcher} started {info.size} ranks but {what}: the launcher and the MPI library do not belong "
+        "together; use the mpirun of this environment, or srun --mpi=pmix (Open MPI) / --mpi=pmi2 (MPICH)"
+    )

@@ -176,12 +176,20 @@ def test_shards_without_their_index_load(directory: Path) -> None:
     assert without.stdout == whole.stdout
 
 
-def test_a_launcher_of_another_mpi_is_named(directory: Path) -> None:
-    foreign = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
+@pytest.mark.parametrize(
+    ("foreign", "said"),
+    [
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI started 4 ranks but the MPI library is MPICH"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "Slurm started 4 ranks but MPI sees 1"),
+    ],
+    ids=["mpirun", "srun"],
+)  # fmt: skip
+def test_a_launcher_of_another_mpi_is_named(foreign: dict[str, str], said: str, directory: Path) -> None:
+    """The variables of a launcher that our MPICH cannot talk to, as each of its ranks sees them."""
     result = run("generate", "--model", directory / "model", "--prompt-token-ids", "5", environ=foreign)
     assert result.returncode == 2
-    assert len(messages(result.stderr)) == 1
-    assert "Open MPI started 4 ranks but MPI sees 1" in result.stderr
+    assert len(messages(result.stderr)) == len(result.stderr.splitlines()) == 1
+    assert said in result.stderr
     assert "use the mpirun of this environment" in result.stderr
 
 

@@ -82,7 +82,7 @@ def test_a_launcher_of_another_mpi_is_found_out() -> None:
     result = run("doctor", "--json", environ=foreign)
     decoded, checks = report(result)
     assert (result.returncode, decoded["ok"]) == (1, False)
-    assert "Open MPI started 4 ranks but MPI sees 1" in checks["ranks"]["detail"]
+    assert "Open MPI started 4 ranks but the MPI library is MPICH" in checks["ranks"]["detail"]
     assert "use the mpirun of this environment" in checks["ranks"]["fix"]
 
 
