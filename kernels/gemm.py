@@ -66,7 +66,8 @@ class Gemm:
     ) -> None:
         """``out = f(x @ weight.T + bias)``, plus ``out`` with ``accumulate``; f is GELU's tanh form with ``has_gelu``.
 
-        x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32.
+        x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32. Some of cuBLASLt's algorithms round
+        the product to out's dtype before they add ``out``.
         """
         operands = Operands(x, weight, out, bias)
         problem = problem_of(operands, has_gelu, accumulate)

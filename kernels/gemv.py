@@ -26,16 +26,16 @@ class GemvShape:
     ``prefetch_bytes`` of each weight row are brought into the second-level cache while the previous kernel ends.
     """
 
-    num_warps: int = 8
+    num_warps: int = 16
     row_blocks: int = 1
-    unroll: int = 4
+    unroll: int = 2
     prefetch_bytes: int = 0
 
 
 GEMV_SHAPES = tuple(
     GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
-    for num_warps, row_blocks, unroll in ((4, 1, 4), (8, 1, 4), (8, 2, 2), (16, 1, 2), (16, 1, 4))
-    for prefetch_bytes in (0, 4096, 16384)
+    for num_warps, row_blocks, unroll in ((8, 1, 4), (8, 2, 2), (16, 1, 2), (16, 1, 4))
+    for prefetch_bytes in (0, 4096)
 )
 """What the tuner tries."""
 

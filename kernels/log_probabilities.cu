@@ -3,14 +3,14 @@
 // and of the num_top most probable ones, best first, ties by the lower token. CLUSTER blocks a row.
 // Shapes: logits [R, S, V_local] as in sample_rows.cu; token_ids [S] int32; logprobs [S] float32; top_ids [S, num_top] int32; top_logprobs [S, num_top] float32. num_top <= min(1024, vocab_size).
 //     NaN (and top_ids -1) where a logit is NaN or infinite; NaN for a negative token.
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
 // Reference: log-softmax in float64.
 #include "launch.cuh"
 #include "row_select.cuh"
 
 #define NOT_A_NUMBER __int_as_float(0x7fffffff)
 
-extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
+extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS, 2)
 log_probabilities(const scalar* __restrict__ logits, const int* __restrict__ token_ids, float* __restrict__ logprobs,
                   int* __restrict__ top_ids, float* __restrict__ top_logprobs, int num_parts, int part_size,
                   int vocab_size, int num_top) {

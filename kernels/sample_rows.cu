@@ -6,7 +6,7 @@
 //     top_ks, positions [S] int32 (0 = all tokens); seeds [S] uint64; token_ids [S] int32 (-1: not finite).
 // Tie rules: equal logits rank by the lower token; top-p keeps the smallest set that reaches p, at least one token.
 // Noise as in local_argmax.cu, so a filter that keeps everything changes nothing.
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (1024, or less: a power of two), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
 // Reference: sort, cumulative sums and argmax in NumPy.
 #include "launch.cuh"
 #include "row_select.cuh"
@@ -15,23 +15,22 @@
 // beat it is dismissed with a comparison.
 __device__ uint64 draw(const Row& row, uint64 best, uint64 threshold, float lowest, NoisyWinner winner) {
     winner.offer(score_of(best), token_of(best));
-    row.for_each_vector([&](Vector<VEC> packed, int token, int count) {
-        float largest = -LARGEST_SCORE;
+    row.for_each_vector([&](const Vector<VEC>& packed, int token, int count) {
+        if (largest_of(packed) >= lowest) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) largest = fmaxf(largest, to_float(packed.lane[i]));
-        if (largest < lowest) count = 0;
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-            const float logit = to_float(packed.lane[0]);
-            if (logit >= lowest && packed_key(logit, token + i) >= threshold) winner.offer(logit, token + i);
-            shift_down(packed);
+            for (int i = 0; i < VEC; ++i) {
+                const float logit = to_float(packed.lane[i]);
+                if (i >= count || logit < lowest) continue;
+                if (logit == lowest && packed_key(logit, token + i) < threshold) continue;
+                winner.offer(logit, token + i);
+            }
         }
         winner.share();
     });
     return cluster_reduce<NUM_THREADS>(winner.key(), Max());
 }
 
-extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS)
+extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS, 2)
 sample_rows(const scalar* __restrict__ logits, const float* __restrict__ temperatures, const int* __restrict__ top_ks,
             const float* __restrict__ top_ps, const float* __restrict__ min_ps, const uint64* __restrict__ seeds,
             const int* __restrict__ positions, int* __restrict__ token_ids, int num_parts, int part_size,

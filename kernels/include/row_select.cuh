@@ -16,7 +16,6 @@ constexpr float BINS_PER_NAT = 64.0f;
 constexpr int MAX_CANDIDATES = 2048;
 constexpr int DIGIT_BITS = 10;
 constexpr int NUM_DIGITS = 1 << DIGIT_BITS;
-constexpr int IN_FLIGHT = 4;  // vectors that a thread loads before it looks at the first
 
 // Tokens and mass of a set. A 64-bit sum in shared memory is two 32-bit ones: those have native atomics.
 struct Totals {
@@ -35,9 +34,11 @@ struct Totals {
 };
 
 template <int N>
-__device__ __forceinline__ void shift_down(Vector<N>& packed) {
+__device__ __forceinline__ float largest_of(const Vector<N>& packed) {
+    float largest = to_float(packed.lane[0]);
 #pragma unroll
-    for (int i = 0; i + 1 < N; ++i) packed.lane[i] = packed.lane[i + 1];
+    for (int i = 1; i < N; ++i) largest = fmaxf(largest, to_float(packed.lane[i]));
+    return largest;
 }
 
 // logits [num_parts, num_rows, V_local]; token = part * V_local + column, of which the first vocab_size exist.
@@ -56,34 +57,26 @@ struct Row {
             const scalar* const columns = logits + part * part_stride;
             const int first = part * part_size;
             const int end = min(part_size, vocab_size - first);
-            for (int from = cluster_rank() * NUM_THREADS * VEC; from < end; from += IN_FLIGHT * STRIDE) {
-                const int at = from + threadIdx.x * VEC;
-                Vector<VEC> packed[IN_FLIGHT];
-#pragma unroll
-                for (int step = 0; step < IN_FLIGHT; ++step)
-                    if (at + step * STRIDE < end)
-                        packed[step] = *reinterpret_cast<const Vector<VEC>*>(columns + at + step * STRIDE);
-#pragma unroll
-                for (int step = 0; step < IN_FLIGHT; ++step)
-                    visit(packed[step], first + at + step * STRIDE, min(end - at - step * STRIDE, VEC));
+            int at = (cluster_rank() * NUM_THREADS + threadIdx.x) * VEC;
+            Vector<VEC> packed, next;
+            if (at < end) packed = *reinterpret_cast<const Vector<VEC>*>(columns + at);
+            for (int from = cluster_rank() * NUM_THREADS * VEC; from < end; from += STRIDE, at += STRIDE) {
+                if (at + STRIDE < end) next = *reinterpret_cast<const Vector<VEC>*>(columns + at + STRIDE);
+                visit(packed, first + at, min(end - at, VEC));
+                packed = next;
             }
         }
     }
 
     // Calls visit(logit, token) for the tokens at or above `lowest` and some below: vectors that lie below it are passed
-    // over. A loop that shifts the next element down, so that a long visit is compiled once.
+    // over.
     template <typename Visit>
     __device__ __forceinline__ void for_each(float lowest, Visit visit) const {
-        for_each_vector([&](Vector<VEC> packed, int token, int count) {
-            float best = -LARGEST_SCORE;
+        for_each_vector([&](const Vector<VEC>& packed, int token, int count) {
+            if (largest_of(packed) < lowest) return;
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) best = fmaxf(best, to_float(packed.lane[i]));
-            if (best < lowest) return;
-#pragma unroll 1
-            for (int i = 0; i < count; ++i) {
-                visit(to_float(packed.lane[0]), token + i);
-                shift_down(packed);
-            }
+            for (int i = 0; i < VEC; ++i)
+                if (i < count) visit(to_float(packed.lane[i]), token + i);
         });
     }
 
@@ -256,10 +249,8 @@ class RowSelect {
         cluster_sync();
         Storage* const leader = in_block(&at_, 0);
         row_.for_each(lowest, [&](float logit, int token) {
-            if (bin >= 0 && bin_of(logit) != bin) return;
-            const uint64 key = packed_key(logit, token);
-            if (key < threshold || !starts_with(key, prefix, shift)) return;
-            leader->candidates[atomicAdd(&leader->num_candidates, 1)] = key;
+            if (logit < lowest || (bin >= 0 && bin_of(logit) != bin)) return;
+            append(leader, packed_key(logit, token), prefix, shift, threshold);
         });
         cluster_sync();
         if (cluster_rank() == 0) sort();
@@ -270,6 +261,11 @@ class RowSelect {
             if (threadIdx.x == 0) at_.num_candidates = count;
         }
         cluster_sync();
+    }
+
+    __device__ static __noinline__ void append(Storage* to, uint64 key, uint64 prefix, int shift, uint64 threshold) {
+        if (key < threshold || !starts_with(key, prefix, shift)) return;
+        to->candidates[atomicAdd(&to->num_candidates, 1)] = key;
     }
 
     // Bitonic, descending; padded with keys below all real ones.

@@ -30,59 +30,36 @@ __device__ __forceinline__ int token_of(uint64 key) {
 
 __device__ __forceinline__ float score_of(uint64 key) { return from_ordered_bits(static_cast<uint32>(key >> 32)); }
 
-// Philox4x32-10 (Salmon et al. 2011) and Gumbel noise from it: argmax(score + noise) is a draw from softmax(score).
-class Noise {
-  public:
-    __device__ Noise(uint64 seed, int position) : seed_(seed), position_(position), quad_(-1) {}
-
-    // -log(-log(u)), u uniform on the odd multiples of 2^-24: all exact in float32, none of them 0 or 1.
-    __device__ __forceinline__ float gumbel(int token) {
-        const float u = (static_cast<float>(bits(token)) + 0.5f) * 0x1p-23f;
-        return -logf(-logf(u));
-    }
-
-    // 1 - u, exactly.
-    __device__ __forceinline__ float below_one(int token) {
-        return static_cast<float>((1 << 23) - 1 - bits(token)) * 0x1p-23f + 0x1p-24f;
-    }
-
-  private:
-    __device__ __forceinline__ int bits(int token) {
-        if (token >> 2 != quad_) draw(token >> 2);
-        const uint32 word = token & 2 ? (token & 1 ? word3_ : word2_) : (token & 1 ? word1_ : word0_);
-        return static_cast<int>(word >> 9);
-    }
-
-    // Four neighbouring tokens share a draw: visiting them in order costs one.
-    __device__ __forceinline__ void draw(int quad) {
-        quad_ = quad;
-        uint32 c0 = quad, c1 = position_, c2 = 0, c3 = 0;
-        uint32 k0 = static_cast<uint32>(seed_), k1 = static_cast<uint32>(seed_ >> 32);
-#pragma unroll
-        for (int round = 0; round < 10; ++round) {
-            const uint32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-            const uint32 high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
-            c0 = high1 ^ c1 ^ k0;
-            c1 = low1;
-            c2 = high0 ^ c3 ^ k1;
-            c3 = low0;
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
-        word0_ = c0;
-        word1_ = c1;
-        word2_ = c2;
-        word3_ = c3;
-    }
-
-    uint64 seed_;
-    int position_;
-    int quad_;
-    uint32 word0_, word1_, word2_, word3_;
+struct Words4 {
+    uint32 at[4];
 };
 
-// Division, not a product with the reciprocal: the NumPy sampler divides, and scores must round alike.
-__device__ __forceinline__ float scaled(float logit, float temperature) { return __fdiv_rn(logit, temperature); }
+// Philox4x32-10 (Salmon et al. 2011) at counter (quad, position, 0, 0). A function of its own: it is called from
+// unrolled loops.
+__device__ __noinline__ Words4 philox(uint64 seed, int position, int quad) {
+    uint32 c0 = quad, c1 = position, c2 = 0, c3 = 0;
+    uint32 k0 = static_cast<uint32>(seed), k1 = static_cast<uint32>(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const uint32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        const uint32 high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// logit / temperature + Gumbel noise, whose argmax is a draw from the softmax: -log(-log(u)) with u uniform on the odd
+// multiples of 2^-24, all exact in float32 and none of them 0 or 1. Division, not a product with the reciprocal: the
+// NumPy sampler divides, and scores must round alike.
+__device__ __noinline__ float noisy_score(float logit, float temperature, uint32 bits) {
+    const float u = (static_cast<float>(bits) + 0.5f) * 0x1p-23f;
+    return __fdiv_rn(logit, temperature) - logf(-logf(u));
+}
 
 // The best of the tokens offered so far, in any order.
 struct Winner {
@@ -103,12 +80,19 @@ struct Winner {
 class NoisyWinner {
   public:
     __device__ NoisyWinner(uint64 seed, int position, float temperature)
-        : noise_(seed, position), temperature_(temperature), factor_(LOG2_E / temperature) {}
+        : seed_(seed), position_(position), temperature_(temperature), factor_(LOG2_E / temperature) {}
 
     __device__ __forceinline__ void offer(float logit, int token) {
+        if (token >> 2 != quad_) {  // four neighbours share a draw: visiting them in order costs one
+            quad_ = token >> 2;
+            words_ = philox(seed_, position_, quad_);
+        }
+        const uint32 word = token & 2 ? (token & 1 ? words_.at[3] : words_.at[2]) : (token & 1 ? words_.at[1] : words_.at[0]);
+        const int bits = static_cast<int>(word >> 9);
+        const float below_one = static_cast<float>((1 << 23) - 1 - bits) * 0x1p-23f + 0x1p-24f;  // 1 - u, exactly
         const float exponent = logit * factor_ - bound_;
-        if (noise_.below_one(token) > 1.01f * exp2f(exponent) && exponent >= -LARGEST_SCORE) return;
-        winner_.offer(scaled(logit, temperature_) + noise_.gumbel(token), token);
+        if (below_one > 1.01f * exp2f(exponent) && exponent >= -LARGEST_SCORE) return;
+        winner_.offer(noisy_score(logit, temperature_, bits), token);
         bound_ = winner_.score * LOG2_E;
     }
 
@@ -121,7 +105,10 @@ class NoisyWinner {
 
   private:
     static constexpr float LOG2_E = 1.4426950408889634f;
-    Noise noise_;
+    uint64 seed_;
+    int position_;
+    int quad_ = -1;
+    Words4 words_;
     Winner winner_;
     float temperature_, factor_;
     float bound_ = -LARGEST_SCORE;  // the best score so far in powers of two; at first everything is above it

@@ -301,7 +301,7 @@ def decode_chain(bench: Bench, model: str, kind: str, gated: GemvShape, num_laye
         for problem in problems:
             candidates = [GemmChoice(c) for c in gemm.candidates(problem, ())]
             operands = tuner.timed_operands(problem)
-            timings.add({problem: min(candidates, key=lambda c: tuner.measure(problem, c, operands))})  # noqa: B023
+            timings.add({problem: min(candidates, key=lambda c: tuner.measure(problem, c, operands))})
     else:
         tuner.tune(problems)
     layers = [{name: bench.normal(*shapes[name]) for name in shapes if name != "head"} for _ in range(num_layers)]

@@ -12,7 +12,7 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 pytest.importorskip("cuda.bindings.nvrtc")
 
 ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
-ROWS = {"VEC": 8, "NUM_THREADS": 1024, "CLUSTER": 1}
+ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1}
 SPECS = [
     ("embedding", ROW),
     ("position_embedding", ROW),
