@@ -38,7 +38,7 @@ def probe_kernel(device: int) -> None:
     """
     import cupy
 
-    with cupy.cuda.Device(device):
+    with cupy.cuda.Device(device), cupy.cuda.Stream(non_blocking=True):
         x = cupy.arange(_COUNT, dtype=cupy.float32).reshape(1024, -1)
         add(KernelLibrary(), x, x, x)
         _compare("a kernel", x.ravel().get(), 2 * np.arange(_COUNT, dtype=np.float32))
@@ -53,7 +53,9 @@ def probe_cublaslt(device: int) -> int:
     import cupy
 
     with cupy.cuda.Device(device):
-        return CublasLt(cupy.empty(1 << 20, cupy.uint8)).version
+        library = CublasLt(cupy.empty(1 << 20, cupy.uint8))
+        library.close()
+        return library.version
 
 
 def probe_all_reduce(host: Communicator, device: int) -> None:
@@ -66,7 +68,7 @@ def probe_all_reduce(host: Communicator, device: int) -> None:
     """
     import cupy
 
-    with cupy.cuda.Device(device):
+    with cupy.cuda.Device(device), cupy.cuda.Stream(non_blocking=True):
         group = NcclCommunicator(host)
         x = cupy.full(_COUNT, group.rank + 1, cupy.float32)
         group.all_reduce(x)

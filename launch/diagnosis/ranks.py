@@ -148,7 +148,8 @@ def _mapping(reports: Sequence[RankReport]) -> Check:
     users = Counter((report.host, report.gpu) for report in reports)
     shared = next((place for place, count in users.items() if count > 1), None)
     if shared is None:
-        return Check("GPU mapping", "ok", "every rank has a GPU of its own")
+        pairs = (f"{rank} on {report.host} {report.gpu}" for rank, report in enumerate(reports))
+        return Check("GPU mapping", "ok", f"a GPU for each rank: {', '.join(pairs)}")
     host, gpu = shared
     ranks = [rank for rank, report in enumerate(reports) if (report.host, report.gpu) == shared]
     return Check(

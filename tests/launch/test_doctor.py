@@ -143,7 +143,8 @@ def test_two_ranks_on_one_gpu_are_found_out_and_equal_numbers_on_two_hosts_are_n
         reports = on_ranks(lambda rank: rank_report(rank, "2.4", f"0000:{buses[rank]}"))
         return [(check.status, check.detail) for check in world_checks(reports) if check.name == "GPU mapping"]
 
-    assert status("ABAB") == [("ok", "every rank has a GPU of its own")]
+    pairs = "0 on node0 0000:A, 1 on node0 0000:B, 2 on node1 0000:A, 3 on node1 0000:B"
+    assert status("ABAB") == [("ok", f"a GPU for each rank: {pairs}")]
     assert status("ABCC") == [("fail", "ranks 2-3 on node1 share GPU 0000:C")]
 
 
