@@ -164,14 +164,14 @@ def activation_bytes(
 ) -> int:
     """Room for one step: every matrix of a block with its input and output alive at once, the residual stream, the logits.
 
-    An upper bound: a block never holds all of them together. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place
-    in the tensor-parallel group.
+    An upper bound: a block never holds all of them together. Rows that need logits count twice, because the last block goes
+    on with them alone. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place in the tensor-parallel group.
     """
     matrices = [shape for spec in block_specs if len(shape := spec.local_shape(rank, size)) == 2]
     per_token = sum(out + inner for out, inner in matrices) + 4 * hidden_size
-    pieces = 3 * len(matrices) + 32
+    pieces = 6 * len(matrices) + 32
     logits = num_logit_rows * (vocab_rows + hidden_size)
-    return (num_tokens * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES
+    return ((num_tokens + num_logit_rows) * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES
 
 
 def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:
