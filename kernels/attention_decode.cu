@@ -24,7 +24,6 @@
 #include "attention_instructions.cuh"
 #include "attention_common.cuh"
 #include "attention_plan.cuh"
-#include "launch.cuh"
 
 constexpr int TILE = DECODE_TILE;
 constexpr int WARPS = 4;
@@ -560,14 +559,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
                           plan, partials,     flags,    alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    let_next_start();
-    initialise(shared);
-    wait_for_previous();
     const DecodeSplit split = DecodeSplit::load(p.plan);
     const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const DecodeRange range = DecodeRange::load(p.plan, block);
     const int first_page = lane < PAGES_PER_TILE ? DecodeRange::load_page(p.plan, block, lane) : 0;
     if (block >= split.num_workers) return;
+    initialise(shared);
     if (warp == WARPS) {
         Feeder feeder{p, shared, lane};
         feeder.run(range, first_page);

@@ -8,7 +8,6 @@
 // cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
 // [max S]: scratch, running totals of tiles.
 #include "attention_plan.cuh"
-#include "launch.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int BUCKETS = 1024;  // of the counting sort by cost
@@ -136,8 +135,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
     int max_workers, int window, int group, int prefill_rows, int cost_shift) {
     __shared__ Scan scan;
     __shared__ int bucket_ends[BUCKETS];
-    let_next_start();
-    wait_for_previous();
     const int num_seqs = counts[0], num_decode = counts[1];
     for (int i = threadIdx.x; i < 2 * max_workers; i += THREADS) flags[i] = 0;
 
