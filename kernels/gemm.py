@@ -74,11 +74,17 @@ class Gemm:
         self.run(problem, self.choice(problem), operands)
 
     def choice(self, problem: GemmProblem) -> GemmChoice:
-        """What the tuner found fastest for this problem or one much like it, else cuBLASLt's first suggestion."""
+        """What the tuner found fastest for this problem or one much like it, else a good guess."""
         if problem not in self._choices:
             tuned = self.timings.find(problem) or self._neighbour(problem)
-            self._choices[problem] = tuned or GemmChoice(self.cublaslt.algorithms(problem, 1)[0])
+            self._choices[problem] = tuned or GemmChoice(self._guess(problem))
         return self._choices[problem]
+
+    def _guess(self, problem: GemmProblem) -> Algorithm | GemvShape:
+        """For one token gemv, which on an H200 is up to 30 % faster and nowhere slower by more than 2 %."""
+        if problem.num_tokens == 1 and _suits_gemv(problem):
+            return GemvShape()
+        return self.cublaslt.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
         """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
@@ -115,14 +121,18 @@ class Gemm:
     def candidates(self, problem: GemmProblem, gemv_shapes: tuple[GemvShape, ...]) -> list[Algorithm | GemvShape]:
         """Everything worth timing: cuBLASLt's suggestions, best guess first, then gemv's shapes where they apply."""
         algorithms: list[Algorithm | GemvShape] = [*self.cublaslt.algorithms(problem, 16)]
-        takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
-        if takes and problem.out_dtype == problem.dtype and not problem.has_gelu:
+        if _suits_gemv(problem):
             algorithms += gemv_shapes
         return algorithms
 
     def close(self) -> None:
         """Give cuBLASLt's handles back. Nothing may be in flight."""
         self.cublaslt.close()
+
+
+def _suits_gemv(problem: GemmProblem) -> bool:
+    takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
+    return takes and problem.out_dtype == problem.dtype and not problem.has_gelu
 
 
 def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:

@@ -7,7 +7,7 @@ import pytest
 from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
-from phalanx.kernels.gemv import GEMV_SHAPES
+from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
@@ -135,3 +135,9 @@ def test_a_small_problem_borrows_the_choice_of_the_next_larger_one(gemm):
     assert borrowing.choice(problem(40)) == timings.find(problem(64))
     assert borrowing.choice(problem(100)) == timings.find(problem(128))
     assert borrowing.choice(problem(300)).kernel == gemm.cublaslt.algorithms(problem(300), 1)[0]
+
+
+def test_without_timings_one_token_takes_the_streaming_kernel(gemm):
+    assert gemm.choice(GemmProblem(1, 512, 1024, "bfloat16", "bfloat16")).kernel == GemvShape()
+    assert gemm.choice(GemmProblem(1, 512, 1000, "bfloat16", "bfloat16")).kernel != GemvShape()
+    assert gemm.choice(GemmProblem(2, 512, 1024, "bfloat16", "bfloat16")).kernel != GemvShape()
