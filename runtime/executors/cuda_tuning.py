@@ -11,6 +11,9 @@ from phalanx.runtime.executors.cuda_stage import CudaStage
 
 __all__ = ["tune_products", "tuned_sizes"]
 
+_SMALLEST_WEIGHT_BYTES = 1 << 20
+"""Products with smaller weights take little longer than their launch, whatever the algorithm."""
+
 
 def tune_products(gemm: Gemm, stage: CudaStage, sizes: list[int], max_logit_rows: int, comm: Communicator) -> None:
     """Time what steps of ``sizes`` tokens multiply, unless that was done before. *Collective.*
@@ -22,7 +25,7 @@ def tune_products(gemm: Gemm, stage: CudaStage, sizes: list[int], max_logit_rows
 
     for size in sizes:
         stage.run(StepKey(size, min(size, max_logit_rows), has_prefill=False))
-    problems = gemm.problems
+    problems = [problem for problem in gemm.problems if problem.weight_bytes >= _SMALLEST_WEIGHT_BYTES]
     tuner = GemmTuner(gemm, gemm.timings)
     if launch_info().local_rank == 0:
         tuner.tune(problems)

@@ -41,8 +41,8 @@ def generate_under_mpirun(directory: Path, tp: int, pp: int, tmp_path: Path, *fl
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_layouts_give_the_numpy_engines_tokens(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     if tp * pp > num_gpus():
         pytest.skip(f"needs {tp * pp} GPUs")
