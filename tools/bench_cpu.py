@@ -67,7 +67,9 @@ def transformers_generate(model: Any, max_tokens: int) -> float:
     """Seconds of one greedy ``generate``."""
     import torch
 
-    prompts = torch.tensor([[(17 * row + 3 * column) % 50257 for column in range(PROMPT_LEN)] for row in range(NUM_SEQS)])
+    prompts = torch.tensor(
+        [[(17 * row + 3 * column) % 50257 for column in range(PROMPT_LEN)] for row in range(NUM_SEQS)]
+    )
     options = {"max_new_tokens": max_tokens, "min_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0}
     start = time.perf_counter()
     with torch.inference_mode():
@@ -82,7 +84,9 @@ def phalanx_prefill(llm: Any) -> float:
     from phalanx import SamplingParams
 
     start = time.perf_counter()
-    llm.generate([[time.perf_counter_ns() % 50257, *range(PREFILL_LEN - 1)]], SamplingParams(max_tokens=1, temperature=0.0))
+    llm.generate(
+        [[time.perf_counter_ns() % 50257, *range(PREFILL_LEN - 1)]], SamplingParams(max_tokens=1, temperature=0.0)
+    )
     return time.perf_counter() - start
 
 
@@ -98,7 +102,11 @@ def transformers_prefill(model: Any) -> float:
 
 
 def mixed_lengths(llm: Any) -> tuple[float, float]:
-    """Seconds for 32 requests of very different output lengths: in flight, and in static batches of NUM_SEQS."""
+    """Seconds for 32 requests of very different output lengths: in flight, and in static batches of NUM_SEQS.
+
+    A static batch computes all of its rows until its longest request is finished; what the others get beyond their length is
+    thrown away.
+    """
     from phalanx import SamplingParams
 
     lengths = [4, 8, 6, 120, 5, 7, 9, 10] * 4
@@ -110,7 +118,8 @@ def mixed_lengths(llm: Any) -> tuple[float, float]:
     start = time.perf_counter()
     for first in range(0, len(prompts), NUM_SEQS):
         batch = slice(first, first + NUM_SEQS)
-        llm.generate(prompts[batch], params[batch])
+        longest = max(params[batch], key=lambda one: one.max_tokens)
+        llm.generate(prompts[batch], longest)
     return in_flight, time.perf_counter() - start
 
 
@@ -142,7 +151,9 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32).eval()
     llm = LLM(directory, load_format="dummy", engine="numpy", max_num_seqs=NUM_SEQS, prefix_caching=False)
     ours, theirs = in_turn(rounds, lambda: phalanx_decode(llm), lambda: transformers_decode(reference))
-    ours_prefill, theirs_prefill = in_turn(rounds, lambda: phalanx_prefill(llm), lambda: transformers_prefill(reference))
+    ours_prefill, theirs_prefill = in_turn(
+        rounds, lambda: phalanx_prefill(llm), lambda: transformers_prefill(reference)
+    )
     in_flight, static = mixed_lengths(llm)
     pairs = [(tensor_parallel_decode(directory, 1, 2), tensor_parallel_decode(directory, 2, 1)) for _ in range(rounds)]
     one, two = (statistics.median(column) for column in zip(*pairs, strict=True))

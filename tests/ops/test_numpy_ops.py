@@ -31,7 +31,9 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
 
 
-def make_ops(weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span = Span(0, 0, 0)) -> NumpyOps:
+def make_ops(
+    weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span = Span(0, 0, 0)
+) -> NumpyOps:
     attention = NumpyAttention(model_config(), range(0), 1, 1, 0, 1, 1)
     return NumpyOps(weights, vocabulary, comm or SelfCommunicator(), attention)
 
@@ -126,7 +128,9 @@ def test_activations_also_at_extremes(kind: str) -> None:
 class Sequences:
     """Sequences fed to `NumpyAttention` step by step over shuffled blocks, beside the plain float64 formula."""
 
-    def __init__(self, config: ModelConfig, spec: AttentionSpec, lengths: list[int], block_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, spec: AttentionSpec, lengths: list[int], block_size: int, seed: int = 0
+    ) -> None:
         self.config, self.spec, self.lengths, self.block_size = config, spec, lengths, block_size
         random = np.random.default_rng(seed)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -228,7 +232,10 @@ def test_a_poisoned_sequence_does_not_reach_others_through_padding() -> None:
     sequences = Sequences(config, spec, [2 + index % 7 for index in range(20)], 4)
     sequences.qkv[0][:] = np.nan
     attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64)
-    steps = [sorted(((i, n - 1) for i, n in enumerate(sequences.lengths)), key=lambda c: c[1] > 1), [(i, 1) for i in range(20)]]
+    steps = [
+        sorted(((i, n - 1) for i, n in enumerate(sequences.lengths)), key=lambda c: c[1] > 1),
+        [(i, 1) for i in range(20)],
+    ]
     outputs = sequences.run(attention, steps)
     assert np.isnan(outputs[0]).all()
     for index in range(1, 20):

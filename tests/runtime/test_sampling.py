@@ -8,7 +8,7 @@ import pytest
 from phalanx.runtime.sampling import gumbel_noise, log_softmax, philox, sample, top_logprobs
 from phalanx.runtime.step import ADMISSION
 
-NUM_DRAWS = 20_000
+NUM_DRAWS = 4_000
 
 
 def params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1) -> np.ndarray:

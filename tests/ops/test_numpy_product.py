@@ -1,0 +1,25 @@
+"""Products of few rows equal the float64 product, however they are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phalanx.runtime.executors import numpy_product
+from phalanx.runtime.executors.numpy_product import Product
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (300, 40), (128, 768), (257, 3072), (1000, 96)])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 8, 31, 32, 33])
+def test_product(num_threads: int, shape: tuple[int, int], num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_product, "MIN_SHARE", 64)
+    random = np.random.default_rng(num_rows)
+    weight = random.normal(size=shape).astype(np.float32)
+    x = random.normal(size=(num_rows, shape[1])).astype(np.float32)
+    result = Product(num_threads)(x, weight)
+    assert result.shape == (num_rows, shape[0])
+    assert result.dtype == np.float32
+    assert result.flags.c_contiguous
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    np.testing.assert_allclose(result, exact, rtol=0, atol=1e-6 * shape[1])
