@@ -61,7 +61,7 @@ def test_sampling_with_filters_does_not_depend_on_the_layout(tmp_path: Path) -> 
     params = SamplingParams(max_tokens=16, temperature=0.9, top_k=12, top_p=0.9, seed=SEED, ignore_eos=True, logprobs=2)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
         expected = [list(output.token_ids) for output in llm.generate(prompts(101), params)]
-    flags = "--max-tokens 16 --temperature 0.9 --top-k 12 --top-p 0.9 --logprobs 2".split()
+    flags = ["--max-tokens", "16", "--temperature", "0.9", "--top-k", "12", "--top-p", "0.9", "--logprobs", "2"]
     for tp, pp in ((2, 1), (1, 2)):
         lines = generate_under_mpirun(directory, tp, pp, tmp_path, *flags)
         assert [line["token_ids"] for line in lines] == expected, (tp, pp)
