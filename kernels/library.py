@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,8 +51,7 @@ class Library(Protocol):
 class KernelLibrary:
     """The kernels of the current CUDA device.
 
-    Loading a kernel may compile it and always allocates device memory: call every wrapper once, or ``preload``,
-    before a stream is captured.
+    Loading a kernel may compile it and always allocates device memory: call every wrapper once before a stream is captured.
     """
 
     def __init__(self, cache: Path | None = None) -> None:
@@ -77,11 +75,6 @@ class KernelLibrary:
         if key not in self._functions:
             self._functions[key] = self._load(spec, name, shared_bytes)
         return self._functions[key]
-
-    def preload(self, specs: Sequence[KernelSpec], workers: int = 8) -> None:
-        """Compile ``specs`` side by side, so that a cold start does not pay for them one by one."""
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda spec: compile_cubin(spec, self.architecture, self._cache), specs))
 
     def _load(self, spec: KernelSpec, name: str, shared_bytes: int) -> KernelFunction:
         import cupy

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -100,11 +101,16 @@ class GemmTimings:
 
 
 def _read(path: Path) -> dict[str, GemmChoice]:
+    """The entries that make sense; what another version wrote is measured again."""
     try:
         entries = json.loads(path.read_text())
-        return {key: GemmChoice.from_json(entry) for key, entry in entries.items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError):
         return {}
+    choices = {}
+    for key, entry in entries.items() if isinstance(entries, dict) else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            choices[key] = GemmChoice.from_json(entry)
+    return choices
 
 
 def _write(path: Path, choices: Mapping[str, GemmChoice]) -> None:

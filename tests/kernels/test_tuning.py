@@ -56,6 +56,16 @@ def test_a_damaged_file_is_an_empty_table(tmp_path, text):
     assert list(json.loads(path.read_text())) == [problem(1).key]
 
 
+def test_an_entry_of_another_version_does_not_cost_the_others(tmp_path):
+    path = tmp_path / "timings.json"
+    GemmTimings(path).add({problem(1): SMALL, problem(2): LARGE})
+    entries = json.loads(path.read_text())
+    del entries[problem(1).key]["prefetch_bytes"]
+    path.write_text(json.dumps(entries))
+    assert GemmTimings(path).find(problem(1)) is None
+    assert GemmTimings(path).find(problem(2)) == LARGE
+
+
 def test_the_next_larger_problem_is_found_within_the_limit():
     timings = GemmTimings(None)
     timings.add({problem(n): GemmChoice(GemvShape(n), n, n) for n in (4, 64, 128, 512)})
