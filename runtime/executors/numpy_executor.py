@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import deque
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.base import Capabilities
 from phalanx.runtime.executors.numpy_attention import NumpyAttention
 from phalanx.runtime.executors.numpy_ops import NumpyOps, NumpyStep
+from phalanx.runtime.executors.numpy_product import product_threads
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
@@ -89,7 +89,7 @@ class NumpyExecutor:
     @property
     def device(self) -> str:
         """The processor and the threads that BLAS may use."""
-        return f"{_processor_name()}, {os.environ.get('OPENBLAS_NUM_THREADS', 'all')} thread(s) per rank"
+        return f"{_processor_name()}, {product_threads()} thread(s) per rank"
 
     @property
     def idle_fraction(self) -> float | None:
@@ -148,6 +148,8 @@ class NumpyExecutor:
     def _finish(self, plan: StepPlan, x: Float32Array) -> StepResult:
         """Logits, tokens and log-probabilities on the last stage; equal on all its ranks."""
         sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        if not plan.logprob_shape(self._state)[0] and not (sampling["temperature"] > 0).any():
+            return StepResult(plan.step_id, self._greedy(x[plan.sample_rows]))
         logits = self._logits(x[plan.sample_rows])
         tokens = sample(logits, sampling, (plan.starts + plan.counts)[plan.samples > 0])
         rows, count = plan.logprob_shape(self._state)
@@ -159,6 +161,22 @@ class NumpyExecutor:
             parts.append(_score(self._logits(x[plan.prompt_rows[chunk]]), plan.prompt_targets[chunk], count))
         logprobs, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
         return StepResult(plan.step_id, tokens, logprobs, ids, values)
+
+    def _greedy(self, x: Float32Array) -> Int32Array:
+        """Most probable tokens without gathering logits: ``[Q, D] -> [Q]``; -1 where a row is not finite."""
+        if not len(x):
+            return np.empty(0, np.int32)
+        local: Float32Array = self._model.head(self._ops, self._config, x, None)
+        held = local[:, : self._vocabulary.stop - self._vocabulary.start]
+        best = np.full((3, len(x)), -np.inf)
+        best[2] = np.isfinite(held).all(axis=1)
+        if held.shape[1]:
+            ids = held.argmax(axis=1)
+            best[0], best[1] = held[np.arange(len(x)), ids], ids + self._vocabulary.start
+        values, tokens, finite = self._tp.all_gather(best).swapaxes(0, 1)
+        winners = np.where(finite > 0, values, -np.inf).argmax(axis=0)
+        chosen = np.where(finite.all(axis=0), tokens[winners, np.arange(len(x))], -1)
+        return chosen.astype(np.int32)
 
     def _logits(self, x: Float32Array) -> Float32Array:
         """Logits over the whole vocabulary: ``[B, D] -> [B, V]``."""

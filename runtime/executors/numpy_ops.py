@@ -11,7 +11,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.numpy_attention import NumpyAttention
-from phalanx.runtime.executors.numpy_product import Product, blas_threads
+from phalanx.runtime.executors.numpy_product import Product, product_threads
 from phalanx.runtime.ops import AttentionSpec, Ops
 
 __all__ = ["NumpyOps", "NumpyStep"]
@@ -44,7 +44,7 @@ class NumpyOps(Ops[Float32Array]):
         self._vocabulary = vocabulary
         self._comm = comm
         self._attention = attention
-        self._product = Product(blas_threads())
+        self._product = Product(product_threads())
         self._step: NumpyStep | None = None
 
     def bind(self, step: NumpyStep) -> None:
@@ -140,8 +140,9 @@ class NumpyOps(Ops[Float32Array]):
 
 
 def _silu(x: Float32Array) -> Float32Array:
-    y: Float32Array = x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80))))
-    return y
+    denominator: Float32Array = np.exp(-np.maximum(x, np.float32(-80)))
+    denominator += np.float32(1)
+    return x / denominator
 
 
 def _gelu_tanh(x: Float32Array) -> Float32Array:

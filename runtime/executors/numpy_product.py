@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-__all__ = ["Product", "blas_threads"]
+__all__ = ["Product", "product_threads"]
 
 Float32Array = NDArray[np.float32]
 
@@ -25,45 +26,46 @@ MIN_SHARE = 1 << 18
 """Weight elements that are worth a thread of their own (about 100 us)."""
 
 
-def blas_threads() -> int:
-    """Threads that this rank's products may use: what OpenBLAS was told, else every core."""
-    given = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+def product_threads() -> int:
+    """Threads that this rank's products may use: what ``OMP_NUM_THREADS`` says, else every core."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
 
 
 class Product:
-    """Multiplies by weights with up to ``num_threads`` threads."""
+    """Multiplies by weights with ``num_threads`` threads of its own, each with a share of the weight's rows.
+
+    BLAS itself is held to one thread for the whole process: its threads would split each panel again, and wait for each other.
+    """
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+        self._pool = ThreadPoolExecutor(num_threads - 1, "product") if num_threads > 1 else None
+        if num_threads > 1:
+            threadpool_limits(1, user_api="blas")
 
     def __call__(self, x: Float32Array, weight: Float32Array) -> Float32Array:
         """``[T, in] x [out, in] -> [T, out]``, C-contiguous."""
-        num_rows, size_in = x.shape
-        panel = min(SMALL_PRODUCT // (max(num_rows, 1) * size_in) // 8 * 8, MAX_PANEL)
-        if not 1 < num_rows <= MAX_ROWS or panel < MIN_PANEL:
-            whole: Float32Array = x @ weight.T
-            return whole
-        out = np.empty((num_rows, len(weight)), np.float32)
+        out = np.empty((len(x), len(weight)), np.float32)
         shares = min(self._num_threads, max(1, weight.size // MIN_SHARE))
-        step = -(-len(weight) // (shares * panel)) * panel
-        starts = range(0, len(weight), step)
+        step = -(-len(weight) // (shares * MAX_PANEL)) * MAX_PANEL
+        parts = [slice(start, start + step) for start in range(0, len(weight), step)]
         tasks = [
-            self._pool.submit(_multiply, x, weight[start : start + step], panel, out[:, start : start + step])
-            for start in starts[1:]
-            if self._pool is not None
+            self._pool.submit(_multiply, x, weight[part], out[:, part]) for part in parts[1:] if self._pool is not None
         ]
-        _multiply(x, weight[:step], panel, out[:, :step])
+        _multiply(x, weight[parts[0]], out[:, parts[0]])
         for task in tasks:
             task.result()
         return out
 
 
-def _multiply(x: Float32Array, weight: Float32Array, panel: int, out: Float32Array) -> None:
-    """Fill ``out`` with ``x @ weight.T``, ``panel`` rows of the weight at a time."""
-    whole = len(weight) // panel * panel
-    panels = weight[:whole].reshape(-1, panel, weight.shape[1]).swapaxes(1, 2)
-    out[:, :whole].reshape(len(x), -1, panel)[...] = (x @ panels).swapaxes(0, 1)
+def _multiply(x: Float32Array, weight: Float32Array, out: Float32Array) -> None:
+    """Fill ``out`` with ``x @ weight.T``; for few rows a panel of the weight at a time."""
+    num_rows, size_in = x.shape
+    panel = min(SMALL_PRODUCT // (max(num_rows, 1) * size_in) // 8 * 8, MAX_PANEL)
+    whole = len(weight) // panel * panel if 1 < num_rows <= MAX_ROWS and panel >= MIN_PANEL else 0
+    if whole:
+        panels = weight[:whole].reshape(-1, panel, size_in).swapaxes(1, 2)
+        out[:, :whole].reshape(num_rows, -1, panel)[...] = (x @ panels).swapaxes(0, 1)
     if whole < len(weight):
         out[:, whole:] = x @ weight[whole:].T
