@@ -62,7 +62,8 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
     const scalar* row[ROW_BLOCKS];
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block) {
-        const int output = min(static_cast<int>(blockIdx.x) * ROWS + (GATED ? 0 : block * TILE) + group, out_features - 1);
+        const int first = static_cast<int>(blockIdx.x) * ROWS + (GATED ? 0 : block * TILE);
+        const int output = min(first + group, out_features - 1);
         row[block] = weight + static_cast<int64>(output + (GATED ? block * out_features : 0)) * in_features;
     }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Natural log-probabilities under the model's own distribution (no temperature, no filters): of one given token a row,
 // and of the num_top most probable ones, best first, ties by the lower token. CLUSTER blocks a row.
-// Shapes: logits [R, S, V_local] as in sample_rows.cu; token_ids [S] int32; logprobs [S] float32; top_ids [S, num_top] int32; top_logprobs [S, num_top] float32. num_top <= min(1024, vocab_size).
+// Shapes: logits [R, S, V_local] as in sample_rows.cu; token_ids [S] int32; logprobs [S] float32;
+//     top_ids [S, num_top] int32; top_logprobs [S, num_top] float32. num_top <= min(1024, vocab_size).
 //     NaN (and top_ids -1) where a logit is NaN or infinite; NaN for a negative token.
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper).
+// Limits: 41 KiB of shared memory a block.
 // Reference: log-softmax in float64.
 #include "launch.cuh"
 #include "row_select.cuh"

@@ -5,7 +5,8 @@
 //     A slot is block * P + offset; a negative slot marks a padding row, which is left alone.
 // Half style (Llama, GPT-NeoX) pairs (i, i + R/2); INTERLEAVED (GPT-J) pairs (2i, 2i + 1). Channels from R on pass.
 // Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), ROTARY_DIM (R; 0 = no rotation), BLOCK_SIZE (P), VEC,
-//     INTERLEAVED, WRITE_KEY_BACK, NUM_THREADS. VEC divides C, R / 2 and C - R. One thread an item: a pair of vectors to rotate, or one vector to copy.
+//     INTERLEAVED, WRITE_KEY_BACK, NUM_THREADS. VEC divides C, R / 2 and C - R.
+// One thread an item: a pair of vectors to rotate, or one vector to copy.
 // Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
 #include "dtype.cuh"
 #include "launch.cuh"
@@ -77,8 +78,8 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
             float first[VEC], second[VEC];
             load(row + head * HEAD_DIM + a, first);
             load(row + head * HEAD_DIM + b, second);
-            rotate(*reinterpret_cast<const Angles*>(cos_table + angle), *reinterpret_cast<const Angles*>(sin_table + angle),
-                   first, second);
+            rotate(*reinterpret_cast<const Angles*>(cos_table + angle),
+                   *reinterpret_cast<const Angles*>(sin_table + angle), first, second);
             if (head < NUM_HEADS || WRITE_KEY_BACK) {
                 store(row + head * HEAD_DIM + a, first);
                 store(row + head * HEAD_DIM + b, second);

@@ -6,7 +6,8 @@
 //     top_ks, positions [S] int32 (0 = all tokens); seeds [S] uint64; token_ids [S] int32 (-1: not finite).
 // Tie rules: equal logits rank by the lower token; top-p keeps the smallest set that reaches p, at least one token.
 // Noise as in local_argmax.cu, so a filter that keeps everything changes nothing.
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper). Shared memory: 41 KiB.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS (512; a power of two up to 1024), CLUSTER (1 before Hopper).
+// Limits: 41 KiB of shared memory a block.
 // Reference: sort, cumulative sums and argmax in NumPy.
 #include "launch.cuh"
 #include "row_select.cuh"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block, or a cluster of them, looks at one row of logits that may lie in several parts (one from each rank) and finds the key of the
-// k-th best token, or of the token at which the best ones' mass reaches a target. Exact for every row.
+// A block, or a cluster of them, looks at one row of logits that may lie in several parts (one from each rank) and finds
+// the key of the k-th best token, or of the token at which the best ones' mass reaches a target. Exact for every row.
 //
 // Pass 1 counts tokens and mass in 2048 bins of 1/64 nat below the maximum. Pass 2 collects the bin that holds the
 // answer and sorts it. A bin with more tokens than fit (flat rows) is narrowed first, ten bits of the key at a time.
@@ -132,7 +132,8 @@ class RowSelect {
   private:
     __device__ __forceinline__ uint32 mass_of(float logit) const {
         const float nats = below(logit);
-        return weighs_ && nats < NUM_BINS / BINS_PER_NAT ? __float2uint_rn(exp2f(nats * -1.4426950408889634f) * 0x1p31f) : 0;
+        const bool counts = weighs_ && nats < NUM_BINS / BINS_PER_NAT;
+        return counts ? __float2uint_rn(exp2f(nats * -1.4426950408889634f) * 0x1p31f) : 0;
     }
 
     __device__ __forceinline__ int bin_of(float logit) const {
