@@ -237,6 +237,8 @@ def _check(groups: Sequence[DeviceCommunicator], waited: float, timeout_seconds:
 
 
 def _nccl() -> Any:
+    # NCCL prints to standard output by itself, which belongs to results.
+    os.environ.setdefault("NCCL_DEBUG_FILE", "/dev/stderr")
     try:
         from cupy.cuda import nccl
 

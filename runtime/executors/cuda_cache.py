@@ -15,10 +15,11 @@ from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_memory import DeviceArray, device_dtype
+from phalanx.runtime.executors.numpy_attention import alibi_slopes
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.rope import rotary_table
 
-__all__ = ["CacheLayout", "CudaAttention", "alibi_slopes"]
+__all__ = ["CacheLayout", "CudaAttention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +137,3 @@ class CudaAttention:
             cos, sin = (cupy.asarray(table.astype(np.float32)) for table in tables)
             self._rotary[rope] = RotaryTables(cos, sin)
         return self._rotary[rope]
-
-
-def alibi_slopes(num_heads: int) -> Any:
-    """``[H]`` float32 ALiBi slopes of all heads; see `phalanx.runtime.executors.numpy_attention.alibi_slopes`."""
-    from phalanx.runtime.executors import numpy_attention
-
-    return numpy_attention.alibi_slopes(num_heads)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 SEED = 3
 ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2)]
+LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 3)]
 
 
 def num_gpus() -> int:
@@ -30,7 +30,7 @@ def num_gpus() -> int:
 def generate_under_mpirun(directory: Path, tp: int, pp: int, tmp_path: Path, *flags: str) -> list[dict[str, object]]:
     """Run ``launch.generate`` on ``tp * pp`` ranks; its JSON lines."""
     requests = tmp_path / "requests.jsonl"
-    requests.write_text("".join(json.dumps({"prompt_token_ids": prompt, "seed": SEED}) + "\n" for prompt in prompts(101)))
+    requests.write_text("".join(json.dumps({"prompt_token_ids": prompt, "seed": SEED}) + "\n" for prompt in prompts(97)))
     command = [
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", "launch.generate",
         "--model", str(directory), "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--input-file", str(requests),
@@ -46,10 +46,12 @@ def generate_under_mpirun(directory: Path, tp: int, pp: int, tmp_path: Path, *fl
 def test_layouts_give_the_numpy_engines_tokens(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     if tp * pp > num_gpus():
         pytest.skip(f"needs {tp * pp} GPUs")
+    if name == "gpt2" and tp > 4:
+        pytest.skip("its four heads cannot be shared by more ranks")
     directory = checkpoint(name, "float32", tmp_path)
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
-        expected = [list(output.token_ids) for output in llm.generate(prompts(101), params)]
+        expected = [list(output.token_ids) for output in llm.generate(prompts(97), params)]
     lines = generate_under_mpirun(directory, tp, pp, tmp_path, "--max-tokens", "24", "--temperature", "0")
     assert [line["token_ids"] for line in lines] == expected
 
@@ -60,7 +62,7 @@ def test_sampling_with_filters_does_not_depend_on_the_layout(tmp_path: Path) -> 
     directory = checkpoint("llama", "float32", tmp_path)
     params = SamplingParams(max_tokens=16, temperature=0.9, top_k=12, top_p=0.9, seed=SEED, ignore_eos=True, logprobs=2)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
-        expected = [list(output.token_ids) for output in llm.generate(prompts(101), params)]
+        expected = [list(output.token_ids) for output in llm.generate(prompts(97), params)]
     flags = ["--max-tokens", "16", "--temperature", "0.9", "--top-k", "12", "--top-p", "0.9", "--logprobs", "2"]
     for tp, pp in ((2, 1), (1, 2)):
         lines = generate_under_mpirun(directory, tp, pp, tmp_path, *flags)
