@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from .devices import CudaDevice, EmulatedDevice, KernelDevice, has_gpu
@@ -13,6 +15,8 @@ BACKENDS = ["emulator", *([pytest.param("cuda", marks=pytest.mark.gpu)] if has_g
 def device(request: pytest.FixtureRequest) -> KernelDevice:
     if request.param == "cuda":
         return CudaDevice()
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
     return EmulatedDevice(request.config.cache.mkdir("emulated-kernels"))
 
 
