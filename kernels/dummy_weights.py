@@ -30,11 +30,12 @@ def dummy_weights(
     mean: float,
     width: float,
 ) -> None:
-    """Fill ``region``, a view ``[out, in]`` or ``[out]`` of a weight with dense rows, with hashes of where elements stand.
+    """Fill ``region``, a view ``[out, in]`` or ``[out]`` of a weight with dense rows, with hashes of where elements
+    stand.
 
     The region (or its transpose) begins at row and column ``origin`` of a stored tensor of ``stored_columns`` columns.
-    Values are rounded to ``stored_dtype`` (a safetensors name), then to the region's dtype; the formula, its keys, mean and
-    width are those of `phalanx.checkpoints.dummy`.
+    Values are rounded to ``stored_dtype`` (a safetensors name), then to the region's dtype; the formula, its keys, mean
+    and width are those of `phalanx.checkpoints.dummy`.
     """
     if stored_dtype not in _STORED_TYPES:
         raise ExecutorError(f"dummy weights of type {stored_dtype} are not made on the device; use BF16, F16 or F32")

@@ -28,14 +28,15 @@ _DTYPES = {"row_temperatures": "float32", "row_top_ps": "float32", "row_min_ps":
 
 
 def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
-    """Words of the largest packed plan: every sequence new, each token in a block of its own, every row a prompt row."""
+    """Words of the largest packed plan: all sequences new, a block for each token, every row a prompt row."""
     per_seq, per_token = 4 + ADMISSION_WORDS, 1 + 3 + 2
     return _HEADER_WORDS + per_seq * max_num_seqs + per_token * max_num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """Device arrays, int32 unless said, whose addresses stay put (T, S: the most that a step can hold; B rows with logits).
+    """Device arrays, int32 unless said, whose addresses stay put (T, S: the most that a step can hold; B rows with
+    logits).
 
     Attributes:
         plan: ``[W]`` the packed plan of the step.
@@ -47,9 +48,11 @@ class StepArrays:
         counts: ``[2]`` sequences, and how many of them have one token.
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
         logit_rows: ``[B]`` rows that need logits; -1 = padding.
-        row_slots, row_positions, row_targets: ``[B]`` of each of them, slot that samples there (-1 = none), position of the
+        row_slots, row_positions, row_targets: ``[B]`` of each of them, slot that samples there (-1 = none), position of
+        the
             sampled token, token whose log-probability is wanted (-1 = none).
-        row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32, int32,
+        row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32,
+        int32,
             float32, float32, uint64.
     """
 
@@ -128,9 +131,7 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
     )  # fmt: skip
 
 
-def store_tokens(
-    library: Library, arrays: StepArrays, block_size: int, token_ids: Array, first_row: int = 0
-) -> None:
+def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_ids: Array, first_row: int = 0) -> None:
     """Keep the sampled tokens for the slots' next step; other rows of ``token_ids`` get their targets.
 
     token_ids [B] int32, of the rows with logits from ``first_row`` on.

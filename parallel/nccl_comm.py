@@ -1,8 +1,8 @@
 """Device arrays between ranks: NCCL communicators made over a host communicator.
 
 Everything is enqueued on the current CuPy stream and can be captured in a CUDA graph. NCCL reports a lost peer or link
-asynchronously, so whoever waits for the device polls `NcclCommunicator.check` meanwhile; a collective that can no longer
-finish is ended by `abort`.
+asynchronously, so whoever waits for the device polls `NcclCommunicator.check` meanwhile; a collective that can no
+longer finish is ended by `abort`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class SelfDeviceCommunicator:
 class NcclCommunicator:
     """See `DeviceCommunicator`.
 
-    Construction is collective over ``host``: its rank 0 makes NCCL's identifier and broadcasts it, so no port is opened.
+    Construction is collective over ``host``: its rank 0 makes NCCL's identifier and broadcasts it, so no port is
+    opened.
 
     Raises:
         ConfigError: NCCL cannot be loaded.
@@ -228,7 +229,8 @@ def _check(groups: Sequence[DeviceCommunicator], waited: float, timeout_seconds:
             group.check()
         if waited > timeout_seconds:
             raise CommunicatorError(
-                f"the device has not finished a step for {waited:.0f} s (limit {timeout_seconds:.0f}); a rank is gone or stuck"
+                f"the device has not finished a step for {waited:.0f} s (limit {timeout_seconds:.0f}); "
+                "a rank is gone or stuck"
             )
     except CommunicatorError:
         for group in groups:

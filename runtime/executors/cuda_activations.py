@@ -1,8 +1,9 @@
 """Activations of a step in one fixed region of device memory.
 
-A piece goes back when its last reference dies, which CPython does at once, so a model written as plain functions reuses the
-memory of a layer for the next without saying so. Capture and replay see the same addresses because a step starts with an
-empty region, and steps of one rank never overlap on the device: they share the region, and every captured graph does too.
+A piece goes back when its last reference dies, which CPython does at once, so a model written as plain functions reuses
+the memory of a layer for the next without saying so. Capture and replay see the same addresses because a step starts
+with an empty region, and steps of one rank never overlap on the device: they share the region, and every captured graph
+does too.
 """
 
 from __future__ import annotations

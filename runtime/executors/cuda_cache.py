@@ -39,7 +39,9 @@ class CacheLayout:
     dtype: AttentionDType
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int) -> CacheLayout:
+    def of(
+        cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int
+    ) -> CacheLayout:
         """The share of ``rank`` of ``size`` tensor-parallel ranks."""
         heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
         kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
@@ -67,12 +69,17 @@ class CacheLayout:
 class CudaAttention:
     """Rotary embedding, cache write and attention of one rank; see `phalanx.runtime.ops.Ops.attention`.
 
-    Each kind of attention that a model names (window, soft cap, ...) gets its kernels when it is first used, which must be
-    outside a capture; every kind divides each step's work once, before its first layer.
+    Each kind of attention that a model names (window, soft cap, ...) gets its kernels when it is first used, which must
+    be outside a capture; every kind divides each step's work once, before its first layer.
     """
 
     def __init__(
-        self, library: KernelLibrary, layout: CacheLayout, limits: AttentionLimits, arrays: StepArrays, pool: ActivationPool
+        self,
+        library: KernelLibrary,
+        layout: CacheLayout,
+        limits: AttentionLimits,
+        arrays: StepArrays,
+        pool: ActivationPool,
     ) -> None:
         self._library, self._layout, self._limits, self._arrays, self._pool = library, layout, limits, arrays, pool
         self._pages = layout.allocate(1)
@@ -123,7 +130,9 @@ class CudaAttention:
             layout.heads.size, layout.kv_heads.size, layout.head_dim, layout.block_size, layout.dtype,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
         )  # fmt: skip
-        slopes = cupy.asarray(alibi_slopes(spec.num_heads)[layout.heads.start : layout.heads.stop]) if spec.alibi else None
+        slopes = None
+        if spec.alibi:
+            slopes = cupy.asarray(alibi_slopes(spec.num_heads)[layout.heads.start : layout.heads.stop])
         kind = PagedAttention(self._library, shape, self._limits, slopes)
         kind.bind(cupy.zeros(max(kind.workspace_bytes, 1), np.uint8))
         self._kinds[spec] = kind

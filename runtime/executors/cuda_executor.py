@@ -1,8 +1,9 @@
 """The CUDA executor: one GPU a rank, the token loop on the device, whole steps in CUDA graphs.
 
-A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths, positions and
-cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of the tokens back.
-The host never waits for the device except in `CudaExecutor.collect`, one step behind, so planning overlaps with computing.
+A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,
+positions and cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of
+the tokens back. The host never waits for the device except in `CudaExecutor.collect`, one step behind, so planning
+overlaps with computing.
 
 Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
 the last stage sends its results to the leader's device, which takes them on a stream of their own: the compute stream
@@ -135,7 +136,10 @@ class CudaExecutor:
         return self._ring.times
 
     def execute(self, plan: StepPlan) -> None:
-        """Start a step. *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one."""
+        """Start a step.
+
+        *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one.
+        """
         if self._timeline is not None:
             self._timeline.next_step()
         with self._device, self._stream, self._host_span("execute"):
@@ -197,7 +201,9 @@ class CudaExecutor:
     def _upload(self, plan: StepPlan, slot: StepSlot) -> None:
         words = plan.pack()
         if len(words) > len(slot.plan_words):
-            raise ExecutorError(f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}")
+            raise ExecutorError(
+                f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}"
+            )
         slot.plan_words[: len(words)] = words
         slot.start.record(self._stream)
         upload(self._stage.arrays.plan, slot.plan_words[: len(words)], self._stream)
@@ -240,7 +246,7 @@ class CudaExecutor:
                 self._groups.stages.send(hidden, self.topology.stage + 1)
 
     def _return_results(self, slot: StepSlot, layout: ResultLayout) -> None:
-        """Start the results' way to the leader's host: from the last stage, over the leader's device where it is another."""
+        """Start the results' way to the leader's host, over the leader's device where it is not of the last stage."""
         topology, words, stream = self.topology, layout.num_words, self._stream
         if words and topology.is_last_stage and not topology.is_first_stage and topology.tp_rank == 0:
             self._groups.results.send(self._stage.results[:words], 0)

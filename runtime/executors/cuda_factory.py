@@ -69,7 +69,12 @@ class _Rank:
 
 
 def create_cuda_executor(
-    model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology, comm: Communicator
+    model: Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineConfig,
+    topology: Topology,
+    comm: Communicator,
 ) -> tuple[CudaExecutor, int]:
     """Load this rank's shard onto its GPU; also the longest sequence that fits. *Collective over the replica.*
 
@@ -186,7 +191,8 @@ def _stage(
     parts = (config.num_layers, library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
-    hidden = cupy.zeros((0 if topology.is_first_stage else limits.max_num_tokens, config.hidden_size), device_dtype(rank.dtype))
+    hidden_rows = 0 if topology.is_first_stage else limits.max_num_tokens
+    hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(rank.dtype))
     results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
     stage = CudaStage(
         library, rank.model, config, topology, rank.layers, limits.block_size, arrays, ops, sampler, hidden, results

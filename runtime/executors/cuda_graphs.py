@@ -1,8 +1,9 @@
 """Which step runs as which captured CUDA graph.
 
-A graph is fixed in its number of rows, so steps are rounded up to buckets; everything else that varies (lengths, slots, block
-tables, sampling parameters) is read on the device. Which bucket a step falls into follows from the plan alone, and all ranks
-see the same plans, so ranks agree on when to capture and what to replay: a graph with NCCL in it is a collective.
+A graph is fixed in its number of rows, so steps are rounded up to buckets; everything else that varies (lengths, slots,
+block tables, sampling parameters) is read on the device. Which bucket a step falls into follows from the plan alone,
+and all ranks see the same plans, so ranks agree on when to capture and what to replay: a graph with NCCL in it is a
+collective.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StepKey:
 
 
 def bucket_size(count: int, limit: int) -> int:
-    """``count`` rounded up to a bucket of at most ``limit``: powers of two to 8, then steps of 1/16 or less, at least 8."""
+    """``count`` rounded up to a bucket of at most ``limit``: powers of two to 8, then steps of 8 or 1/16."""
     if count <= 8:
         size = 1 << max(count - 1, 0).bit_length()
     else:

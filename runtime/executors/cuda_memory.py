@@ -32,7 +32,10 @@ def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 
 
 def upload(target: DeviceArray, source: NDArray[Any], stream: Any) -> None:
-    """Copy pinned ``source`` to the front of ``target``. Enqueues on ``stream``; ``source`` must stay untouched meanwhile."""
+    """Copy pinned ``source`` to the front of ``target``.
+
+    Enqueues on ``stream``; ``source`` must stay untouched meanwhile.
+    """
     from cupy.cuda import runtime
 
     runtime.memcpyAsync(target.data.ptr, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr)

@@ -1,7 +1,7 @@
 """`Ops` on device arrays: every operation enqueues own kernels or cuBLASLt on the current stream and returns at once.
 
-Results live in the activation pool and die with their last reference, so nothing here allocates device memory in a step and
-the whole of it can be captured in a CUDA graph.
+Results live in the activation pool and die with their last reference, so nothing here allocates device memory in a step
+and the whole of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
 class CudaOps(Ops[DeviceArray]):
     """One rank's operations; `bind` sets the sizes of the step, whose contents the kernels read on the device.
 
-    Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there: of a
-    2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
+    Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there:
+    of a 2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
 
     Args:
         num_layers: blocks of the whole model.

@@ -37,7 +37,8 @@ class CudaSampler:
         self._group, self._arrays, self._pool = group, arrays, pool
 
     def choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
-        """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32; -1 where they are not finite.
+        """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32; -1 where they are not
+        finite.
 
         ``filters``: some row has top-k, top-p or min-p. *Collective.* Enqueues on the current stream; does not wait.
         """
@@ -54,7 +55,10 @@ class CudaSampler:
         self, logits: DeviceArray, token_ids: DeviceArray, logprobs: DeviceArray, top_ids: DeviceArray,
         top_logprobs: DeviceArray,
     ) -> None:  # fmt: skip
-        """Log-probabilities of ``token_ids`` [B] and of the best ``k`` alternatives. *Collective.* Enqueues; does not wait."""
+        """Log-probabilities of ``token_ids`` [B] and of the best ``k`` alternatives.
+
+        *Collective.* Enqueues; does not wait.
+        """
         for part, whole in self._whole_rows(logits):
             some = slice(part.start, part.stop)
             sampling.log_probabilities(

@@ -43,7 +43,10 @@ class CudaStage:
     results: DeviceArray
 
     def run(self, key: StepKey) -> DeviceArray | None:
-        """The whole stage; returns what the next stage needs, ``[T, D]``, or None on the last. Enqueues; does not wait."""
+        """The whole stage; returns what the next stage needs, ``[T, D]``, or None on the last.
+
+        Enqueues; does not wait.
+        """
         rows = max(key.num_logit_rows, 1)  # one padding row where nobody needs logits
         narrows = self.topology.is_last_stage and rows < key.num_rows
         x, residual = self._blocks(key, rows, num_kept=rows if narrows else 0)
@@ -54,7 +57,7 @@ class CudaStage:
         return None
 
     def run_with_prompt_rows(self, key: StepKey, num_sampled: int, num_prompt_rows: int) -> DeviceArray | None:
-        """Like `run` for a step that scores prompt rows too; ``key.num_logit_rows`` is their number and the samples'."""
+        """Like `run` for a step that scores prompt rows too."""
         total = num_sampled + num_prompt_rows
         x, residual = self._blocks(key, total, num_kept=0)
         if residual is not None:

@@ -1,7 +1,7 @@
 """A timeline of the last steps of every rank, as a Chrome trace that Perfetto opens.
 
-While it records, steps run eagerly with a pair of events around every operation: a captured graph would show as one piece. The
-host's spans are there too, so a gap on the device shows what the host did meanwhile.
+While it records, steps run eagerly with a pair of events around every operation: a captured graph would show as one
+piece. The host's spans are there too, so a gap on the device shows what the host did meanwhile.
 """
 
 from __future__ import annotations

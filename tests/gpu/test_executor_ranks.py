@@ -30,11 +30,13 @@ def num_gpus() -> int:
 def generate_under_mpirun(directory: Path, tp: int, pp: int, tmp_path: Path, *flags: str) -> list[dict[str, object]]:
     """Run ``launch.generate`` on ``tp * pp`` ranks; its JSON lines."""
     requests = tmp_path / "requests.jsonl"
-    requests.write_text("".join(json.dumps({"prompt_token_ids": prompt, "seed": SEED}) + "\n" for prompt in prompts(97)))
+    lines = [json.dumps({"prompt_token_ids": prompt, "seed": SEED}) for prompt in prompts(97)]
+    requests.write_text("\n".join(lines))
     command = [
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", "launch.generate",
         "--model", str(directory), "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--input-file", str(requests),
-        "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-kv-blocks", "200", "--ignore-eos", "--json", *flags,
+        "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-kv-blocks", "200", "--ignore-eos", "--json",
+        *flags,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -1,4 +1,5 @@
-"""Just enough of CuPy, over NumPy, to run the CUDA executor's host side and its kernels (emulated) where there is no GPU.
+"""Just enough of CuPy, over NumPy, to run the CUDA executor's host side and its kernels (emulated) where there is no
+GPU.
 
 Streams run everything at once and graphs are not captured; what only a device shows is for ``tests/gpu``.
 """
@@ -117,6 +118,7 @@ def _fake_cupy() -> types.ModuleType:
         memcpy2DAsync=_copy_rows,
         memcpyHostToDevice=1,
         memcpyDeviceToHost=2,
+        streamCaptureModeThreadLocal=1,
         memGetInfo=lambda: (1 << 32, 1 << 32),
         getDeviceCount=lambda: 1,
     )

@@ -1,0 +1,171 @@
+"""Parts of the CUDA executor that need no device: buckets, results, waiting, the activation pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.errors import CommunicatorError
+from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
+from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda_results import ResultLayout
+from phalanx.runtime.executors.cuda_ring import GpuTimes
+from tests.support.fake_cupy import install_fake_device
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 100, 1024, 8192])
+def test_buckets_hold_every_count_with_little_padding(limit: int) -> None:
+    sizes = bucket_sizes(limit)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == limit
+    for count in range(1, limit + 1):
+        size = bucket_size(count, limit)
+        assert count <= size <= limit
+        assert size in sizes
+        assert size - count < max(8, count / 8)
+
+
+def test_results_are_cut_without_their_padding_rows() -> None:
+    layout = ResultLayout(num_rows=4, num_top=2)
+    buffer = np.zeros(layout.num_words + 3, np.int32)
+    views = layout.views(buffer)
+    views.token_ids[:] = [7, 8, 9, -1]
+    views.logprobs[:] = [-0.5, -1.5, -2.5, np.nan]
+    views.top_ids[:] = np.arange(8).reshape(4, 2)
+    views.top_logprobs[:] = -np.arange(8, dtype=np.float32).reshape(4, 2)
+    result = layout.result(5, 2, 1, buffer)
+    buffer[:] = 0
+    assert result.step_id == 5
+    assert result.token_ids.tolist() == [7, 8]
+    assert result.logprobs.tolist() == [-0.5, -1.5, -2.5]
+    assert result.top_ids.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert result.top_logprobs.tolist() == [[0, -1], [-2, -3], [-4, -5]]
+
+
+def test_results_without_log_probabilities_are_tokens_only() -> None:
+    layout = ResultLayout(num_rows=8)
+    result = layout.result(0, 3, 0, np.arange(8, dtype=np.int32))
+    assert layout.num_words == 8
+    assert result.token_ids.tolist() == [0, 1, 2]
+    assert result.logprobs.size == result.top_ids.size == 0
+
+
+class FakeGraph:
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def launch(self, stream: Any) -> None:
+        self.launches += 1
+
+
+class CapturingStream:
+    """Records captures; `program` of the test counts what runs."""
+
+    def __init__(self) -> None:
+        self.graphs: list[FakeGraph] = []
+
+    def begin_capture(self, mode: int) -> None: ...
+
+    def end_capture(self) -> FakeGraph:
+        self.graphs.append(FakeGraph())
+        return self.graphs[-1]
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CuPy over NumPy; graphs are captured as ever."""
+    capture = GraphCache._capture
+    install_fake_device(monkeypatch, tmp_path)
+    monkeypatch.setattr(GraphCache, "_capture", capture)
+
+
+def test_a_step_shape_runs_eagerly_first_is_captured_second_and_replayed_then(fake_cupy: None) -> None:
+    stream, runs = CapturingStream(), []
+    cache: GraphCache[str] = GraphCache(stream)
+
+    def program(key: StepKey) -> str:
+        runs.append(key)
+        return f"outputs of {key.num_rows}"
+
+    key = StepKey(8, 8, has_prefill=False)
+    assert [cache.run(key, program) for _ in range(4)] == ["outputs of 8"] * 4
+    assert len(runs) == 2
+    assert [graph.launches for graph in stream.graphs] == [3]
+    assert cache.num_captured == 1
+    cache.run(StepKey(8, 8, has_prefill=True), program)
+    assert len(runs) == 3
+
+
+class PassedEvent:
+    done = True
+
+    def synchronize(self) -> None: ...
+
+
+class StuckEvent:
+    done = False
+
+
+class Group(SelfDeviceCommunicator):
+    size = 2
+
+    def __init__(self, lost: bool) -> None:
+        self.lost, self.aborted = lost, False
+
+    def check(self) -> None:
+        if self.lost:
+            raise CommunicatorError("NCCL lost a peer of rank 0 of 2")
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def ticking(seconds: float) -> Any:
+    """A clock that moves on by ``seconds`` whenever it is read."""
+    state = {"now": 0.0}
+
+    def clock() -> float:
+        state["now"] += seconds
+        return state["now"]
+
+    return clock
+
+
+def test_waiting_ends_when_the_device_has_passed() -> None:
+    wait_for(PassedEvent(), [Group(lost=False)], 1.0)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_waiting_for_a_lost_or_stuck_peer_aborts_every_group(lost: bool) -> None:
+    groups = [Group(lost), Group(lost=False)]
+    with pytest.raises(
+        CommunicatorError, match="lost a peer" if lost else r"not finished a step for \d+ s \(limit 3\)"
+    ):
+        wait_for(StuckEvent(), groups, 3.0, clock=ticking(0.2))
+    assert [group.aborted for group in groups] == [True, True]
+
+
+def test_idle_fraction_is_the_share_between_steps() -> None:
+    assert GpuTimes().idle_fraction == 0.0
+    assert GpuTimes(num_steps=4, busy_seconds=3.0, idle_seconds=1.0).idle_fraction == 0.25
+
+
+def test_activations_return_to_the_pool_and_each_step_starts_at_the_same_address(fake_cupy: None) -> None:
+    from phalanx.kernels.arena import Arena
+    from phalanx.runtime.executors.cuda_activations import ActivationPool
+
+    pool = ActivationPool(Arena(1 << 16).scratch("activations", 1 << 15))
+    addresses = []
+    for _ in range(2):
+        pool.reset()
+        first = pool.array((16, 8), np.float32)
+        second = pool.array((16, 8), np.float32)
+        addresses.append((first.data.ptr, second.data.ptr))
+        assert first.data.ptr != second.data.ptr
+        released = first.data.ptr
+        del first
+        assert pool.array((8, 16), np.float32).data.ptr == released
+    assert addresses[0] == addresses[1]
