@@ -217,15 +217,15 @@ def _num_blocks(rank: _Rank, comm: Communicator) -> int:
     """Blocks of the cache: as asked for, else what is left on the rank that has least. *Collective.*"""
     import cupy
 
-    options, limits = rank.options, rank.limits
+    options = rank.options
     free, total = cupy.cuda.runtime.memGetInfo()
     usable = free - int((1.0 - options.gpu_memory_utilization) * total) - RESERVE_BYTES
     fitting = int(comm.all_gather(np.array([max(usable, 0) // rank.cache.block_bytes])).min())
-    wanted = options.num_kv_blocks or limits.max_num_seqs * limits.blocks_per_seq
-    if fitting < 1 or (options.num_kv_blocks is not None and options.num_kv_blocks > fitting):
+    wanted = options.num_kv_blocks or max(fitting, 1)
+    if wanted > fitting:
         raise ConfigError(
-            f"{options.num_kv_blocks or 1} blocks of {rank.cache.block_bytes:,} bytes do not fit beside weights and "
+            f"{wanted} blocks of {rank.cache.block_bytes:,} bytes do not fit beside weights and "
             f"activations: {max(usable, 0):,} bytes are left ({fitting} blocks); use more GPUs, a smaller "
             "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
         )
-    return min(wanted, fitting)
+    return wanted
