@@ -232,8 +232,10 @@ class CudaExecutor:
         self._send_hidden(self._stage.run_with_prompt_rows(key, num_sampled, len(plan.prompt_rows)))
 
     def _run(self, key: StepKey) -> None:
+        # Stages without logits run steps that differ in nothing else as one graph.
+        of_stage = key if self.topology.is_last_stage else StepKey(key.num_rows, 0, key.has_prefill)
         self._receive_hidden(key)
-        self._send_hidden(self._graphs.run(key, self._stage.run))
+        self._send_hidden(self._graphs.run(of_stage, self._stage.run))
 
     def _receive_hidden(self, key: StepKey) -> None:
         if not self.topology.is_first_stage:

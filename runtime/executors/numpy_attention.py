@@ -6,13 +6,16 @@ consecutive is a view ``[K, n P, C]`` that BLAS reads in place. Scattered blocks
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.sharding import local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.numpy_threads import Threads
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.rope import rotary_table
 from phalanx.runtime.step import BatchState, StepPlan
@@ -23,6 +26,8 @@ Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
 MIN_GATHERED_DECODES = 16
 """From this many one-token sequences on, one gather over all of them beats a Python loop over sequences."""
+QUERY_TILE = 128
+"""Queries of a prompt chunk that are computed at once, each tile over the history that its last query sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +48,17 @@ class NumpyAttention:
         num_blocks, block_size: N and P.
         rank, size: place in the tensor-parallel group.
         max_len: longest sequence, for the rotary table.
+        threads: what prompt chunks are shared by.
     """
 
     def __init__(
-        self, config: ModelConfig, layers: range, num_blocks: int, block_size: int, rank: int, size: int, max_len: int
-    ) -> None:
+        self, config: ModelConfig, layers: range, num_blocks: int, block_size: int, rank: int, size: int, max_len: int,
+        threads: Threads,
+    ) -> None:  # fmt: skip
         heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
         kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
         self._heads, self._kv_heads, self._head_dim = heads.size, kv_heads.size, config.head_dim
-        self._first_head, self._block_size = heads.start, block_size
+        self._first_head, self._block_size, self._threads = heads.start, block_size, threads
         shape = (self._kv_heads, num_blocks, block_size, self._head_dim)
         self._keys = {layer: np.zeros(shape, np.float32) for layer in layers}
         self._values = {layer: np.zeros(shape, np.float32) for layer in layers}
@@ -62,7 +69,8 @@ class NumpyAttention:
         self._positions = np.empty(0, np.int32)
         self._write = (self._positions, self._positions)
         self._sequences: list[_Sequence] = []
-        self._num_decodes = 0
+        self._tiles: list[_Sequence] = []
+        self._num_gathered, self._shares_tiles = 0, False
 
     def bind(self, plan: StepPlan, state: BatchState) -> None:
         """Prepare for a step whose diffs ``state`` already holds."""
@@ -79,7 +87,10 @@ class NumpyAttention:
             length = start + count
             blocks = state.block_tables[slot, : -(-length // self._block_size)]
             self._sequences.append(_Sequence(slice(int(ends[index]), int(ends[index + 1])), start, length, blocks))
-        self._num_decodes = plan.num_decodes
+        self._num_gathered = plan.num_decodes if plan.num_decodes >= MIN_GATHERED_DECODES else 0
+        alone = self._sequences[self._num_gathered :]
+        self._tiles = [tile for sequence in alone for tile in _tiles(sequence, self._block_size)]
+        self._shares_tiles = plan.num_tokens > plan.num_seqs  # one query alone is too little for a thread
 
     def __call__(self, qkv: Float32Array, layer: int, spec: AttentionSpec) -> Float32Array:
         """``[T, (H + 2K) C local] -> [T, H C local]``; see `phalanx.runtime.ops.Ops.attention`."""
@@ -92,12 +103,12 @@ class NumpyAttention:
         values[:, *self._write] = packed[:, heads + kv_heads :].swapaxes(0, 1)
         queries = packed[:, :heads] * np.float32(spec.scale)
         out = np.empty((len(qkv), heads, dim), np.float32)
-        alone = self._sequences
-        if self._num_decodes >= MIN_GATHERED_DECODES:
-            self._attend_decodes(queries, keys, values, spec, out)
-            alone = alone[self._num_decodes :]
-        for sequence in alone:
-            self._attend(sequence, queries, keys, values, spec, out)
+        self._attend_decodes(queries, keys, values, spec, out)
+        if self._shares_tiles:
+            self._threads.run([partial(self._attend, tile, queries, keys, values, spec, out) for tile in self._tiles])
+        else:
+            for tile in self._tiles:
+                self._attend(tile, queries, keys, values, spec, out)
         return out.reshape(len(qkv), heads * dim)
 
     def _rotate(self, x: Float32Array, rotary_dim: int) -> None:
@@ -132,8 +143,8 @@ class NumpyAttention:
     def _attend_decodes(
         self, queries: Float32Array, keys: Float32Array, values: Float32Array, spec: AttentionSpec, out: Float32Array
     ) -> None:
-        """All one-token sequences, in groups of similar length so that padding stays below a third."""
-        order = sorted(range(self._num_decodes), key=lambda index: len(self._sequences[index].blocks))
+        """The gathered one-token sequences, in groups of similar length so that padding stays below a third."""
+        order = sorted(range(self._num_gathered), key=lambda index: len(self._sequences[index].blocks))
         while order:
             shortest = len(self._sequences[order[0]].blocks)
             taken = sum(len(self._sequences[index].blocks) <= shortest + shortest // 2 + 1 for index in order)
@@ -177,7 +188,7 @@ class NumpyAttention:
         if spec.window:
             hidden |= distance >= spec.window
         if hidden.any():
-            scores[..., hidden] = -np.inf
+            np.copyto(scores, -np.inf, where=hidden)
 
 
 def alibi_slopes(num_heads: int) -> Float32Array:
@@ -187,6 +198,15 @@ def alibi_slopes(num_heads: int) -> Float32Array:
     slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
     extra = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power) + 1, 2))
     return np.concatenate((slopes, extra)).astype(np.float32)
+
+
+def _tiles(sequence: _Sequence, block_size: int) -> Iterator[_Sequence]:
+    """Up to QUERY_TILE queries at a time, each with the history that it can see: about half the scores of a whole prompt."""
+    rows = sequence.rows
+    for first in range(rows.start, rows.stop, QUERY_TILE):
+        last = min(first + QUERY_TILE, rows.stop)
+        start, length = sequence.start + first - rows.start, sequence.start + last - rows.start
+        yield _Sequence(slice(first, last), start, length, sequence.blocks[: -(-length // block_size)])
 
 
 def _history(cache: Float32Array, blocks: Int32Array, length: int) -> Float32Array:

@@ -16,7 +16,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.base import Capabilities
 from phalanx.runtime.executors.numpy_attention import NumpyAttention
 from phalanx.runtime.executors.numpy_ops import NumpyOps, NumpyStep
-from phalanx.runtime.executors.numpy_product import product_threads
+from phalanx.runtime.executors.numpy_threads import Threads, thread_count
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
@@ -72,10 +72,11 @@ class NumpyExecutor:
         self._layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
         rank, size = topology.tp_rank, topology.layout.tp
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
+        threads = Threads(thread_count())
         self._attention = NumpyAttention(
-            config, self._layers, cache.num_blocks, cache.block_size, rank, size, cache.max_model_len
+            config, self._layers, cache.num_blocks, cache.block_size, rank, size, cache.max_model_len, threads
         )
-        self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention)
+        self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
         self._state = BatchState.empty(cache.max_num_seqs, cache.blocks_per_seq)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
@@ -89,7 +90,7 @@ class NumpyExecutor:
     @property
     def device(self) -> str:
         """The processor and the threads that BLAS may use."""
-        return f"{_processor_name()}, {product_threads()} thread(s) per rank"
+        return f"{_processor_name()}, {thread_count()} thread(s) per rank"
 
     @property
     def idle_fraction(self) -> float | None:

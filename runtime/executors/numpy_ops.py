@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +13,16 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.numpy_attention import NumpyAttention
-from phalanx.runtime.executors.numpy_product import Product, product_threads
+from phalanx.runtime.executors.numpy_product import product
+from phalanx.runtime.executors.numpy_threads import Threads
 from phalanx.runtime.ops import AttentionSpec, Ops
 
 __all__ = ["NumpyOps", "NumpyStep"]
 
 Float32Array = NDArray[np.float32]
+
+PIECE = 1 << 16
+"""Elements that an element-by-element operation works on at a time: 256 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +41,22 @@ class NumpyOps(Ops[Float32Array]):
         vocabulary: rows of the vocabulary that this rank holds.
         comm: the tensor-parallel group.
         attention: key/value cache and attention over it.
+        threads: what large products are shared by.
     """
 
     def __init__(
-        self, weights: dict[str, Float32Array], vocabulary: Span, comm: Communicator, attention: NumpyAttention
+        self,
+        weights: dict[str, Float32Array],
+        vocabulary: Span,
+        comm: Communicator,
+        attention: NumpyAttention,
+        threads: Threads,
     ) -> None:
         self._weights = weights
         self._vocabulary = vocabulary
         self._comm = comm
         self._attention = attention
-        self._product = Product(product_threads())
+        self._threads = threads
         self._step: NumpyStep | None = None
 
     def bind(self, step: NumpyStep) -> None:
@@ -102,7 +114,7 @@ class NumpyOps(Ops[Float32Array]):
 
     def linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.linear_partial`."""
-        return self._product(x, self._weights[f"{name}.weight"])
+        return product(x, self._weights[f"{name}.weight"], self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.add_bias`. Works in place: ``x`` is a fresh product here."""
@@ -121,14 +133,32 @@ class NumpyOps(Ops[Float32Array]):
 
     def activation(self, x: Float32Array, kind: Activation) -> Float32Array:
         """See `Ops.activation`."""
-        return _ACTIVATIONS[kind](x)
+        return self._by_rows(_ACTIVATIONS[kind], x, x.shape[1])
 
     def gated_activation(self, x: Float32Array, kind: Activation) -> Float32Array:
         """See `Ops.gated_activation`."""
         half = x.shape[1] // 2
-        gated: Float32Array = _ACTIVATIONS[kind](x[:, :half])
-        gated *= x[:, half:]
-        return gated
+
+        def gate(rows: Float32Array) -> Float32Array:
+            gated: Float32Array = _ACTIVATIONS[kind](rows[:, :half])
+            gated *= rows[:, half:]
+            return gated
+
+        return self._by_rows(gate, x, half)
+
+    def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:
+        """``function`` of each row, ``[T, D] -> [T, width]``, in pieces that stay in a core's cache."""
+        rows_each = max(1, PIECE // x.shape[1])
+        if len(x) <= rows_each:
+            return function(x)
+        out = np.empty((len(x), width), np.float32)
+
+        def fill(rows: slice) -> None:
+            out[rows] = function(x[rows])
+
+        pieces = [slice(start, start + rows_each) for start in range(0, len(x), rows_each)]
+        self._threads.run([partial(fill, piece) for piece in pieces])
+        return out
 
     def attention(self, qkv: Float32Array, layer: int, spec: AttentionSpec) -> Float32Array:
         """See `Ops.attention`."""

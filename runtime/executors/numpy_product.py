@@ -8,14 +8,14 @@ is cut into panels of rows that small, and NumPy loops over them in C. Measured 
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-__all__ = ["Product", "product_threads"]
+from phalanx.runtime.executors.numpy_threads import Threads
+
+__all__ = ["product"]
 
 Float32Array = NDArray[np.float32]
 
@@ -26,37 +26,14 @@ MIN_SHARE = 1 << 18
 """Weight elements that are worth a thread of their own (about 100 us)."""
 
 
-def product_threads() -> int:
-    """Threads that this rank's products may use: what ``OMP_NUM_THREADS`` says, else every core."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
-
-
-class Product:
-    """Multiplies by weights with ``num_threads`` threads of its own, each with a share of the weight's rows.
-
-    BLAS itself is held to one thread for the whole process: its threads would split each panel again, and wait for each other.
-    """
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads - 1, "product") if num_threads > 1 else None
-        if num_threads > 1:
-            threadpool_limits(1, user_api="blas")
-
-    def __call__(self, x: Float32Array, weight: Float32Array) -> Float32Array:
-        """``[T, in] x [out, in] -> [T, out]``, C-contiguous."""
-        out = np.empty((len(x), len(weight)), np.float32)
-        shares = min(self._num_threads, max(1, weight.size // MIN_SHARE))
-        step = -(-len(weight) // (shares * MAX_PANEL)) * MAX_PANEL
-        parts = [slice(start, start + step) for start in range(0, len(weight), step)]
-        tasks = [
-            self._pool.submit(_multiply, x, weight[part], out[:, part]) for part in parts[1:] if self._pool is not None
-        ]
-        _multiply(x, weight[parts[0]], out[:, parts[0]])
-        for task in tasks:
-            task.result()
-        return out
+def product(x: Float32Array, weight: Float32Array, threads: Threads) -> Float32Array:
+    """``[T, in] x [out, in] -> [T, out]``, C-contiguous; each thread takes a share of the weight's rows."""
+    out = np.empty((len(x), len(weight)), np.float32)
+    shares = min(threads.count, max(1, weight.size // MIN_SHARE))
+    step = -(-len(weight) // (shares * MAX_PANEL)) * MAX_PANEL
+    parts = [slice(start, start + step) for start in range(0, len(weight), step)]
+    threads.run([partial(_multiply, x, weight[part], out[:, part]) for part in parts])
+    return out
 
 
 def _multiply(x: Float32Array, weight: Float32Array, out: Float32Array) -> None:

@@ -14,6 +14,7 @@ from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.executors.numpy_attention import NumpyAttention, alibi_slopes
 from phalanx.runtime.executors.numpy_ops import NumpyOps, NumpyStep
+from phalanx.runtime.executors.numpy_threads import Threads
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import BatchState, StepPlan
 
@@ -21,6 +22,7 @@ ATOL = 2e-6
 """Relative to the largest magnitude: about 16 float32 roundings."""
 
 NUM_ROWS = (1, 7, 37)
+THREADS = Threads(2)
 
 
 def close(actual: np.ndarray, expected: np.ndarray, factor: float = 1.0) -> None:
@@ -32,10 +34,10 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def make_ops(
-    weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span = Span(0, 0, 0)
+    weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span | None = None
 ) -> NumpyOps:
-    attention = NumpyAttention(model_config(), range(0), 1, 1, 0, 1, 1)
-    return NumpyOps(weights, vocabulary, comm or SelfCommunicator(), attention)
+    attention = NumpyAttention(model_config(), range(0), 1, 1, 0, 1, 1, THREADS)
+    return NumpyOps(weights, vocabulary or Span(0, 0, 0), comm or SelfCommunicator(), attention, THREADS)
 
 
 def model_config(heads: int = 4, kv_heads: int = 2, head_dim: int = 6, rope: RopeConfig | None = None) -> ModelConfig:
@@ -129,13 +131,13 @@ class Sequences:
     """Sequences fed to `NumpyAttention` step by step over shuffled blocks, beside the plain float64 formula."""
 
     def __init__(
-        self, config: ModelConfig, spec: AttentionSpec, lengths: list[int], block_size: int, seed: int = 0
+        self, config: ModelConfig, spec: AttentionSpec, lengths: list[int], block_size: int, max_len: int = 64
     ) -> None:
         self.config, self.spec, self.lengths, self.block_size = config, spec, lengths, block_size
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(0)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = [random.normal(size=(length, width)).astype(np.float32) for length in lengths]
-        per_seq = -(-64 // block_size)
+        per_seq = -(-max_len // block_size)
         self.num_blocks = len(lengths) * per_seq
         self.state = BatchState.empty(len(lengths), per_seq)
         self.state.block_tables[:] = random.permutation(self.num_blocks).reshape(len(lengths), per_seq)
@@ -204,7 +206,7 @@ def test_attention_in_mixed_chunks_equals_the_formula(name: str, heads: int, kv_
     config = model_config(heads, kv_heads, rope=fields.get("rope"))
     spec = AttentionSpec(heads, kv_heads, 6, 6**-0.5, **fields)
     sequences = Sequences(config, spec, [17, 16, 1, 23], block_size)
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, block_size, 0, 1, 64)
+    attention = NumpyAttention(config, range(1), sequences.num_blocks, block_size, 0, 1, 64, THREADS)
     outputs = sequences.run(
         attention,
         [[(2, 1), (0, 5), (1, 16)], [(0, 1), (3, 20)], [(0, 11)], [(3, 1)], [(3, 2)]],
@@ -219,7 +221,7 @@ def test_many_decodes_at_once_equal_the_formula(kv_heads: int) -> None:
     config, spec = model_config(4, kv_heads), AttentionSpec(4, kv_heads, 6, 6**-0.5)
     lengths = [1 + (7 * index) % 40 for index in range(24)]
     sequences = Sequences(config, spec, lengths, 4)
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64)
+    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64, THREADS)
     prefills = [[(index, length - 1) for index, length in enumerate(lengths) if length > 1]]
     prefills[0].sort(key=lambda chunk: chunk[1] > 1)
     outputs = sequences.run(attention, [*prefills, [(index, 1) for index in range(24)]])
@@ -231,7 +233,7 @@ def test_a_poisoned_sequence_does_not_reach_others_through_padding() -> None:
     config, spec = model_config(2, 2), AttentionSpec(2, 2, 6, 6**-0.5)
     sequences = Sequences(config, spec, [2 + index % 7 for index in range(20)], 4)
     sequences.qkv[0][:] = np.nan
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64)
+    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64, THREADS)
     steps = [
         sorted(((i, n - 1) for i, n in enumerate(sequences.lengths)), key=lambda c: c[1] > 1),
         [(i, 1) for i in range(20)],
@@ -240,3 +242,13 @@ def test_a_poisoned_sequence_does_not_reach_others_through_padding() -> None:
     assert np.isnan(outputs[0]).all()
     for index in range(1, 20):
         close(outputs[index], sequences.expected(index), factor=4)
+
+
+@pytest.mark.parametrize("window", [0, 150])
+def test_long_prompts_are_cut_into_tiles_that_see_all_their_history(window: int) -> None:
+    config, spec = model_config(2, 1), AttentionSpec(2, 1, 6, 6**-0.5, window=window)
+    sequences = Sequences(config, spec, [300, 129], 16, max_len=304)
+    attention = NumpyAttention(config, range(1), sequences.num_blocks, 16, 0, 1, 304, THREADS)
+    outputs = sequences.run(attention, [[(0, 17), (1, 129)], [(0, 283)]])
+    for index, output in enumerate(outputs):
+        close(output, sequences.expected(index), factor=4)

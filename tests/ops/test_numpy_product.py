@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from phalanx.runtime.executors import numpy_product
-from phalanx.runtime.executors.numpy_product import Product
+from phalanx.runtime.executors.numpy_product import product
+from phalanx.runtime.executors.numpy_threads import Threads
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -17,9 +18,17 @@ def test_product(num_threads: int, shape: tuple[int, int], num_rows: int, monkey
     random = np.random.default_rng(num_rows)
     weight = random.normal(size=shape).astype(np.float32)
     x = random.normal(size=(num_rows, shape[1])).astype(np.float32)
-    result = Product(num_threads)(x, weight)
+    result = product(x, weight, Threads(num_threads))
     assert result.shape == (num_rows, shape[0])
     assert result.dtype == np.float32
     assert result.flags.c_contiguous
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
     np.testing.assert_allclose(result, exact, rtol=0, atol=1e-6 * shape[1])
+
+
+def test_an_error_in_any_thread_reaches_the_caller() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Threads(2).run([lambda: None, fail, lambda: None])
