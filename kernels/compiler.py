@@ -35,7 +35,11 @@ INCLUDE_DIRECTORY = SOURCE_DIRECTORY / "include"
 OLDEST_COMPUTE_CAPABILITY = 80
 _INCLUDE_LINE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _DIGEST_BYTES = 32
-_FLAGS = ("-std=c++17", "-lineinfo", "-default-device")  # some NVRTC take generic lambdas for host code without the last
+_FLAGS = (
+    "-std=c++17",
+    "-lineinfo",
+    "-default-device",
+)  # some NVRTC take generic lambdas for host code without the last
 
 
 @dataclass(frozen=True, slots=True)

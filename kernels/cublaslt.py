@@ -113,9 +113,9 @@ class CublasLt:
             preference = lt.matmul_preference_create()
             attribute = lt.MatmulPreferenceAttribute
             limits: list[tuple[int, np.generic]] = [
-            (attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size)),
-            (attribute.REDUCTION_SCHEME_MASK, np.uint32(_REDUCE_IN_FLOAT32)),
-        ]
+                (attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size)),
+                (attribute.REDUCTION_SCHEME_MASK, np.uint32(_REDUCE_IN_FLOAT32)),
+            ]
             for operand in ("A", "B", "C", "D"):
                 alignment = attribute[f"MIN_ALIGNMENT_{operand}_BYTES"]
                 limits.append((alignment, np.uint32(_ALIGNMENT_BYTES)))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo checkpoint's model card, written from what the training run measured."""
 
-
 from dataclasses import dataclass
 from pathlib import Path
 

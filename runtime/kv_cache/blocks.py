@@ -37,9 +37,7 @@ class BlockPlanner:
         salt: bytes = b"",
     ) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ConfigError(
-                f"{num_blocks} blocks of {block_size} tokens hold nothing; use at least 1 of each"
-            )
+            raise ConfigError(f"{num_blocks} blocks of {block_size} tokens hold nothing; use at least 1 of each")
         self._pool = BlockPool(num_blocks)
         self._block_size = block_size
         blocks_per_seq = min(num_blocks, -(-max_model_len // block_size))

@@ -15,9 +15,7 @@ class SlotPlanner:
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         if max_num_seqs < 1 or max_model_len < 1:
-            raise ConfigError(
-                f"{max_num_seqs} slots of {max_model_len} tokens hold nothing; use at least 1 of each"
-            )
+            raise ConfigError(f"{max_num_seqs} slots of {max_model_len} tokens hold nothing; use at least 1 of each")
         self._block_size = max_model_len
         self._used = np.zeros(max_num_seqs, np.bool_)
         self._new_slots: list[int] = []

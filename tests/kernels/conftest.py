@@ -20,6 +20,14 @@ def device(request: pytest.FixtureRequest) -> KernelDevice:
     return EmulatedDevice(request.config.cache.mkdir("emulated-kernels"))
 
 
+@pytest.fixture(scope="session")
+def clustered_device(device: KernelDevice, request: pytest.FixtureRequest) -> KernelDevice:
+    """A device on which few rows are shared by clusters of blocks: 8 for up to 4 rows, 2 for up to 16 on the emulator."""
+    if isinstance(device, CudaDevice):
+        return device
+    return EmulatedDevice(request.config.cache.mkdir("emulated-kernels"), num_multiprocessors=16, has_clusters=True)
+
+
 @pytest.fixture
 def random_normal():
     """Seeded normal arrays, rounded to a dtype: ``random_normal(dtype, *shape)``."""

@@ -47,8 +47,8 @@ def poison(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class EmulatedDevice:
-    def __init__(self, cache: Path) -> None:
-        self.library = EmulatedLibrary(cache)
+    def __init__(self, cache: Path, num_multiprocessors: int = 4, has_clusters: bool = False) -> None:
+        self.library = EmulatedLibrary(cache, num_multiprocessors, has_clusters)
 
     def put(self, array: np.ndarray) -> np.ndarray:
         return array.copy()

@@ -180,6 +180,38 @@ def test_filters_keep_exactly_what_sorting_keeps(device, random_normal, dtype, s
             assert is_close or token in kept
 
 
+@pytest.mark.parametrize("rows_at_once", [3, 15])
+def test_rows_shared_by_a_cluster_of_blocks_sample_the_same_tokens(clustered_device, random_normal, rows_at_once):
+    rules = [(0.7, *rule, 11, 5) for rule in FILTERS]
+    logits = random_normal(DTYPES["bfloat16"], len(rules), 9000, scale=2.0)
+    logits[3, :] = 0.5  # more ties than one bin's candidates
+    expected = np.array([expected_token(row, *rule) for row, rule in zip(logits, rules, strict=True)], object)
+    decided = np.array([token is not None for token in expected])
+    assert decided.mean() > 0.8
+    tokens = []
+    for start in range(0, len(rules), rows_at_once):
+        some = slice(start, start + rows_at_once)
+        tokens += run_rows(clustered_device, logits[some], rules[some], 2, 4504).tolist()
+    np.testing.assert_array_equal(np.array(tokens)[decided], expected[decided].astype(np.int32))
+
+
+def test_log_probabilities_of_rows_shared_by_a_cluster(clustered_device, random_normal):
+    logits = random_normal(np.float32, 3, 9000, scale=3.0)
+    outputs = [clustered_device.poisoned(shape, dtype) for shape, dtype in
+               (((3,), np.float32), ((3, 20), np.int32), ((3, 20), np.float32))]  # fmt: skip
+    tokens = clustered_device.put(np.array([1, 2, 8999], np.int32))
+    log_probabilities(clustered_device.library, clustered_device.put(logits[None]), tokens, *outputs, vocab_size=9000)
+    wide = logits.astype(np.float64)
+    expected = wide - wide.max(1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(1, keepdims=True))
+    np.testing.assert_allclose(clustered_device.get(outputs[0]), expected[range(3), [1, 2, 8999]], rtol=1e-6, atol=2e-6)
+    order = np.argsort(-wide, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(clustered_device.get(outputs[1]), order)
+    np.testing.assert_allclose(
+        clustered_device.get(outputs[2]), np.take_along_axis(expected, order, 1), rtol=1e-6, atol=2e-6
+    )  # fmt: skip
+
+
 def test_a_filter_set_is_exact_where_thousands_of_logits_are_equal(device):
     """More ties than one bin's candidates: the key is narrowed digit by digit down to the token."""
     vocab_size = 9000

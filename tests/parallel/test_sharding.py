@@ -44,7 +44,9 @@ def test_query_heads_of_one_group_may_be_uneven() -> None:
 
 
 def test_key_value_heads_that_cannot_be_shared_name_a_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"num_kv_heads=4 cannot be shared by tp_size=3; use a tp_size that divides 4"):
+    with pytest.raises(
+        ConfigError, match=r"num_kv_heads=4 cannot be shared by tp_size=3; use a tp_size that divides 4"
+    ):
         local_kv_heads(4, 0, 3)
 
 

@@ -43,7 +43,9 @@ def test_all_ranks_become_tensor_parallel_by_default() -> None:
     assert resolve_layout(8, pp=2, dp=2) == Layout(tp=2, pp=2, dp=2)
 
 
-@pytest.mark.parametrize(("world", "sizes", "way_out"), [(3, (2, None, None), "mpirun -n 2"), (3, (None, 2, None), "mpirun -n 2")])
+@pytest.mark.parametrize(
+    ("world", "sizes", "way_out"), [(3, (2, None, None), "mpirun -n 2"), (3, (None, 2, None), "mpirun -n 2")]
+)
 def test_wrong_number_of_ranks_names_the_right_one(world: int, sizes: tuple[int | None, ...], way_out: str) -> None:
     with pytest.raises(ConfigError, match=way_out):
         resolve_layout(world, *sizes)

@@ -38,7 +38,13 @@ def test_64_mixed_requests_on_4_ranks_and_a_small_cache_equal_their_runs_alone(d
     with LLM(directory, engine="numpy", prefix_caching=False) as alone:
         expected = [alone.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
     # 16 running sequences of up to 100 tokens would need 400 blocks of 4.
-    options = {"engine": "numpy", "max_num_seqs": 16, "max_num_batched_tokens": 48, "block_size": 4, "num_kv_blocks": 100}
+    options = {
+        "engine": "numpy",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 48,
+        "block_size": 4,
+        "num_kv_blocks": 100,
+    }
 
     def rank(comm: Communicator) -> tuple[list[RequestOutput], int]:
         with LLM(
@@ -102,7 +108,9 @@ def test_one_bad_prompt_does_not_cost_the_others(directory: Path) -> None:
         outputs = llm.run(prompts, [SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)] * 5)
         assert [output.finish_reason for output in outputs] == ["length", *["error"] * 4]
         assert len(outputs[0].token_ids) == 3
-        for output, words in zip(outputs[1:], (["no tokens"], ["101", "100"], ["174", "128"], ["tokenizer.json"]), strict=True):
+        for output, words in zip(
+            outputs[1:], (["no tokens"], ["101", "100"], ["174", "128"], ["tokenizer.json"]), strict=True
+        ):
             assert all(word in output.error for word in words), output.error
         with pytest.raises(RequestError, match="prompt 1"):
             llm.generate(prompts, SamplingParams(max_tokens=3))
@@ -131,9 +139,9 @@ def test_stop_text_ends_the_text_before_it() -> None:
         def progress(index: int, delta: TokenDelta, text: str) -> None:
             pieces.append(text)
 
-        stopped = llm.run(
-            ["def main("], [SamplingParams(max_tokens=40, temperature=0.0, stop=("lo, wor",))], progress
-        )[0]
+        stopped = llm.run(["def main("], [SamplingParams(max_tokens=40, temperature=0.0, stop=("lo, wor",))], progress)[
+            0
+        ]
     assert stopped.finish_reason == "stop"
     assert stopped.stop_reason == "lo, wor"
     assert stopped.text == whole.text[: whole.text.index("lo, wor")]

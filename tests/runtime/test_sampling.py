@@ -11,7 +11,9 @@ from phalanx.runtime.step import ADMISSION
 NUM_DRAWS = 4_000
 
 
-def params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1) -> np.ndarray:
+def params(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
+) -> np.ndarray:
     return np.array([(0, temperature, top_k, top_p, min_p, -1, seed)], ADMISSION)
 
 
@@ -26,7 +28,11 @@ def draw(logits: np.ndarray, **fields: float) -> np.ndarray:
     [
         ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
 )
 def test_philox_known_answers(counter: tuple[int, int, int, int], key: tuple[int, int], words: str) -> None:
@@ -68,7 +74,9 @@ def test_equal_logits_rank_by_token_id() -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     random = np.random.default_rng(0)
     logits = random.normal(size=(6, 50)).astype(np.float32)
-    sampling = np.concatenate([params(temperature=t, top_k=k, seed=s) for t, k, s in [(1, 0, 1), (0, 0, 2), (0.5, 5, 3)] * 2])
+    sampling = np.concatenate(
+        [params(temperature=t, top_k=k, seed=s) for t, k, s in [(1, 0, 1), (0, 0, 2), (0.5, 5, 3)] * 2]
+    )
     positions = np.arange(6, dtype=np.int32)
     together = sample(logits, sampling, positions)
     alone = [sample(logits[i : i + 1], sampling[i : i + 1], positions[i : i + 1])[0] for i in range(6)]

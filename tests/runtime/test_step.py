@@ -18,7 +18,9 @@ def int32(*values: int) -> np.ndarray:
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     num_seqs = draw(st.integers(1, 6))
-    counts = sorted(draw(st.lists(st.integers(1, 5), min_size=num_seqs, max_size=num_seqs)), key=lambda count: count > 1)
+    counts = sorted(
+        draw(st.lists(st.integers(1, 5), min_size=num_seqs, max_size=num_seqs)), key=lambda count: count > 1
+    )
     starts = draw(st.lists(st.integers(0, 50), min_size=num_seqs, max_size=num_seqs))
     samples = draw(st.lists(st.integers(0, 1), min_size=num_seqs, max_size=num_seqs))
     slots = draw(st.permutations(range(8)))[:num_seqs]
@@ -72,6 +74,8 @@ def test_result_survives_packing_and_has_the_announced_size(plan: StepPlan, coun
 def test_state_takes_over_blocks_and_parameters() -> None:
     state = BatchState.empty(4, 4)
     admissions = np.array([(3, 0.5, 7, 0.9, 0.1, 2, 2**63 + 1)], ADMISSION)
-    state.apply(StepPlan(0, int32(3), int32(0), int32(1), int32(1), int32(9), int32(3, 1, 42).reshape(1, 3), admissions))
+    state.apply(
+        StepPlan(0, int32(3), int32(0), int32(1), int32(1), int32(9), int32(3, 1, 42).reshape(1, 3), admissions)
+    )
     assert state.block_tables[3, 1] == 42
     assert state.sampling[3] == admissions[0]
