@@ -6,6 +6,7 @@ where there is no GPU. What only a GPU can show (memory ordering, occupancy, spe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -26,10 +27,10 @@ _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off")
 class EmulatedLibrary:
     """Kernels compiled for the CPU, kept in ``cache`` between runs."""
 
-    def __init__(self, cache: Path, num_multiprocessors: int = 4) -> None:
+    def __init__(self, cache: Path, num_multiprocessors: int = 4, has_clusters: bool = False) -> None:
         self.architecture = "sm_80"
         self.num_multiprocessors = num_multiprocessors
-        self.has_clusters = False
+        self.has_clusters = has_clusters
         self._cache = cache
         self._libraries: dict[KernelSpec, ctypes.CDLL] = {}
 
@@ -61,12 +62,26 @@ class EmulatedLibrary:
 
     def _compile(self, spec: KernelSpec, text: str, path: Path) -> None:
         exports = "".join(f"EXPORT_KERNEL({name})\n" for name in _kernel_names(text))
-        program = f'#include "cuda_emulator.h"\n{text}\n{exports}'
-        includes = [f"-I{folder}" for folder in (self._precompiled_header(), EMULATOR, INCLUDE_DIRECTORY)]
+        blocks = dict(spec.defines).get("CLUSTER", "1")
+        program = f'#include "cuda_emulator.h"\n#define BLOCKS_PER_CLUSTER {blocks}\n{text}\n{exports}'
+        includes = [f"-I{folder}" for folder in (self._precompiled_header(), self._headers())]
         partial = path.with_suffix(f".{os.getpid()}")
         command = ["g++", *_FLAGS, *spec.options, *includes, "-shared", "-o", str(partial), "-x", "c++", "-"]
         subprocess.run(command, input=program, text=True, check=True)
         partial.rename(path)
+
+    def _headers(self) -> Path:
+        """A folder with the package's headers and, in place of some of them, the emulator's."""
+        headers = {path.name: path.read_text() for folder in (INCLUDE_DIRECTORY, EMULATOR) for path in folder.iterdir()}
+        folder = self._cache / f"include-{hashlib.sha256(repr(sorted(headers.items())).encode()).hexdigest()[:16]}"
+        if not folder.exists():
+            partial = folder.with_suffix(f".{os.getpid()}")
+            partial.mkdir(parents=True)
+            for name, text in headers.items():
+                (partial / name).write_text(text)
+            with contextlib.suppress(OSError):  # another process was faster
+                partial.rename(folder)
+        return folder
 
     def _precompiled_header(self) -> Path:
         """A folder with the emulator's header precompiled: two thirds of a compilation are the standard library."""

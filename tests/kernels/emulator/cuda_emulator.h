@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs this project's CUDA kernels on a CPU, for tests: one fiber a thread, one block at a time. Barriers and warp
+// Runs this project's CUDA kernels on a CPU, for tests: one fiber a thread, one cluster at a time. Barriers and warp
 // exchanges are where a fiber stops until the others have come; a block whose threads wait at different places, or in
 // which some have left a warp exchange to the others, is reported as a deadlock. It says nothing about speed,
 // and memory is as strongly ordered as a CPU's: races that need a GPU's ordering are for compute-sanitizer.
+//
+// Shared variables of kernels lie in one section, of which every block of a cluster has a copy that is swapped in while
+// the block runs. A block runs until all its threads wait for the cluster, so shared variables of templates, which
+// compilers keep out of the section, serve one block after the other; they must not live across a cluster barrier.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -23,15 +27,20 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static __attribute__((section("emulated_shared")))
 
 struct Dimensions {
     unsigned int x, y, z;
 };
 
+extern "C" {
+extern char __start_emulated_shared[] __attribute__((weak));
+extern char __stop_emulated_shared[] __attribute__((weak));
+}
+
 namespace emulator {
 
-enum class State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+enum class State { READY, AT_BARRIER, AT_CLUSTER, IN_EXCHANGE, DONE };
 
 struct Fiber {
     ucontext_t start;
@@ -49,7 +58,8 @@ inline unsigned char* dynamic_shared = nullptr;
 inline std::vector<Fiber> fibers;
 inline std::vector<uint64_t> exchanged;  // [threads, 4], stable until the warp's next exchange
 inline jmp_buf scheduler;
-inline unsigned int current;
+inline unsigned int current, current_block;
+inline std::vector<std::vector<char>> shared_of_block;
 inline const std::function<void()>* body;
 
 // swapcontext would do for every switch, but it saves the signal mask with a system call each time.
@@ -88,45 +98,69 @@ inline void release(unsigned int first, unsigned int end, State state) {
     }
 }
 
-inline bool advance() {
-    const unsigned int count = fibers.size();
-    bool progress = false;
-    for (current = 0; current < count; ++current) {
-        if (fibers[current].state != State::READY) continue;
-        thread_index = {current % block_dim.x, current / block_dim.x % block_dim.y, current / block_dim.x / block_dim.y};
-        resume(fibers[current]);
-        progress = true;
+// Lets the threads from `first` to `end`, one block, go on as far as they can without another block.
+inline void run_block(unsigned int first, unsigned int end) {
+    for (bool progress = true; progress;) {
+        progress = false;
+        for (current = first; current < end; ++current) {
+            if (fibers[current].state != State::READY) continue;
+            const unsigned int thread = current - first;
+            thread_index = {thread % block_dim.x, thread / block_dim.x % block_dim.y, thread / block_dim.x / block_dim.y};
+            resume(fibers[current]);
+            progress = true;
+        }
+        for (unsigned int warp = first; warp < end; warp += 32) {
+            const unsigned int last = std::min(warp + 32, end);
+            if (all_in(warp, last, State::IN_EXCHANGE)) release(warp, last, State::IN_EXCHANGE), progress = true;
+        }
+        if (all_in(first, end, State::AT_BARRIER)) release(first, end, State::AT_BARRIER), progress = true;
     }
-    for (unsigned int first = 0; first < count; first += 32) {
-        const unsigned int end = std::min(first + 32, count);
-        if (all_in(first, end, State::IN_EXCHANGE)) release(first, end, State::IN_EXCHANGE), progress = true;
+}
+
+inline size_t section_bytes() { return __stop_emulated_shared - __start_emulated_shared; }
+
+// False when the cluster's threads wait for each other in vain.
+inline bool run_cluster(unsigned int index, unsigned int num_blocks, unsigned int num_threads) {
+    const unsigned int count = num_blocks * num_threads;
+    for (;;) {
+        for (current_block = 0; current_block < num_blocks; ++current_block) {
+            const unsigned int block = index + current_block;
+            block_index = {block % grid_dim.x, block / grid_dim.x % grid_dim.y, block / grid_dim.x / grid_dim.y};
+            auto& shared = shared_of_block[current_block];
+            std::copy(shared.begin(), shared.end(), __start_emulated_shared);
+            run_block(current_block * num_threads, (current_block + 1) * num_threads);
+            std::copy(__start_emulated_shared, __stop_emulated_shared, shared.begin());
+        }
+        if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::DONE; }))
+            return true;
+        if (!all_in(0, count, State::AT_CLUSTER)) return false;
+        release(0, count, State::AT_CLUSTER);
     }
-    if (all_in(0, count, State::AT_BARRIER)) release(0, count, State::AT_BARRIER), progress = true;
-    return progress;
+}
+
+inline void start(Fiber& fiber) {
+    if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fiber.start, run_fiber, 0);
+    fiber.has_started = false;
+    fiber.state = State::READY;
 }
 
 // 0 when every block finished, 1 when one could not.
-inline int launch(Dimensions grid, Dimensions block, size_t shared_bytes, const std::function<void()>& kernel) {
-    const unsigned int count = block.x * block.y * block.z;
-    std::vector<unsigned char> shared(shared_bytes + 128, 0xA5);
-    dynamic_shared = shared.data() + (128 - reinterpret_cast<uintptr_t>(shared.data()) % 128);
+inline int launch(Dimensions grid, Dimensions block, size_t shared_bytes, unsigned int cluster,
+                  const std::function<void()>& kernel) {
+    const unsigned int num_threads = block.x * block.y * block.z;
+    std::vector<unsigned char> dynamic(shared_bytes + 128, 0xA5);
+    dynamic_shared = dynamic.data() + (128 - reinterpret_cast<uintptr_t>(dynamic.data()) % 128);
     grid_dim = grid, block_dim = block, body = &kernel;
-    fibers.resize(count);
-    exchanged.resize(4 * count);
-    for (auto& fiber : fibers)
-        if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
-    for (unsigned int index = 0; index < grid.x * grid.y * grid.z; ++index) {
-        block_index = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
-        for (auto& fiber : fibers) {
-            getcontext(&fiber.start);
-            fiber.start.uc_stack.ss_sp = fiber.stack.get();
-            fiber.start.uc_stack.ss_size = STACK_BYTES;
-            makecontext(&fiber.start, run_fiber, 0);
-            fiber.has_started = false;
-            fiber.state = State::READY;
-        }
-        while (!all_in(0, count, State::DONE))
-            if (!advance()) return 1;
+    fibers.resize(cluster * num_threads);
+    exchanged.resize(4 * fibers.size());
+    for (unsigned int index = 0; index < grid.x * grid.y * grid.z; index += cluster) {
+        shared_of_block.assign(cluster, std::vector<char>(section_bytes(), 0x5A));
+        for (auto& fiber : fibers) start(fiber);
+        if (!run_cluster(index, cluster, num_threads)) return 1;
     }
     return 0;
 }
@@ -151,8 +185,9 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I
 }
 
 template <typename... Parameters>
-int launch_with(void (*kernel)(Parameters...), void** arguments, const unsigned int* shape, size_t shared_bytes) {
-    return launch({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared_bytes,
+int launch_with(void (*kernel)(Parameters...), void** arguments, const unsigned int* shape, size_t shared_bytes,
+                unsigned int cluster) {
+    return launch({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared_bytes, cluster,
                   [&] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); });
 }
 
@@ -160,7 +195,7 @@ int launch_with(void (*kernel)(Parameters...), void** arguments, const unsigned 
 
 #define EXPORT_KERNEL(name)                                                                            \
     extern "C" int launch_##name(void** arguments, const unsigned int* shape, size_t shared_bytes) { \
-        return emulator::launch_with(name, arguments, shape, shared_bytes);                            \
+        return emulator::launch_with(name, arguments, shape, shared_bytes, BLOCKS_PER_CLUSTER);        \
     }
 
 #define threadIdx emulator::thread_index
