@@ -64,11 +64,23 @@ class EmulatedLibrary:
         exports = "".join(f"EXPORT_KERNEL({name})\n" for name in _kernel_names(text))
         blocks = dict(spec.defines).get("CLUSTER", "1")
         program = f'#include "cuda_emulator.h"\n#define BLOCKS_PER_CLUSTER {blocks}\n{text}\n{exports}'
-        includes = [f"-I{folder}" for folder in (self._precompiled_header(), self._headers())]
+        headers, scheduler = self._headers(), self._scheduler()
         partial = path.with_suffix(f".{os.getpid()}")
-        command = ["g++", *_FLAGS, *spec.options, *includes, "-shared", "-o", str(partial), "-x", "c++", "-"]
-        subprocess.run(command, input=program, text=True, check=True)
+        command = ["g++", *_FLAGS, *spec.options, f"-I{headers}", "-shared", "-o", str(partial), "-x", "c++", "-"]
+        subprocess.run([*command, "-x", "none", str(scheduler)], input=program, text=True, check=True)
         partial.rename(path)
+
+    def _scheduler(self) -> Path:
+        """The emulator's scheduler as a library of its own, which all kernels share."""
+        source, header = EMULATOR / "cuda_emulator.cpp", EMULATOR / "cuda_emulator.h"
+        key = hashlib.sha256(source.read_bytes() + header.read_bytes()).hexdigest()[:16]
+        path = self._cache / f"libemulator-{key}.so"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            self._cache.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["g++", *_FLAGS, "-shared", str(source), "-o", str(partial)], check=True)
+            partial.rename(path)
+        return path
 
     def _headers(self) -> Path:
         """A folder with the package's headers and, in place of some of them, the emulator's."""
@@ -81,18 +93,6 @@ class EmulatedLibrary:
                 (partial / name).write_text(text)
             with contextlib.suppress(OSError):  # another process was faster
                 partial.rename(folder)
-        return folder
-
-    def _precompiled_header(self) -> Path:
-        """A folder with the emulator's header precompiled: two thirds of a compilation are the standard library."""
-        header = EMULATOR / "cuda_emulator.h"
-        folder = self._cache / f"header-{hashlib.sha256(header.read_bytes()).hexdigest()[:16]}"
-        path = folder / "cuda_emulator.h.gch"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            subprocess.run(["g++", *_FLAGS, "-x", "c++-header", str(header), "-o", str(partial)], check=True)
-            partial.rename(path)
         return folder
 
 

@@ -10,8 +10,8 @@ inline void cluster_sync() { emulator::wait(emulator::State::AT_CLUSTER); }
 
 template <typename T>
 T* in_block(T* own, int rank) {
-    const auto at = reinterpret_cast<char*>(own) - __start_emulated_shared;
-    return rank == cluster_rank() ? own : reinterpret_cast<T*>(&emulator::shared_of_block[rank].at(at));
+    if (rank == cluster_rank()) return own;
+    return reinterpret_cast<T*>(emulator::shared_copy(rank) + (reinterpret_cast<char*>(own) - __start_emulated_shared));
 }
 
 // Values meet outside of shared memory: a template's shared variable cannot live across a cluster barrier here.

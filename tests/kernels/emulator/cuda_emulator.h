@@ -7,20 +7,17 @@
 // Shared variables of kernels lie in one section, of which every block of a cluster has a copy that is swapped in while
 // the block runs. A block runs until all its threads wait for the cluster, so shared variables of templates, which
 // compilers keep out of the section, serve one block after the other; they must not live across a cluster barrier.
+//
+// This is what kernels are compiled with: few and small headers, since every specialisation pays for them. The
+// scheduler is cuda_emulator.cpp.
 #pragma once
 #include <math.h>
-#include <setjmp.h>
-#include <ucontext.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <utility>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -42,140 +39,36 @@ namespace emulator {
 
 enum class State { READY, AT_BARRIER, AT_CLUSTER, IN_EXCHANGE, DONE };
 
-struct Fiber {
-    ucontext_t start;
-    jmp_buf place;
-    bool has_started;
-    std::unique_ptr<char[]> stack;
-    State state;
-    uint64_t offered[4];
+constexpr int EXCHANGED_WORDS = 4;
+
+// What a launch needs to know of one kernel.
+struct Kernel {
+    void (*body)(void* context);
+    void* context;
+    char *shared_begin, *shared_end;
 };
 
-constexpr size_t STACK_BYTES = 128 * 1024;
+extern Dimensions grid_dim, block_dim, block_index, thread_index;
+extern unsigned char* dynamic_shared;
+extern unsigned int current, current_block;  // thread of the cluster, block of the cluster
+extern uint64_t* exchanged;                  // [threads, EXCHANGED_WORDS], stable until the warp's next exchange
 
-inline Dimensions grid_dim, block_dim, block_index, thread_index;
-inline unsigned char* dynamic_shared = nullptr;
-inline std::vector<Fiber> fibers;
-inline std::vector<uint64_t> exchanged;  // [threads, 4], stable until the warp's next exchange
-inline jmp_buf scheduler;
-inline unsigned int current, current_block;
-inline std::vector<std::vector<char>> shared_of_block;
-inline const std::function<void()>* body;
-
-// swapcontext would do for every switch, but it saves the signal mask with a system call each time.
-inline void wait(State state) {
-    fibers[current].state = state;
-    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
-}
-
-inline void run_fiber() {
-    (*body)();
-    fibers[current].state = State::DONE;
-    _longjmp(scheduler, 1);
-}
-
-inline void resume(Fiber& fiber) {
-    if (_setjmp(scheduler) != 0) return;
-    if (fiber.has_started) _longjmp(fiber.place, 1);
-    fiber.has_started = true;
-    setcontext(&fiber.start);
-}
-
-inline bool all_in(unsigned int first, unsigned int end, State state) {
-    bool any = false;
-    for (unsigned int i = first; i < end; ++i) {
-        if (fibers[i].state != state && fibers[i].state != State::DONE) return false;
-        any = any || fibers[i].state == state;
-    }
-    return any;
-}
-
-inline void release(unsigned int first, unsigned int end, State state) {
-    for (unsigned int i = first; i < end; ++i) {
-        if (fibers[i].state != state) continue;
-        if (state == State::IN_EXCHANGE) std::copy_n(fibers[i].offered, 4, &exchanged[4 * i]);
-        fibers[i].state = State::READY;
-    }
-}
-
-// Lets the threads from `first` to `end`, one block, go on as far as they can without another block.
-inline void run_block(unsigned int first, unsigned int end) {
-    for (bool progress = true; progress;) {
-        progress = false;
-        for (current = first; current < end; ++current) {
-            if (fibers[current].state != State::READY) continue;
-            const unsigned int thread = current - first;
-            thread_index = {thread % block_dim.x, thread / block_dim.x % block_dim.y, thread / block_dim.x / block_dim.y};
-            resume(fibers[current]);
-            progress = true;
-        }
-        for (unsigned int warp = first; warp < end; warp += 32) {
-            const unsigned int last = std::min(warp + 32, end);
-            if (all_in(warp, last, State::IN_EXCHANGE)) release(warp, last, State::IN_EXCHANGE), progress = true;
-        }
-        if (all_in(first, end, State::AT_BARRIER)) release(first, end, State::AT_BARRIER), progress = true;
-    }
-}
-
-inline size_t section_bytes() { return __stop_emulated_shared - __start_emulated_shared; }
-
-// False when the cluster's threads wait for each other in vain.
-inline bool run_cluster(unsigned int index, unsigned int num_blocks, unsigned int num_threads) {
-    const unsigned int count = num_blocks * num_threads;
-    for (;;) {
-        for (current_block = 0; current_block < num_blocks; ++current_block) {
-            const unsigned int block = index + current_block;
-            block_index = {block % grid_dim.x, block / grid_dim.x % grid_dim.y, block / grid_dim.x / grid_dim.y};
-            auto& shared = shared_of_block[current_block];
-            std::copy(shared.begin(), shared.end(), __start_emulated_shared);
-            run_block(current_block * num_threads, (current_block + 1) * num_threads);
-            std::copy(__start_emulated_shared, __stop_emulated_shared, shared.begin());
-        }
-        if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::DONE; }))
-            return true;
-        if (!all_in(0, count, State::AT_CLUSTER)) return false;
-        release(0, count, State::AT_CLUSTER);
-    }
-}
-
-inline void start(Fiber& fiber) {
-    if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get();
-    fiber.start.uc_stack.ss_size = STACK_BYTES;
-    makecontext(&fiber.start, run_fiber, 0);
-    fiber.has_started = false;
-    fiber.state = State::READY;
-}
-
-// 0 when every block finished, 1 when one could not.
-inline int launch(Dimensions grid, Dimensions block, size_t shared_bytes, unsigned int cluster,
-                  const std::function<void()>& kernel) {
-    const unsigned int num_threads = block.x * block.y * block.z;
-    std::vector<unsigned char> dynamic(shared_bytes + 128, 0xA5);
-    dynamic_shared = dynamic.data() + (128 - reinterpret_cast<uintptr_t>(dynamic.data()) % 128);
-    grid_dim = grid, block_dim = block, body = &kernel;
-    fibers.resize(cluster * num_threads);
-    exchanged.resize(4 * fibers.size());
-    for (unsigned int index = 0; index < grid.x * grid.y * grid.z; index += cluster) {
-        shared_of_block.assign(cluster, std::vector<char>(section_bytes(), 0x5A));
-        for (auto& fiber : fibers) start(fiber);
-        if (!run_cluster(index, cluster, num_threads)) return 1;
-    }
-    return 0;
-}
+void wait(State state);
+uint64_t* offered();                   // the running thread's words for the next exchange
+char* shared_copy(unsigned int rank);  // another block's shared section
+int launch(Dimensions grid, Dimensions block, size_t shared_bytes, unsigned int cluster, const Kernel& kernel);
 
 template <typename T>
 inline void offer(const T& value) {
-    static_assert(sizeof(T) <= sizeof(Fiber::offered));
-    std::memcpy(fibers[current].offered, &value, sizeof(T));
+    static_assert(sizeof(T) <= EXCHANGED_WORDS * sizeof(uint64_t));
+    memcpy(offered(), &value, sizeof(T));
     wait(State::IN_EXCHANGE);
 }
 
 template <typename T>
 inline T offered_by(unsigned int lane) {
     T value;
-    std::memcpy(&value, &exchanged[4 * (current / 32 * 32 + lane)], sizeof(T));
+    memcpy(&value, &exchanged[EXCHANGED_WORDS * (current / 32 * 32 + lane)], sizeof(T));
     return value;
 }
 
@@ -184,18 +77,21 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I
     kernel(*static_cast<Parameters*>(arguments[Index])...);
 }
 
-template <typename... Parameters>
-int launch_with(void (*kernel)(Parameters...), void** arguments, const unsigned int* shape, size_t shared_bytes,
+template <auto KERNEL, typename... Parameters>
+int launch_with(void (*)(Parameters...), void** arguments, const unsigned int* shape, size_t shared_bytes,
                 unsigned int cluster) {
+    const auto body = [](void* context) {
+        call(KERNEL, static_cast<void**>(context), std::index_sequence_for<Parameters...>());
+    };
     return launch({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared_bytes, cluster,
-                  [&] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); });
+                  {body, arguments, __start_emulated_shared, __stop_emulated_shared});
 }
 
 }  // namespace emulator
 
-#define EXPORT_KERNEL(name)                                                                            \
-    extern "C" int launch_##name(void** arguments, const unsigned int* shape, size_t shared_bytes) { \
-        return emulator::launch_with(name, arguments, shape, shared_bytes, BLOCKS_PER_CLUSTER);        \
+#define EXPORT_KERNEL(name)                                                                                     \
+    extern "C" int launch_##name(void** arguments, const unsigned int* shape, size_t shared_bytes) {          \
+        return emulator::launch_with<name>(name, arguments, shape, shared_bytes, BLOCKS_PER_CLUSTER);           \
     }
 
 #define threadIdx emulator::thread_index
@@ -221,8 +117,14 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-using std::max;
-using std::min;
+template <typename T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+template <typename T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
 
 inline void __syncthreads() { emulator::wait(emulator::State::AT_BARRIER); }
 inline void __syncwarp(unsigned int = 0xffffffffu) { emulator::offer(0); }
