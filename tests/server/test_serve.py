@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,20 @@ def wait_until_idle(job: Job) -> None:
     while metric(job, "phalanx_requests_running") + metric(job, "phalanx_requests_waiting") > 0:
         continue
     assert metric(job, "phalanx_kv_cache_usage_ratio") == 0.0
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_ranks_without_work_leave_the_processor_alone(job: Job) -> None:
+    wait_until_idle(job)
+    pids = [job.rank(rank) for rank in range(4)]
+    before, observed = [processor_seconds(pid) for pid in pids], 3.0
+    threading.Event().wait(observed)  # the length of the observation, not a wait for something
+    used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+    assert all(seconds < 0.05 * observed for seconds in used), used
 
 
 def test_models_are_named_after_the_directory(job: Job) -> None:
