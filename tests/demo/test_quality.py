@@ -157,9 +157,7 @@ def test_disturbed_cache_order_is_caught(
 
     def bind(self: NumpyAttention, plan: Any, state: Any) -> None:
         right(self, plan, state)
-        self._sequences = [
-            dataclasses.replace(sequence, blocks=swap_first_blocks(sequence.blocks)) for sequence in self._sequences
-        ]
+        self._tiles = [dataclasses.replace(tile, blocks=swap_first_blocks(tile.blocks)) for tile in self._tiles]
 
     monkeypatch.setattr(NumpyAttention, "bind", bind)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
