@@ -174,7 +174,7 @@ class _Growing:
             self.prompt_logprobs = delta.prompt_logprobs
         count, text, stop = len(delta.token_ids), "", None
         if self.stream is not None:
-            visible = delta.token_ids[:-1] if _ends_with_stop_token(delta, self.params) else delta.token_ids
+            visible = delta.token_ids[:-1] if delta.ends_with_stop_token(self.params) else delta.token_ids
             piece = self.stream.push(visible)
             text, stop = piece.text, piece.stop
             if stop is not None:
@@ -269,12 +269,6 @@ class _Run:
         if stop is not None and delta.finish_reason is None:
             self._engine.cancel(delta.request_id)
         self._finished.append(growing.finish(reason, delta.stop_reason if stop is None else stop, delta.error))
-
-
-def _ends_with_stop_token(delta: TokenDelta, params: SamplingParams) -> bool:
-    """Whether the last token is one that ended the request: it is reported, but is no text."""
-    ended = delta.finish_reason == "stop" and bool(delta.token_ids)
-    return ended and not (params.include_stop and delta.token_ids[-1] in params.stop_token_ids)
 
 
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -119,6 +119,11 @@ class TokenDelta:
     num_cached_tokens: int = 0
     error: str | None = None
 
+    def ends_with_stop_token(self, params: SamplingParams) -> bool:
+        """Whether the last token is the one that ended the request: it counts, but is no text."""
+        ended = self.finish_reason == "stop" and bool(self.token_ids)
+        return ended and not (params.include_stop and self.token_ids[-1] in params.stop_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:

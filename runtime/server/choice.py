@@ -81,7 +81,7 @@ class Choice:
         events: list[TokenEvent] = []
         for index, token_id in enumerate(delta.token_ids):
             logprob = delta.logprobs[index] if index < len(delta.logprobs) else None
-            is_text = not (index + 1 == len(delta.token_ids) and _ends_with_stop_token(delta, self.params))
+            is_text = not (index + 1 == len(delta.token_ids) and delta.ends_with_stop_token(self.params))
             events.append(TokenEvent(token_id, self._push(token_id) if is_text else "", logprob))
             self.num_tokens += 1
             if self.stopped_by_text:
@@ -104,9 +104,3 @@ class Choice:
         held = self.stream.finish() if self.stream is not None else ""
         last = events.pop() if events else TokenEvent(None)
         events.append(replace(last, text=last.text + held, last=True))
-
-
-def _ends_with_stop_token(delta: TokenDelta, params: SamplingParams) -> bool:
-    """Whether the last token is the one that ended the request: it counts, but is no text."""
-    ended = delta.finish_reason == "stop" and bool(delta.token_ids)
-    return ended and not (params.include_stop and delta.token_ids[-1] in params.stop_token_ids)
