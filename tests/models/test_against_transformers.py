@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import RequestOutput, SamplingParams
-from tests.support.checkpoints import CASES, CheckpointCase, write_checkpoint
+from tests.support.checkpoints import CASES, CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.reference import load_reference, prompt_token_ids, transformers_reference
 
 TOLERANCE = 2e-4
@@ -76,3 +77,38 @@ def test_recorded_values_are_those_of_transformers(case: CheckpointCase, tmp_pat
     recorded, live = load_reference(case), transformers_reference(case, tmp_path)
     np.testing.assert_allclose(recorded.logits, live.logits, rtol=0, atol=1e-5 * float(np.ptp(live.logits)))
     assert recorded.greedy == live.greedy
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-heads", "gpt2-plain", "gemma-one-kv-head"])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (2, 3)])
+def test_greedy_tokens_found_without_gathering_logits_are_the_same(
+    name: str, tp: int, pp: int, directories: dict[str, Path]
+) -> None:
+    reference, prompt = load_reference(CASES_BY_NAME[name]), prompt_token_ids(CASES_BY_NAME[name])
+
+    def rank(comm: Communicator) -> RequestOutput:
+        with LLM(
+            directories[name], tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy"
+        ) as llm:
+            params = SamplingParams(max_tokens=len(reference.greedy), temperature=0.0, ignore_eos=True)
+            return llm.generate([prompt], params)[0]
+
+    assert run_ranks(tp * pp, rank)[0].token_ids == reference.greedy
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_that_are_not_finite_end_the_request_with_an_error(tp: int, tmp_path: Path) -> None:
+    directory = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["lm_head.weight"].copy()
+    head[100] = np.nan  # one row, held by the last rank only
+    save_file({**tensors, "lm_head.weight": head}, directory / "model.safetensors")
+
+    def rank(comm: Communicator) -> RequestOutput:
+        with LLM(directory, tensor_parallel_size=tp, comm=comm, engine="numpy") as llm:
+            return llm.run([[3, 4]], [SamplingParams(max_tokens=4, temperature=0.0)])[0]
+
+    output = run_ranks(tp, rank)[0]
+    assert output.finish_reason == "error"
+    assert output.error is not None
+    assert "finite" in output.error
