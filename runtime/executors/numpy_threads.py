@@ -12,9 +12,9 @@ __all__ = ["Threads", "thread_count"]
 
 
 def thread_count() -> int:
-    """Threads that this rank may use: what ``OMP_NUM_THREADS`` says, else every core."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
+    """Threads that this rank may use: the fewest that the usual variables name, else every core."""
+    given = [os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+    return min((int(text) for text in given if text.isdigit() and int(text)), default=len(os.sched_getaffinity(0)))
 
 
 class Threads:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from phalanx.runtime.executors import numpy_product
 from phalanx.runtime.executors.numpy_product import product
-from phalanx.runtime.executors.numpy_threads import Threads
+from phalanx.runtime.executors.numpy_threads import Threads, thread_count
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -32,3 +34,17 @@ def test_an_error_in_any_thread_reaches_the_caller() -> None:
 
     with pytest.raises(ZeroDivisionError):
         Threads(2).run([lambda: None, fail, lambda: None])
+
+
+@pytest.mark.parametrize(
+    ("openmp", "openblas", "expected"),
+    [("3", None, 3), (None, "2", 2), ("4", "1", 1), ("many", "0", None), (None, None, None)],
+)
+def test_thread_count_is_the_fewest_that_was_asked_for(
+    openmp: str | None, openblas: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("OMP_NUM_THREADS", openmp), ("OPENBLAS_NUM_THREADS", openblas)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert thread_count() == (expected or len(os.sched_getaffinity(0)))
