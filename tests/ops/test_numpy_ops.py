@@ -106,10 +106,6 @@ def test_position_embedding() -> None:
     close(ops.position_embedding(x, "p"), x.astype(np.float64) + table[positions])
 
 
-def erf(x: float) -> float:
-    return math.erf(x)
-
-
 EXACT: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)) if x > -700 else 0.0,
     "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
