@@ -39,6 +39,9 @@ def build_parser() -> CommandParser:
         measured = modes.add_parser(mode, help=what)
         _add_load_arguments(measured, default_prompts=64 if mode == "throughput" else 3)
         measured.add_argument(
+            "--num-iters", type=int, default=1, metavar="N", help="measure N times; the median run is reported"
+        )
+        measured.add_argument(
             "--trace", type=Path, metavar="FILE", help="Chrome trace of every rank (opens in Perfetto)"
         )
         add_model_arguments(measured)
@@ -81,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_load(args: argparse.Namespace) -> None:
     from phalanx.parallel.errors import ConfigError
 
-    for name in ("input_len", "output_len", "num_prompts"):
-        if getattr(args, name) < 1:
+    for name in ("input_len", "output_len", "num_prompts", "num_iters"):
+        if getattr(args, name, 1) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} is below 1; use at least 1")
     if args.json is not None and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json}: its directory does not exist; make it first")
@@ -106,7 +109,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ConfigError(f"--trace: the {engine} engine records no timeline; use --engine cuda")
     report = None
     if replica.engine is not None:
-        report = _report(args, replica, _run(args, replica))
+        report = _median(_run(args, replica))
         replica.engine.release()
     else:
         follow(replica.control, replica.executor)
@@ -116,32 +119,43 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     return report
 
 
-def _run(args: argparse.Namespace, replica: Replica) -> list[Measurement]:
+def _run(args: argparse.Namespace, replica: Replica) -> list[dict[str, Any]]:
+    """A report for each iteration; every iteration has prompts of its own, so that none finds them in the cache."""
     from phalanx.runtime.measure import measure
 
     engine = replica.engine
     assert engine is not None
-    requests = _requests(args, replica.config.vocab_size)
-    measure(engine, _requests(args, replica.config.vocab_size, warm_up=True))
-    with Progress(args.num_prompts * args.output_len) as progress:
-        if args.mode == "throughput":
-            return [measure(engine, requests, progress)]
-        return [measure(engine, [request], progress) for request in requests]
+    vocab_size = replica.config.vocab_size
+    measure(engine, _requests(args, vocab_size, args.num_iters, min(args.num_prompts, 2), min(args.output_len, 4)))
+    reports = []
+    for iteration in range(args.num_iters):
+        requests = _requests(args, vocab_size, iteration, args.num_prompts, args.output_len)
+        with Progress(args.num_prompts * args.output_len) as progress:
+            if args.mode == "throughput":
+                runs = [measure(engine, requests, progress)]
+            else:
+                runs = [measure(engine, [request], progress) for request in requests]
+        reports.append(_report(args, replica, runs))
+    return reports
 
 
-def _requests(args: argparse.Namespace, vocab_size: int, warm_up: bool = False) -> list[Request]:
+def _median(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the median throughput, and the throughput of every iteration beside it."""
+    rates = [report["output_tokens_per_second"] for report in reports]
+    return {**reports[rates.index(statistics.median_low(rates))], "runs_output_tokens_per_second": rates}
+
+
+def _requests(
+    args: argparse.Namespace, vocab_size: int, iteration: int, num_requests: int, output_len: int
+) -> list[Request]:
     import numpy as np
 
     from phalanx.runtime.request import Request, SamplingParams
 
-    random = np.random.default_rng(args.seed + warm_up)
-    count, output_len = (
-        (min(args.num_prompts, 2), min(args.output_len, 4)) if warm_up else (args.num_prompts, args.output_len)
-    )
+    random = np.random.default_rng((args.seed, iteration))
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    prompts = random.integers(0, vocab_size, (count, args.input_len))
-    name = "warm-up" if warm_up else "request"
-    return [Request(f"{name}-{index}", tuple(prompt.tolist()), params) for index, prompt in enumerate(prompts)]
+    prompts = random.integers(0, vocab_size, (num_requests, args.input_len))
+    return [Request(f"{iteration}-{index}", tuple(prompt.tolist()), params) for index, prompt in enumerate(prompts)]
 
 
 def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement]) -> dict[str, Any]:

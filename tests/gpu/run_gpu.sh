@@ -1,39 +1,73 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU: tests first, then benchmarks. Run from the repository's root:
-#     tests/gpu/run_gpu.sh [--sanitize] [--no-bench]
-# Results (JSON, logs) go to $OUT, by default ./gpu-results. Needs cupy, nvmath-python, pytest; torch for comparisons.
+# Everything that needs an NVIDIA GPU: tests, sanitizers, commands, benchmarks. From anywhere:
+#     tests/gpu/run_gpu.sh [STEP...]
+# Without steps all are run, in this order; with several GPUs tests and benchmarks use them.
+#     tests       operations, executor, layouts, serving over HTTP, against float64, the NumPy engine and transformers
+#     soak        10,000 mixed requests
+#     doctor      what works here, on one rank for each GPU
+#     tune        timing of one model's matrix products
+#     memcheck    compute-sanitizer on the kernel tests: addresses
+#     racecheck   compute-sanitizer on the kernel tests: shared memory
+#     ready       launch.serve with Llama-3-8B's sizes: seconds to READY (writes 16 GB below $TMPDIR)
+#     trace       a timeline for Perfetto
+#     kernels     benchmarks of kernels
+#     models      benchmarks of models, medians of three
+# Logs and JSON go to $OUT, by default ./gpu-results; exit status 1 if a step failed. Needs phalanx-llm[cuda13,test]; torch and
+# transformers for their comparisons.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu-results}
 PYTHON=${PYTHON:-python3}
+STEPS=(tests soak doctor tune memcheck racecheck ready trace kernels models)
 mkdir -p "$OUT"
-sanitize=0 bench=1 status=0
-for option in "$@"; do
-    case $option in
-        --sanitize) sanitize=1 ;;
-        --no-bench) bench=0 ;;
-        *) echo "unknown option $option; there are --sanitize and --no-bench" >&2; exit 2 ;;
-    esac
-done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+status=0
 
-run() {
-    local name=$1
+run() { # name command...
+    local name=$1 start=$SECONDS
     shift
     echo "== $name"
     "$@" >"$OUT/$name.log" 2>&1 || { status=1; echo "$name failed:"; tail -40 "$OUT/$name.log"; }
     tail -3 "$OUT/$name.log"
+    echo "-- $((SECONDS - start)) s"
+}
+
+on_all_gpus() { # command...
+    local gpus
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    if ((gpus > 1)); then
+        mpirun --allow-run-as-root --oversubscribe -n "$gpus" "$@"
+    else
+        "$@"
+    fi
 }
 
 # `import launch` makes phalanx importable where it is not installed.
-pytest=("$PYTHON" -c "import launch, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))" -q -p no:cacheprovider -m gpu)
-run tests "${pytest[@]}" tests/kernels tests/gpu
-if ((sanitize)); then
-    for tool in memcheck racecheck; do
-        # Failed look-ups of optional driver functions are no errors of ours.
-        run "$tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "${pytest[@]}" -x tests/kernels
-    done
-fi
-if ((bench)); then
-    run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json"
-fi
+pytest=("$PYTHON" -c "import launch, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))" -q --tb=short)
+
+sanitize() { # tool
+    # Failed look-ups of optional driver functions are no errors of ours.
+    run "$1" compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 "${pytest[@]}" -x -m gpu tests/kernels
+}
+
+for step in "${@:-${STEPS[@]}}"; do
+    case $step in
+        tests) run tests "${pytest[@]}" -m gpu tests/kernels tests/gpu tests/server/test_serve_on_gpu.py ;;
+        soak) run soak "${pytest[@]}" -m slow tests/gpu/test_soak.py ;;
+        doctor) run doctor on_all_gpus "$PYTHON" -m launch.doctor ;;
+        tune) run tune "$PYTHON" -m launch.tune --model tests/gpu/models/gemma-2b --tokens 1,64,1024 --again ;;
+        memcheck | racecheck) sanitize "$step" ;;
+        ready)
+            run ready "$PYTHON" -m tests.gpu.measure_ready tests/gpu/models/llama-3-8b \
+                --directory "${TMPDIR:-/tmp}/phalanx-llama-3-8b" --json "$OUT/ready.json"
+            ;;
+        trace)
+            run trace on_all_gpus "$PYTHON" -m launch.bench throughput --model tests/gpu/models/gemma-2b --load-format dummy \
+                --engine cuda --num-prompts 256 --output-len 32 --max-num-seqs 128 --trace "$OUT/timeline.json"
+            ;;
+        kernels) run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json" ;;
+        models) run models "$PYTHON" -m tests.gpu.bench_models --out "$OUT" ;;
+        *) echo "unknown step $step; there are ${STEPS[*]}" >&2; exit 2 ;;
+    esac
+done
 exit $status

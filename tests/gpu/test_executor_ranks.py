@@ -1,4 +1,7 @@
-"""The CUDA executor over NCCL: every layout that the GPUs of this machine allow gives the NumPy engine's tokens."""
+"""The CUDA executor in every layout that this machine's GPUs allow: against transformers, the NumPy engine and the demo's loss.
+
+Each layout is a real ``mpirun``; hidden states and sums go over NCCL.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
-from tests.gpu.test_executor import checkpoint, prompts
+from tests.gpu.test_executor import CASES, prompts
+from tests.models.test_against_transformers import TOLERANCE, log_softmax
+from tests.support.checkpoints import CheckpointCase, write_checkpoint
+from tests.support.reference import Reference, prompt_token_ids, transformers_reference
 
 pytestmark = pytest.mark.gpu
 
 SEED = 3
 ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 3)]
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8), (2, 3)]
+DEEP = {
+    "llama": {**CASES["llama"], "num_hidden_layers": 8},
+    "gpt2": {**CASES["gpt2"], "n_layer": 8, "n_embd": 512, "n_head": 8},
+    "gemma": {**CASES["gemma"], "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+"""Heads for eight tensor-parallel ranks, blocks for eight stages."""
+
+HELD_OUT = "modulefinder.txt"
 
 
 def num_gpus() -> int:
@@ -27,45 +43,105 @@ def num_gpus() -> int:
     return int(cupy.cuda.runtime.getDeviceCount())
 
 
-def generate_under_mpirun(directory: Path, tp: int, pp: int, tmp_path: Path, *flags: str) -> list[dict[str, object]]:
-    """Run ``launch.generate`` on ``tp * pp`` ranks; its JSON lines."""
-    requests = tmp_path / "requests.jsonl"
-    lines = [json.dumps({"prompt_token_ids": prompt, "seed": SEED}) for prompt in prompts(97)]
-    requests.write_text("\n".join(lines))
-    command = [
-        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", "launch.generate",
-        "--model", str(directory), "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--input-file", str(requests),
-        "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--num-kv-blocks", "200", "--ignore-eos", "--json",
-        *flags,
+def skip_without_gpus(tp: int, pp: int) -> None:
+    if tp * pp > num_gpus():
+        pytest.skip(f"needs {tp * pp} GPUs")
+
+
+def run_under_mpirun(tp: int, pp: int, command: str, *flags: str | Path) -> list[dict[str, Any]]:
+    """Run ``launch.<command>`` on ``tp * pp`` ranks; its JSON lines."""
+    words = [
+        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", f"launch.{command}",
+        "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--json", *map(str, flags),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_layouts_give_the_numpy_engines_tokens(name: str, tp: int, pp: int, tmp_path: Path) -> None:
-    if tp * pp > num_gpus():
-        pytest.skip(f"needs {tp * pp} GPUs")
-    if name == "gpt2" and tp > 4:
-        pytest.skip("its four heads cannot be shared by more ranks")
-    directory = checkpoint(name, "float32", tmp_path)
+def generate(directory: Path, tp: int, pp: int, requests: list[tuple[int, ...]], *flags: str) -> list[dict[str, Any]]:
+    """Run ``launch.generate`` over the prompts, in chunks smaller than the longest of them."""
+    file = directory / "requests.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt_token_ids": prompt, "seed": SEED}) for prompt in requests))
+    return run_under_mpirun(
+        tp, pp, "generate", "--model", directory, "--input-file", file, "--max-num-seqs", "8",
+        "--max-num-batched-tokens", "64", "--num-kv-blocks", "200", "--ignore-eos", *flags,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=DEEP)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CheckpointCase:
+    case = CheckpointCase(request.param, DEEP[request.param])
+    write_checkpoint(case, tmp_path_factory.getbasetemp() / case.name)
+    return case
+
+
+@pytest.fixture(scope="module")
+def directory(family: CheckpointCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / family.name
+
+
+@pytest.fixture(scope="module")
+def transformers_values(family: CheckpointCase, directory: Path) -> Reference:
+    return transformers_reference(family, directory, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def numpy_tokens(family: CheckpointCase, directory: Path) -> list[list[int]]:
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
-        expected = [list(output.token_ids) for output in llm.generate(prompts(97), params)]
-    lines = generate_under_mpirun(directory, tp, pp, tmp_path, "--max-tokens", "24", "--temperature", "0")
-    assert [line["token_ids"] for line in lines] == expected
+        return [list(output.token_ids) for output in llm.generate(prompts(97), params)]
 
 
-def test_sampling_with_filters_does_not_depend_on_the_layout(tmp_path: Path) -> None:
-    if num_gpus() < 2:
-        pytest.skip("needs 2 GPUs")
-    directory = checkpoint("llama", "float32", tmp_path)
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layouts_equal_transformers_on_the_gpu(
+    family: CheckpointCase, directory: Path, transformers_values: Reference, tp: int, pp: int
+) -> None:
+    skip_without_gpus(tp, pp)
+    prompt = prompt_token_ids(family)
+    flags = ("--max-tokens", str(len(transformers_values.greedy)), "--temperature", "0", "--prompt-logprobs", "5")
+    (line,) = generate(directory, tp, pp, [prompt], *flags)
+    assert tuple(line["token_ids"]) == transformers_values.greedy
+    expected = log_softmax(transformers_values.logits)
+    tolerance = TOLERANCE * float(np.ptp(transformers_values.logits))
+    for position, entry in enumerate(line["prompt_logprobs"][1:], 1):
+        row = expected[position - 1]
+        assert entry["token_id"] == prompt[position]
+        assert abs(entry["logprob"] - row[entry["token_id"]]) <= tolerance, position
+        ids, values = (np.array(column) for column in zip(*entry["top"], strict=True))
+        np.testing.assert_allclose(values, row[ids.astype(int)], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(values, np.sort(row)[::-1][:5], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layouts_give_the_numpy_engines_tokens(
+    directory: Path, numpy_tokens: list[list[int]], tp: int, pp: int
+) -> None:
+    skip_without_gpus(tp, pp)
+    lines = generate(directory, tp, pp, prompts(97), "--max-tokens", "24", "--temperature", "0")
+    assert [line["token_ids"] for line in lines] == numpy_tokens
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (8, 1), (4, 2)])
+def test_sampling_with_filters_does_not_depend_on_the_layout(tp: int, pp: int, tmp_path: Path) -> None:
+    skip_without_gpus(tp, pp)
+    directory = write_checkpoint(CheckpointCase("llama", DEEP["llama"]), tmp_path)
     params = SamplingParams(max_tokens=16, temperature=0.9, top_k=12, top_p=0.9, seed=SEED, ignore_eos=True, logprobs=2)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
         expected = [list(output.token_ids) for output in llm.generate(prompts(97), params)]
-    flags = ["--max-tokens", "16", "--temperature", "0.9", "--top-k", "12", "--top-p", "0.9", "--logprobs", "2"]
-    for tp, pp in ((2, 1), (1, 2)):
-        lines = generate_under_mpirun(directory, tp, pp, tmp_path, *flags)
-        assert [line["token_ids"] for line in lines] == expected, (tp, pp)
+    flags = ("--max-tokens", "16", "--temperature", "0.9", "--top-k", "12", "--top-p", "0.9", "--logprobs", "2")
+    assert [line["token_ids"] for line in generate(directory, tp, pp, prompts(97), *flags)] == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_the_demo_checkpoints_loss_is_that_of_transformers(dtype: str, tp: int, pp: int) -> None:
+    skip_without_gpus(tp, pp)
+    recorded = json.loads((ROOT / "tests/demo/reference.json").read_text())["held_out"]
+    expected = next(entry["loss"] for entry in recorded if entry["file"] == HELD_OUT)
+    tolerance = {"float32": 1e-4, "bfloat16": 0.02}[dtype]
+    text = ROOT / "tests/demo/held_out" / HELD_OUT
+    (report,) = run_under_mpirun(tp, pp, "eval", "--dtype", dtype, "--text", text)
+    assert report["loss"] == pytest.approx(expected, abs=tolerance)

@@ -47,8 +47,9 @@ def is_open_mpi() -> bool:
 class Job:
     """A server made of several processes, all of which carry the job's mark in their environment."""
 
-    def __init__(self, server: Server, mark: str) -> None:
+    def __init__(self, server: Server, mark: str, num_ranks: int) -> None:
         self.server = server
+        self.num_ranks = num_ranks
         self._mark = f"{MARK}={mark}".encode()
 
     def rank(self, rank: int) -> int:
@@ -99,7 +100,7 @@ def serve(num_ranks: int, *flags: str, wait_for: str = "READY") -> Iterator[Job]
     if num_ranks:
         command = [mpirun(), "-n", str(num_ranks), *command]
     with start(command, **{MARK: mark}, **ENVIRONMENT) as server:
-        job = Job(server, mark)
+        job = Job(server, mark, num_ranks)
         if wait_for:
             server.wait_for(wait_for)
         yield job

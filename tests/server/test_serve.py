@@ -83,7 +83,7 @@ def processor_seconds(pid: int) -> float:
 
 def test_ranks_without_work_leave_the_processor_alone(job: Job) -> None:
     wait_until_idle(job)
-    pids = [job.rank(rank) for rank in range(4)]
+    pids = [job.rank(rank) for rank in range(job.num_ranks)]
     before, observed = [processor_seconds(pid) for pid in pids], 3.0
     threading.Event().wait(observed)  # the length of the observation, not a wait for something
     used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]

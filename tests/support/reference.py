@@ -37,16 +37,16 @@ def load_reference(case: CheckpointCase) -> Reference:
         return Reference(data["logits"], tuple(data["greedy"].tolist()))
 
 
-def transformers_reference(case: CheckpointCase, directory: Path) -> Reference:
-    """Compute the values with transformers, in float32."""
+def transformers_reference(case: CheckpointCase, directory: Path, device: str = "cpu") -> Reference:
+    """Compute the values with transformers, in float32, on a device of torch."""
     import torch
     from transformers import AutoModelForCausalLM
 
     write_checkpoint(case, directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    token_ids = torch.tensor([prompt_token_ids(case)])
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+    token_ids = torch.tensor([prompt_token_ids(case)], device=device)
     with torch.no_grad():
-        logits = model(token_ids).logits[0].float().numpy()
+        logits = model(token_ids).logits[0].float().cpu().numpy()
         for _ in range(NUM_GREEDY):
             token_ids = torch.cat((token_ids, model(token_ids).logits[:, -1:].argmax(-1)), dim=1)
     return Reference(logits, tuple(token_ids[0, PROMPT_LENGTH:].tolist()))

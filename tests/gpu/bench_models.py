@@ -1,0 +1,115 @@
+"""Throughput and latency of real models' sizes with random weights: ``python -m tests.gpu.bench_models [CASE...]``.
+
+A case is one `launch.bench` command; without names, all that the GPUs of this machine allow are run. Each measures ``--num-iters``
+times in one process and reports the median run. JSON and logs go to ``--out``; a line per case to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MODELS = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What `launch.bench` is asked for; ``max_num_seqs=1`` is one request at a time."""
+
+    model: str
+    input_len: int
+    num_prompts: int
+    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    tp: int = 1
+    pp: int = 1
+    output_len: int = 128
+
+    def command(self, num_iters: int, result: Path) -> list[str]:
+        """The process to start."""
+        mode = "latency" if self.max_num_seqs == 1 else "throughput"
+        ranks = self.tp * self.pp
+        launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+        options = {
+            "model": MODELS / self.model, "load-format": "dummy", "engine": "cuda", "tp": self.tp, "pp": self.pp,
+            "input-len": self.input_len, "output-len": self.output_len, "num-prompts": self.num_prompts,
+            "max-num-seqs": self.max_num_seqs, "max-num-batched-tokens": self.max_num_batched_tokens,
+            "num-iters": num_iters, "json": result,
+        }  # fmt: skip
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [*(launcher if ranks > 1 else []), sys.executable, "-m", "launch.bench", mode, *flags]
+
+
+CASES = {
+    "gemma-2b": Case("gemma-2b", 128, 8192),
+    "gemma-7b": Case("gemma-7b", 128, 2048),
+    "llama-3-8b": Case("llama-3-8b", 128, 4096),
+    "llama-3-8b-2048": Case("llama-3-8b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=8192),
+    "llama-3-8b-one": Case("llama-3-8b", 128, 3, max_num_seqs=1),
+    "gemma-2b-one": Case("gemma-2b", 128, 3, max_num_seqs=1),
+    "llama-3-8b-tp2": Case("llama-3-8b", 128, 4096, tp=2),
+    "llama-3-8b-pp2": Case("llama-3-8b", 128, 4096, pp=2),
+    "llama-3-8b-tp2-one": Case("llama-3-8b", 128, 3, max_num_seqs=1, tp=2),
+    "llama-2-70b-tp2": Case("llama-2-70b", 128, 1024, tp=2),
+    "llama-2-70b-pp2": Case("llama-2-70b", 128, 1024, pp=2),
+    "llama-2-70b-tp2-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=2),
+    "llama-2-70b-tp4": Case("llama-2-70b", 128, 2048, tp=4),
+    "llama-2-70b-pp4": Case("llama-2-70b", 128, 2048, pp=4),
+    "llama-2-70b-tp4-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=4),
+    "llama-2-70b-tp8": Case("llama-2-70b", 128, 2048, tp=8),
+    "llama-2-70b-tp4-pp2": Case("llama-2-70b", 128, 2048, tp=4, pp=2),
+    "llama-2-70b-tp2-pp4": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, tp=2, pp=4),
+    "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
+    "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
+}
+
+
+def num_gpus() -> int:
+    """GPUs of this machine."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
+    """Run a case; one line about the result, or the end of the log."""
+    result, log = out / f"{name}.json", out / f"{name}.log"
+    result.unlink(missing_ok=True)
+    try:
+        with open(log, "w") as file:
+            command = CASES[name].command(num_iters, result)
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        return f"{name}: {error}\n{log.read_text()[-1500:]}"
+    report = json.loads(result.read_text())
+    runs = " ".join(f"{rate:,.1f}" for rate in report["runs_output_tokens_per_second"])
+    idle = report["gpu_idle_fraction"]
+    return (
+        f"{name}: {report['output_tokens_per_second']:,.1f} tok/s (runs {runs}; steady "
+        f"{report['steady_output_tokens_per_second']:,.0f}), {report['time_per_output_token_ms']['p50']:.3f} ms/token, "
+        f"step {report['mean_step_ms']:.3f} ms, idle {idle:.3%}, {report['kv_blocks']} blocks"
+    )
+
+
+def main() -> None:
+    """Run the cases that were named, or all that fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--num-iters", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one case")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    args = parser.parse_args()
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(CASES)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    most = num_gpus()
+    for name in args.cases or [name for name, case in CASES.items() if case.tp * case.pp <= most]:
+        print(run(name, args.num_iters, args.out, args.timeout), flush=True)
+
+
+if __name__ == "__main__":
+    main()
