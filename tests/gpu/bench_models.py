@@ -48,7 +48,7 @@ CASES = {
     "gemma-2b": Case("gemma-2b", 128, 8192),
     "gemma-7b": Case("gemma-7b", 128, 2048),
     "llama-3-8b": Case("llama-3-8b", 128, 4096),
-    "llama-3-8b-2048": Case("llama-3-8b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=8192),
+    "llama-3-8b-2048": Case("llama-3-8b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=16384),
     "llama-3-8b-one": Case("llama-3-8b", 128, 3, max_num_seqs=1),
     "gemma-2b-one": Case("gemma-2b", 128, 3, max_num_seqs=1),
     "llama-3-8b-tp2": Case("llama-3-8b", 128, 4096, tp=2),

@@ -52,7 +52,7 @@ def run_under_mpirun(tp: int, pp: int, command: str, *flags: str | Path) -> list
     """Run ``launch.<command>`` on ``tp * pp`` ranks; its JSON lines."""
     words = [
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", f"launch.{command}",
-        "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--json", *map(str, flags),
+        "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--num-kv-blocks", "200", "--json", *map(str, flags),
     ]  # fmt: skip
     result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -65,7 +65,7 @@ def generate(directory: Path, tp: int, pp: int, requests: list[tuple[int, ...]],
     file.write_text("\n".join(json.dumps({"prompt_token_ids": prompt, "seed": SEED}) for prompt in requests))
     return run_under_mpirun(
         tp, pp, "generate", "--model", directory, "--input-file", file, "--max-num-seqs", "8",
-        "--max-num-batched-tokens", "64", "--num-kv-blocks", "200", "--ignore-eos", *flags,
+        "--max-num-batched-tokens", "64", "--ignore-eos", *flags,
     )  # fmt: skip
 
 
