@@ -175,6 +175,7 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
         "output_len": args.output_len,
         "num_prompts": args.num_prompts,
         "max_num_seqs": replica.options.max_num_seqs,
+        "num_microbatches": _num_microbatches(args, replica),
         "seconds": seconds,
         "output_tokens_per_second": output_tokens / seconds,
         "total_tokens_per_second": (output_tokens + args.num_prompts * args.input_len) / seconds,
@@ -188,6 +189,13 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
         "versions": versions(),
         "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
     }
+
+
+def _num_microbatches(args: argparse.Namespace, replica: Replica) -> int:
+    """Micro-batches while as many requests decode at once as can."""
+    assert replica.engine is not None
+    num_seqs = min(args.num_prompts, replica.options.max_num_seqs) if args.mode == "throughput" else 1
+    return replica.engine.scheduler.num_microbatches(num_seqs)
 
 
 def _step_seconds(run: Measurement) -> list[float]:

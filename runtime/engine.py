@@ -19,8 +19,8 @@ __all__ = ["Engine", "follow"]
 class Engine:
     """The leader's side of one replica.
 
-    `step` keeps as many steps in flight as the executor wants (pipeline stages, plus one where the device runs ahead), then
-    collects the oldest. Requests may be submitted and cancelled between any two steps.
+    `step` keeps as many steps in flight as the executor takes (pipeline stages, plus one where the device runs ahead) and the
+    scheduler plans, then collects the oldest. Requests may be submitted and cancelled between any two steps.
 
     Attributes:
         clock: monotonic seconds.

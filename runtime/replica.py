@@ -74,6 +74,7 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
                 num_microbatches=executor.depth - executor.lookahead,
                 lookahead=executor.lookahead,
                 seed=options.seed + topology.replica,
+                step_times=executor.step_times,
             ),
             _planner(executor, options, max_model_len),
         )

@@ -9,6 +9,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import StepPlan, StepResult
+from phalanx.runtime.step_times import StepTimes
 
 __all__ = ["Capabilities", "Executor"]
 
@@ -74,6 +75,11 @@ class Executor(Protocol):
     @property
     def lookahead(self) -> int:
         """Steps of one sequence that may be in flight at once beyond the first: 0, or 1 if the device keeps the tokens."""
+        ...
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        """What decoding steps take, by which the leader chooses micro-batches; None = not measured."""
         ...
 
     def execute(self, plan: StepPlan) -> None:

@@ -7,7 +7,8 @@ overlaps with computing.
 
 Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
 the last stage sends its results to the leader's device, which takes them on a stream of their own: the compute stream
-never waits for a later stage. With several stages one micro-batch more than stages is in flight, which hides the host.
+never waits for a later stage. With several stages one micro-batch more than stages may be in flight, which hides the
+host; the leader decides by the times that `CudaExecutor.warm_up` measures.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from phalanx.runtime.executors.cuda_memory import DeviceArray, download, upload
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_ring import GpuTimes, StepRing, StepSlot
 from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda_step_times import measure_step_times
 from phalanx.runtime.executors.cuda_trace import Category, Timeline, write_chrome_trace
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step_times import StepTimes
 
 __all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
 
@@ -82,6 +85,9 @@ class CudaExecutor:
         stream: where steps run.
         num_kv_blocks: N, equal on all ranks.
         timeline: record one; steps then run without graphs.
+
+    Attributes:
+        step_times: of a pipeline, after `warm_up`.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class CudaExecutor:
         self._in_flight: deque[StepSlot] = deque()
         self._timeline = timeline
         self.num_kv_blocks = num_kv_blocks
+        self.step_times: StepTimes | None = None
 
     @property
     def topology(self) -> Topology:
@@ -175,8 +182,11 @@ class CudaExecutor:
         with self._device, self._stream:
             write_chrome_trace(path, self._timeline, comm)
 
-    def warm_up(self) -> None:
-        """Run and capture steps without sequences, so that serving neither compiles nor tunes much. *Collective.*"""
+    def warm_up(self, comm: Communicator) -> None:
+        """Run and capture steps without sequences, so that serving neither compiles nor tunes much; time a pipeline's.
+
+        *Collective over ``comm``, the replica.*
+        """
         limits = self._limits
         most = min(limits.max_num_seqs, limits.max_num_tokens)
         keys = [StepKey(size, most, True) for size in bucket_sizes(limits.max_num_tokens) if size > most]
@@ -186,6 +196,27 @@ class CudaExecutor:
                 for _ in range(2):
                     self._run(key)
             self._stream.synchronize()
+        if self.topology.layout.pp > 1:
+            self.step_times = measure_step_times(self, most, comm)
+            self._ring.forget()
+
+    def replay_seconds(self, num_seqs: int) -> float:
+        """Device time of this rank's stage for the decoding step of ``num_seqs`` sequences that was executed last.
+
+        *Collective over the stage.* Runs it twice more, without taking hidden states or handing them on.
+        """
+        import cupy
+
+        key = self._of_stage(StepKey(num_seqs, num_seqs, False))
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        with self._device, self._stream:
+            start.record(self._stream)
+            for _ in range(2):
+                self._graphs.run(key, self._stage.run)
+            end.record(self._stream)
+            self._ring.wait(end)
+        seconds: float = cupy.cuda.get_elapsed_time(start, end) / 2e3
+        return seconds
 
     def close(self) -> None:
         """Wait for what is in flight and release memory and groups. *Collective over the replica.*"""
@@ -232,10 +263,12 @@ class CudaExecutor:
         self._send_hidden(self._stage.run_with_prompt_rows(key, num_sampled, len(plan.prompt_rows)))
 
     def _run(self, key: StepKey) -> None:
-        # Stages without logits run steps that differ in nothing else as one graph.
-        of_stage = key if self.topology.is_last_stage else StepKey(key.num_rows, 0, key.has_prefill)
         self._receive_hidden(key)
-        self._send_hidden(self._graphs.run(of_stage, self._stage.run))
+        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run))
+
+    def _of_stage(self, key: StepKey) -> StepKey:
+        """Stages without logits run steps that differ in nothing else as one graph."""
+        return key if self.topology.is_last_stage else StepKey(key.num_rows, 0, key.has_prefill)
 
     def _receive_hidden(self, key: StepKey) -> None:
         if not self.topology.is_first_stage:

@@ -103,7 +103,7 @@ def create_cuda_executor(
         num_blocks = _num_blocks(rank, comm)
         attention.allocate(num_blocks)
         executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
-        executor.warm_up()
+        executor.warm_up(comm)
     return executor, longest_sequence(config, options, num_blocks)
 
 

@@ -21,6 +21,7 @@ from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step_times import StepTimes
 
 __all__ = ["CAPABILITIES", "CacheShape", "NumpyExecutor"]
 
@@ -60,6 +61,7 @@ class NumpyExecutor:
     """
 
     lookahead = 0
+    step_times: StepTimes | None = None
 
     def __init__(
         self, model: Model, config: ModelConfig, weights: dict[str, Float32Array], topology: Topology,

@@ -25,6 +25,7 @@ from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator
 from phalanx.runtime.models import Model
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step_times import StepTimes
 
 __all__ = ["CAPABILITIES", "EngineSession", "PassOutput", "TrtExecutor", "Wanted", "create_trt_executor"]
 
@@ -83,6 +84,7 @@ class TrtExecutor:
 
     lookahead = 0
     idle_fraction: float | None = None
+    step_times: StepTimes | None = None
 
     def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:
         self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline

@@ -9,6 +9,7 @@ import numpy as np
 
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.scheduler.admission import admission_row
+from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable, SlotArray
 from phalanx.runtime.scheduler.values import SchedulerConfig
 from phalanx.runtime.scheduler.waiting import WaitingQueue
@@ -50,14 +51,24 @@ class Batcher:
     def __init__(self, config: SchedulerConfig, cache: CachePlanner) -> None:
         self._config = config
         self._cache = cache
+        self._microbatches = _microbatches_by_seqs(config)
         self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
-    def select(self) -> Selection:
-        """Decodes first, then the prompt under way, then new requests, up to the token budget."""
+    def num_microbatches(self, num_seqs: int) -> int:
+        """Into how many micro-batches that many decoding sequences are divided."""
+        return self._microbatches[num_seqs]
+
+    def select(self, num_in_flight: int) -> Selection:
+        """Decodes first, then the prompt under way, then new requests, up to the token budget.
+
+        Nothing while the steps in flight are enough.
+        """
+        if self._config.step_times is not None and self._is_full(num_in_flight):
+            return Selection(np.empty(0, np.intp))
         selection = Selection(self._choose_decodes())
         self._add_chunks(selection)
         self._admit(selection)
@@ -89,6 +100,14 @@ class Batcher:
         self._cache.discard(sequence.slot)
         self.table.remove(sequence.slot)
 
+    def _is_full(self, num_in_flight: int) -> bool:
+        """Whether more steps would cut the micro-batches smaller than is best; chunks of a long prompt cut nothing.
+
+        Sequences whose results return meanwhile gather, so that micro-batches which were smaller come together.
+        """
+        enough = self.num_microbatches(self.table.num_decoding()) + self._config.lookahead
+        return num_in_flight >= enough and not (self.table.remaining() > 1).any()
+
     def _choose_decodes(self) -> SlotArray:
         """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
         while True:
@@ -108,7 +127,7 @@ class Batcher:
 
     def _share(self, num_seqs: int) -> int:
         """Sequences of one micro-batch, so that there is work for all of them."""
-        return -(-num_seqs // self._config.num_microbatches)
+        return -(-num_seqs // self.num_microbatches(num_seqs))
 
     def _add_chunks(self, selection: Selection) -> None:
         """More of the prompt that is partly computed; there is one at most, as the next gets what it leaves over."""
@@ -163,3 +182,12 @@ class Batcher:
         self.release(sequence)
         self.waiting.put_back(sequence)
         self.num_preemptions += 1
+
+
+def _microbatches_by_seqs(config: SchedulerConfig) -> list[int]:
+    """A number for 0 to ``max_num_seqs`` decoding sequences."""
+    if config.step_times is None:
+        return [config.num_microbatches] * (config.max_num_seqs + 1)
+    num_seqs = np.arange(config.max_num_seqs + 1)
+    numbers: list[int] = num_microbatches(num_seqs, config.num_microbatches, config.step_times).tolist()
+    return numbers

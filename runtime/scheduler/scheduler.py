@@ -93,9 +93,9 @@ class Scheduler:
             self._end(sequence, "cancelled")
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step; None while nothing could be computed before another result is applied."""
+        """The next step; None while nothing can be computed, or is better not, before another result is applied."""
         self._end_overdue(now)
-        selection = self._batcher.select()
+        selection = self._batcher.select(len(self._in_flight))
         if not selection.num_tokens:
             return None
         step_id = self._num_planned % 2**31
@@ -126,6 +126,10 @@ class Scheduler:
         """The same as `take_deltas` in columns, one batch or more a step."""
         batches, self._batches = self._batches, []
         return batches
+
+    def num_microbatches(self, num_seqs: int) -> int:
+        """Into how many micro-batches ``num_seqs`` decoding sequences are divided."""
+        return self._batcher.num_microbatches(num_seqs)
 
     @property
     def has_work(self) -> bool:

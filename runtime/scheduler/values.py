@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.step_times import StepTimes
 
 __all__ = ["SchedulerConfig", "SchedulerStats"]
 
@@ -20,9 +21,10 @@ class SchedulerConfig:
         max_queued_requests: requests that may wait for a slot.
         vocab_size: prompt token ids are below it.
         eos_token_ids: tokens that end a generation unless the request ignores them.
-        num_microbatches: pipeline stages; that many plans of different sequences are kept in flight.
+        num_microbatches: most plans of different sequences that are kept in flight.
         lookahead: 1 = a sequence may be planned again before its last token is known.
         seed: where the seeds of requests without one are drawn from.
+        step_times: decides for fewer micro-batches where they are faster; None = not measured.
 
     Raises:
         ConfigError: a limit is below what can work.
@@ -37,6 +39,7 @@ class SchedulerConfig:
     num_microbatches: int = 1
     lookahead: int = 0
     seed: int = 0
+    step_times: StepTimes | None = None
 
     def __post_init__(self) -> None:
         for name in (

@@ -11,8 +11,11 @@ import pytest
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.executors import cuda_executor
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
+from phalanx.runtime.scheduler.microbatches import num_microbatches
+from phalanx.runtime.step_times import StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 from tests.support.reference import prompt_token_ids
@@ -89,6 +92,47 @@ def test_sampled_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path
         expected = generate(directory, 1, 1, prompts, params, engine="numpy")
         outputs = generate(directory, tp, pp, prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 2)])
+def test_pipeline_measures_its_steps_and_chooses_micro_batches(tp: int, pp: int, tmp_path: Path, device: None) -> None:
+    directory = write_checkpoint(CASES[0], tmp_path)
+
+    def rank(comm: Communicator) -> tuple[StepTimes | None, float | None, int | None]:
+        with LLM(
+            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="cuda", max_num_seqs=7,
+            max_num_batched_tokens=12, num_kv_blocks=8,
+        ) as llm:  # fmt: skip
+            replica = llm._replica
+            number = replica.engine.scheduler.num_microbatches(7) if replica.engine else None
+            return replica.executor.step_times, replica.executor.idle_fraction, number
+
+    (times, idle_fraction, number), *others = run_ranks(tp * pp, rank)
+    assert all(other[0] == times for other in others), "the slowest stage counts, whichever rank it is of"
+    assert idle_fraction is None, "what was run to measure is no step"
+    if pp == 1:
+        assert (times, number) == (None, 1)
+        return
+    assert times is not None
+    assert (times.num_stages, times.rows) == (2, (1, 2, 4))
+    assert all(seconds > 0 for seconds in times.stage_seconds + times.latency_seconds)
+    assert number == num_microbatches(np.array([7]), 3, times)[0]
+
+
+@pytest.mark.parametrize("way", [0.0, 1.0], ids=["two micro-batches", "three"])
+def test_tokens_do_not_depend_on_what_was_measured(
+    way: float, tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = StepTimes(2, (1, 4), (1e-3, 2e-3), (2e-3 + way, 4e-3 + way))
+    monkeypatch.setattr(cuda_executor, "measure_step_times", lambda *_: times)
+    case = CASES_BY_NAME["llama-grouped-heads"]
+    directory = write_checkpoint(case, tmp_path)
+    prompt = prompt_token_ids(case)
+    prompts = [prompt[:5], prompt[:7], prompt[3:4], prompt[5:], prompt[2:9]]
+    params = SamplingParams(max_tokens=9, temperature=0.8, seed=11, ignore_eos=True)
+    expected = generate(directory, 1, 1, prompts, params, engine="numpy")
+    outputs = generate(directory, 1, 2, prompts, params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
 
 
 def test_timeline_of_all_ranks_is_one_chrome_trace(tmp_path: Path, device: None) -> None:

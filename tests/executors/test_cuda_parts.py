@@ -13,6 +13,8 @@ from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.executors.cuda_ring import GpuTimes
+from phalanx.runtime.executors.cuda_step_times import decoding_step, measured_sizes
+from phalanx.runtime.step import BatchState
 from tests.support.fake_cupy import install_fake_device
 
 
@@ -51,6 +53,27 @@ def test_results_without_log_probabilities_are_tokens_only() -> None:
     assert layout.num_words == 8
     assert result.token_ids.tolist() == [0, 1, 2]
     assert result.logprobs.size == result.top_ids.size == 0
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 8, 9, 48, 1000, 1024])
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
+def test_measured_sizes_are_few_warm_and_reach_the_largest_micro_batch(max_num_seqs: int, num_stages: int) -> None:
+    sizes = measured_sizes(max_num_seqs, num_stages)
+    assert sizes[0] == 1
+    assert set(sizes) <= set(bucket_sizes(max_num_seqs)), "these have graphs"
+    assert all(bucket_size(size, 10_000) == size for size in sizes), "a plan of that many has the same one"
+    assert sizes[-1] >= -(-max_num_seqs // num_stages)
+    assert len(sizes) <= 10
+
+
+def test_decoding_step_samples_a_token_of_each_sequence_and_wants_nothing_else() -> None:
+    plan = decoding_step(5)
+    state = BatchState.empty(8, 2)
+    state.apply(plan)
+    assert (plan.num_seqs, plan.num_tokens, plan.num_decodes, plan.samples.sum()) == (5, 5, 5, 5)
+    assert plan.logprob_shape(state) == (0, 0)
+    assert not state.sampling["temperature"].any()
+    assert plan.positions.tolist() == [0] * 5
 
 
 class FakeGraph:

@@ -17,7 +17,7 @@ from tests.server.servers import Server, start
 from .commands import messages, needs_mpirun, run
 
 MEASURED = {
-    "model", "engine", "dtype", "tp", "pp", "dp", "input_len", "output_len", "num_prompts", "seconds",
+    "model", "engine", "dtype", "tp", "pp", "dp", "input_len", "output_len", "num_prompts", "num_microbatches", "seconds",
     "output_tokens_per_second", "total_tokens_per_second", "steady_output_tokens_per_second", "mean_step_ms",
     "time_to_first_token_ms", "time_per_output_token_ms", "gpu_idle_fraction", "kv_blocks", "device", "versions", "command",
 }  # fmt: skip

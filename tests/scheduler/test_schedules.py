@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.scheduler import SchedulerConfig
+from phalanx.runtime.step_times import StepTimes
 
 from .simulation import NUM_TOP, VOCAB_SIZE, Driver, Truth
 
@@ -25,6 +26,7 @@ class Schedule:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_microbatches: int
+    step_times: StepTimes | None
     lookahead: int
     block_size: int
     extra_blocks: int
@@ -44,6 +46,7 @@ class Schedule:
             eos_token_ids=EOS,
             num_microbatches=self.num_microbatches,
             lookahead=self.lookahead,
+            step_times=self.step_times,
         )
 
     def cache(self) -> CachePlanner:
@@ -53,11 +56,16 @@ class Schedule:
         return BlockPlanner(num_blocks, self.block_size, self.max_num_seqs, MAX_MODEL_LEN)
 
 
+# Planning takes 0.15 ms, so that these make any number from stages to the most of them the best one.
+milliseconds = st.tuples(*[st.sampled_from([0.0, 2e-4, 1e-3, 4e-3])] * 3)
+step_times = st.builds(StepTimes, st.integers(1, 4), st.just((1, 2, 4)), milliseconds, milliseconds)
+
 schedules = st.builds(
     Schedule,
     max_num_seqs=st.integers(1, 7),
     max_num_batched_tokens=st.integers(1, 30),
     num_microbatches=st.integers(1, 4),
+    step_times=st.none() | step_times,
     lookahead=st.integers(0, 1),
     block_size=st.integers(1, 6),
     extra_blocks=st.integers(0, 12),
@@ -181,14 +189,15 @@ def test_same_input_gives_same_plans(schedule: Schedule) -> None:
 
 
 @settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(schedules, st.integers(1, 4), st.integers(0, 1), st.integers(1, 30))
+@given(schedules, st.integers(1, 4), st.none() | step_times, st.integers(0, 1), st.integers(1, 30))
 def test_tokens_do_not_depend_on_the_schedule(
-    schedule: Schedule, num_microbatches: int, lookahead: int, max_num_batched_tokens: int
+    schedule: Schedule, num_microbatches: int, times: StepTimes | None, lookahead: int, max_num_batched_tokens: int
 ) -> None:
     schedule = replace(schedule, disturbed=False)
     other = replace(
         schedule,
         num_microbatches=num_microbatches,
+        step_times=times,
         lookahead=lookahead,
         max_num_batched_tokens=max_num_batched_tokens,
         paged=not schedule.paged,

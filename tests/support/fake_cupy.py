@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ class Event:
 
     def __init__(self, disable_timing: bool = False) -> None: ...
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
 
     def synchronize(self) -> None: ...
 
@@ -111,6 +113,10 @@ def _copy_rows(
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
 
+def _elapsed_ms(start: Event, end: Event) -> float:
+    return 1e3 * (end.seconds - start.seconds)
+
+
 def _fake_cupy() -> types.ModuleType:
     runtime = types.ModuleType("cupy.cuda.runtime")
     runtime.__dict__.update(
@@ -125,7 +131,7 @@ def _fake_cupy() -> types.ModuleType:
     cuda = types.ModuleType("cupy.cuda")
     cuda.__dict__.update(
         runtime=runtime, Stream=Stream, Event=Event, Device=Device, Memory=Memory, UnownedMemory=UnownedMemory,
-        MemoryPointer=MemoryPointer, get_current_stream=Stream, get_elapsed_time=lambda start, end: 0.0,
+        MemoryPointer=MemoryPointer, get_current_stream=Stream, get_elapsed_time=_elapsed_ms,
         alloc_pinned_memory=lambda size: bytearray(max(size, 1)),
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
