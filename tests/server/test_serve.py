@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from phalanx.runtime.server.bridge import STATS_SECONDS
 
 from .jobs import Job, is_open_mpi, serve
 from .test_lifecycle import events
@@ -71,9 +74,13 @@ def metric(job: Job, name: str) -> float:
 
 
 def wait_until_idle(job: Job) -> None:
-    while metric(job, "phalanx_requests_running") + metric(job, "phalanx_requests_waiting") > 0:
-        continue
-    assert metric(job, "phalanx_kv_cache_usage_ratio") == 0.0
+    """Until nothing runs, waits or holds a block, for longer than the time between two reports of the engine."""
+    names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
+    limit, idle_since = time.monotonic() + 60, math.inf
+    while time.monotonic() < idle_since + 2 * STATS_SECONDS:
+        assert time.monotonic() < limit, [metric(job, f"phalanx_{name}") for name in names]
+        idle = all(metric(job, f"phalanx_{name}") == 0 for name in names)
+        idle_since = min(idle_since, time.monotonic()) if idle else math.inf
 
 
 def processor_seconds(pid: int) -> float:
