@@ -77,7 +77,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """How much runs at once."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--max-num-seqs", type=int, default=None, metavar="N", help="most sequences that run at once")
+    group.add_argument("--max-num-seqs", type=int, default=None, metavar="N",
+                       help="most sequences that run at once (default: 64; cuda 1024)")  # fmt: skip
     group.add_argument("--max-num-batched-tokens", type=int, default=None, metavar="N", help="most tokens in one step")
     group.add_argument("--block-size", type=int, default=None, metavar="TOKENS", help="tokens in one cache block")
     group.add_argument("--num-kv-blocks", type=int, default=None, metavar="N", help="cache blocks (default: what fits)")
@@ -108,10 +109,11 @@ def engine_config(args: argparse.Namespace, world_size: int) -> EngineConfig:
     """
     from phalanx.parallel.topology import resolve_layout
     from phalanx.runtime.config import EngineConfig
+    from phalanx.runtime.executors.factory import with_default_sizes
 
     options = engine_options(args)
     sizes = [options.pop(f"{axis}_parallel_size") for axis in ("tensor", "pipeline", "data")]
-    return EngineConfig(layout=resolve_layout(world_size, *sizes), **options)
+    return EngineConfig(layout=resolve_layout(world_size, *sizes), **with_default_sizes(options))
 
 
 def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:

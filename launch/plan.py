@@ -23,6 +23,8 @@ _GIB = 1 << 30
 
 def build_parser() -> CommandParser:
     """Flags as in INTERFACES, and those of the engine that change the memory."""
+    from phalanx.runtime.config import GPU_MAX_NUM_SEQS
+
     parser = CommandParser(
         prog="launch.plan",
         description="Memory per rank and how many sequences fit. Needs config.json only: no GPU, no MPI, no weights.",
@@ -38,7 +40,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)"
     )
-    parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="most sequences at once (default 64)")
+    parser.add_argument("--max-num-seqs", type=int, default=GPU_MAX_NUM_SEQS, metavar="N",
+                        help=f"most sequences at once (default {GPU_MAX_NUM_SEQS})")  # fmt: skip
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N")
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

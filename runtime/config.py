@@ -13,7 +13,7 @@ from typing import Literal
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 
-__all__ = ["Activation", "DTypeName", "EngineConfig", "EngineName", "ModelConfig", "RopeConfig"]
+__all__ = ["GPU_MAX_NUM_SEQS", "Activation", "DTypeName", "EngineConfig", "EngineName", "ModelConfig", "RopeConfig"]
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -87,6 +87,10 @@ class ModelConfig:
             )
 
 
+GPU_MAX_NUM_SEQS = 1024
+"""A GPU multiplies 64 rows in the time of one; the cache, not this number, should decide how many sequences run."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the operator chooses; sizes in tokens, sequences, blocks.
@@ -96,7 +100,7 @@ class EngineConfig:
         dtype: compute type; ``auto`` = the checkpoint's own (the numpy engine always computes in float32 and rounds
             weights to this type first).
         max_model_len: longest prompt + output; None = what the model was made for.
-        max_num_seqs: most sequences that run at once.
+        max_num_seqs: most sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
         max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).

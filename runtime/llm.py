@@ -18,6 +18,7 @@ from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import Engine, follow
+from phalanx.runtime.executors.factory import with_default_sizes
 from phalanx.runtime.replica import build_replica, phase
 from phalanx.runtime.request import FinishReason, Logprob, Request, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.text import TextStream, Tokenizer
@@ -63,7 +64,7 @@ class LLM:
     ) -> None:
         world = world_communicator() if comm is None else comm
         layout = resolve_layout(world.size, tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
-        config = EngineConfig(layout=layout, **{"max_queued_requests": 1 << 30, **options})
+        config = EngineConfig(layout=layout, **with_default_sizes({"max_queued_requests": 1 << 30, **options}))
         self._replica = build_replica(None if model is None else Path(model), config, world)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)
         self._closed = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +15,12 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.config import GPU_MAX_NUM_SEQS, EngineConfig, ModelConfig
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.numpy_executor import CAPABILITIES, CacheShape, NumpyExecutor
 from phalanx.runtime.models import Model
 
-__all__ = ["choose_engine", "create_executor", "longest_sequence"]
+__all__ = ["choose_engine", "create_executor", "longest_sequence", "with_default_sizes"]
 
 _ROUNDING = {"auto": None, "float32": None, "bfloat16": "BF16", "float16": "F16"}
 
@@ -33,6 +35,12 @@ def choose_engine(requested: str) -> str:
     from phalanx.kernels.device import gpu_is_available
 
     return "cuda" if gpu_is_available() else "numpy"
+
+
+def with_default_sizes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `EngineConfig`, with ``max_num_seqs`` by the engine that will run where the operator gave none."""
+    engine = choose_engine(options.get("engine", "auto"))
+    return {**({"max_num_seqs": GPU_MAX_NUM_SEQS} if engine == "cuda" else {}), **options}
 
 
 def create_executor(
