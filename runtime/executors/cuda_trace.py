@@ -27,6 +27,7 @@ __all__ = ["Category", "Timeline", "TracedOps", "write_chrome_trace"]
 
 Category = Literal["GEMM", "attention", "communication", "bubble", "other", "host"]
 
+_LANES = ("host", "device")
 _KEPT_STEPS = 64
 _ANCHOR_ROUNDS = 5
 
@@ -82,17 +83,22 @@ class Timeline:
 
         def span(name: str, category: str, lane: str, start: float, seconds: float) -> dict[str, Any]:
             return {
-                "ph": "X", "name": name, "cat": category, "pid": rank, "tid": lane,
+                "ph": "X", "name": name, "cat": category, "pid": rank, "tid": _LANES.index(lane),
                 "ts": 1e6 * (start + clock_offset), "dur": 1e6 * seconds,
             }  # fmt: skip
 
-        spans = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}]
+        spans: list[dict[str, Any]] = [_name("process_name", rank, 0, f"rank {rank}")]
+        spans += [_name("thread_name", rank, number, lane) for number, lane in enumerate(_LANES)]
         for step in self._steps:
             spans += [span(name, "host", "host", start, end - start) for name, start, end in step.host]
             for name, category, start, end in step.device:
                 begun = now - elapsed(start, anchor) / 1e3
                 spans.append(span(name, category, "device", begun, elapsed(start, end) / 1e3))
         return spans
+
+
+def _name(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": rank, "tid": lane, "args": {"name": name}}
 
 
 class TracedOps(CudaOps):
