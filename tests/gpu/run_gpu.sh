@@ -35,5 +35,10 @@ if ((sanitize)); then
 fi
 if ((bench)); then
     run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json"
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    if ((gpus > 1)); then
+        run bench_all_reduce mpirun --allow-run-as-root --oversubscribe -n $((gpus < 8 ? gpus : 8)) \
+            "$PYTHON" tests/gpu/bench_all_reduce.py --json "$OUT/bench_all_reduce.json"
+    fi
 fi
 exit $status
