@@ -8,11 +8,12 @@ from phalanx.kernels.add import add
 from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin
 from phalanx.kernels.cublaslt import CublasLt
 from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.peer_memory import open_peer_memory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.nccl_comm import NcclCommunicator, wait_for
 
-__all__ = ["probe_all_reduce", "probe_compiler", "probe_cublaslt", "probe_kernel"]
+__all__ = ["probe_all_reduce", "probe_compiler", "probe_cublaslt", "probe_kernel", "probe_peer_memory"]
 
 _COUNT = 1 << 20
 _WAIT_SECONDS = 30.0
@@ -78,6 +79,18 @@ def probe_all_reduce(host: Communicator, device: int) -> None:
         total = group.size * (group.size + 1) // 2
         _compare("NCCL's all-reduce", x.get(), np.full(_COUNT, total, np.float32))
         group.close()
+
+
+def probe_peer_memory(host: Communicator, device: int) -> str:
+    """Why the group's GPUs do not write into each other's memory; empty where they do. *Collective.*"""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        memory = open_peer_memory(host, 1, 0)
+        if isinstance(memory, str):
+            return memory
+        memory.close()
+        return ""
 
 
 def _compare(what: str, got: np.ndarray, expected: np.ndarray) -> None:

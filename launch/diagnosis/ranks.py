@@ -79,6 +79,7 @@ def collective_checks(world: Communicator, device: int | None) -> list[Check]:
                 "NCCL all-reduce", lambda: _device_all_reduce(world, device), fix="set NCCL_DEBUG=WARN and run again"
             )
         )
+        checks.append(attempt("peer memory", lambda: _peer_memory(world, device), "warn"))
     return checks
 
 
@@ -99,6 +100,15 @@ def _device_all_reduce(world: Communicator, device: int) -> str:
 
     probe_all_reduce(world, device)
     return f"{world.size} GPUs agree"
+
+
+def _peer_memory(world: Communicator, device: int) -> Check:
+    from phalanx.kernels.probe import probe_peer_memory
+
+    reason = probe_peer_memory(world, device)
+    if reason:
+        return Check("peer memory", "off", f"{reason}; NCCL sums short messages too")
+    return Check("peer memory", "ok", f"{world.size} GPUs write into each other's memory")
 
 
 def gather_reports(world: Communicator, report: RankReport) -> list[RankReport]:

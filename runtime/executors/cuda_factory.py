@@ -23,6 +23,7 @@ from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.cuda_activations import ActivationPool
+from phalanx.runtime.executors.cuda_all_reduce import PeerCommunicator
 from phalanx.runtime.executors.cuda_cache import CacheLayout, CudaAttention
 from phalanx.runtime.executors.cuda_executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
 from phalanx.runtime.executors.cuda_graphs import StepKey
@@ -92,7 +93,7 @@ def create_cuda_executor(
     device, stream = select_device()
     with device, stream:
         library = KernelLibrary()
-        groups = _groups(topology, comm)
+        groups = _groups(library, topology, comm)
         weights = _load(rank, checkpoint, library)
         gemm = open_gemm(library)
         timeline = Timeline(stream) if options.trace else None
@@ -131,10 +132,10 @@ def select_device() -> tuple[Any, Any]:
     return device, cupy.cuda.Stream(non_blocking=True)
 
 
-def _groups(topology: Topology, comm: Communicator) -> CudaGroups:
-    """NCCL groups over the host groups. *Collective.*"""
+def _groups(library: KernelLibrary, topology: Topology, comm: Communicator) -> CudaGroups:
+    """Groups of GPUs over the host groups. *Collective.*"""
     first = topology.replica_group.start
-    tensor = _group(comm, _shifted(topology.tp_group, first))
+    tensor = _tensor_group(library, comm, _shifted(topology.tp_group, first))
     stages = _group(comm, _shifted(topology.pp_group, first))
     results = _group(comm, _shifted(topology.pp_group, first))
     return CudaGroups(tensor, stages, results)
@@ -146,6 +147,10 @@ def _group(comm: Communicator, members: range) -> DeviceCommunicator:
         return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
     finally:
         host.close()
+
+
+def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) -> DeviceCommunicator:
+    return PeerCommunicator(library, comm.split(members)) if len(members) > 1 else SelfDeviceCommunicator()
 
 
 def _shifted(members: range, first: int) -> range:

@@ -10,6 +10,7 @@
 #     racecheck   compute-sanitizer on the kernel tests: shared memory
 #     ready       launch.serve with Llama-3-8B's sizes: seconds to READY (writes 16 GB below $TMPDIR)
 #     trace       a timeline for Perfetto
+#     allreduce   our all-reduce and NCCL's
 #     kernels     benchmarks of kernels
 #     models      benchmarks of models, medians of three
 # Logs and JSON go to $OUT, by default ./gpu-results; exit status 1 if a step failed. Needs phalanx-llm[cuda13,test]; torch and
@@ -18,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu-results}
 PYTHON=${PYTHON:-python3}
-STEPS=(tests soak doctor tune memcheck racecheck ready trace kernels models)
+STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models)
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 status=0
@@ -65,6 +66,7 @@ for step in "${@:-${STEPS[@]}}"; do
             run trace on_all_gpus "$PYTHON" -m launch.bench throughput --model tests/gpu/models/gemma-2b --load-format dummy \
                 --engine cuda --num-prompts 256 --output-len 32 --max-num-seqs 128 --trace "$OUT/timeline.json"
             ;;
+        allreduce) run allreduce on_all_gpus "$PYTHON" tests/gpu/bench_all_reduce.py --json "$OUT/all_reduce.json" ;;
         kernels) run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json" ;;
         models) run models "$PYTHON" -m tests.gpu.bench_models --out "$OUT" ;;
         *) echo "unknown step $step; there are ${STEPS[*]}" >&2; exit 2 ;;

@@ -26,6 +26,8 @@ SPECS = [
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "VEC": 8,
          "INTERLEAVED": 0, "WRITE_KEY_BACK": 0, "NUM_THREADS": 128},
     ),
+    ("all_reduce", {"RANK": 0, "NUM_RANKS": 2, "NUM_THREADS": 128}),
+    ("all_reduce", {"RANK": 5, "NUM_RANKS": 8, "NUM_THREADS": 512}),
     ("local_argmax", {"VEC": 8, "NUM_THREADS": 256}),
     ("merge_argmax", {"NUM_THREADS": 128}),
     ("sample_rows", ROWS),

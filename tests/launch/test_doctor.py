@@ -167,6 +167,27 @@ def test_collective_checks_skip_nccl_where_a_rank_has_no_gpu() -> None:
     assert run_ranks(2, names) == [["MPI all-reduce"]] * 2
 
 
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("", ("ok", "2 GPUs write into each other's memory")),
+        ("the ranks are on several hosts", ("off", "the ranks are on several hosts; NCCL sums short messages too")),
+    ],
+)
+def test_gpus_that_share_no_memory_are_named_with_the_reason(
+    reason: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.kernels.probe.probe_all_reduce", lambda host, device: None)
+    monkeypatch.setattr("phalanx.kernels.probe.probe_peer_memory", lambda host, device: reason)
+
+    def last(comm: Communicator) -> tuple[str, str]:
+        check = collective_checks(comm, comm.rank)[-1]
+        assert check.name == "peer memory"
+        return check.status, check.detail
+
+    assert run_ranks(2, last) == [expected] * 2
+
+
 def test_an_engine_is_ready_only_when_all_that_it_needs_is() -> None:
     fine = [Check(name, "ok", "") for name in ("Python", "packages", "ranks", "GPUs", "kernels", "cuBLASLt")]
     states = [check.status for check in engine_checks([*fine, Check("TensorRT", "off", "")])]

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device memory that the ranks of one host have in each other's address space (CUDA IPC over NVLink or PCIe)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from phalanx.parallel.communicator import Communicator
+
+__all__ = ["MOST_RANKS", "IpcRuntime", "PeerMemory", "open_peer_memory"]
+
+MOST_RANKS = 8
+"""GPUs that one NVLink switch of a host joins."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_REASON_BYTES = 256
+_BUS_ID_BYTES = 32
+_IPC_GRANULE = 2 << 20
+"""A handle opens the whole piece that the driver cut the allocation from; from this size on, there is only one in it."""
+
+_LAZY_PEER_ACCESS = 1
+
+
+class IpcRuntime(Protocol):
+    """The part of ``cupy.cuda.runtime`` that is used here; failures are RuntimeErrors."""
+
+    def malloc(self, size: int) -> int: ...
+    def free(self, ptr: int) -> None: ...
+    def memset(self, ptr: int, value: int, size: int) -> None: ...
+    def getDevice(self) -> int: ...
+    def deviceSynchronize(self) -> None: ...
+    def deviceGetPCIBusId(self, device: int) -> str: ...
+    def deviceGetByPCIBusId(self, bus_id: str) -> int: ...
+    def deviceCanAccessPeer(self, device: int, peer: int) -> int: ...
+    def ipcGetMemHandle(self, ptr: int) -> bytes: ...
+    def ipcOpenMemHandle(self, handle: bytes, flags: int) -> int: ...
+    def ipcCloseMemHandle(self, ptr: int) -> None: ...
+
+
+class PeerMemory:
+    """One allocation of every rank, open in every rank. Made by `open_peer_memory`."""
+
+    def __init__(self, host: Communicator, runtime: IpcRuntime) -> None:
+        self._host, self._runtime = host, runtime
+        self._own = 0
+        self._opened: dict[int, int] = {}
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """By rank, in this process's address space."""
+        return tuple(self._opened.get(rank, self._own) for rank in range(self._host.size))
+
+    def allocate(self, num_bytes: int, fill: int) -> tuple[str, bytes]:
+        """This rank's piece, every byte ``fill``, on the current device: the name of that, and a handle to open it by."""
+        num_bytes = -(-num_bytes // _IPC_GRANULE) * _IPC_GRANULE
+        self._own = self._runtime.malloc(num_bytes)
+        self._runtime.memset(self._own, fill, num_bytes)
+        self._runtime.deviceSynchronize()
+        bus_id = self._runtime.deviceGetPCIBusId(self._runtime.getDevice())
+        return bus_id, self._runtime.ipcGetMemHandle(self._own)
+
+    def open(self, rank: int, bus_id: str, handle: bytes) -> None:
+        """Map another rank's piece. Raises RuntimeError when this GPU cannot reach it."""
+        if not _reaches(self._runtime, bus_id):
+            raise RuntimeError(f"its GPU cannot reach {bus_id}")
+        self._opened[rank] = self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS)
+
+    def abandon(self) -> None:
+        """Unmap the others' pieces without waiting for anybody; for a group whose peers are gone."""
+        for address in self._opened.values():
+            self._runtime.ipcCloseMemHandle(address)
+        self._opened.clear()
+
+    def close(self) -> None:
+        """Unmap the others' pieces, then free this rank's. Waits for the device. *Collective.*
+
+        A piece that is freed while another process maps it, or is left mapped, can keep processes from ending.
+        """
+        self._runtime.deviceSynchronize()
+        self.abandon()
+        self._host.barrier()
+        if self._own:
+            self._runtime.free(self._own)
+            self._own = 0
+
+
+def open_peer_memory(
+    host: Communicator, num_bytes: int, fill: int, runtime: IpcRuntime | None = None
+) -> PeerMemory | str:
+    """Give every rank ``num_bytes`` on its current device, every byte ``fill``, that all others can address.
+
+    *Collective over* ``host``, which must outlive the memory. Where that cannot be, the reason, which is the same on all
+    ranks: too many ranks, several hosts, GPUs that do not reach each other, an allocation or a handle that fails.
+    """
+    if host.size > MOST_RANKS:
+        return f"{host.size} ranks are more than the {MOST_RANKS} that may share memory"
+    boot_ids = host.all_gather(_bytes(_BOOT_ID.read_text().strip(), 64))
+    if (boot_ids != boot_ids[0]).any():
+        return "the ranks are on several hosts"
+    if runtime is None:
+        from cupy.cuda import runtime as cuda_runtime
+
+        runtime = cuda_runtime
+    memory = PeerMemory(host, runtime)
+    names: list[tuple[str, bytes]] = []
+    reason = _first_failure(host, lambda: names.append(memory.allocate(num_bytes, fill)))
+    if not reason:
+        bus_ids = host.all_gather(_bytes(names[0][0], _BUS_ID_BYTES))
+        handles = host.all_gather(np.frombuffer(names[0][1], np.uint8))
+        reason = _first_failure(host, lambda: _open_all(host.rank, memory, bus_ids, handles))
+    if reason:
+        memory.close()
+        return reason
+    return memory
+
+
+def _open_all(own: int, memory: PeerMemory, bus_ids: np.ndarray, handles: np.ndarray) -> None:
+    for rank in range(len(handles)):
+        if rank != own:
+            memory.open(rank, _text(bus_ids[rank]), handles[rank].tobytes())
+
+
+def _reaches(runtime: IpcRuntime, bus_id: str) -> bool:
+    """Whether the current device can address another's memory; a device that this process does not see may."""
+    own = runtime.getDevice()
+    try:
+        other = runtime.deviceGetByPCIBusId(bus_id)
+    except RuntimeError:
+        return True
+    return other == own or bool(runtime.deviceCanAccessPeer(own, other))
+
+
+def _first_failure(host: Communicator, attempt: Callable[[], Any]) -> str:
+    """What the first rank says whose ``attempt`` raised a RuntimeError; empty where none did. *Collective.*"""
+    try:
+        attempt()
+        reason = ""
+    except RuntimeError as error:
+        reason = f"rank {host.rank}: {' '.join(str(error).split())}"
+    reasons = host.all_gather(_bytes(reason, _REASON_BYTES))
+    return next((_text(row) for row in reasons if row[0]), "")
+
+
+def _bytes(text: str, size: int) -> np.ndarray:
+    return np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+
+
+def _text(row: np.ndarray) -> str:
+    return row.tobytes().rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,139 @@
+"""Sharing device memory: all ranks come to the same outcome, and nothing stays behind. The runtime is a fake."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from phalanx.kernels import peer_memory
+from phalanx.kernels.peer_memory import PeerMemory, open_peer_memory
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.thread_comm import run_ranks
+
+
+class Driver:
+    """What the ranks' processes share: allocations, and who maps them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.allocated: dict[int, int] = {}
+        self.mapped: dict[int, int] = {}
+        self.next_address = 1 << 20
+
+    def new_address(self) -> int:
+        with self.lock:
+            self.next_address += 1 << 20
+            return self.next_address
+
+
+class Runtime:
+    """One process's CUDA runtime; ``fails`` names the call that does not work here."""
+
+    def __init__(self, driver: Driver, rank: int, fails: str = "") -> None:
+        self._driver, self._rank, self._fails = driver, rank, fails
+        self.filled: dict[int, tuple[int, int]] = {}
+
+    def _call(self, name: str) -> None:
+        if name == self._fails:
+            raise RuntimeError(f"cudaError in {name}")
+
+    def malloc(self, size: int) -> int:
+        self._call("malloc")
+        address = self._driver.new_address()
+        self._driver.allocated[address] = size
+        return address
+
+    def free(self, ptr: int) -> None:
+        assert ptr not in self._driver.mapped.values(), "freed while another process maps it"
+        del self._driver.allocated[ptr]
+
+    def memset(self, ptr: int, value: int, size: int) -> None:
+        self.filled[ptr] = (value, size)
+
+    def getDevice(self) -> int:
+        return self._rank
+
+    def deviceSynchronize(self) -> None: ...
+
+    def deviceGetPCIBusId(self, device: int) -> str:
+        return f"0000:{device:02x}:00.0"
+
+    def deviceGetByPCIBusId(self, bus_id: str) -> int:
+        self._call("deviceGetByPCIBusId")
+        return int(bus_id.split(":")[1], 16)
+
+    def deviceCanAccessPeer(self, device: int, peer: int) -> int:
+        return int(self._fails != "deviceCanAccessPeer")
+
+    def ipcGetMemHandle(self, ptr: int) -> bytes:
+        self._call("ipcGetMemHandle")
+        return ptr.to_bytes(64, "little")
+
+    def ipcOpenMemHandle(self, handle: bytes, flags: int) -> int:
+        self._call("ipcOpenMemHandle")
+        address = self._driver.new_address()
+        self._driver.mapped[address] = int.from_bytes(handle, "little")
+        return address
+
+    def ipcCloseMemHandle(self, ptr: int) -> None:
+        del self._driver.mapped[ptr]
+
+
+def open_on(num_ranks: int, failing_rank: int = -1, fails: str = "") -> tuple[Driver, list[object]]:
+    """What each rank got, closed again."""
+    driver = Driver()
+
+    def rank(comm: Communicator) -> object:
+        runtime = Runtime(driver, comm.rank, fails if comm.rank == failing_rank else "")
+        memory = open_peer_memory(comm, 3 << 20, 0xFF, runtime)
+        if not isinstance(memory, PeerMemory):
+            return memory
+        own = memory.addresses[comm.rank]
+        assert runtime.filled[own] == (0xFF, 4 << 20)
+        owners = [driver.mapped.get(address, address) for address in memory.addresses]
+        memory.close()
+        return owners
+
+    return driver, run_ranks(num_ranks, rank)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_every_rank_addresses_every_piece(num_ranks: int) -> None:
+    driver, results = open_on(num_ranks)
+    assert results == [results[0]] * num_ranks
+    assert len(set(results[0])) == num_ranks  # type: ignore[call-overload]
+    assert not driver.allocated
+    assert not driver.mapped
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        ("malloc", "rank 2: cudaError in malloc"),
+        ("ipcGetMemHandle", "rank 2: cudaError in ipcGetMemHandle"),
+        ("ipcOpenMemHandle", "rank 2: cudaError in ipcOpenMemHandle"),
+        ("deviceCanAccessPeer", "rank 2: its GPU cannot reach 0000:00:00.0"),
+    ],
+)
+def test_a_failure_on_one_rank_is_everybodys(fails: str, reason: str) -> None:
+    driver, results = open_on(4, 2, fails)
+    assert results == [reason] * 4
+    assert not driver.allocated
+    assert not driver.mapped
+
+
+def test_a_gpu_that_this_process_does_not_see_may_still_be_reached() -> None:
+    assert isinstance(open_on(3, 1, "deviceGetByPCIBusId")[1][0], list)
+
+
+def test_more_ranks_than_one_switch_joins_share_no_memory() -> None:
+    assert open_on(9)[1] == ["9 ranks are more than the 8 that may share memory"] * 9
+
+
+def test_ranks_of_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_memory, "_BOOT_ID", SimpleNamespace(read_text=lambda: str(threading.get_ident())))
+    driver, results = open_on(2)
+    assert results == ["the ranks are on several hosts"] * 2
+    assert not driver.allocated
