@@ -1,7 +1,7 @@
 """Paged attention on the GPU: one object per kind of attention, one plan a step, at most two launches a layer.
 
     attention = PagedAttention(library, shape, limits, alibi_slopes)
-    attention.bind(arena.take(attention.workspace_bytes))      # once; the address must stay put
+    attention.bind(workspace)                                  # once: workspace_bytes that stay put
     attention.plan(step)                                       # once a step, before the first layer
     attention.decode(qkv, key_pages, value_pages, out, step)   # every layer
     attention.prefill(qkv, key_pages, value_pages, out, step)  # every layer, unless the step cannot hold prefill

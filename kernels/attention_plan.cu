@@ -1,9 +1,8 @@
 // Divides one step's attention work, once a step and for all layers: see attention_plan.cuh for what it writes.
 //
 // One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous
-// ranges, one a worker. Prefill: every tile of
-// `prefill_rows` query rows (tokens x heads of a group) of the other sequences, longest first.
-// Also clears the decode kernel's flags, so that a step after an aborted one starts clean.
+// ranges, one a worker. Prefill: every tile of `prefill_rows` query rows (tokens x heads of a group) of the other sequences,
+// longest first. Also clears the decode kernel's flags, so that a step after an aborted one starts clean.
 //
 // cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
 // [max S]: scratch, running totals of tiles.

@@ -20,6 +20,7 @@
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
 #include "launch.cuh"
+#include "ring_cursor.cuh"
 #include "warpgroup.cuh"
 
 constexpr int GROUPS = 2;                       // computing warpgroups
@@ -37,17 +38,6 @@ struct Shared {
     alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
-
-struct RingCursor {
-    int slot = 0;
-    unsigned parity = 0;
-    __device__ __forceinline__ void advance(int size) {
-        if (++slot == size) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 // Offset of a 16-byte piece of a row in a tile of `rows` rows.
 __device__ __forceinline__ unsigned swizzled(int rows, int row, int piece) {

@@ -1,6 +1,6 @@
 """Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory it takes.
 
-The constants restate the layouts of ``attention_decode.cu``, ``attention_prefill*.cu`` and ``attention_plan.cuh``; the
+The constants restate the layouts of ``attention_decode*.cuh``, ``attention_prefill*.cu`` and ``attention_plan.cuh``; the
 kernels refuse to compile with a shared-memory size below what they use.
 """
 

@@ -35,11 +35,8 @@ INCLUDE_DIRECTORY = SOURCE_DIRECTORY / "include"
 OLDEST_COMPUTE_CAPABILITY = 80
 _INCLUDE_LINE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _DIGEST_BYTES = 32
-_FLAGS = (
-    "-std=c++17",
-    "-lineinfo",
-    "-default-device",
-)  # some NVRTC take generic lambdas for host code without the last
+# Without -default-device some NVRTC take generic lambdas for host code.
+_FLAGS = ("-std=c++17", "-lineinfo", "-default-device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +181,7 @@ def _nvrtc_version() -> str:
 def _compile(source: KernelSource, options: tuple[str, ...]) -> bytes:
     nvrtc = _nvrtc()
     includes = (f"-I{INCLUDE_DIRECTORY}", *(f"-I{folder}" for folder in _toolkit_includes()))
-    flags = [option.encode() for option in (*options, "-std=c++17", "-lineinfo", "-default-device", *includes)]
+    flags = [option.encode() for option in (*options, *_FLAGS, *includes)]
     program = _check(nvrtc, nvrtc.nvrtcCreateProgram(source.text.encode(), f"{source.name}.cu".encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuBLASLt behind three calls: describe a product, list algorithms for it, run one.
+"""cuBLASLt behind three calls: list algorithms for a product, see whether one computes another product, run one.
 
 Row-major ``out[T, O] = x[T, I] @ weight[O, I].T`` is column-major ``out^T[O, T] = weight^T^T @ x^T``: cuBLASLt's first
 operand is the weight, transposed, its second is x. float32 accumulation, never TF32.

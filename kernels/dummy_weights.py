@@ -30,12 +30,11 @@ def dummy_weights(
     mean: float,
     width: float,
 ) -> None:
-    """Fill ``region``, a view ``[out, in]`` or ``[out]`` of a weight with dense rows, with hashes of where elements
-    stand.
+    """Fill ``region``, a view of a weight, with values that depend on where each element stands in the checkpoint.
 
-    The region (or its transpose) begins at row and column ``origin`` of a stored tensor of ``stored_columns`` columns.
-    Values are rounded to ``stored_dtype`` (a safetensors name), then to the region's dtype; the formula, its keys, mean
-    and width are those of `phalanx.checkpoints.dummy`.
+    The region, ``[out, in]`` or ``[out]`` with dense rows, begins (or its transpose does) at row and column ``origin`` of a
+    stored tensor of ``stored_columns`` columns. Values are rounded to ``stored_dtype`` (a safetensors name), then to the
+    region's dtype; the formula, its keys, mean and width are those of `phalanx.checkpoints.dummy`.
     """
     if stored_dtype not in _STORED_TYPES:
         raise ExecutorError(f"dummy weights of type {stored_dtype} are not made on the device; use BF16, F16 or F32")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sampling with filters: temperature, then top-k, then top-p over what is left, then min-p.
 // CLUSTER blocks a row: one where rows fill the device, more where few rows would leave it idle.
-// The row's parts come from the ranks (an all-to-all gives each rank whole rows of some sequences).
+// The row's parts come from the ranks (a gather leaves one after the other).
 // Shapes: logits [R, S, V_local], token = part * V_local + column; temperatures, top_ps, min_ps [S] float32;
 //     top_ks, positions [S] int32 (0 = all tokens); seeds [S] uint64; token_ids [S] int32 (-1: not finite).
 // Tie rules: equal logits rank by the lower token; top-p keeps the smallest set that reaches p, at least one token.

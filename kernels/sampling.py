@@ -4,10 +4,9 @@
 Rows that need no more than the best token, greedy or with noise, stay where they are: ``local_argmax`` leaves eight bytes
 a row and slice, one small all-gather brings them together, ``merge_argmax`` names the token on every rank.
 
-Rows with top-k, top-p, min-p or log-probabilities need the whole vocabulary in one place. An all-to-all gives each rank
-all columns of ``S / R`` rows: as many bytes as a rank holds already, ``1 / R`` of what gathering all logits would move.
-``sample_rows`` and ``log_probabilities`` read what it leaves, ``[R, S / R, V_local]``; one rank alone passes
-``[1, S, V_local]``. Only int32 tokens and a few floats a row are gathered afterwards.
+Rows with top-k, top-p, min-p or log-probabilities need the whole vocabulary in one place. ``sample_rows`` and
+``log_probabilities`` read it as a gather over the ranks leaves it, ``[R, S, V_local]``; one rank alone passes
+``[1, S, V_local]``.
 
 A token depends on its row's logits, seed and position alone: not on the batch, the rank or which of the two ways it took.
 """

@@ -35,8 +35,9 @@ def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """Device arrays, int32 unless said, whose addresses stay put (T, S: the most that a step can hold; B rows with
-    logits).
+    """Device arrays, int32 unless said, whose addresses stay put.
+
+    T and S are the most tokens and sequences that a step can hold; B is the most rows with logits.
 
     Attributes:
         plan: ``[W]`` the packed plan of the step.
@@ -49,11 +50,9 @@ class StepArrays:
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
         logit_rows: ``[B]`` rows that need logits; -1 = padding.
         row_slots, row_positions, row_targets: ``[B]`` of each of them, slot that samples there (-1 = none), position of
-        the
-            sampled token, token whose log-probability is wanted (-1 = none).
+            the sampled token, token whose log-probability is wanted (-1 = none).
         row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32,
-        int32,
-            float32, float32, uint64.
+            int32, float32, float32, uint64.
     """
 
     plan: DeviceArray

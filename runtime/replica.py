@@ -17,6 +17,7 @@ from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.engine import Engine
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.factory import create_executor
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
@@ -58,8 +59,9 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
         family = find_model(checkpoint.config)
         config = _with_generation_config(family.read_config(checkpoint.config), checkpoint.generation_config)
     group = world.split(topology.replica_group)
+    spec = RankSpec(family, config, checkpoint, options, topology, group)
     with phase("loading weights"):
-        executor, max_model_len = create_executor(family, config, checkpoint, options, topology, group)
+        executor, max_model_len = create_executor(spec)
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:

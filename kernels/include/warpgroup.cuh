@@ -61,74 +61,43 @@ __device__ __forceinline__ void lower_registers() {
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_REGISTERS_128 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    WGMMA_REGISTERS_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_256 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    WGMMA_REGISTERS_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// d = a b^T (+ d where `accumulate`), both from shared memory with rows along the summed dimension.
+// One instruction each, for d [64, N] of N / 8 blocks.
+//
+// shared_shared: d = a b^T (+ d where `accumulate`), both from shared memory with rows along the summed dimension.
+// register_shared: d += a b, a from registers, b from shared memory with rows across the summed dimension.
 template <int N>
 struct WarpgroupMultiply;
 
-template <>
-struct WarpgroupMultiply<64> {
-    __device__ __forceinline__ static void shared_shared(float (&d)[8][4], unsigned long long a, unsigned long long b, bool accumulate) {
-        asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES "{" WGMMA_REGISTERS_64 "}, %32, %33, p, 1, 1, 0, 0; }"
-            : WGMMA_BLOCKS_8(d, 0)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-    }
-    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
-    __device__ __forceinline__ static void register_shared(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES "{" WGMMA_REGISTERS_64 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-            : WGMMA_BLOCKS_8(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
-
-template <>
-struct WarpgroupMultiply<128> {
-    __device__ __forceinline__ static void shared_shared(float (&d)[16][4], unsigned long long a, unsigned long long b, bool accumulate) {
-        asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES "{" WGMMA_REGISTERS_128 "}, %64, %65, p, 1, 1, 0, 0; }"
-            : WGMMA_BLOCKS_16(d, 0)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-    }
-    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
-    __device__ __forceinline__ static void register_shared(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPES "{" WGMMA_REGISTERS_128 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-            : WGMMA_BLOCKS_16(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
-
-template <>
-struct WarpgroupMultiply<256> {
-    __device__ __forceinline__ static void shared_shared(float (&d)[32][4], unsigned long long a, unsigned long long b, bool accumulate) {
-        asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPES "{" WGMMA_REGISTERS_256 "}, %128, %129, p, 1, 1, 0, 0; }"
-            : WGMMA_BLOCKS_32(d, 0)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-    }
-    // d += a b, a from registers, b from shared memory with rows across the summed dimension.
-    __device__ __forceinline__ static void register_shared(float (&d)[32][4], const unsigned (&a)[4], unsigned long long b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPES "{" WGMMA_REGISTERS_256 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-            : WGMMA_BLOCKS_32(d, 0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
-};
+// The instruction names every register of d, so each N is an instruction of its own. BLOCKS: N / 8. FIRST to FIFTH: the
+// operands' numbers after those of d.
+#define DEFINE_WARPGROUP_MULTIPLY(N, BLOCKS, FIRST, SECOND, THIRD, FOURTH, FIFTH) \
+    template <> \
+    struct WarpgroupMultiply<N> { \
+        __device__ __forceinline__ static void shared_shared( \
+            float (&d)[BLOCKS][4], unsigned long long a, unsigned long long b, bool accumulate) { \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, " THIRD ", 0;\n" \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" WGMMA_REGISTERS_##N "}, " \
+                         FIRST ", " SECOND ", p, 1, 1, 0, 0; }" \
+                         : WGMMA_BLOCKS_##BLOCKS(d, 0) \
+                         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+        } \
+        __device__ __forceinline__ static void register_shared( \
+            float (&d)[BLOCKS][4], const unsigned (&a)[4], unsigned long long b) { \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" WGMMA_REGISTERS_##N "}, " \
+                         "{" FIRST ", " SECOND ", " THIRD ", " FOURTH "}, " FIFTH ", 1, 1, 1, 1;" \
+                         : WGMMA_BLOCKS_##BLOCKS(d, 0) \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+        } \
+    };
+DEFINE_WARPGROUP_MULTIPLY(64, 8, "%32", "%33", "%34", "%35", "%36")
+DEFINE_WARPGROUP_MULTIPLY(128, 16, "%64", "%65", "%66", "%67", "%68")
+DEFINE_WARPGROUP_MULTIPLY(256, 32, "%128", "%129", "%130", "%131", "%132")
+#undef DEFINE_WARPGROUP_MULTIPLY

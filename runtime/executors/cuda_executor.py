@@ -2,8 +2,8 @@
 
 A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,
 positions and cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of
-the tokens back. The host never waits for the device except in `CudaExecutor.collect`, one step behind, so planning
-overlaps with computing.
+the tokens back. The host waits for the device only in `CudaExecutor.collect`, one step behind, and where it would write
+to pinned memory that a step in flight still reads; so planning overlaps with computing.
 
 Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
 the last stage sends its results to the leader's device, which takes them on a stream of their own: the compute stream

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
-from phalanx.kernels.attention import AttentionDType, AttentionLimits
+from phalanx.kernels.attention import AttentionLimits
 from phalanx.kernels.gemm import Gemm, open_gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays
@@ -19,9 +17,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_all_reduce import PeerCommunicator
 from phalanx.runtime.executors.cuda_cache import CacheLayout, CudaAttention
@@ -35,48 +31,14 @@ from phalanx.runtime.executors.cuda_stage import CudaStage
 from phalanx.runtime.executors.cuda_trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda_tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda_weights import CudaSink
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
-from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 
 __all__ = ["create_cuda_executor", "select_device"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    """What every part of one rank's executor is built from."""
-
-    model: Model
-    config: ModelConfig
-    options: EngineConfig
-    topology: Topology
-    dtype: AttentionDType
-    limits: StepLimits
-
-    @property
-    def layers(self) -> range:
-        """Blocks of this rank's stage."""
-        return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
-
-    @property
-    def tp(self) -> tuple[int, int]:
-        """Rank and size of the tensor-parallel group."""
-        return self.topology.tp_rank, self.topology.layout.tp
-
-    @property
-    def cache(self) -> CacheLayout:
-        """This rank's share of the key/value cache."""
-        return CacheLayout.of(self.config, self.layers, self.limits.block_size, self.dtype, *self.tp)
-
-
-def create_cuda_executor(
-    model: Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    options: EngineConfig,
-    topology: Topology,
-    comm: Communicator,
-) -> tuple[CudaExecutor, int]:
+def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
     """Load this rank's shard onto its GPU; also the longest sequence that fits. *Collective over the replica.*
 
     Raises:
@@ -85,27 +47,25 @@ def create_cuda_executor(
     """
     from phalanx.runtime.executors.factory import longest_sequence
 
-    dtype: AttentionDType = config.dtype if options.dtype == "auto" else options.dtype
-    CAPABILITIES.check(config, dtype)
-    longest = min(options.max_model_len or config.max_positions, config.max_positions)
-    limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
-    rank = _Rank(model, config, options, topology, dtype, limits)
+    CAPABILITIES.check(spec.config, spec.dtype)
+    limits = _step_limits(spec)
     device, stream = select_device()
     with device, stream:
         library = KernelLibrary()
-        groups = _groups(library, topology, comm)
-        weights = _load(rank, checkpoint, library)
+        groups = _groups(library, spec.topology, spec.comm)
+        weights = _load(spec, library)
         gemm = open_gemm(library)
-        timeline = Timeline(stream) if options.trace else None
-        stage, attention = _stage(rank, library, gemm, weights, groups, timeline)
-        tune_products(gemm, stage, tuned_sizes(limits.max_num_seqs, limits.max_num_tokens), limits.max_num_seqs, comm)
+        timeline = Timeline(stream) if spec.options.trace else None
+        stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline)
+        sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)
+        tune_products(gemm, stage, sizes, limits.max_num_seqs, spec.comm)
         stage.run(_largest_step(limits))
         stream.synchronize()
-        num_blocks = _num_blocks(rank, comm)
+        num_blocks = _num_blocks(spec)
         attention.allocate(num_blocks)
         executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
-        executor.warm_up(comm)
-    return executor, longest_sequence(config, options, num_blocks)
+        executor.warm_up(spec.comm)
+    return executor, longest_sequence(spec.config, spec.options, num_blocks)
 
 
 def select_device() -> tuple[Any, Any]:
@@ -157,22 +117,29 @@ def _shifted(members: range, first: int) -> range:
     return range(members.start - first, members.stop - first, members.step)
 
 
-def _load(rank: _Rank, checkpoint: Checkpoint, library: KernelLibrary) -> Mapping[str, DeviceArray]:
-    model, config, topology = rank.model, rank.config, rank.topology
-    sink = CudaSink(rank.dtype, library)
+def _step_limits(spec: RankSpec) -> StepLimits:
+    options, positions = spec.options, spec.config.max_positions
+    longest = min(options.max_model_len or positions, positions)
+    return StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
+
+
+def _cache_layout(spec: RankSpec) -> CacheLayout:
+    """This rank's share of the key/value cache."""
+    return CacheLayout.of(spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size)
+
+
+def _load(spec: RankSpec, library: KernelLibrary) -> Mapping[str, DeviceArray]:
+    sink = CudaSink(spec.dtype, library)
     load_weights(
-        checkpoint.source,
-        model.weights(config, rank.layers, topology.is_first_stage, topology.is_last_stage),
-        *rank.tp,
-        sink,
-        ignored=model.ignored_tensors,
-        all_specs=model.weights(config),
-    )
+        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
+        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(spec.config),
+    )  # fmt: skip
     return sink.weights
 
 
 def _stage(
-    rank: _Rank,
+    spec: RankSpec,
+    limits: StepLimits,
     library: KernelLibrary,
     gemm: Gemm,
     weights: Mapping[str, DeviceArray],
@@ -181,9 +148,9 @@ def _stage(
 ) -> tuple[CudaStage, CudaAttention]:
     import cupy
 
-    config, limits, topology = rank.config, rank.limits, rank.topology
-    vocabulary = vocabulary_shard().span(config.vocab_size, *rank.tp)
-    pool = ActivationPool(_scratch(rank))
+    config, topology = spec.config, spec.topology
+    vocabulary = vocabulary_shard().span(config.vocab_size, spec.tp_rank, spec.tp_size)
+    pool = ActivationPool(_scratch(spec, limits))
     arrays = StepArrays.allocate(
         lambda _name, shape, dtype: cupy.zeros(shape, dtype),
         max_num_seqs=limits.max_num_seqs,
@@ -192,24 +159,24 @@ def _stage(
         max_blocks_per_seq=limits.blocks_per_seq,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
-    attention = CudaAttention(library, rank.cache, attention_limits, arrays, pool)
+    attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool)
     parts = (config.num_layers, library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
     hidden_rows = 0 if topology.is_first_stage else limits.max_num_tokens
-    hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(rank.dtype))
+    hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(spec.dtype))
     results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
     stage = CudaStage(
-        library, rank.model, config, topology, rank.layers, limits.block_size, arrays, ops, sampler, hidden, results
+        library, spec.model, config, topology, spec.layers, limits.block_size, arrays, ops, sampler, hidden, results
     )  # fmt: skip
     return stage, attention
 
 
-def _scratch(rank: _Rank) -> Any:
+def _scratch(spec: RankSpec, limits: StepLimits) -> Any:
     """Room for the activations of the largest step."""
-    limits, itemsize = rank.limits, device_dtype(rank.dtype).itemsize
+    itemsize = device_dtype(spec.dtype).itemsize
     num_bytes = workspace_bytes(
-        rank.model, rank.config, rank.topology, limits.max_num_seqs, limits.max_num_tokens, itemsize
+        spec.model, spec.config, spec.topology, limits.max_num_seqs, limits.max_num_tokens, itemsize
     )
     return Arena(num_bytes + (1 << 20)).scratch("activations", num_bytes)
 
@@ -218,18 +185,18 @@ def _largest_step(limits: StepLimits) -> StepKey:
     return StepKey(limits.max_num_tokens, min(limits.max_num_seqs, limits.max_num_tokens), has_prefill=True)
 
 
-def _num_blocks(rank: _Rank, comm: Communicator) -> int:
+def _num_blocks(spec: RankSpec) -> int:
     """Blocks of the cache: as asked for, else what is left on the rank that has least. *Collective.*"""
     import cupy
 
-    options = rank.options
+    options, block_bytes = spec.options, _cache_layout(spec).block_bytes
     free, total = cupy.cuda.runtime.memGetInfo()
     usable = free - int((1.0 - options.gpu_memory_utilization) * total) - RESERVE_BYTES
-    fitting = int(comm.all_gather(np.array([max(usable, 0) // rank.cache.block_bytes])).min())
+    fitting = int(spec.comm.all_gather(np.array([max(usable, 0) // block_bytes])).min())
     wanted = options.num_kv_blocks or max(fitting, 1)
     if wanted > fitting:
         raise ConfigError(
-            f"{wanted} blocks of {rank.cache.block_bytes:,} bytes do not fit beside weights and "
+            f"{wanted} blocks of {block_bytes:,} bytes do not fit beside weights and "
             f"activations: {max(usable, 0):,} bytes are left ({fitting} blocks); use more GPUs, a smaller "
             "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
         )

@@ -27,9 +27,8 @@ class GpuTimes:
     Attributes:
         num_steps: steps counted.
         busy_seconds: from the start of a step's first operation to the end of its last.
-        idle_seconds: from the end of a step to the start of the next, where the host had more to plan: between steps of
-        which
-            one was started before the result of the other was taken.
+        idle_seconds: from the end of a step to the start of the next, where the host had more to plan: where the next
+            was started before the result of the one before was taken.
     """
 
     num_steps: int = 0

@@ -37,10 +37,10 @@ class CudaSampler:
         self._group, self._arrays, self._pool = group, arrays, pool
 
     def choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
-        """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32; -1 where they are not
-        finite.
+        """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32.
 
-        ``filters``: some row has top-k, top-p or min-p. *Collective.* Enqueues on the current stream; does not wait.
+        A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p.
+        *Collective.* Enqueues on the current stream; does not wait.
         """
         if not filters:
             self._choose_best(logits, self._parameters(rows), token_ids)

@@ -29,7 +29,7 @@ Category = Literal["GEMM", "attention", "communication", "bubble", "other", "hos
 
 _LANES = ("host", "device")
 _KEPT_STEPS = 64
-_ANCHOR_ROUNDS = 5
+_CLOCK_ROUNDS = 5
 
 
 @dataclass(slots=True)
@@ -169,12 +169,12 @@ def write_chrome_trace(path: Path, timeline: Timeline, comm: Communicator) -> No
 
 
 def _clock_offset(comm: Communicator) -> float:
-    """What to add to this rank's clock to get rank 0's: 0 on one host, else from the closest of a few barriers."""
+    """What to add to this rank's clock to get rank 0's: 0 on one host, else the median over a few barriers."""
     boot = np.frombuffer(Path("/proc/sys/kernel/random/boot_id").read_bytes()[:36], np.uint8)
     if (comm.all_gather(boot) == boot).all():
         return 0.0
     offsets = []
-    for _ in range(_ANCHOR_ROUNDS):
+    for _ in range(_CLOCK_ROUNDS):
         comm.barrier()
         clocks = comm.all_gather(np.array([time.monotonic()]))[:, 0]
         offsets.append(clocks[0] - clocks[comm.rank])

@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
-from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import local_kv_heads, stage_layers
-from phalanx.parallel.topology import Topology
+from phalanx.parallel.sharding import local_kv_heads
 from phalanx.runtime.config import GPU_MAX_NUM_SEQS, EngineConfig, ModelConfig
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.numpy_executor import CAPABILITIES, CacheShape, NumpyExecutor
-from phalanx.runtime.models import Model
+from phalanx.runtime.executors.rank_spec import RankSpec
 
 __all__ = ["choose_engine", "create_executor", "longest_sequence", "with_default_sizes"]
 
@@ -43,53 +40,38 @@ def with_default_sizes(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"max_num_seqs": GPU_MAX_NUM_SEQS} if engine == "cuda" else {}), **options}
 
 
-def create_executor(
-    model: Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    options: EngineConfig,
-    topology: Topology,
-    comm: Communicator,
-) -> tuple[Executor, int]:
+def create_executor(spec: RankSpec) -> tuple[Executor, int]:
     """Load this rank's shard into an executor; also the longest sequence that it can hold. *Collective over the replica.*
 
     Raises:
         ConfigError: the engine cannot run the model, or the cache cannot hold one sequence.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
-    engine = choose_engine(options.engine)
+    engine = choose_engine(spec.options.engine)
     if engine == "cuda":
         from phalanx.runtime.executors.cuda_factory import create_cuda_executor
 
-        return create_cuda_executor(model, config, checkpoint, options, topology, comm)
+        return create_cuda_executor(spec)
     if engine == "tensorrt":
         from phalanx.runtime.executors.trt_executor import create_trt_executor
 
-        return create_trt_executor(model, config, checkpoint, options, topology, comm)
-    return _create_numpy_executor(model, config, checkpoint, options, topology, comm)
+        return create_trt_executor(spec)
+    return _create_numpy_executor(spec)
 
 
-def _create_numpy_executor(
-    model: Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    options: EngineConfig,
-    topology: Topology,
-    comm: Communicator,
-) -> tuple[Executor, int]:
-    CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
-    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
-    specs = model.weights(config, layers, topology.is_first_stage, topology.is_last_stage)
+def _create_numpy_executor(spec: RankSpec) -> tuple[Executor, int]:
+    config, options, topology = spec.config, spec.options, spec.topology
+    CAPABILITIES.check(config, spec.dtype)
     sink = NumpySink(rounding=_ROUNDING[options.dtype])
     load_weights(
-        checkpoint.source, specs, topology.tp_rank, topology.layout.tp, sink,
-        ignored=model.ignored_tensors, all_specs=model.weights(config),
+        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
+        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(config),
     )  # fmt: skip
-    num_blocks = options.num_kv_blocks or _numpy_blocks(config, options, layers, topology)
-    num_blocks = int(comm.all_gather(np.array([num_blocks])).min())
+    num_blocks = options.num_kv_blocks or _numpy_blocks(spec)
+    num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
     cache = CacheShape(num_blocks, options.block_size, options.max_num_seqs, max_len)
-    return NumpyExecutor(model, config, sink.weights, topology, comm, cache), max_len
+    return NumpyExecutor(spec.model, config, sink.weights, topology, spec.comm, cache), max_len
 
 
 def longest_sequence(config: ModelConfig, options: EngineConfig, num_blocks: int) -> int:
@@ -114,13 +96,14 @@ def longest_sequence(config: ModelConfig, options: EngineConfig, num_blocks: int
     return options.max_model_len
 
 
-def _numpy_blocks(config: ModelConfig, options: EngineConfig, layers: range, topology: Topology) -> int:
+def _numpy_blocks(spec: RankSpec) -> int:
     """Blocks for max_num_seqs sequences of full length, within this rank's share of the available memory."""
-    heads = local_kv_heads(config.num_kv_heads, topology.tp_rank, topology.layout.tp).size
-    block_bytes = 2 * len(layers) * heads * config.head_dim * options.block_size * 4
+    config, options = spec.config, spec.options
+    heads = local_kv_heads(config.num_kv_heads, spec.tp_rank, spec.tp_size).size
+    block_bytes = 2 * len(spec.layers) * heads * config.head_dim * options.block_size * 4
     length = min(options.max_model_len or config.max_positions, config.max_positions)
     wanted = options.max_num_seqs * -(-length // options.block_size)
-    share = _available_bytes() * NUMPY_CACHE_FRACTION / topology.layout.world_size
+    share = _available_bytes() * NUMPY_CACHE_FRACTION / spec.topology.layout.world_size
     return max(1, min(wanted, int(share // block_bytes)))
 
 

@@ -15,14 +15,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.base import Capabilities, Executor
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator
-from phalanx.runtime.models import Model
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step_times import StepTimes
@@ -180,14 +178,7 @@ class _Choice:
         self.result.top_ids[rows], self.result.top_logprobs[rows] = ids, values
 
 
-def create_trt_executor(
-    model: Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    options: EngineConfig,
-    topology: Topology,
-    comm: Communicator,
-) -> tuple[Executor, int]:
+def create_trt_executor(spec: RankSpec) -> tuple[Executor, int]:
     """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
 
     Raises:
@@ -196,10 +187,11 @@ def create_trt_executor(
     """
     from phalanx.runtime.executors.trt_loading import open_session
 
-    CAPABILITIES.check(config, config.dtype if options.dtype == "auto" else options.dtype)
-    session, shape = open_session(model, config, checkpoint, options, topology, comm)
-    pipeline = comm.split(_shifted(topology.pp_group, topology.replica_group.start))
-    return TrtExecutor(session, shape, topology, pipeline), options.max_model_len or shape.max_model_len
+    CAPABILITIES.check(spec.config, spec.dtype)
+    session, shape = open_session(spec)
+    topology = spec.topology
+    pipeline = spec.comm.split(_shifted(topology.pp_group, topology.replica_group.start))
+    return TrtExecutor(session, shape, topology, pipeline), spec.options.max_model_len or shape.max_model_len
 
 
 def _shifted(members: range, first: int) -> range:

@@ -17,6 +17,7 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
 from phalanx.runtime.executors.trt_builder import BuildRequest, build_engine, load_shard, network_shape
 from phalanx.runtime.executors.trt_device import compute_capability
@@ -25,19 +26,11 @@ from phalanx.runtime.executors.trt_graph import Array
 from phalanx.runtime.executors.trt_log import BuildLog
 from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.executors.trt_session import DeviceSession, LoadedEngine, SessionGroups
-from phalanx.runtime.models import Model
 
 __all__ = ["check_sizes", "find_engine", "open_session", "refit"]
 
 
-def open_session(
-    model: Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    options: EngineConfig,
-    topology: Topology,
-    comm: Communicator,
-) -> tuple[DeviceSession, NetworkShape]:
+def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
     """This rank's engine, ready to run, and the sizes that it was built for. *Collective over the replica.*
 
     Raises:
@@ -56,61 +49,58 @@ def open_session(
     device, stream = select_device()
     capability = compute_capability(device.id) or ""
     library.check_target(capability)
-    path, request = find_engine(library, model, config, checkpoint, options, topology, comm, capability)
+    path, request = find_engine(library, spec, capability)
     loaded = _deserialize(library, path)
     with device, stream:
         if request.stripped:
-            refit(loaded, load_shard(request, checkpoint.source, topology), stream.ptr)
+            refit(loaded, load_shard(request, spec.checkpoint.source, spec.topology), stream.ptr)
             stream.synchronize()
-        groups = SessionGroups(_group(comm, topology.tp_group, topology), _group(comm, topology.pp_group, topology))
-        session = DeviceSession(loaded, config, topology, request.shape, groups, device, stream)
+        groups = SessionGroups(_group(spec, spec.topology.tp_group), _group(spec, spec.topology.pp_group))
+        session = DeviceSession(loaded, spec.config, spec.topology, request.shape, groups, device, stream)
     return session, request.shape
 
 
-def find_engine(
-    library: TensorRT, model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology,
-    comm: Communicator, capability: str,
-) -> tuple[Path, BuildRequest]:  # fmt: skip
+def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Path, BuildRequest]:
     """This rank's plan and what it was built from; without ``engine_dir``, built if need be. *Collective.*
 
     Raises:
         ConfigError: engines in ``engine_dir`` are missing, stale, for another machine or too small.
     """
-    checksum = _shared_checksum(checkpoint, comm)
+    config, options, topology = spec.config, spec.options, spec.topology
+    checksum = _shared_checksum(spec.checkpoint, spec.comm)
     if options.engine_dir is not None:
-        return _given_engine(library, model, config, checkpoint, options, topology, capability, checksum)
+        return _given_engine(library, spec, options.engine_dir, capability, checksum)
     shape = network_shape(
         config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens
     )
-    request = BuildRequest(model, config, shape, (capability,))
+    request = BuildRequest(spec.model, config, shape, (capability,))
     identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,))
-    directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, checkpoint.path)
+    directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
     rank = topology.rank - topology.replica_group.start
     engine = directory.engine(identity, rank)
-    if comm.rank == 0:
+    if spec.comm.rank == 0:
         directory.prepare(identity)
-    comm.barrier()
+    spec.comm.barrier()
     if not engine.exists():
-        if comm.rank == 0:
+        if spec.comm.rank == 0:
             sys.stderr.write(f"building TensorRT engines in {directory.path}; later starts will find them there\n")
         place = Topology(topology.layout, rank)
-        build_engine(library, request, checkpoint.source, place, engine, directory.timing_cache)
+        build_engine(library, request, spec.checkpoint.source, place, engine, directory.timing_cache)
     return engine, request
 
 
 def _given_engine(
-    library: TensorRT, model: Model, config: ModelConfig, checkpoint: Checkpoint, options: EngineConfig, topology: Topology,
-    capability: str, checksum: str,
-) -> tuple[Path, BuildRequest]:  # fmt: skip
-    assert options.engine_dir is not None
-    directory = EngineDirectory.existing(options.engine_dir)
+    library: TensorRT, spec: RankSpec, engine_dir: Path, capability: str, checksum: str
+) -> tuple[Path, BuildRequest]:
+    config, topology = spec.config, spec.topology
+    directory = EngineDirectory.existing(engine_dir)
     found = directory.read_config()
     shape = directory.read_shape()
     stripped = not found.get("weights_checksum")
     identity = EngineIdentity(config, shape, topology.layout, "" if stripped else checksum, library.name, (capability,))
     path = directory.check(identity, topology.rank - topology.replica_group.start, capability)
-    check_sizes(options, config, shape)
-    return path, BuildRequest(model, config, shape, (capability,), stripped)
+    check_sizes(spec.options, config, shape)
+    return path, BuildRequest(spec.model, config, shape, (capability,), stripped)
 
 
 def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape) -> None:
@@ -179,10 +169,10 @@ def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> No
         raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")
 
 
-def _group(comm: Communicator, members: range, topology: Topology) -> DeviceCommunicator:
+def _group(spec: RankSpec, members: range) -> DeviceCommunicator:
     """A device communicator of some of the replica's ranks. *Collective.*"""
-    first = topology.replica_group.start
-    host = comm.split(range(members.start - first, members.stop - first, members.step))
+    first = spec.topology.replica_group.start
+    host = spec.comm.split(range(members.start - first, members.stop - first, members.step))
     try:
         return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
     finally:

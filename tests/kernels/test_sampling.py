@@ -86,7 +86,7 @@ def parameters(device, rows):
 
 
 def padded_parts(logits, num_parts, part_size):
-    """[R, S, V_local] as an all-to-all leaves it; the padding would win if it were looked at."""
+    """[R, S, V_local] as a gather over ranks leaves it; the padding would win if it were looked at."""
     num_rows, vocab_size = logits.shape
     wide = np.full((num_rows, num_parts * part_size), 1e4).astype(logits.dtype)
     wide[:, :vocab_size] = logits

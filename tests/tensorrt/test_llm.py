@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,9 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.executors import trt_loading
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.trt_builder import network_shape
+from phalanx.runtime.executors.trt_network import NetworkShape
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from .networks import InterpretedSession, write_rank_network
@@ -26,11 +27,10 @@ LIMITS = {"max_num_seqs": 3, "max_model_len": 48, "max_num_batched_tokens": 12}
 def _interpret(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Let the executor open a session that interprets its network."""
 
-    def open_session(
-        model: object, config: Any, checkpoint: object, options: Any, topology: Any, comm: Communicator
-    ) -> tuple[InterpretedSession, Any]:
-        shape = network_shape(config, options.dtype, LIMITS["max_num_seqs"], LIMITS["max_model_len"], 5)
-        groups = comm.split(topology.tp_group), comm.split(topology.pp_group)
+    def open_session(spec: RankSpec) -> tuple[InterpretedSession, NetworkShape]:
+        topology = spec.topology
+        shape = network_shape(spec.config, spec.options.dtype, LIMITS["max_num_seqs"], LIMITS["max_model_len"], 5)
+        groups = spec.comm.split(topology.tp_group), spec.comm.split(topology.pp_group)
         return InterpretedSession(write_rank_network(path, topology, shape), topology, *groups), shape
 
     monkeypatch.setattr(trt_loading, "open_session", open_session)

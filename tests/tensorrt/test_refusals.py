@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors import trt_adapter
 from phalanx.runtime.executors.factory import choose_engine
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
 from phalanx.runtime.executors.trt_builder import network_shape
 from phalanx.runtime.executors.trt_engines import EngineDirectory, EngineIdentity, weights_checksum
@@ -41,6 +42,13 @@ def _identity(**changes: Any) -> EngineIdentity:
     fields = {"config": _config(), "shape": SHAPE, "layout": Layout(tp=2), "weights": "0" * 32,
               "library": "tensorrt 11.4.0.106", "targets": ("8.9",)}  # fmt: skip
     return EngineIdentity(**{**fields, **changes})
+
+
+def _alone(checkpoint: Checkpoint, options: EngineConfig) -> RankSpec:
+    """The only rank."""
+    model = find_model(checkpoint.config)
+    config = model.read_config(checkpoint.config)
+    return RankSpec(model, config, checkpoint, options, Topology(Layout()), SelfCommunicator())
 
 
 @pytest.fixture
@@ -245,11 +253,9 @@ def test_serving_without_a_gpu_points_to_building(tmp_path: Path) -> None:
     if trt_adapter.compute_capability() is not None:
         pytest.skip("this machine has a GPU")
     with open_checkpoint(write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")) as checkpoint:
-        model = find_model(checkpoint.config)
+        spec = _alone(checkpoint, EngineConfig(engine="tensorrt"))
         with pytest.raises(ConfigError, match=r"found no GPU here; engines can be built here .*launch\.build"):
-            create_trt_executor(
-                model, _config(), checkpoint, EngineConfig(engine="tensorrt"), Topology(Layout()), SelfCommunicator()
-            )
+            create_trt_executor(spec)
 
 
 def test_auto_never_chooses_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,11 +287,7 @@ def test_first_use_builds_and_later_use_finds_the_engine(tmp_path: Path, monkeyp
 
     def find(options: EngineConfig) -> Path:
         with open_checkpoint(path) as checkpoint:
-            model = find_model(checkpoint.config)
-            config = model.read_config(checkpoint.config)
-            engine, _ = find_engine(
-                load_tensorrt(), model, config, checkpoint, options, Topology(Layout()), SelfCommunicator(), "8.9"
-            )
+            engine, _ = find_engine(load_tensorrt(), _alone(checkpoint, options), "8.9")
         return engine
 
     engine = find(options)

@@ -1,0 +1,63 @@
+"""What every part of one rank's executor is built from, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.checkpoints.spec import WeightSpec
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.sharding import stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.models import Model
+
+__all__ = ["ComputeDType", "RankSpec"]
+
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What one rank serves, how, and its place among the ranks of its replica.
+
+    Attributes:
+        model: the family; ``config`` its dimensions, ``checkpoint`` its weights.
+        options: what the operator chose.
+        topology: this rank's place in the world.
+        comm: all ranks of the replica, in order.
+    """
+
+    model: Model
+    config: ModelConfig
+    checkpoint: Checkpoint
+    options: EngineConfig
+    topology: Topology
+    comm: Communicator
+
+    @property
+    def dtype(self) -> ComputeDType:
+        """Compute type: what was asked for, else the checkpoint's own."""
+        return self.config.dtype if self.options.dtype == "auto" else self.options.dtype
+
+    @property
+    def layers(self) -> range:
+        """Global numbers of the blocks of this rank's stage."""
+        return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
+
+    @property
+    def weights(self) -> list[WeightSpec]:
+        """Declarations of this stage's weights."""
+        first, last = self.topology.is_first_stage, self.topology.is_last_stage
+        return self.model.weights(self.config, self.layers, first, last)
+
+    @property
+    def tp_rank(self) -> int:
+        """Place within the tensor-parallel group."""
+        return self.topology.tp_rank
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks of the tensor-parallel group."""
+        return self.topology.layout.tp
