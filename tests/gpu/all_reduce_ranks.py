@@ -51,8 +51,10 @@ extern "C" __global__ void advance(int* step) { ++*step; }
 
 
 def upload(array: np.ndarray) -> Any:
-    memory = cupy.cuda.alloc(array.nbytes)
-    memory.copy_from_host(array.ctypes.data, array.nbytes)
+    """On the current stream: an ordinary copy may return before its last 64 KiB have arrived, and this stream does not wait for it."""
+    stream, memory = cupy.cuda.get_current_stream(), cupy.cuda.alloc(array.nbytes)
+    memory.copy_from_host_async(array.ctypes.data, array.nbytes, stream)
+    stream.synchronize()
     return cupy.ndarray(array.shape, array.dtype, memory)
 
 
