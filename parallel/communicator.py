@@ -58,7 +58,7 @@ class Communicator(Protocol):
         ...
 
     def split(self, members: range) -> Communicator:
-        """The sub-group that holds this rank; every rank passes its own group's world ranks. *Collective.*"""
+        """The sub-group that holds this rank; every rank passes its own group's ranks in this one. *Collective.*"""
         ...
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "NcclCommunicator",
     "SelfDeviceCommunicator",
     "nccl_version",
+    "open_device_group",
     "wait_for",
 ]
 
@@ -188,6 +189,15 @@ class NcclCommunicator:
     def _operand(self, array: DeviceArray) -> tuple[int, int, int]:
         assert array.flags.c_contiguous, array.strides
         return array.data.ptr, array.size, self._dtypes[array.dtype.name]
+
+
+def open_device_group(comm: Communicator, members: range) -> DeviceCommunicator:
+    """NCCL among some ranks of ``comm``, this one among them. *Collective over* ``members``."""
+    host = comm.split(members)
+    try:
+        return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
+    finally:
+        host.close()
 
 
 def nccl_version() -> str:

@@ -83,16 +83,20 @@ class Topology:
         return self.stage == 0 and self.tp_rank == 0
 
     @property
+    def replica_rank(self) -> int:
+        """Place within the replica."""
+        return self.rank - self.replica_group.start
+
+    @property
     def tp_group(self) -> range:
-        """World ranks of this rank's tensor-parallel group, in order."""
-        start = self.rank - self.tp_rank
+        """Places within the replica of this rank's tensor-parallel group, in order."""
+        start = self.stage * self.layout.tp
         return range(start, start + self.layout.tp)
 
     @property
     def pp_group(self) -> range:
-        """World ranks of the stages that this rank's activations pass through, in order."""
-        first = self.replica * self.layout.pp * self.layout.tp + self.tp_rank
-        return range(first, first + self.layout.pp * self.layout.tp, self.layout.tp)
+        """Places within the replica of the stages that this rank's activations pass through, in order."""
+        return range(self.tp_rank, self.layout.pp * self.layout.tp, self.layout.tp)
 
     @property
     def replica_group(self) -> range:

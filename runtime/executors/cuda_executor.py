@@ -30,7 +30,7 @@ from phalanx.runtime.executors.cuda_cache import CudaAttention
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda_memory import DeviceArray, download, upload
 from phalanx.runtime.executors.cuda_results import ResultLayout
-from phalanx.runtime.executors.cuda_ring import GpuTimes, StepRing, StepSlot
+from phalanx.runtime.executors.cuda_ring import StepRing, StepSlot
 from phalanx.runtime.executors.cuda_stage import CudaStage
 from phalanx.runtime.executors.cuda_step_times import measure_step_times
 from phalanx.runtime.executors.cuda_trace import Category, Timeline, write_chrome_trace
@@ -136,11 +136,6 @@ class CudaExecutor:
     def idle_fraction(self) -> float | None:
         """Share of the device's time between steps; see `GpuTimes`."""
         return self._ring.times.idle_fraction if self._ring.times.num_steps else None
-
-    @property
-    def gpu_times(self) -> GpuTimes:
-        """How long the device worked and waited so far. Only meaningful on the leader."""
-        return self._ring.times
 
     def execute(self, plan: StepPlan) -> None:
         """Start a step.

@@ -16,7 +16,7 @@ from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
-from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
+from phalanx.parallel.nccl_comm import DeviceCommunicator, SelfDeviceCommunicator, open_device_group
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.cuda_activations import ActivationPool
 from phalanx.runtime.executors.cuda_all_reduce import PeerCommunicator
@@ -94,27 +94,13 @@ def select_device() -> tuple[Any, Any]:
 
 def _groups(library: KernelLibrary, topology: Topology, comm: Communicator) -> CudaGroups:
     """Groups of GPUs over the host groups. *Collective.*"""
-    first = topology.replica_group.start
-    tensor = _tensor_group(library, comm, _shifted(topology.tp_group, first))
-    stages = _group(comm, _shifted(topology.pp_group, first))
-    results = _group(comm, _shifted(topology.pp_group, first))
+    tensor = _tensor_group(library, comm, topology.tp_group)
+    stages, results = (open_device_group(comm, topology.pp_group) for _ in range(2))
     return CudaGroups(tensor, stages, results)
-
-
-def _group(comm: Communicator, members: range) -> DeviceCommunicator:
-    host = comm.split(members)
-    try:
-        return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
-    finally:
-        host.close()
 
 
 def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) -> DeviceCommunicator:
     return PeerCommunicator(library, comm.split(members)) if len(members) > 1 else SelfDeviceCommunicator()
-
-
-def _shifted(members: range, first: int) -> range:
-    return range(members.start - first, members.stop - first, members.step)
 
 
 def _step_limits(spec: RankSpec) -> StepLimits:

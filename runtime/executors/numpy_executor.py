@@ -68,9 +68,7 @@ class NumpyExecutor:
         comm: Communicator, cache: CacheShape,
     ) -> None:  # fmt: skip
         self._model, self._config, self._topology = model, config, topology
-        first = topology.replica_group.start
-        self._tp = comm.split(_shifted(topology.tp_group, first))
-        self._pp = comm.split(_shifted(topology.pp_group, first))
+        self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
         self._layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
         rank, size = topology.tp_rank, topology.layout.tp
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
@@ -203,7 +201,3 @@ def _processor_name() -> str:
     with open("/proc/cpuinfo") as lines:
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         return next(names, platform.machine())
-
-
-def _shifted(members: range, first: int) -> range:
-    return range(members.start - first, members.stop - first, members.step)

@@ -189,10 +189,5 @@ def create_trt_executor(spec: RankSpec) -> tuple[Executor, int]:
 
     CAPABILITIES.check(spec.config, spec.dtype)
     session, shape = open_session(spec)
-    topology = spec.topology
-    pipeline = spec.comm.split(_shifted(topology.pp_group, topology.replica_group.start))
-    return TrtExecutor(session, shape, topology, pipeline), spec.options.max_model_len or shape.max_model_len
-
-
-def _shifted(members: range, first: int) -> range:
-    return range(members.start - first, members.stop - first, members.step)
+    pipeline = spec.comm.split(spec.topology.pp_group)
+    return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

@@ -14,7 +14,7 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
-from phalanx.parallel.nccl_comm import DeviceCommunicator, NcclCommunicator, SelfDeviceCommunicator
+from phalanx.parallel.nccl_comm import open_device_group
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.rank_spec import RankSpec
@@ -55,8 +55,10 @@ def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
         if request.stripped:
             refit(loaded, load_shard(request, spec.checkpoint.source, spec.topology), stream.ptr)
             stream.synchronize()
-        groups = SessionGroups(_group(spec, spec.topology.tp_group), _group(spec, spec.topology.pp_group))
-        session = DeviceSession(loaded, spec.config, spec.topology, request.shape, groups, device, stream)
+        topology = spec.topology
+        tensor, pipeline = (open_device_group(spec.comm, members) for members in (topology.tp_group, topology.pp_group))
+        groups = SessionGroups(tensor, pipeline)
+        session = DeviceSession(loaded, spec.config, topology, request.shape, groups, device, stream)
     return session, request.shape
 
 
@@ -76,7 +78,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
     request = BuildRequest(spec.model, config, shape, (capability,))
     identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,))
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
-    rank = topology.rank - topology.replica_group.start
+    rank = topology.replica_rank
     engine = directory.engine(identity, rank)
     if spec.comm.rank == 0:
         directory.prepare(identity)
@@ -98,7 +100,7 @@ def _given_engine(
     shape = directory.read_shape()
     stripped = not found.get("weights_checksum")
     identity = EngineIdentity(config, shape, topology.layout, "" if stripped else checksum, library.name, (capability,))
-    path = directory.check(identity, topology.rank - topology.replica_group.start, capability)
+    path = directory.check(identity, topology.replica_rank, capability)
     check_sizes(spec.options, config, shape)
     return path, BuildRequest(spec.model, config, shape, (capability,), stripped)
 
@@ -167,13 +169,3 @@ def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> No
             raise ExecutorError(f"the engine does not take weight {name!r} {array.shape}; build it again")
     if (left := refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(stream):
         raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")
-
-
-def _group(spec: RankSpec, members: range) -> DeviceCommunicator:
-    """A device communicator of some of the replica's ranks. *Collective.*"""
-    first = spec.topology.replica_group.start
-    host = spec.comm.split(range(members.start - first, members.stop - first, members.step))
-    try:
-        return NcclCommunicator(host) if host.size > 1 else SelfDeviceCommunicator()
-    finally:
-        host.close()

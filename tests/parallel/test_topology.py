@@ -23,18 +23,18 @@ def test_every_place_is_taken_exactly_once(tp: int, pp: int, dp: int) -> None:
 def test_groups_hold_the_rank_at_its_own_place(tp: int, pp: int, dp: int, data: st.DataObject) -> None:
     layout = Layout(tp, pp, dp)
     topology = Topology(layout, data.draw(st.integers(0, layout.world_size - 1)))
-    assert topology.tp_group[topology.tp_rank] == topology.rank
+    assert topology.tp_group[topology.tp_rank] == topology.replica_rank
     assert len(topology.tp_group) == tp
-    assert topology.pp_group[topology.stage] == topology.rank
+    assert topology.pp_group[topology.stage] == topology.replica_rank
     assert len(topology.pp_group) == pp
-    assert topology.replica_group[topology.stage * tp + topology.tp_rank] == topology.rank
-    peers = [Topology(layout, rank) for rank in topology.pp_group]
+    assert topology.replica_group[topology.replica_rank] == topology.rank
+    peers = [Topology(layout, topology.replica_group[place]) for place in topology.pp_group]
     assert [(peer.stage, peer.tp_rank) for peer in peers] == [(stage, topology.tp_rank) for stage in range(pp)]
 
 
 def test_tensor_parallel_ranks_are_consecutive() -> None:
-    assert list(Topology(Layout(tp=2, pp=2, dp=2), 6).tp_group) == [6, 7]
-    assert list(Topology(Layout(tp=2, pp=2, dp=2), 6).pp_group) == [4, 6]
+    assert list(Topology(Layout(tp=2, pp=2, dp=2), 6).tp_group) == [2, 3]
+    assert list(Topology(Layout(tp=2, pp=2, dp=2), 6).pp_group) == [0, 2]
 
 
 def test_all_ranks_become_tensor_parallel_by_default() -> None:
