@@ -24,9 +24,11 @@ from phalanx.launch.arguments import (
 from phalanx.launch.bench_report import Progress, summary, versions
 
 if TYPE_CHECKING:
+    from phalanx.runtime.executors.base import Executor
     from phalanx.runtime.measure import Measurement
     from phalanx.runtime.replica import Replica
     from phalanx.runtime.request import Request
+    from phalanx.runtime.step_times import DeviceTimes
 
 __all__ = ["main"]
 
@@ -130,12 +132,13 @@ def _run(args: argparse.Namespace, replica: Replica) -> list[dict[str, Any]]:
     reports = []
     for iteration in range(args.num_iters):
         requests = _requests(args, vocab_size, iteration, args.num_prompts, args.output_len)
+        before = replica.executor.device_times
         with Progress(args.num_prompts * args.output_len) as progress:
             if args.mode == "throughput":
                 runs = [measure(engine, requests, progress)]
             else:
                 runs = [measure(engine, [request], progress) for request in requests]
-        reports.append(_report(args, replica, runs))
+        reports.append(_report(args, replica, runs, _idle_fraction(replica.executor, before)))
     return reports
 
 
@@ -158,7 +161,9 @@ def _requests(
     return [Request(f"{iteration}-{index}", tuple(prompt.tolist()), params) for index, prompt in enumerate(prompts)]
 
 
-def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement]) -> dict[str, Any]:
+def _report(
+    args: argparse.Namespace, replica: Replica, runs: list[Measurement], idle_fraction: float | None
+) -> dict[str, Any]:
     seconds = sum(run.seconds for run in runs)
     output_tokens = sum(run.output_tokens for run in runs)
     steps = [step for run in runs for step in _step_seconds(run)]
@@ -183,7 +188,7 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
         "mean_step_ms": 1e3 * statistics.fmean(steps),
         "time_to_first_token_ms": summary([value for run in runs for value in run.first_token]),
         "time_per_output_token_ms": summary([value for run in runs for value in run.time_per_output_token]),
-        "gpu_idle_fraction": executor.idle_fraction,
+        "gpu_idle_fraction": idle_fraction,
         "kv_blocks": executor.num_kv_blocks,
         "device": executor.device,
         "versions": versions(),
@@ -191,10 +196,19 @@ def _report(args: argparse.Namespace, replica: Replica, runs: list[Measurement])
     }
 
 
+def _idle_fraction(executor: Executor, before: DeviceTimes | None) -> float | None:
+    """Of the steps since ``before``; None where the executor does not measure."""
+    now = executor.device_times
+    return None if now is None or before is None else (now - before).idle_fraction
+
+
 def _num_microbatches(args: argparse.Namespace, replica: Replica) -> int:
-    """Micro-batches while as many requests decode at once as can."""
+    """Micro-batches while as many requests decode at once as slots and cache hold."""
     assert replica.engine is not None
-    num_seqs = min(args.num_prompts, replica.options.max_num_seqs) if args.mode == "throughput" else 1
+    if args.mode == "latency":
+        return 1
+    num_cached = replica.executor.num_kv_blocks * replica.options.block_size // (args.input_len + args.output_len)
+    num_seqs = min(args.num_prompts, replica.options.max_num_seqs, max(num_cached, 1))
     return replica.engine.scheduler.num_microbatches(num_seqs)
 
 

@@ -1,4 +1,4 @@
-"""How long decoding steps take on this machine: what an executor measures once and a scheduler plans with."""
+"""How long steps take on this machine: decoding steps, measured once for the scheduler, and all that ran, for reports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["StepTimes"]
+__all__ = ["DeviceTimes", "StepTimes"]
 
 Float64Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTimes:
+    """What a device did since its executor started, by the device's own clock.
+
+    Attributes:
+        busy_seconds: from the start of a step's first operation to the end of its last.
+        idle_seconds: from the end of a step to the start of the next, where the host had more to plan: where the next
+            was started before the result of the one before was taken.
+    """
+
+    busy_seconds: float = 0.0
+    idle_seconds: float = 0.0
+
+    def __add__(self, other: DeviceTimes) -> DeviceTimes:
+        return DeviceTimes(self.busy_seconds + other.busy_seconds, self.idle_seconds + other.idle_seconds)
+
+    def __sub__(self, earlier: DeviceTimes) -> DeviceTimes:
+        return DeviceTimes(self.busy_seconds - earlier.busy_seconds, self.idle_seconds - earlier.idle_seconds)
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of the time in which the device had nothing to do; 0 of no time."""
+        total = self.busy_seconds + self.idle_seconds
+        return self.idle_seconds / total if total else 0.0
 
 
 @dataclass(frozen=True, slots=True)

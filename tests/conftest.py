@@ -5,11 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from phalanx.parallel.launcher import launch_info
+
 ROOT = Path(__file__).resolve().parent.parent
+
+if launch_info().size > 1:
+    # Each rank is a pytest of its own; in one folder one would remove old directories while another lists them.
+    _root = Path(tempfile.gettempdir()) / f"phalanx-tests-{os.getuid()}-rank{launch_info().rank}"
+    _root.mkdir(exist_ok=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(_root)
 
 # Tests compare rank counts; a BLAS that starts a thread per core in each rank only makes them slow.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -41,7 +50,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[object], report: pytest.TestReport) -> None:
     """Under mpirun, end every rank on the first failure: the others would wait for this one for ever."""
-    from phalanx.parallel.launcher import launch_info
     from phalanx.parallel.mpi_comm import abort_world
 
     info = launch_info()

@@ -9,7 +9,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import StepPlan, StepResult
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step_times import DeviceTimes, StepTimes
 
 __all__ = ["Capabilities", "Executor"]
 
@@ -63,8 +63,8 @@ class Executor(Protocol):
         ...
 
     @property
-    def idle_fraction(self) -> float | None:
-        """Share of the time since the first step in which the device had no step to work on; None = not measured."""
+    def device_times(self) -> DeviceTimes | None:
+        """How long the device worked on steps and waited for them so far; None = not measured."""
         ...
 
     @property

@@ -35,7 +35,7 @@ from phalanx.runtime.executors.cuda_stage import CudaStage
 from phalanx.runtime.executors.cuda_step_times import measure_step_times
 from phalanx.runtime.executors.cuda_trace import Category, Timeline, write_chrome_trace
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step_times import DeviceTimes, StepTimes
 
 __all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
 
@@ -133,9 +133,9 @@ class CudaExecutor:
         return name.decode()
 
     @property
-    def idle_fraction(self) -> float | None:
-        """Share of the device's time between steps; see `GpuTimes`."""
-        return self._ring.times.idle_fraction if self._ring.times.num_steps else None
+    def device_times(self) -> DeviceTimes:
+        """Of this rank's GPU, a few steps late; idle only on the leader, which alone collects."""
+        return self._ring.times
 
     def execute(self, plan: StepPlan) -> None:
         """Start a step.

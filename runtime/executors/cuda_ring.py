@@ -13,33 +13,12 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
 from phalanx.runtime.executors.cuda_memory import pinned_array
 from phalanx.runtime.executors.cuda_results import ResultLayout
 from phalanx.runtime.step import StepPlan, StepResult
+from phalanx.runtime.step_times import DeviceTimes
 
-__all__ = ["GpuTimes", "StepRing", "StepSlot"]
+__all__ = ["StepRing", "StepSlot"]
 
 STEP_TIMEOUT_SECONDS = 300.0
 """A step that takes longer is taken for lost; the longest honest one is a few seconds."""
-
-
-@dataclass(slots=True)
-class GpuTimes:
-    """Device time by the device's own clock.
-
-    Attributes:
-        num_steps: steps counted.
-        busy_seconds: from the start of a step's first operation to the end of its last.
-        idle_seconds: from the end of a step to the start of the next, where the host had more to plan: where the next
-            was started before the result of the one before was taken.
-    """
-
-    num_steps: int = 0
-    busy_seconds: float = 0.0
-    idle_seconds: float = 0.0
-
-    @property
-    def idle_fraction(self) -> float:
-        """Share of the time in which the device had nothing to do; 0 before the first step."""
-        total = self.busy_seconds + self.idle_seconds
-        return self.idle_seconds / total if total else 0.0
 
 
 @dataclass(slots=True)
@@ -93,7 +72,7 @@ class StepRing:
             for _ in range(num_slots)
         ]
         self._next = 0
-        self.times = GpuTimes()
+        self.times = DeviceTimes()
 
     def acquire(self) -> StepSlot:
         """The next slot, in turn; waits for the device if it is still on the step that used it before."""
@@ -120,14 +99,13 @@ class StepRing:
         self.drain()
         for slot in self._slots:
             slot.in_use = False
-        self.times = GpuTimes()
+        self.times = DeviceTimes()
 
     def _account(self, slot: StepSlot) -> None:
         import cupy
 
         elapsed = cupy.cuda.get_elapsed_time
         following = self._slots[self._next]
-        self.times.num_steps += 1
-        self.times.busy_seconds += elapsed(slot.start, slot.end) / 1e3
-        if following.follows and following.start.done:
-            self.times.idle_seconds += max(0.0, elapsed(slot.end, following.start) / 1e3)
+        waited = following.follows and following.start.done
+        idle_seconds = max(0.0, elapsed(slot.end, following.start) / 1e3) if waited else 0.0
+        self.times += DeviceTimes(elapsed(slot.start, slot.end) / 1e3, idle_seconds)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["decoding_step", "measure_step_times", "measured_sizes"]
 
 _ROUNDS = 2
-"""The faster one counts: the very first step makes NCCL connect."""
+"""The fastest counts: the very first step makes NCCL connect, and any may meet another process's work."""
 
 
 def measured_sizes(max_num_seqs: int, num_stages: int) -> list[int]:
@@ -33,7 +33,7 @@ def measure_step_times(executor: CudaExecutor, max_num_seqs: int, comm: Communic
     """
     topology = executor.topology
     sizes = measured_sizes(max_num_seqs, topology.layout.pp)
-    own = np.array([[_latency(executor, size, comm), executor.replay_seconds(size)] for size in sizes])
+    own = np.array([[_latency(executor, size, comm), _stage_time(executor, size, comm)] for size in sizes])
     latencies, stages = comm.all_gather(own).max(axis=0).T.tolist()
     return StepTimes(topology.layout.pp, tuple(sizes), tuple(stages), tuple(latencies))
 
@@ -53,8 +53,16 @@ def _latency(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float
         comm.barrier()
         start = time.perf_counter()
         executor.execute(plan)
-        if not executor.topology.is_leader:
-            continue
-        executor.collect()
-        seconds.append(time.perf_counter() - start)
+        if executor.topology.is_leader:
+            executor.collect()
+            seconds.append(time.perf_counter() - start)
     return min(seconds, default=0.0)
+
+
+def _stage_time(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:
+    """Seconds of this rank's stage. *Collective.* Tensor-parallel peers start together: a sum waits for the last of them."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        comm.barrier()
+        seconds.append(executor.replay_seconds(num_seqs))
+    return min(seconds)

@@ -21,7 +21,7 @@ from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step_times import DeviceTimes, StepTimes
 
 __all__ = ["CAPABILITIES", "CacheShape", "NumpyExecutor"]
 
@@ -62,6 +62,7 @@ class NumpyExecutor:
 
     lookahead = 0
     step_times: StepTimes | None = None
+    device_times: DeviceTimes | None = None
 
     def __init__(
         self, model: Model, config: ModelConfig, weights: dict[str, Float32Array], topology: Topology,
@@ -91,11 +92,6 @@ class NumpyExecutor:
     def device(self) -> str:
         """The processor and the threads that BLAS may use."""
         return f"{_processor_name()}, {thread_count()} thread(s) per rank"
-
-    @property
-    def idle_fraction(self) -> float | None:
-        """Not measured: the leader computes in the same thread that plans."""
-        return None
 
     @property
     def depth(self) -> int:

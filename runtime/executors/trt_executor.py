@@ -23,7 +23,7 @@ from phalanx.runtime.executors.trt_network import NetworkShape
 from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator
 from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step_times import DeviceTimes, StepTimes
 
 __all__ = ["CAPABILITIES", "EngineSession", "PassOutput", "TrtExecutor", "Wanted", "create_trt_executor"]
 
@@ -81,7 +81,7 @@ class TrtExecutor:
     """
 
     lookahead = 0
-    idle_fraction: float | None = None
+    device_times: DeviceTimes | None = None
     step_times: StepTimes | None = None
 
     def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pytest
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors import cuda_executor
+from phalanx.runtime.executors.cuda_graphs import StepKey
+from phalanx.runtime.executors.cuda_stage import CudaStage
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
 from phalanx.runtime.scheduler.microbatches import num_microbatches
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step_times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 from tests.support.reference import prompt_token_ids
@@ -98,18 +101,18 @@ def test_sampled_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path
 def test_pipeline_measures_its_steps_and_chooses_micro_batches(tp: int, pp: int, tmp_path: Path, device: None) -> None:
     directory = write_checkpoint(CASES[0], tmp_path)
 
-    def rank(comm: Communicator) -> tuple[StepTimes | None, float | None, int | None]:
+    def rank(comm: Communicator) -> tuple[StepTimes | None, DeviceTimes | None, int | None]:
         with LLM(
             directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="cuda", max_num_seqs=7,
             max_num_batched_tokens=12, num_kv_blocks=8,
         ) as llm:  # fmt: skip
             replica = llm._replica
             number = replica.engine.scheduler.num_microbatches(7) if replica.engine else None
-            return replica.executor.step_times, replica.executor.idle_fraction, number
+            return replica.executor.step_times, replica.executor.device_times, number
 
-    (times, idle_fraction, number), *others = run_ranks(tp * pp, rank)
+    (times, device_times, number), *others = run_ranks(tp * pp, rank)
     assert all(other[0] == times for other in others), "the slowest stage counts, whichever rank it is of"
-    assert idle_fraction is None, "what was run to measure is no step"
+    assert device_times == DeviceTimes(), "what was run to measure is no step"
     if pp == 1:
         assert (times, number) == (None, 1)
         return
@@ -117,6 +120,32 @@ def test_pipeline_measures_its_steps_and_chooses_micro_batches(tp: int, pp: int,
     assert (times.num_stages, times.rows) == (2, (1, 2, 4))
     assert all(seconds > 0 for seconds in times.stage_seconds + times.latency_seconds)
     assert number == num_microbatches(np.array([7]), 3, times)[0]
+
+
+def test_stage_times_hold_no_waiting_for_other_stages(
+    tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_seconds, run_stage = 0.2, CudaStage.run
+
+    def slowly(stage: CudaStage, key: StepKey) -> object:
+        if key.num_rows == 1:
+            time.sleep(stage_seconds)
+        return run_stage(stage, key)
+
+    monkeypatch.setattr(CudaStage, "run", slowly)
+    directory = write_checkpoint(CASES[0], tmp_path)
+
+    def rank(comm: Communicator) -> StepTimes | None:
+        with LLM(
+            directory, tensor_parallel_size=2, pipeline_parallel_size=2, comm=comm, engine="cuda", max_num_seqs=2,
+            max_num_batched_tokens=4, num_kv_blocks=4,
+        ) as llm:  # fmt: skip
+            return llm._replica.executor.step_times
+
+    times = run_ranks(4, rank)[0]
+    assert times is not None
+    assert stage_seconds <= times.stage_seconds[0] < 1.4 * stage_seconds
+    assert times.latency_seconds[0] >= 2 * stage_seconds
 
 
 @pytest.mark.parametrize("way", [0.0, 1.0], ids=["two micro-batches", "three"])

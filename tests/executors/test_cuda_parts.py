@@ -12,9 +12,9 @@ from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
 from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda_results import ResultLayout
-from phalanx.runtime.executors.cuda_ring import GpuTimes
 from phalanx.runtime.executors.cuda_step_times import decoding_step, measured_sizes
 from phalanx.runtime.step import BatchState
+from phalanx.runtime.step_times import DeviceTimes
 from tests.support.fake_cupy import install_fake_device
 
 
@@ -172,8 +172,9 @@ def test_waiting_for_a_lost_or_stuck_peer_aborts_every_group(lost: bool) -> None
 
 
 def test_idle_fraction_is_the_share_between_steps() -> None:
-    assert GpuTimes().idle_fraction == 0.0
-    assert GpuTimes(num_steps=4, busy_seconds=3.0, idle_seconds=1.0).idle_fraction == 0.25
+    earlier = DeviceTimes(2.0, 5.0)
+    assert DeviceTimes().idle_fraction == 0.0
+    assert (earlier + DeviceTimes(busy_seconds=3.0, idle_seconds=1.0) - earlier).idle_fraction == 0.25
 
 
 def test_activations_return_to_the_pool_and_each_step_starts_at_the_same_address(fake_cupy: None) -> None:
