@@ -11,27 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phalanx.kernels.all_reduce_sizes import MOST_RANKS, is_two_shot, slot_vectors
 from phalanx.kernels.arrays import VECTOR_BYTES, Array, ceil_div, scalar_name
 from phalanx.kernels.library import Library
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["ABSENT_BYTE", "MOST_BYTES", "Exchange", "Plan", "all_reduce", "choose_plan", "exchange_bytes", "fits"]
+__all__ = ["ABSENT_BYTE", "Exchange", "Plan", "all_reduce", "choose_plan", "fits"]
 
 ABSENT_BYTE = 0xFF
 """What every byte of the exchange buffers holds before the first call."""
 
-MOST_BYTES = 32 << 20
-"""Above this, NCCL, which comes nearer with size (245 us to 201 at 64 MiB between two H200s): the buffers take up to 3.5
-times this on every rank."""
-
-_HOP_BYTES = 256 << 10
-"""What a GPU sends over NVLink in the time that a second hop takes, which has to save more: 0.8 us at 330 GB/s."""
-
-_ONE_SHOT_MOST_BYTES = 2 << 20
-"""Above this, two-shot even between two GPUs, where it sends as much: each sum is formed once instead of on all ranks."""
-
 _DTYPES = frozenset({"bfloat16", "float16", "float32"})
-_MOST_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +55,18 @@ class Plan:
     num_threads: int
 
 
-def exchange_bytes(num_ranks: int, most_bytes: int = MOST_BYTES) -> int:
-    """Bytes of one rank's buffers for messages of at most ``most_bytes``."""
-    most_vectors = most_bytes // VECTOR_BYTES
-    sizes = {min(most_vectors, _one_shot_vectors(num_ranks)), most_vectors}
-    return 2 * VECTOR_BYTES * max(_slot_vectors(size, num_ranks, _is_two_shot(size, num_ranks)) for size in sizes)
-
-
 def fits(array: Array, exchange: Exchange) -> bool:
     """Whether the buffers hold ``array``: whole vectors of a type that is summed. The same on all ranks."""
     num_vectors, rest = divmod(array.nbytes, VECTOR_BYTES)
     if rest or not num_vectors or array.dtype.name not in _DTYPES:
         return False
     num_ranks = exchange.num_ranks
-    return _slot_vectors(num_vectors, num_ranks, _is_two_shot(num_vectors, num_ranks)) <= exchange.capacity
+    return slot_vectors(num_vectors, num_ranks, is_two_shot(num_vectors, num_ranks)) <= exchange.capacity
 
 
 def choose_plan(num_vectors: int, num_ranks: int, num_multiprocessors: int) -> Plan:
     """One-shot while its extra bytes cost less than a second hop; never more blocks than run at once."""
-    two_shot = _is_two_shot(num_vectors, num_ranks)
+    two_shot = is_two_shot(num_vectors, num_ranks)
     num_items = ceil_div(num_vectors, num_ranks) if two_shot else num_vectors
     num_threads = next((n for n in (128, 512) if num_items <= n * num_multiprocessors), 1024)
     return Plan(two_shot, min(num_multiprocessors, ceil_div(num_items, num_threads)), num_threads)
@@ -96,15 +79,10 @@ def all_reduce(library: Library, x: Array, exchange: Exchange, plan: Plan | None
     """
     num_vectors, rank, num_ranks = x.nbytes // VECTOR_BYTES, exchange.rank, exchange.num_ranks
     plan = plan or choose_plan(num_vectors, num_ranks, library.num_multiprocessors)
-    slot_vectors = _slot_vectors(num_vectors, num_ranks, plan.two_shot)
-    if (
-        x.nbytes % VECTOR_BYTES
-        or not x.flags.c_contiguous
-        or x.data.ptr % VECTOR_BYTES
-        or slot_vectors > exchange.capacity
-    ):
+    num_held = slot_vectors(num_vectors, num_ranks, plan.two_shot)
+    if x.nbytes % VECTOR_BYTES or not x.flags.c_contiguous or x.data.ptr % VECTOR_BYTES or num_held > exchange.capacity:
         raise ExecutorError(
-            f"{x.dtype.name}{list(x.shape)} at {x.data.ptr:#x} takes {slot_vectors} vectors of {VECTOR_BYTES} bytes, of which "
+            f"{x.dtype.name}{list(x.shape)} at {x.data.ptr:#x} takes {num_held} vectors of {VECTOR_BYTES} bytes, of which "
             f"{exchange.capacity} fit; sum a shorter, C-contiguous and aligned array, or use NCCL"
         )
     kernel = library.function(
@@ -112,7 +90,7 @@ def all_reduce(library: Library, x: Array, exchange: Exchange, plan: Plan | None
         SCALAR=scalar_name(x), RANK=rank, NUM_RANKS=num_ranks, NUM_THREADS=plan.num_threads,
     )  # fmt: skip
     peers = [exchange.buffers[(rank + k) % num_ranks] for k in range(num_ranks)]
-    buffers = [np.uint64(address) for address in [*peers, *[0] * (_MOST_RANKS - num_ranks)]]
+    buffers = [np.uint64(address) for address in [*peers, *[0] * (MOST_RANKS - num_ranks)]]
     arguments = (
         x,
         np.int32(num_vectors),
@@ -122,21 +100,3 @@ def all_reduce(library: Library, x: Array, exchange: Exchange, plan: Plan | None
         np.uint64(exchange.abort),
     )
     kernel((plan.num_blocks,), (plan.num_threads,), arguments)
-
-
-def _is_two_shot(num_vectors: int, num_ranks: int) -> bool:
-    return num_vectors > _one_shot_vectors(num_ranks)
-
-
-def _one_shot_vectors(num_ranks: int) -> int:
-    """The longest message for one-shot. It sends R - 1 times the bytes, two-shot 2 (R - 1) / R times."""
-    extra = (num_ranks - 1) * (num_ranks - 2) / num_ranks
-    num_bytes = min(_ONE_SHOT_MOST_BYTES, _HOP_BYTES / extra if extra else _ONE_SHOT_MOST_BYTES)
-    return int(num_bytes) // VECTOR_BYTES
-
-
-def _slot_vectors(num_vectors: int, num_ranks: int, two_shot: bool) -> int:
-    """Vectors of half a buffer that a message takes."""
-    if two_shot:
-        return 2 * (num_ranks - 1) * ceil_div(num_vectors, num_ranks)
-    return (num_ranks - 1) * num_vectors

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from phalanx.checkpoints.spec import WeightSpec, distinct
+from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.config import ModelConfig
@@ -24,6 +25,7 @@ __all__ = [
     "WEIGHT_PARTS",
     "RankMemory",
     "activation_bytes",
+    "communication_bytes",
     "kv_block_bytes",
     "num_kv_blocks",
     "plan_memory",
@@ -55,7 +57,8 @@ class RankMemory:
     Attributes:
         weights: by `WEIGHT_PARTS`; tied tensors count once.
         workspace: activations of the largest step, logits included, and the state of the batch.
-        communication: buffers for the hidden states that come from the stage before.
+        communication: buffers for the hidden states that come from the stage before, and for the all-reduce among
+            tensor-parallel ranks of one host.
         kv_block_bytes: one block over all layers of the stage, keys and values.
     """
 
@@ -110,11 +113,18 @@ def plan_memory(
                 layers=layers,
                 weights=weight_bytes(specs, place.tp_rank, layout.tp, itemsize),
                 workspace=workspace_bytes(model, config, place, max_num_seqs, max_num_tokens, itemsize) + state,
-                communication=0 if place.is_first_stage else max_num_tokens * config.hidden_size * itemsize,
+                communication=communication_bytes(config, place, max_num_tokens, itemsize),
                 kv_block_bytes=kv_block_bytes(config, len(layers), place.tp_rank, layout.tp, block_size, itemsize),
             )
         )
     return tuple(result)
+
+
+def communication_bytes(config: ModelConfig, place: Topology, max_num_tokens: int, itemsize: int) -> int:
+    """See `RankMemory`. More ranks than `MOST_RANKS`, or several hosts, sum by NCCL and need no buffers of ours."""
+    tp = place.layout.tp
+    hidden = 0 if place.is_first_stage else max_num_tokens * config.hidden_size * itemsize
+    return hidden + (exchange_bytes(tp) if 1 < tp <= MOST_RANKS else 0)
 
 
 def num_kv_blocks(ranks: Sequence[RankMemory], memory_bytes: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.kernels import all_reduce
-from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange, exchange_bytes
+from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange
+from phalanx.kernels.all_reduce_sizes import exchange_bytes
 from phalanx.kernels.arrays import VECTOR_BYTES
 from phalanx.kernels.library import Library
 from phalanx.kernels.peer_memory import PeerMemory, open_peer_memory

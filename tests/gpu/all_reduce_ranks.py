@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 
 import launch  # noqa: F401  makes phalanx importable from a checkout
-from phalanx.kernels.all_reduce import MOST_BYTES, Plan, all_reduce
+from phalanx.kernels.all_reduce import Plan, all_reduce
+from phalanx.kernels.all_reduce_sizes import MOST_BYTES
 from phalanx.kernels.library import KernelLibrary
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CommunicatorError

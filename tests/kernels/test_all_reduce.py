@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange, Plan, all_reduce, choose_plan, exchange_bytes, fits
+from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange, Plan, all_reduce, choose_plan, fits
+from phalanx.kernels.all_reduce_sizes import exchange_bytes
 from phalanx.parallel.errors import ExecutorError
 from tests.support.fake_cupy import FakeArray
 

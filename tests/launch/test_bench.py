@@ -67,6 +67,23 @@ def test_measured_fields(mode: str, ranks: int, tmp_path: Path) -> None:
     checked_latencies(report, "time_to_first_token_ms", "time_per_output_token_ms")
 
 
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_of_several_iterations_the_median_is_reported(mode: str) -> None:
+    result = run("bench", mode, *LOAD, "--num-iters", "3")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    rates = report["runs_output_tokens_per_second"]
+    assert len(set(rates)) == 3
+    assert report["output_tokens_per_second"] == sorted(rates)[1] == pytest.approx(42 / report["seconds"])
+    assert report["num_microbatches"] == 1
+
+
+def test_no_iteration_is_refused() -> None:
+    result = run("bench", "latency", *LOAD, "--num-iters", "0")
+    assert result.returncode == 2
+    assert "--num-iters=0 is below 1; use at least 1" in result.stderr
+
+
 def test_load_on_a_server_counts_what_the_server_generated(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     result = run("bench", "serve", "--url", server.url, *LOAD, "--max-concurrency", "3", "--json", file)

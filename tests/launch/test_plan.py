@@ -59,6 +59,18 @@ def test_llama_3_8b_on_one_gpu_by_hand(llama_3_8b: Path, capsys: pytest.CaptureF
     assert result["fits"] is True
 
 
+@pytest.mark.parametrize(
+    ("tp", "pp", "exchange_mib", "stages"),
+    [(1, 1, 0, [0]), (2, 1, 64, [0, 0]), (1, 2, 0, [0, 1]), (8, 2, 112, [0] * 8 + [1] * 8), (16, 1, 0, [0] * 16)],
+)
+def test_communication_is_hidden_states_and_the_all_reduces_buffers(
+    tp: int, pp: int, exchange_mib: int, stages: list[int], llama_3_8b: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = plan(capsys, llama_3_8b, "--tp", str(tp), "--pp", str(pp), "--max-num-batched-tokens", "100")
+    expected = [(exchange_mib << 20) + (100 * 4096 * 2 if stage else 0) for stage in stages]
+    assert [rank["communication_bytes"] for rank in result["ranks"]] == expected
+
+
 @pytest.mark.parametrize("name", ["llama-one-kv-head-tied", "gpt2-untied-odd-width", "gemma-several-kv-heads"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (1, 3)])
 def test_weights_are_exactly_what_a_rank_loads(
