@@ -10,7 +10,8 @@ from phalanx.runtime.step_times import StepTimes
 __all__ = ["PLANNING_SECONDS", "num_microbatches"]
 
 PLANNING_SECONDS = 150e-6
-"""The leader's host between a result and the next step: 110 to 155 us in ``docs/benchmarks/scheduler.md``."""
+"""What the scheduler takes for a step at 1,024 sequences: 110 to 155 us in ``docs/benchmarks/scheduler.md``. Broadcast, upload
+and launches are part of the measured latency."""
 
 
 def num_microbatches(num_seqs: NDArray[np.int64], most: int, times: StepTimes) -> NDArray[np.int64]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 MODELS = Path(__file__).parent / "models"
 
@@ -33,7 +36,7 @@ class Case:
         """The process to start."""
         mode = "latency" if self.max_num_seqs == 1 else "throughput"
         ranks = self.tp * self.pp
-        launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+        launcher = ["mpirun", "-n", str(ranks)]
         options = {
             "model": MODELS / self.model, "load-format": "dummy", "engine": "cuda", "tp": self.tp, "pp": self.pp,
             "input-len": self.input_len, "output-len": self.output_len, "num-prompts": self.num_prompts,
@@ -82,7 +85,8 @@ def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
     try:
         with open(log, "w") as file:
             command = CASES[name].command(num_iters, result)
-            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=True)
+            environment = {**os.environ, **LAUNCHER_ENVIRONMENT}
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=True, env=environment)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         return f"{name}: {error}\n{log.read_text()[-1500:]}"
     report = json.loads(result.read_text())

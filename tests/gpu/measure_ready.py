@@ -27,6 +27,7 @@ import numpy as np
 
 import launch  # noqa: F401 (makes phalanx importable where it is not installed)
 from phalanx.runtime.models import find_model
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 TILE_VALUES = 32 << 20
 READY_LIMIT_SECONDS = 300
@@ -67,12 +68,14 @@ def seconds_to_ready(directory: Path, ranks: int, caches: Path) -> float:
     """Start the server, wait for READY, ask it once and end it."""
     command = [sys.executable, "-m", "launch.serve", "--model", str(directory), "--engine", "cuda", "--port", "0"]
     if ranks > 1:
-        command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *command]
+        command = ["mpirun", "-n", str(ranks), *command]
     environment = {
         name: str(caches / name.lower()) for name in ("PHALANX_CACHE_DIR", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH")
     }
     start = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **LAUNCHER_ENVIRONMENT, **environment}
+    )
     try:
         url = _wait_for_ready(process, start + READY_LIMIT_SECONDS)
         elapsed = time.monotonic() - start

@@ -22,6 +22,8 @@ PYTHON=${PYTHON:-python3}
 STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models)
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+# Open MPI refuses root unless told otherwise; MPICH ignores these.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 status=0
 
 run() { # name command...
@@ -37,7 +39,7 @@ on_all_gpus() { # command...
     local gpus
     gpus=$(nvidia-smi --list-gpus | wc -l)
     if ((gpus > 1)); then
-        mpirun --allow-run-as-root --oversubscribe -n "$gpus" "$@"
+        mpirun -n "$gpus" "$@"
     else
         "$@"
     fi

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
+
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +23,10 @@ def num_gpus() -> int:
 
 
 def run_checks(num_ranks: int, *checks: str) -> None:
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(num_ranks), sys.executable, "-m"]
+    command = ["mpirun", "-n", str(num_ranks), sys.executable, "-m"]
     result = subprocess.run(
         [*command, "tests.gpu.all_reduce_ranks", *checks],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False,
+        capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, **LAUNCHER_ENVIRONMENT}, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines() == [f"{check}: {num_ranks} ranks passed" for check in checks]

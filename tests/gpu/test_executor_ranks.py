@@ -1,6 +1,6 @@
 """The CUDA executor in every layout that this machine's GPUs allow: against transformers, the NumPy engine and the demo's loss.
 
-Each layout is a real ``mpirun``; hidden states and sums go over NCCL.
+Each layout is a real ``mpirun``: hidden states go over NCCL, sums through memory that the GPUs share where they can.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from phalanx.runtime.request import SamplingParams
 from tests.gpu.test_executor import CASES, prompts
 from tests.models.test_against_transformers import TOLERANCE, log_softmax
 from tests.support.checkpoints import CheckpointCase, write_checkpoint
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
 from tests.support.reference import Reference, prompt_token_ids, transformers_reference
 
 pytestmark = pytest.mark.gpu
@@ -51,10 +52,11 @@ def skip_without_gpus(tp: int, pp: int) -> None:
 def run_under_mpirun(tp: int, pp: int, command: str, *flags: str | Path) -> list[dict[str, Any]]:
     """Run ``launch.<command>`` on ``tp * pp`` ranks; its JSON lines."""
     words = [
-        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(tp * pp), sys.executable, "-m", f"launch.{command}",
+        "mpirun", "-n", str(tp * pp), sys.executable, "-m", f"launch.{command}",
         "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--num-kv-blocks", "200", "--json", *map(str, flags),
     ]  # fmt: skip
-    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ, check=False)
+    environment = {**os.environ, **LAUNCHER_ENVIRONMENT}
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 

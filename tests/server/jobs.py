@@ -15,18 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
+
 from .servers import Server, start
 
 MARK = "PHALANX_TEST_JOB"
 
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
+ENVIRONMENT = {**LAUNCHER_ENVIRONMENT, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def mpirun() -> str:
