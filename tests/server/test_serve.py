@@ -182,15 +182,19 @@ def test_a_signal_to_mpirun_drains(tiny: Path, number: signal.Signals) -> None:
         assert job.seconds_until_gone() < 10
 
 
+def assert_killing_a_rank_ends_everything(job: Job, rank: int) -> None:
+    streams = [job.server.open_stream(PATH, LONG) for _ in range(8)]
+    os.kill(job.rank(rank), signal.SIGKILL)
+    for stream in streams:
+        assert events(stream)[-1]["error"]["code"] == "engine_failed"
+    assert job.seconds_until_gone() < 10
+    assert job.server.wait()[0] != 0
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_killing_a_rank_ends_everything_and_tells_clients(tiny: Path, rank: int) -> None:
     with serve_tiny(tiny) as job:
-        streams = [job.server.open_stream(PATH, LONG) for _ in range(8)]
-        os.kill(job.rank(rank), signal.SIGKILL)
-        for stream in streams:
-            assert events(stream)[-1]["error"]["code"] == "engine_failed"
-        assert job.seconds_until_gone() < 10
-        assert job.server.wait()[0] != 0
+        assert_killing_a_rank_ends_everything(job, rank)
 
 
 def test_killing_mpirun_ends_everything_and_tells_clients(tiny: Path) -> None:

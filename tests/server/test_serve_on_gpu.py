@@ -5,7 +5,6 @@ The assertions are those of `test_serve`; only the job differs.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from .test_lifecycle import events
 from .test_serve import (  # noqa: F401 (collected here again, with this module's job)
     LONG,
     PATH,
+    assert_killing_a_rank_ends_everything,
     serve_tiny,
     test_an_engine_limit_is_a_400,
     test_chat_and_scores,
@@ -56,12 +56,7 @@ def job(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Job]:  # noqa: F
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_a_rank_ends_everything_and_tells_clients(tiny: Path, flags: tuple[str, ...], rank: int) -> None:  # noqa: F811
     with serve_tiny(tiny, num_ranks(flags), "--engine", "cuda", *flags) as running:
-        streams = [running.server.open_stream(PATH, LONG) for _ in range(8)]
-        os.kill(running.rank(rank), signal.SIGKILL)
-        for stream in streams:
-            assert events(stream)[-1]["error"]["code"] == "engine_failed"
-        assert running.seconds_until_gone() < 10
-        assert running.server.wait()[0] != 0
+        assert_killing_a_rank_ends_everything(running, rank)
 
 
 def test_sigterm_drains(tiny: Path) -> None:  # noqa: F811
