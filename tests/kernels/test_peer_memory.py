@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from phalanx.kernels import peer_memory
@@ -12,20 +14,34 @@ from phalanx.kernels.peer_memory import PeerMemory, open_peer_memory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
 
+SPACING = 1 << 30  # between addresses of the device
+
+
+@pytest.fixture(autouse=True)
+def peer_access_is_not_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+
 
 class Driver:
     """What the ranks' processes share: allocations, and who maps them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.allocated: dict[int, int] = {}
+        self.allocated: dict[int, np.ndarray] = {}
         self.mapped: dict[int, int] = {}
-        self.next_address = 1 << 20
+        self.next_address = SPACING
 
     def new_address(self) -> int:
         with self.lock:
-            self.next_address += 1 << 20
+            self.next_address += SPACING
             return self.next_address
+
+    def memory(self, ptr: int, size: int) -> np.ndarray:
+        """Bytes of an allocation, by its owner's address or where another process maps it."""
+        start, offset = ptr // SPACING * SPACING, ptr % SPACING
+        memory = self.allocated[self.mapped.get(start, start)]
+        assert offset + size <= len(memory)
+        return memory[offset : offset + size]
 
 
 class Runtime:
@@ -33,7 +49,6 @@ class Runtime:
 
     def __init__(self, driver: Driver, rank: int, fails: str = "") -> None:
         self._driver, self._rank, self._fails = driver, rank, fails
-        self.filled: dict[int, tuple[int, int]] = {}
 
     def _call(self, name: str) -> None:
         if name == self._fails:
@@ -42,7 +57,7 @@ class Runtime:
     def malloc(self, size: int) -> int:
         self._call("malloc")
         address = self._driver.new_address()
-        self._driver.allocated[address] = size
+        self._driver.allocated[address] = np.zeros(size, np.uint8)
         return address
 
     def free(self, ptr: int) -> None:
@@ -50,7 +65,16 @@ class Runtime:
         del self._driver.allocated[ptr]
 
     def memset(self, ptr: int, value: int, size: int) -> None:
-        self.filled[ptr] = (value, size)
+        self._driver.memory(ptr, size)[:] = value
+
+    def memcpy(self, dst: int, src: int, size: int, kind: int) -> None:
+        self._call("memcpy")
+        if kind == 1:
+            ctypes.memmove(self._driver.memory(dst, size).ctypes.data, src, size)
+        elif kind == 2:
+            ctypes.memmove(dst, self._driver.memory(src, size).ctypes.data, size)
+        elif self._fails != "stores are lost":
+            self._driver.memory(dst, size)[:] = self._driver.memory(src, size)
 
     def getDevice(self) -> int:
         return self._rank
@@ -91,7 +115,7 @@ def open_on(num_ranks: int, failing_rank: int = -1, fails: str = "") -> tuple[Dr
         if not isinstance(memory, PeerMemory):
             return memory
         own = memory.addresses[comm.rank]
-        assert runtime.filled[own] == (0xFF, 4 << 20)
+        np.testing.assert_array_equal(driver.allocated[own], np.full(4 << 20, 0xFF, np.uint8))
         owners = [driver.mapped.get(address, address) for address in memory.addresses]
         memory.close()
         return owners
@@ -111,10 +135,12 @@ def test_every_rank_addresses_every_piece(num_ranks: int) -> None:
 @pytest.mark.parametrize(
     ("fails", "reason"),
     [
-        ("malloc", "rank 2: cudaError in malloc"),
-        ("ipcGetMemHandle", "rank 2: cudaError in ipcGetMemHandle"),
-        ("ipcOpenMemHandle", "rank 2: cudaError in ipcOpenMemHandle"),
-        ("deviceCanAccessPeer", "rank 2: its GPU cannot reach 0000:00:00.0"),
+        ("malloc", "rank 2 of 4: cudaError in malloc"),
+        ("ipcGetMemHandle", "rank 2 of 4: cudaError in ipcGetMemHandle"),
+        ("ipcOpenMemHandle", "rank 2 of 4: cudaError in ipcOpenMemHandle"),
+        ("deviceCanAccessPeer", "rank 2 of 4: its GPU cannot reach 0000:00:00.0"),
+        ("memcpy", "rank 2 of 4: cudaError in memcpy"),
+        ("stores are lost", "rank 0 of 4: what rank 2 writes into its memory does not arrive"),
     ],
 )
 def test_a_failure_on_one_rank_is_everybodys(fails: str, reason: str) -> None:
@@ -126,6 +152,17 @@ def test_a_failure_on_one_rank_is_everybodys(fails: str, reason: str) -> None:
 
 def test_a_gpu_that_this_process_does_not_see_may_still_be_reached() -> None:
     assert isinstance(open_on(3, 1, "deviceGetByPCIBusId")[1][0], list)
+
+
+@pytest.mark.parametrize(("value", "shares"), [("1", False), ("0", True)])
+def test_an_operator_who_disables_peer_access_is_obeyed(
+    value: str, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", value)
+    driver, results = open_on(2)
+    assert isinstance(results[0], list) is shares
+    assert shares or results == ["rank 0 of 2: NCCL_P2P_DISABLE is set"] * 2
+    assert not driver.allocated
 
 
 def test_more_ranks_than_one_switch_joins_share_no_memory() -> None:
