@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,21 +98,30 @@ class PeerMemory:
 
     def abandon(self) -> None:
         """Unmap the others' pieces without waiting for anybody; for a group whose peers are gone."""
-        for address in self._opened.values():
-            self._runtime.ipcCloseMemHandle(address)
-        self._opened.clear()
+        with ExitStack() as unmappings:  # each is tried, whatever the others raise
+            while self._opened:
+                _, address = self._opened.popitem()
+                unmappings.callback(self._runtime.ipcCloseMemHandle, address)
 
     def close(self) -> None:
         """Unmap the others' pieces, then free this rank's. Waits for the device. *Collective.*
 
-        A piece that is freed while another process maps it, or is left mapped, can keep processes from ending.
+        A piece that is freed while another process maps it, or is left mapped, can keep processes from ending. A rank whose
+        device failed comes to the barrier too, and raises RuntimeError afterwards.
         """
-        self._runtime.deviceSynchronize()
-        self.abandon()
-        self._host.barrier()
-        if self._own:
-            self._runtime.free(self._own)
-            self._own = 0
+        try:
+            self._runtime.deviceSynchronize()
+        finally:
+            try:
+                self.abandon()
+            finally:
+                self._host.barrier()
+                self._free()
+
+    def _free(self) -> None:
+        own, self._own = self._own, 0
+        if own:
+            self._runtime.free(own)
 
     def _clear(self) -> None:
         self._runtime.memset(self._own, self._fill, self._num_bytes)
@@ -150,10 +160,11 @@ def open_peer_memory(
             or _first_failure(host, memory.write_patterns)
             or _first_failure(host, memory.check_patterns)
         )
-    if reason:
+    if not reason:
+        return memory
+    with suppress(RuntimeError):  # a device that failed; the reason tells
         memory.close()
-        return reason
-    return memory
+    return reason
 
 
 def _refuse_where_disabled() -> None:

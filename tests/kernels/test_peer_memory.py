@@ -45,13 +45,18 @@ class Driver:
 
 
 class Runtime:
-    """One process's CUDA runtime; ``fails`` names the call that does not work here."""
+    """One process's CUDA runtime; ``fails`` names the call that does not work here.
 
-    def __init__(self, driver: Driver, rank: int, fails: str = "") -> None:
-        self._driver, self._rank, self._fails = driver, rank, fails
+    After a ``sticky`` failure no other call does, and what the process holds goes only with it.
+    """
+
+    def __init__(self, driver: Driver, rank: int, fails: str = "", sticky: bool = False) -> None:
+        self._driver, self._rank, self.fails, self._sticky = driver, rank, fails, sticky
+        self._is_broken = False
 
     def _call(self, name: str) -> None:
-        if name == self._fails:
+        if name == self.fails or self._is_broken:
+            self._is_broken = self._sticky
             raise RuntimeError(f"cudaError in {name}")
 
     def malloc(self, size: int) -> int:
@@ -61,6 +66,7 @@ class Runtime:
         return address
 
     def free(self, ptr: int) -> None:
+        self._call("free")
         assert ptr not in self._driver.mapped.values(), "freed while another process maps it"
         del self._driver.allocated[ptr]
 
@@ -73,13 +79,14 @@ class Runtime:
             ctypes.memmove(self._driver.memory(dst, size).ctypes.data, src, size)
         elif kind == 2:
             ctypes.memmove(dst, self._driver.memory(src, size).ctypes.data, size)
-        elif self._fails != "stores are lost":
+        elif self.fails != "stores are lost":
             self._driver.memory(dst, size)[:] = self._driver.memory(src, size)
 
     def getDevice(self) -> int:
         return self._rank
 
-    def deviceSynchronize(self) -> None: ...
+    def deviceSynchronize(self) -> None:
+        self._call("deviceSynchronize")
 
     def deviceGetPCIBusId(self, device: int) -> str:
         return f"0000:{device:02x}:00.0"
@@ -89,7 +96,7 @@ class Runtime:
         return int(bus_id.split(":")[1], 16)
 
     def deviceCanAccessPeer(self, device: int, peer: int) -> int:
-        return int(self._fails != "deviceCanAccessPeer")
+        return int(self.fails != "deviceCanAccessPeer")
 
     def ipcGetMemHandle(self, ptr: int) -> bytes:
         self._call("ipcGetMemHandle")
@@ -102,15 +109,18 @@ class Runtime:
         return address
 
     def ipcCloseMemHandle(self, ptr: int) -> None:
-        del self._driver.mapped[ptr]
+        del self._driver.mapped[ptr]  # where it fails, the context is gone, and what it mapped with it
+        self._call("ipcCloseMemHandle")
 
 
-def open_on(num_ranks: int, failing_rank: int = -1, fails: str = "") -> tuple[Driver, list[object]]:
+def open_on(
+    num_ranks: int, failing_rank: int = -1, fails: str = "", sticky: bool = False
+) -> tuple[Driver, list[object]]:
     """What each rank got, closed again."""
     driver = Driver()
 
     def rank(comm: Communicator) -> object:
-        runtime = Runtime(driver, comm.rank, fails if comm.rank == failing_rank else "")
+        runtime = Runtime(driver, comm.rank, fails if comm.rank == failing_rank else "", sticky)
         memory = open_peer_memory(comm, 3 << 20, 0xFF, runtime)
         if not isinstance(memory, PeerMemory):
             return memory
@@ -152,6 +162,45 @@ def test_a_failure_on_one_rank_is_everybodys(fails: str, reason: str) -> None:
 
 def test_a_gpu_that_this_process_does_not_see_may_still_be_reached() -> None:
     assert isinstance(open_on(3, 1, "deviceGetByPCIBusId")[1][0], list)
+
+
+def test_a_device_that_fails_for_good_is_everybodys_reason_and_keeps_nobody_waiting() -> None:
+    driver, results = open_on(4, 2, "memcpy", sticky=True)
+    assert results == ["rank 2 of 4: cudaError in memcpy"] * 4
+    assert not driver.mapped
+    assert len(driver.allocated) == 1, "what the broken process holds"
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+@pytest.mark.parametrize("fails", ["deviceSynchronize", "ipcCloseMemHandle", "free"])
+def test_closing_on_a_device_that_failed_keeps_nobody_waiting(fails: str, sticky: bool) -> None:
+    driver, barriers, freed = Driver(), [0] * 3, [0] * 3
+
+    def rank(comm: Communicator) -> None:
+        def barrier() -> None:
+            barriers[comm.rank] += 1
+            comm.barrier()
+
+        def free(ptr: int) -> None:
+            freed[comm.rank] += 1
+            Runtime.free(runtime, ptr)
+
+        runtime = Runtime(driver, comm.rank, sticky=sticky)
+        memory = open_peer_memory(comm, 1, 0, runtime)
+        assert isinstance(memory, PeerMemory)
+        memory._host = SimpleNamespace(barrier=barrier)  # type: ignore[assignment]
+        runtime.free = free  # type: ignore[method-assign]
+        if comm.rank != 1:
+            memory.close()
+            return
+        runtime.fails = fails
+        with pytest.raises(RuntimeError, match="cudaError"):
+            memory.close()
+
+    run_ranks(3, rank)
+    assert (barriers, freed) == ([1] * 3, [1] * 3)
+    assert not driver.mapped
+    assert len(driver.allocated) == int(sticky or fails == "free"), "what the broken process holds"
 
 
 @pytest.mark.parametrize(("value", "shares"), [("1", False), ("0", True)])
