@@ -13,7 +13,7 @@ import numpy as np
 
 from phalanx.parallel.communicator import Communicator
 
-__all__ = ["MOST_RANKS", "IpcRuntime", "PeerMemory", "open_peer_memory"]
+__all__ = ["MOST_RANKS", "IpcRuntime", "PeerMemory", "neighbours", "open_peer_memory"]
 
 MOST_RANKS = 8
 """GPUs that one NVLink switch of a host joins."""
@@ -140,8 +140,7 @@ def open_peer_memory(
     """
     if host.size > MOST_RANKS:
         return f"{host.size} ranks are more than the {MOST_RANKS} that may share memory"
-    boot_ids = host.all_gather(_bytes(_BOOT_ID.read_text().strip(), 64))
-    if (boot_ids != boot_ids[0]).any():
+    if len(set(_boot_ids(host))) > 1:
         return "the ranks are on several hosts"
     if reason := _first_failure(host, _refuse_where_disabled):
         return reason
@@ -165,6 +164,25 @@ def open_peer_memory(
     with suppress(RuntimeError):  # a device that failed; the reason tells
         memory.close()
     return reason
+
+
+def neighbours(world: Communicator) -> range:
+    """The ranks around this one that may share memory: consecutive, as tensor-parallel ones are, on one host, few enough.
+
+    *Collective.* Every rank is in one such range, and all in it are told the same.
+    """
+    boot_ids, first = _boot_ids(world), 0
+    for rank in range(1, world.size):
+        if boot_ids[rank] != boot_ids[first] or rank - first == MOST_RANKS:
+            if rank > world.rank:
+                return range(first, rank)
+            first = rank
+    return range(first, world.size)
+
+
+def _boot_ids(comm: Communicator) -> list[str]:
+    """By rank, equal where the host is."""
+    return [_text(row) for row in comm.all_gather(_bytes(_BOOT_ID.read_text().strip(), 64))]
 
 
 def _refuse_where_disabled() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from phalanx.kernels import peer_memory
-from phalanx.kernels.peer_memory import PeerMemory, open_peer_memory
+from phalanx.kernels.peer_memory import PeerMemory, neighbours, open_peer_memory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
 
@@ -223,3 +224,28 @@ def test_ranks_of_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch)
     driver, results = open_on(2)
     assert results == ["the ranks are on several hosts"] * 2
     assert not driver.allocated
+
+
+@pytest.mark.parametrize(
+    ("hosts", "groups"),
+    [
+        ("A", ["A"]),
+        ("AAAABBBB", ["AAAA", "BBBB"]),
+        ("ABBA", ["A", "BB", "A"]),
+        ("ABAB", ["A", "B", "A", "B"]),
+        ("A" * 19 + "B", ["A" * 8, "A" * 8, "AAA", "B"]),
+    ],
+)
+def test_neighbours_are_consecutive_ranks_of_a_host(
+    hosts: str, groups: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = threading.local()
+    monkeypatch.setattr(peer_memory, "_BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
+
+    def rank(comm: Communicator) -> range:
+        thread.host = hosts[comm.rank]
+        return neighbours(comm)
+
+    ends = list(itertools.accumulate(map(len, groups)))
+    ranges = [range(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
+    assert run_ranks(len(hosts), rank) == [members for members in ranges for _ in members]
