@@ -6,7 +6,7 @@ from __future__ import annotations
 __all__ = ["MOST_BYTES", "MOST_RANKS", "exchange_bytes", "is_two_shot", "slot_vectors"]
 
 MOST_RANKS = 8
-"""Ranks whose buffers a kernel takes."""
+"""Ranks whose buffers a kernel takes: the GPUs that a host's NVLink switches join."""
 
 _VECTOR_BYTES = 16
 

@@ -72,7 +72,7 @@ class DeviceCommunicator(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the group when everything enqueued is done. *Collective.*"""
+        """Release the group when everything enqueued is done. *Collective*, but not after `abort`."""
         ...
 
 
@@ -122,7 +122,7 @@ class NcclCommunicator:
 
     def __init__(self, host: Communicator) -> None:
         nccl = _nccl()
-        self._nccl = nccl
+        self._nccl, self._is_open = nccl, True
         self.rank, self.size = host.rank, host.size
         identifier = np.zeros(_ID_BYTES, np.uint8)
         if host.rank == 0:
@@ -179,12 +179,22 @@ class NcclCommunicator:
             raise CommunicatorError(f"NCCL lost a peer of rank {self.rank} of {self.size}: {error}") from error
 
     def abort(self) -> None:
-        """End what is in flight without its peers."""
-        self._comm.abort()
+        """End what is in flight without its peers, and release the group.
+
+        Waits for graphs that were captured with it to be gone.
+        """
+        if self._is_open:
+            self._is_open = False
+            self._comm.abort()
 
     def close(self) -> None:
-        """Release the group. *Collective.* A communicator that is only dropped keeps the process from exiting."""
-        self._comm.destroy()
+        """Release the group. *Collective*, but not after `abort`, which leaves nothing to do.
+
+        A communicator that is only dropped keeps the process from exiting.
+        """
+        if self._is_open:
+            self._is_open = False
+            self._comm.destroy()
 
     def _operand(self, array: DeviceArray) -> tuple[int, int, int]:
         assert array.flags.c_contiguous, array.strides

@@ -103,12 +103,19 @@ def _device_all_reduce(world: Communicator, device: int) -> str:
 
 
 def _peer_memory(world: Communicator, device: int) -> Check:
+    """Among the ranks of each host, where tensor-parallel groups are."""
+    from phalanx.kernels.peer_memory import neighbours
     from phalanx.kernels.probe import probe_peer_memory
 
-    reason = probe_peer_memory(world, device)
+    host = world.split(neighbours(world))
+    try:
+        reason = probe_peer_memory(host, device) if host.size > 1 else "the ranks before and after are on other hosts"
+    finally:
+        host.close()
+    who = f"{host.size} GPUs of the host" if host.size > 1 else "this GPU"
     if reason:
-        return Check("peer memory", "off", f"{reason}; NCCL sums short messages too")
-    return Check("peer memory", "ok", f"{world.size} GPUs write into each other's memory")
+        return Check("peer memory", "off", f"{who}: {reason}; NCCL sums short messages too")
+    return Check("peer memory", "ok", f"{who} write into each other's memory")
 
 
 def gather_reports(world: Communicator, report: RankReport) -> list[RankReport]:

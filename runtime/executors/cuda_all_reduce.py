@@ -69,7 +69,7 @@ class PeerCommunicator(NcclCommunicator):
 
     def __init__(self, library: Library, host: Communicator) -> None:
         super().__init__(host)
-        self._host, self._is_aborted = host, False
+        self._host = host
         peers = open_peer_all_reduce(library, host)
         self._peers = None if isinstance(peers, str) else peers
 
@@ -84,13 +84,15 @@ class PeerCommunicator(NcclCommunicator):
         """End what is in flight without its peers."""
         if self._peers is not None:
             self._peers.abort()
-        self._is_aborted = True
         super().abort()
 
     def close(self) -> None:
         """Release the group. *Collective*, but not after `abort`."""
-        if self._peers is not None:
-            self._peers.close()
-        super().close()
-        if not self._is_aborted:
-            self._host.close()
+        was_open = self._is_open
+        try:
+            if self._peers is not None:
+                self._peers.close()
+        finally:
+            super().close()
+            if was_open:
+                self._host.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -52,20 +53,21 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
     device, stream = select_device()
     with device, stream:
         library = KernelLibrary()
-        groups = _groups(library, spec.topology, spec.comm)
-        weights = _load(spec, library)
-        gemm = open_gemm(library)
-        timeline = Timeline(stream) if spec.options.trace else None
-        stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline)
-        sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)
-        tune_products(gemm, stage, sizes, limits.max_num_seqs, spec.comm)
-        stage.run(_largest_step(limits))
-        stream.synchronize()
-        num_blocks = _num_blocks(spec)
-        attention.allocate(num_blocks)
-        executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
-        executor.warm_up(spec.comm)
-    return executor, longest_sequence(spec.config, spec.options, num_blocks)
+        with _open_groups(library, spec.topology, spec.comm) as groups:
+            weights = _load(spec, library)
+            gemm = open_gemm(library)
+            timeline = Timeline(stream) if spec.options.trace else None
+            stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline)
+            sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)
+            tune_products(gemm, stage, sizes, limits.max_num_seqs, spec.comm)
+            stage.run(_largest_step(limits))
+            stream.synchronize()
+            num_blocks = _num_blocks(spec)
+            max_model_len = longest_sequence(spec.config, spec.options, num_blocks)
+            attention.allocate(num_blocks)
+            executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
+        executor.warm_up(spec.comm)  # captures graphs, and while there are any, aborting NCCL would wait
+    return executor, max_model_len
 
 
 def select_device() -> tuple[Any, Any]:
@@ -92,11 +94,25 @@ def select_device() -> tuple[Any, Any]:
     return device, cupy.cuda.Stream(non_blocking=True)
 
 
-def _groups(library: KernelLibrary, topology: Topology, comm: Communicator) -> CudaGroups:
-    """Groups of GPUs over the host groups. *Collective.*"""
-    tensor = _tensor_group(library, comm, topology.tp_group)
-    stages, results = (open_device_group(comm, topology.pp_group) for _ in range(2))
-    return CudaGroups(tensor, stages, results)
+@contextmanager
+def _open_groups(library: KernelLibrary, topology: Topology, comm: Communicator) -> Iterator[CudaGroups]:
+    """Groups of GPUs over the host groups, which stay open unless the body fails. *Collective* to enter."""
+    groups: list[DeviceCommunicator] = []
+    try:
+        groups.append(_tensor_group(library, comm, topology.tp_group))
+        for _ in range(2):
+            groups.append(open_device_group(comm, topology.pp_group))
+        yield CudaGroups(*groups)
+    except BaseException:
+        _abandon(groups)
+        raise
+
+
+def _abandon(groups: list[DeviceCommunicator]) -> None:
+    """Release groups without their peers, which may know of no failure. What this raises matters less than what led here."""
+    for release in [group.abort for group in groups] + [group.close for group in groups]:
+        with suppress(Exception):
+            release()
 
 
 def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) -> DeviceCommunicator:

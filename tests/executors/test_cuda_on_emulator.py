@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
-from phalanx.runtime.executors import cuda_executor
+from phalanx.runtime.executors import cuda_executor, cuda_factory
 from phalanx.runtime.executors.cuda_graphs import StepKey
 from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.step_times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
-from tests.support.fake_cupy import install_fake_device
+from tests.support.fake_cupy import HostGroup, install_fake_device
 from tests.support.reference import prompt_token_ids
 
 TOLERANCE = 1e-3
@@ -182,3 +186,77 @@ def test_timeline_of_all_ranks_is_one_chrome_trace(tmp_path: Path, device: None)
     assert {event["pid"] for event in spans} == {0, 1}
     assert {"GEMM", "attention", "bubble", "communication", "host", "other"} == {event["cat"] for event in spans}
     assert all(event["dur"] >= 0 for event in spans)
+
+
+@pytest.fixture
+def group_ends(monkeypatch: pytest.MonkeyPatch, device: None) -> dict[HostGroup, list[str]]:
+    """How each group of GPUs was released."""
+    ends: dict[HostGroup, list[str]] = defaultdict(list)
+    monkeypatch.setattr(HostGroup, "abort", lambda group: ends[group].append("abort"))
+    monkeypatch.setattr(HostGroup, "close", lambda group: ends[group].append("close"))
+    return ends
+
+
+def load(directory: Path, **options: Any) -> None:
+    """An engine of 2 x 2 ranks, closed again."""
+
+    def rank(comm: Communicator) -> None:
+        LLM(
+            directory, tensor_parallel_size=2, pipeline_parallel_size=2, comm=comm, engine="cuda", block_size=16,
+            max_num_seqs=3, max_num_batched_tokens=12, **options,
+        ).close()  # fmt: skip
+
+    run_ranks(4, rank)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_blocks": 1 << 40}, "1099511627776 blocks of .* do not fit"),
+        ({"num_kv_blocks": 1, "max_model_len": 17}, "--max-model-len=17 does not fit the cache"),
+    ],
+)
+def test_sizes_that_do_not_fit_leave_no_group_open(
+    options: dict[str, int], message: str, tmp_path: Path, group_ends: dict[HostGroup, list[str]]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write_checkpoint(CASES[0], tmp_path), **options)
+    assert list(group_ends.values()) == [["abort", "close"]] * 4 * 3
+
+
+def test_a_failure_of_one_rank_leaves_no_group_open(
+    tmp_path: Path, group_ends: dict[HostGroup, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_weights = cuda_factory._load
+
+    def fails_on_one_rank(spec: RankSpec, library: Any) -> Any:
+        if spec.comm.rank == 1:
+            raise CheckpointError("a shard is missing")
+        return load_weights(spec, library)
+
+    monkeypatch.setattr(cuda_factory, "_load", fails_on_one_rank)
+    with pytest.raises(CheckpointError, match="a shard is missing"):
+        load(write_checkpoint(CASES[0], tmp_path), num_kv_blocks=20)
+    assert list(group_ends.values()) == [["abort", "close"]] * 4 * 3
+
+
+def test_a_group_that_cannot_be_opened_closes_those_before_it_and_what_goes_wrong_then_hides_nothing(
+    tmp_path: Path, group_ends: dict[HostGroup, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot_open(comm: Communicator, members: range) -> None:
+        raise ConfigError("NCCL cannot be loaded")
+
+    def cannot_abort(group: HostGroup) -> None:
+        group_ends[group].append("abort")
+        raise RuntimeError("cudaErrorIllegalAddress")
+
+    monkeypatch.setattr(cuda_factory, "open_device_group", cannot_open)
+    monkeypatch.setattr(HostGroup, "abort", cannot_abort)
+    with pytest.raises(ConfigError, match="NCCL cannot be loaded"):
+        load(write_checkpoint(CASES[0], tmp_path), num_kv_blocks=20)
+    assert list(group_ends.values()) == [["abort", "close"]] * 4
+
+
+def test_an_engine_closes_each_group_once(tmp_path: Path, group_ends: dict[HostGroup, list[str]]) -> None:
+    load(write_checkpoint(CASES[0], tmp_path), num_kv_blocks=20)
+    assert list(group_ends.values()) == [["close"]] * 4 * 3

@@ -78,8 +78,11 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "dtype_name"), [(2, "float16"), (3, "float32"), (4, "bfloat16"), (8, "bfloat16")]
-)
+    ("num_ranks", "dtype_name"),
+    [
+        (2, "float16"), (3, "float32"), (4, "bfloat16"), (5, "float16"), (6, "float32"), (7, "bfloat16"), (8, "bfloat16"),
+    ],
+)  # fmt: skip
 def test_ranks_get_the_same_sums_call_after_call(cache: Path, tmp_path: Path, num_ranks: int, dtype_name: str) -> None:
     create_files(tmp_path, num_ranks)
     spawn = multiprocessing.get_context("spawn")

@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phalanx.kernels.device import Gpu
@@ -167,25 +170,39 @@ def test_collective_checks_skip_nccl_where_a_rank_has_no_gpu() -> None:
     assert run_ranks(2, names) == [["MPI all-reduce"]] * 2
 
 
+OTHER_HOSTS = ("off", "this GPU: the ranks before and after are on other hosts; NCCL sums short messages too")
+
+
 @pytest.mark.parametrize(
-    ("reason", "expected"),
+    ("hosts", "reason", "expected"),
     [
-        ("", ("ok", "2 GPUs write into each other's memory")),
-        ("the ranks are on several hosts", ("off", "the ranks are on several hosts; NCCL sums short messages too")),
+        ("AABB", "", [("ok", "2 GPUs of the host write into each other's memory")] * 4),
+        ("AABB", "no way", [("off", "2 GPUs of the host: no way; NCCL sums short messages too")] * 4),
+        ("ABAB", "", [OTHER_HOSTS] * 4),
+        ("AAAB", "", [("ok", "3 GPUs of the host write into each other's memory")] * 3 + [OTHER_HOSTS]),
     ],
 )
-def test_gpus_that_share_no_memory_are_named_with_the_reason(
-    reason: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+def test_gpus_share_memory_within_each_host_or_the_reason_is_named(
+    hosts: str, reason: str, expected: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    thread = threading.local()
+    monkeypatch.setattr("phalanx.kernels.peer_memory._BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
     monkeypatch.setattr("phalanx.kernels.probe.probe_all_reduce", lambda host, device: None)
-    monkeypatch.setattr("phalanx.kernels.probe.probe_peer_memory", lambda host, device: reason)
+
+    def probe(host: Communicator, device: int) -> str:
+        places = host.all_gather(np.frombuffer(thread.host.encode(), np.uint8))
+        assert (places == places[0]).all()
+        return reason
+
+    monkeypatch.setattr("phalanx.kernels.probe.probe_peer_memory", probe)
 
     def last(comm: Communicator) -> tuple[str, str]:
+        thread.host = hosts[comm.rank]
         check = collective_checks(comm, comm.rank)[-1]
         assert check.name == "peer memory"
         return check.status, check.detail
 
-    assert run_ranks(2, last) == [expected] * 2
+    assert run_ranks(4, last) == expected
 
 
 def test_an_engine_is_ready_only_when_all_that_it_needs_is() -> None:
