@@ -7,7 +7,9 @@ longer finish is ended by `abort`.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -34,6 +36,9 @@ _ID_BYTES = 128
 _SPIN_SECONDS = 0.002
 _SLEEP_SECONDS = 0.00005
 _CHECK_SECONDS = 0.1
+_STANDARD_ERROR = 2
+_ABORT_SECONDS = 10.0
+"""A process that cannot abort its groups in this time is ended, with the stacks of its threads on standard error."""
 
 
 class DeviceCommunicator(Protocol):
@@ -221,8 +226,11 @@ def nccl_version() -> str:
 
 
 def wait_for(event: Any, groups: Sequence[DeviceCommunicator], timeout_seconds: float,
-             clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+             drop_graphs: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
     """Wait until the device has passed ``event``, polling ``groups`` for lost peers.
+
+    Args:
+        drop_graphs: forget the captured graphs that use the groups; called before those are aborted.
 
     Raises:
         CommunicatorError: a peer was lost, or nothing happened for ``timeout_seconds``; the groups are aborted first.
@@ -240,22 +248,36 @@ def wait_for(event: Any, groups: Sequence[DeviceCommunicator], timeout_seconds: 
         time.sleep(_SLEEP_SECONDS)
         if now >= next_check:
             next_check = now + _CHECK_SECONDS
-            _check(groups, now - start, timeout_seconds)
+            try:
+                _check(groups, now - start, timeout_seconds)
+            except CommunicatorError as error:
+                _abort(groups, drop_graphs, error)
+                raise
 
 
 def _check(groups: Sequence[DeviceCommunicator], waited: float, timeout_seconds: float) -> None:
-    try:
-        for group in groups:
-            group.check()
-        if waited > timeout_seconds:
-            raise CommunicatorError(
-                f"the device has not finished a step for {waited:.0f} s (limit {timeout_seconds:.0f}); "
-                "a rank is gone or stuck"
-            )
-    except CommunicatorError:
-        for group in groups:
-            group.abort()
-        raise
+    for group in groups:
+        group.check()
+    if waited > timeout_seconds:
+        raise CommunicatorError(
+            f"the device has not finished a step for {waited:.0f} s (limit {timeout_seconds:.0f}); "
+            "a rank is gone or stuck"
+        )
+
+
+def _abort(groups: Sequence[DeviceCommunicator], drop_graphs: Callable[[], None], error: CommunicatorError) -> None:
+    """End what is in flight, or this process.
+
+    NCCL's abort waits, inside a call that keeps Python from running, until no captured graph refers to the group; and graphs
+    that wait on the device behind another group end only with that one. The watchdog needs no Python.
+    """
+    sys.stderr.write(f"phalanx: {error}; ending what is in flight\n")
+    sys.stderr.flush()
+    faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=_STANDARD_ERROR)
+    drop_graphs()
+    for group in groups:
+        group.abort()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _nccl() -> Any:

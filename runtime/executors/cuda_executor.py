@@ -102,7 +102,7 @@ class CudaExecutor:
         self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
         self._graphs: GraphCache[DeviceArray | None] = GraphCache(stream, enabled=timeline is None)
         result_words = ResultLayout.most_words(limits.max_logit_rows) if self.topology.is_leader else 0
-        self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all)
+        self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all, self._graphs.clear)
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
         self._in_flight: deque[StepSlot] = deque()
         self._timeline = timeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,14 +55,19 @@ class StepSlot:
 
 
 class StepRing:
-    """As many slots as steps can be in flight and one more, so that the next is free without waiting for the newest."""
+    """As many slots as steps can be in flight and one more, so that the next is free without waiting for the newest.
+
+    Args:
+        groups: what the steps communicate by; ``drop_graphs`` forgets the captured ones. See `wait_for`.
+    """
 
     def __init__(
-        self, num_slots: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator]
-    ) -> None:
+        self, num_slots: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator],
+        drop_graphs: Callable[[], None],
+    ) -> None:  # fmt: skip
         import cupy
 
-        self._groups = groups
+        self._groups, self._drop_graphs = groups, drop_graphs
         self._slots = [
             StepSlot(
                 pinned_array((plan_words,), np.int32),
@@ -86,7 +91,7 @@ class StepRing:
 
     def wait(self, event: Any) -> None:
         """Until the device has passed ``event``. Raises CommunicatorError when a peer was lost meanwhile."""
-        wait_for(event, self._groups, STEP_TIMEOUT_SECONDS)
+        wait_for(event, self._groups, STEP_TIMEOUT_SECONDS, self._drop_graphs)
 
     def drain(self) -> None:
         """Wait for everything in flight."""

@@ -250,7 +250,8 @@ class DeviceSession:
         for name, count in counts.items():
             download(self._outputs[name], self._memory[name][: count * WORD_BYTES], self._stream)
         self._outputs_there.record(self._stream)
-        wait_for(self._outputs_there, (self._groups.tensor, self._groups.stages), _PASS_TIMEOUT_SECONDS)
+        groups = self._groups.tensor, self._groups.stages
+        wait_for(self._outputs_there, groups, _PASS_TIMEOUT_SECONDS, self._graphs.clear)
         is_finite = np.isfinite(self._outputs["logit_sum"][:num_rows])
         token_ids = np.where(is_finite, self._outputs["token_out"][:num_rows], np.int32(-1))
         logits = self._outputs["logits"][: counts.get("logits", 0)].reshape(-1, self._vocab_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,38 @@ def test_waiting_ends_when_the_device_has_passed() -> None:
 @pytest.mark.parametrize("lost", [True, False])
 def test_waiting_for_a_lost_or_stuck_peer_aborts_every_group(lost: bool) -> None:
     groups = [Group(lost), Group(lost=False)]
+    aborted_before = []
     with pytest.raises(
         CommunicatorError, match="lost a peer" if lost else r"not finished a step for \d+ s \(limit 3\)"
     ):
-        wait_for(StuckEvent(), groups, 3.0, clock=ticking(0.2))
+        wait_for(
+            StuckEvent(), groups, 3.0, lambda: aborted_before.extend(g.aborted for g in groups), clock=ticking(0.2)
+        )
     assert [group.aborted for group in groups] == [True, True]
+    assert aborted_before == [False, False], "graphs go first: NCCL's abort waits for them"
+
+
+HANGING_ABORT = """
+import ctypes
+from phalanx.parallel import nccl_comm
+from tests.executors.test_cuda_parts import Group, StuckEvent
+
+class Hangs(Group):
+    def abort(self):
+        ctypes.PyDLL(None).sleep(60)  # holds the interpreter's lock, as NCCL's abort does
+
+nccl_comm._ABORT_SECONDS = 0.5
+nccl_comm.wait_for(StuckEvent(), [Hangs(lost=True)], 3.0)
+"""
+
+
+def test_a_process_whose_abort_hangs_says_why_and_ends() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGING_ABORT], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 1
+    assert "phalanx: NCCL lost a peer of rank 0 of 2; ending what is in flight" in ended.stderr
+    assert "Timeout" in ended.stderr
 
 
 def test_idle_fraction_is_the_share_between_steps() -> None:

@@ -204,5 +204,5 @@ def replace_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_session, "pinned_array", lambda shape, dtype: np.zeros(shape, dtype))
     monkeypatch.setattr(trt_session, "upload", copy)
     monkeypatch.setattr(trt_session, "download", copy)
-    monkeypatch.setattr(trt_session, "wait_for", lambda event, groups, timeout_seconds: None)
+    monkeypatch.setattr(trt_session, "wait_for", lambda *_: None)
     monkeypatch.setattr(trt_session.DeviceSession, "_can_capture", lambda session: False)
