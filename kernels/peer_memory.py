@@ -6,19 +6,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS
-from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.communicator import Communicator, gather_bytes
+from phalanx.parallel.hosts import host_ids
 
 __all__ = ["IpcRuntime", "PeerMemory", "neighbours", "open_peer_memory"]
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_REASON_BYTES = 256
-_BUS_ID_BYTES = 32
 _IPC_GRANULE = 2 << 20
 """A handle opens the whole piece that the driver cut the allocation from; from this size on, there is only one in it."""
 
@@ -138,7 +135,7 @@ def open_peer_memory(
     """
     if host.size > MOST_RANKS:
         return f"{host.size} ranks are more than the {MOST_RANKS} that may share memory"
-    if len(set(_boot_ids(host))) > 1:
+    if len(set(host_ids(host))) > 1:
         return "the ranks are on several hosts"
     if reason := _first_failure(host, _refuse_where_disabled):
         return reason
@@ -150,8 +147,7 @@ def open_peer_memory(
     names: list[tuple[str, bytes]] = []
     reason = _first_failure(host, lambda: names.append(memory.allocate(num_bytes, fill)))
     if not reason:
-        bus_ids = host.all_gather(_bytes(names[0][0], _BUS_ID_BYTES))
-        handles = host.all_gather(np.frombuffer(names[0][1], np.uint8))
+        bus_ids, handles = gather_bytes(host, names[0][0].encode()), gather_bytes(host, names[0][1])
         reason = (
             _first_failure(host, lambda: _open_all(host.rank, memory, bus_ids, handles))
             or _first_failure(host, memory.write_patterns)
@@ -169,18 +165,13 @@ def neighbours(world: Communicator) -> range:
 
     *Collective.* Every rank is in one such range, and all in it are told the same.
     """
-    boot_ids, first = _boot_ids(world), 0
+    hosts, first = host_ids(world), 0
     for rank in range(1, world.size):
-        if boot_ids[rank] != boot_ids[first] or rank - first == MOST_RANKS:
+        if hosts[rank] != hosts[first] or rank - first == MOST_RANKS:
             if rank > world.rank:
                 return range(first, rank)
             first = rank
     return range(first, world.size)
-
-
-def _boot_ids(comm: Communicator) -> list[str]:
-    """By rank, equal where the host is."""
-    return [_text(row) for row in comm.all_gather(_bytes(_BOOT_ID.read_text().strip(), 64))]
 
 
 def _refuse_where_disabled() -> None:
@@ -189,10 +180,10 @@ def _refuse_where_disabled() -> None:
         raise RuntimeError("NCCL_P2P_DISABLE is set")
 
 
-def _open_all(own: int, memory: PeerMemory, bus_ids: np.ndarray, handles: np.ndarray) -> None:
-    for rank in range(len(handles)):
+def _open_all(own: int, memory: PeerMemory, bus_ids: list[bytes], handles: list[bytes]) -> None:
+    for rank, (bus_id, handle) in enumerate(zip(bus_ids, handles, strict=True)):
         if rank != own:
-            memory.open(rank, _text(bus_ids[rank]), handles[rank].tobytes())
+            memory.open(rank, bus_id.decode(), handle)
 
 
 def _reaches(runtime: IpcRuntime, bus_id: str) -> bool:
@@ -215,17 +206,8 @@ def _first_failure(host: Communicator, attempt: Callable[[], Any]) -> str:
         reason = ""
     except RuntimeError as error:
         reason = f"rank {host.rank} of {host.size}: {' '.join(str(error).split())}"
-    reasons = host.all_gather(_bytes(reason, _REASON_BYTES))
-    return next((_text(row) for row in reasons if row[0]), "")
+    return next((text.decode() for text in gather_bytes(host, reason.encode()) if text), "")
 
 
 def _pattern(rank: int) -> np.ndarray:
     return np.random.default_rng(rank).integers(0, 256, _PATTERN_BYTES, np.uint8)
-
-
-def _bytes(text: str, size: int) -> np.ndarray:
-    return np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
-
-
-def _text(row: np.ndarray) -> str:
-    return row.tobytes().rstrip(b"\0").decode(errors="replace")

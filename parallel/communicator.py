@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Communicator", "SelfCommunicator"]
+__all__ = ["Array", "Communicator", "SelfCommunicator", "gather_bytes"]
 
 Array = NDArray[Any]
 
@@ -105,3 +105,10 @@ class SelfCommunicator:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def gather_bytes(comm: Communicator, data: bytes) -> list[bytes]:
+    """What every rank gives, by rank; lengths may differ. *Collective.*"""
+    sizes = comm.all_gather(np.array([len(data)], np.int64))[:, 0].tolist()
+    padded = np.frombuffer(data.ljust(max(sizes), b"\0"), np.uint8)
+    return [row[:size].tobytes() for row, size in zip(comm.all_gather(padded), sizes, strict=True)]

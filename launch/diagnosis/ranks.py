@@ -120,14 +120,9 @@ def _peer_memory(world: Communicator, device: int) -> Check:
 
 def gather_reports(world: Communicator, report: RankReport) -> list[RankReport]:
     """Everybody's report, by rank. *Collective.*"""
-    import numpy as np
+    from phalanx.parallel.communicator import gather_bytes
 
-    encoded = np.frombuffer(json.dumps(asdict(report)).encode(), np.uint8)
-    sizes = world.all_gather(np.array([encoded.size]))[:, 0]
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: encoded.size] = encoded
-    rows = world.all_gather(padded)
-    return [_decode(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    return [_decode(row) for row in gather_bytes(world, json.dumps(asdict(report)).encode())]
 
 
 def _decode(data: bytes) -> RankReport:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.communicator import Communicator, gather_bytes
+from phalanx.parallel.hosts import host_ids
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.cuda_memory import DeviceArray
 from phalanx.runtime.executors.cuda_ops import CudaOps
@@ -157,21 +158,15 @@ class TracedOps(CudaOps):
 def write_chrome_trace(path: Path, timeline: Timeline, comm: Communicator) -> None:
     """Gather every rank's spans on rank 0 and write them there. *Collective over ``comm``.*"""
     events = timeline.events(comm.rank, _clock_offset(comm))
-    encoded = np.frombuffer(json.dumps(events).encode(), np.uint8)
-    sizes = comm.all_gather(np.array([len(encoded)], np.int64))[:, 0]
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(encoded)] = encoded
-    gathered = comm.all_gather(padded)
+    parts = gather_bytes(comm, json.dumps(events).encode())
     if comm.rank == 0:
-        parts = [gathered[rank, : int(size)].tobytes() for rank, size in enumerate(sizes)]
         merged = [event for part in parts for event in json.loads(part)]
         path.write_text(json.dumps({"traceEvents": merged, "displayTimeUnit": "ms"}))
 
 
 def _clock_offset(comm: Communicator) -> float:
     """What to add to this rank's clock to get rank 0's: 0 on one host, else the median over a few barriers."""
-    boot = np.frombuffer(Path("/proc/sys/kernel/random/boot_id").read_bytes()[:36], np.uint8)
-    if (comm.all_gather(boot) == boot).all():
+    if len(set(host_ids(comm))) == 1:
         return 0.0
     offsets = []
     for _ in range(_CLOCK_ROUNDS):

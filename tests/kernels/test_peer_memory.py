@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from phalanx.kernels import peer_memory
 from phalanx.kernels.peer_memory import PeerMemory, neighbours, open_peer_memory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
@@ -220,7 +219,9 @@ def test_more_ranks_than_one_switch_joins_share_no_memory() -> None:
 
 
 def test_ranks_of_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_memory, "_BOOT_ID", SimpleNamespace(read_text=lambda: str(threading.get_ident())))
+    monkeypatch.setattr(
+        "phalanx.parallel.hosts._BOOT_ID", SimpleNamespace(read_text=lambda: str(threading.get_ident()))
+    )
     driver, results = open_on(2)
     assert results == ["the ranks are on several hosts"] * 2
     assert not driver.allocated
@@ -240,7 +241,7 @@ def test_neighbours_are_consecutive_ranks_of_a_host(
     hosts: str, groups: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thread = threading.local()
-    monkeypatch.setattr(peer_memory, "_BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
+    monkeypatch.setattr("phalanx.parallel.hosts._BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
 
     def rank(comm: Communicator) -> range:
         thread.host = hosts[comm.rank]

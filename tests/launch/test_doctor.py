@@ -186,7 +186,7 @@ def test_gpus_share_memory_within_each_host_or_the_reason_is_named(
     hosts: str, reason: str, expected: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thread = threading.local()
-    monkeypatch.setattr("phalanx.kernels.peer_memory._BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
+    monkeypatch.setattr("phalanx.parallel.hosts._BOOT_ID", SimpleNamespace(read_text=lambda: thread.host))
     monkeypatch.setattr("phalanx.kernels.probe.probe_all_reduce", lambda host, device: None)
 
     def probe(host: Communicator, device: int) -> str:

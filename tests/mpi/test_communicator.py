@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.communicator import Communicator, gather_bytes
+from phalanx.parallel.hosts import host_ids
 from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.runtime.control import FIRST_WORDS, ControlChannel
 from phalanx.runtime.step import StepPlan
@@ -32,6 +33,17 @@ def test_all_reduce_sums_in_place(comm: Communicator) -> None:
 def test_all_gather_stacks_in_rank_order(comm: Communicator) -> None:
     gathered = comm.all_gather(np.arange(4, dtype=np.int32) + 10 * comm.rank)
     np.testing.assert_array_equal(gathered, np.arange(4) + 10 * np.arange(comm.size)[:, None])
+
+
+@pytest.mark.parametrize("longest", [0, 1, 1000])
+def test_gathered_bytes_keep_their_lengths(comm: Communicator, longest: int) -> None:
+    texts = [bytes([rank % 3]) * (longest * rank) for rank in range(comm.size)]
+    assert gather_bytes(comm, texts[comm.rank]) == texts
+
+
+def test_ranks_of_one_machine_are_on_one_host(comm: Communicator) -> None:
+    assert len(set(host_ids(comm))) == 1
+    assert len(host_ids(comm)) == comm.size
 
 
 @pytest.mark.parametrize("method", ["broadcast", "broadcast_idle"])
