@@ -274,10 +274,12 @@ def _abort(groups: Sequence[DeviceCommunicator], drop_graphs: Callable[[], None]
     sys.stderr.write(f"phalanx: {error}; ending what is in flight\n")
     sys.stderr.flush()
     faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=_STANDARD_ERROR)
-    drop_graphs()
-    for group in groups:
-        group.abort()
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        drop_graphs()
+        for group in groups:
+            group.abort()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _nccl() -> Any:
