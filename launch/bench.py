@@ -172,7 +172,7 @@ def _report(
         "mode": args.mode,
         "model": replica.config.architecture if args.model is None else str(args.model),
         "engine": _engine_name(executor),
-        "dtype": replica.config.dtype if args.dtype == "auto" else args.dtype,
+        "dtype": replica.config.compute_dtype(args.dtype),
         "tp": layout.tp,
         "pp": layout.pp,
         "dp": layout.dp,

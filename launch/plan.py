@@ -74,7 +74,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     config = model.read_config(raw)
     options = _options(args, config)
     assert options.max_model_len is not None
-    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    dtype = config.compute_dtype(options.dtype)
     ranks = plan_memory(
         model,
         config,

@@ -99,7 +99,7 @@ def _problems_of(args: argparse.Namespace, tokens: Sequence[int]) -> list[GemmPr
     raw = read_config(ModelDirectory.at(args.model))
     model = find_model(raw)
     config = model.read_config(raw)
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    dtype = config.compute_dtype(args.dtype)
     return list(gemm_problems(model, config, args.tp, dtype, tokens))
 
 

@@ -13,9 +13,19 @@ from typing import Literal
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 
-__all__ = ["GPU_MAX_NUM_SEQS", "Activation", "DTypeName", "EngineConfig", "EngineName", "ModelConfig", "RopeConfig"]
+__all__ = [
+    "GPU_MAX_NUM_SEQS",
+    "Activation",
+    "ComputeDType",
+    "DTypeName",
+    "EngineConfig",
+    "EngineName",
+    "ModelConfig",
+    "RopeConfig",
+]
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
 
@@ -71,9 +81,13 @@ class ModelConfig:
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: ComputeDType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def compute_dtype(self, requested: DTypeName) -> ComputeDType:
+        """What was asked for; for ``auto`` the checkpoint's own."""
+        return self.dtype if requested == "auto" else requested
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",

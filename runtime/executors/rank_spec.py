@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
 from phalanx.runtime.models import Model
 
-__all__ = ["ComputeDType", "RankSpec"]
-
-ComputeDType = Literal["float32", "bfloat16", "float16"]
+__all__ = ["RankSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class RankSpec:
     @property
     def dtype(self) -> ComputeDType:
         """Compute type: what was asked for, else the checkpoint's own."""
-        return self.config.dtype if self.options.dtype == "auto" else self.options.dtype
+        return self.config.compute_dtype(self.options.dtype)
 
     @property
     def layers(self) -> range:

@@ -20,7 +20,7 @@ from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.config import DTypeName, ModelConfig
 from phalanx.runtime.executors.trt_adapter import TensorRT
 from phalanx.runtime.executors.trt_graph import Array, Graph
 from phalanx.runtime.executors.trt_log import BuildLog
@@ -74,7 +74,7 @@ class BuildReport:
 
 
 def network_shape(
-    config: ModelConfig, dtype: str, max_num_seqs: int, max_model_len: int | None, max_num_batched_tokens: int
+    config: ModelConfig, dtype: DTypeName, max_num_seqs: int, max_model_len: int | None, max_num_batched_tokens: int
 ) -> NetworkShape:
     """Sizes of engines from an operator's choices.
 
@@ -87,9 +87,7 @@ def network_shape(
             f"use at most {config.max_positions}"
         )
     length = min(config.max_positions, _DEFAULT_LONGEST) if max_model_len is None else max_model_len
-    return NetworkShape(
-        config.dtype if dtype == "auto" else dtype, max_num_seqs, length, min(max_num_batched_tokens, length)
-    )
+    return NetworkShape(config.compute_dtype(dtype), max_num_seqs, length, min(max_num_batched_tokens, length))
 
 
 def build_engine(

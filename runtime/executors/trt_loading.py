@@ -111,7 +111,7 @@ def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape)
     Raises:
         ConfigError: naming the option, the limit and the way out.
     """
-    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    dtype = config.compute_dtype(options.dtype)
     if dtype != shape.dtype:
         raise ConfigError(
             f"the engines were built for dtype={shape.dtype}, but {dtype} is asked for; use --dtype {shape.dtype}, or build "
