@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.gpus import num_gpus
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 MODELS = Path(__file__).parent / "models"
@@ -69,13 +70,6 @@ CASES = {
     "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
 }
-
-
-def num_gpus() -> int:
-    """GPUs of this machine."""
-    import cupy
-
-    return int(cupy.cuda.runtime.getDeviceCount())
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.support.launcher import LAUNCHER_ENVIRONMENT
+from tests.support.gpus import num_gpus, skip_without_gpus
+from tests.support.launcher import run_module
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def num_gpus() -> int:
-    import cupy
-
-    return int(cupy.cuda.runtime.getDeviceCount())
-
 
 def run_checks(num_ranks: int, *checks: str) -> None:
-    command = ["mpirun", "-n", str(num_ranks), sys.executable, "-m"]
-    result = subprocess.run(
-        [*command, "tests.gpu.all_reduce_ranks", *checks],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, **LAUNCHER_ENVIRONMENT}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines() == [f"{check}: {num_ranks} ranks passed" for check in checks]
+    passed = run_module(num_ranks, "tests.gpu.all_reduce_ranks", *checks)
+    assert passed == [f"{check}: {num_ranks} ranks passed" for check in checks]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_sums_and_replays_are_exact_and_every_process_ends(num_ranks: int) -> None:
-    if num_ranks > num_gpus():
-        pytest.skip(f"needs {num_ranks} GPUs")
+    skip_without_gpus(num_ranks)
     run_checks(num_ranks, "own", "group")
 
 
@@ -47,6 +29,5 @@ def test_more_ranks_than_gpus_get_the_same_sums(num_ranks: int) -> None:
 
 
 def test_a_peer_that_does_not_come_ends_the_wait_and_the_processes() -> None:
-    if num_gpus() < 2:
-        pytest.skip("needs 2 GPUs")
+    skip_without_gpus(2)
     run_checks(2, "lost_peer")

@@ -6,9 +6,6 @@ Each layout is a real ``mpirun``: hidden states go over NCCL, sums through memor
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,13 @@ from phalanx.runtime.request import SamplingParams
 from tests.gpu.test_executor import CASES, prompts
 from tests.models.test_against_transformers import TOLERANCE, log_softmax
 from tests.support.checkpoints import CheckpointCase, write_checkpoint
-from tests.support.launcher import LAUNCHER_ENVIRONMENT
+from tests.support.gpus import skip_without_gpus
+from tests.support.launcher import ROOT, run_module
 from tests.support.reference import Reference, prompt_token_ids, transformers_reference
 
 pytestmark = pytest.mark.gpu
 
 SEED = 3
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8), (2, 3)]
 DEEP = {
     "llama": {**CASES["llama"], "num_hidden_layers": 8},
@@ -38,27 +35,13 @@ DEEP = {
 HELD_OUT = "modulefinder.txt"
 
 
-def num_gpus() -> int:
-    import cupy
-
-    return int(cupy.cuda.runtime.getDeviceCount())
-
-
-def skip_without_gpus(tp: int, pp: int) -> None:
-    if tp * pp > num_gpus():
-        pytest.skip(f"needs {tp * pp} GPUs")
-
-
 def run_under_mpirun(tp: int, pp: int, command: str, *flags: str | Path) -> list[dict[str, Any]]:
     """Run ``launch.<command>`` on ``tp * pp`` ranks; its JSON lines."""
-    words = [
-        "mpirun", "-n", str(tp * pp), sys.executable, "-m", f"launch.{command}",
-        "--engine", "cuda", "--tp", str(tp), "--pp", str(pp), "--num-kv-blocks", "200", "--json", *map(str, flags),
-    ]  # fmt: skip
-    environment = {**os.environ, **LAUNCHER_ENVIRONMENT}
-    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    layout = ("--tp", str(tp), "--pp", str(pp))
+    lines = run_module(
+        tp * pp, f"launch.{command}", "--engine", "cuda", *layout, "--num-kv-blocks", "200", "--json", *flags
+    )
+    return [json.loads(line) for line in lines]
 
 
 def generate(directory: Path, tp: int, pp: int, requests: list[tuple[int, ...]], *flags: str) -> list[dict[str, Any]]:
@@ -101,7 +84,7 @@ def numpy_tokens(family: CheckpointCase, directory: Path) -> list[list[int]]:
 def test_layouts_equal_transformers_on_the_gpu(
     family: CheckpointCase, directory: Path, transformers_values: Reference, tp: int, pp: int
 ) -> None:
-    skip_without_gpus(tp, pp)
+    skip_without_gpus(tp * pp)
     prompt = prompt_token_ids(family)
     flags = ("--max-tokens", str(len(transformers_values.greedy)), "--temperature", "0", "--prompt-logprobs", "5")
     (line,) = generate(directory, tp, pp, [prompt], *flags)
@@ -121,14 +104,14 @@ def test_layouts_equal_transformers_on_the_gpu(
 def test_layouts_give_the_numpy_engines_tokens(
     directory: Path, numpy_tokens: list[list[int]], tp: int, pp: int
 ) -> None:
-    skip_without_gpus(tp, pp)
+    skip_without_gpus(tp * pp)
     lines = generate(directory, tp, pp, prompts(97), "--max-tokens", "24", "--temperature", "0")
     assert [line["token_ids"] for line in lines] == numpy_tokens
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (8, 1), (4, 2)])
 def test_sampling_with_filters_does_not_depend_on_the_layout(tp: int, pp: int, tmp_path: Path) -> None:
-    skip_without_gpus(tp, pp)
+    skip_without_gpus(tp * pp)
     directory = write_checkpoint(CheckpointCase("llama", DEEP["llama"]), tmp_path)
     params = SamplingParams(max_tokens=16, temperature=0.9, top_k=12, top_p=0.9, seed=SEED, ignore_eos=True, logprobs=2)
     with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
@@ -140,7 +123,7 @@ def test_sampling_with_filters_does_not_depend_on_the_layout(tp: int, pp: int, t
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_the_demo_checkpoints_loss_is_that_of_transformers(dtype: str, tp: int, pp: int) -> None:
-    skip_without_gpus(tp, pp)
+    skip_without_gpus(tp * pp)
     recorded = json.loads((ROOT / "tests/demo/reference.json").read_text())["held_out"]
     expected = next(entry["loss"] for entry in recorded if entry["file"] == HELD_OUT)
     tolerance = {"float32": 1e-4, "bfloat16": 0.02}[dtype]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.gpus import skip_without_gpus
+
 from .jobs import Job
 from .test_lifecycle import events
 from .test_serve import (  # noqa: F401 (collected here again, with this module's job)
@@ -37,11 +39,8 @@ def layouts() -> list[tuple[str, ...]]:
 
 
 def num_ranks(flags: tuple[str, ...]) -> int:
-    import cupy
-
     needed = 2 if "2" in flags else 1
-    if needed > cupy.cuda.runtime.getDeviceCount():
-        pytest.skip(f"needs {needed} GPUs")
+    skip_without_gpus(needed)
     return needed
 
 
