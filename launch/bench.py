@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from phalanx.runtime.measure import Measurement
     from phalanx.runtime.replica import Replica
     from phalanx.runtime.request import Request
-    from phalanx.runtime.step_times import DeviceTimes
+    from phalanx.runtime.step.times import DeviceTimes
 
 __all__ = ["main"]
 

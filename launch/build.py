@@ -14,8 +14,8 @@ from phalanx.launch.arguments import CommandParser, run_command
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
     from phalanx.parallel.topology import Layout
-    from phalanx.runtime.executors.trt_adapter import TensorRT
-    from phalanx.runtime.executors.trt_builder import BuildReport, BuildRequest, Progress
+    from phalanx.runtime.executors.tensorrt.builder import BuildReport, BuildRequest, Progress
+    from phalanx.runtime.executors.tensorrt.library import TensorRT
 
 __all__ = ["main"]
 
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
     from phalanx.parallel.topology import Layout, Topology
-    from phalanx.runtime.executors.trt_adapter import load_tensorrt
-    from phalanx.runtime.executors.trt_builder import build_engine
-    from phalanx.runtime.executors.trt_engines import EngineDirectory, identify
+    from phalanx.runtime.executors.tensorrt.builder import build_engine
+    from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, identify
+    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
 
     layout = Layout(tp=args.tp, pp=args.pp)
     ranks = [Topology(layout, rank) for rank in _ranks(args, layout)]
@@ -112,7 +112,7 @@ def _ranks(args: argparse.Namespace, layout: Layout) -> Sequence[int]:
 
 def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
     from phalanx.parallel.errors import ConfigError
-    from phalanx.runtime.executors.trt_builder import BuildRequest, network_shape
+    from phalanx.runtime.executors.tensorrt.builder import BuildRequest, network_shape
     from phalanx.runtime.models import find_model
 
     if args.stripped and not library.can_refit:

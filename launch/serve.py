@@ -31,7 +31,7 @@ from phalanx.parallel.launcher import launch_info
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.replica import Replica
-    from phalanx.runtime.server.frontend import Frontend
+    from phalanx.runtime.server.link.frontend import Frontend
     from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.grpc_port is not None:
         sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
 
-    from phalanx.runtime.server.frontend import Frontend
+    from phalanx.runtime.server.link.frontend import Frontend
 
     try:
         announcement = Announcement(settings.model_names[0], args.endpoint_file)
@@ -112,7 +112,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
 
 def _die_with_launcher() -> None:
     """Open MPI's ranks would stay for ever when mpirun is killed: idle ones do not notice."""
-    from phalanx.runtime.server.parent import signal_when_parent_dies
+    from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
     signal_when_parent_dies(signal.SIGKILL)
 
@@ -160,8 +160,8 @@ def _agree(world: Communicator, started: bool) -> bool:
 def _lead(
     replica: Replica, frontend: Frontend, announcement: Announcement, max_open_requests: int, signals: DrainSignals
 ) -> None:
-    from phalanx.runtime.server.bridge import EngineBridge
-    from phalanx.runtime.server.messages import ModelInfo
+    from phalanx.runtime.server.link.bridge import EngineBridge
+    from phalanx.runtime.server.link.messages import ModelInfo
 
     assert replica.engine is not None
     bridge = EngineBridge(replica.engine, frontend.channel)

@@ -105,7 +105,7 @@ def _problems_of(args: argparse.Namespace, tokens: Sequence[int]) -> list[GemmPr
 
 def _open_tuner() -> tuple[GemmTimings, GemmTuner]:
     from phalanx.kernels.gemm_tuner import open_tuner
-    from phalanx.runtime.executors.cuda_factory import select_device
+    from phalanx.runtime.executors.cuda.build import select_device
 
     select_device()
     return open_tuner()

@@ -107,8 +107,8 @@ def _nccl() -> str:
 
 
 def _tensorrt() -> str | Check:
-    from phalanx.runtime.executors.trt_adapter import load_tensorrt
-    from phalanx.runtime.executors.trt_device import compute_capability
+    from phalanx.runtime.executors.tensorrt.device import compute_capability
+    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
 
     library = load_tensorrt()
     here = compute_capability()

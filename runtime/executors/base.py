@@ -9,7 +9,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import StepPlan, StepResult
-from phalanx.runtime.step_times import DeviceTimes, StepTimes
+from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
 __all__ = ["Capabilities", "Executor"]
 

@@ -14,7 +14,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import local_kv_heads
 from phalanx.runtime.config import GPU_MAX_NUM_SEQS, EngineConfig, ModelConfig
 from phalanx.runtime.executors.base import Executor
-from phalanx.runtime.executors.numpy_executor import CAPABILITIES, CacheShape, NumpyExecutor
+from phalanx.runtime.executors.numpy.executor import CAPABILITIES, CacheShape, NumpyExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
 
 __all__ = ["choose_engine", "create_executor", "longest_sequence", "with_default_sizes"]
@@ -49,11 +49,11 @@ def create_executor(spec: RankSpec) -> tuple[Executor, int]:
     """
     engine = choose_engine(spec.options.engine)
     if engine == "cuda":
-        from phalanx.runtime.executors.cuda_factory import create_cuda_executor
+        from phalanx.runtime.executors.cuda.build import create_cuda_executor
 
         return create_cuda_executor(spec)
     if engine == "tensorrt":
-        from phalanx.runtime.executors.trt_executor import create_trt_executor
+        from phalanx.runtime.executors.tensorrt.executor import create_trt_executor
 
         return create_trt_executor(spec)
     return _create_numpy_executor(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step.times import StepTimes
 
 __all__ = ["PLANNING_SECONDS", "num_microbatches"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step.times import StepTimes
 
 __all__ = ["SchedulerConfig", "SchedulerStats"]
 

@@ -16,22 +16,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from phalanx import __version__
-from phalanx.runtime.server.api_error import ApiError, invalid
-from phalanx.runtime.server.chat import chat_job, render_messages
-from phalanx.runtime.server.completions import completion_job
-from phalanx.runtime.server.engine_client import ServerState
-from phalanx.runtime.server.gate import Gate
-from phalanx.runtime.server.generation import GenerationJob
-from phalanx.runtime.server.http import ClientGone, error_response, json_response, read_body
-from phalanx.runtime.server.protocol import (
+from phalanx.runtime.server.errors import ApiError, invalid
+from phalanx.runtime.server.link.engine_client import ServerState
+from phalanx.runtime.server.openai.chat import chat_job, render_messages
+from phalanx.runtime.server.openai.completions import completion_job
+from phalanx.runtime.server.openai.fields import checked_token_ids
+from phalanx.runtime.server.openai.generation import GenerationJob
+from phalanx.runtime.server.openai.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     decode_body,
 )
-from phalanx.runtime.server.sampling_fields import checked_token_ids
 from phalanx.runtime.server.services import Services
+from phalanx.runtime.server.web.gate import Gate
+from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 
 __all__ = ["build_app"]
 

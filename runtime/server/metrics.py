@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from phalanx.runtime.server.messages import Stats
+from phalanx.runtime.server.link.messages import Stats
 
 __all__ = ["Metrics"]
 

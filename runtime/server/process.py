@@ -17,12 +17,12 @@ from typing import Any
 import msgspec
 
 from phalanx.parallel.errors import CheckpointError
-from phalanx.runtime.server.api_keys import read_api_keys
-from phalanx.runtime.server.listener import BACKLOG
-from phalanx.runtime.server.log import start_logging
-from phalanx.runtime.server.messages import FrontendRefused, ModelInfo
-from phalanx.runtime.server.parent import signal_when_parent_dies
+from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.server.web.api_keys import read_api_keys
+from phalanx.runtime.server.web.listener import BACKLOG
+from phalanx.runtime.server.web.log import start_logging
+from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
 __all__ = ["main"]
 
@@ -74,10 +74,10 @@ async def _serve(
     import uvicorn
 
     from phalanx.runtime.server.app import build_app
-    from phalanx.runtime.server.engine_client import EngineClient
-    from phalanx.runtime.server.h11_protocol import BoundedH11Protocol, QuietServer
+    from phalanx.runtime.server.link.engine_client import EngineClient
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
+    from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, QuietServer
 
     loop = asyncio.get_running_loop()
     metrics = Metrics()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.server.api_error import ApiError, from_request_error, invalid
-from phalanx.runtime.server.engine_client import EngineClient
-from phalanx.runtime.server.messages import ModelInfo
+from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
+from phalanx.runtime.server.link.engine_client import EngineClient
+from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.text import ChatTemplate, Tokenizer

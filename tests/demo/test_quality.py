@@ -20,7 +20,7 @@ import pytest
 from phalanx.launch.eval import evaluate
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
-from phalanx.runtime.executors.numpy_attention import NumpyAttention
+from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 

@@ -15,14 +15,15 @@ import pytest
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
-from phalanx.runtime.executors import cuda_executor, cuda_factory
-from phalanx.runtime.executors.cuda_graphs import StepKey
-from phalanx.runtime.executors.cuda_stage import CudaStage
+from phalanx.runtime.executors.cuda import build as cuda_factory
+from phalanx.runtime.executors.cuda import executor as cuda_executor
+from phalanx.runtime.executors.cuda.graphs import StepKey
+from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
 from phalanx.runtime.scheduler.microbatches import num_microbatches
-from phalanx.runtime.step_times import DeviceTimes, StepTimes
+from phalanx.runtime.step.times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import HostGroup, install_fake_device
 from tests.support.reference import prompt_token_ids

@@ -12,11 +12,11 @@ import pytest
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
-from phalanx.runtime.executors.cuda_graphs import GraphCache, StepKey, bucket_size, bucket_sizes
-from phalanx.runtime.executors.cuda_results import ResultLayout
-from phalanx.runtime.executors.cuda_step_times import decoding_step, measured_sizes
+from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda.results import ResultLayout
+from phalanx.runtime.executors.cuda.step_times import decoding_step, measured_sizes
 from phalanx.runtime.step import BatchState
-from phalanx.runtime.step_times import DeviceTimes
+from phalanx.runtime.step.times import DeviceTimes
 from tests.support.fake_cupy import install_fake_device
 
 
@@ -208,7 +208,7 @@ def test_idle_fraction_is_the_share_between_steps() -> None:
 
 def test_activations_return_to_the_pool_and_each_step_starts_at_the_same_address(fake_cupy: None) -> None:
     from phalanx.kernels.arena import Arena
-    from phalanx.runtime.executors.cuda_activations import ActivationPool
+    from phalanx.runtime.executors.cuda.activations import ActivationPool
 
     pool = ActivationPool(Arena(1 << 16).scratch("activations", 1 << 15))
     addresses = []

@@ -11,8 +11,8 @@ import pytest
 from phalanx.parallel import nccl_comm
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.nccl_comm import NcclCommunicator
-from phalanx.runtime.executors import cuda_all_reduce
-from phalanx.runtime.executors.cuda_all_reduce import PeerAllReduce, PeerCommunicator
+from phalanx.runtime.executors.cuda import all_reduce as cuda_all_reduce
+from phalanx.runtime.executors.cuda.all_reduce import PeerAllReduce, PeerCommunicator
 from tests.support.fake_cupy import install_fake_device
 
 TYPES = ("FLOAT32", "FLOAT16", "BFLOAT16", "INT32", "UINT64", "UINT8")

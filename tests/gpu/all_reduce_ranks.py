@@ -21,7 +21,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.mpi_comm import abort_world, world_communicator
 from phalanx.parallel.nccl_comm import wait_for
-from phalanx.runtime.executors.cuda_all_reduce import PeerAllReduce, PeerCommunicator, open_peer_all_reduce
+from phalanx.runtime.executors.cuda.all_reduce import PeerAllReduce, PeerCommunicator, open_peer_all_reduce
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -28,7 +28,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.parallel.nccl_comm import NcclCommunicator
-from phalanx.runtime.executors.cuda_all_reduce import open_peer_all_reduce
+from phalanx.runtime.executors.cuda.all_reduce import open_peer_all_reduce
 
 SIZES = [8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20]
 NUM_REPLAYS = 9

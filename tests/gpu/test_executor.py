@@ -97,7 +97,7 @@ def test_sampled_continuations_equal_the_numpy_engines_in_float32(tmp_path: Path
 def test_replayed_graphs_and_eager_steps_give_the_same_tokens(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phalanx.runtime.executors.cuda_graphs import GraphCache
+    from phalanx.runtime.executors.cuda.graphs import GraphCache
 
     directory = checkpoint("llama", dtype, tmp_path)
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=2)

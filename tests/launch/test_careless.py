@@ -243,7 +243,7 @@ import sys, launch
 from phalanx.launch import generate
 from phalanx.launch.arguments import run_command
 from phalanx.parallel.launcher import launch_info
-from phalanx.runtime.executors.numpy_executor import NumpyExecutor
+from phalanx.runtime.executors.numpy.executor import NumpyExecutor
 
 class Faulty(NumpyExecutor):
     steps = 0

@@ -12,9 +12,9 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.sharding import Shard, Span
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.config import ModelConfig, RopeConfig
-from phalanx.runtime.executors.numpy_attention import NumpyAttention, alibi_slopes
-from phalanx.runtime.executors.numpy_ops import NumpyOps, NumpyStep
-from phalanx.runtime.executors.numpy_threads import Threads
+from phalanx.runtime.executors.numpy.attention import NumpyAttention, alibi_slopes
+from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
+from phalanx.runtime.executors.numpy.threads import Threads
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import BatchState, StepPlan
 

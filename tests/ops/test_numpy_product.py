@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from phalanx.runtime.executors import numpy_product
-from phalanx.runtime.executors.numpy_product import product
-from phalanx.runtime.executors.numpy_threads import Threads, thread_count
+from phalanx.runtime.executors.numpy import product as numpy_product
+from phalanx.runtime.executors.numpy.product import product
+from phalanx.runtime.executors.numpy.threads import Threads, thread_count
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

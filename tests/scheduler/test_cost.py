@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step.times import StepTimes
 
 from .harness import make_prompt, make_request, make_result, make_scheduler, plan_step
 

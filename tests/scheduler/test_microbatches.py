@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.scheduler.microbatches import PLANNING_SECONDS, num_microbatches
 from phalanx.runtime.step import StepPlan
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step.times import StepTimes
 
 from .harness import make_prompt, make_request, make_result, make_scheduler
 

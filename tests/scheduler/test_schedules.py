@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.scheduler import SchedulerConfig
-from phalanx.runtime.step_times import StepTimes
+from phalanx.runtime.step.times import StepTimes
 
 from .simulation import NUM_TOP, VOCAB_SIZE, Driver, Truth
 

@@ -16,9 +16,9 @@ import launch  # noqa: F401 (makes phalanx importable from a checkout)
 from phalanx.parallel.errors import CapacityError, ConfigError, RequestError
 from phalanx.runtime.request import Logprob, Request, TokenDelta
 from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
-from phalanx.runtime.server.bridge import EngineBridge
-from phalanx.runtime.server.frontend import Frontend
-from phalanx.runtime.server.messages import ModelInfo
+from phalanx.runtime.server.link.bridge import EngineBridge
+from phalanx.runtime.server.link.frontend import Frontend
+from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 
 

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from phalanx.runtime.request import SamplingParams
-from phalanx.runtime.server.api_error import ApiError
-from phalanx.runtime.server.messages import ModelInfo
-from phalanx.runtime.server.protocol import (
+from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.link.messages import ModelInfo
+from phalanx.runtime.server.openai.fields import choice_params, sampling_params
+from phalanx.runtime.server.openai.protocol import (
     NEUTRAL_VALUES,
     ChatMessage,
     ChatRequest,
@@ -18,7 +19,6 @@ from phalanx.runtime.server.protocol import (
     decode_body,
     unsupported_fields,
 )
-from phalanx.runtime.server.sampling_fields import choice_params, sampling_params
 
 MODEL = ModelInfo("/model", vocab_size=100, max_model_len=64, max_open_requests=8)
 WITHOUT_EFFECT = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.server.api_keys import read_api_keys
 from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.server.web.api_keys import read_api_keys
 
 from .servers import Server, start, stub_server
 

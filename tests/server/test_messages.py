@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.request import Logprob, Request, SamplingParams, TokenDelta
-from phalanx.runtime.server.channel import FrontendChannel
-from phalanx.runtime.server.messages import (
+from phalanx.runtime.server.link.channel import FrontendChannel
+from phalanx.runtime.server.link.messages import (
     Cancel,
     Deltas,
     Drained,

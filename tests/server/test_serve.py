@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.runtime.server.bridge import STATS_SECONDS
+from phalanx.runtime.server.link.bridge import STATS_SECONDS
 
 from .jobs import Job, is_open_mpi, serve
 from .test_lifecycle import events

@@ -191,7 +191,8 @@ def product(x: Any, weight: Any, out: Any, bias: Any) -> None:
 
 def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Make ``engine="cuda"`` run here: emulated kernels, NumPy products, ranks joined by their host communicator."""
-    from phalanx.runtime.executors import cuda_factory, cuda_graphs
+    from phalanx.runtime.executors.cuda import build as cuda_factory
+    from phalanx.runtime.executors.cuda import graphs as cuda_graphs
 
     cupy = _fake_cupy()
     for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.runtime": cupy.cuda.runtime}.items():

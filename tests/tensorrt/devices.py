@@ -15,8 +15,9 @@ import pytest
 
 from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
 from phalanx.parallel.communicator import Communicator
-from phalanx.runtime.executors import trt_buffers, trt_session
-from phalanx.runtime.executors.trt_network import ProfileShapes
+from phalanx.runtime.executors.tensorrt import buffers as trt_buffers
+from phalanx.runtime.executors.tensorrt import session as trt_session
+from phalanx.runtime.executors.tensorrt.network import ProfileShapes
 
 from .interpreter import NetworkInterpreter
 from .networks import WrittenNetwork

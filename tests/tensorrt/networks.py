@@ -14,18 +14,18 @@ from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
-from phalanx.runtime.executors.trt_builder import BuildRequest, load_shard
-from phalanx.runtime.executors.trt_executor import PassOutput, TrtExecutor, Wanted
-from phalanx.runtime.executors.trt_graph import Graph
-from phalanx.runtime.executors.trt_network import (
+from phalanx.runtime.executors.tensorrt.builder import BuildRequest, load_shard
+from phalanx.runtime.executors.tensorrt.executor import PassOutput, TrtExecutor, Wanted
+from phalanx.runtime.executors.tensorrt.graph import Graph
+from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
+from phalanx.runtime.executors.tensorrt.network import (
     NetworkShape,
     RankNetwork,
     cache_names,
     local_heads_of,
     write_network,
 )
-from phalanx.runtime.executors.trt_steps import EnginePass
+from phalanx.runtime.executors.tensorrt.passes import EnginePass
 from phalanx.runtime.models import find_model
 
 from .interpreter import NetworkInterpreter

@@ -14,8 +14,8 @@ from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.base import Executor
-from phalanx.runtime.executors.numpy_executor import CacheShape, NumpyExecutor
-from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.executors.numpy.executor import CacheShape, NumpyExecutor
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.models import find_model
 from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 

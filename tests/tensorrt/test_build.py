@@ -123,8 +123,8 @@ def test_timing_cache_and_nothing_partial_is_left_behind(run_build: Callable[...
 
 def test_build_reports_progress_of_the_library(tmp_path: Path) -> None:
     from phalanx.parallel.topology import Layout, Topology
-    from phalanx.runtime.executors.trt_builder import build_engine
-    from phalanx.runtime.executors.trt_network import NetworkShape
+    from phalanx.runtime.executors.tensorrt.builder import build_engine
+    from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
     from .networks import open_request
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.runtime.executors import trt_device
+from phalanx.runtime.executors.tensorrt import device as trt_device
 
 
 class _Driver:

@@ -13,10 +13,10 @@ from phalanx import LLM, SamplingParams
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout
-from phalanx.runtime.executors import trt_loading
 from phalanx.runtime.executors.rank_spec import RankSpec
-from phalanx.runtime.executors.trt_builder import network_shape
-from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.executors.tensorrt import loading as trt_loading
+from phalanx.runtime.executors.tensorrt.builder import network_shape
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from .networks import InterpretedSession, write_rank_network

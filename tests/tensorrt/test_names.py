@@ -15,8 +15,8 @@ import pytest
 
 from . import api
 
-EXECUTORS = Path(__file__).resolve().parents[2] / "runtime" / "executors"
-MODULES = ("trt_adapter", "trt_builder", "trt_graph", "trt_loading", "trt_session")
+TENSORRT = Path(__file__).resolve().parents[2] / "runtime" / "executors" / "tensorrt"
+MODULES = ("library", "builder", "graph", "loading", "session")
 WHEELS = ("10.16.0.72", "11.0.0.114", "11.4.0.106")
 RELEASES = ("tensorrt-10.16", "tensorrt-11.0", "tensorrt-11.4")
 
@@ -30,7 +30,7 @@ _OURS = frozenset({"__version__", "graph", "profiles", "exists"})
 
 def _used_expressions(module: str) -> Iterator[tuple[ast.Attribute, ast.AST | None]]:
     """Attributes of library objects in one of our modules, with the call around them if there is one."""
-    tree = ast.parse((EXECUTORS / f"{module}.py").read_text())
+    tree = ast.parse((TENSORRT / f"{module}.py").read_text())
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     known_config = {*api.MEMBERS["IBuilderConfig"], *api.MEMBERS["IRuntimeConfig"]}
     for node in ast.walk(tree):

@@ -14,7 +14,7 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not ins
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
-from phalanx.runtime.executors.trt_network import NetworkShape
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.step import StepPlan, StepResult
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint

@@ -13,13 +13,13 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not ins
 
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.topology import Layout, Topology
-from phalanx.runtime.executors.trt_adapter import TensorRT
-from phalanx.runtime.executors.trt_builder import load_shard
-from phalanx.runtime.executors.trt_graph import Graph
-from phalanx.runtime.executors.trt_loading import refit
-from phalanx.runtime.executors.trt_log import BuildLog
-from phalanx.runtime.executors.trt_network import NetworkShape, write_network
-from phalanx.runtime.executors.trt_session import LoadedEngine
+from phalanx.runtime.executors.tensorrt.builder import load_shard
+from phalanx.runtime.executors.tensorrt.graph import Graph
+from phalanx.runtime.executors.tensorrt.library import TensorRT
+from phalanx.runtime.executors.tensorrt.loading import refit
+from phalanx.runtime.executors.tensorrt.log import BuildLog
+from phalanx.runtime.executors.tensorrt.network import NetworkShape, write_network
+from phalanx.runtime.executors.tensorrt.session import LoadedEngine
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from .networks import open_request

@@ -16,16 +16,16 @@ from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
-from phalanx.runtime.executors import trt_adapter
 from phalanx.runtime.executors.factory import choose_engine
 from phalanx.runtime.executors.rank_spec import RankSpec
-from phalanx.runtime.executors.trt_adapter import TensorRT, load_tensorrt
-from phalanx.runtime.executors.trt_builder import network_shape
-from phalanx.runtime.executors.trt_engines import EngineDirectory, EngineIdentity, weights_checksum
-from phalanx.runtime.executors.trt_executor import create_trt_executor
-from phalanx.runtime.executors.trt_loading import check_sizes, find_engine
-from phalanx.runtime.executors.trt_network import NetworkShape
-from phalanx.runtime.executors.trt_ops import TrtOps
+from phalanx.runtime.executors.tensorrt import library as trt_adapter
+from phalanx.runtime.executors.tensorrt.builder import network_shape
+from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
+from phalanx.runtime.executors.tensorrt.executor import create_trt_executor
+from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
+from phalanx.runtime.executors.tensorrt.loading import check_sizes, find_engine
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
+from phalanx.runtime.executors.tensorrt.ops import TrtOps
 from phalanx.runtime.models import find_model
 from phalanx.runtime.ops import AttentionSpec
 
@@ -305,7 +305,7 @@ def test_first_use_builds_and_later_use_finds_the_engine(tmp_path: Path, monkeyp
 
 def test_shard_is_read_in_the_compute_type_once(tmp_path: Path) -> None:
     """Half of what float32 would take, and tied tables share one array."""
-    from phalanx.runtime.executors.trt_builder import BuildRequest, load_shard
+    from phalanx.runtime.executors.tensorrt.builder import BuildRequest, load_shard
 
     path = write_checkpoint(CASES_BY_NAME["llama-one-kv-head-tied"], tmp_path / "model")
     with open_checkpoint(path) as checkpoint:

@@ -13,11 +13,11 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
-from phalanx.runtime.executors import trt_buffers
-from phalanx.runtime.executors.trt_executor import TrtExecutor
-from phalanx.runtime.executors.trt_log import BuildLog
-from phalanx.runtime.executors.trt_network import NetworkShape
-from phalanx.runtime.executors.trt_session import DeviceSession, LoadedEngine, SessionGroups
+from phalanx.runtime.executors.tensorrt import buffers as trt_buffers
+from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
+from phalanx.runtime.executors.tensorrt.log import BuildLog
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
+from phalanx.runtime.executors.tensorrt.session import DeviceSession, LoadedEngine, SessionGroups
 from phalanx.runtime.step import StepResult
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint

@@ -10,8 +10,8 @@ import pytest
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
-from phalanx.runtime.executors.trt_network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
-from phalanx.runtime.executors.trt_steps import EnginePass, StepTranslator, slot_buckets
+from phalanx.runtime.executors.tensorrt.network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
+from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator, slot_buckets
 from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint

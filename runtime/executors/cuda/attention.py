@@ -1,0 +1,148 @@
+"""The paged key/value cache of one rank and attention over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.kernels.attention import AttentionDType, AttentionLimits, AttentionShape, AttentionStep, PagedAttention
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
+from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
+from phalanx.runtime.config import ModelConfig, RopeConfig
+from phalanx.runtime.executors.cuda.activations import ActivationPool
+from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype
+from phalanx.runtime.executors.numpy.attention import alibi_slopes
+from phalanx.runtime.ops import AttentionSpec
+from phalanx.runtime.rope import rotary_table
+
+__all__ = ["CacheLayout", "CudaAttention"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """One rank's share of the cache. Pages are ``[N, K local, P, C]``, keys and values apart, per layer.
+
+    Attributes:
+        layers: global numbers of the blocks that this rank holds.
+        heads, kv_heads: query and key/value heads of this rank.
+    """
+
+    layers: range
+    heads: Span
+    kv_heads: Span
+    head_dim: int
+    block_size: int
+    dtype: AttentionDType
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int
+    ) -> CacheLayout:
+        """The share of ``rank`` of ``size`` tensor-parallel ranks."""
+        heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
+        kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
+        return cls(layers, heads, kv_heads, config.head_dim, block_size, dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers of this rank, keys and values."""
+        return 2 * len(self.layers) * self.layer_block_bytes
+
+    @property
+    def layer_block_bytes(self) -> int:
+        """Bytes of the keys of one block in one layer."""
+        return self.kv_heads.size * self.block_size * self.head_dim * device_dtype(self.dtype).itemsize
+
+    def allocate(self, num_blocks: int) -> dict[int, tuple[DeviceArray, DeviceArray]]:
+        """Zeroed pages of every layer: ``{layer: (keys, values)}``. Zeros, because 0 * NaN would not be 0."""
+        import cupy
+
+        shape = (num_blocks, self.kv_heads.size, self.block_size, self.head_dim)
+        dtype = device_dtype(self.dtype)
+        return {layer: (cupy.zeros(shape, dtype), cupy.zeros(shape, dtype)) for layer in self.layers}
+
+
+class CudaAttention:
+    """Rotary embedding, cache write and attention of one rank; see `phalanx.runtime.ops.Ops.attention`.
+
+    Each kind of attention that a model names (window, soft cap, ...) gets its kernels when it is first used, which must
+    be outside a capture; every kind divides each step's work once, before its first layer.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        layout: CacheLayout,
+        limits: AttentionLimits,
+        arrays: StepArrays,
+        pool: ActivationPool,
+    ) -> None:
+        self._library, self._layout, self._limits, self._arrays, self._pool = library, layout, limits, arrays, pool
+        self._pages = layout.allocate(1)
+        self._kinds: dict[AttentionSpec, PagedAttention] = {}
+        self._rotary: dict[RopeConfig, RotaryTables] = {}
+        self._planned: set[AttentionSpec] = set()
+        self._has_prefill = False
+        self._step = AttentionStep(
+            arrays.cu_seqlens, arrays.seq_lens, arrays.slots, arrays.block_tables, arrays.counts
+        )  # fmt: skip
+
+    def allocate(self, num_blocks: int) -> None:
+        """Replace the pages by ``num_blocks`` of them. Graphs captured before must not be replayed any more."""
+        self._pages.clear()
+        self._pages = self._layout.allocate(num_blocks)
+
+    def release(self) -> None:
+        """Free the pages."""
+        self._pages.clear()
+
+    def begin(self, has_prefill: bool) -> None:
+        """Start a step; without ``has_prefill`` all its sequences compute one token."""
+        self._planned.clear()
+        self._has_prefill = has_prefill
+
+    def __call__(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
+        """``[T, (H + 2K) C local] -> [T, H C local]``; rotates queries in place in ``qkv``."""
+        kind = self._kinds.get(spec) or self._create(spec)
+        rows, (keys, values) = len(qkv), self._pages[layer]
+        rotary_kv_write(
+            self._library, qkv, self._arrays.positions[:rows], self._arrays.slot_mapping[:rows], keys, values,
+            None if spec.rope is None else self._tables(spec.rope), num_heads=self._layout.heads.size,
+        )  # fmt: skip
+        if spec not in self._planned:
+            self._planned.add(spec)
+            kind.plan(self._step)
+        out = self._pool.array((rows, self._layout.heads.size * self._layout.head_dim), qkv.dtype)
+        kind.decode(qkv, keys, values, out, self._step)
+        if self._has_prefill:
+            kind.prefill(qkv, keys, values, out, self._step)
+        return out
+
+    def _create(self, spec: AttentionSpec) -> PagedAttention:
+        import cupy
+
+        layout = self._layout
+        shape = AttentionShape(
+            layout.heads.size, layout.kv_heads.size, layout.head_dim, layout.block_size, layout.dtype,
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+        )  # fmt: skip
+        slopes = None
+        if spec.alibi:
+            slopes = cupy.asarray(alibi_slopes(spec.num_heads)[layout.heads.start : layout.heads.stop])
+        kind = PagedAttention(self._library, shape, self._limits, slopes)
+        kind.bind(cupy.zeros(max(kind.workspace_bytes, 1), np.uint8))
+        self._kinds[spec] = kind
+        return kind
+
+    def _tables(self, rope: RopeConfig) -> RotaryTables:
+        import cupy
+
+        if rope not in self._rotary:
+            tables: Any = rotary_table(rope, self._limits.max_seq_len)
+            cos, sin = (cupy.asarray(table.astype(np.float32)) for table in tables)
+            self._rotary[rope] = RotaryTables(cos, sin)
+        return self._rotary[rope]

@@ -1,0 +1,205 @@
+"""Putting a CUDA executor together: device, weights, memory plan, communicators, warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from phalanx.checkpoints.loader import load_weights
+from phalanx.kernels.arena import Arena
+from phalanx.kernels.attention import AttentionLimits
+from phalanx.kernels.gemm import Gemm, open_gemm
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.launcher import launch_info
+from phalanx.parallel.nccl_comm import DeviceCommunicator, SelfDeviceCommunicator, open_device_group
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.executors.cuda.activations import ActivationPool
+from phalanx.runtime.executors.cuda.all_reduce import PeerCommunicator
+from phalanx.runtime.executors.cuda.attention import CacheLayout, CudaAttention
+from phalanx.runtime.executors.cuda.executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
+from phalanx.runtime.executors.cuda.graphs import StepKey
+from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype
+from phalanx.runtime.executors.cuda.ops import CudaOps
+from phalanx.runtime.executors.cuda.results import ResultLayout
+from phalanx.runtime.executors.cuda.sampler import CudaSampler
+from phalanx.runtime.executors.cuda.stage import CudaStage
+from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
+from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
+from phalanx.runtime.executors.cuda.weights import CudaSink
+from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
+from phalanx.runtime.models.base import vocabulary_shard
+
+__all__ = ["create_cuda_executor", "select_device"]
+
+
+def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
+    """Load this rank's shard onto its GPU; also the longest sequence that fits. *Collective over the replica.*
+
+    Raises:
+        ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
+        CheckpointError: weights are missing, superfluous or of the wrong shape.
+    """
+    from phalanx.runtime.executors.factory import longest_sequence
+
+    CAPABILITIES.check(spec.config, spec.dtype)
+    limits = _step_limits(spec)
+    device, stream = select_device()
+    with device, stream:
+        library = KernelLibrary()
+        with _open_groups(library, spec.topology, spec.comm) as groups:
+            weights = _load(spec, library)
+            gemm = open_gemm(library)
+            timeline = Timeline(stream) if spec.options.trace else None
+            stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline)
+            sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)
+            tune_products(gemm, stage, sizes, limits.max_num_seqs, spec.comm)
+            stage.run(_largest_step(limits))
+            stream.synchronize()
+            num_blocks = _num_blocks(spec)
+            max_model_len = longest_sequence(spec.config, spec.options, num_blocks)
+            attention.allocate(num_blocks)
+            executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
+        executor.warm_up(spec.comm)  # captures graphs, and while there are any, aborting NCCL would wait
+    return executor, max_model_len
+
+
+def select_device() -> tuple[Any, Any]:
+    """This process's GPU, made current, and a stream of its own: the one that is visible, or the one of its local rank.
+
+    Raises:
+        ConfigError: CuPy or the driver is missing, or there are fewer GPUs than ranks on this host.
+    """
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        raise ConfigError(
+            f"the cuda engine finds no GPU ({error}); install phalanx-llm[cuda13] and a driver, or use --engine numpy"
+        ) from error
+    local_rank = launch_info().local_rank
+    if count > 1 and local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} ranks on a host"
+        )
+    device = cupy.cuda.Device(local_rank if count > 1 else 0)
+    device.use()
+    return device, cupy.cuda.Stream(non_blocking=True)
+
+
+@contextmanager
+def _open_groups(library: KernelLibrary, topology: Topology, comm: Communicator) -> Iterator[CudaGroups]:
+    """Groups of GPUs over the host groups, which stay open unless the body fails. *Collective* to enter."""
+    groups: list[DeviceCommunicator] = []
+    try:
+        groups.append(_tensor_group(library, comm, topology.tp_group))
+        for _ in range(2):
+            groups.append(open_device_group(comm, topology.pp_group))
+        yield CudaGroups(*groups)
+    except BaseException:
+        _abandon(groups)
+        raise
+
+
+def _abandon(groups: list[DeviceCommunicator]) -> None:
+    """Release groups without their peers, which may know of no failure. What this raises matters less than what led here."""
+    for release in [group.abort for group in groups] + [group.close for group in groups]:
+        with suppress(Exception):
+            release()
+
+
+def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) -> DeviceCommunicator:
+    return PeerCommunicator(library, comm.split(members)) if len(members) > 1 else SelfDeviceCommunicator()
+
+
+def _step_limits(spec: RankSpec) -> StepLimits:
+    options, positions = spec.options, spec.config.max_positions
+    longest = min(options.max_model_len or positions, positions)
+    return StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
+
+
+def _cache_layout(spec: RankSpec) -> CacheLayout:
+    """This rank's share of the key/value cache."""
+    return CacheLayout.of(spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size)
+
+
+def _load(spec: RankSpec, library: KernelLibrary) -> Mapping[str, DeviceArray]:
+    sink = CudaSink(spec.dtype, library)
+    load_weights(
+        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
+        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(spec.config),
+    )  # fmt: skip
+    return sink.weights
+
+
+def _stage(
+    spec: RankSpec,
+    limits: StepLimits,
+    library: KernelLibrary,
+    gemm: Gemm,
+    weights: Mapping[str, DeviceArray],
+    groups: CudaGroups,
+    timeline: Timeline | None,
+) -> tuple[CudaStage, CudaAttention]:
+    import cupy
+
+    config, topology = spec.config, spec.topology
+    vocabulary = vocabulary_shard().span(config.vocab_size, spec.tp_rank, spec.tp_size)
+    pool = ActivationPool(_scratch(spec, limits))
+    arrays = StepArrays.allocate(
+        lambda _name, shape, dtype: cupy.zeros(shape, dtype),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_tokens=limits.max_num_tokens,
+        max_logit_rows=limits.max_logit_rows,
+        max_blocks_per_seq=limits.blocks_per_seq,
+    )
+    attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
+    attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool)
+    parts = (config.num_layers, library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
+    ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
+    sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
+    hidden_rows = 0 if topology.is_first_stage else limits.max_num_tokens
+    hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(spec.dtype))
+    results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
+    stage = CudaStage(
+        library, spec.model, config, topology, spec.layers, limits.block_size, arrays, ops, sampler, hidden, results
+    )  # fmt: skip
+    return stage, attention
+
+
+def _scratch(spec: RankSpec, limits: StepLimits) -> Any:
+    """Room for the activations of the largest step."""
+    itemsize = device_dtype(spec.dtype).itemsize
+    num_bytes = workspace_bytes(
+        spec.model, spec.config, spec.topology, limits.max_num_seqs, limits.max_num_tokens, itemsize
+    )
+    return Arena(num_bytes + (1 << 20)).scratch("activations", num_bytes)
+
+
+def _largest_step(limits: StepLimits) -> StepKey:
+    return StepKey(limits.max_num_tokens, min(limits.max_num_seqs, limits.max_num_tokens), has_prefill=True)
+
+
+def _num_blocks(spec: RankSpec) -> int:
+    """Blocks of the cache: as asked for, else what is left on the rank that has least. *Collective.*"""
+    import cupy
+
+    options, block_bytes = spec.options, _cache_layout(spec).block_bytes
+    free, total = cupy.cuda.runtime.memGetInfo()
+    usable = free - int((1.0 - options.gpu_memory_utilization) * total) - RESERVE_BYTES
+    fitting = int(spec.comm.all_gather(np.array([max(usable, 0) // block_bytes])).min())
+    wanted = options.num_kv_blocks or max(fitting, 1)
+    if wanted > fitting:
+        raise ConfigError(
+            f"{wanted} blocks of {block_bytes:,} bytes do not fit beside weights and "
+            f"activations: {max(usable, 0):,} bytes are left ({fitting} blocks); use more GPUs, a smaller "
+            "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
+        )
+    return wanted

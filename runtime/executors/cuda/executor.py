@@ -1,0 +1,297 @@
+"""The CUDA executor: one GPU a rank, the token loop on the device, whole steps in CUDA graphs.
+
+A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,
+positions and cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of
+the tokens back. The host waits for the device only in `CudaExecutor.collect`, one step behind, and where it would write
+to pinned memory that a step in flight still reads; so planning overlaps with computing.
+
+Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
+the last stage sends its results to the leader's device, which takes them on a stream of their own: the compute stream
+never waits for a later stage. With several stages one micro-batch more than stages may be in flight, which hides the
+host; the leader decides by the times that `CudaExecutor.warm_up` measures.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.parallel.nccl_comm import DeviceCommunicator
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.cuda.attention import CudaAttention
+from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
+from phalanx.runtime.executors.cuda.results import ResultLayout
+from phalanx.runtime.executors.cuda.ring import StepRing, StepSlot
+from phalanx.runtime.executors.cuda.stage import CudaStage
+from phalanx.runtime.executors.cuda.step_times import measure_step_times
+from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
+from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step.times import DeviceTimes, StepTimes
+
+__all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
+
+CAPABILITIES = Capabilities(
+    "cuda", frozenset({"bfloat16", "float16", "float32"}), max_head_dim=256, head_dim_multiple=8
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The most that one step can hold, and the size of the batch state."""
+
+    max_num_seqs: int
+    max_num_tokens: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def blocks_per_seq(self) -> int:
+        """Blocks that the longest sequence needs."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """A row for each sequence, or every row of a prompt whose log-probabilities are wanted."""
+        return self.max_num_seqs + self.max_num_tokens
+
+
+@dataclass(slots=True)
+class CudaGroups:
+    """This rank's communicators: tensor-parallel peers; pipeline stages, hidden states and results apart."""
+
+    tensor: DeviceCommunicator
+    stages: DeviceCommunicator
+    results: DeviceCommunicator
+
+    @property
+    def all(self) -> tuple[DeviceCommunicator, ...]:
+        """In the order in which they were made."""
+        return self.tensor, self.stages, self.results
+
+
+class CudaExecutor:
+    """See `phalanx.runtime.executors.base.Executor`. One thread at a time may call it.
+
+    Args:
+        stream: where steps run.
+        num_kv_blocks: N, equal on all ranks.
+        timeline: record one; steps then run without graphs.
+
+    Attributes:
+        step_times: of a pipeline, after `warm_up`.
+    """
+
+    def __init__(
+        self, stage: CudaStage, attention: CudaAttention, limits: StepLimits, groups: CudaGroups, stream: Any,
+        num_kv_blocks: int, timeline: Timeline | None = None,
+    ) -> None:  # fmt: skip
+        import cupy
+
+        self._stage, self._attention, self._limits, self._groups = stage, attention, limits, groups
+        self._device, self._stream = cupy.cuda.Device(), stream
+        self._result_stream = cupy.cuda.Stream(non_blocking=True)
+        self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
+        self._graphs: GraphCache[DeviceArray | None] = GraphCache(stream, enabled=timeline is None)
+        result_words = ResultLayout.most_words(limits.max_logit_rows) if self.topology.is_leader else 0
+        self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all, self._graphs.clear)
+        self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
+        self._in_flight: deque[StepSlot] = deque()
+        self._timeline = timeline
+        self.num_kv_blocks = num_kv_blocks
+        self.step_times: StepTimes | None = None
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place."""
+        return self._stage.topology
+
+    @property
+    def depth(self) -> int:
+        """One step per pipeline stage and one that the host prepares meanwhile."""
+        return self.topology.layout.pp + 1
+
+    @property
+    def lookahead(self) -> int:
+        """1 without pipeline stages: the device knows a sequence's last token before the host does."""
+        return 1 if self.topology.layout.pp == 1 else 0
+
+    @property
+    def device(self) -> str:
+        """Name of this rank's GPU."""
+        import cupy
+
+        name: bytes = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"]
+        return name.decode()
+
+    @property
+    def device_times(self) -> DeviceTimes:
+        """Of this rank's GPU, a few steps late; idle only on the leader, which alone collects."""
+        return self._ring.times
+
+    def execute(self, plan: StepPlan) -> None:
+        """Start a step.
+
+        *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one.
+        """
+        if self._timeline is not None:
+            self._timeline.next_step()
+        with self._device, self._stream, self._host_span("execute"):
+            slot = self._ring.acquire()
+            slot.follows = bool(self._in_flight)
+            self._upload(plan, slot)
+            self._state.apply(plan)
+            num_sampled = int(np.count_nonzero(plan.samples))
+            key = self._key(plan, num_sampled)
+            layout = ResultLayout(key.num_logit_rows, key.num_top)
+            slot.describe(plan, num_sampled, layout)
+            self._compute(plan, key, num_sampled)
+            self._return_results(slot, layout)
+            slot.end.record(self._stream)
+        if self.topology.is_leader:
+            self._in_flight.append(slot)
+
+    def collect(self) -> StepResult:
+        """The oldest uncollected result; waits for its step."""
+        slot = self._in_flight.popleft()
+        with self._device, self._host_span("collect"):
+            self._ring.wait(slot.result)
+        return slot.read()
+
+    def write_trace(self, path: Path, comm: Communicator) -> None:
+        """Write the timeline of the last steps of all ranks; ``comm`` joins them. *Collective.*
+
+        Raises:
+            ConfigError: the engine was not told to record one.
+        """
+        if self._timeline is None:
+            raise ConfigError("no timeline was recorded; set EngineConfig.trace")
+        with self._device, self._stream:
+            write_chrome_trace(path, self._timeline, comm)
+
+    def warm_up(self, comm: Communicator) -> None:
+        """Run and capture steps without sequences, so that serving neither compiles nor tunes much; time a pipeline's.
+
+        *Collective over ``comm``, the replica.*
+        """
+        limits = self._limits
+        most = min(limits.max_num_seqs, limits.max_num_tokens)
+        keys = [StepKey(size, most, True) for size in bucket_sizes(limits.max_num_tokens) if size > most]
+        keys += [StepKey(size, size, False) for size in bucket_sizes(most)]
+        with self._device, self._stream:
+            for key in reversed(keys):
+                for _ in range(2):
+                    self._run(key)
+            self._stream.synchronize()
+        if self.topology.layout.pp > 1:
+            self.step_times = measure_step_times(self, most, comm)
+            self._ring.forget()
+
+    def replay_seconds(self, num_seqs: int) -> float:
+        """Device time of this rank's stage for the decoding step of ``num_seqs`` sequences that was executed last.
+
+        *Collective over the stage.* Runs it twice more, without taking hidden states or handing them on.
+        """
+        import cupy
+
+        key = self._of_stage(StepKey(num_seqs, num_seqs, False))
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        with self._device, self._stream:
+            start.record(self._stream)
+            for _ in range(2):
+                self._graphs.run(key, self._stage.run)
+            end.record(self._stream)
+            self._ring.wait(end)
+        seconds: float = cupy.cuda.get_elapsed_time(start, end) / 2e3
+        return seconds
+
+    def close(self) -> None:
+        """Wait for what is in flight and release memory and groups. *Collective over the replica.*"""
+        with self._device, self._stream:
+            self._ring.drain()
+            self._stream.synchronize()
+            self._result_stream.synchronize()
+            self._graphs.clear()
+            self._attention.release()
+            for group in self._groups.all:
+                group.close()
+
+    def _upload(self, plan: StepPlan, slot: StepSlot) -> None:
+        words = plan.pack()
+        if len(words) > len(slot.plan_words):
+            raise ExecutorError(
+                f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}"
+            )
+        slot.plan_words[: len(words)] = words
+        slot.start.record(self._stream)
+        upload(self._stage.arrays.plan, slot.plan_words[: len(words)], self._stream)
+
+    def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
+        limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
+        sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        restricts = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
+        num_scored, num_top = plan.logprob_shape(self._state)
+        num_logit_rows = num_sampled + num_prompt_rows
+        if num_sampled and not num_prompt_rows:
+            num_logit_rows = bucket_size(num_sampled, limits.max_num_seqs)
+        return StepKey(
+            num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
+            num_logit_rows=num_logit_rows,
+            has_prefill=plan.num_decodes < plan.num_seqs,
+            filters=bool((restricts & (sampling["temperature"] > 0)).any()),
+            num_top=num_top if num_scored else -1,
+        )
+
+    def _compute(self, plan: StepPlan, key: StepKey, num_sampled: int) -> None:
+        if not len(plan.prompt_rows):
+            self._run(key)
+            return
+        self._receive_hidden(key)
+        self._send_hidden(self._stage.run_with_prompt_rows(key, num_sampled, len(plan.prompt_rows)))
+
+    def _run(self, key: StepKey) -> None:
+        self._receive_hidden(key)
+        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run))
+
+    def _of_stage(self, key: StepKey) -> StepKey:
+        """Stages without logits run steps that differ in nothing else as one graph."""
+        return key if self.topology.is_last_stage else StepKey(key.num_rows, 0, key.has_prefill)
+
+    def _receive_hidden(self, key: StepKey) -> None:
+        if not self.topology.is_first_stage:
+            with self._device_span("receive", "bubble"):
+                self._groups.stages.recv(self._stage.hidden[: key.num_rows], self.topology.stage - 1)
+
+    def _send_hidden(self, hidden: DeviceArray | None) -> None:
+        if hidden is not None:
+            with self._device_span("send", "communication"):
+                self._groups.stages.send(hidden, self.topology.stage + 1)
+
+    def _return_results(self, slot: StepSlot, layout: ResultLayout) -> None:
+        """Start the results' way to the leader's host, over the leader's device where it is not of the last stage."""
+        topology, words, stream = self.topology, layout.num_words, self._stream
+        if words and topology.is_last_stage and not topology.is_first_stage and topology.tp_rank == 0:
+            self._groups.results.send(self._stage.results[:words], 0)
+        if not topology.is_leader:
+            return
+        if words and not topology.is_last_stage:
+            stream = self._result_stream
+            with stream:
+                self._groups.results.recv(self._inbox[:words], topology.layout.pp - 1)
+        if words:
+            download(slot.result_words, self._inbox[:words], stream)
+        slot.result.record(stream)
+
+    def _host_span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._timeline is None else self._timeline.host(name)
+
+    def _device_span(self, name: str, category: Category) -> AbstractContextManager[None]:
+        return nullcontext() if self._timeline is None else self._timeline.device(name, category)

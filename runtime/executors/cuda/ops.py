@@ -1,0 +1,190 @@
+"""`Ops` on device arrays: every operation enqueues own kernels or cuBLASLt on the current stream and returns at once.
+
+Results live in the activation pool and die with their last reference, so nothing here allocates device memory in a step
+and the whole of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from phalanx.kernels.activation import ActivationName, activation, gated_activation
+from phalanx.kernels.add import add
+from phalanx.kernels.embedding import add_position_embedding, embedding
+from phalanx.kernels.gemm import Gemm
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.norm import layer_norm, rms_norm
+from phalanx.kernels.rows import add_bias, gather_rows
+from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.nccl_comm import DeviceCommunicator
+from phalanx.parallel.sharding import Span
+from phalanx.runtime.config import Activation
+from phalanx.runtime.executors.cuda.activations import ActivationPool
+from phalanx.runtime.executors.cuda.attention import CudaAttention
+from phalanx.runtime.executors.cuda.memory import DeviceArray
+from phalanx.runtime.ops import AttentionSpec, Ops
+
+__all__ = ["CudaOps"]
+
+_ACTIVATIONS: Mapping[Activation, ActivationName] = {
+    "silu": "silu",
+    "gelu_tanh": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "relu": "relu",
+}
+
+
+class CudaOps(Ops[DeviceArray]):
+    """One rank's operations; `bind` sets the sizes of the step, whose contents the kernels read on the device.
+
+    Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there:
+    of a 2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
+
+    Args:
+        num_layers: blocks of the whole model.
+        weights: name -> ``[out, in]`` or ``[out]``, this rank's shard.
+        vocabulary: rows of the vocabulary that this rank holds.
+        group: the tensor-parallel group.
+    """
+
+    def __init__(
+        self, num_layers: int, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
+        group: DeviceCommunicator, arrays: StepArrays, pool: ActivationPool, attention: CudaAttention,
+    ) -> None:  # fmt: skip
+        self._library, self._gemm, self._weights, self._vocabulary = library, gemm, weights, vocabulary
+        self._group, self._arrays, self._pool, self._attention = group, arrays, pool, attention
+        self._last_layer = num_layers - 1
+        self._num_rows = 0
+        self._num_kept = 0
+        self._logit_rows = range(0)
+
+    def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
+        """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
+
+        ``num_kept``: go on with this many of the step's rows with logits behind the last attention; 0 = with all rows.
+        """
+        self._pool.reset()
+        self._attention.begin(has_prefill)
+        self._num_rows, self._num_kept = num_rows, num_kept
+
+    def bind_logits(self, rows: range) -> None:
+        """Which of the step's rows with logits the next `logits` computes, as a range of `StepArrays.logit_rows`."""
+        self._logit_rows = rows
+
+    def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
+        """See `Ops.embedding`."""
+        table = self._weights[f"{name}.weight"]
+        out = self._pool.array((self._num_rows, table.shape[1]), table.dtype)
+        embedding(
+            self._library, self._arrays.token_ids[: self._num_rows], table, out,
+            vocab_start=self._vocabulary.start, scale=scale,
+        )  # fmt: skip
+        return self._group.all_reduce(out)
+
+    def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.position_embedding`; in place."""
+        add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights[f"{name}.weight"])
+        return x
+
+    def rms_norm(self, x: DeviceArray, name: str, eps: float, weight_offset: float = 0.0) -> DeviceArray:
+        """See `Ops.rms_norm`."""
+        return self.add_rms_norm(x, None, name, eps, weight_offset)[0]
+
+    def layer_norm(self, x: DeviceArray, name: str, eps: float) -> DeviceArray:
+        """See `Ops.layer_norm`."""
+        return self.add_layer_norm(x, None, name, eps)[0]
+
+    def add_rms_norm(
+        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
+        residual = self._rows_of(residual, x)
+        out = self._pool.array(x.shape, x.dtype)
+        rms_norm(
+            self._library, x, self._weights[f"{name}.weight"], out,
+            epsilon=eps, weight_offset=weight_offset, residual=residual,
+        )  # fmt: skip
+        return out, x if residual is None else residual
+
+    def add_layer_norm(
+        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
+        residual = self._rows_of(residual, x)
+        out = self._pool.array(x.shape, x.dtype)
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
+        return out, x if residual is None else residual
+
+    def linear(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.linear`; the bias in the product's epilogue."""
+        return self._product(x, name, self._weights.get(f"{name}.bias"))
+
+    def linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.linear_partial`."""
+        return self._product(x, name, None)
+
+    def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.add_bias`; in place."""
+        bias = self._weights.get(f"{name}.bias")
+        if bias is not None:
+            add_bias(self._library, x, bias)
+        return x
+
+    def all_reduce(self, x: DeviceArray) -> DeviceArray:
+        """See `Ops.all_reduce`; in place."""
+        return self._group.all_reduce(x)
+
+    def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.row_linear`; alone, a rank adds the bias in the product's epilogue."""
+        if self._group.size == 1:
+            return self.linear(x, name)
+        return super().row_linear(x, name)
+
+    def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
+        """See `Ops.add`."""
+        x, y = self._rows_of(x, y), self._rows_of(y, x)
+        out = self._pool.array(x.shape, x.dtype)
+        add(self._library, x, y, out)
+        return out
+
+    def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
+        """See `Ops.activation`."""
+        out = self._pool.array(x.shape, x.dtype)
+        activation(self._library, x, out, _ACTIVATIONS[kind])
+        return out
+
+    def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
+        """See `Ops.gated_activation`."""
+        out = self._pool.array((len(x), x.shape[1] // 2), x.dtype)
+        gated_activation(self._library, x, out, _ACTIVATIONS[kind])
+        return out
+
+    def attention(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
+        """See `Ops.attention`."""
+        out = self._attention(qkv, layer, spec)
+        if layer == self._last_layer and self._num_kept:
+            return self._gather(out, range(self._num_kept))
+        return out
+
+    def logits(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.logits`; over the rows of `bind_logits`."""
+        return self.linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
+
+    def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
+        weight = self._weights[f"{name}.weight"]
+        out = self._pool.array((len(x), weight.shape[0]), x.dtype)
+        self._gemm(x, weight, out, bias)
+        return out
+
+    def _rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
+        """``x`` with the rows that ``other`` has: those kept, where ``other`` comes from behind the last attention."""
+        if x is None or len(x) <= len(other):
+            return x
+        return self._gather(x, range(len(other)))
+
+    def _gather(self, x: DeviceArray, rows: range) -> DeviceArray:
+        """The rows of ``x`` that some of the step's rows with logits are."""
+        gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
+        gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
+        return gathered

@@ -1,0 +1,116 @@
+"""Steps in flight, as the host sees them: pinned buffers and events, used in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.nccl_comm import DeviceCommunicator, wait_for
+from phalanx.runtime.executors.cuda.memory import pinned_array
+from phalanx.runtime.executors.cuda.results import ResultLayout
+from phalanx.runtime.step import StepPlan, StepResult
+from phalanx.runtime.step.times import DeviceTimes
+
+__all__ = ["StepRing", "StepSlot"]
+
+STEP_TIMEOUT_SECONDS = 300.0
+"""A step that takes longer is taken for lost; the longest honest one is a few seconds."""
+
+
+@dataclass(slots=True)
+class StepSlot:
+    """One step in flight.
+
+    Attributes:
+        plan_words, result_words: pinned memory that the device reads the plan from and writes the results to.
+        start, end: events around the step's work on the device; ``result`` when the pinned result is there.
+        follows: it was started before the step before it was collected.
+    """
+
+    plan_words: NDArray[np.int32]
+    result_words: NDArray[np.int32]
+    start: Any
+    end: Any
+    result: Any
+    in_use: bool = False
+    follows: bool = False
+    step_id: int = 0
+    num_sampled: int = 0
+    num_prompt_rows: int = 0
+    layout: ResultLayout = field(default_factory=lambda: ResultLayout(0))
+
+    def describe(self, plan: StepPlan, num_sampled: int, layout: ResultLayout) -> None:
+        """Remember what the result will mean."""
+        self.in_use = True
+        self.step_id, self.num_sampled, self.num_prompt_rows = plan.step_id, num_sampled, len(plan.prompt_rows)
+        self.layout = layout
+
+    def read(self) -> StepResult:
+        """The result, after ``result`` has passed."""
+        return self.layout.result(self.step_id, self.num_sampled, self.num_prompt_rows, self.result_words)
+
+
+class StepRing:
+    """As many slots as steps can be in flight and one more, so that the next is free without waiting for the newest.
+
+    Args:
+        groups: what the steps communicate by; ``drop_graphs`` forgets the captured ones. See `wait_for`.
+    """
+
+    def __init__(
+        self, num_slots: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator],
+        drop_graphs: Callable[[], None],
+    ) -> None:  # fmt: skip
+        import cupy
+
+        self._groups, self._drop_graphs = groups, drop_graphs
+        self._slots = [
+            StepSlot(
+                pinned_array((plan_words,), np.int32),
+                pinned_array((max(result_words, 1),), np.int32),
+                *(cupy.cuda.Event() for _ in range(3)),
+            )
+            for _ in range(num_slots)
+        ]
+        self._next = 0
+        self.times = DeviceTimes()
+
+    def acquire(self) -> StepSlot:
+        """The next slot, in turn; waits for the device if it is still on the step that used it before."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        if slot.in_use:
+            self.wait(slot.end)
+            self.wait(slot.result)
+            self._account(slot)
+        return slot
+
+    def wait(self, event: Any) -> None:
+        """Until the device has passed ``event``. Raises CommunicatorError when a peer was lost meanwhile."""
+        wait_for(event, self._groups, STEP_TIMEOUT_SECONDS, self._drop_graphs)
+
+    def drain(self) -> None:
+        """Wait for everything in flight."""
+        for slot in self._slots:
+            if slot.in_use:
+                self.wait(slot.end)
+
+    def forget(self) -> None:
+        """Wait for everything in flight and count none of it."""
+        self.drain()
+        for slot in self._slots:
+            slot.in_use = False
+        self.times = DeviceTimes()
+
+    def _account(self, slot: StepSlot) -> None:
+        import cupy
+
+        elapsed = cupy.cuda.get_elapsed_time
+        following = self._slots[self._next]
+        waited = following.follows and following.start.done
+        idle_seconds = max(0.0, elapsed(slot.end, following.start) / 1e3) if waited else 0.0
+        self.times += DeviceTimes(elapsed(slot.start, slot.end) / 1e3, idle_seconds)

@@ -1,0 +1,93 @@
+"""One pipeline stage of one step, as a sequence of kernel launches: what a captured graph holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.kernels import step_update
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.cuda.graphs import StepKey
+from phalanx.runtime.executors.cuda.memory import DeviceArray
+from phalanx.runtime.executors.cuda.ops import CudaOps
+from phalanx.runtime.executors.cuda.results import ResultLayout
+from phalanx.runtime.executors.cuda.sampler import CudaSampler
+from phalanx.runtime.memory import PROMPT_ROWS
+from phalanx.runtime.models import Model
+
+__all__ = ["CudaStage"]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStage:
+    """Enqueues this rank's share of the step whose packed plan lies in ``arrays.plan``.
+
+    Attributes:
+        layers: global numbers of the blocks of this stage.
+        hidden: ``[max tokens, D]`` what the previous stage handed over.
+        results: int32 words, laid out by `ResultLayout`.
+    """
+
+    library: KernelLibrary
+    model: Model
+    config: ModelConfig
+    topology: Topology
+    layers: range
+    block_size: int
+    arrays: StepArrays
+    ops: CudaOps
+    sampler: CudaSampler
+    hidden: DeviceArray
+    results: DeviceArray
+
+    def run(self, key: StepKey) -> DeviceArray | None:
+        """The whole stage; returns what the next stage needs, ``[T, D]``, or None on the last.
+
+        Enqueues; does not wait.
+        """
+        rows = max(key.num_logit_rows, 1)  # one padding row where nobody needs logits
+        narrows = self.topology.is_last_stage and rows < key.num_rows
+        x, residual = self._blocks(key, rows, num_kept=rows if narrows else 0)
+        if not self.topology.is_last_stage:
+            return x if residual is None else self.ops.add(x, residual)
+        if key.num_logit_rows:
+            self._sample(key, x, residual, range(key.num_logit_rows), ResultLayout(key.num_logit_rows, key.num_top))
+        return None
+
+    def run_with_prompt_rows(self, key: StepKey, num_sampled: int, num_prompt_rows: int) -> DeviceArray | None:
+        """Like `run` for a step that scores prompt rows too."""
+        total = num_sampled + num_prompt_rows
+        x, residual = self._blocks(key, total, num_kept=0)
+        if residual is not None:
+            x = self.ops.add(x, residual)
+        if not self.topology.is_last_stage:
+            return x
+        starts = [*([0] if num_sampled else []), *range(num_sampled, total, PROMPT_ROWS), total]
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            self._sample(key, x, None, range(start, stop), ResultLayout(total, key.num_top))
+        return None
+
+    def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
+        step_update.update(self.library, self.arrays, self.block_size, key.num_rows, num_logit_rows)
+        self.ops.bind(key.num_rows, key.has_prefill, num_kept)
+        if self.topology.is_first_stage:
+            x = self.model.embed(self.ops, self.config)
+        else:
+            x = self.hidden[: key.num_rows]
+        residual = None
+        for layer in self.layers:
+            x, residual = self.model.block(self.ops, self.config, layer, x, residual)
+        return x, residual
+
+    def _sample(
+        self, key: StepKey, x: DeviceArray, residual: DeviceArray | None, rows: range, layout: ResultLayout
+    ) -> None:
+        self.ops.bind_logits(rows)
+        logits = self.model.head(self.ops, self.config, x, residual)
+        views = layout.views(self.results).rows(rows)
+        self.sampler.choose(logits, rows, key.filters, views.token_ids)
+        step_update.store_tokens(self.library, self.arrays, self.block_size, views.token_ids, rows.start)
+        if key.num_top >= 0:
+            self.sampler.score(logits, views.token_ids, views.logprobs, views.top_ids, views.top_logprobs)

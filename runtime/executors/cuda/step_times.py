@@ -1,0 +1,68 @@
+"""Times of a pipeline's decoding steps, measured with the graphs that serve them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.runtime.step import ADMISSION, StepPlan
+from phalanx.runtime.step.times import StepTimes
+
+if TYPE_CHECKING:
+    from phalanx.runtime.executors.cuda.executor import CudaExecutor
+
+__all__ = ["decoding_step", "measure_step_times", "measured_sizes"]
+
+_ROUNDS = 2
+"""The fastest counts: the very first step makes NCCL connect, and any may meet another process's work."""
+
+
+def measured_sizes(max_num_seqs: int, num_stages: int) -> list[int]:
+    """Sequences of the steps worth timing: powers of two, until a micro-batch of all sequences is covered."""
+    largest = -(-max_num_seqs // num_stages)
+    return [1 << exponent for exponent in range((largest - 1).bit_length() + 1)]
+
+
+def measure_step_times(executor: CudaExecutor, max_num_seqs: int, comm: Communicator) -> StepTimes:
+    """Time one step after the other, with nothing else in the pipe. *Collective over the replica.*
+
+    The steps write to the first position of the first block only, which every sequence writes before it reads it.
+    """
+    topology = executor.topology
+    sizes = measured_sizes(max_num_seqs, topology.layout.pp)
+    own = np.array([[_latency(executor, size, comm), _stage_time(executor, size, comm)] for size in sizes])
+    latencies, stages = comm.all_gather(own).max(axis=0).T.tolist()
+    return StepTimes(topology.layout.pp, tuple(sizes), tuple(stages), tuple(latencies))
+
+
+def decoding_step(num_seqs: int) -> StepPlan:
+    """The first ``num_seqs`` slots compute and sample a token each, greedily."""
+    slots, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
+    admissions = np.array([(slot, 0.0, 0, 1.0, 0.0, -1, 0) for slot in slots.tolist()], ADMISSION)
+    return StepPlan(0, slots, zeros, ones, ones, zeros, admissions=admissions)
+
+
+def _latency(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:
+    """Seconds from a step's start to its result on the leader's host; 0 on other ranks. *Collective.*"""
+    plan = decoding_step(num_seqs)
+    seconds = []
+    for _ in range(_ROUNDS):
+        comm.barrier()
+        start = time.perf_counter()
+        executor.execute(plan)
+        if executor.topology.is_leader:
+            executor.collect()
+            seconds.append(time.perf_counter() - start)
+    return min(seconds, default=0.0)
+
+
+def _stage_time(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:
+    """Seconds of this rank's stage. *Collective.* Tensor-parallel peers start together: a sum waits for the last of them."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        comm.barrier()
+        seconds.append(executor.replay_seconds(num_seqs))
+    return min(seconds)

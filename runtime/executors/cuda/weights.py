@@ -1,0 +1,96 @@
+"""Weights of one rank in device memory: the sink that the loader streams them into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.checkpoints.dtypes import convert
+from phalanx.checkpoints.dummy import DummySlice
+from phalanx.checkpoints.source import Buffer, Index
+from phalanx.kernels.dummy_weights import dummy_weights
+from phalanx.kernels.library import Library
+from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
+
+__all__ = ["CudaSink"]
+
+_CHUNK_BYTES = 32 << 20
+
+
+class CudaSink:
+    """Device memory for weights in the compute dtype; see `phalanx.checkpoints.loader.WeightSink`.
+
+    Chunks are read from the page cache into two pinned buffers in turn, and copied from one while the other is filled.
+
+    Attributes:
+        weights: every name given to `allocate`; tied weights share one array.
+    """
+
+    chunk_bytes = _CHUNK_BYTES
+
+    def __init__(self, dtype: str, library: Library) -> None:
+        import cupy
+
+        self.weights: dict[str, DeviceArray] = {}
+        self._dtype = device_dtype(dtype)
+        self._library = library
+        self._stream = cupy.cuda.get_current_stream()
+        self._staging: list[tuple[NDArray[np.uint8], Any]] = []
+        self._turn = 0
+
+    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...]) -> DeviceArray:
+        """Zero-filled memory for one weight."""
+        import cupy
+
+        array = cupy.zeros(shape, self._dtype)
+        self.weights.update(dict.fromkeys(names, array))
+        return array
+
+    def staging(self, num_bytes: int) -> Buffer:
+        """Pinned memory for the next chunk; waits until the device has taken what it held before."""
+        import cupy
+
+        if not self._staging:
+            self._staging = [
+                (pinned_array((max(num_bytes, _CHUNK_BYTES),), np.uint8), cupy.cuda.Event(disable_timing=True))
+                for _ in range(2)
+            ]
+        self._turn = 1 - self._turn
+        buffer, taken = self._staging[self._turn]
+        taken.synchronize()
+        if len(buffer) < num_bytes:
+            self._staging[self._turn] = (buffer := pinned_array((num_bytes,), np.uint8), taken)
+        return buffer[:num_bytes]
+
+    def write(self, destination: DeviceArray, index: Index, array: NDArray[Any]) -> None:
+        """Copy ``array`` to ``destination[index]``, in the compute dtype."""
+        from cupy.cuda import runtime
+
+        values = np.ascontiguousarray(convert(array, self._dtype, "weight"))
+        region = destination[index]
+        row_bytes = values.shape[-1] * values.itemsize
+        runtime.memcpy2DAsync(
+            region.data.ptr, region.strides[0] if region.ndim == 2 else row_bytes, values.ctypes.data, row_bytes,
+            row_bytes, values.size // values.shape[-1], runtime.memcpyHostToDevice, self._stream.ptr,
+        )  # fmt: skip
+        if self._staging:
+            self._staging[self._turn][1].record(self._stream)
+        if not np.shares_memory(values, array):
+            self._stream.synchronize()  # a temporary: it must outlive the copy
+
+    def generate(self, destination: DeviceArray, index: Index, dummy: DummySlice) -> None:
+        """Make dummy weights in place."""
+        starts = [part.start for part in dummy.index]
+        dummy_weights(
+            self._library,
+            destination[index],
+            stored_dtype=dummy.dtype,
+            stored_columns=dummy.shape[-1],
+            origin=(starts[0] if len(starts) == 2 else 0, starts[-1]),
+            transposed=dummy.transposed,
+            keys=(dummy.key0, dummy.key1),
+            mean=dummy.mean,
+            width=dummy.width,
+        )

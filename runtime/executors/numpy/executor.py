@@ -1,0 +1,199 @@
+"""The NumPy executor: one rank's shard on a processor. The reference for every other executor."""
+
+from __future__ import annotations
+
+import platform
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.sharding import Span, stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.numpy.attention import NumpyAttention
+from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
+from phalanx.runtime.executors.numpy.threads import Threads, thread_count
+from phalanx.runtime.models import Model
+from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step.times import DeviceTimes, StepTimes
+
+__all__ = ["CAPABILITIES", "CacheShape", "NumpyExecutor"]
+
+Float32Array = NDArray[np.float32]
+Int32Array = NDArray[np.int32]
+
+CAPABILITIES = Capabilities("numpy", frozenset({"float32", "bfloat16", "float16"}))
+"""Weights are rounded to the type asked for; arithmetic is float32."""
+
+LOGPROB_ROWS = 256
+"""Rows of logits held at once when prompt log-probabilities are asked for; bounds memory at large vocabularies."""
+
+_HIDDEN_TAG, _RESULT_TAG = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Size of the key/value cache and of the batch state."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+
+    @property
+    def blocks_per_seq(self) -> int:
+        """Blocks that the longest sequence needs."""
+        return -(-self.max_model_len // self.block_size)
+
+
+class NumpyExecutor:
+    """See `phalanx.runtime.executors.base.Executor`.
+
+    Args:
+        weights: this rank's shard of the specs of its stage.
+        comm: all ranks of the replica; the tensor and pipeline groups are split off. *Collective.*
+    """
+
+    lookahead = 0
+    step_times: StepTimes | None = None
+    device_times: DeviceTimes | None = None
+
+    def __init__(
+        self, model: Model, config: ModelConfig, weights: dict[str, Float32Array], topology: Topology,
+        comm: Communicator, cache: CacheShape,
+    ) -> None:  # fmt: skip
+        self._model, self._config, self._topology = model, config, topology
+        self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
+        self._layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+        rank, size = topology.tp_rank, topology.layout.tp
+        self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
+        threads = Threads(thread_count())
+        self._attention = NumpyAttention(
+            config, self._layers, cache.num_blocks, cache.block_size, rank, size, cache.max_model_len, threads
+        )
+        self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
+        self._state = BatchState.empty(cache.max_num_seqs, cache.blocks_per_seq)
+        self._results: deque[StepResult] = deque()
+        self._expected: deque[int] = deque()
+        self._num_blocks = cache.num_blocks
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks of the key/value cache."""
+        return self._num_blocks
+
+    @property
+    def device(self) -> str:
+        """The processor and the threads that BLAS may use."""
+        return f"{_processor_name()}, {thread_count()} thread(s) per rank"
+
+    @property
+    def depth(self) -> int:
+        """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    def execute(self, plan: StepPlan) -> None:
+        """Compute this rank's stage of ``plan`` and hand the result on. *Collective over the replica.*"""
+        self._state.apply(plan)
+        self._ops.bind(NumpyStep(plan.token_ids, plan.positions))
+        self._attention.bind(plan, self._state)
+        x = self._run_blocks(self._enter_stage(plan))
+        if not self._topology.is_last_stage:
+            self._pp.send(x, self._pp.rank + 1, _HIDDEN_TAG)
+            if self._topology.is_leader:
+                self._expected.append(plan.result_words(self._state))
+            return
+        result = self._finish(plan, x)
+        if self._topology.is_leader:
+            self._results.append(result)
+        elif self._topology.tp_rank == 0:
+            self._pp.send(result.pack(), 0, _RESULT_TAG)
+
+    def collect(self) -> StepResult:
+        """The oldest uncollected result; waits for the last stage."""
+        if self._topology.is_last_stage:
+            return self._results.popleft()
+        buffer = np.empty(self._expected.popleft(), np.int32)
+        return StepResult.unpack(self._pp.recv(buffer, self._pp.size - 1, _RESULT_TAG))
+
+    def close(self) -> None:
+        """Release the groups. *Collective over the replica.*"""
+        self._tp.close()
+        self._pp.close()
+
+    def _enter_stage(self, plan: StepPlan) -> Float32Array:
+        if self._topology.is_first_stage:
+            embedded: Float32Array = self._model.embed(self._ops, self._config)
+            return embedded
+        hidden = np.empty((plan.num_tokens, self._config.hidden_size), np.float32)
+        return self._pp.recv(hidden, self._pp.rank - 1, _HIDDEN_TAG)
+
+    def _run_blocks(self, x: Float32Array) -> Float32Array:
+        """All blocks of the stage: ``[T, D]``, the residual added in."""
+        residual = None
+        for layer in self._layers:
+            x, residual = self._model.block(self._ops, self._config, layer, x, residual)
+        total: Float32Array = x if residual is None else x + residual
+        return total
+
+    def _finish(self, plan: StepPlan, x: Float32Array) -> StepResult:
+        """Logits, tokens and log-probabilities on the last stage; equal on all its ranks."""
+        sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        rows, count = plan.logprob_shape(self._state)
+        if self._tp.size > 1 and not rows and not (sampling["temperature"] > 0).any():
+            return StepResult(plan.step_id, self._greedy(x[plan.sample_rows]))
+        logits = self._logits(x[plan.sample_rows])
+        tokens = sample(logits, sampling, (plan.starts + plan.counts)[plan.samples > 0])
+        if not rows:
+            return StepResult(plan.step_id, tokens)
+        parts = [_score(logits, np.maximum(tokens, 0), count)]
+        for start in range(0, len(plan.prompt_rows), LOGPROB_ROWS):
+            chunk = slice(start, start + LOGPROB_ROWS)
+            parts.append(_score(self._logits(x[plan.prompt_rows[chunk]]), plan.prompt_targets[chunk], count))
+        logprobs, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return StepResult(plan.step_id, tokens, logprobs, ids, values)
+
+    def _greedy(self, x: Float32Array) -> Int32Array:
+        """Most probable tokens without gathering logits: ``[Q, D] -> [Q]``; -1 where a row is not finite."""
+        if not len(x):
+            return np.empty(0, np.int32)
+        local: Float32Array = self._model.head(self._ops, self._config, x, None)
+        held = local[:, : self._vocabulary.stop - self._vocabulary.start]
+        best = np.full((3, len(x)), -np.inf)
+        best[2] = np.isfinite(held).all(axis=1)
+        if held.shape[1]:
+            ids = held.argmax(axis=1)
+            best[0], best[1] = held[np.arange(len(x)), ids], ids + self._vocabulary.start
+        values, tokens, finite = self._tp.all_gather(best).swapaxes(0, 1)
+        winners = np.where(finite > 0, values, -np.inf).argmax(axis=0)
+        chosen = np.where(finite.all(axis=0), tokens[winners, np.arange(len(x))], -1)
+        return chosen.astype(np.int32)
+
+    def _logits(self, x: Float32Array) -> Float32Array:
+        """Logits over the whole vocabulary: ``[B, D] -> [B, V]``."""
+        if not len(x):
+            return np.empty((0, self._config.vocab_size), np.float32)
+        local: Float32Array = self._model.head(self._ops, self._config, x, None)
+        if self._tp.size == 1:
+            return local[:, : self._config.vocab_size]
+        gathered = self._tp.all_gather(local).swapaxes(0, 1).reshape(len(x), -1)
+        return gathered[:, : self._config.vocab_size]
+
+
+def _score(logits: Float32Array, targets: Int32Array, count: int) -> tuple[Float32Array, Int32Array, Float32Array]:
+    """Log-probability of each row's target and its ``count`` best alternatives."""
+    logprobs = log_softmax(logits)
+    chosen = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
+    return chosen, *top_logprobs(logprobs, count)
+
+
+def _processor_name() -> str:
+    with open("/proc/cpuinfo") as lines:
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())

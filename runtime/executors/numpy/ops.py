@@ -1,0 +1,210 @@
+"""`Ops` on NumPy arrays: the reference implementation, and the engine of machines without a GPU. float32 throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.sharding import Span
+from phalanx.runtime.config import Activation
+from phalanx.runtime.executors.numpy.attention import NumpyAttention
+from phalanx.runtime.executors.numpy.product import product
+from phalanx.runtime.executors.numpy.threads import Threads
+from phalanx.runtime.ops import AttentionSpec, Ops
+
+__all__ = ["NumpyOps", "NumpyStep"]
+
+Float32Array = NDArray[np.float32]
+
+PIECE = 1 << 16
+"""Elements that an element-by-element operation works on at a time: 256 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class NumpyStep:
+    """What the operations need of the current step."""
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+class NumpyOps(Ops[Float32Array]):
+    """One rank's operations; `bind` sets the step.
+
+    Args:
+        weights: name -> ``[out, in]`` or ``[out]``, this rank's shard.
+        vocabulary: rows of the vocabulary that this rank holds.
+        comm: the tensor-parallel group.
+        attention: key/value cache and attention over it.
+        threads: what large products are shared by.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Float32Array],
+        vocabulary: Span,
+        comm: Communicator,
+        attention: NumpyAttention,
+        threads: Threads,
+    ) -> None:
+        self._weights = weights
+        self._vocabulary = vocabulary
+        self._comm = comm
+        self._attention = attention
+        self._threads = threads
+        self._step: NumpyStep | None = None
+
+    def bind(self, step: NumpyStep) -> None:
+        """Use ``step`` for everything that follows."""
+        self._step = step
+
+    @property
+    def step(self) -> NumpyStep:
+        """The bound step."""
+        assert self._step is not None, "no step is bound"
+        return self._step
+
+    def embedding(self, name: str, scale: float = 1.0) -> Float32Array:
+        """See `Ops.embedding`."""
+        table = self._weights[f"{name}.weight"]
+        if self._comm.size == 1:
+            rows: Float32Array = table[self.step.token_ids]
+        else:
+            local = self.step.token_ids - self._vocabulary.start
+            mine = (local >= 0) & (local < self._vocabulary.stop - self._vocabulary.start)
+            rows = np.where(mine[:, None], table[np.where(mine, local, 0)], np.float32(0))
+            rows = self._comm.all_reduce(rows)
+        return rows if scale == 1.0 else rows * np.float32(scale)
+
+    def position_embedding(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.position_embedding`."""
+        positioned: Float32Array = x + self._weights[f"{name}.weight"][self.step.positions]
+        return positioned
+
+    def rms_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
+        """See `Ops.rms_norm`."""
+        weight = self._weights[f"{name}.weight"]
+        mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
+        inverse = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
+        normed: Float32Array = x * inverse[:, None]
+        normed *= weight + np.float32(weight_offset) if weight_offset else weight
+        return normed
+
+    def layer_norm(self, x: Float32Array, name: str, eps: float) -> Float32Array:
+        """See `Ops.layer_norm`."""
+        centred: Float32Array = x - x.mean(axis=1, keepdims=True)
+        variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
+        centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
+        centred *= self._weights[f"{name}.weight"]
+        centred += self._weights[f"{name}.bias"]
+        return centred
+
+    def linear(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.linear`."""
+        y = self.linear_partial(x, name)
+        bias = self._weights.get(f"{name}.bias")
+        if bias is not None:
+            y += bias
+        return y
+
+    def linear_partial(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.linear_partial`."""
+        return product(x, self._weights[f"{name}.weight"], self._threads)
+
+    def add_bias(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.add_bias`. Works in place: ``x`` is a fresh product here."""
+        bias = self._weights.get(f"{name}.bias")
+        if bias is not None:
+            x += bias
+        return x
+
+    def all_reduce(self, x: Float32Array) -> Float32Array:
+        """See `Ops.all_reduce`."""
+        return self._comm.all_reduce(x)
+
+    def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
+        """See `Ops.add`."""
+        return x + y
+
+    def activation(self, x: Float32Array, kind: Activation) -> Float32Array:
+        """See `Ops.activation`."""
+        return self._by_rows(_ACTIVATIONS[kind], x, x.shape[1])
+
+    def gated_activation(self, x: Float32Array, kind: Activation) -> Float32Array:
+        """See `Ops.gated_activation`."""
+        half = x.shape[1] // 2
+
+        def gate(rows: Float32Array) -> Float32Array:
+            gated: Float32Array = _ACTIVATIONS[kind](rows[:, :half])
+            gated *= rows[:, half:]
+            return gated
+
+        return self._by_rows(gate, x, half)
+
+    def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:
+        """``function`` of each row, ``[T, D] -> [T, width]``, in pieces that stay in a core's cache."""
+        rows_each = max(1, PIECE // x.shape[1])
+        if len(x) <= rows_each:
+            return function(x)
+        out = np.empty((len(x), width), np.float32)
+
+        def fill(rows: slice) -> None:
+            out[rows] = function(x[rows])
+
+        pieces = [slice(start, start + rows_each) for start in range(0, len(x), rows_each)]
+        self._threads.run([partial(fill, piece) for piece in pieces])
+        return out
+
+    def attention(self, qkv: Float32Array, layer: int, spec: AttentionSpec) -> Float32Array:
+        """See `Ops.attention`."""
+        return self._attention(qkv, layer, spec)
+
+    def logits(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.logits`; the executor passes only the rows that need them."""
+        return self.linear(x, name)
+
+
+def _silu(x: Float32Array) -> Float32Array:
+    denominator: Float32Array = np.exp(-np.maximum(x, np.float32(-80)))
+    denominator += np.float32(1)
+    return x / denominator
+
+
+def _gelu_tanh(x: Float32Array) -> Float32Array:
+    inner: Float32Array = x * x
+    inner *= np.float32(0.044715)
+    inner += np.float32(1)
+    inner *= x
+    inner *= np.float32(np.sqrt(2 / np.pi))
+    np.tanh(inner, out=inner)
+    inner += np.float32(1)
+    inner *= x
+    inner *= np.float32(0.5)
+    return inner
+
+
+def _gelu(x: Float32Array) -> Float32Array:
+    return np.float32(0.5) * x * (np.float32(1) + _erf(x * np.float32(np.sqrt(0.5))))
+
+
+def _erf(x: Float32Array) -> Float32Array:
+    """Abramowitz & Stegun 7.1.26 in float64: absolute error below 1.5e-7."""
+    a = np.abs(x.astype(np.float64))
+    t: NDArray[np.float64] = 1 / (1 + 0.3275911 * a)
+    poly: NDArray[np.float64] = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
+    magnitude: Float32Array = (1 - poly * np.exp(-a * a)).astype(np.float32)
+    return np.copysign(magnitude, x)
+
+
+def _relu(x: Float32Array) -> Float32Array:
+    return np.maximum(x, np.float32(0))
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu, "relu": _relu}

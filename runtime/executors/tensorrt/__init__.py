@@ -1,0 +1,1 @@
+"""The TensorRT executor: networks, engine files, and the session that runs them."""

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building one rank's engine: its shard is read once, and the plan goes to disk in pieces.
+
+Peak host memory is the shard, the builder's own copy of it, and some hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.checkpoints.source import TensorSource
+from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.parallel.sharding import stage_layers
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.config import DTypeName, ModelConfig
+from phalanx.runtime.executors.tensorrt.graph import Array, Graph
+from phalanx.runtime.executors.tensorrt.library import TensorRT
+from phalanx.runtime.executors.tensorrt.log import BuildLog
+from phalanx.runtime.executors.tensorrt.network import NetworkShape, RankNetwork, write_network
+from phalanx.runtime.models import Model
+
+__all__ = ["BuildReport", "BuildRequest", "Progress", "build_engine", "load_shard", "network_shape", "replace_file"]
+
+_DEFAULT_LONGEST = 4096
+"""Tokens: a slot is allocated in full for every sequence, so a model's 131,072 positions are no default."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with phase, step and number of steps (0 = not known), from the builder's threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What to build, for all ranks.
+
+    Attributes:
+        targets: compute capabilities.
+        stripped: leave the weights out, to be filled in when the engine is loaded.
+    """
+
+    model: Model
+    config: ModelConfig
+    shape: NetworkShape
+    targets: tuple[str, ...]
+    stripped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a build took.
+
+    Attributes:
+        num_layers: of the network, as TensorRT counts.
+        shard_bytes: this rank's weights in the compute type.
+        engine_bytes: the plan on disk.
+        peak_bytes: most resident memory of the process so far.
+        load_seconds, build_seconds: reading the shard; all of TensorRT's work, writing included.
+    """
+
+    num_layers: int
+    shard_bytes: int
+    engine_bytes: int
+    peak_bytes: int
+    load_seconds: float
+    build_seconds: float
+
+
+def network_shape(
+    config: ModelConfig, dtype: DTypeName, max_num_seqs: int, max_model_len: int | None, max_num_batched_tokens: int
+) -> NetworkShape:
+    """Sizes of engines from an operator's choices.
+
+    Raises:
+        ConfigError: longer sequences than the model has positions for, or a size below 1.
+    """
+    if max_model_len is not None and max_model_len > config.max_positions:
+        raise ConfigError(
+            f"--max-model-len={max_model_len} is beyond the {config.max_positions} positions of {config.architecture}; "
+            f"use at most {config.max_positions}"
+        )
+    length = min(config.max_positions, _DEFAULT_LONGEST) if max_model_len is None else max_model_len
+    return NetworkShape(config.compute_dtype(dtype), max_num_seqs, length, min(max_num_batched_tokens, length))
+
+
+def build_engine(
+    library: TensorRT, request: BuildRequest, source: TensorSource, topology: Topology, path: Path,
+    timing_cache: Path, progress: Progress | None = None,
+) -> BuildReport:  # fmt: skip
+    """Build the engine of ``topology``'s rank into ``path``, which appears whole or not at all.
+
+    Args:
+        timing_cache: kernel measurements, read if there and written back.
+
+    Raises:
+        ConfigError: the model cannot be expressed, or this library cannot build for the targets.
+        CheckpointError: the checkpoint does not fit the model.
+        ExecutorError: TensorRT failed; the message gives what it logged.
+    """
+    start = time.perf_counter()
+    if progress is not None:
+        progress("reading weights", 0, 0)
+    weights = load_shard(request, source, topology)
+    loaded = time.perf_counter()
+    log = BuildLog()
+    builder = _create_builder(library, log)
+    network = _write_network(library, builder, request, weights, topology, log)
+    config = _builder_config(library, builder, request, network)
+    if progress is not None:
+        monitor = library.progress_monitor(progress)
+        log.keep_alive(monitor)
+        config.progress_monitor = monitor
+    library.set_timing_cache(config, timing_cache.read_bytes() if timing_cache.exists() else b"")
+    engine_bytes = _write_plan(library, builder, network, config, path, log)
+    replace_file(timing_cache, library.timing_cache(config))
+    return BuildReport(
+        num_layers=network.graph.network.num_layers,
+        shard_bytes=_distinct_bytes(weights),
+        engine_bytes=engine_bytes,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        load_seconds=loaded - start,
+        build_seconds=time.perf_counter() - loaded,
+    )
+
+
+def load_shard(request: BuildRequest, source: TensorSource, topology: Topology) -> dict[str, Array]:
+    """One rank's weights in the compute type, read once, slice by slice.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model.
+    """
+    model, config = request.model, request.config
+    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+    sink = NumpySink(dtype=request.shape.numpy_dtype, chunk_bytes=16 << 20)
+    load_weights(
+        source, model.weights(config, layers, topology.is_first_stage, topology.is_last_stage), topology.tp_rank,
+        topology.layout.tp, sink, ignored=model.ignored_tensors, all_specs=model.weights(config),
+    )  # fmt: skip
+    return sink.weights
+
+
+def _create_builder(library: TensorRT, log: BuildLog) -> Any:
+    logger = library.logger(log)
+    try:
+        builder = library.module.Builder(logger)
+    except Exception as error:
+        raise ConfigError(
+            f"{library.name} cannot build engines on this machine: {log.cause() or error}; it needs a GPU and its driver, or "
+            "install tensorrt-rtx, which builds without a GPU"
+        ) from error
+    log.keep_alive(logger)
+    return builder
+
+
+def _write_network(
+    library: TensorRT, builder: Any, request: BuildRequest, weights: dict[str, Array], topology: Topology, log: BuildLog
+) -> RankNetwork:
+    graph = Graph(library, library.create_network(builder), request.stripped)
+    try:
+        return write_network(graph, request.model, request.config, weights, topology, request.shape)
+    except ExecutorError as error:
+        raise ExecutorError(f"{error}: {log.cause() or 'it gave no reason'}") from error
+
+
+def _builder_config(library: TensorRT, builder: Any, request: BuildRequest, network: RankNetwork) -> Any:
+    config = builder.create_builder_config()
+    library.set_targets(config, request.targets)
+    library.enable_collectives(config)
+    if request.shape.dtype == "float32":
+        library.forbid_tf32(config)
+    if request.stripped:
+        library.set_refit(config)
+    for shapes in network.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, frequent, largest) in shapes.items():
+            profile.set_shape(name, smallest, frequent, largest)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _write_plan(
+    library: TensorRT, builder: Any, network: RankNetwork, config: Any, path: Path, log: BuildLog
+) -> int:  # fmt: skip
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            writer = library.stream_writer(file.write)
+            if not builder.build_serialized_network_to_stream(network.graph.network, config, writer):
+                raise ExecutorError(f"{library.name} could not build {path.name}: {log.cause() or 'it gave no reason'}")
+            size = file.tell()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = _partial(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes first: several may make the same file at once."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _distinct_bytes(weights: dict[str, Array]) -> int:
+    return sum({array.ctypes.data: array.nbytes for array in weights.values()}.values())

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TensorRT executor: steps become passes through this rank's engine, which also finds the most probable tokens; where a
+request samples or wants log-probabilities, the host chooses from the logits.
+
+Where the engine runs is a `EngineSession`: `phalanx.runtime.executors.tensorrt.session` on a GPU, an interpreter of the network in
+the tests. Everything else of a step is here, and the same for both.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.executors.base import Capabilities, Executor
+from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.tensorrt.network import NetworkShape
+from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
+from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step.times import DeviceTimes, StepTimes
+
+__all__ = ["CAPABILITIES", "EngineSession", "PassOutput", "TrtExecutor", "Wanted", "create_trt_executor"]
+
+Float32Array = NDArray[np.float32]
+Int32Array = NDArray[np.int32]
+
+CAPABILITIES = Capabilities("tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False)
+
+_RESULT_TAG = 2
+
+
+Wanted = Literal["nothing", "tokens", "logits"]
+"""What a rank needs of a pass: greedy decoding needs a token a row, not a vocabulary a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassOutput:
+    """A row for each of a pass's samples, then for each of its prompt rows; valid until the next pass.
+
+    Attributes:
+        token_ids: most probable token, -1 where a row's logits are not all finite.
+        logits: ``[n, V]``; None unless asked for.
+    """
+
+    token_ids: Int32Array
+    logits: Float32Array | None
+
+
+class EngineSession(Protocol):
+    """One rank's engine with its caches. All ranks of a replica run the same passes in the same order."""
+
+    @property
+    def device(self) -> str:
+        """What computes, in words."""
+        ...
+
+    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput | None:
+        """Compute a pass, taking hidden states from the previous stage and handing them to the next.
+
+        Waits for the device and returns something only if something is wanted. *Collective over the replica.*
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what is in flight and release memory. *Collective over the replica.*"""
+        ...
+
+
+class TrtExecutor:
+    """See `phalanx.runtime.executors.base.Executor`.
+
+    Args:
+        shape: sizes that the engine was built for.
+        pipeline: this rank's pipeline group on the host, for results.
+    """
+
+    lookahead = 0
+    device_times: DeviceTimes | None = None
+    step_times: StepTimes | None = None
+
+    def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:
+        self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
+        self._translator = StepTranslator(shape)
+        self._state = BatchState.empty(shape.max_num_seqs, 1)
+        self._chooses = topology.is_last_stage and topology.tp_rank == 0
+        self._results: deque[StepResult] = deque()
+        self._expected: deque[int] = deque()
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Slots."""
+        return self._shape.max_num_seqs
+
+    @property
+    def device(self) -> str:
+        """What computes, in words."""
+        return self._session.device
+
+    @property
+    def depth(self) -> int:
+        """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    def execute(self, plan: StepPlan) -> None:
+        """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
+        self._state.apply(plan)
+        choice = _Choice(plan, self._state) if self._chooses else None
+        for engine_pass in self._translator.passes(plan):
+            output = self._session.run(engine_pass, choice.wanted(engine_pass) if choice else "nothing")
+            if choice and output:
+                choice.take(engine_pass, output)
+        if choice is None:
+            if self._topology.is_leader:
+                self._expected.append(plan.result_words(self._state))
+        elif self._topology.is_leader:
+            self._results.append(choice.result)
+        else:
+            self._pipeline.send(choice.result.pack(), 0, _RESULT_TAG)
+
+    def collect(self) -> StepResult:
+        """The oldest uncollected result; waits for the last stage."""
+        if self._topology.is_last_stage:
+            return self._results.popleft()
+        buffer = np.empty(self._expected.popleft(), np.int32)
+        return StepResult.unpack(self._pipeline.recv(buffer, self._pipeline.size - 1, _RESULT_TAG))
+
+    def close(self) -> None:
+        """Release the engine and the groups. *Collective over the replica.*"""
+        self._session.close()
+        self._pipeline.close()
+
+
+class _Choice:
+    """Tokens and log-probabilities of one step, filled in pass by pass."""
+
+    def __init__(self, plan: StepPlan, state: BatchState) -> None:
+        sampled = plan.samples > 0
+        self._sampling = state.sampling[plan.slots[sampled]]
+        self._positions = (plan.starts + plan.counts)[sampled]
+        self._targets = plan.prompt_targets
+        rows, count = plan.logprob_shape(state)
+        self.result = StepResult(
+            plan.step_id, np.empty(len(self._positions), np.int32), np.empty(rows, np.float32),
+            np.empty((rows, count), np.int32), np.empty((rows, count), np.float32),
+        )  # fmt: skip
+
+    def wanted(self, engine_pass: EnginePass) -> Wanted:
+        """What the pass's rows need."""
+        if not len(engine_pass.samples) and not len(engine_pass.prompts):
+            return "nothing"
+        is_greedy = (self._sampling["temperature"][engine_pass.samples] <= 0).all()
+        return "tokens" if is_greedy and not len(self.result.logprobs) else "logits"
+
+    def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
+        """Choose the tokens of one pass and score what is asked for."""
+        samples, prompts = engine_pass.samples, engine_pass.prompts
+        tokens, logits = output.token_ids[: len(samples)], output.logits
+        if logits is not None:
+            tokens = sample(logits[: len(samples)], self._sampling[samples], self._positions[samples])
+        self.result.token_ids[samples] = tokens
+        if logits is not None and len(self.result.logprobs):
+            self._score(samples, logits[: len(samples)], np.maximum(tokens, 0))
+            prompt_logits = logits[len(samples) : len(samples) + len(prompts)]
+            self._score(len(self._positions) + prompts, prompt_logits, self._targets[prompts])
+
+    def _score(self, rows: Int32Array, logits: Float32Array, targets: Int32Array) -> None:
+        if not len(rows):
+            return
+        logprobs = log_softmax(logits)
+        self.result.logprobs[rows] = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
+        ids, values = top_logprobs(logprobs, self.result.top_ids.shape[1])
+        self.result.top_ids[rows], self.result.top_logprobs[rows] = ids, values
+
+
+def create_trt_executor(spec: RankSpec) -> tuple[Executor, int]:
+    """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
+
+    Raises:
+        ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
+        CheckpointError: the checkpoint does not fit the model.
+    """
+    from phalanx.runtime.executors.tensorrt.loading import open_session
+
+    CAPABILITIES.check(spec.config, spec.dtype)
+    session, shape = open_session(spec)
+    pipeline = spec.comm.split(spec.topology.pp_group)
+    return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

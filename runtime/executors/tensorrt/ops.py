@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Ops` that write layers into a TensorRT network instead of computing: the same models, lowered.
+
+Between operations a tensor is ``[T, D]`` in the compute type, T = B N tokens of B sequences with N tokens each (decoding: N = 1;
+prefill: B = 1), so that a matrix product is one GEMM and not one per sequence. Only attention sees the batch axis. Norms,
+rotation and scaling are done in float32, as the reference does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Span
+from phalanx.runtime.config import Activation, RopeConfig
+from phalanx.runtime.executors.tensorrt.graph import Array, Graph
+from phalanx.runtime.executors.tensorrt.library import ITensor
+from phalanx.runtime.ops import AttentionSpec, Ops
+from phalanx.runtime.rope import rotary_table
+
+__all__ = ["LocalHeads", "StepTensors", "TrtOps"]
+
+_FLOAT32 = np.dtype(np.float32)
+_ACTIVATIONS: Mapping[Activation, str] = {"gelu_tanh": "GELU_TANH", "gelu": "GELU_ERF", "relu": "RELU"}
+
+_HIDDEN = -60000.0
+"""Added to the score of a position that must not be seen: within float16, and its exponential is 0 in every type."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """The inputs of a network that stand for the step.
+
+    Attributes:
+        token_ids: ``[B, N]`` int32; None behind the first pipeline stage.
+        positions: ``[B, N]`` int32.
+        write_indices: ``[B]`` int32, where each sequence's new keys and values go in its slot.
+        slot_length: positions that a slot holds.
+    """
+
+    token_ids: ITensor | None
+    positions: ITensor
+    write_indices: ITensor
+    slot_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHeads:
+    """Heads of this rank and their extent: H, K (both local) and C."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class TrtOps(Ops[ITensor]):
+    """One rank's operations as layers of ``graph``.
+
+    Args:
+        weights: name -> array in the compute type, this rank's shard; kept alive by the graph.
+        dtype: compute type.
+        vocabulary: rows of the vocabulary that this rank holds.
+        caches: layer -> (keys, values), network inputs ``[B, K, P, C]``; updated ones are left in `updated_caches`.
+        num_ranks: size of the tensor-parallel group.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype[Any], vocabulary: Span, heads: LocalHeads,
+        caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, num_ranks: int,
+    ) -> None:  # fmt: skip
+        self._graph, self._weights, self._dtype = graph, weights, dtype
+        self._vocabulary, self._heads, self._caches = vocabulary, heads, caches
+        self._step, self._num_ranks = step, num_ranks
+        self.updated_caches: dict[int, tuple[ITensor, ITensor]] = {}
+        shape = graph.shape(step.positions)
+        self._num_seqs, self._seq_tokens = graph.extent(shape, 0), graph.extent(shape, 1)
+        self._num_tokens = graph.binary("PROD", self._num_seqs, self._seq_tokens)
+        self._flat_positions = graph.reshape(step.positions, (-1,))
+        self._shapes: dict[tuple[str, int], ITensor] = {}
+        self._masks: dict[int, ITensor] = {}
+        self._rotary: dict[RopeConfig, tuple[ITensor, ITensor]] = {}
+
+    # Embeddings
+
+    def embedding(self, name: str, scale: float = 1.0) -> ITensor:
+        """See `Ops.embedding`."""
+        graph = self._graph
+        assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
+        ids = graph.reshape(self._step.token_ids, (-1,))
+        table = self._weight(f"{name}.weight")
+        rows = graph.gather(table, ids) if self._num_ranks == 1 else self.all_reduce(self._local_rows(table, ids))
+        return (
+            rows if scale == 1.0 else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
+        )
+
+    def _local_rows(self, table: ITensor, ids: ITensor) -> ITensor:
+        """Rows of the tokens that this rank holds, zero for the others."""
+        graph, span = self._graph, self._vocabulary
+        first, zero = (
+            graph.constant(np.array([span.start], np.int32)),
+            graph.constant(np.array([0], np.int32)),
+        )
+        count = graph.constant(np.array([span.stop - span.start], np.int32))
+        local = graph.binary("SUB", ids, first)
+        below = graph.binary("LESS", local, zero)
+        mine = graph.binary("AND", graph.unary("NOT", below), graph.binary("LESS", local, count))
+        rows = graph.gather(table, graph.select(mine, local, zero))
+        nothing = graph.constant(np.zeros((1, 1), self._dtype))
+        return graph.select(graph.reshape(mine, (-1, 1)), rows, nothing)
+
+    def position_embedding(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.position_embedding`."""
+        return self.add(x, self._graph.gather(self._weight(f"{name}.weight"), self._flat_positions))
+
+    # Norms
+
+    def rms_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
+        """See `Ops.rms_norm`."""
+        graph = self._graph
+        weight = graph.cast(self._row(f"{name}.weight"), _FLOAT32)
+        if weight_offset:
+            weight = graph.binary("SUM", weight, graph.scalar(weight_offset, 2))
+
+        def normalise(x: ITensor) -> ITensor:
+            variance = graph.binary("SUM", graph.mean_square(x), graph.scalar(eps, 2))
+            return graph.binary("PROD", graph.binary("DIV", x, graph.unary("SQRT", variance)), weight)
+
+        return self._in_float32(x, normalise)
+
+    def layer_norm(self, x: ITensor, name: str, eps: float) -> ITensor:
+        """See `Ops.layer_norm`."""
+        graph = self._graph
+        scale, bias = (graph.cast(self._row(f"{name}.{kind}"), _FLOAT32) for kind in ("weight", "bias"))
+        return self._in_float32(x, lambda x: graph.layer_norm(x, scale, bias, eps))
+
+    # Matrix products
+
+    def linear(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.linear`."""
+        return self.add_bias(self.linear_partial(x, name), name)
+
+    def linear_partial(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.linear_partial`."""
+        return self._graph.matmul_transposed(x, self._weight(f"{name}.weight"))
+
+    def add_bias(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.add_bias`."""
+        return self.add(x, self._row(f"{name}.bias")) if f"{name}.bias" in self._weights else x
+
+    def all_reduce(self, x: ITensor) -> ITensor:
+        """See `Ops.all_reduce`."""
+        return x if self._num_ranks == 1 else self._graph.all_reduce(x, self._num_ranks)
+
+    def logits(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.logits`; the network passes only the rows that need them."""
+        return self.linear(x, name)
+
+    # Element by element
+
+    def add(self, x: ITensor, y: ITensor) -> ITensor:
+        """See `Ops.add`."""
+        return self._graph.binary("SUM", x, y)
+
+    def activation(self, x: ITensor, kind: Activation) -> ITensor:
+        """See `Ops.activation`."""
+        if kind == "silu":
+            return self._graph.binary("PROD", x, self._graph.activation("SIGMOID", x))
+        return self._graph.activation(_ACTIVATIONS[kind], x)
+
+    def gated_activation(self, x: ITensor, kind: Activation) -> ITensor:
+        """See `Ops.gated_activation`."""
+        width = x.shape[1] // 2
+        gate, up = (self._columns(x, start, width) for start in (0, width))
+        return self._graph.binary("PROD", self.activation(gate, kind), up)
+
+    # Attention
+
+    def attention(self, qkv: ITensor, layer: int, spec: AttentionSpec) -> ITensor:
+        """See `Ops.attention`.
+
+        Raises:
+            ConfigError: the network API has no layer for this kind of attention.
+        """
+        _check_expressible(spec)
+        graph, heads = self._graph, self._heads
+        query = self._split(qkv, 0, heads.num_heads)
+        key = self._split(qkv, heads.num_heads, heads.num_kv_heads)
+        value = self._split(qkv, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
+        query = self._in_float32(
+            query, lambda x: graph.binary("PROD", self._rotate(x, spec.rope), graph.scalar(spec.scale, 4))
+        )
+        if spec.rope is not None:
+            key = self._in_float32(key, lambda x: self._rotate(x, spec.rope))
+        keys, values = (
+            graph.update_cache(cache, update, self._step.write_indices)
+            for cache, update in zip(self._caches[layer], (key, value), strict=True)
+        )
+        self.updated_caches[layer] = (keys, values)
+        attended = graph.attention(query, keys, values, self._mask(spec.window))
+        return graph.merge_heads(attended, heads.num_heads * heads.head_dim)
+
+    def _split(self, qkv: ITensor, first_head: int, num_heads: int) -> ITensor:
+        """Some heads of the packed product: ``[T, (H + 2K) C] -> [B, n, N, C]``."""
+        dim = self._heads.head_dim
+        key = ("heads", num_heads)
+        if key not in self._shapes:
+            self._shapes[key] = self._graph.extents(self._num_seqs, self._seq_tokens, num_heads, dim)
+        return self._graph.split_heads(self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key])
+
+    def _rotate(self, x: ITensor, rope: RopeConfig | None) -> ITensor:
+        if rope is None:
+            return x
+        if rope not in self._rotary:
+            cos, sin = rotary_table(rope, self._step.slot_length)
+            self._rotary[rope] = (self._table(cos), self._table(sin))
+        return self._graph.rotate(x, *self._rotary[rope], self._step.positions, rope.rotary_dim)
+
+    def _table(self, values: Array) -> ITensor:
+        return self._graph.constant(np.ascontiguousarray(values, np.float32))
+
+    def _mask(self, window: int) -> ITensor:
+        """``[B, 1, N, P]``, added to scores: 0 where a query sees a position of its slot; one for all layers of a kind."""
+        if window not in self._masks:
+            graph = self._graph
+            own = graph.reshape(self._step.positions, graph.extents(self._num_seqs, 1, self._seq_tokens, 1))
+            slot = graph.constant(np.arange(self._step.slot_length, dtype=np.int32).reshape(1, 1, 1, -1))
+            visible = graph.unary("NOT", graph.binary("GREATER", slot, own))
+            if window:
+                oldest = graph.binary("SUB", own, graph.constant(np.full((1, 1, 1, 1), window, np.int32)))
+                visible = graph.binary("AND", visible, graph.binary("GREATER", slot, oldest))
+            nothing, hidden = (graph.constant(np.full((1, 1, 1, 1), value, self._dtype)) for value in (0.0, _HIDDEN))
+            self._masks[window] = graph.select(visible, nothing, hidden)
+        return self._masks[window]
+
+    # Helpers
+
+    def _weight(self, name: str) -> ITensor:
+        return self._graph.weight(name, self._weights[name])
+
+    def _row(self, name: str) -> ITensor:
+        """A vector as ``[1, D]``."""
+        array = self._weights[name]
+        return self._graph.weight(name, array, (1, array.size))
+
+    def _columns(self, x: ITensor, start: int, width: int) -> ITensor:
+        key = ("columns", width)
+        if key not in self._shapes:
+            self._shapes[key] = self._graph.extents(self._num_tokens, width)
+        return self._graph.columns(x, start, self._shapes[key])
+
+    def _in_float32(self, x: ITensor, compute: Callable[[ITensor], ITensor]) -> ITensor:
+        """``compute`` in float32, the result in the compute type."""
+        return self._graph.cast(compute(self._graph.cast(x, _FLOAT32)), self._dtype)
+
+
+def _check_expressible(spec: AttentionSpec) -> None:
+    features = {"soft_cap": bool(spec.soft_cap), "alibi": spec.alibi}
+    for feature, wanted in features.items():
+        if wanted:
+            raise ConfigError(
+                f"the tensorrt engine cannot run this model: no {feature} (TensorRT's attention layer has none); "
+                "use --engine cuda or numpy"
+            )

@@ -1,0 +1,1 @@
+"""Both ends of the socket pair that joins the HTTP process to the engine on rank 0."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's end of the socket pair: never blocks a step, keeps what the HTTP process has not read yet."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+import msgspec
+
+from phalanx.parallel.errors import CommunicatorError
+from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, ToFrontend, encode_frame
+
+__all__ = ["FrontendChannel"]
+
+_READ_BYTES = 1 << 18
+
+
+class FrontendChannel:
+    """Messages to and from the HTTP process. Used by one thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._frames = FrameDecoder()
+        self._decoder = msgspec.msgpack.Decoder(FromFrontend)
+        self._unsent = bytearray()
+
+    def send(self, message: ToFrontend) -> None:
+        """Send now what the socket takes, keep the rest for the next call of `send` or `receive`.
+
+        Raises:
+            CommunicatorError: the HTTP process is gone.
+        """
+        self._unsent += encode_frame(message)
+        self._flush()
+
+    def receive(self, timeout_seconds: float) -> list[FromFrontend]:
+        """What has arrived, after waiting for at most ``timeout_seconds`` for the first of it.
+
+        Raises:
+            CommunicatorError: the HTTP process is gone.
+        """
+        writers = [self._sock] if self._unsent else []
+        readable, writable, _ = select.select([self._sock], writers, [], timeout_seconds)
+        if writable:
+            self._flush()
+        return self._read() if readable else []
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything is sent; False when time ran out or the HTTP process is gone."""
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while self._unsent:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                select.select([], [self._sock], [], left)
+                self._flush()
+        except CommunicatorError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close this end, which ends the HTTP process."""
+        self._sock.close()
+
+    def _read(self) -> list[FromFrontend]:
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise _gone() from error
+        if not data:
+            raise _gone()
+        return [self._decoder.decode(body) for body in self._frames.feed(data)]
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._sock.send(self._unsent)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _gone() from error
+
+
+def _gone() -> CommunicatorError:
+    return CommunicatorError("the HTTP process is gone; see its last message above, then start the server again")

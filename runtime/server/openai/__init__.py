@@ -1,0 +1,1 @@
+"""OpenAI's protocol: request fields, generation, response bodies and events."""

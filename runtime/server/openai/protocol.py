@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Request bodies of the OpenAI protocol, and what of it is refused by name.
+
+Every field that clients of OpenAI and vLLM are known to send is listed. One that Phalanx cannot honour is accepted only
+with a value that changes nothing; a field that nobody knows is refused: it is a misspelling more often than not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import msgspec
+
+from phalanx.runtime.server.errors import ApiError, invalid
+
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "GenerationRequest",
+    "StreamOptions",
+    "TokenizeRequest",
+    "decode_body",
+]
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What completions and chat completions share. None = the default."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    skip_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Accepted, and without effect on the answer
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    request_id: Any = None
+
+    # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    cache_salt: Any = None
+    frequency_penalty: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    kv_transfer_params: Any = None
+    length_penalty: Any = None
+    logit_bias: Any = None
+    logits_processors: Any = None
+    presence_penalty: Any = None
+    priority: Any = None
+    prompt_logprobs: Any = None
+    repetition_penalty: Any = None
+    response_format: Any = None
+    spaces_between_special_tokens: Any = None
+    structured_outputs: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+
+    suffix: Any = None
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: Any = None
+    name: str | None = None
+
+    audio: Any = None
+    function_call: Any = None
+    reasoning_content: Any = None
+    refusal: Any = None
+    tool_call_id: Any = None
+    tool_calls: Any = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    parallel_tool_calls: Any = None
+
+    audio: Any = None
+    chat_template: Any = None
+    documents: Any = None
+    echo: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /tokenize``: a text, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /detokenize``."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool = True
+
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "allowed_token_ids": (),
+        "audio": (),
+        "bad_words": ([],),
+        "cache_salt": (),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "kv_transfer_params": (),
+        "length_penalty": (1,),
+        "logit_bias": ({},),
+        "logits_processors": ([],),
+        "modalities": (["text"],),
+        "prediction": (),
+        "presence_penalty": (0,),
+        "priority": (0,),
+        "prompt_logprobs": (),
+        "reasoning_content": ("",),
+        "reasoning_effort": (),
+        "refusal": ("",),
+        "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},),
+        "spaces_between_special_tokens": (True,),
+        "structured_outputs": (),
+        "suffix": ("",),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+)
+"""For each known field without an implementation: values, besides null, that ask for nothing."""
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+_MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
+_PATH = re.compile(r"`\$\.?(\w*)")
+
+
+def decode_body(body: bytes, kind: type[Body]) -> Body:
+    """Read a request body.
+
+    Raises:
+        ApiError: 400, naming the field: no JSON, a wrong type, an unknown field, or one that cannot be honoured.
+    """
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refused_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise invalid("the body is nested too deeply", code="invalid_json") from None
+    _refuse_unsupported(request)
+    for message in getattr(request, "messages", None) or ():
+        _refuse_unsupported(message)
+    return request
+
+
+def _refused_field(reason: str) -> ApiError:
+    if match := _UNKNOWN_FIELD.search(reason):
+        return invalid(f"unknown field {match[1]!r}; check its spelling", match[1], "unknown_parameter")
+    if match := _MISSING_FIELD.search(reason):
+        return invalid(f"{reason}; give it", match[1], "missing_required_parameter")
+    match = _PATH.search(reason)
+    return invalid(reason, match[1] or None if match else None, "invalid_type")
+
+
+def _refuse_unsupported(struct: msgspec.Struct) -> None:
+    for name in unsupported_fields(type(struct)):
+        value = getattr(struct, name)
+        if value is not None and value not in NEUTRAL_VALUES[name]:
+            raise invalid(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+
+
+@functools.cache
+def unsupported_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """Fields of ``kind`` without an implementation: typed `Any` and listed in `NEUTRAL_VALUES`."""
+    fields = msgspec.structs.fields(kind)
+    return tuple(field.encode_name for field in fields if field.type is Any and field.name in NEUTRAL_VALUES)

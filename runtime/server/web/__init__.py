@@ -1,0 +1,1 @@
+"""HTTP itself: listening, limits, keys, the access log. Nothing here knows a protocol's fields."""

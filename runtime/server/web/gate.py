@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every request passes before it reaches a route: is the server up, who asks, under which id."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phalanx.runtime.server.errors import ApiError, unavailable
+from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+from phalanx.runtime.server.web.http import error_response
+
+__all__ = ["Gate"]
+
+_LOG = logging.getLogger("phalanx.server")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OPEN_WITHOUT_KEY = frozenset({"/health"})
+_OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics"})
+
+
+class Gate:
+    """Pure ASGI middleware. Requests are logged by id, route, status and time, never by content."""
+
+    def __init__(self, app: ASGIApp, client: EngineClient, api_keys: Sequence[bytes]) -> None:
+        self._app = app
+        self._client = client
+        self._api_keys = tuple(api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started = Headers(scope=scope), time.monotonic()
+        request_id = _request_id(headers)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope["path"], headers)
+        answer = self._app if refusal is None else error_response(refusal)
+        try:
+            await answer(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - started
+            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds)
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        state = self._client.state
+        if state is ServerState.STARTING:
+            return unavailable("the server is starting; try again in a moment")
+        if path not in _OPEN_WITHOUT_KEY and not self._has_key(headers):
+            challenge = {"www-authenticate": "Bearer"}
+            return ApiError(
+                401, "no valid API key; send one as 'Authorization: Bearer KEY'", code="invalid_api_key",
+                headers=challenge,
+            )  # fmt: skip
+        if state is ServerState.DRAINING and path not in _OPEN_WHILE_DRAINING:
+            return unavailable("the server is shutting down; ask another one, or try again later", 5)
+        if state is ServerState.FAILED and path not in _OPEN_WHILE_DRAINING:
+            return unavailable(f"the engine stopped: {self._client.failure}", 5)
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        if not self._api_keys:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._api_keys]
+        return any(matches)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP parts that every route uses: bounded bodies, JSON answers, event streams, noticing that the client left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.settings import FrontendSettings
+
+__all__ = ["ClientGone", "EventStream", "error_response", "json_response", "read_body", "until_disconnect"]
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody reads an answer any more."""
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """``value`` as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """An error object with its status and headers."""
+    return Response(error.encoded(), error.status, error.headers, media_type="application/json")
+
+
+async def read_body(request: Request, settings: FrontendSettings) -> bytes:
+    """The whole body, counted as it arrives.
+
+    Raises:
+        ApiError: 413 when it is too large or in too many chunks, 408 when it takes too long.
+        ClientGone: the connection closed before its end.
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > 2 * settings.max_body_bytes:
+        raise _too_large(settings)
+    try:
+        async with asyncio.timeout(settings.body_timeout_seconds):
+            return await _read_chunks(request.receive, settings)
+    except TimeoutError:
+        seconds = f"{settings.body_timeout_seconds:g}"
+        headers = {"connection": "close", "x-should-retry": "false"}
+        raise ApiError(
+            408, f"the body did not arrive within {seconds} s", code="body_timeout", headers=headers
+        ) from None
+
+
+async def _read_chunks(receive: Receive, settings: FrontendSettings) -> bytes:
+    """A body somewhat over the limit is read to its end, so that the client is there to see the refusal."""
+    chunks: list[bytes] = []
+    num_bytes = num_chunks = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        num_bytes += len(chunk)
+        num_chunks += 1
+        if max(num_bytes / settings.max_body_bytes, num_chunks / settings.max_body_chunks) > 2:
+            break
+        if num_bytes <= settings.max_body_bytes and num_chunks <= settings.max_body_chunks:
+            chunks.append(chunk)
+    if num_bytes > settings.max_body_bytes or num_chunks > settings.max_body_chunks:
+        raise _too_large(settings)
+    return b"".join(chunks)
+
+
+def _too_large(settings: FrontendSettings) -> ApiError:
+    limits = f"{settings.max_body_bytes} bytes or {settings.max_body_chunks} chunks"
+    message = f"the body exceeds {limits}; send a smaller one"
+    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client closes its connection first.
+
+    Raises:
+        ClientGone: it did.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+class EventStream(Response):
+    """Server-sent events: every item is sent at once; ``close`` is called however the stream ends."""
+
+    media_type = "text/event-stream"
+    charset = "utf-8"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the events or the client are at their end."""
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await until_disconnect(receive, self._send_events(send))
+        except ClientGone:
+            return
+        finally:
+            self._close()
+
+    async def _send_events(self, send: Send) -> None:
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
