@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sum over the GPUs of one host, in place: every rank writes its values straight into its peers' memory (CUDA IPC over
 // NVLink) and reads only its own. For messages that are too short for NCCL.
-// Shapes: x [num_vectors], vectors of 16 bytes; buffers [2, capacity] of every rank, ABSENT throughout before the first call.
+// Shapes: x [num_vectors], vectors of 16 bytes, the last of which ends after `tail` values if HAS_TAIL; buffers [2, capacity]
+//   of every rank, ABSENT throughout before the first call.
 //   state: arrivals, epoch; zero before the first call. abort: 0; anything else ends a kernel whose peers are gone.
-// Defines: SCALAR, RANK, NUM_RANKS (2 to 8), NUM_THREADS. `peer<k>`: the buffers of rank (RANK + k) % NUM_RANKS.
+// Defines: SCALAR, RANK, NUM_RANKS (2 to 8), NUM_THREADS, HAS_TAIL (0 or 1). `peer<k>`: the buffers of rank (RANK + k) % NUM_RANKS.
 // Limits: one call at a time on a rank, the same sequence of calls on all ranks; blocks wait for each other's peers, so the
 //   grid should fit on the device; plain launches only (no launch.cuh).
 // Reference: float32 sum in the order of the ranks, rounded once: equal bit by bit on all ranks and in both kernels.
@@ -78,6 +79,28 @@ __device__ __forceinline__ uint4 sum(const uint4& mine, const uint4 (&got)[NUM_P
     return sendable(words);
 }
 
+// Vector i of the message. What lies past the message's end is sent as zeros.
+__device__ __forceinline__ uint4 read_message(const uint4* x, int i, int num_vectors, int tail) {
+#if HAS_TAIL
+    if (i + 1 == num_vectors) {
+        uint4 words = make_uint4(0, 0, 0, 0);
+        for (int j = 0; j < tail; ++j) reinterpret_cast<scalar*>(&words)[j] = reinterpret_cast<const scalar*>(x + i)[j];
+        return words;
+    }
+#endif
+    return x[i];
+}
+
+__device__ __forceinline__ void write_message(uint4* x, int i, int num_vectors, int tail, const uint4& words) {
+#if HAS_TAIL
+    if (i + 1 == num_vectors) {
+        for (int j = 0; j < tail; ++j) reinterpret_cast<scalar*>(x + i)[j] = reinterpret_cast<const scalar*>(&words)[j];
+        return;
+    }
+#endif
+    x[i] = words;
+}
+
 // The last block to come moves on the epoch: by then all have read it. Off the critical path, while the data travels.
 __device__ __forceinline__ void finish_epoch(unsigned int* state, unsigned int epoch) {
     __syncthreads();
@@ -88,7 +111,7 @@ __device__ __forceinline__ void finish_epoch(unsigned int* state, unsigned int e
 }
 
 #define PARAMETERS                                                                                                       \
-    uint4 *x, int num_vectors, uint4 *own, uint4 *peer1, uint4 *peer2, uint4 *peer3, uint4 *peer4, uint4 *peer5,         \
+    uint4 *x, int num_vectors, int tail, uint4 *own, uint4 *peer1, uint4 *peer2, uint4 *peer3, uint4 *peer4, uint4 *peer5,         \
         uint4 *peer6, uint4 *peer7, int64 capacity, unsigned int *state, const unsigned int *abort
 
 // Everybody sends everything to everybody: one way over the link, NUM_PEERS times the bytes.
@@ -100,16 +123,16 @@ all_reduce_one_shot(PARAMETERS) {
     const unsigned int epoch = read_shared_word(&state[1]);
     const int64 half = epoch % 2 * capacity, step = num_vectors;
     for (int i = first; i < num_vectors; i += stride) {
-        const uint4 mine = sendable(x[i]);
+        const uint4 mine = sendable(read_message(x, i, num_vectors, tail));
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + slot_at(k) * step + i, mine);
     }
     finish_epoch(state, epoch);
     for (int i = first; i < num_vectors; i += stride) {
-        const uint4 mine = sendable(x[i]);
+        const uint4 mine = sendable(read_message(x, i, num_vectors, tail));
         uint4 got[NUM_PEERS];
         if (!receive(got, own + half + i, step, ALL, abort)) return;
-        x[i] = sum(mine, got);
+        write_message(x, i, num_vectors, tail, sum(mine, got));
     }
 }
 
@@ -127,7 +150,7 @@ all_reduce_two_shot(PARAMETERS) {
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k) {
             const int at = rank_of(k) * chunk + i;
-            if (at < num_vectors) parts[k - 1] = sendable(x[at]);
+            if (at < num_vectors) parts[k - 1] = sendable(read_message(x, at, num_vectors, tail));
         }
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k)
@@ -135,13 +158,13 @@ all_reduce_two_shot(PARAMETERS) {
     }
     finish_epoch(state, epoch);
     for (int i = first; i < chunk && RANK * chunk + i < num_vectors; i += stride) {
-        const uint4 mine = sendable(x[RANK * chunk + i]);
+        const uint4 mine = sendable(read_message(x, RANK * chunk + i, num_vectors, tail));
         uint4 got[NUM_PEERS];
         if (!receive(got, own + half + i, step, ALL, abort)) return;
         const uint4 total = sum(mine, got);
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + sums + slot_at(k) * step + i, total);
-        x[RANK * chunk + i] = total;
+        write_message(x, RANK * chunk + i, num_vectors, tail, total);
     }
     for (int i = first; i < chunk; i += stride) {
         unsigned int expected = 0;
@@ -151,6 +174,6 @@ all_reduce_two_shot(PARAMETERS) {
         if (!receive(got, own + half + sums + i, step, expected, abort)) return;
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k)
-            if (expected >> (k - 1) & 1) x[rank_of(k) * chunk + i] = got[k - 1];
+            if (expected >> (k - 1) & 1) write_message(x, rank_of(k) * chunk + i, num_vectors, tail, got[k - 1]);
     }
 }

@@ -56,9 +56,9 @@ class Plan:
 
 
 def fits(array: Array, exchange: Exchange) -> bool:
-    """Whether the buffers hold ``array``: whole vectors of a type that is summed. The same on all ranks."""
-    num_vectors, rest = divmod(array.nbytes, VECTOR_BYTES)
-    if rest or not num_vectors or array.dtype.name not in _DTYPES:
+    """Whether the buffers hold ``array`` and its type is one that the kernels sum. The same on all ranks."""
+    num_vectors = ceil_div(array.nbytes, VECTOR_BYTES)
+    if not num_vectors or array.dtype.name not in _DTYPES:
         return False
     num_ranks = exchange.num_ranks
     return slot_vectors(num_vectors, num_ranks, is_two_shot(num_vectors, num_ranks)) <= exchange.capacity
@@ -77,10 +77,10 @@ def all_reduce(library: Library, x: Array, exchange: Exchange, plan: Plan | None
 
     ``x``: C-contiguous, at a multiple of 16 bytes, such that it `fits`. ``plan``: another than the chosen one.
     """
-    num_vectors, rank, num_ranks = x.nbytes // VECTOR_BYTES, exchange.rank, exchange.num_ranks
+    num_vectors, rank, num_ranks = ceil_div(x.nbytes, VECTOR_BYTES), exchange.rank, exchange.num_ranks
     plan = plan or choose_plan(num_vectors, num_ranks, library.num_multiprocessors)
     num_held = slot_vectors(num_vectors, num_ranks, plan.two_shot)
-    if x.nbytes % VECTOR_BYTES or not x.flags.c_contiguous or x.data.ptr % VECTOR_BYTES or num_held > exchange.capacity:
+    if not x.flags.c_contiguous or x.data.ptr % VECTOR_BYTES or num_held > exchange.capacity:
         raise ExecutorError(
             f"{x.dtype.name}{list(x.shape)} at {x.data.ptr:#x} takes {num_held} vectors of {VECTOR_BYTES} bytes, of which "
             f"{exchange.capacity} fit; sum a shorter, C-contiguous and aligned array, or use NCCL"
@@ -88,12 +88,14 @@ def all_reduce(library: Library, x: Array, exchange: Exchange, plan: Plan | None
     kernel = library.function(
         "all_reduce", "all_reduce_two_shot" if plan.two_shot else "all_reduce_one_shot",
         SCALAR=scalar_name(x), RANK=rank, NUM_RANKS=num_ranks, NUM_THREADS=plan.num_threads,
+        HAS_TAIL=int(x.nbytes % VECTOR_BYTES > 0),
     )  # fmt: skip
     peers = [exchange.buffers[(rank + k) % num_ranks] for k in range(num_ranks)]
     buffers = [np.uint64(address) for address in [*peers, *[0] * (MOST_RANKS - num_ranks)]]
     arguments = (
         x,
         np.int32(num_vectors),
+        np.int32(x.nbytes % VECTOR_BYTES // x.dtype.itemsize),
         *buffers,
         np.int64(exchange.capacity),
         exchange.state,
