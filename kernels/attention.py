@@ -1,8 +1,8 @@
-"""Paged attention on the GPU: one object per kind of attention, one plan a step, at most two launches a layer.
+"""Paged attention on the GPU: one object per kind of attention, one split of the work a step, at most two launches a layer.
 
     attention = PagedAttention(library, shape, limits, alibi_slopes)
     attention.bind(workspace)                                  # once: workspace_bytes that stay put
-    attention.plan(step)                                       # once a step, before the first layer
+    attention.split_work(step)                                       # once a step, before the first layer
     attention.decode(qkv, key_pages, value_pages, out, step)   # every layer
     attention.prefill(qkv, key_pages, value_pages, out, step)  # every layer, unless the step cannot hold prefill
 
@@ -10,7 +10,7 @@ Everything is enqueued on the current CuPy stream, allocates nothing, waits for 
 device, so a whole step can be captured in a CUDA graph and replayed with other lengths. `decode` writes the output rows
 of sequences with one new token, `prefill` those of sequences with several; either leaves all other rows alone and does
 nothing in a step without its kind, and they may run side by side. Layers with different windows need one object (and
-one plan) per kind.
+one split) per kind.
 
 Shape legend: T tokens, S sequences, H local query heads, K local key/value heads, C head dim, N blocks, P tokens per
 block.
@@ -33,10 +33,10 @@ __all__ = ["AttentionLimits", "AttentionShape", "AttentionStep", "PagedAttention
 
 AttentionDType = Literal["bfloat16", "float16", "float32"]
 BLOCK_SIZES = (16, 32, 64, 128)
-_PLAN_THREADS = 1024
+_SPLIT_THREADS = 1024
 _DECODE_THREADS = 160
 _FLOAT32_THREADS = 128
-_COST_BUCKETS = 1024  # of the plan's counting sort
+_COST_BUCKETS = 1024  # of the split's counting sort
 _COST_SHIFT = 7  # tiles whose last rows see equally many times 128 keys cost the same
 
 
@@ -117,16 +117,16 @@ class AttentionStep:
     Attributes:
         cu_seqlens_q: ``[S + 1]``, first row of each sequence in the packed activations.
         seq_lens: ``[S]``, tokens of each sequence including this step's, at least 1.
-        slots: ``[S]``, row of each sequence in ``block_tables``.
-        block_tables: ``[max_slots, max_blocks]``, blocks of each slot in order.
-        counts: ``[2]``, number of sequences in this step and how many of them have one new token.
+        seq_indices: ``[S]``, row of each sequence in ``block_tables``.
+        block_tables: ``[max_num_seqs, max_blocks]``, blocks of each sequence in order.
+        num_seqs_and_decodes: ``[2]``, number of sequences in this step and how many of them have one new token.
     """
 
     cu_seqlens_q: Any
     seq_lens: Any
-    slots: Any
+    seq_indices: Any
     block_tables: Any
-    counts: Any
+    num_seqs_and_decodes: Any
 
 
 class PagedAttention:
@@ -156,7 +156,7 @@ class PagedAttention:
 
     @property
     def workspace_bytes(self) -> int:
-        """Device memory that `bind` needs: the plan and float32 partial results of split sequences."""
+        """Device memory that `bind` needs: the work split and float32 partial results of split sequences."""
         return self._layout.num_bytes
 
     def bind(self, workspace: Any) -> None:
@@ -171,13 +171,13 @@ class PagedAttention:
             )
         self._workspace = _Workspace.of(workspace, self._layout)
 
-    def plan(self, step: AttentionStep) -> None:
+    def split_work(self, step: AttentionStep) -> None:
         """Divide the step's work among the GPU's multiprocessors. Enqueues on the current stream; does not wait."""
-        if "plan" not in self._kernels:
+        if "work_split" not in self._kernels:
             return
         self._check(step)
         workspace, shape = self._bound(), self._shape
-        inputs = (step.cu_seqlens_q, step.seq_lens, step.slots, step.block_tables, step.counts)
+        inputs = (step.cu_seqlens_q, step.seq_lens, step.seq_indices, step.block_tables, step.num_seqs_and_decodes)
         ends = (workspace.decode_ends, workspace.prefill_ends)
         sizes = (
             step.block_tables.shape[1],
@@ -189,8 +189,8 @@ class PagedAttention:
             self._prefill_tiling.rows,
             max(_COST_SHIFT, self._limits.max_seq_len.bit_length() - (_COST_BUCKETS - 1).bit_length()),
         )
-        arrays = (*inputs, workspace.plan, *ends, workspace.prefill_tiles, workspace.flags)
-        self._kernels["plan"]((1,), (_PLAN_THREADS,), (*arrays, *map(np.int32, sizes)))
+        arrays = (*inputs, workspace.work_split, *ends, workspace.prefill_tiles, workspace.flags)
+        self._kernels["work_split"]((1,), (_SPLIT_THREADS,), (*arrays, *map(np.int32, sizes)))
 
     def decode(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
         """Attend for the sequences with one new token: row ``s`` of ``out`` for sequence ``s``.
@@ -204,8 +204,8 @@ class PagedAttention:
             self._launch_float32(tensors, out.shape[0], step, is_decode=True)
             return
         workspace = self._bound()
-        table = (step.seq_lens, step.slots, step.block_tables, np.int32(step.block_tables.shape[1]))
-        scratch = (workspace.plan, workspace.partials, workspace.flags)
+        table = (step.seq_lens, step.seq_indices, step.block_tables, np.int32(step.block_tables.shape[1]))
+        scratch = (workspace.work_split, workspace.partials, workspace.flags)
         self._kernels["decode"](
             (self._max_workers,),
             (_DECODE_THREADS,),
@@ -225,7 +225,7 @@ class PagedAttention:
         self._kernels["prefill"](
             (max(1, grid),),
             (self._prefill_tiling.threads,),
-            (*tensors, *table, workspace.plan, workspace.prefill_tiles, *self._score_arguments),
+            (*tensors, *table, workspace.work_split, workspace.prefill_tiles, *self._score_arguments),
             shared_mem=self._prefill_tiling.shared_bytes,
         )
 
@@ -242,8 +242,8 @@ class PagedAttention:
         return self._alibi_slopes, np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
 
     def _launch_float32(self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool) -> None:
-        table = (step.block_tables, np.int32(step.block_tables.shape[1]), step.counts)
-        lengths = (step.cu_seqlens_q, step.seq_lens, step.slots)
+        table = (step.block_tables, np.int32(step.block_tables.shape[1]), step.num_seqs_and_decodes)
+        lengths = (step.cu_seqlens_q, step.seq_lens, step.seq_indices)
         arguments = (*tensors, *lengths, *table, *self._score_arguments, np.int32(is_decode))
         self._kernels["float32"]((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
 
@@ -268,8 +268,8 @@ class PagedAttention:
                 f"a step of {num_seqs} sequences is above max_num_seqs={self._limits.max_num_seqs}; raise the limit"
             )
         require("cu_seqlens_q", step.cu_seqlens_q, (num_seqs + 1,), "int32")
-        require("slots", step.slots, (num_seqs,), "int32")
-        require("counts", step.counts, (2,), "int32")
+        require("seq_indices", step.seq_indices, (num_seqs,), "int32")
+        require("num_seqs_and_decodes", step.num_seqs_and_decodes, (2,), "int32")
 
     def _bound(self) -> _Workspace:
         if self._workspace is None:
@@ -287,7 +287,7 @@ def attention_kernel_specs(shape: AttentionShape, architecture: str, has_alibi: 
 class _Workspace:
     """Views of the bound memory, one a part of `WorkspaceLayout`."""
 
-    plan: Any
+    work_split: Any
     decode_ends: Any
     prefill_ends: Any
     prefill_tiles: Any
@@ -309,7 +309,7 @@ class _Call:
 
 
 def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[str, _Call]:
-    """The kernels of one shape by role: ``float32`` alone, or ``plan``, ``decode`` and ``prefill``."""
+    """The kernels of one shape by role: ``float32`` alone, or ``work_split``, ``decode`` and ``prefill``."""
     common = {
         "HEAD_DIM": shape.head_dim,
         "BLOCK_SIZE": shape.block_size,
@@ -326,7 +326,7 @@ def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[st
     decode = DecodeTiling.choose(shape.head_dim, shape.group, architecture)
     prefill = PrefillTiling.choose(shape.head_dim, architecture)
     return {
-        "plan": _Call("attention_plan", {}),
+        "work_split": _Call("attention_work_split", {}),
         "decode": _Call("attention_decode", common | decode.defines, decode.shared_bytes),
         "prefill": _Call(prefill.source, common | causal | prefill.defines, prefill.shared_bytes),
     }

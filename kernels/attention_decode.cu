@@ -2,9 +2,9 @@
 //
 // q: rows of queries, row s for sequence s, [H * HEAD_DIM] each, `query_stride` elements apart.
 // k_pages, v_pages: [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]. out: [S, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP.
-// plan: from attention_plan.cu. partials, flags: scratch, the flags zero at entry and at exit.
+// work_split: from attention_work_split.cu. partials, flags: scratch, the flags zero at entry and at exit.
 //
-// The step's (sequence, head) items are cut into units of TILE tokens; attention_plan.cu gives every block an equal,
+// The step's (sequence, head) items are cut into units of TILE tokens; attention_work_split.cu gives every block an equal,
 // contiguous range of units, so that one long sequence fills the GPU as evenly as a thousand short ones. A block streams its
 // range through a ring of shared-memory slots without ever draining it between items. The block that begins an item that
 // others continue waits for their float32 partial results at the end of its range, when they are there or about to be; above
@@ -64,16 +64,16 @@ struct Consumer : SplitMerge {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out, const int* seq_lens,
-    const int* slots, const int* block_tables, int max_blocks, const int* plan, float* partials, int* flags,
+    const int* seq_indices, const int* block_tables, int max_blocks, const int* work_split, float* partials, int* flags,
     const float* alibi_slopes, float scale, float soft_cap, int window) {
-    const Parameters p = {q,    query_stride, k_pages,  v_pages,      out,   seq_lens, slots, block_tables, max_blocks,
-                          plan, partials,     flags,    alibi_slopes, scale, soft_cap, window};
+    const Parameters p = {q,    query_stride, k_pages,  v_pages,      out,   seq_lens, seq_indices, block_tables, max_blocks,
+                          work_split, partials,     flags,    alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const DecodeSplit split = DecodeSplit::load(p.plan);
+    const DecodeSplit split = DecodeSplit::load(p.work_split);
     const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const DecodeRange range = DecodeRange::load(p.plan, block);
-    const int first_page = lane < PAGES_PER_TILE ? DecodeRange::load_page(p.plan, block, lane) : 0;
+    const DecodeRange range = DecodeRange::load(p.work_split, block);
+    const int first_page = lane < PAGES_PER_TILE ? DecodeRange::load_page(p.work_split, block, lane) : 0;
     if (block >= split.num_workers) return;
     shared.initialise();
     if (warp == WARPS) {

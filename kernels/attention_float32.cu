@@ -1,7 +1,7 @@
 // Attention over paged keys and values in plain float32 arithmetic, for checking: float32 pages, no tensor cores, slow.
 //
 // Arguments as for attention_decode.cu and attention_prefill.cu, but float32 elements. One block computes one head of one
-// token: rows [first_row(counts), end_row(counts)) of the step, those of decode or those of prefill as `decode` says.
+// token: rows [first_row(num_seqs_and_decodes), end_row(num_seqs_and_decodes)) of the step, those of decode or those of prefill as `decode` says.
 //
 // What is odd: the block searches cu_seqlens_q for its sequence, so the grid is only [max tokens, H]. Each warp takes every
 // fourth key, its lanes share the head's dims; running softmax per warp, merged at the end.
@@ -40,20 +40,20 @@ __device__ int sequence_of(const int* cu_seqlens_q, int num_seqs, int row) {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_float32(
     const float* q, long long query_stride, const float* k_pages, const float* v_pages, float* out, const int* cu_seqlens_q,
-    const int* seq_lens, const int* slots, const int* block_tables, int max_blocks, const int* counts,
+    const int* seq_lens, const int* seq_indices, const int* block_tables, int max_blocks, const int* num_seqs_and_decodes,
     const float* alibi_slopes, float scale, float soft_cap, int window, int decode) {
     __shared__ float shared_out[WARPS][HEAD_DIM], shared_maximum[WARPS], shared_sum[WARPS];
     let_next_start();
     wait_for_previous();
     const int row = blockIdx.x, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int num_seqs = counts[0], num_decode = counts[1];
+    const int num_seqs = num_seqs_and_decodes[0], num_decode = num_seqs_and_decodes[1];
     const bool is_decode_row = row < num_decode;
     if (row >= cu_seqlens_q[num_seqs] || is_decode_row != (decode != 0)) return;
 
     const int seq = sequence_of(cu_seqlens_q, num_seqs, row);
     const int seq_len = seq_lens[seq];
     const int position = seq_len - cu_seqlens_q[seq + 1] + row;
-    const int* table = block_tables + static_cast<long long>(slots[seq]) * max_blocks;
+    const int* table = block_tables + static_cast<long long>(seq_indices[seq]) * max_blocks;
     const float* query = q + row * query_stride + head * HEAD_DIM;
     Softmax softmax;
     const int first_key = WINDOW ? max(0, position - window + 1) : 0;

@@ -1,9 +1,9 @@
 // Attention of sequences with several new tokens over paged keys and values: prefill, with or without earlier history.
 //
 // q: packed rows of queries, [H * HEAD_DIM] each, `query_stride` elements apart. k_pages, v_pages: [N, NUM_KV_HEADS,
-// BLOCK_SIZE, HEAD_DIM]. out: [T, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP. plan, prefill_tiles: from attention_plan.cu.
+// BLOCK_SIZE, HEAD_DIM]. out: [T, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP. work_split, prefill_tiles: from attention_work_split.cu.
 //
-// A block takes (tile, kv head) pairs of the plan, longest first: ROWS query rows, a row being one token of one of the GROUP
+// A block takes (tile, kv head) pairs of the work_split, longest first: ROWS query rows, a row being one token of one of the GROUP
 // heads that share keys, so that short prompts fill tiles too. Each warp keeps 16 rows' scores, softmax state and output in
 // registers; keys and values pass through two shared-memory stages, the next tile's copy under this tile's arithmetic.
 //
@@ -182,14 +182,14 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
+    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes, float scale,
     float soft_cap, int window) {
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     let_next_start();
     wait_for_previous();
-    WorkQueue queue(p, plan, prefill_tiles);
+    WorkQueue queue(p, work_split, prefill_tiles);
     if (!queue.has_next()) return;
     if (HEAD_DIM % 16) {  // the tensor cores read a row's padding, which no copy writes
         for (int i = threadIdx.x; i < sizeof(Shared) / 16; i += THREADS) reinterpret_cast<uint4*>(memory)[i] = make_uint4(0, 0, 0, 0);

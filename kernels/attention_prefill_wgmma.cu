@@ -265,7 +265,7 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
     const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* block_tables, int max_blocks, const int* plan, const int4* prefill_tiles, const float* alibi_slopes, float scale,
+    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes, float scale,
     float soft_cap, int window) {
     const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     }
     __syncthreads();
     wait_for_previous();
-    WorkQueue queue(p, plan, prefill_tiles);
+    WorkQueue queue(p, work_split, prefill_tiles);
     if (!queue.has_next()) return;
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     if (group < 0) {

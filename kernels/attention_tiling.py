@@ -1,6 +1,6 @@
 """Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory it takes.
 
-The constants restate the layouts of ``attention_decode*.cuh``, ``attention_prefill*.cu`` and ``attention_plan.cuh``; the
+The constants restate the layouts of ``attention_decode*.cuh``, ``attention_prefill*.cu`` and ``attention_work_split.cuh``; the
 kernels refuse to compile with a shared-memory size below what they use.
 """
 
@@ -20,8 +20,8 @@ __all__ = [
 
 DECODE_TILE = 64
 DECODE_CONSUMERS = 128
-PLAN_HEADER = 8
-PLAN_RANGE = 12
+SPLIT_HEADER = 8
+SPLIT_RANGE = 12
 _WARPS = 4
 _RESERVED_BYTES = 1024  # of shared memory, taken by the driver for each block
 _SMALL_BYTES = 256  # barriers, flags and alignment
@@ -136,9 +136,9 @@ class PrefillTiling:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceLayout:
-    """Byte offsets of the parts of a workspace, each 256-byte aligned; see ``attention_plan.cuh``."""
+    """Byte offsets of the parts of a workspace, each 256-byte aligned; see ``attention_work_split.cuh``."""
 
-    plan: int
+    work_split: int
     decode_ends: int
     prefill_ends: int
     prefill_tiles: int
@@ -150,7 +150,7 @@ class WorkspaceLayout:
     def of(cls, max_workers: int, max_num_seqs: int, max_prefill_tiles: int, partial_floats: int) -> WorkspaceLayout:
         """Sizes: two partial results with a flag each a worker, eight integers a prefill tile, one a sequence and kind."""
         sizes = (
-            4 * (PLAN_HEADER + PLAN_RANGE * max_workers),
+            4 * (SPLIT_HEADER + SPLIT_RANGE * max_workers),
             4 * max_num_seqs,
             4 * max_num_seqs,
             32 * max_prefill_tiles,

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Step bookkeeping on the device: from the packed step plan and each slot's last sampled token to the arrays that the other
+// Step bookkeeping on the device: from the packed step plan and each sequence's last sampled token to the arrays that the other
 // kernels of the step read. A captured graph contains these kernels, so a replay needs nothing but a new plan in `plan`.
 //
 // The plan is phalanx.runtime.step.StepPlan.pack(), int32 words:
-//     header [7] = step id, S, T, M, A, G, K; slots, starts, counts, samples [S]; token_ids [T]; new_blocks [M, 3];
+//     header [7] = step id, S, T, M, A, G, K; seq_indices, starts, num_scheduled_tokens, samples [S]; token_ids [T]; new_blocks [M, 3];
 //     admissions [A, 8]; prompt_rows [G]; prompt_targets [G].
 // apply_plan (one block): block tables and sampling parameters take over the plan's changes;
-//     cu_seqlens [S + 1], seq_lens [S], slots [S], counts [2] = (S, sequences with one token),
+//     cu_seqlens [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = last row of each sampling sequence, then prompt rows, then -1;
-//     and for each of these rows: row_slots, row_positions = slot and position of the token to sample (slot -1 where nothing
-//     is); row_targets = token whose log-probability a prompt row wants, -1 elsewhere; its slot's sampling parameters
+//     and for each of these rows: row_seq_indices, row_positions = sequence and position of the token to sample (-1 where nothing
+//     is); row_targets = token whose log-probability a prompt row wants, -1 elsewhere; its sequence's sampling parameters
 //     (temperature 0, greedy, where nothing is sampled).
 // fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
 //     position 0, slot -1 (nothing is written to the cache for them).
-// store_tokens (one thread a row): last_tokens[slot] = token_ids[row]; rows that sample nothing get their target instead,
+// store_tokens (one thread a row): last_tokens[seq_index] = token_ids[row]; rows that sample nothing get their target instead,
 //     so that token_ids then names the token of every row whose log-probability may be wanted.
 // Defines: NUM_THREADS (a multiple of 32, at most 1024), BLOCK_SIZE (P).
 // Limits: sequences with one token come first; new blocks are applied before any slot mapping is computed.
@@ -22,7 +22,7 @@
 constexpr int HEADER_WORDS = 7;
 constexpr int ADMISSION_WORDS = 8;
 struct Admission {
-    int slot;
+    int seq_index;
     float temperature;
     int top_k;
     float top_p, min_p;
@@ -33,7 +33,7 @@ static_assert(sizeof(Admission) == 4 * ADMISSION_WORDS, "the layout of phalanx.r
 
 // What the samplers read, one element for each row with logits.
 struct Rows {
-    int *slots, *positions, *targets, *top_ks;
+    int *seq_indices, *positions, *targets, *top_ks;
     float *temperatures, *top_ps, *min_ps;
     unsigned long long* seeds;
 };
@@ -43,7 +43,7 @@ constexpr int PENDING_TOKEN = -1;
 
 struct Plan {
     int num_seqs, num_tokens, num_new_blocks, num_admissions, num_prompt_rows;
-    const int *slots, *starts, *counts, *samples, *token_ids, *new_blocks, *admissions, *prompt_rows, *prompt_targets;
+    const int *seq_indices, *starts, *num_scheduled_tokens, *samples, *token_ids, *new_blocks, *admissions, *prompt_rows, *prompt_targets;
 };
 
 __device__ __forceinline__ Plan read_plan(const int* words) {
@@ -53,10 +53,10 @@ __device__ __forceinline__ Plan read_plan(const int* words) {
     plan.num_new_blocks = words[3];
     plan.num_admissions = words[4];
     plan.num_prompt_rows = words[5];
-    plan.slots = words + HEADER_WORDS;
-    plan.starts = plan.slots + plan.num_seqs;
-    plan.counts = plan.starts + plan.num_seqs;
-    plan.samples = plan.counts + plan.num_seqs;
+    plan.seq_indices = words + HEADER_WORDS;
+    plan.starts = plan.seq_indices + plan.num_seqs;
+    plan.num_scheduled_tokens = plan.starts + plan.num_seqs;
+    plan.samples = plan.num_scheduled_tokens + plan.num_seqs;
     plan.token_ids = plan.samples + plan.num_seqs;
     plan.new_blocks = plan.token_ids + plan.num_tokens;
     plan.admissions = plan.new_blocks + 3 * plan.num_new_blocks;
@@ -89,7 +89,7 @@ __device__ __forceinline__ int exclusive_scan(int value, int& total) {
 }
 
 __device__ __forceinline__ void fill_row(const Rows& rows, int at, int position, int target, const Admission& sampling) {
-    rows.slots[at] = sampling.slot;
+    rows.seq_indices[at] = sampling.seq_index;
     rows.positions[at] = position;
     rows.targets[at] = target;
     rows.temperatures[at] = sampling.temperature;
@@ -101,11 +101,11 @@ __device__ __forceinline__ void fill_row(const Rows& rows, int at, int position,
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ cu_seqlens,
-           int* __restrict__ seq_lens, int* __restrict__ slots, int* __restrict__ counts, int* __restrict__ logit_rows,
-           int* row_slots, int* row_positions, int* row_targets, float* row_temperatures, int* row_top_ks,
+           int* __restrict__ seq_lens, int* __restrict__ seq_indices, int* __restrict__ num_seqs_and_decodes, int* __restrict__ logit_rows,
+           int* row_seq_indices, int* row_positions, int* row_targets, float* row_temperatures, int* row_top_ks,
            float* row_top_ps, float* row_min_ps, unsigned long long* row_seeds, int max_blocks_per_seq, int num_logit_rows) {
     const Plan plan = read_plan(words);
-    const Rows rows = {row_slots, row_positions, row_targets, row_top_ks, row_temperatures, row_top_ps, row_min_ps, row_seeds};
+    const Rows rows = {row_seq_indices, row_positions, row_targets, row_top_ks, row_temperatures, row_top_ps, row_min_ps, row_seeds};
     for (int i = threadIdx.x; i < plan.num_new_blocks; i += NUM_THREADS) {
         const int* change = plan.new_blocks + 3 * i;
         block_tables[static_cast<long long>(change[0]) * max_blocks_per_seq + change[1]] = change[2];
@@ -119,7 +119,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
     for (int base = 0; base < plan.num_seqs; base += NUM_THREADS) {
         const int i = base + threadIdx.x;
         const bool is_sequence = i < plan.num_seqs;
-        const int count = is_sequence ? plan.counts[i] : 0;
+        const int count = is_sequence ? plan.num_scheduled_tokens[i] : 0;
         const int samples = is_sequence ? plan.samples[i] > 0 : 0;
         int total_rows, total_samples, total_decodes;
         const int row = first_row + exclusive_scan(count, total_rows);
@@ -128,11 +128,11 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
         if (is_sequence) {
             cu_seqlens[i] = row;
             seq_lens[i] = plan.starts[i] + count;
-            slots[i] = plan.slots[i];
+            seq_indices[i] = plan.seq_indices[i];
             if (samples) {
                 logit_rows[at] = row + count - 1;
-                const Admission* of_slot = reinterpret_cast<const Admission*>(sampling) + plan.slots[i];
-                fill_row(rows, at, plan.starts[i] + count, -1, *of_slot);
+                const Admission* own = reinterpret_cast<const Admission*>(sampling) + plan.seq_indices[i];
+                fill_row(rows, at, plan.starts[i] + count, -1, *own);
             }
         }
         first_row += total_rows;
@@ -141,8 +141,8 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
     }
     if (threadIdx.x == 0) {
         cu_seqlens[plan.num_seqs] = first_row;
-        counts[0] = plan.num_seqs;
-        counts[1] = num_decodes;
+        num_seqs_and_decodes[0] = plan.num_seqs;
+        num_seqs_and_decodes[1] = num_decodes;
     }
     for (int i = num_sampled + threadIdx.x; i < num_logit_rows; i += NUM_THREADS) {
         const int prompt = i - num_sampled;
@@ -154,7 +154,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables, const int* __restrict__ cu_seqlens,
-            const int* __restrict__ counts, const int* __restrict__ last_tokens, int* __restrict__ token_ids,
+            const int* __restrict__ num_seqs_and_decodes, const int* __restrict__ last_tokens, int* __restrict__ token_ids,
             int* __restrict__ positions, int* __restrict__ slot_mapping, int max_blocks_per_seq, int num_rows) {
     const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
     if (row >= num_rows) return;
@@ -166,28 +166,28 @@ fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables,
         return;
     }
     int sequence = row;
-    if (row >= counts[1]) {  // the last sequence that starts at or before this row
-        int low = counts[1], high = plan.num_seqs;
+    if (row >= num_seqs_and_decodes[1]) {  // the last sequence that starts at or before this row
+        int low = num_seqs_and_decodes[1], high = plan.num_seqs;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             if (cu_seqlens[middle] <= row) low = middle; else high = middle;
         }
         sequence = low;
     }
-    const int slot = plan.slots[sequence];
+    const int seq_index = plan.seq_indices[sequence];
     const int position = plan.starts[sequence] + row - cu_seqlens[sequence];
     const int token = plan.token_ids[row];
-    token_ids[row] = token == PENDING_TOKEN ? last_tokens[slot] : token;
+    token_ids[row] = token == PENDING_TOKEN ? last_tokens[seq_index] : token;
     positions[row] = position;
-    const int block = block_tables[static_cast<long long>(slot) * max_blocks_per_seq + position / BLOCK_SIZE];
+    const int block = block_tables[static_cast<long long>(seq_index) * max_blocks_per_seq + position / BLOCK_SIZE];
     slot_mapping[row] = block * BLOCK_SIZE + position % BLOCK_SIZE;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-store_tokens(int* __restrict__ token_ids, const int* __restrict__ row_slots, const int* __restrict__ row_targets,
+store_tokens(int* __restrict__ token_ids, const int* __restrict__ row_seq_indices, const int* __restrict__ row_targets,
              int* __restrict__ last_tokens, int num_rows) {
     const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
     if (row >= num_rows) return;
-    if (row_slots[row] >= 0) last_tokens[row_slots[row]] = token_ids[row];
+    if (row_seq_indices[row] >= 0) last_tokens[row_seq_indices[row]] = token_ids[row];
     else token_ids[row] = row_targets[row];
 }

@@ -2,7 +2,7 @@
 """Step bookkeeping on the device. Every call enqueues on the current stream and does not wait.
 
 A step begins with the packed plan in ``StepArrays.plan``; `update` derives from it what the other kernels read, and
-`store_tokens` keeps what was sampled for the slots' next step, so that tokens need not pass through the host.
+`store_tokens` keeps what was sampled for the sequences' next step, so that tokens need not pass through the host.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class StepArrays:
 
     Attributes:
         plan: ``[W]`` the packed plan of the step.
-        block_tables: ``[slots, blocks per sequence]`` block ids.
-        sampling: ``[slots, 8]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
-        last_tokens: ``[slots]`` what each slot sampled last.
+        block_tables: ``[max_num_seqs, blocks per sequence]`` block ids.
+        sampling: ``[max_num_seqs, 8]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
+        last_tokens: ``[max_num_seqs]`` what each sequence sampled last.
         cu_seqlens: ``[S + 1]`` first row of each sequence.
-        seq_lens, slots: ``[S]`` length including this step's tokens; row of the block tables.
-        counts: ``[2]`` sequences, and how many of them have one token.
+        seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
+        num_seqs_and_decodes: ``[2]`` sequences, and how many of them have one token.
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
         logit_rows: ``[B]`` rows that need logits; -1 = padding.
-        row_slots, row_positions, row_targets: ``[B]`` of each of them, slot that samples there (-1 = none), position of
+        row_seq_indices, row_positions, row_targets: ``[B]`` of each of them, sequence that samples there (-1 = none), position of
             the sampled token, token whose log-probability is wanted (-1 = none).
         row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32,
             int32, float32, float32, uint64.
@@ -61,13 +61,13 @@ class StepArrays:
     last_tokens: DeviceArray
     cu_seqlens: DeviceArray
     seq_lens: DeviceArray
-    slots: DeviceArray
-    counts: DeviceArray
+    seq_indices: DeviceArray
+    num_seqs_and_decodes: DeviceArray
     token_ids: DeviceArray
     positions: DeviceArray
     slot_mapping: DeviceArray
     logit_rows: DeviceArray
-    row_slots: DeviceArray
+    row_seq_indices: DeviceArray
     row_positions: DeviceArray
     row_targets: DeviceArray
     row_temperatures: DeviceArray
@@ -95,10 +95,10 @@ class StepArrays:
             "last_tokens": seqs,
             "cu_seqlens": (max_num_seqs + 1,),
             "seq_lens": seqs,
-            "slots": seqs,
-            "counts": (2,),
+            "seq_indices": seqs,
+            "num_seqs_and_decodes": (2,),
             **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
-            **dict.fromkeys(("logit_rows", "row_slots", "row_positions", "row_targets"), rows),
+            **dict.fromkeys(("logit_rows", "row_seq_indices", "row_positions", "row_targets"), rows),
             **dict.fromkeys(("row_temperatures", "row_top_ks", "row_top_ps", "row_min_ps", "row_seeds"), rows),
         }
         return cls(**{name: array(name, shape, _DTYPES.get(name, "int32")) for name, shape in shapes.items()})
@@ -113,8 +113,8 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
         (1,),
         (_NUM_THREADS,),
         (
-            arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.slots,
-            arrays.counts, arrays.logit_rows, arrays.row_slots, arrays.row_positions, arrays.row_targets,
+            arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices,
+            arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions, arrays.row_targets,
             arrays.row_temperatures, arrays.row_top_ks, arrays.row_top_ps, arrays.row_min_ps, arrays.row_seeds,
             max_blocks_per_seq, np.int32(num_logit_rows),
         ),
@@ -124,14 +124,14 @@ def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int,
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
         (
-            arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.counts, arrays.last_tokens, arrays.token_ids,
+            arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.num_seqs_and_decodes, arrays.last_tokens, arrays.token_ids,
             arrays.positions, arrays.slot_mapping, max_blocks_per_seq, np.int32(num_rows),
         ),
     )  # fmt: skip
 
 
 def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_ids: Array, first_row: int = 0) -> None:
-    """Keep the sampled tokens for the slots' next step; other rows of ``token_ids`` get their targets.
+    """Keep the sampled tokens for the seq_indices' next step; other rows of ``token_ids`` get their targets.
 
     token_ids [B] int32, of the rows with logits from ``first_row`` on.
     """
@@ -141,7 +141,7 @@ def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_id
     kernel(
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
-        (token_ids, arrays.row_slots[rows], arrays.row_targets[rows], arrays.last_tokens, np.int32(num_rows)),
+        (token_ids, arrays.row_seq_indices[rows], arrays.row_targets[rows], arrays.last_tokens, np.int32(num_rows)),
     )
 
 

@@ -115,10 +115,10 @@ class ScaledReserve(BlockPlanner):
     factor = 1.0
 
     def admit(
-        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+        self, seq_index: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
     ) -> int | None:
         spare = math.ceil(self.factor * spare_blocks)
-        return super().admit(slot, num_tokens, expected_tokens, keys, spare)
+        return super().admit(seq_index, num_tokens, expected_tokens, keys, spare)
 
 
 def reserve_study(factor: float, num_blocks: int, num_seqs: int = 256, num_requests: int = 600) -> str:
@@ -163,7 +163,7 @@ def main() -> None:
         times = steady_decoding(num_seqs, arguments.steps, num_microbatches, lookahead, cache)
         print(times.report(f"blocks, {num_microbatches} micro-batches, lookahead {lookahead}"))
     times = steady_decoding(num_seqs, arguments.steps, 1, 0, SlotPlanner(num_seqs, MAX_MODEL_LEN))
-    print(times.report("fixed slots"))
+    print(times.report("fixed seq_indices"))
     for share in (True, False):
         print(request_cost(num_seqs, 4 * num_seqs, 128, 128, share))
 

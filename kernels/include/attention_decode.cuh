@@ -5,7 +5,7 @@
 // Compile-time parameters: those of attention_decode.cu.
 #pragma once
 #include "attention_common.cuh"
-#include "attention_plan.cuh"
+#include "attention_work_split.cuh"
 #include "ring_cursor.cuh"
 
 constexpr int TILE = DECODE_TILE;
@@ -31,10 +31,10 @@ struct Parameters {
     const Element* v_pages;
     Element* out;
     const int* seq_lens;
-    const int* slots;
+    const int* seq_indices;
     const int* block_tables;
     int max_blocks;
-    const int* plan;
+    const int* work_split;
     float* partials;
     int* flags;
     const float* alibi_slopes;

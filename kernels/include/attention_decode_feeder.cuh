@@ -17,11 +17,11 @@ struct Feeder {
     __device__ __forceinline__ int first_tile_of(int seq_len) const { return WINDOW ? max(seq_len - p.window, 0) / TILE : 0; }
 
     // Lanes below PAGES_PER_TILE: the page of the unit's tile with that number, 0 past the sequence.
-    __device__ __forceinline__ int page_of(const Unit& unit, int slot) const {
+    __device__ __forceinline__ int page_of(const Unit& unit, int seq_index) const {
         const int token = (unit.first_tile + unit.tile) * TILE;
         const int block = token / BLOCK_SIZE + lane;
         const bool live = lane < PAGES_PER_TILE && token + lane * PAGE_ROWS < unit.seq_len;
-        return live ? p.block_tables[static_cast<long long>(slot) * p.max_blocks + block] : 0;
+        return live ? p.block_tables[static_cast<long long>(seq_index) * p.max_blocks + block] : 0;
     }
 
     // Tile of keys or values into the ring's current slot, which must be empty; lane i holds the tile's page i.
@@ -85,12 +85,12 @@ struct Feeder {
         Unit unit = {range.seq, range.item, range.tile, 0, range.seq_len, 1, 0, range.begin};
         unit.first_tile = first_tile_of(unit.seq_len);
         int num_tiles = (unit.seq_len + TILE - 1) / TILE - unit.first_tile;
-        int slot = range.slot;
+        int seq_index = range.seq_index;
         int page = first_page;
-        int next_len = 0, next_slot = 0;  // of the next sequence, loaded one sequence ahead
+        int next_len = 0, next_seq_index = 0;  // of the next sequence, loaded one sequence ahead
         if (range.end - range.begin > num_tiles - unit.tile + (ITEMS - 1 - unit.item) * num_tiles) {
             next_len = p.seq_lens[unit.seq + 1];
-            next_slot = p.slots[unit.seq + 1];
+            next_seq_index = p.seq_indices[unit.seq + 1];
         }
         for (int index = range.begin; index < range.end; ++index) {
             Unit next = unit;
@@ -103,17 +103,17 @@ struct Feeder {
                     next.item = 0;
                     ++next.seq;
                     next.seq_len = next_len;
-                    slot = next_slot;
+                    seq_index = next_seq_index;
                     next.first_tile = first_tile_of(next_len);
                     num_tiles = (next_len + TILE - 1) / TILE - next.first_tile;
                     if (range.end - index - 1 > num_tiles * ITEMS) {
                         next_len = p.seq_lens[next.seq + 1];
-                        next_slot = p.slots[next.seq + 1];
+                        next_seq_index = p.seq_indices[next.seq + 1];
                     }
                 }
             }
             const bool more = index + 1 < range.end;
-            const int next_page = more ? page_of(next, slot) : 0;
+            const int next_page = more ? page_of(next, seq_index) : 0;
             unit.is_last = !more || next.is_first;
             copy_unit(unit, page);
             unit = next;

@@ -4,7 +4,7 @@
 // of a block) and KEYS (of a tile).
 #pragma once
 #include "attention_common.cuh"
-#include "attention_plan.cuh"
+#include "attention_work_split.cuh"
 
 constexpr int PAGE_ROWS = BLOCK_SIZE < KEYS ? BLOCK_SIZE : KEYS;  // rows of one page in one tile
 constexpr int PAGES_PER_TILE = KEYS / PAGE_ROWS;
@@ -40,7 +40,7 @@ struct Work {
                 tile.first_row,
                 begin,
                 (visible + KEYS - 1) / KEYS,
-                p.block_tables + static_cast<long long>(tile.slot) * p.max_blocks};
+                p.block_tables + static_cast<long long>(tile.seq_index) * p.max_blocks};
     }
 
     __device__ __forceinline__ bool has_row(int row) const { return first_packed_row + row < num_tokens * GROUP; }
@@ -161,7 +161,7 @@ __device__ __forceinline__ void pack_probabilities(unsigned (&packed)[4], const 
     packed[3] = pack(scores[2 * step + 1][2], scores[2 * step + 1][3]);
 }
 
-// The plan's work of this block, one (tile, kv head) after another: longest first, every second round backwards, so that no
+// This block's share of the work, one (tile, kv head) after another: longest first, every second round backwards, so that no
 // block gets the longest of each round. The next entry is always on its way.
 struct WorkQueue {
     const Parameters& p;
@@ -170,8 +170,8 @@ struct WorkQueue {
     int item, step;
     PrefillTile upcoming;
 
-    __device__ __forceinline__ WorkQueue(const Parameters& p, const int* plan, const int4* tiles)
-        : p(p), tiles(tiles), num_items(plan[2] * NUM_KV_HEADS), item(blockIdx.x), step(2 * (gridDim.x - blockIdx.x) - 1) {
+    __device__ __forceinline__ WorkQueue(const Parameters& p, const int* work_split, const int4* tiles)
+        : p(p), tiles(tiles), num_items(work_split[2] * NUM_KV_HEADS), item(blockIdx.x), step(2 * (gridDim.x - blockIdx.x) - 1) {
         prefetch();
     }
     __device__ __forceinline__ bool has_next() const { return item < num_items; }

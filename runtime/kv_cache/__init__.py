@@ -1,4 +1,4 @@
-"""Who may use which part of the key/value cache: the planner protocol, paged blocks, fixed slots."""
+"""Who may use which part of the key/value cache: the planner protocol, paged blocks, one slot for each sequence."""
 
 from phalanx.runtime.kv_cache.blocks import BlockPlanner
 from phalanx.runtime.kv_cache.planner import CachePlanner

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.kv_cache.planner import Int32Array, SlotArray
+from phalanx.runtime.kv_cache.planner import Int32Array, SeqIndexArray
 from phalanx.runtime.kv_cache.pool import BlockPool
 
 __all__ = ["BlockPlanner"]
@@ -64,7 +64,7 @@ class BlockPlanner:
         return self._pool.num_available
 
     @property
-    def num_slots(self) -> int:
+    def max_num_seqs(self) -> int:
         """Rows of the block table."""
         return len(self._tables)
 
@@ -73,9 +73,9 @@ class BlockPlanner:
         """Tokens of one sequence that has the cache to itself."""
         return self._tables.shape[1] * self._block_size
 
-    def block_table(self, slot: int) -> Int32Array:
-        """Block ids of a slot in order of position; a view."""
-        return self._tables[slot, : self._num_held[slot]]
+    def block_table(self, seq_index: int) -> Int32Array:
+        """Block ids of a sequence in order of position; a view."""
+        return self._tables[seq_index, : self._num_held[seq_index]]
 
     def extend_keys(self, keys: list[bytes], token_ids: Int32Array) -> None:
         """Append the keys of full blocks of ``token_ids`` that ``keys`` lacks."""
@@ -89,10 +89,10 @@ class BlockPlanner:
             keys.append(key)
 
     def admit(
-        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+        self, seq_index: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
     ) -> int | None:
         """Share the known blocks of the prefix, take the rest; the last token is always left to compute."""
-        assert self._num_held[slot] == 0, slot
+        assert self._num_held[seq_index] == 0, seq_index
         shared = self._pool.find(keys[: (num_tokens - 1) // self._block_size])
         count = self._blocks_for(num_tokens) - len(shared)
         unheld = len(shared) - self._pool.count_held(shared)
@@ -101,42 +101,42 @@ class BlockPlanner:
         self._pool.share(shared)
         growth = self._blocks_for(expected_tokens) - count - len(shared)
         taken = self._pool.take(count, room=max(growth, 0))
-        self._append(slot, np.concatenate((np.array(shared, np.int32), taken)))
-        self._num_keyed[slot] = len(shared)
+        self._append(seq_index, np.concatenate((np.array(shared, np.int32), taken)))
+        self._num_keyed[seq_index] = len(shared)
         return len(shared) * self._block_size
 
-    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
-        """One more block for each slot whose next position starts one, if there are enough."""
-        growing = slots[positions >= self._num_held[slots] * self._block_size]
+    def extend(self, seq_indices: SeqIndexArray, positions: Int32Array) -> bool:
+        """One more block for each sequence whose next position starts one, if there are enough."""
+        growing = seq_indices[positions >= self._num_held[seq_indices] * self._block_size]
         if len(growing) > self._pool.num_available:
             return False
         if len(growing):
             index = self._num_held[growing]
-            # Distinct: admission leaves a token to compute, so a slot's last block is never another's.
+            # Distinct: admission leaves a token to compute, so a sequence's last block is never another's.
             blocks = self._pool.take_following(self._tables[growing, index - 1])
             self._tables[growing, index] = blocks
             self._num_held[growing] += 1
             self._new_blocks.append(np.stack((growing.astype(np.int32), index, blocks), axis=1))
         return True
 
-    def mark_filled(self, slot: int, keys: list[bytes]) -> None:
+    def mark_filled(self, seq_index: int, keys: list[bytes]) -> None:
         """Let later admissions share the first ``len(keys)`` blocks."""
-        for index in range(self._num_keyed[slot], len(keys)):
-            self._pool.set_key(int(self._tables[slot, index]), keys[index])
-        self._num_keyed[slot] = max(self._num_keyed[slot], len(keys))
+        for index in range(self._num_keyed[seq_index], len(keys)):
+            self._pool.set_key(int(self._tables[seq_index, index]), keys[index])
+        self._num_keyed[seq_index] = max(self._num_keyed[seq_index], len(keys))
 
-    def release(self, slot: int, keys: list[bytes]) -> None:
+    def release(self, seq_index: int, keys: list[bytes]) -> None:
         """Take the blocks back; keyed ones keep their prefix until the space is needed."""
-        self.mark_filled(slot, keys)
-        self._pool.drop(self.block_table(slot))
-        self._num_held[slot] = 0
+        self.mark_filled(seq_index, keys)
+        self._pool.drop(self.block_table(seq_index))
+        self._num_held[seq_index] = 0
 
-    def discard(self, slot: int) -> None:
+    def discard(self, seq_index: int) -> None:
         """Take the blocks back and forget what they hold, shared ones included."""
-        for block in self.block_table(slot).tolist():
+        for block in self.block_table(seq_index).tolist():
             self._pool.forget_key(block)
-        self._pool.drop(self.block_table(slot))
-        self._num_held[slot] = 0
+        self._pool.drop(self.block_table(seq_index))
+        self._num_held[seq_index] = 0
 
     def take_new_blocks(self) -> Int32Array:
         """Changes of the block tables since the last call."""
@@ -146,11 +146,11 @@ class BlockPlanner:
         self._new_blocks.clear()
         return changes
 
-    def _append(self, slot: int, blocks: Int32Array) -> None:
-        self._tables[slot, : len(blocks)] = blocks
-        self._num_held[slot] = len(blocks)
+    def _append(self, seq_index: int, blocks: Int32Array) -> None:
+        self._tables[seq_index, : len(blocks)] = blocks
+        self._num_held[seq_index] = len(blocks)
         index = np.arange(len(blocks), dtype=np.int32)
-        self._new_blocks.append(np.stack((np.full_like(index, slot), index, blocks), axis=1))
+        self._new_blocks.append(np.stack((np.full_like(index, seq_index), index, blocks), axis=1))
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 __all__ = ["CachePlanner"]
 
 Int32Array = NDArray[np.int32]
-SlotArray = NDArray[np.intp]
+SeqIndexArray = NDArray[np.intp]
 
 
 class CachePlanner(Protocol):
-    """Hands out blocks of `block_size` tokens to slots; executors hear of it by `take_new_blocks`."""
+    """Hands out blocks of `block_size` tokens to running sequences; executors hear of it by `take_new_blocks`."""
 
     @property
     def block_size(self) -> int:
@@ -32,7 +32,7 @@ class CachePlanner(Protocol):
         ...
 
     @property
-    def num_slots(self) -> int:
+    def max_num_seqs(self) -> int:
         """Rows of the block table, which is how many sequences can hold blocks at once."""
         ...
 
@@ -46,9 +46,9 @@ class CachePlanner(Protocol):
         ...
 
     def admit(
-        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+        self, seq_index: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
     ) -> int | None:
-        """Give ``slot`` room for ``num_tokens`` tokens if ``spare_blocks`` blocks stay free after it.
+        """Give ``seq_index`` room for ``num_tokens`` tokens if ``spare_blocks`` blocks stay free after it.
 
         ``expected_tokens`` is how far the sequence may grow: a hint for where to place it. Returns how many
         leading tokens are already in the cache, fewer than ``num_tokens`` and a multiple of the block size;
@@ -56,22 +56,22 @@ class CachePlanner(Protocol):
         """
         ...
 
-    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
-        """Give every slot the block of its next position; False, with no change, if there are too few."""
+    def extend(self, seq_indices: SeqIndexArray, positions: Int32Array) -> bool:
+        """Give every sequence the block of its next position; False, with no change, if there are too few."""
         ...
 
-    def mark_filled(self, slot: int, keys: list[bytes]) -> None:
-        """Plans made so far fill the first ``len(keys)`` blocks of ``slot``: later plans may share them."""
+    def mark_filled(self, seq_index: int, keys: list[bytes]) -> None:
+        """Plans made so far fill the first ``len(keys)`` blocks of ``seq_index``: later plans may share them."""
         ...
 
-    def release(self, slot: int, keys: list[bytes]) -> None:
+    def release(self, seq_index: int, keys: list[bytes]) -> None:
         """Take all blocks back after `mark_filled`."""
         ...
 
-    def discard(self, slot: int) -> None:
+    def discard(self, seq_index: int) -> None:
         """Take all blocks back and share none of them any more: what they hold is not to be trusted."""
         ...
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 3]`` (slot, index in its block table, block id) since the last call; no pair occurs twice."""
+        """``[M, 3]`` (seq_index, index in its block table, block id) since the last call; no pair occurs twice."""
         ...

@@ -1,24 +1,24 @@
-"""Fixed slots: each sequence owns one linear stretch of the cache, as long as the longest sequence."""
+"""Slots: each sequence owns one linear stretch of the cache, as long as the longest sequence."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.kv_cache.planner import Int32Array, SlotArray
+from phalanx.runtime.kv_cache.planner import Int32Array, SeqIndexArray
 
 __all__ = ["SlotPlanner"]
 
 
 class SlotPlanner:
-    """`CachePlanner` for TensorRT's linear caches: slot i holds block i, and nothing is shared."""
+    """`CachePlanner` for TensorRT's linear caches: block i is the slot of sequence i, and nothing is shared."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         if max_num_seqs < 1 or max_model_len < 1:
             raise ConfigError(f"{max_num_seqs} slots of {max_model_len} tokens hold nothing; use at least 1 of each")
         self._block_size = max_model_len
         self._used = np.zeros(max_num_seqs, np.bool_)
-        self._new_slots: list[int] = []
+        self._new_indices: list[int] = []
 
     @property
     def block_size(self) -> int:
@@ -36,7 +36,7 @@ class SlotPlanner:
         return len(self._used) - int(self._used.sum())
 
     @property
-    def num_slots(self) -> int:
+    def max_num_seqs(self) -> int:
         """Slots."""
         return len(self._used)
 
@@ -49,33 +49,33 @@ class SlotPlanner:
         """Nothing is shared, so there are no keys."""
 
     def admit(
-        self, slot: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
+        self, seq_index: int, num_tokens: int, expected_tokens: int, keys: list[bytes], spare_blocks: int
     ) -> int | None:
         """Take the slot; it always fits, and nothing of it is in the cache yet."""
         assert num_tokens <= self._block_size, (num_tokens, self._block_size)
-        assert not self._used[slot], slot
-        self._used[slot] = True
-        self._new_slots.append(slot)
+        assert not self._used[seq_index], seq_index
+        self._used[seq_index] = True
+        self._new_indices.append(seq_index)
         return 0
 
-    def extend(self, slots: SlotArray, positions: Int32Array) -> bool:
+    def extend(self, seq_indices: SeqIndexArray, positions: Int32Array) -> bool:
         """A slot is as long as the longest sequence."""
         return True
 
-    def mark_filled(self, slot: int, keys: list[bytes]) -> None:
+    def mark_filled(self, seq_index: int, keys: list[bytes]) -> None:
         """Nothing is shared."""
 
-    def release(self, slot: int, keys: list[bytes]) -> None:
+    def release(self, seq_index: int, keys: list[bytes]) -> None:
         """Free the slot."""
-        self.discard(slot)
+        self.discard(seq_index)
 
-    def discard(self, slot: int) -> None:
+    def discard(self, seq_index: int) -> None:
         """Free the slot."""
-        assert self._used[slot], slot
-        self._used[slot] = False
+        assert self._used[seq_index], seq_index
+        self._used[seq_index] = False
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 3]`` (slot, 0, slot) of the slots taken since the last call."""
-        slots = np.array(self._new_slots, np.int32)
-        self._new_slots.clear()
-        return np.stack((slots, np.zeros_like(slots), slots), axis=1)
+        """``[M, 3]`` (seq_index, 0, seq_index) of the slots taken since the last call."""
+        seq_indices = np.array(self._new_indices, np.int32)
+        self._new_indices.clear()
+        return np.stack((seq_indices, np.zeros_like(seq_indices), seq_indices), axis=1)

@@ -37,11 +37,11 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
     )
 
 
-def admission_row(sequence: Sequence, slot: int, vocab_size: int) -> tuple[Any, ...]:
+def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
     params = sequence.request.params
     return (
-        slot,
+        seq_index,
         params.temperature,
         params.top_k if 0 < params.top_k < vocab_size else 0,
         params.top_p,

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob
 from phalanx.runtime.scheduler.plan_builder import PlannedStep
-from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable, SlotArray
+from phalanx.runtime.scheduler.sequences import Int32Array, SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.step import StepResult
 
 __all__ = ["GOES_ON", "LENGTH", "NOT_FINITE", "STOP", "logprob_at", "outcomes", "store_prompt_logprobs"]
@@ -15,13 +15,15 @@ __all__ = ["GOES_ON", "LENGTH", "NOT_FINITE", "STOP", "logprob_at", "outcomes", 
 GOES_ON, STOP, LENGTH, NOT_FINITE = range(4)
 
 
-def outcomes(table: SequenceTable, slots: SlotArray, token_ids: Int32Array, lengths: Int32Array) -> NDArray[np.int8]:
+def outcomes(
+    table: SequenceTable, seq_indices: SeqIndexArray, token_ids: Int32Array, lengths: Int32Array
+) -> NDArray[np.int8]:
     """``[S]`` what a sampled token means; an end token goes before the length limit."""
-    codes = np.where(lengths >= table.target_length[slots], np.int8(LENGTH), np.int8(GOES_ON))
-    ends = np.zeros(len(slots), np.bool_)
+    codes = np.where(lengths >= table.target_length[seq_indices], np.int8(LENGTH), np.int8(GOES_ON))
+    ends = np.zeros(len(seq_indices), np.bool_)
     for end_ids in table.end_ids:
-        ends |= end_ids[slots] == token_ids
-    codes[ends & (lengths > table.min_length[slots])] = STOP
+        ends |= end_ids[seq_indices] == token_ids
+    codes[ends & (lengths > table.min_length[seq_indices])] = STOP
     codes[token_ids < 0] = NOT_FINITE
     return codes
 
@@ -31,16 +33,16 @@ def store_prompt_logprobs(
 ) -> list[tuple[Sequence, bool]]:
     """Keep the prompt log-probabilities of a result.
 
-    Returns the sequences that got some and still own their slot, each with whether all of them are numbers.
+    Returns the sequences that got some and still own their row, each with whether all of them are numbers.
     """
-    row = len(planned.slots)
+    row = len(planned.seq_indices)
     sequences = []
     for part in planned.prompt_rows:
-        sequence = table.sequences[part.slot]
-        if sequence is not None and table.epochs[part.slot] == part.epoch:
+        sequence = table.sequences[part.seq_index]
+        if sequence is not None and table.epochs[part.seq_index] == part.epoch:
             assert sequence.prompt_logprobs is not None
             most = sequence.request.params.prompt_logprobs or 0
-            targets = table.token_ids[part.slot, part.start + 1 : part.start + 1 + part.count].tolist()
+            targets = table.token_ids[part.seq_index, part.start + 1 : part.start + 1 + part.count].tolist()
             sequence.prompt_logprobs.extend(logprob_at(result, row + i, token, most) for i, token in enumerate(targets))
             sequences.append((sequence, not np.isnan(result.logprobs[row : row + part.count]).any()))
         row += part.count

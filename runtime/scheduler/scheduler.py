@@ -10,7 +10,6 @@ from phalanx.parallel.errors import CapacityError, ConfigError, ExecutorError, R
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import FinishReason, Logprob, Request, TokenDelta
 from phalanx.runtime.scheduler.admission import make_sequence
-from phalanx.runtime.scheduler.batcher import Batcher
 from phalanx.runtime.scheduler.deltas import DeltaBatch
 from phalanx.runtime.scheduler.plan_builder import PlannedStep, build_plan
 from phalanx.runtime.scheduler.results import (
@@ -22,9 +21,10 @@ from phalanx.runtime.scheduler.results import (
     outcomes,
     store_prompt_logprobs,
 )
-from phalanx.runtime.scheduler.sequences import Sequence
+from phalanx.runtime.scheduler.running_set import RunningSet
+from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig, SchedulerStats
-from phalanx.runtime.scheduler.waiting import Deadlines
+from phalanx.runtime.scheduler.waiting import Deadlines, WaitingQueue
 from phalanx.runtime.step import StepPlan, StepResult
 
 __all__ = ["Scheduler"]
@@ -37,22 +37,22 @@ class Scheduler:
 
     A pure state machine: time is an argument (monotonic seconds), and the same calls give the same plans.
 
-    Slots and blocks of an ended or preempted sequence are free at once, even while a step that was already
+    Rows and blocks of an ended or preempted sequence are free at once, even while a step that was already
     planned still reads and writes them. That is right because every rank runs steps in the order of their
     plans: the next owner's plan comes later, so its writes land on top, and it reads only positions that it
     wrote itself, or blocks whose tokens were all known and planned before they were offered for sharing.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CachePlanner) -> None:
-        if cache.num_slots < config.max_num_seqs:
+        if cache.max_num_seqs < config.max_num_seqs:
             raise ConfigError(
-                f"max_num_seqs={config.max_num_seqs} is above the cache's {cache.num_slots}; use the same"
+                f"max_num_seqs={config.max_num_seqs} is above the cache's {cache.max_num_seqs}; use the same"
             )
         self._config = config
         self._cache = cache
-        self._batcher = Batcher(config, cache)
-        self._table = self._batcher.table
-        self._waiting = self._batcher.waiting
+        self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
+        self._waiting = WaitingQueue()
+        self._running = RunningSet(config, cache, self._table, self._waiting)
         self._sequences: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._in_flight: deque[PlannedStep] = deque()
@@ -95,12 +95,12 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step; None while nothing can be computed, or is better not, before another result is applied."""
         self._end_overdue(now)
-        selection = self._batcher.select(len(self._in_flight))
+        selection = self._running.select(len(self._in_flight))
         if not selection.num_tokens:
             return None
         step_id = self._num_planned % 2**31
         plan, planned = build_plan(step_id, self._table, selection, self._cache.take_new_blocks())
-        self._batcher.mark_filled(selection.chunks)
+        self._running.mark_filled(selection.chunks)
         self._in_flight.append(planned)
         self._num_planned += 1
         return plan
@@ -129,7 +129,7 @@ class Scheduler:
 
     def num_microbatches(self, num_seqs: int) -> int:
         """Into how many micro-batches ``num_seqs`` decoding sequences are divided."""
-        return self._batcher.num_microbatches(num_seqs)
+        return self._running.num_microbatches(num_seqs)
 
     @property
     def has_work(self) -> bool:
@@ -143,17 +143,17 @@ class Scheduler:
             num_waiting=len(self._waiting),
             kv_blocks_used=self._cache.num_blocks - self._cache.num_free_blocks,
             kv_blocks_total=self._cache.num_blocks,
-            num_preemptions=self._batcher.num_preemptions,
-            prefix_query_tokens=self._batcher.prefix_query_tokens,
-            prefix_hit_tokens=self._batcher.prefix_hit_tokens,
+            num_preemptions=self._running.num_preemptions,
+            prefix_query_tokens=self._running.prefix_query_tokens,
+            prefix_hit_tokens=self._running.prefix_hit_tokens,
         )
 
     def _take_planned(self, result: StepResult) -> PlannedStep:
         planned = self._in_flight.popleft() if self._in_flight else None
-        if planned is None or planned.step_id != result.step_id or len(planned.slots) != len(result.token_ids):
+        if planned is None or planned.step_id != result.step_id or len(planned.seq_indices) != len(result.token_ids):
             expected = "no step is in flight"
             if planned is not None:
-                expected = f"step {planned.step_id} with {len(planned.slots)} tokens is next"
+                expected = f"step {planned.step_id} with {len(planned.seq_indices)} tokens is next"
             raise ExecutorError(
                 f"got {len(result.token_ids)} tokens of step {result.step_id}, but {expected}; "
                 "results must come in the order of plans"
@@ -163,19 +163,19 @@ class Scheduler:
     def _apply_tokens(self, planned: PlannedStep, result: StepResult, batch: DeltaBatch) -> None:
         table = self._table
         # Rows whose sequence ended or was preempted while the step was in flight are passed over.
-        rows = np.flatnonzero(table.epochs[planned.slots] == planned.epochs)
-        slots, token_ids = planned.slots[rows], result.token_ids[rows]
-        lengths = table.append(slots, token_ids)
-        codes = outcomes(table, slots, token_ids, lengths)
-        first_news = table.has_first_news[slots] & (lengths == table.num_prompt[slots] + 1)
-        special = (codes != GOES_ON) | table.wants_logprobs[slots] | first_news
+        rows = np.flatnonzero(table.epochs[planned.seq_indices] == planned.epochs)
+        seq_indices, token_ids = planned.seq_indices[rows], result.token_ids[rows]
+        lengths = table.append(seq_indices, token_ids)
+        codes = outcomes(table, seq_indices, token_ids, lengths)
+        first_news = table.has_first_news[seq_indices] & (lengths == table.num_prompt[seq_indices] + 1)
+        special = (codes != GOES_ON) | table.wants_logprobs[seq_indices] | first_news
         plain = np.flatnonzero(~special)
-        plain_slots = slots[plain]
-        batch.request_ids = table.request_ids[plain_slots]
-        batch.numbers = table.numbers[plain_slots]
+        plain_indices = seq_indices[plain]
+        batch.request_ids = table.request_ids[plain_indices]
+        batch.numbers = table.numbers[plain_indices]
         batch.token_ids = token_ids[plain]
         for i in np.flatnonzero(special).tolist():
-            sequence = table.sequences[slots[i]]
+            sequence = table.sequences[seq_indices[i]]
             assert sequence is not None
             self._apply_special(sequence, result, int(rows[i]), int(codes[i]), bool(first_news[i]))
 
@@ -212,8 +212,8 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence) -> None:
         """End a sequence whose numbers are broken, and let nobody share what it left in the cache."""
-        position = int(self._table.num_known[sequence.slot])
-        self._batcher.discard(sequence)
+        position = int(self._table.num_known[sequence.seq_index])
+        self._running.discard(sequence)
         self._end(
             sequence,
             "error",
@@ -236,7 +236,7 @@ class Scheduler:
         )
 
     def _forget(self, sequence: Sequence) -> None:
-        self._batcher.release(sequence)
+        self._running.release(sequence)
         sequence.has_ended = True
         del self._sequences[sequence.request.request_id]
 

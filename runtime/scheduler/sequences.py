@@ -1,4 +1,4 @@
-"""State of the requests: one record each, and for the running ones a struct of arrays with a row per slot."""
+"""State of the requests: one record each, and for the running ones a struct of arrays with a row each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob, Request
 
-__all__ = ["Sequence", "SequenceTable", "SlotArray"]
+__all__ = ["SeqIndexArray", "Sequence", "SequenceTable"]
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
-SlotArray = NDArray[np.intp]
+SeqIndexArray = NDArray[np.intp]
 """Slots that index a `SequenceTable`: NumPy would convert any other integer type at every use."""
 
 _NO_TOKEN = -2
@@ -31,7 +31,7 @@ class Sequence:
         seed: of its sampling noise.
         end_token_ids: tokens that end it.
         keys: prefix keys of the full blocks of known tokens.
-        slot: row of `SequenceTable`; -1 while it waits.
+        seq_index: row of `SequenceTable`; -1 while it waits.
         num_cached_tokens: prompt tokens that its first admission found in the cache.
         prompt_logprobs: those known so far; None unless asked for.
         has_ended: its last delta was given.
@@ -43,7 +43,7 @@ class Sequence:
     seed: int
     end_token_ids: tuple[int, ...]
     keys: list[bytes] = field(default_factory=list)
-    slot: int = -1
+    seq_index: int = -1
     num_cached_tokens: int = -1
     prompt_logprobs: list[Logprob | None] | None = None
     has_ended: bool = False
@@ -70,17 +70,17 @@ class Sequence:
 
 
 class SequenceTable:
-    """Running sequences, a row per slot. Free rows have nothing left to compute, so that masks need not leave
+    """Running sequences, a row each. Free rows have nothing left to compute, so that masks need not leave
     them out.
 
     Attributes:
-        token_ids: ``[slots, max_model_len]`` known tokens. Pages that no sequence reached are never touched.
+        token_ids: ``[max_num_seqs, max_model_len]`` known tokens. Pages that no sequence reached are never touched.
         num_known: tokens in ``token_ids``.
         num_computed: positions that plans cover, those in flight included.
         num_pending: sampled tokens in flight.
         num_prompt, target_length: see `Sequence`.
-        min_length: no end token counts up to this length.
-        end_ids: ``[W, slots]`` tokens that end the sequence.
+        min_length: no end token num_scheduled_tokens up to this length.
+        end_ids: ``[W, max_num_seqs]`` tokens that end the sequence.
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
@@ -88,85 +88,85 @@ class SequenceTable:
         wants_logprobs: the request reports log-probabilities of its tokens.
         has_first_news: its first token comes with more: prompt log-probabilities or the number of cached
             tokens.
-        request_ids: ``[slots]`` of str.
+        request_ids: ``[max_num_seqs]`` of str.
         sequences: the records.
     """
 
-    def __init__(self, num_slots: int, max_model_len: int, lookahead: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, lookahead: int) -> None:
         self._lookahead = lookahead
-        self.token_ids = np.zeros((num_slots, max_model_len), np.int32)
+        self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
         self._flat_token_ids = self.token_ids.reshape(-1)  # indexed three times as fast
-        self.num_known = np.zeros(num_slots, np.int32)
-        self.num_computed = np.zeros(num_slots, np.int32)
-        self.num_pending = np.zeros(num_slots, np.int32)
-        self.num_prompt = np.zeros(num_slots, np.int32)
-        self.target_length = np.ones(num_slots, np.int32)
-        self.min_length = np.zeros(num_slots, np.int32)
-        self.end_ids = np.full((1, num_slots), _NO_TOKEN, np.int32)
-        self.epochs = np.zeros(num_slots, np.int64)
-        self.numbers = np.full(num_slots, -1, np.int64)
-        self.last_turns = np.zeros(num_slots, np.int64)
-        self.wants_logprobs = np.zeros(num_slots, np.bool_)
-        self.has_first_news = np.zeros(num_slots, np.bool_)
-        self.request_ids = np.full(num_slots, "", np.object_)
-        self.sequences: list[Sequence | None] = [None] * num_slots
-        self._free_slots = list(range(num_slots))
+        self.num_known = np.zeros(max_num_seqs, np.int32)
+        self.num_computed = np.zeros(max_num_seqs, np.int32)
+        self.num_pending = np.zeros(max_num_seqs, np.int32)
+        self.num_prompt = np.zeros(max_num_seqs, np.int32)
+        self.target_length = np.ones(max_num_seqs, np.int32)
+        self.min_length = np.zeros(max_num_seqs, np.int32)
+        self.end_ids = np.full((1, max_num_seqs), _NO_TOKEN, np.int32)
+        self.epochs = np.zeros(max_num_seqs, np.int64)
+        self.numbers = np.full(max_num_seqs, -1, np.int64)
+        self.last_turns = np.zeros(max_num_seqs, np.int64)
+        self.wants_logprobs = np.zeros(max_num_seqs, np.bool_)
+        self.has_first_news = np.zeros(max_num_seqs, np.bool_)
+        self.request_ids = np.full(max_num_seqs, "", np.object_)
+        self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        self._free_indices = list(range(max_num_seqs))
         self._num_turns = 0
 
     @property
     def num_free(self) -> int:
         """Slots without a sequence."""
-        return len(self._free_slots)
+        return len(self._free_indices)
 
     @property
     def num_running(self) -> int:
         """Slots with a sequence."""
-        return len(self.sequences) - len(self._free_slots)
+        return len(self.sequences) - len(self._free_indices)
 
     @property
-    def next_slot(self) -> int:
-        """The slot that `add` takes: the lowest free one, so that rows in use stay dense."""
-        return self._free_slots[0]
+    def next_seq_index(self) -> int:
+        """The row that `add` takes: the lowest free one, so that rows in use stay dense."""
+        return self._free_indices[0]
 
     def add(self, sequence: Sequence, num_computed: int) -> None:
-        """Give `next_slot` to a sequence whose first ``num_computed`` tokens are in the cache."""
-        slot = sequence.slot = heapq.heappop(self._free_slots)
+        """Give `next_seq_index` to a sequence whose first ``num_computed`` tokens are in the cache."""
+        seq_index = sequence.seq_index = heapq.heappop(self._free_indices)
         num_known = len(sequence.token_ids)
-        self.token_ids[slot, :num_known] = sequence.token_ids
-        self.num_known[slot] = num_known
-        self.num_computed[slot] = num_computed
-        self.num_prompt[slot] = sequence.num_prompt
-        self.target_length[slot] = sequence.target_length
-        self.min_length[slot] = sequence.num_prompt + sequence.request.params.min_tokens
-        self._set_end_ids(slot, sequence.end_token_ids)
-        self.numbers[slot] = sequence.number
-        self.wants_logprobs[slot] = sequence.request.params.logprobs is not None
-        self.has_first_news[slot] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
-        self.request_ids[slot] = sequence.request.request_id
-        self.sequences[slot] = sequence
+        self.token_ids[seq_index, :num_known] = sequence.token_ids
+        self.num_known[seq_index] = num_known
+        self.num_computed[seq_index] = num_computed
+        self.num_prompt[seq_index] = sequence.num_prompt
+        self.target_length[seq_index] = sequence.target_length
+        self.min_length[seq_index] = sequence.num_prompt + sequence.request.params.min_tokens
+        self._set_end_ids(seq_index, sequence.end_token_ids)
+        self.numbers[seq_index] = sequence.number
+        self.wants_logprobs[seq_index] = sequence.request.params.logprobs is not None
+        self.has_first_news[seq_index] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
+        self.request_ids[seq_index] = sequence.request.request_id
+        self.sequences[seq_index] = sequence
 
-    def remove(self, slot: int) -> None:
+    def remove(self, seq_index: int) -> None:
         """Free a row; results of its steps in flight will be passed over."""
-        sequence = self.sequences[slot]
-        assert sequence is not None, slot
-        sequence.slot = -1
-        self.sequences[slot] = None
-        self.num_known[slot] = self.num_computed[slot] = self.num_pending[slot] = 0
-        self.target_length[slot] = 1
-        self.epochs[slot] += 1
-        self.numbers[slot] = -1
-        heapq.heappush(self._free_slots, slot)
+        sequence = self.sequences[seq_index]
+        assert sequence is not None, seq_index
+        sequence.seq_index = -1
+        self.sequences[seq_index] = None
+        self.num_known[seq_index] = self.num_computed[seq_index] = self.num_pending[seq_index] = 0
+        self.target_length[seq_index] = 1
+        self.epochs[seq_index] += 1
+        self.numbers[seq_index] = -1
+        heapq.heappush(self._free_indices, seq_index)
 
-    def known_tokens(self, slot: int) -> Int32Array:
+    def known_tokens(self, seq_index: int) -> Int32Array:
         """Prompt and generated tokens of a row; a view."""
-        return self.token_ids[slot, : self.num_known[slot]]
+        return self.token_ids[seq_index, : self.num_known[seq_index]]
 
-    def num_filled(self, slot: int) -> int:
+    def num_filled(self, seq_index: int) -> int:
         """Leading tokens known and covered by plans: what the cache is sure to hold for later plans."""
-        return int(min(self.num_known[slot], self.num_computed[slot]))
+        return int(min(self.num_known[seq_index], self.num_computed[seq_index]))
 
     def remaining(self) -> Int32Array:
-        """``[slots]`` tokens that could be computed now.
+        """``[max_num_seqs]`` tokens that could be computed now.
 
         The last token of all is never computed: nothing follows it. Pending tokens count as far as the
             lookahead goes.
@@ -184,29 +184,31 @@ class SequenceTable:
         """Slot of the running sequence that arrived last."""
         return int(np.argmax(self.numbers))
 
-    def tokens_at(self, slots: SlotArray, positions: Int32Array) -> Int32Array:
+    def tokens_at(self, seq_indices: SeqIndexArray, positions: Int32Array) -> Int32Array:
         """``[S]`` one token of each row; meaningless where it is not known."""
-        return self._flat_token_ids.take(slots * self.token_ids.shape[1] + positions)
+        return self._flat_token_ids.take(seq_indices * self.token_ids.shape[1] + positions)
 
-    def mark_planned(self, slots: SlotArray, counts: Int32Array, sampling_slots: SlotArray) -> None:
+    def mark_planned(
+        self, seq_indices: SeqIndexArray, num_scheduled_tokens: Int32Array, sampling_indices: SeqIndexArray
+    ) -> None:
         """Count a plan's positions and samples as in flight."""
-        self.num_computed[slots] += counts
-        self.num_pending[sampling_slots] += 1
-        self.last_turns[slots] = np.arange(self._num_turns, self._num_turns + len(slots))
-        self._num_turns += len(slots)
+        self.num_computed[seq_indices] += num_scheduled_tokens
+        self.num_pending[sampling_indices] += 1
+        self.last_turns[seq_indices] = np.arange(self._num_turns, self._num_turns + len(seq_indices))
+        self._num_turns += len(seq_indices)
 
-    def append(self, slots: SlotArray, token_ids: Int32Array) -> Int32Array:
+    def append(self, seq_indices: SeqIndexArray, token_ids: Int32Array) -> Int32Array:
         """Add a sampled token to each row; returns the new lengths ``[S]``."""
-        lengths = self.num_known[slots]
-        self._flat_token_ids[slots * self.token_ids.shape[1] + lengths] = token_ids
+        lengths = self.num_known[seq_indices]
+        self._flat_token_ids[seq_indices * self.token_ids.shape[1] + lengths] = token_ids
         lengths += 1
-        self.num_known[slots] = lengths
-        self.num_pending[slots] -= 1
+        self.num_known[seq_indices] = lengths
+        self.num_pending[seq_indices] -= 1
         return lengths
 
-    def _set_end_ids(self, slot: int, end_token_ids: tuple[int, ...]) -> None:
+    def _set_end_ids(self, seq_index: int, end_token_ids: tuple[int, ...]) -> None:
         missing = len(end_token_ids) - len(self.end_ids)
         if missing > 0:
             self.end_ids = np.pad(self.end_ids, ((0, missing), (0, 0)), constant_values=_NO_TOKEN)
-        self.end_ids[:, slot] = _NO_TOKEN
-        self.end_ids[: len(end_token_ids), slot] = end_token_ids
+        self.end_ids[:, seq_index] = _NO_TOKEN
+        self.end_ids[: len(end_token_ids), seq_index] = end_token_ids

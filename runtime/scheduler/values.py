@@ -15,10 +15,10 @@ class SchedulerConfig:
     """Limits of one replica.
 
     Attributes:
-        max_num_seqs: slots; sequences that run at once.
+        max_num_seqs: sequences that run at once.
         max_num_batched_tokens: most tokens computed in one step.
         max_model_len: most tokens of prompt and output together.
-        max_queued_requests: requests that may wait for a slot.
+        max_queued_requests: requests that may wait to run.
         vocab_size: prompt token ids are below it.
         eos_token_ids: tokens that end a generation unless the request ignores them.
         num_microbatches: most plans of different sequences that are kept in flight.
@@ -61,7 +61,7 @@ class SchedulerStats:
     """Counts for metrics and health; the last three since the start.
 
     Attributes:
-        num_running: sequences with a slot.
+        num_running: sequences with a row of the batch state.
         num_waiting: requests without one, preempted sequences among them.
         kv_blocks_used, kv_blocks_total: blocks that sequences hold, and all blocks.
         num_preemptions: times that a sequence lost its blocks and had to be computed again.

@@ -1,4 +1,4 @@
-"""Requests that have no slot, in order of arrival, and the deadlines of all."""
+"""Requests that do not run yet, in order of arrival, and the deadlines of all."""
 
 from __future__ import annotations
 

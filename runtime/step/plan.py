@@ -18,11 +18,11 @@ Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
 PENDING_TOKEN = -1
-"""In `StepPlan.token_ids`: the token that this slot sampled last, which the leader has not seen yet."""
+"""In `StepPlan.token_ids`: the token that this sequence sampled last, which the leader has not seen yet."""
 
 ADMISSION = np.dtype(
     [
-        ("slot", "<i4"),
+        ("seq_index", "<i4"),
         ("temperature", "<f4"),
         ("top_k", "<i4"),
         ("top_p", "<f4"),
@@ -31,7 +31,7 @@ ADMISSION = np.dtype(
         ("seed", "<u8"),
     ]
 )
-"""Sampling parameters of a slot. temperature 0 = greedy; top_k 0 = all; num_logprobs -1 = none, 0 = the chosen token only."""
+"""Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; num_logprobs -1 = none, 0 = the chosen token only."""
 
 _ADMISSION_WORDS = ADMISSION.itemsize // 4
 
@@ -46,12 +46,12 @@ class StepPlan:
 
     Attributes:
         step_id: consecutive number.
-        slots: ``[S]`` rows of the batch state, each at most once.
+        seq_indices: ``[S]`` rows of the batch state, each at most once.
         starts: ``[S]`` position of the first token computed; everything before it is in the cache.
-        counts: ``[S]`` tokens computed, at least 1.
+        num_scheduled_tokens: ``[S]`` tokens computed, at least 1.
         samples: ``[S]`` 1 where a token is sampled from the sequence's last row.
-        token_ids: ``[T]`` input tokens, T = sum(counts); `PENDING_TOKEN` where only the executor knows it.
-        new_blocks: ``[M, 3]`` (slot, index in its block table, block id), applied before the step.
+        token_ids: ``[T]`` input tokens, T = sum(num_scheduled_tokens); `PENDING_TOKEN` where only the executor knows it.
+        new_blocks: ``[M, 3]`` (seq_index, index in its block table, block id), applied before the step.
         admissions: ``[A]`` of `ADMISSION`, applied before the step.
         prompt_rows: ``[G]`` rows whose log-probability of ``prompt_targets`` is wanted (prompt log-probabilities).
         prompt_targets: ``[G]`` token ids.
@@ -59,9 +59,9 @@ class StepPlan:
     """
 
     step_id: int
-    slots: Int32Array
+    seq_indices: Int32Array
     starts: Int32Array
-    counts: Int32Array
+    num_scheduled_tokens: Int32Array
     samples: Int32Array
     token_ids: Int32Array
     new_blocks: Int32Array = field(default_factory=lambda: _empty(0, 3))
@@ -73,7 +73,7 @@ class StepPlan:
     @property
     def num_seqs(self) -> int:
         """S."""
-        return len(self.slots)
+        return len(self.seq_indices)
 
     @property
     def num_tokens(self) -> int:
@@ -83,17 +83,17 @@ class StepPlan:
     @property
     def num_decodes(self) -> int:
         """How many sequences, all at the front, compute exactly one token."""
-        return int(np.searchsorted(self.counts > 1, True))
+        return int(np.searchsorted(self.num_scheduled_tokens > 1, True))
 
     @property
     def cu_seqlens(self) -> Int32Array:
         """``[S + 1]`` first row of each sequence, and T."""
-        return np.concatenate(([0], np.cumsum(self.counts))).astype(np.int32)
+        return np.concatenate(([0], np.cumsum(self.num_scheduled_tokens))).astype(np.int32)
 
     @property
     def positions(self) -> Int32Array:
         """``[T]`` position of each row in its sequence."""
-        first_rows = np.repeat(self.cu_seqlens[:-1] - self.starts, self.counts)
+        first_rows = np.repeat(self.cu_seqlens[:-1] - self.starts, self.num_scheduled_tokens)
         return np.arange(self.num_tokens, dtype=np.int32) - first_rows
 
     @property
@@ -108,7 +108,7 @@ class StepPlan:
 
     def logprob_shape(self, state: BatchState) -> tuple[int, int]:
         """Rows of the result that carry log-probabilities (Q + G, or 0 when nobody asked) and alternatives of each."""
-        asked = state.sampling["num_logprobs"][self.slots[self.samples > 0]]
+        asked = state.sampling["num_logprobs"][self.seq_indices[self.samples > 0]]
         if not len(self.prompt_rows) and not (asked >= 0).any():
             return 0, 0
         most = int(asked.max(initial=0))
@@ -128,7 +128,7 @@ class StepPlan:
             np.int32,
         )  # fmt: skip
         return np.concatenate(
-            (header, self.slots, self.starts, self.counts, self.samples, self.token_ids, self.new_blocks.ravel(),
+            (header, self.seq_indices, self.starts, self.num_scheduled_tokens, self.samples, self.token_ids, self.new_blocks.ravel(),
              self.admissions.view(np.int32), self.prompt_rows, self.prompt_targets)
         )  # fmt: skip
 
@@ -139,18 +139,18 @@ class StepPlan:
         sizes = (s, s, s, s, t, 3 * m, a * _ADMISSION_WORDS, g, g)
         ends = np.cumsum((7, *sizes))
         assert ends[-1] == len(buffer), (ends[-1], len(buffer))
-        slots, starts, counts, samples, token_ids, blocks, admissions, rows, targets = (
+        seq_indices, starts, num_scheduled_tokens, samples, token_ids, blocks, admissions, rows, targets = (
             buffer[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)
         )
         return cls(
-            step_id, slots, starts, counts, samples, token_ids, blocks.reshape(-1, 3), admissions.view(ADMISSION),
+            step_id, seq_indices, starts, num_scheduled_tokens, samples, token_ids, blocks.reshape(-1, 3), admissions.view(ADMISSION),
             rows, targets, k,
         )  # fmt: skip
 
 
 @dataclass(slots=True)
 class BatchState:
-    """What a rank remembers per slot between steps; equal on all ranks.
+    """What a rank remembers of each running sequence between steps; equal on all ranks.
 
     Attributes:
         block_tables: ``[max_num_seqs, blocks per sequence]`` block ids.
@@ -167,9 +167,9 @@ class BatchState:
 
     def apply(self, plan: StepPlan) -> None:
         """Take over the plan's new blocks and admissions."""
-        slot, index, block = plan.new_blocks.T
-        self.block_tables[slot, index] = block
-        self.sampling[plan.admissions["slot"]] = plan.admissions
+        seq_index, index, block = plan.new_blocks.T
+        self.block_tables[seq_index, index] = block
+        self.sampling[plan.admissions["seq_index"]] = plan.admissions
 
 
 @dataclass(slots=True)

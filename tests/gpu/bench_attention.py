@@ -56,9 +56,9 @@ class Workload:
         self.step = AttentionStep(
             cu_seqlens_q=cupy.arange(num_seqs + 1, dtype=cupy.int32) * new_tokens,
             seq_lens=cupy.full(num_seqs, seq_len, cupy.int32),
-            slots=cupy.arange(num_seqs, dtype=cupy.int32),
+            seq_indices=cupy.arange(num_seqs, dtype=cupy.int32),
             block_tables=cupy.asarray(tables, cupy.int32),
-            counts=cupy.array([num_seqs, num_seqs if new_tokens == 1 else 0], cupy.int32),
+            num_seqs_and_decodes=cupy.array([num_seqs, num_seqs if new_tokens == 1 else 0], cupy.int32),
         )
         self.qkv = random_elements((rows, (heads + 2 * kv_heads) * head_dim))
         pages = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
@@ -73,10 +73,10 @@ class Workload:
 
     def plan(self) -> None:
         for _ in range(LAUNCHES):
-            self.attention.plan(self.step)
+            self.attention.split_work(self.step)
 
     def seconds_per_layer(self) -> float:
-        self.attention.plan(self.step)
+        self.attention.split_work(self.step)
         return median_seconds(self.launch) / LAUNCHES
 
 

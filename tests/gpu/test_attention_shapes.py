@@ -147,7 +147,7 @@ def test_a_step_may_lack_either_kind(
 
 def test_an_empty_step_writes_nothing(device: KernelDevice) -> None:
     case = Case(shape_of(8, 2, 64), (1,), (1,))
-    case.data["counts"][:] = 0
+    case.data["num_seqs_and_decodes"][:] = 0
     run = DeviceCase(case, device)
     run.launch()
     assert np.isnan(run.result().astype(np.float32)).all()

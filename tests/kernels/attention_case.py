@@ -52,10 +52,10 @@ class Case:
         blocks = [-(-total // shape.block_size) for total in self.seq_lens]
         num_blocks = sum(blocks) + 5
         order = rng.permutation(num_blocks)[: sum(blocks)]
-        slots = rng.permutation(num_seqs + 2)[:num_seqs]
+        seq_indices = rng.permutation(num_seqs + 2)[:num_seqs]
         tables = np.full((num_seqs + 2, max(blocks) + 3), 2**30, np.int32)  # an entry never to be read
-        for slot, count, end in zip(slots, blocks, np.cumsum(blocks), strict=False):
-            tables[slot, :count] = order[end - count : end]
+        for seq_index, count, end in zip(seq_indices, blocks, np.cumsum(blocks), strict=False):
+            tables[seq_index, :count] = order[end - count : end]
         pages = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         rows = sum(self.new_tokens)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
@@ -66,9 +66,9 @@ class Case:
             "values": rng.standard_normal(pages, np.float32).astype(dtype),
             "cu_seqlens_q": np.cumsum([0, *self.new_tokens, *junk]).astype(np.int32),
             "seq_lens": np.array([*self.seq_lens, *(junk + 99)], np.int32),
-            "slots": slots.astype(np.int32),
+            "seq_indices": seq_indices.astype(np.int32),
             "block_tables": tables,
-            "counts": np.array([len(self.new_tokens), self.num_decode], np.int32),
+            "num_seqs_and_decodes": np.array([len(self.new_tokens), self.num_decode], np.int32),
             "slopes": (0.5 ** np.linspace(1, 6, shape.num_heads)).astype(np.float32),
         }
 
@@ -85,7 +85,7 @@ class Case:
     def _page_rows(self, seq: int, total: int) -> np.ndarray:
         token = np.arange(total)
         size = self.shape.block_size
-        return self.data["block_tables"][self.data["slots"][seq], token // size] * size + token % size
+        return self.data["block_tables"][self.data["seq_indices"][seq], token // size] * size + token % size
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and ``sum(p |v|)``, the yardstick of their errors: float64 ``[T, H, C]`` each."""
@@ -126,7 +126,10 @@ class DeviceCase:
         self.device = device
         self.arrays = {name: device.put(value) for name, value in case.data.items()}
         self.step = AttentionStep(
-            *(self.arrays[name] for name in ("cu_seqlens_q", "seq_lens", "slots", "block_tables", "counts"))
+            *(
+                self.arrays[name]
+                for name in ("cu_seqlens_q", "seq_lens", "seq_indices", "block_tables", "num_seqs_and_decodes")
+            )
         )
         rows = case.data["qkv"].shape[0]
         limits = limits or AttentionLimits(len(case.data["seq_lens"]), rows, max(case.seq_lens))
@@ -143,7 +146,7 @@ class DeviceCase:
     def launch(self) -> None:
         """Plan, decode and prefill on the current stream."""
         tensors = (self.arrays["qkv"], self.arrays["keys"], self.arrays["values"], self.out)
-        self.attention.plan(self.step)
+        self.attention.split_work(self.step)
         self.attention.decode(*tensors, self.step)
         self.attention.prefill(*tensors, self.step)
 

@@ -69,7 +69,7 @@ def test_a_head_group_too_large_for_one_pass_is_split(device: KernelDevice) -> N
 
 def test_an_empty_step_writes_nothing(device: KernelDevice) -> None:
     case = Case(shape_of(4, 2, 32), (1,), (1,))
-    case.data["counts"][:] = 0
+    case.data["num_seqs_and_decodes"][:] = 0
     run = DeviceCase(case, device)
     run.launch()
     assert np.isnan(run.result().astype(np.float32)).all()
@@ -181,4 +181,4 @@ def test_misuse_is_refused(device: KernelDevice) -> None:
         fresh.decode(run.arrays["qkv"], keys, values, run.out, run.step)
     fresh.bind(device.poisoned((fresh.workspace_bytes,), np.uint8))
     with pytest.raises(ExecutorError, match="max_num_seqs=1"):
-        fresh.plan(run.step)
+        fresh.split_work(run.step)

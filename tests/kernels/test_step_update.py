@@ -18,18 +18,18 @@ def step_arrays(device) -> StepArrays:
     )
 
 
-def admission(slot: int, **values: float) -> tuple[object, ...]:
+def admission(seq_index: int, **values: float) -> tuple[object, ...]:
     row = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_logprobs": -1, "seed": 0, **values}
-    return (slot, *row.values())
+    return (seq_index, *row.values())
 
 
 def mixed_plan() -> StepPlan:
     """Three sequences with one token, then chunks of 7 and 5; the last is a chunk of a longer prompt."""
     return StepPlan(
         step_id=3,
-        slots=np.array([4, 0, 7, 2, 8], np.int32),
+        seq_indices=np.array([4, 0, 7, 2, 8], np.int32),
         starts=np.array([9, 0, 3, 2, 0], np.int32),
-        counts=np.array([1, 1, 1, 7, 5], np.int32),
+        num_scheduled_tokens=np.array([1, 1, 1, 7, 5], np.int32),
         samples=np.array([1, 1, 0, 1, 0], np.int32),
         token_ids=np.array([PENDING_TOKEN, 11, 12, *range(20, 27), *range(30, 35)], np.int32),
         new_blocks=np.array(
@@ -65,12 +65,12 @@ def test_step_arrays_equal_the_plans_own_properties(device, num_rows, num_logit_
     total, rows = plan.num_tokens, len(plan.logit_rows)
     np.testing.assert_array_equal(device.get(arrays.block_tables), state.block_tables)
     np.testing.assert_array_equal(device.get(arrays.cu_seqlens)[: plan.num_seqs + 1], plan.cu_seqlens)
-    np.testing.assert_array_equal(device.get(arrays.seq_lens)[: plan.num_seqs], plan.starts + plan.counts)
-    np.testing.assert_array_equal(device.get(arrays.slots)[: plan.num_seqs], plan.slots)
-    np.testing.assert_array_equal(device.get(arrays.counts), [plan.num_seqs, plan.num_decodes])
+    np.testing.assert_array_equal(device.get(arrays.seq_lens)[: plan.num_seqs], plan.starts + plan.num_scheduled_tokens)
+    np.testing.assert_array_equal(device.get(arrays.seq_indices)[: plan.num_seqs], plan.seq_indices)
+    np.testing.assert_array_equal(device.get(arrays.num_seqs_and_decodes), [plan.num_seqs, plan.num_decodes])
     np.testing.assert_array_equal(device.get(arrays.positions)[:num_rows], [*plan.positions, *[0] * (num_rows - total)])
-    row_slots = np.repeat(plan.slots, plan.counts)
-    blocks = state.block_tables[row_slots, plan.positions // BLOCK_SIZE]
+    row_seq_indices = np.repeat(plan.seq_indices, plan.num_scheduled_tokens)
+    blocks = state.block_tables[row_seq_indices, plan.positions // BLOCK_SIZE]
     expected = blocks * BLOCK_SIZE + plan.positions % BLOCK_SIZE
     np.testing.assert_array_equal(device.get(arrays.slot_mapping)[:num_rows], [*expected, *[-1] * (num_rows - total)])
     tokens = device.get(arrays.token_ids)[:num_rows]
@@ -86,7 +86,7 @@ def test_rows_carry_their_slots_sampling_parameters(device):
     plan = mixed_plan()
     arrays = load(device, step_arrays(device), plan)
     step_update.update(device.library, arrays, BLOCK_SIZE, TOKENS, 6)
-    np.testing.assert_array_equal(device.get(arrays.row_slots)[:6], [4, 0, 2, -1, -1, -1])
+    np.testing.assert_array_equal(device.get(arrays.row_seq_indices)[:6], [4, 0, 2, -1, -1, -1])
     np.testing.assert_array_equal(device.get(arrays.row_positions)[:6], [10, 1, 9, 0, 0, 0])
     np.testing.assert_array_equal(device.get(arrays.row_temperatures)[:6], np.float32([2, 0, 0.5, 0, 0, 0]))
     np.testing.assert_array_equal(device.get(arrays.row_top_ks)[[0, 2]], [0, 3])
@@ -108,10 +108,10 @@ def test_stored_tokens_reach_their_slots_and_prompt_rows_get_their_targets(devic
 def test_more_sequences_than_threads_are_scanned_in_turns(device):
     count = 1300
     rng = np.random.default_rng(0)
-    counts = np.sort(rng.integers(1, 4, count)).astype(np.int32)
+    num_scheduled_tokens = np.sort(rng.integers(1, 4, count)).astype(np.int32)
     plan = StepPlan(
-        0, rng.permutation(count).astype(np.int32), rng.integers(0, 5, count).astype(np.int32), counts,
-        rng.integers(0, 2, count).astype(np.int32), np.arange(counts.sum(), dtype=np.int32),
+        0, rng.permutation(count).astype(np.int32), rng.integers(0, 5, count).astype(np.int32), num_scheduled_tokens,
+        rng.integers(0, 2, count).astype(np.int32), np.arange(num_scheduled_tokens.sum(), dtype=np.int32),
     )  # fmt: skip
     arrays = StepArrays.allocate(
         lambda name, shape, dtype: device.put(np.zeros(shape, dtype)),
@@ -124,4 +124,4 @@ def test_more_sequences_than_threads_are_scanned_in_turns(device):
     np.testing.assert_array_equal(device.get(arrays.cu_seqlens), plan.cu_seqlens)
     np.testing.assert_array_equal(device.get(arrays.positions)[: plan.num_tokens], plan.positions)
     np.testing.assert_array_equal(device.get(arrays.logit_rows)[: len(plan.sample_rows)], plan.sample_rows)
-    assert device.get(arrays.counts).tolist() == [count, int((counts == 1).sum())]
+    assert device.get(arrays.num_seqs_and_decodes).tolist() == [count, int((num_scheduled_tokens == 1).sum())]

@@ -26,12 +26,12 @@ def keys_of(blocks: BlockPlanner, token_ids: NDArray[np.int32]) -> list[bytes]:
     return keys
 
 
-def fill(blocks: BlockPlanner, slot: int, token_ids: NDArray[np.int32]) -> int:
+def fill(blocks: BlockPlanner, seq_index: int, token_ids: NDArray[np.int32]) -> int:
     """Admit a sequence and mark its full blocks as computed; returns the tokens found in the cache."""
     keys = keys_of(blocks, token_ids)
-    num_cached = blocks.admit(slot, len(token_ids), len(token_ids), keys, 0)
+    num_cached = blocks.admit(seq_index, len(token_ids), len(token_ids), keys, 0)
     assert num_cached is not None
-    blocks.mark_filled(slot, keys)
+    blocks.mark_filled(seq_index, keys)
     return num_cached
 
 
@@ -100,10 +100,10 @@ def test_prefix_outlives_its_sequence_until_the_space_is_needed() -> None:
 def test_free_blocks_go_before_kept_ones_and_old_before_recent() -> None:
     blocks = planner(num_blocks=4)
     old, recent = prompt(1, 1, 1, 1, 1), prompt(2, 2, 2, 2, 2)
-    for slot, tokens in enumerate((old, recent)):
-        fill(blocks, slot, tokens)
-    for slot in (0, 1):
-        blocks.release(slot, [])
+    for seq_index, tokens in enumerate((old, recent)):
+        fill(blocks, seq_index, tokens)
+    for seq_index in (0, 1):
+        blocks.release(seq_index, [])
     fill(blocks, 2, prompt(7, 7, 7, 7, 7, 7, 7, 7, 7))  # two free blocks and the older prefix
     assert blocks.admit(3, 5, 5, keys_of(blocks, old), 0) is None
     blocks.discard(2)
@@ -131,7 +131,7 @@ def test_discarded_blocks_are_never_shared_again() -> None:
     blocks.release(1, [])
     blocks.release(2, [])
     assert blocks.num_free_blocks == 16
-    assert fill(blocks, 3, tokens) == 4, "what slot 2 computed anew is shared"
+    assert fill(blocks, 3, tokens) == 4, "what seq_index 2 computed anew is shared"
 
 
 def test_admission_leaves_the_spare_blocks() -> None:
@@ -158,8 +158,8 @@ def test_sharing_switched_off_finds_nothing() -> None:
 
 def test_extend_gives_a_block_where_one_starts() -> None:
     blocks = planner()
-    for slot, length in enumerate((4, 5, 8)):
-        assert blocks.admit(slot, length, 64, [], 0) == 0
+    for seq_index, length in enumerate((4, 5, 8)):
+        assert blocks.admit(seq_index, length, 64, [], 0) == 0
     blocks.take_new_blocks()
     assert blocks.extend(np.array([0, 1, 2]), np.array([4, 5, 8], np.int32))
     changes = blocks.take_new_blocks()
@@ -178,19 +178,19 @@ def test_extend_changes_nothing_when_blocks_are_short() -> None:
 
 def test_sequences_that_grow_side_by_side_keep_consecutive_blocks() -> None:
     blocks = planner(num_blocks=64)
-    slots = np.arange(4)
-    for slot in slots.tolist():
-        assert blocks.admit(slot, 6, 40, [], 0) == 0
+    seq_indices = np.arange(4)
+    for seq_index in seq_indices.tolist():
+        assert blocks.admit(seq_index, 6, 40, [], 0) == 0
     for position in range(6, 40):
-        assert blocks.extend(slots, np.full(4, position, np.int32))
-    for slot in slots.tolist():
-        assert np.diff(blocks.block_table(slot)).tolist() == [1] * 9
+        assert blocks.extend(seq_indices, np.full(4, position, np.int32))
+    for seq_index in seq_indices.tolist():
+        assert np.diff(blocks.block_table(seq_index)).tolist() == [1] * 9
 
 
 def test_prompt_takes_a_consecutive_run_past_smaller_holes() -> None:
     blocks = planner(num_blocks=16)
-    for slot in range(3):
-        assert blocks.admit(slot, 8, 8, [], 0) == 0
+    for seq_index in range(3):
+        assert blocks.admit(seq_index, 8, 8, [], 0) == 0
     blocks.release(1, [])
     assert blocks.admit(3, 16, 16, [], 0) == 0
     assert np.diff(blocks.block_table(3)).tolist() == [1, 1, 1]
@@ -198,10 +198,10 @@ def test_prompt_takes_a_consecutive_run_past_smaller_holes() -> None:
 
 def test_every_block_can_be_used_when_none_are_consecutive() -> None:
     blocks = planner(num_blocks=8)
-    for slot in range(8):
-        assert blocks.admit(slot, 4, 4, [], 0) == 0
-    for slot in range(0, 8, 2):
-        blocks.release(slot, [])
+    for seq_index in range(8):
+        assert blocks.admit(seq_index, 4, 4, [], 0) == 0
+    for seq_index in range(0, 8, 2):
+        blocks.release(seq_index, [])
     assert blocks.admit(0, 16, 16, [], 0) == 0
     assert len(set(blocks.block_table(0).tolist())) == 4
     assert blocks.num_free_blocks == 0

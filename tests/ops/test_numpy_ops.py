@@ -142,15 +142,24 @@ class Sequences:
         """``chunks``: steps of (sequence, tokens), one-token ones first. Returns each sequence's outputs."""
         done, outputs = [0] * len(self.lengths), [[] for _ in self.lengths]
         for step, chunk in enumerate(chunks):
-            slots, counts = (np.array(column, np.int32) for column in zip(*chunk, strict=True))
-            starts = np.array([done[slot] for slot in slots], np.int32)
-            rows = [self.qkv[slot][done[slot] : done[slot] + count] for slot, count in chunk]
-            plan = StepPlan(step, slots, starts, counts, np.zeros_like(slots), np.zeros(sum(counts), np.int32))
+            seq_indices, num_scheduled_tokens = (np.array(column, np.int32) for column in zip(*chunk, strict=True))
+            starts = np.array([done[seq_index] for seq_index in seq_indices], np.int32)
+            rows = [self.qkv[seq_index][done[seq_index] : done[seq_index] + count] for seq_index, count in chunk]
+            plan = StepPlan(
+                step,
+                seq_indices,
+                starts,
+                num_scheduled_tokens,
+                np.zeros_like(seq_indices),
+                np.zeros(sum(num_scheduled_tokens), np.int32),
+            )
             attention.bind(plan, self.state)
             result = attention(np.concatenate(rows), 0, self.spec)
-            for (slot, count), part in zip(chunk, np.split(result, np.cumsum(counts)[:-1]), strict=True):
-                outputs[slot].append(part)
-                done[slot] += count
+            for (seq_index, count), part in zip(
+                chunk, np.split(result, np.cumsum(num_scheduled_tokens)[:-1]), strict=True
+            ):
+                outputs[seq_index].append(part)
+                done[seq_index] += count
         return [np.concatenate(parts) for parts in outputs]
 
     def expected(self, index: int) -> np.ndarray:

@@ -18,19 +18,19 @@ def int32(*values: int) -> np.ndarray:
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     num_seqs = draw(st.integers(1, 6))
-    counts = sorted(
+    num_scheduled_tokens = sorted(
         draw(st.lists(st.integers(1, 5), min_size=num_seqs, max_size=num_seqs)), key=lambda count: count > 1
     )
     starts = draw(st.lists(st.integers(0, 50), min_size=num_seqs, max_size=num_seqs))
     samples = draw(st.lists(st.integers(0, 1), min_size=num_seqs, max_size=num_seqs))
-    slots = draw(st.permutations(range(8)))[:num_seqs]
+    seq_indices = draw(st.permutations(range(8)))[:num_seqs]
     num_blocks, num_prompt = draw(st.integers(0, 4)), draw(st.integers(0, 3))
     admissions = np.zeros(draw(st.integers(0, 2)), ADMISSION)
-    admissions["seed"], admissions["slot"] = draw(st.integers(0, 2**64 - 1)), np.arange(len(admissions))
+    admissions["seed"], admissions["seq_index"] = draw(st.integers(0, 2**64 - 1)), np.arange(len(admissions))
     admissions["num_logprobs"] = draw(st.integers(-1, 3))
     return StepPlan(
-        draw(st.integers(0, 2**31 - 1)), int32(*slots), int32(*starts), int32(*counts), int32(*samples),
-        np.arange(sum(counts), dtype=np.int32), np.arange(3 * num_blocks, dtype=np.int32).reshape(-1, 3) % 8,
+        draw(st.integers(0, 2**31 - 1)), int32(*seq_indices), int32(*starts), int32(*num_scheduled_tokens), int32(*samples),
+        np.arange(sum(num_scheduled_tokens), dtype=np.int32), np.arange(3 * num_blocks, dtype=np.int32).reshape(-1, 3) % 8,
         admissions, np.arange(num_prompt, dtype=np.int32), np.arange(num_prompt, dtype=np.int32), draw(st.integers(0, 20)),
     )  # fmt: skip
 
@@ -45,11 +45,11 @@ def test_plan_survives_packing(plan: StepPlan) -> None:
 @given(plan=plans())
 def test_rows_follow_sequences(plan: StepPlan) -> None:
     positions, rows = plan.positions.tolist(), []
-    for start, count in zip(plan.starts.tolist(), plan.counts.tolist(), strict=True):
+    for start, count in zip(plan.starts.tolist(), plan.num_scheduled_tokens.tolist(), strict=True):
         rows += range(start, start + count)
     assert positions == rows
-    assert plan.num_decodes == plan.counts.tolist().count(1)
-    ends = np.cumsum(plan.counts) - 1
+    assert plan.num_decodes == plan.num_scheduled_tokens.tolist().count(1)
+    ends = np.cumsum(plan.num_scheduled_tokens) - 1
     assert plan.sample_rows.tolist() == [end for end, sample in zip(ends, plan.samples, strict=True) if sample]
 
 

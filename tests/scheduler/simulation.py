@@ -92,7 +92,7 @@ def expected_logprob(prefix: list[int], token: int, most: int) -> Logprob:
 
 @dataclass
 class Tenancy:
-    """One stay of a request in a slot; ``next_position`` is what the next plan must compute first."""
+    """One stay of a request in a seq_index; ``next_position`` is what the next plan must compute first."""
 
     truth: Truth
     next_position: int = 0
@@ -120,7 +120,9 @@ class SimulatedExecutor:
         self.state.apply(plan)
         self._write(plan)
         self.results.append(self._compute(plan))
-        self.unseen_samples.append([self.tenancies[slot] for slot in plan.slots[plan.samples > 0].tolist()])
+        self.unseen_samples.append(
+            [self.tenancies[seq_index] for seq_index in plan.seq_indices[plan.samples > 0].tolist()]
+        )
 
     def collect(self) -> StepResult:
         self.unseen_samples.popleft()
@@ -128,32 +130,36 @@ class SimulatedExecutor:
 
     def _check_shape(self, plan: StepPlan) -> None:
         config = self.config
-        slots = plan.slots.tolist()
-        counts = plan.counts.tolist()
-        assert 0 < len(slots) == len(set(slots)) <= config.max_num_seqs
-        assert min(counts) >= 1
-        assert sum(counts) == plan.num_tokens <= config.max_num_batched_tokens
-        assert counts == sorted(counts, key=lambda count: count > 1), "sequences with one token come first"
-        assert plan.num_decodes == counts.count(1)
-        places = [(slot, index) for slot, index, _ in plan.new_blocks.tolist()]
+        seq_indices = plan.seq_indices.tolist()
+        num_scheduled_tokens = plan.num_scheduled_tokens.tolist()
+        assert 0 < len(seq_indices) == len(set(seq_indices)) <= config.max_num_seqs
+        assert min(num_scheduled_tokens) >= 1
+        assert sum(num_scheduled_tokens) == plan.num_tokens <= config.max_num_batched_tokens
+        assert num_scheduled_tokens == sorted(num_scheduled_tokens, key=lambda count: count > 1), (
+            "sequences with one token come first"
+        )
+        assert plan.num_decodes == num_scheduled_tokens.count(1)
+        places = [(seq_index, index) for seq_index, index, _ in plan.new_blocks.tolist()]
         assert len(places) == len(set(places)), "ranks apply new blocks in any order"
-        assert set(plan.admissions["slot"].tolist()) <= set(slots)
-        assert {slot for slot, _ in places} <= set(slots)
+        assert set(plan.admissions["seq_index"].tolist()) <= set(seq_indices)
+        assert {seq_index for seq_index, _ in places} <= set(seq_indices)
 
     def _admit(self, plan: StepPlan) -> None:
-        starts = dict(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
+        starts = dict(zip(plan.seq_indices.tolist(), plan.starts.tolist(), strict=True))
         for row in plan.admissions:
-            slot = int(row["slot"])
-            start = starts[slot]
+            seq_index = int(row["seq_index"])
+            start = starts[seq_index]
             assert start % self.cache.block_size == 0
-            self.tenancies[slot] = Tenancy(self.truth_of_seed[int(row["seed"])], start)
+            self.tenancies[seq_index] = Tenancy(self.truth_of_seed[int(row["seed"])], start)
 
     def _write(self, plan: StepPlan) -> None:
         """Put the input tokens into the cache, all sequences before any of them reads, as executors do."""
         token_ids = plan.token_ids.tolist()
         row = 0
-        for slot, start, count in zip(*(a.tolist() for a in (plan.slots, plan.starts, plan.counts)), strict=True):
-            tenancy = self.tenancies[slot]
+        for seq_index, start, count in zip(
+            *(a.tolist() for a in (plan.seq_indices, plan.starts, plan.num_scheduled_tokens)), strict=True
+        ):
+            tenancy = self.tenancies[seq_index]
             assert start == tenancy.next_position, "every position is computed once and in order"
             tenancy.next_position = start + count
             tokens = token_ids[row : row + count]
@@ -166,23 +172,23 @@ class SimulatedExecutor:
             if tokens != [-1]:  # what a NaN row sampled; its request ends when the leader sees it
                 assert tokens == tenancy.truth.token_ids[start : start + count]
             positions = np.arange(start, start + count)
-            blocks = self.state.block_tables[slot, positions // self.cache.block_size]
-            self._check_sole_owner(slot, set(blocks.tolist()))
+            blocks = self.state.block_tables[seq_index, positions // self.cache.block_size]
+            self._check_sole_owner(seq_index, set(blocks.tolist()))
             self.contents[blocks, positions % self.cache.block_size] = tokens
 
-    def _check_sole_owner(self, slot: int, written: set[int]) -> None:
+    def _check_sole_owner(self, seq_index: int, written: set[int]) -> None:
         if not isinstance(self.cache, BlockPlanner):
             return
         for other in range(self.config.max_num_seqs):
             held = self.cache.block_table(other).tolist()
-            if other == slot:
+            if other == seq_index:
                 assert written <= set(held)
             else:
                 assert written.isdisjoint(held), "a step writes only blocks that its sequence has to itself"
 
-    def _read(self, slot: int, length: int) -> list[int]:
+    def _read(self, seq_index: int, length: int) -> list[int]:
         size = self.cache.block_size
-        blocks = self.state.block_tables[slot, : -(-length // size)]
+        blocks = self.state.block_tables[seq_index, : -(-length // size)]
         tokens: list[int] = self.contents[blocks].ravel()[:length].tolist()
         return tokens
 
@@ -192,10 +198,10 @@ class SimulatedExecutor:
         prompt_scored: list[tuple[list[int], int]] = []
         targets = dict(zip(plan.prompt_rows.tolist(), plan.prompt_targets.tolist(), strict=True))
         row = 0
-        for i, slot in enumerate(plan.slots.tolist()):
-            tenancy = self.tenancies[slot]
-            start, count = int(plan.starts[i]), int(plan.counts[i])
-            prefix = self._read(slot, start + count)
+        for i, seq_index in enumerate(plan.seq_indices.tolist()):
+            tenancy = self.tenancies[seq_index]
+            start, count = int(plan.starts[i]), int(plan.num_scheduled_tokens[i])
+            prefix = self._read(seq_index, start + count)
             if prefix[-1] != -1:
                 expected = tenancy.truth.token_ids[: start + count]
                 assert prefix == expected, "the block table leads to the sequence's own tokens"
@@ -216,7 +222,7 @@ class SimulatedExecutor:
     def _result(self, plan: StepPlan, samples: list[int], scored: list[tuple[list[int], int]]) -> StepResult:
         """As many log-probabilities and alternatives as anybody in the step asked for."""
         token_ids = np.array(samples, np.int32)
-        asked = [*self.state.sampling["num_logprobs"][plan.slots].tolist()]
+        asked = [*self.state.sampling["num_logprobs"][plan.seq_indices].tolist()]
         if len(plan.prompt_rows):
             asked.append(plan.num_prompt_logprobs)
         k = max(asked)
@@ -294,7 +300,7 @@ class Driver:
         if not self.live:
             return
         oldest = self.truths[self.live[0]]
-        planned = any(self.executor.tenancies[slot].truth is oldest for slot in plan.slots.tolist())
+        planned = any(self.executor.tenancies[seq_index].truth is oldest for seq_index in plan.seq_indices.tolist())
         self.overdue_for = 0 if planned else self.overdue_for + 1
         rounds = -(-self.config.max_num_seqs // self.config.max_num_batched_tokens)
         assert self.overdue_for <= rounds + self.depth + 1

@@ -22,12 +22,12 @@ def test_finished_sequence_leaves_and_a_new_one_joins_in_the_next_step() -> None
     scheduler.submit(make_request("long", make_prompt(4, 20)), 0.0)
     scheduler.submit(make_request("next", make_prompt(4, 30)), 0.0)
     first = run_step(scheduler)
-    assert (first.slots.tolist(), first.counts.tolist()) == ([0, 1], [4, 4])
+    assert (first.seq_indices.tolist(), first.num_scheduled_tokens.tolist()) == ([0, 1], [4, 4])
     second = run_step(scheduler)
-    assert second.slots.tolist() == [1, 0]
-    assert second.counts.tolist() == [1, 4]
+    assert second.seq_indices.tolist() == [1, 0]
+    assert second.num_scheduled_tokens.tolist() == [1, 4]
     assert second.token_ids.tolist() == [5, *make_prompt(4, 30)]
-    assert second.admissions["slot"].tolist() == [0]
+    assert second.admissions["seq_index"].tolist() == [0]
 
 
 def test_prompt_is_computed_in_chunks_beside_decoding() -> None:
@@ -36,7 +36,7 @@ def test_prompt_is_computed_in_chunks_beside_decoding() -> None:
     run_step(scheduler)
     scheduler.submit(make_request("b", make_prompt(12, 30)), 0.0)
     plans = [run_step(scheduler) for _ in range(4)]
-    assert [plan.counts.tolist() for plan in plans] == [[1, 5], [1, 5], [1, 2], [1, 1]]
+    assert [plan.num_scheduled_tokens.tolist() for plan in plans] == [[1, 5], [1, 5], [1, 2], [1, 1]]
     assert [plan.samples.tolist() for plan in plans] == [[1, 0], [1, 0], [1, 1], [1, 1]]
     assert [plan.starts.tolist()[1] for plan in plans] == [0, 5, 10, 12]
 
@@ -47,7 +47,7 @@ def test_chunk_of_one_token_comes_with_the_decodes() -> None:
     run_step(scheduler)
     scheduler.submit(make_request("b", make_prompt(5, 20)), 0.0)
     plan = run_step(scheduler)
-    assert plan.counts.tolist() == [1, 5]
+    assert plan.num_scheduled_tokens.tolist() == [1, 5]
     assert plan.samples.tolist() == [1, 1]
     assert plan.num_decodes == 1
 
@@ -57,7 +57,7 @@ def test_oldest_request_starts_first_and_nobody_overtakes() -> None:
     scheduler.submit(make_request("a", make_prompt(16, 10)), 0.0)
     scheduler.submit(make_request("too large now", make_prompt(20, 20)), 0.0)
     scheduler.submit(make_request("small", make_prompt(2, 50), max_tokens=1), 0.0)
-    assert plan_step(scheduler).slots.tolist() == [0]
+    assert plan_step(scheduler).seq_indices.tolist() == [0]
     assert scheduler.stats().num_waiting == 2
 
 
@@ -67,7 +67,7 @@ def test_budget_smaller_than_the_decodes_goes_round() -> None:
     for plan in fill_pipe(scheduler, depth=2):  # two plans in flight admit more than one plan could decode
         scheduler.apply(make_result(plan), 0.0)
     assert scheduler.stats().num_running == 5
-    planned = [slot for _ in range(5) for slot in run_step(scheduler).slots.tolist()]
+    planned = [seq_index for _ in range(5) for seq_index in run_step(scheduler).seq_indices.tolist()]
     assert sorted(planned) == sorted([0, 1, 2, 3, 4] * 3)
 
 
@@ -86,8 +86,8 @@ def test_pipe_stays_full_with_equal_groups_of_different_sequences(num_microbatch
     in_flight = fill_pipe(scheduler)
     for _ in range(12):
         assert len(in_flight) == num_microbatches
-        slots = [slot for plan in in_flight for slot in plan.slots.tolist()]
-        assert sorted(slots) == list(range(8)), "each sequence is in exactly one plan"
+        seq_indices = [seq_index for plan in in_flight for seq_index in plan.seq_indices.tolist()]
+        assert sorted(seq_indices) == list(range(8)), "each sequence is in exactly one plan"
         sizes = [plan.num_seqs for plan in in_flight]
         assert max(sizes) - min(sizes) <= -(-8 // num_microbatches) - 8 // num_microbatches + 1
         scheduler.apply(make_result(in_flight.pop(0)), 0.0)
@@ -98,8 +98,8 @@ def test_groups_level_out_after_one_of_them_shrank() -> None:
     scheduler = make_scheduler(num_microbatches=2, max_num_seqs=8)
     submit_many(scheduler, 8, max_tokens=40)
     in_flight = fill_pipe(scheduler, depth=2)
-    for slot in in_flight[0].slots.tolist()[:3]:
-        scheduler.cancel(f"r{slot}", 0.0)
+    for seq_index in in_flight[0].seq_indices.tolist()[:3]:
+        scheduler.cancel(f"r{seq_index}", 0.0)
     for _ in range(4):
         scheduler.apply(make_result(in_flight.pop(0)), 0.0)
         in_flight += fill_pipe(scheduler, depth=1)
@@ -145,7 +145,9 @@ def test_step_planned_ahead_of_an_end_token_is_passed_over() -> None:
     prefill, ahead = plan_step(scheduler), plan_step(scheduler)
     scheduler.apply(make_result(prefill, 1), 0.0)
     other = plan_step(scheduler)
-    assert other.slots.tolist() == ahead.slots.tolist(), "the slot is taken again while the old step is in flight"
+    assert other.seq_indices.tolist() == ahead.seq_indices.tolist(), (
+        "the row is taken again while the old step is in flight"
+    )
     scheduler.apply(make_result(ahead, 6), 0.0)
     scheduler.apply(make_result(other, 7), 0.0)
     deltas = [(delta.request_id, delta.token_ids, delta.finish_reason) for delta in scheduler.take_deltas()]

@@ -29,7 +29,7 @@ def test_youngest_sequence_makes_room_and_is_computed_again_with_its_own_tokens(
         plan = plan_step(scheduler)
         samples = [next(tokens) for _ in range(int(plan.samples.sum()))]
         scheduler.apply(make_result(plan, samples), 0.0)
-    assert plan.slots.tolist() == [0], "the older one goes on"
+    assert plan.seq_indices.tolist() == [0], "the older one goes on"
     assert scheduler.stats().num_waiting == 1
     scheduler.cancel("old", 0.0)
     scheduler.take_deltas()
@@ -37,7 +37,7 @@ def test_youngest_sequence_makes_room_and_is_computed_again_with_its_own_tokens(
     (row,) = again.admissions
     assert int(row["seed"]) == 2
     assert again.samples.tolist() == [1]
-    known = int(again.starts[0]) + int(again.counts[0])
+    known = int(again.starts[0]) + int(again.num_scheduled_tokens[0])
     assert known > 7, "generated tokens are part of what is computed again"
     start = int(again.starts[0])
     prompt = make_prompt(7, 50)
@@ -63,7 +63,7 @@ def test_nothing_is_admitted_into_the_last_blocks_that_running_sequences_need() 
     scheduler = make_scheduler(num_blocks=4)
     scheduler.submit(make_request("a", make_prompt(8, 10), max_tokens=4), 0.0)
     scheduler.submit(make_request("b", make_prompt(8, 50), max_tokens=4), 0.0)
-    assert plan_step(scheduler).slots.tolist() == [0]
+    assert plan_step(scheduler).seq_indices.tolist() == [0]
 
 
 def test_lone_sequence_may_use_the_whole_cache() -> None:
@@ -77,10 +77,10 @@ def test_prefix_is_shared_by_the_next_step_but_not_within_one() -> None:
     prompt = make_prompt(9)
     for name in "ab":
         scheduler.submit(make_request(name, prompt), 0.0)
-    assert plan_step(scheduler).counts.tolist() == [9, 9]
+    assert plan_step(scheduler).num_scheduled_tokens.tolist() == [9, 9]
     scheduler.submit(make_request("c", prompt), 0.0)
     plan = plan_step(scheduler)
-    assert (plan.starts.tolist(), plan.counts.tolist()) == ([8], [1])
+    assert (plan.starts.tolist(), plan.num_scheduled_tokens.tolist()) == ([8], [1])
     stats = scheduler.stats()
     assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (27, 8)
 
@@ -112,7 +112,7 @@ def test_prompt_scores_need_every_prompt_token_computed() -> None:
     run_step(scheduler)
     scheduler.submit(make_request("b", prompt, prompt_logprobs=1), 0.0)
     plan = plan_step(scheduler)
-    assert plan.counts.tolist() == [1, 9]
+    assert plan.num_scheduled_tokens.tolist() == [1, 9]
     assert (plan.prompt_rows.tolist(), plan.prompt_targets.tolist()) == (list(range(1, 9)), list(prompt[1:]))
     assert plan.num_prompt_logprobs == 1
 
@@ -124,5 +124,5 @@ def test_fixed_slots_never_run_out() -> None:
     blocks = []
     while scheduler.has_work:
         blocks.append(run_step(scheduler).new_blocks)
-    assert np.concatenate(blocks).tolist() == [[slot, 0, slot] for slot in range(8)]
+    assert np.concatenate(blocks).tolist() == [[seq_index, 0, seq_index] for seq_index in range(8)]
     assert scheduler.stats().num_preemptions == 0

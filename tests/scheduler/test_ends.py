@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_nothing_to_share()
     assert (deltas["fine"].finish_reason, deltas["fine"].token_ids) == (None, (6,))
     scheduler.submit(make_request("again", make_prompt(9, 10)), 0.0)
     plan = run_step(scheduler)
-    assert plan.counts.tolist() == [1, 9], "the whole prompt is computed anew"
+    assert plan.num_scheduled_tokens.tolist() == [1, 9], "the whole prompt is computed anew"
 
 
 def test_request_for_no_tokens_ends_without_a_step() -> None:

@@ -1,4 +1,4 @@
-"""Into how many micro-batches sequences are divided: what the measured times say, and how the batcher follows."""
+"""Into how many micro-batches sequences are divided: what the measured times say, and how the scheduler follows."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class Pipe:
     [(WEIGHTS_DOMINATE, [6, 6]), (WAY_DOMINATES, [4, 4, 4]), (None, [4, 4, 4])],
     ids=["weights dominate", "way dominates", "not measured"],
 )
-def test_batcher_keeps_the_chosen_number_in_flight(times: StepTimes | None, expected: list[int]) -> None:
+def test_scheduler_keeps_the_chosen_number_in_flight(times: StepTimes | None, expected: list[int]) -> None:
     pipe = Pipe(times, num_seqs=12)
     for _ in range(6):
         pipe.step()
@@ -218,7 +218,7 @@ def test_every_sequence_gets_its_turn(times: StepTimes) -> None:
         pipe.step()
     turns = np.zeros(11, int)
     for _ in range(30):
-        turns[pipe.step().slots] += 1
+        turns[pipe.step().seq_indices] += 1
     assert turns.max() - turns.min() <= 1
     assert turns.min() >= 10
 

@@ -40,7 +40,7 @@ class RecordingNumpyExecutor(NumpyExecutor):
 
 
 def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | None = None) -> RecordingNumpyExecutor:
-    """The NumPy executor on one rank with one cache block a slot, so that it takes the same plans."""
+    """The NumPy executor on one rank with one cache block a seq_index, so that it takes the same plans."""
     with open_checkpoint(checkpoint) as opened:
         model = find_model(opened.config)
         config = model.read_config(opened.config)
@@ -73,17 +73,19 @@ def _plan(
     step_id: int, rows: Sequence[tuple[int, int, int, int]], sequences: Sequence[int], token_ids: Sequence[Sequence[int]],
     admitted: Sequence[int] = (),
 ) -> StepPlan:  # fmt: skip
-    slots, starts, counts, samples = np.array(rows, np.int32).T
+    seq_indices, starts, num_scheduled_tokens, samples = np.array(rows, np.int32).T
     tokens = [
         token
-        for sequence, start, count in zip(sequences, starts.tolist(), counts.tolist(), strict=True)
+        for sequence, start, count in zip(sequences, starts.tolist(), num_scheduled_tokens.tolist(), strict=True)
         for token in token_ids[sequence][start : start + count]
     ]
     admissions = np.zeros(len(admitted), ADMISSION)
     admissions["num_logprobs"] = -1
-    admissions["slot"] = [SLOTS[sequence] for sequence in admitted]
+    admissions["seq_index"] = [SLOTS[sequence] for sequence in admitted]
     blocks = np.array([(SLOTS[sequence], 0, SLOTS[sequence]) for sequence in admitted], np.int32).reshape(-1, 3)
-    return StepPlan(step_id, slots, starts, counts, samples, np.array(tokens, np.int32), blocks, admissions)
+    return StepPlan(
+        step_id, seq_indices, starts, num_scheduled_tokens, samples, np.array(tokens, np.int32), blocks, admissions
+    )
 
 
 def run(executor: Executor, steps: Sequence[StepPlan], is_leader: bool = True) -> list[StepResult]:

@@ -65,13 +65,13 @@ def _reference(
     for plan in plans(token_ids):  # a generator: it sees the tokens that the steps before it put in
         steps.append(plan)
         results += run(executor, [plan])
-        for slot, end, token in zip(
-            plan.slots[plan.samples > 0],
-            (plan.starts + plan.counts)[plan.samples > 0],
+        for seq_index, end, token in zip(
+            plan.seq_indices[plan.samples > 0],
+            (plan.starts + plan.num_scheduled_tokens)[plan.samples > 0],
             results[-1].token_ids,
             strict=True,
         ):
-            token_ids[{4: 0, 0: 1, 2: 2}[int(slot)]][int(end)] = int(token)
+            token_ids[{4: 0, 0: 1, 2: 2}[int(seq_index)]][int(end)] = int(token)
     return steps, executor.recorded, results
 
 

@@ -22,18 +22,18 @@ SHAPE = NetworkShape("float32", max_num_seqs=6, max_model_len=64, max_prefill_to
 def _plan(
     rows: list[tuple[int, int, int, int]], prompt_rows: list[int] | None = None, step_id: int = 0, vocab_size: int = 97
 ) -> StepPlan:
-    """A plan of (slot, start, count, samples), all slots admitted in step 0, with random tokens."""
-    slots, starts, counts, samples = np.array(rows, np.int32).T
+    """A plan of (seq_index, start, count, samples), all of them admitted in step 0, with random tokens."""
+    seq_indices, starts, num_scheduled_tokens, samples = np.array(rows, np.int32).T
     random = np.random.default_rng(step_id)
-    token_ids = random.integers(0, vocab_size, int(counts.sum())).astype(np.int32)
-    plan = StepPlan(step_id, slots, starts, counts, samples, token_ids)
+    token_ids = random.integers(0, vocab_size, int(num_scheduled_tokens.sum())).astype(np.int32)
+    plan = StepPlan(step_id, seq_indices, starts, num_scheduled_tokens, samples, token_ids)
     if step_id == 0:
-        plan.new_blocks = np.stack((slots, np.zeros_like(slots), slots), axis=1)
-        plan.admissions = np.zeros(len(slots), ADMISSION)
-        plan.admissions["slot"] = slots
+        plan.new_blocks = np.stack((seq_indices, np.zeros_like(seq_indices), seq_indices), axis=1)
+        plan.admissions = np.zeros(len(seq_indices), ADMISSION)
+        plan.admissions["seq_index"] = seq_indices
         plan.admissions["num_logprobs"] = 2
-        plan.admissions["temperature"] = [0.0 if slot % 2 else 0.8 for slot in slots]
-        plan.admissions["seed"] = slots
+        plan.admissions["temperature"] = [0.0 if seq_index % 2 else 0.8 for seq_index in seq_indices]
+        plan.admissions["seed"] = seq_indices
     if prompt_rows:
         plan.prompt_rows = np.array(prompt_rows, np.int32)
         plan.prompt_targets = random.integers(0, vocab_size, len(prompt_rows)).astype(np.int32)

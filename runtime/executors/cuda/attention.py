@@ -85,10 +85,10 @@ class CudaAttention:
         self._pages = layout.allocate(1)
         self._kinds: dict[AttentionSpec, PagedAttention] = {}
         self._rotary: dict[RopeConfig, RotaryTables] = {}
-        self._planned: set[AttentionSpec] = set()
+        self._split: set[AttentionSpec] = set()
         self._has_prefill = False
         self._step = AttentionStep(
-            arrays.cu_seqlens, arrays.seq_lens, arrays.slots, arrays.block_tables, arrays.counts
+            arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices, arrays.block_tables, arrays.num_seqs_and_decodes
         )  # fmt: skip
 
     def allocate(self, num_blocks: int) -> None:
@@ -102,7 +102,7 @@ class CudaAttention:
 
     def begin(self, has_prefill: bool) -> None:
         """Start a step; without ``has_prefill`` all its sequences compute one token."""
-        self._planned.clear()
+        self._split.clear()
         self._has_prefill = has_prefill
 
     def __call__(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
@@ -113,9 +113,9 @@ class CudaAttention:
             self._library, qkv, self._arrays.positions[:rows], self._arrays.slot_mapping[:rows], keys, values,
             None if spec.rope is None else self._tables(spec.rope), num_heads=self._layout.heads.size,
         )  # fmt: skip
-        if spec not in self._planned:
-            self._planned.add(spec)
-            kind.plan(self._step)
+        if spec not in self._split:
+            self._split.add(spec)
+            kind.split_work(self._step)
         out = self._pool.array((rows, self._layout.heads.size * self._layout.head_dim), qkv.dtype)
         kind.decode(qkv, keys, values, out, self._step)
         if self._has_prefill:

@@ -1,7 +1,7 @@
 """The CUDA executor: one GPU a rank, the token loop on the device, whole steps in CUDA graphs.
 
 A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,
-positions and cache slots from it and from what each slot sampled last; the model; the sampler; an asynchronous copy of
+positions and cache slots from it and from what each sequence sampled last; the model; the sampler; an asynchronous copy of
 the tokens back. The host waits for the device only in `CudaExecutor.collect`, one step behind, and where it would write
 to pinned memory that a step in flight still reads; so planning overlaps with computing.
 
@@ -30,7 +30,7 @@ from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
 from phalanx.runtime.executors.cuda.results import ResultLayout
-from phalanx.runtime.executors.cuda.ring import StepRing, StepSlot
+from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
@@ -104,7 +104,7 @@ class CudaExecutor:
         result_words = ResultLayout.most_words(limits.max_logit_rows) if self.topology.is_leader else 0
         self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all, self._graphs.clear)
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
-        self._in_flight: deque[StepSlot] = deque()
+        self._in_flight: deque[StepBuffers] = deque()
         self._timeline = timeline
         self.num_kv_blocks = num_kv_blocks
         self.step_times: StepTimes | None = None
@@ -145,26 +145,26 @@ class CudaExecutor:
         if self._timeline is not None:
             self._timeline.next_step()
         with self._device, self._stream, self._host_span("execute"):
-            slot = self._ring.acquire()
-            slot.follows = bool(self._in_flight)
-            self._upload(plan, slot)
+            buffers = self._ring.acquire()
+            buffers.follows = bool(self._in_flight)
+            self._upload(plan, buffers)
             self._state.apply(plan)
             num_sampled = int(np.count_nonzero(plan.samples))
             key = self._key(plan, num_sampled)
             layout = ResultLayout(key.num_logit_rows, key.num_top)
-            slot.describe(plan, num_sampled, layout)
+            buffers.describe(plan, num_sampled, layout)
             self._compute(plan, key, num_sampled)
-            self._return_results(slot, layout)
-            slot.end.record(self._stream)
+            self._return_results(buffers, layout)
+            buffers.end.record(self._stream)
         if self.topology.is_leader:
-            self._in_flight.append(slot)
+            self._in_flight.append(buffers)
 
     def collect(self) -> StepResult:
         """The oldest uncollected result; waits for its step."""
-        slot = self._in_flight.popleft()
+        buffers = self._in_flight.popleft()
         with self._device, self._host_span("collect"):
-            self._ring.wait(slot.result)
-        return slot.read()
+            self._ring.wait(buffers.result)
+        return buffers.read()
 
     def write_trace(self, path: Path, comm: Communicator) -> None:
         """Write the timeline of the last steps of all ranks; ``comm`` joins them. *Collective.*
@@ -224,19 +224,19 @@ class CudaExecutor:
             for group in self._groups.all:
                 group.close()
 
-    def _upload(self, plan: StepPlan, slot: StepSlot) -> None:
+    def _upload(self, plan: StepPlan, buffers: StepBuffers) -> None:
         words = plan.pack()
-        if len(words) > len(slot.plan_words):
+        if len(words) > len(buffers.plan_words):
             raise ExecutorError(
-                f"a plan of {len(words)} words is beyond the {len(slot.plan_words)} that fit {self._limits}"
+                f"a plan of {len(words)} words is beyond the {len(buffers.plan_words)} that fit {self._limits}"
             )
-        slot.plan_words[: len(words)] = words
-        slot.start.record(self._stream)
-        upload(self._stage.arrays.plan, slot.plan_words[: len(words)], self._stream)
+        buffers.plan_words[: len(words)] = words
+        buffers.start.record(self._stream)
+        upload(self._stage.arrays.plan, buffers.plan_words[: len(words)], self._stream)
 
     def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
         limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
-        sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
         restricts = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
         num_scored, num_top = plan.logprob_shape(self._state)
         num_logit_rows = num_sampled + num_prompt_rows
@@ -275,7 +275,7 @@ class CudaExecutor:
             with self._device_span("send", "communication"):
                 self._groups.stages.send(hidden, self.topology.stage + 1)
 
-    def _return_results(self, slot: StepSlot, layout: ResultLayout) -> None:
+    def _return_results(self, buffers: StepBuffers, layout: ResultLayout) -> None:
         """Start the results' way to the leader's host, over the leader's device where it is not of the last stage."""
         topology, words, stream = self.topology, layout.num_words, self._stream
         if words and topology.is_last_stage and not topology.is_first_stage and topology.tp_rank == 0:
@@ -287,8 +287,8 @@ class CudaExecutor:
             with stream:
                 self._groups.results.recv(self._inbox[:words], topology.layout.pp - 1)
         if words:
-            download(slot.result_words, self._inbox[:words], stream)
-        slot.result.record(stream)
+            download(buffers.result_words, self._inbox[:words], stream)
+        buffers.result.record(stream)
 
     def _host_span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._timeline is None else self._timeline.host(name)

@@ -1,6 +1,6 @@
 """Which step runs as which captured CUDA graph.
 
-A graph is fixed in its number of rows, so steps are rounded up to buckets; everything else that varies (lengths, slots,
+A graph is fixed in its number of rows, so steps are rounded up to buckets; everything else that varies (lengths, sequences,
 block tables, sampling parameters) is read on the device. Which bucket a step falls into follows from the plan alone,
 and all ranks see the same plans, so ranks agree on when to capture and what to replay: a graph with NCCL in it is a
 collective.

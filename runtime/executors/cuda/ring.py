@@ -15,14 +15,14 @@ from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes
 
-__all__ = ["StepRing", "StepSlot"]
+__all__ = ["StepBuffers", "StepRing"]
 
 STEP_TIMEOUT_SECONDS = 300.0
 """A step that takes longer is taken for lost; the longest honest one is a few seconds."""
 
 
 @dataclass(slots=True)
-class StepSlot:
+class StepBuffers:
     """One step in flight.
 
     Attributes:
@@ -55,39 +55,39 @@ class StepSlot:
 
 
 class StepRing:
-    """As many slots as steps can be in flight and one more, so that the next is free without waiting for the newest.
+    """Buffers for as many steps as can be in flight and one more, so that the next are free without waiting for the newest.
 
     Args:
         groups: what the steps communicate by; ``drop_graphs`` forgets the captured ones. See `wait_for`.
     """
 
     def __init__(
-        self, num_slots: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator],
+        self, size: int, plan_words: int, result_words: int, groups: Sequence[DeviceCommunicator],
         drop_graphs: Callable[[], None],
     ) -> None:  # fmt: skip
         import cupy
 
         self._groups, self._drop_graphs = groups, drop_graphs
-        self._slots = [
-            StepSlot(
+        self._ring = [
+            StepBuffers(
                 pinned_array((plan_words,), np.int32),
                 pinned_array((max(result_words, 1),), np.int32),
                 *(cupy.cuda.Event() for _ in range(3)),
             )
-            for _ in range(num_slots)
+            for _ in range(size)
         ]
         self._next = 0
         self.times = DeviceTimes()
 
-    def acquire(self) -> StepSlot:
-        """The next slot, in turn; waits for the device if it is still on the step that used it before."""
-        slot = self._slots[self._next]
-        self._next = (self._next + 1) % len(self._slots)
-        if slot.in_use:
-            self.wait(slot.end)
-            self.wait(slot.result)
-            self._account(slot)
-        return slot
+    def acquire(self) -> StepBuffers:
+        """The next buffers, in turn; waits for the device if it is still on the step that used it before."""
+        buffers = self._ring[self._next]
+        self._next = (self._next + 1) % len(self._ring)
+        if buffers.in_use:
+            self.wait(buffers.end)
+            self.wait(buffers.result)
+            self._account(buffers)
+        return buffers
 
     def wait(self, event: Any) -> None:
         """Until the device has passed ``event``. Raises CommunicatorError when a peer was lost meanwhile."""
@@ -95,22 +95,22 @@ class StepRing:
 
     def drain(self) -> None:
         """Wait for everything in flight."""
-        for slot in self._slots:
-            if slot.in_use:
-                self.wait(slot.end)
+        for buffers in self._ring:
+            if buffers.in_use:
+                self.wait(buffers.end)
 
     def forget(self) -> None:
         """Wait for everything in flight and count none of it."""
         self.drain()
-        for slot in self._slots:
-            slot.in_use = False
+        for buffers in self._ring:
+            buffers.in_use = False
         self.times = DeviceTimes()
 
-    def _account(self, slot: StepSlot) -> None:
+    def _account(self, buffers: StepBuffers) -> None:
         import cupy
 
         elapsed = cupy.cuda.get_elapsed_time
-        following = self._slots[self._next]
+        following = self._ring[self._next]
         waited = following.follows and following.start.done
-        idle_seconds = max(0.0, elapsed(slot.end, following.start) / 1e3) if waited else 0.0
-        self.times += DeviceTimes(elapsed(slot.start, slot.end) / 1e3, idle_seconds)
+        idle_seconds = max(0.0, elapsed(buffers.end, following.start) / 1e3) if waited else 0.0
+        self.times += DeviceTimes(elapsed(buffers.start, buffers.end) / 1e3, idle_seconds)

@@ -39,10 +39,10 @@ def measure_step_times(executor: CudaExecutor, max_num_seqs: int, comm: Communic
 
 
 def decoding_step(num_seqs: int) -> StepPlan:
-    """The first ``num_seqs`` slots compute and sample a token each, greedily."""
-    slots, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
-    admissions = np.array([(slot, 0.0, 0, 1.0, 0.0, -1, 0) for slot in slots.tolist()], ADMISSION)
-    return StepPlan(0, slots, zeros, ones, ones, zeros, admissions=admissions)
+    """The first ``num_seqs`` sequences compute and sample a token each, greedily."""
+    seq_indices, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
+    admissions = np.array([(index, 0.0, 0, 1.0, 0.0, -1, 0) for index in seq_indices.tolist()], ADMISSION)
+    return StepPlan(0, seq_indices, zeros, ones, ones, zeros, admissions=admissions)
 
 
 def _latency(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:

@@ -75,17 +75,17 @@ class NumpyAttention:
     def bind(self, plan: StepPlan, state: BatchState) -> None:
         """Prepare for a step whose diffs ``state`` already holds."""
         self._positions = plan.positions
-        row_slots = np.repeat(plan.slots, plan.counts)
+        row_seq_indices = np.repeat(plan.seq_indices, plan.num_scheduled_tokens)
         self._write = (
-            state.block_tables[row_slots, self._positions // self._block_size],
+            state.block_tables[row_seq_indices, self._positions // self._block_size],
             self._positions % self._block_size,
         )
         ends = plan.cu_seqlens
         self._sequences = []
-        columns = (plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist())
-        for index, (slot, start, count) in enumerate(zip(*columns, strict=True)):
+        columns = (plan.seq_indices.tolist(), plan.starts.tolist(), plan.num_scheduled_tokens.tolist())
+        for index, (seq_index, start, count) in enumerate(zip(*columns, strict=True)):
             length = start + count
-            blocks = state.block_tables[slot, : -(-length // self._block_size)]
+            blocks = state.block_tables[seq_index, : -(-length // self._block_size)]
             self._sequences.append(_Sequence(slice(int(ends[index]), int(ends[index + 1])), start, length, blocks))
         self._num_gathered = plan.num_decodes if plan.num_decodes >= MIN_GATHERED_DECODES else 0
         alone = self._sequences[self._num_gathered :]

@@ -144,12 +144,12 @@ class NumpyExecutor:
 
     def _finish(self, plan: StepPlan, x: Float32Array) -> StepResult:
         """Logits, tokens and log-probabilities on the last stage; equal on all its ranks."""
-        sampling = self._state.sampling[plan.slots[plan.samples > 0]]
+        sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
         rows, count = plan.logprob_shape(self._state)
         if self._tp.size > 1 and not rows and not (sampling["temperature"] > 0).any():
             return StepResult(plan.step_id, self._greedy(x[plan.sample_rows]))
         logits = self._logits(x[plan.sample_rows])
-        tokens = sample(logits, sampling, (plan.starts + plan.counts)[plan.samples > 0])
+        tokens = sample(logits, sampling, (plan.starts + plan.num_scheduled_tokens)[plan.samples > 0])
         if not rows:
             return StepResult(plan.step_id, tokens)
         parts = [_score(logits, np.maximum(tokens, 0), count)]

@@ -110,18 +110,18 @@ class TrtExecutor:
     def execute(self, plan: StepPlan) -> None:
         """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
         self._state.apply(plan)
-        choice = _Choice(plan, self._state) if self._chooses else None
+        builder = _ResultBuilder(plan, self._state) if self._chooses else None
         for engine_pass in self._translator.passes(plan):
-            output = self._session.run(engine_pass, choice.wanted(engine_pass) if choice else "nothing")
-            if choice and output:
-                choice.take(engine_pass, output)
-        if choice is None:
+            output = self._session.run(engine_pass, builder.wanted(engine_pass) if builder else "nothing")
+            if builder and output:
+                builder.take(engine_pass, output)
+        if builder is None:
             if self._topology.is_leader:
                 self._expected.append(plan.result_words(self._state))
         elif self._topology.is_leader:
-            self._results.append(choice.result)
+            self._results.append(builder.result)
         else:
-            self._pipeline.send(choice.result.pack(), 0, _RESULT_TAG)
+            self._pipeline.send(builder.result.pack(), 0, _RESULT_TAG)
 
     def collect(self) -> StepResult:
         """The oldest uncollected result; waits for the last stage."""
@@ -136,13 +136,13 @@ class TrtExecutor:
         self._pipeline.close()
 
 
-class _Choice:
+class _ResultBuilder:
     """Tokens and log-probabilities of one step, filled in pass by pass."""
 
     def __init__(self, plan: StepPlan, state: BatchState) -> None:
         sampled = plan.samples > 0
-        self._sampling = state.sampling[plan.slots[sampled]]
-        self._positions = (plan.starts + plan.counts)[sampled]
+        self._sampling = state.sampling[plan.seq_indices[sampled]]
+        self._positions = (plan.starts + plan.num_scheduled_tokens)[sampled]
         self._targets = plan.prompt_targets
         rows, count = plan.logprob_shape(state)
         self.result = StepResult(

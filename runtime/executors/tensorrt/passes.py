@@ -78,7 +78,7 @@ class StepTranslator:
         return min(plan.num_decodes, int(plan.prompt_rows.min()))
 
     def _decode(self, plan: StepPlan, num_decodes: int, sample_index: Int32Array) -> EnginePass:
-        slots = plan.slots[:num_decodes]
+        slots = plan.seq_indices[:num_decodes]
         num_slots = _round_up(int(slots.max()) + 1, self._shape.max_num_seqs)
         positions = np.minimum(self._filled[:num_slots], self._shape.max_model_len - 1)
         token_ids = np.zeros(num_slots, np.int32)
@@ -94,7 +94,9 @@ class StepTranslator:
 
     def _prefill(self, plan: StepPlan, sequence: int, sample_index: int) -> Iterator[EnginePass]:
         """One chunk, cut where it is longer than the profile or asks for more logits than fit."""
-        slot, start, count = (int(column[sequence]) for column in (plan.slots, plan.starts, plan.counts))
+        slot, start, count = (
+            int(column[sequence]) for column in (plan.seq_indices, plan.starts, plan.num_scheduled_tokens)
+        )
         first_row = int(plan.cu_seqlens[sequence])
         self._filled[slot] = start + count
         longest = self._shape.max_prefill_tokens

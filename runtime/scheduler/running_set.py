@@ -10,11 +10,11 @@ import numpy as np
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.scheduler.admission import admission_row
 from phalanx.runtime.scheduler.microbatches import num_microbatches
-from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable, SlotArray
+from phalanx.runtime.scheduler.sequences import SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig
 from phalanx.runtime.scheduler.waiting import WaitingQueue
 
-__all__ = ["Batcher", "Selection"]
+__all__ = ["RunningSet", "Selection"]
 
 
 @dataclass(slots=True)
@@ -22,12 +22,12 @@ class Selection:
     """What a step computes.
 
     Attributes:
-        decodes: ``[S]`` slots that compute one token.
-        chunks: (slot, tokens) of prompts, and of what is computed again after a preemption.
+        decodes: ``[S]`` sequences that compute one token.
+        chunks: (seq_index, tokens) of prompts, and of what is computed again after a preemption.
         admissions: rows of `ADMISSION` for sequences that start.
     """
 
-    decodes: SlotArray
+    decodes: SeqIndexArray
     chunks: list[tuple[int, int]] = field(default_factory=list)
     admissions: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -37,23 +37,24 @@ class Selection:
         return len(self.decodes) + sum(count for _, count in self.chunks)
 
 
-class Batcher:
-    """The running sequences, those that wait, and the cache blocks that they share out.
+class RunningSet:
+    """Admits waiting sequences, shares out cache blocks among the running ones, and selects what a step computes.
 
     First come, first served: the oldest request is admitted first and preempted last, so that every request ends.
 
-    Attributes:
-        table: running sequences.
+    Args:
+        table: the running sequences.
         waiting: the others.
+
+    Attributes:
         num_preemptions, prefix_query_tokens, prefix_hit_tokens: see `SchedulerStats`.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CachePlanner) -> None:
-        self._config = config
-        self._cache = cache
+    def __init__(
+        self, config: SchedulerConfig, cache: CachePlanner, table: SequenceTable, waiting: WaitingQueue
+    ) -> None:
+        self._config, self._cache, self._table, self._waiting = config, cache, table, waiting
         self._microbatches = _microbatches_by_seqs(config)
-        self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
-        self.waiting = WaitingQueue()
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -79,51 +80,53 @@ class Batcher:
 
         To be called when the plan is made, not before: a plan may share what earlier plans compute, never its own.
         """
-        for slot, _ in chunks:
-            sequence = self.table.sequences[slot]
+        for seq_index, _ in chunks:
+            sequence = self._table.sequences[seq_index]
             assert sequence is not None
-            self._cache.mark_filled(slot, sequence.keys[: self.table.num_filled(slot) // self._cache.block_size])
+            self._cache.mark_filled(
+                seq_index, sequence.keys[: self._table.num_filled(seq_index) // self._cache.block_size]
+            )
 
     def release(self, sequence: Sequence) -> None:
-        """Free slot and blocks, or the place in the queue; known tokens stay in the cache for later prompts."""
-        slot = sequence.slot
-        if slot < 0:
-            self.waiting.discard(sequence)
+        """Free a sequence's row and blocks, or the place in the queue; known tokens stay in the cache for later prompts."""
+        seq_index = sequence.seq_index
+        if seq_index < 0:
+            self._waiting.discard(sequence)
             return
-        filled = self.table.known_tokens(slot)[: self.table.num_filled(slot)]
+        filled = self._table.known_tokens(seq_index)[: self._table.num_filled(seq_index)]
         self._cache.extend_keys(sequence.keys, filled)
-        self._cache.release(slot, sequence.keys[: len(filled) // self._cache.block_size])
-        self.table.remove(slot)
+        self._cache.release(seq_index, sequence.keys[: len(filled) // self._cache.block_size])
+        self._table.remove(seq_index)
 
     def discard(self, sequence: Sequence) -> None:
-        """Free slot and blocks of a running sequence whose numbers are broken; nobody shares what it left."""
-        self._cache.discard(sequence.slot)
-        self.table.remove(sequence.slot)
+        """Free row and blocks of a running sequence whose numbers are broken; nobody shares what it left."""
+        self._cache.discard(sequence.seq_index)
+        self._table.remove(sequence.seq_index)
 
     def _is_full(self, num_in_flight: int) -> bool:
         """Whether more steps would cut the micro-batches smaller than is best; chunks of a long prompt cut nothing.
 
         Sequences whose results return meanwhile gather, so that micro-batches which were smaller come together.
         """
-        enough = self.num_microbatches(self.table.num_decoding()) + self._config.lookahead
-        return num_in_flight >= enough and not (self.table.remaining() > 1).any()
+        enough = self.num_microbatches(self._table.num_decoding()) + self._config.lookahead
+        return num_in_flight >= enough and not (self._table.remaining() > 1).any()
 
-    def _choose_decodes(self) -> SlotArray:
+    def _choose_decodes(self) -> SeqIndexArray:
         """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
         while True:
-            decodes = self._least_recent(np.flatnonzero(self.table.remaining() == 1))
-            if self._cache.extend(decodes, self.table.num_computed[decodes]):
+            decodes = self._least_recent(np.flatnonzero(self._table.remaining() == 1))
+            if self._cache.extend(decodes, self._table.num_computed[decodes]):
                 return decodes
-            self._preempt(self.table.youngest())
+            self._preempt(self._table.youngest())
 
-    def _least_recent(self, slots: SlotArray) -> SlotArray:
+    def _least_recent(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
         """At most the token budget and a micro-batch's share, those first whose last turn is longest ago."""
         most = self._config.max_num_batched_tokens
         if self._config.num_microbatches > 1:
-            most = min(most, self._share(self.table.num_decoding()))
-        if len(slots) <= most:
-            return slots
-        return slots[np.argsort(self.table.last_turns[slots])[:most]]
+            most = min(most, self._share(self._table.num_decoding()))
+        if len(seq_indices) <= most:
+            return seq_indices
+        return seq_indices[np.argsort(self._table.last_turns[seq_indices])[:most]]
 
     def _share(self, num_seqs: int) -> int:
         """Sequences of one micro-batch, so that there is work for all of them."""
@@ -131,39 +134,41 @@ class Batcher:
 
     def _add_chunks(self, selection: Selection) -> None:
         """More of the prompt that is partly computed; there is one at most, as the next gets what it leaves over."""
-        remaining = self.table.remaining()
+        remaining = self._table.remaining()
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        for slot in np.flatnonzero(remaining > 1).tolist():
-            count = min(int(remaining[slot]), budget)
+        for seq_index in np.flatnonzero(remaining > 1).tolist():
+            count = min(int(remaining[seq_index]), budget)
             if count > 0:
-                selection.chunks.append((slot, count))
+                selection.chunks.append((seq_index, count))
                 budget -= count
 
     def _admit(self, selection: Selection) -> None:
-        """Start waiting requests in order of arrival while slots, blocks and token budget last."""
-        most = self._share(self.table.num_running + min(len(self.waiting), self.table.num_free))
+        """Start waiting requests in order of arrival while rows, blocks and token budget last."""
+        most = self._share(self._table.num_running + min(len(self._waiting), self._table.num_free))
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        while self.waiting and self.table.num_free and budget > 0 and len(selection.chunks) < most:
-            sequence = self.waiting.first
+        while self._waiting and self._table.num_free and budget > 0 and len(selection.chunks) < most:
+            sequence = self._waiting.first
             num_cached = self._reserve(sequence)
             if num_cached is None:
                 break
-            self.waiting.discard(sequence)
-            self.table.add(sequence, num_cached)
+            self._waiting.discard(sequence)
+            self._table.add(sequence, num_cached)
             count = min(sequence.num_to_compute - num_cached, budget)
-            selection.chunks.append((sequence.slot, count))
-            selection.admissions.append(admission_row(sequence, sequence.slot, self._config.vocab_size))
+            selection.chunks.append((sequence.seq_index, count))
+            selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
             budget -= count
 
     def _reserve(self, sequence: Sequence) -> int | None:
-        """Blocks for all known tokens in the next slot; returns how many are cached, None if there are too few."""
+        """Blocks for all known tokens in the next free row; returns how many are cached, None if there are too few."""
         num_tokens = len(sequence.token_ids)
         self._cache.extend_keys(sequence.keys, sequence.token_ids)
         # Prompt log-probabilities need the logits of every prompt token, so these requests compute them all.
         keys = [] if sequence.lacks_prompt_logprobs else sequence.keys
         # A block of growth for each running sequence stays free: docs/benchmarks/scheduler.md says what that saves.
-        spare_blocks = self.table.num_running
-        num_cached = self._cache.admit(self.table.next_slot, num_tokens, sequence.target_length - 1, keys, spare_blocks)
+        spare_blocks = self._table.num_running
+        num_cached = self._cache.admit(
+            self._table.next_seq_index, num_tokens, sequence.target_length - 1, keys, spare_blocks
+        )
         if num_cached is not None:
             self.prefix_query_tokens += num_tokens
             self.prefix_hit_tokens += num_cached
@@ -171,16 +176,16 @@ class Batcher:
                 sequence.num_cached_tokens = num_cached
         return num_cached
 
-    def _preempt(self, slot: int) -> None:
-        """Take a sequence's slot and blocks; all its tokens, generated ones too, will be computed again.
+    def _preempt(self, seq_index: int) -> None:
+        """Take a sequence's row and blocks; all its tokens, generated ones too, will be computed again.
 
         It cannot come back in the same plan, and so they do not take turns: it would need the blocks that it gave.
         """
-        sequence = self.table.sequences[slot]
+        sequence = self._table.sequences[seq_index]
         assert sequence is not None, "a sequence alone always fits: larger ones were refused"
-        sequence.token_ids = self.table.known_tokens(slot).copy()
+        sequence.token_ids = self._table.known_tokens(seq_index).copy()
         self.release(sequence)
-        self.waiting.put_back(sequence)
+        self._waiting.put_back(sequence)
         self.num_preemptions += 1
 
 

@@ -1,12 +1,12 @@
-// Divides one step's attention work, once a step and for all layers: see attention_plan.cuh for what it writes.
+// Divides one step's attention work, once a step and for all layers: see attention_work_split.cuh for what it writes.
 //
 // One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous
 // ranges, one a worker. Prefill: every tile of `prefill_rows` query rows (tokens x heads of a group) of the other sequences,
 // longest first. Also clears the decode kernel's flags, so that a step after an aborted one starts clean.
 //
-// cu_seqlens_q [S + 1], seq_lens [S], slots [S], counts {S, sequences with one new token}. decode_ends, prefill_ends
+// cu_seqlens_q [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes {S, sequences with one new token}. decode_ends, prefill_ends
 // [max S]: scratch, running totals of tiles.
-#include "attention_plan.cuh"
+#include "attention_work_split.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int BUCKETS = 1024;  // of the counting sort by cost
@@ -68,7 +68,7 @@ __device__ int find(const int* ends, int count, int position) {
 }
 
 struct PrefillTiles {
-    const int *cu_seqlens_q, *seq_lens, *slots, *ends;
+    const int *cu_seqlens_q, *seq_lens, *seq_indices, *ends;
     int first_seq, num_seqs, num_tiles, group, rows, cost_shift;
 
     __device__ static int count(int num_tokens, int group, int rows) { return (num_tokens * group + rows - 1) / rows; }
@@ -79,7 +79,7 @@ struct PrefillTiles {
         const int seq = first_seq + i;
         const int first_token = cu_seqlens_q[seq];
         const int index = position - (i ? ends[i - 1] : 0);
-        return {first_token, cu_seqlens_q[seq + 1] - first_token, seq_lens[seq], slots[seq], index * rows};
+        return {first_token, cu_seqlens_q[seq + 1] - first_token, seq_lens[seq], seq_indices[seq], index * rows};
     }
 
     // By cost, which is the number of key tiles that the tile's last row sees; the most expensive first.
@@ -128,13 +128,13 @@ __device__ int workers_for(int units, int items, int max_workers) {
     return static_cast<int>(min(static_cast<long long>(min(max_workers, units)), useful));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
-    const int* cu_seqlens_q, const int* seq_lens, const int* slots, const int* block_tables, const int* counts, int* plan,
+extern "C" __global__ void __launch_bounds__(THREADS) attention_work_split(
+    const int* cu_seqlens_q, const int* seq_lens, const int* seq_indices, const int* block_tables, const int* num_seqs_and_decodes, int* work_split,
     int* decode_ends, int* prefill_ends, int4* prefill_tiles, int* flags, int max_blocks, int block_size, int items_per_seq,
     int max_workers, int window, int group, int prefill_rows, int cost_shift) {
     __shared__ Scan scan;
     __shared__ int bucket_ends[BUCKETS];
-    const int num_seqs = counts[0], num_decode = counts[1];
+    const int num_seqs = num_seqs_and_decodes[0], num_decode = num_seqs_and_decodes[1];
     for (int i = threadIdx.x; i < 2 * max_workers; i += THREADS) flags[i] = 0;
 
     const auto first_tile = [=](int seq_len) { return window > 0 ? max(seq_len - window, 0) / DECODE_TILE : 0; };
@@ -148,26 +148,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(
         const int begin = split.begin_of(worker);
         const int seq = find(decode_ends, num_decode, begin / items_per_seq);
         const int offset = begin - (seq ? decode_ends[seq - 1] : 0) * items_per_seq;
-        const int tiles = decode_tiles(seq), seq_len = seq_lens[seq], slot = slots[seq];
+        const int tiles = decode_tiles(seq), seq_len = seq_lens[seq], seq_index = seq_indices[seq];
         const int first_token = (first_tile(seq_len) + offset % tiles) * DECODE_TILE;
         const auto page = [&](int index) {
             const int token = first_token + index * min(block_size, DECODE_TILE);
-            return token < min(seq_len, first_token + DECODE_TILE) ? block_tables[static_cast<long long>(slot) * max_blocks + token / block_size] : 0;
+            return token < min(seq_len, first_token + DECODE_TILE) ? block_tables[static_cast<long long>(seq_index) * max_blocks + token / block_size] : 0;
         };
-        const DecodeRange range = {seq, offset / tiles, offset % tiles, seq_len, slot, begin, split.begin_of(worker + 1)};
-        range.store(plan, num_workers - 1 - worker, make_int4(page(0), page(1), page(2), page(3)));
+        const DecodeRange range = {seq, offset / tiles, offset % tiles, seq_len, seq_index, begin, split.begin_of(worker + 1)};
+        range.store(work_split, num_workers - 1 - worker, make_int4(page(0), page(1), page(2), page(3)));
     }
 
     const auto tiles_of = [=](int seq) {
         return PrefillTiles::count(cu_seqlens_q[seq + 1] - cu_seqlens_q[seq], group, prefill_rows);
     };
     const int num_tiles = running_totals(scan, num_decode, num_seqs, prefill_ends, tiles_of);
-    const PrefillTiles tiles = {cu_seqlens_q, seq_lens,  slots, prefill_ends, num_decode,
+    const PrefillTiles tiles = {cu_seqlens_q, seq_lens,  seq_indices, prefill_ends, num_decode,
                                 num_seqs - num_decode, num_tiles, group, prefill_rows, cost_shift};
     sort_tiles(scan, bucket_ends, tiles, prefill_tiles);
     if (threadIdx.x == 0) {
-        plan[0] = units;
-        plan[1] = num_workers;
-        plan[2] = num_tiles;
+        work_split[0] = units;
+        work_split[1] = num_workers;
+        work_split[2] = num_tiles;
     }
 }
