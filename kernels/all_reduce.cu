@@ -9,7 +9,7 @@
 //   grid should fit on the device; plain launches only (no launch.cuh).
 // Reference: float32 sum in the order of the ranks, rounded once: equal bit by bit on all ranks and in both kernels.
 //
-// Why two halves suffice. A vector's slot is ABSENT again once it was read. Call n + 2 uses the half of call n; a rank starts
+// Why two halves suffice. A vector's place is ABSENT again once it was read. Call n + 2 uses the half of call n; a rank starts
 // it only after its call n + 1 ended, for which every rank must have started call n + 1, so ended call n, and with it
 // reading and clearing that half: the end of a kernel brings its stores to the second-level cache of its device, which is
 // where peers' stores arrive too. The epoch lies in memory, so a captured call can be replayed.
@@ -21,7 +21,7 @@ constexpr int VEC = 16 / sizeof(scalar);
 constexpr unsigned int SPINS_PER_LOOK = 1 << 14;  // polls between two looks at `abort`, which lies in the host's memory
 constexpr unsigned int ALL = (1u << NUM_PEERS) - 1;
 
-// Peer k is rank (RANK + k) % NUM_RANKS, for k from 1. What it sends lies in slot k - 1 here; what is sent to it, in slot
+// Peer k is rank (RANK + k) % NUM_RANKS, for k from 1. What it sends lies in place k - 1 here; what is sent to it, in place
 // NUM_PEERS - k there.
 struct Peers {
     uint4* buffers[7];
@@ -30,7 +30,7 @@ struct Peers {
 };
 
 __device__ __forceinline__ int rank_of(int k) { return (RANK + k) % NUM_RANKS; }
-__device__ __forceinline__ int slot_at(int k) { return NUM_PEERS - k; }
+__device__ __forceinline__ int place_at(int k) { return NUM_PEERS - k; }
 
 __device__ __forceinline__ bool is_present(const uint4& v) {
     return v.x != ABSENT && v.y != ABSENT && v.z != ABSENT && v.w != ABSENT;
@@ -45,14 +45,14 @@ __device__ __forceinline__ uint4 sendable(uint4 v) {
     return v;
 }
 
-// Waits for one vector of every peer whose bit in `expected` is set, the slots `step` vectors apart, and empties the slots.
+// Waits for one vector of every peer whose bit in `expected` is set, the places `step` vectors apart, and empties them.
 // False when the call was aborted.
-__device__ __forceinline__ bool receive(uint4 (&got)[NUM_PEERS], uint4* slots, int64 step, unsigned int expected,
+__device__ __forceinline__ bool receive(uint4 (&got)[NUM_PEERS], uint4* places, int64 step, unsigned int expected,
                                         const unsigned int* abort) {
     for (unsigned int spins = 1;; ++spins) {
         bool complete = true;
 #pragma unroll
-        for (int p = 0; p < NUM_PEERS; ++p) got[p] = read_from_peer(slots + p * step);
+        for (int p = 0; p < NUM_PEERS; ++p) got[p] = read_from_peer(places + p * step);
 #pragma unroll
         for (int p = 0; p < NUM_PEERS; ++p) complete = complete && (is_present(got[p]) || !(expected >> p & 1));
         if (complete) break;
@@ -60,7 +60,7 @@ __device__ __forceinline__ bool receive(uint4 (&got)[NUM_PEERS], uint4* slots, i
         if (spins % SPINS_PER_LOOK == 0 && read_shared_word(abort) != 0) return false;
     }
 #pragma unroll
-    for (int p = 0; p < NUM_PEERS; ++p) slots[p * step] = make_uint4(ABSENT, ABSENT, ABSENT, ABSENT);
+    for (int p = 0; p < NUM_PEERS; ++p) places[p * step] = make_uint4(ABSENT, ABSENT, ABSENT, ABSENT);
     return true;
 }
 
@@ -125,7 +125,7 @@ all_reduce_one_shot(PARAMETERS) {
     for (int i = first; i < num_vectors; i += stride) {
         const uint4 mine = sendable(read_message(x, i, num_vectors, tail));
 #pragma unroll
-        for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + slot_at(k) * step + i, mine);
+        for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + place_at(k) * step + i, mine);
     }
     finish_epoch(state, epoch);
     for (int i = first; i < num_vectors; i += stride) {
@@ -154,7 +154,7 @@ all_reduce_two_shot(PARAMETERS) {
         }
 #pragma unroll
         for (int k = 1; k <= NUM_PEERS; ++k)
-            if (rank_of(k) * chunk + i < num_vectors) peers.send(k, half + slot_at(k) * step + i, parts[k - 1]);
+            if (rank_of(k) * chunk + i < num_vectors) peers.send(k, half + place_at(k) * step + i, parts[k - 1]);
     }
     finish_epoch(state, epoch);
     for (int i = first; i < chunk && RANK * chunk + i < num_vectors; i += stride) {
@@ -163,7 +163,7 @@ all_reduce_two_shot(PARAMETERS) {
         if (!receive(got, own + half + i, step, ALL, abort)) return;
         const uint4 total = sum(mine, got);
 #pragma unroll
-        for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + sums + slot_at(k) * step + i, total);
+        for (int k = 1; k <= NUM_PEERS; ++k) peers.send(k, half + sums + place_at(k) * step + i, total);
         write_message(x, RANK * chunk + i, num_vectors, tail, total);
     }
     for (int i = first; i < chunk; i += stride) {

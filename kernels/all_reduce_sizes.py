@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_BYTES", "MOST_RANKS", "exchange_bytes", "is_two_shot", "slot_vectors"]
+__all__ = ["MOST_BYTES", "MOST_RANKS", "exchange_bytes", "exchange_vectors", "is_two_shot"]
 
 MOST_RANKS = 8
 """Ranks whose buffers a kernel takes: the GPUs that a host's NVLink switches join."""
@@ -25,7 +25,7 @@ def exchange_bytes(num_ranks: int, most_bytes: int = MOST_BYTES) -> int:
     """Bytes of one rank's buffers for messages of at most ``most_bytes``."""
     most_vectors = most_bytes // _VECTOR_BYTES
     sizes = {min(most_vectors, _one_shot_vectors(num_ranks)), most_vectors}
-    return 2 * _VECTOR_BYTES * max(slot_vectors(size, num_ranks, is_two_shot(size, num_ranks)) for size in sizes)
+    return 2 * _VECTOR_BYTES * max(exchange_vectors(size, num_ranks, is_two_shot(size, num_ranks)) for size in sizes)
 
 
 def is_two_shot(num_vectors: int, num_ranks: int) -> bool:
@@ -40,7 +40,7 @@ def _one_shot_vectors(num_ranks: int) -> int:
     return int(num_bytes) // _VECTOR_BYTES
 
 
-def slot_vectors(num_vectors: int, num_ranks: int, two_shot: bool) -> int:
+def exchange_vectors(num_vectors: int, num_ranks: int, two_shot: bool) -> int:
     """Vectors of half a buffer that a message takes."""
     if two_shot:
         return 2 * (num_ranks - 1) * -(-num_vectors // num_ranks)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 import launch  # noqa: F401  makes phalanx importable from a checkout
-from phalanx.kernels.all_reduce import Plan, all_reduce
+from phalanx.kernels.all_reduce import Launch, all_reduce
 from phalanx.kernels.all_reduce_sizes import MOST_BYTES
 from phalanx.kernels.library import KernelLibrary
 from phalanx.parallel.communicator import Communicator
@@ -126,9 +126,9 @@ def check_own(comm: Communicator, library: KernelLibrary) -> None:
     assert_sums(comm, SHORT_SIZES + LONG_SIZES, peers)
     assert_replays(comm, peers, NUM_REPLAYS)
     for two_shot in (False, True):  # whichever is chosen for so many ranks
-        plan = Plan(two_shot, 33, 256)
-        assert_sums(comm, SHORT_SIZES, partial(all_reduce, library, exchange=peers.exchange, plan=plan))
-        assert_replays(comm, partial(all_reduce, library, exchange=peers.exchange, plan=plan), NUM_REPLAYS)
+        shape = Launch(two_shot, 33, 256)
+        assert_sums(comm, SHORT_SIZES, partial(all_reduce, library, exchange=peers.exchange, launch=shape))
+        assert_replays(comm, partial(all_reduce, library, exchange=peers.exchange, launch=shape), NUM_REPLAYS)
     peers.close()
 
 

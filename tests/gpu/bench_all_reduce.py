@@ -22,7 +22,7 @@ import cupy
 import numpy as np
 
 import launch  # noqa: F401  makes phalanx importable from a checkout
-from phalanx.kernels.all_reduce import Plan, all_reduce, choose_plan
+from phalanx.kernels.all_reduce import Launch, all_reduce, choose_launch
 from phalanx.kernels.library import KernelLibrary
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
@@ -55,7 +55,7 @@ def microseconds(comm: Communicator, call: Callable[[], object], num_calls: int)
     return float(comm.all_gather(np.array([statistics.median(samples[2:])])).max())
 
 
-def plans(num_vectors: int, comm: Communicator, num_multiprocessors: int) -> dict[str, Plan]:
+def launches(num_vectors: int, comm: Communicator, num_multiprocessors: int) -> dict[str, Launch]:
     tried = {}
     for two_shot in (False, True):
         num_items = -(-num_vectors // comm.size) if two_shot else num_vectors
@@ -63,7 +63,7 @@ def plans(num_vectors: int, comm: Communicator, num_multiprocessors: int) -> dic
             for most_blocks in (16, 32, 64, num_multiprocessors):
                 num_blocks = min(most_blocks, -(-num_items // num_threads))
                 name = f"{'two' if two_shot else 'one'}-shot {num_blocks} x {num_threads}"
-                tried[name] = Plan(two_shot, num_blocks, num_threads)
+                tried[name] = Launch(two_shot, num_blocks, num_threads)
     return tried
 
 
@@ -87,7 +87,7 @@ def main() -> None:
             row = {"bytes": size, "nccl": microseconds(comm, partial(nccl.all_reduce, part), num_calls)}
             if peers.fits(part):
                 row["own"] = microseconds(comm, partial(peers, part), num_calls)
-                row["plan"] = str(choose_plan(size // 16, comm.size, library.num_multiprocessors))
+                row["launch"] = str(choose_launch(size // 16, comm.size, library.num_multiprocessors))
             if options.tune:
                 row["tried"] = tune(comm, library, part, peers.exchange, num_calls)
             rows.append(row)
@@ -102,9 +102,9 @@ def main() -> None:
 
 def tune(comm: Communicator, library: KernelLibrary, x: Any, exchange: Any, num_calls: int) -> dict[str, float]:
     times = {}
-    for name, plan in plans(x.nbytes // 16, comm, library.num_multiprocessors).items():
+    for name, shape in launches(x.nbytes // 16, comm, library.num_multiprocessors).items():
         with contextlib.suppress(ExecutorError):  # the buffers are too small for one-shot
-            call = partial(all_reduce, library, x, exchange, plan)
+            call = partial(all_reduce, library, x, exchange, shape)
             times[name] = round(microseconds(comm, call, num_calls), 2)
     return dict(sorted(times.items(), key=lambda item: item[1])[:8])
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange, Plan, all_reduce, choose_plan, fits
+from phalanx.kernels.all_reduce import ABSENT_BYTE, Exchange, Launch, all_reduce, choose_launch, fits
 from phalanx.kernels.all_reduce_sizes import exchange_bytes
 from phalanx.parallel.errors import ExecutorError
 from tests.support.fake_cupy import FakeArray
@@ -23,7 +23,7 @@ from .tolerance import assert_close
 TIMEOUT_SECONDS = 120
 SIZES = (4, 8, 300, 4, 1000, 52, 12, 700, 700, 4)  # elements; in float32 1 to 250 vectors
 MOST_BYTES = 4096
-PLANS = tuple(Plan(two_shot, blocks, 32) for two_shot in (False, True) for blocks in (1, 3))
+LAUNCHES = tuple(Launch(two_shot, blocks, 32) for two_shot in (False, True) for blocks in (1, 3))
 
 
 def values(dtype: Any, call: int, rank: int) -> np.ndarray:
@@ -62,7 +62,7 @@ def run_rank(folder: Path, cache: Path, rank: int, num_ranks: int, dtype_name: s
     try:
         for call in range(2 * len(SIZES)):
             x = values(DTYPES[dtype_name], call, rank).view(FakeArray)
-            all_reduce(library, x, exchange, PLANS[call % len(PLANS)])
+            all_reduce(library, x, exchange, LAUNCHES[call % len(LAUNCHES)])
             results.append(np.array(x).view(np.uint8))
         np.save(folder / f"result-{rank}.npy", np.concatenate(results))
     except BaseException:
@@ -124,8 +124,8 @@ def test_a_rank_whose_peers_are_gone_ends_when_it_is_aborted(cache: Path, tmp_pa
     create_files(tmp_path, 2)
     np.memmap(tmp_path / "abort", np.uint32, "r+")[0] = 1
     exchange = exchange_on_files(tmp_path, 1, 2)
-    for plan in PLANS[::2]:
-        all_reduce(EmulatedLibrary(cache), np.ones(8, np.float16).view(FakeArray), exchange, plan)
+    for launch in LAUNCHES[::2]:
+        all_reduce(EmulatedLibrary(cache), np.ones(8, np.float16).view(FakeArray), exchange, launch)
 
 
 def test_a_message_that_does_not_fit_is_refused(cache: Path) -> None:
@@ -145,9 +145,9 @@ def test_buffers_hold_every_message_up_to_the_limit_in_the_way_that_is_chosen(nu
     exchange = Exchange(0, (0,) * num_ranks, exchange_bytes(num_ranks, most_bytes) // 32, np.zeros(2, np.uint32), 0)
     both = set()
     for num_bytes in [*range(16, 4 << 20, 16 * 997), most_bytes]:
-        plan = choose_plan(num_bytes // 16, num_ranks, 132)
-        both.add(plan.two_shot)
-        assert 1 <= plan.num_blocks <= 132
+        launch = choose_launch(num_bytes // 16, num_ranks, 132)
+        both.add(launch.two_shot)
+        assert 1 <= launch.num_blocks <= 132
         assert fits(np.empty(num_bytes // 4, np.float32).view(FakeArray), exchange)
     assert both == {False, True}
     assert not fits(np.empty((most_bytes + 16 * num_ranks) // 4, np.float32).view(FakeArray), exchange)
