@@ -59,7 +59,7 @@ class WeightSpec:
     """A weight as an executor sees it: parts concatenated along axis 0, e.g. q, k and v as one matrix ``qkv``.
 
     Attributes:
-        name: ``layers.3.qkv.weight``; models write ``ops.linear(x, "layers.3.qkv")``.
+        name: ``layers.3.qkv.weight``; models write ``ops.column_linear(x, "layers.3.qkv")``.
         parts: at least one; all share the extents behind axis 0.
     """
 

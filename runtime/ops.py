@@ -78,12 +78,12 @@ class Ops(ABC, Generic[Tensor]):
         """``(x - mean) / sqrt(var + eps) * weight + bias`` over D (Ba et al. 2016)."""
 
     @abstractmethod
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        """``x @ weight.T + bias`` (bias where the weight has one): ``[T, in] -> [T, out local]``."""
+    def column_linear(self, x: Tensor, name: str) -> Tensor:
+        """``x @ weight.T + bias`` with a weight split by outputs (bias, if any, too): ``[T, in] -> [T, out local]``."""
 
     @abstractmethod
-    def linear_partial(self, x: Tensor, name: str) -> Tensor:
-        """``x @ weight.T`` over this rank's inputs, without bias and not yet summed: ``[T, in local] -> [T, out]``."""
+    def row_linear_partial(self, x: Tensor, name: str) -> Tensor:
+        """``x @ weight.T`` with a weight split by inputs, no bias, not summed yet: ``[T, in local] -> [T, out]``."""
 
     @abstractmethod
     def add_bias(self, x: Tensor, name: str) -> Tensor:
@@ -106,12 +106,13 @@ class Ops(ABC, Generic[Tensor]):
         """``kind(gate) * up`` where ``x`` holds gate, then up: ``[T, 2F local] -> [T, F local]`` (Shazeer 2020)."""
 
     @abstractmethod
-    def attention(self, qkv: Tensor, layer: int, spec: AttentionSpec) -> Tensor:
+    def attention(self, qkv: Tensor, name: str, layer: int, spec: AttentionSpec) -> Tensor:
         """Rotate, store keys and values in the cache, attend: ``[T, (H + 2K) C local] -> [T, H C local]``.
 
         ``qkv`` holds the queries of all local heads, then keys, then values, as one matrix product leaves them: every
         executor fuses differently from here (rotary into the cache write, GQA heads into one tile), so this is one
-        operation. ``layer`` names the cache; each query sees its own sequence up to itself.
+        operation. ``name`` is where weights of the attention itself are found, ``layer`` the number of its cache; each
+        query sees its own sequence up to itself.
         """
 
     @abstractmethod
@@ -120,9 +121,13 @@ class Ops(ABC, Generic[Tensor]):
 
     # Composed
 
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """``x @ weight.T + bias`` with a weight that every rank holds in full: ``[T, in] -> [T, out]``."""
+        return self.column_linear(x, name)
+
     def row_linear(self, x: Tensor, name: str) -> Tensor:
-        """The second matrix of a Megatron pair: partial product, sum over ranks, bias once."""
-        return self.add_bias(self.all_reduce(self.linear_partial(x, name)), name)
+        """The second matrix of a Megatron pair, split by inputs: partial product, sum over ranks, bias once."""
+        return self.add_bias(self.all_reduce(self.row_linear_partial(x, name)), name)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, name: str, eps: float, weight_offset: float = 0.0

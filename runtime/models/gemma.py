@@ -50,10 +50,10 @@ def block(
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps, weight_offset=1.0)
-    x = ops.attention(ops.linear(x, f"{name}.qkv"), layer, AttentionSpec.of(config))
+    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, AttentionSpec.of(config))
     x = ops.row_linear(x, f"{name}.output")
     x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps, weight_offset=1.0)
-    x = ops.gated_activation(ops.linear(x, f"{name}.gate_up"), config.activation)
+    x = ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), config.activation)
     return ops.row_linear(x, f"{name}.down"), residual
 
 

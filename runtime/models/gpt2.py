@@ -54,10 +54,10 @@ def block(
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = ops.attention(ops.linear(x, f"{name}.qkv"), layer, AttentionSpec.of(config))
+    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, AttentionSpec.of(config))
     x = ops.row_linear(x, f"{name}.output")
     x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    x = ops.activation(ops.linear(x, f"{name}.up"), config.activation)
+    x = ops.activation(ops.column_linear(x, f"{name}.up"), config.activation)
     return ops.row_linear(x, f"{name}.down"), residual
 
 

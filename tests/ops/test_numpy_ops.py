@@ -66,7 +66,7 @@ def test_layer_norm(rows: int) -> None:
 def test_linear_adds_its_bias(rows: int) -> None:
     x, weight, bias = normal(rows, 13), normal(17, 13), normal(17)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-    close(make_ops({"l.weight": weight, "l.bias": bias}).linear(x, "l"), expected)
+    close(make_ops({"l.weight": weight, "l.bias": bias}).column_linear(x, "l"), expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -154,7 +154,7 @@ def test_attention_that_a_network_cannot_express_is_refused(feature: str) -> Non
     spec = AttentionSpec(4, 4, 16, 0.25, **{feature: 50.0 if feature == "soft_cap" else True})
     ops = TrtOps.__new__(TrtOps)
     with pytest.raises(ConfigError, match=rf"cannot run this model: no {feature} .*use --engine cuda or numpy"):
-        ops.attention(None, 0, spec)
+        ops.attention(None, "layers.0.attention", 0, spec)
 
 
 def test_engines_that_fit_are_found(directory: EngineDirectory) -> None:

@@ -116,12 +116,12 @@ class CudaOps(Ops[DeviceArray]):
         layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
         return out, x if residual is None else residual
 
-    def linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.linear`; the bias in the product's epilogue."""
+    def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.column_linear`; the bias in the product's epilogue."""
         return self._product(x, name, self._weights.get(f"{name}.bias"))
 
-    def linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.linear_partial`."""
+    def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `Ops.row_linear_partial`."""
         return self._product(x, name, None)
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
@@ -138,7 +138,7 @@ class CudaOps(Ops[DeviceArray]):
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.row_linear`; alone, a rank adds the bias in the product's epilogue."""
         if self._group.size == 1:
-            return self.linear(x, name)
+            return self.column_linear(x, name)
         return super().row_linear(x, name)
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
@@ -160,7 +160,7 @@ class CudaOps(Ops[DeviceArray]):
         gated_activation(self._library, x, out, _ACTIVATIONS[kind])
         return out
 
-    def attention(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
+    def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         """See `Ops.attention`."""
         out = self._attention(qkv, layer, spec)
         if layer == self._last_layer and self._num_kept:
@@ -169,7 +169,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def logits(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
-        return self.linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
+        return self.column_linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         weight = self._weights[f"{name}.weight"]

@@ -110,20 +110,20 @@ class TracedOps(CudaOps):
         super().__init__(*parts)
         self._timeline = timeline
 
-    def linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `CudaOps.linear`."""
+    def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `CudaOps.column_linear`."""
         with self._timeline.device(name, "GEMM"):
-            return super().linear(x, name)
+            return super().column_linear(x, name)
 
-    def linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `CudaOps.linear_partial`."""
+    def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
+        """See `CudaOps.row_linear_partial`."""
         with self._timeline.device(name, "GEMM"):
-            return super().linear_partial(x, name)
+            return super().row_linear_partial(x, name)
 
-    def attention(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
+    def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         """See `CudaOps.attention`."""
-        with self._timeline.device(f"layers.{layer}.attention", "attention"):
-            return super().attention(qkv, layer, spec)
+        with self._timeline.device(name, "attention"):
+            return super().attention(qkv, name, layer, spec)
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
         """See `CudaOps.all_reduce`."""

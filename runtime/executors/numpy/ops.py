@@ -104,16 +104,16 @@ class NumpyOps(Ops[Float32Array]):
         centred += self._weights[f"{name}.bias"]
         return centred
 
-    def linear(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.linear`."""
-        y = self.linear_partial(x, name)
+    def column_linear(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.column_linear`."""
+        y = self.row_linear_partial(x, name)
         bias = self._weights.get(f"{name}.bias")
         if bias is not None:
             y += bias
         return y
 
-    def linear_partial(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.linear_partial`."""
+    def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
+        """See `Ops.row_linear_partial`."""
         return product(x, self._weights[f"{name}.weight"], self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
@@ -160,13 +160,13 @@ class NumpyOps(Ops[Float32Array]):
         self._threads.run([partial(fill, piece) for piece in pieces])
         return out
 
-    def attention(self, qkv: Float32Array, layer: int, spec: AttentionSpec) -> Float32Array:
+    def attention(self, qkv: Float32Array, name: str, layer: int, spec: AttentionSpec) -> Float32Array:
         """See `Ops.attention`."""
         return self._attention(qkv, layer, spec)
 
     def logits(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.logits`; the executor passes only the rows that need them."""
-        return self.linear(x, name)
+        return self.column_linear(x, name)
 
 
 def _silu(x: Float32Array) -> Float32Array:

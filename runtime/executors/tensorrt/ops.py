@@ -139,12 +139,12 @@ class TrtOps(Ops[ITensor]):
 
     # Matrix products
 
-    def linear(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.linear`."""
-        return self.add_bias(self.linear_partial(x, name), name)
+    def column_linear(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.column_linear`."""
+        return self.add_bias(self.row_linear_partial(x, name), name)
 
-    def linear_partial(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.linear_partial`."""
+    def row_linear_partial(self, x: ITensor, name: str) -> ITensor:
+        """See `Ops.row_linear_partial`."""
         return self._graph.matmul_transposed(x, self._weight(f"{name}.weight"))
 
     def add_bias(self, x: ITensor, name: str) -> ITensor:
@@ -157,7 +157,7 @@ class TrtOps(Ops[ITensor]):
 
     def logits(self, x: ITensor, name: str) -> ITensor:
         """See `Ops.logits`; the network passes only the rows that need them."""
-        return self.linear(x, name)
+        return self.column_linear(x, name)
 
     # Element by element
 
@@ -179,7 +179,7 @@ class TrtOps(Ops[ITensor]):
 
     # Attention
 
-    def attention(self, qkv: ITensor, layer: int, spec: AttentionSpec) -> ITensor:
+    def attention(self, qkv: ITensor, name: str, layer: int, spec: AttentionSpec) -> ITensor:
         """See `Ops.attention`.
 
         Raises:
