@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
@@ -124,7 +124,7 @@ class EngineConfig:
         trace: record a timeline of the last steps (cuda; they then run without graphs).
 
     Raises:
-        ConfigError: a size is below its minimum.
+        ConfigError: the engine is unknown, or a size is below its minimum.
     """
 
     layout: Layout = Layout()
@@ -144,6 +144,8 @@ class EngineConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineName):
+            raise ConfigError(f"engine={self.engine!r} is unknown; use one of {', '.join(get_args(EngineName))}")
         minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:

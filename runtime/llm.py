@@ -18,7 +18,7 @@ from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import Engine, follow
-from phalanx.runtime.executors.factory import with_default_sizes
+from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.replica import build_replica, phase
 from phalanx.runtime.request import FinishReason, Logprob, Request, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.text import TextStream, Tokenizer

@@ -15,9 +15,9 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.engine import Engine
-from phalanx.runtime.executors.base import Executor
-from phalanx.runtime.executors.factory import create_executor
+from phalanx.runtime.executors.base import CacheSize, Executor
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.registry import create_executor
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
@@ -73,12 +73,12 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
                 max_queued_requests=options.max_queued_requests,
                 vocab_size=config.vocab_size,
                 eos_token_ids=config.eos_token_ids,
-                num_microbatches=executor.depth - executor.lookahead,
+                num_microbatches=executor.num_microbatches,
                 lookahead=executor.lookahead,
                 seed=options.seed + topology.replica,
                 step_times=executor.step_times,
             ),
-            _planner(executor, options, max_model_len),
+            _planner(executor.cache, options, max_model_len),
         )
         engine = Engine(scheduler, executor, control)
     return Replica(
@@ -96,12 +96,12 @@ def phase(name: str) -> Iterator[None]:
         raise
 
 
-def _planner(executor: Executor, options: EngineConfig, max_model_len: int) -> CachePlanner:
-    if options.engine == "tensorrt":
-        return SlotPlanner(executor.num_kv_blocks, max_model_len)
+def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> CachePlanner:
+    if cache.kind == "slots":
+        return SlotPlanner(cache.num_blocks, max_model_len)
     return BlockPlanner(
-        executor.num_kv_blocks, options.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
-    )
+        cache.num_blocks, cache.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
+    )  # fmt: skip
 
 
 def _with_generation_config(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:

@@ -33,6 +33,7 @@ from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda.weights import CudaSink
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
 
@@ -46,8 +47,6 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
-    from phalanx.runtime.executors.factory import longest_sequence
-
     CAPABILITIES.check(spec.config, spec.dtype)
     limits = _step_limits(spec)
     device, stream = select_device()
@@ -120,8 +119,8 @@ def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) ->
 
 
 def _step_limits(spec: RankSpec) -> StepLimits:
-    options, positions = spec.options, spec.config.max_positions
-    longest = min(options.max_model_len or positions, positions)
+    options = spec.options
+    longest = longest_requested(spec.config, options.max_model_len)
     return StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
 
 

@@ -25,7 +25,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
@@ -106,7 +106,7 @@ class CudaExecutor:
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
         self._in_flight: deque[StepBuffers] = deque()
         self._timeline = timeline
-        self.num_kv_blocks = num_kv_blocks
+        self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
         self.step_times: StepTimes | None = None
 
     @property
@@ -123,6 +123,11 @@ class CudaExecutor:
     def lookahead(self) -> int:
         """1 without pipeline stages: the device knows a sequence's last token before the host does."""
         return 1 if self.topology.layout.pp == 1 else 0
+
+    @property
+    def num_microbatches(self) -> int:
+        """One per pipeline stage, and in a pipeline one more, which hides the host."""
+        return self.depth - self.lookahead
 
     @property
     def device(self) -> str:

@@ -13,7 +13,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
@@ -81,12 +81,7 @@ class NumpyExecutor:
         self._state = BatchState.empty(cache.max_num_seqs, cache.blocks_per_seq)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
-        self._num_blocks = cache.num_blocks
-
-    @property
-    def num_kv_blocks(self) -> int:
-        """Blocks of the key/value cache."""
-        return self._num_blocks
+        self.cache = CacheSize("paged", cache.num_blocks, cache.block_size)
 
     @property
     def device(self) -> str:
@@ -96,6 +91,11 @@ class NumpyExecutor:
     @property
     def depth(self) -> int:
         """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    @property
+    def num_microbatches(self) -> int:
+        """One per pipeline stage."""
         return self._topology.layout.pp
 
     def execute(self, plan: StepPlan) -> None:
