@@ -36,6 +36,7 @@ from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.step import ADMISSION
 
 __all__ = ["create_cuda_executor", "select_device"]
 
@@ -158,6 +159,7 @@ def _stage(
         max_num_tokens=limits.max_num_tokens,
         max_logit_rows=limits.max_logit_rows,
         max_blocks_per_seq=limits.blocks_per_seq,
+        admission_words=ADMISSION.itemsize // 4,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool)

@@ -34,6 +34,7 @@ from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
+from phalanx.runtime.sampling.fields import restricts_tokens
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
@@ -242,7 +243,6 @@ class CudaExecutor:
     def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
         limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
         sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
-        restricts = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
         num_scored, num_top = plan.logprob_shape(self._state)
         num_logit_rows = num_sampled + num_prompt_rows
         if num_sampled and not num_prompt_rows:
@@ -251,7 +251,7 @@ class CudaExecutor:
             num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
             num_logit_rows=num_logit_rows,
             has_prefill=plan.num_decodes < plan.num_seqs,
-            filters=bool((restricts & (sampling["temperature"] > 0)).any()),
+            filters=bool(restricts_tokens(sampling).any()),
             num_top=num_top if num_scored else -1,
         )
 

@@ -19,7 +19,7 @@ from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
-from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 

@@ -19,7 +19,7 @@ from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
-from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
