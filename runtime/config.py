@@ -42,6 +42,7 @@ class RopeConfig:
         low_freq_factor, high_freq_factor: Llama 3's band limits.
         original_max_positions: training length before stretching.
         beta_fast, beta_slow: YaRN's band limits in rotations.
+        truncate: round YaRN's band limits outwards to whole dimensions.
         attention_factor: multiplies cosines and sines (YaRN); 1 otherwise.
     """
 
@@ -55,6 +56,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,25 @@ class ModelConfig:
     dtype: ComputeDType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def scaled_positions(self) -> int:
+        """Most positions that ``--max-model-len`` may ask for: what rope scaling stretches the trained length to, as in vLLM."""
+        rope = self.rope
+        if rope is None or rope.scaling not in ("linear", "yarn"):
+            return self.max_positions
+        return max(self.max_positions, int(rope.original_max_positions * rope.factor))
+
+    @property
+    def default_positions(self) -> int:
+        """Longest sequence without ``--max-model-len``.
+
+        YaRN names the trained length, so one that ``max_positions`` repeats is known to be unscaled. With linear scaling some
+        checkpoints give the length before and some after scaling: only the operator can tell.
+        """
+        rope = self.rope
+        unscaled = rope is not None and rope.scaling == "yarn" and rope.original_max_positions >= self.max_positions
+        return self.scaled_positions if unscaled else self.max_positions
 
     def compute_dtype(self, requested: DTypeName) -> ComputeDType:
         """What was asked for; for ``auto`` the checkpoint's own."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from phalanx.parallel.communicator import Communicator
@@ -18,6 +17,7 @@ from phalanx.runtime.engine import Engine
 from phalanx.runtime.executors.base import CacheSize, Executor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.registry import create_executor
+from phalanx.runtime.generation_config import GenerationConfig
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
@@ -27,10 +27,11 @@ __all__ = ["Replica", "build_replica", "phase"]
 
 @dataclass(slots=True)
 class Replica:
-    """What one rank holds. ``engine`` is None on every rank but the leader."""
+    """What one rank holds. ``engine`` is None on every rank but the leader; ``generation`` has the model's sampling defaults."""
 
     checkpoint: Checkpoint
     config: ModelConfig
+    generation: GenerationConfig
     options: EngineConfig
     topology: Topology
     world: Communicator
@@ -57,7 +58,8 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
     with phase("opening the checkpoint"):
         checkpoint = open_checkpoint(model, options.load_format, options.seed)
         family = find_model(checkpoint.config)
-        config = _with_generation_config(family.read_config(checkpoint.config), checkpoint.generation_config)
+        generation = GenerationConfig.read(checkpoint.generation_config)
+        config = _with_token_ids(family.read_config(checkpoint.config), generation)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
     with phase("loading weights"):
@@ -82,7 +84,7 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
         )
         engine = Engine(scheduler, executor, control)
     return Replica(
-        checkpoint, config, options, topology, world, group, executor, control, max_model_len, engine
+        checkpoint, config, generation, options, topology, world, group, executor, control, max_model_len, engine
     )  # fmt: skip
 
 
@@ -104,9 +106,10 @@ def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> Cac
     )  # fmt: skip
 
 
-def _with_generation_config(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
-    """``generation_config.json`` names the end tokens where it has any."""
-    eos = generation.get("eos_token_id")
-    if eos is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),))
+def _with_token_ids(config: ModelConfig, generation: GenerationConfig) -> ModelConfig:
+    """The special tokens of ``generation_config.json`` replace those of ``config.json``."""
+    return dataclasses.replace(
+        config,
+        bos_token_id=config.bos_token_id if generation.bos_token_id is None else generation.bos_token_id,
+        eos_token_ids=generation.eos_token_ids or config.eos_token_ids,
+    )

@@ -9,17 +9,17 @@ __all__ = ["longest_requested", "longest_sequence"]
 
 
 def longest_requested(config: ModelConfig, max_model_len: int | None) -> int:
-    """Most tokens of one sequence, prompt and output, before any cache is sized: ``max_model_len``, or all positions.
+    """Most tokens of one sequence, prompt and output, before any cache is sized: ``max_model_len``, or the model's own.
 
     Raises:
-        ConfigError: ``max_model_len`` exceeds the model's positions.
+        ConfigError: ``max_model_len`` exceeds the model's positions, scaled as its rotary fields say.
     """
     if max_model_len is None:
-        return config.max_positions
-    if max_model_len > config.max_positions:
+        return config.default_positions
+    if max_model_len > config.scaled_positions:
         raise ConfigError(
-            f"--max-model-len={max_model_len} is beyond the {config.max_positions} positions of "
-            f"{config.architecture}; use at most {config.max_positions}"
+            f"--max-model-len={max_model_len} is beyond the {config.scaled_positions} positions of "
+            f"{config.architecture}; use at most {config.scaled_positions}"
         )
     return max_model_len
 
