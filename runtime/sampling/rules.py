@@ -123,7 +123,10 @@ class TokenIds:
         for token in listed:
             number = _whole(token)
             if number is None or not 0 <= number <= MAX_INT32:
-                raise RequestError(f"{name} holds {shown(token)}, which is not a valid token id", name)
+                raise RequestError(
+                    f"{name} holds {shown(token)}, which is not a valid token id; use 0 to below the vocabulary size",
+                    name,
+                )
         return tuple(map(int, listed))
 
 
