@@ -1,0 +1,1 @@
+"""Quantised checkpoints: number formats, the schemes that files declare, and the packings that they use."""
