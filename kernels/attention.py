@@ -48,11 +48,14 @@ class AttentionShape:
         num_heads, num_kv_heads: H and K, H a multiple of K.
         head_dim: C, a multiple of 8 up to 256.
         block_size: P, tokens per block: 16, 32, 64 or 128.
-        dtype: of queries, pages and output. float32 runs a slow kernel that exists for checking.
+        dtype: of queries and output, and of pages unless these hold e4m3. float32 runs a slow kernel that exists for
+            checking.
         scale: factor on the scores.
         window: a query sees this many positions, itself included; 0 = all before it.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0 = off.
         causal: a token sees its own sequence up to itself; False = the whole sequence (encoders).
+        has_fp8_pages: keys and values are e4m3 bytes with one scale a head; needs head_dim in multiples of 16 and a
+            16-bit dtype.
 
     Raises:
         ConfigError: a value that no kernel here computes.
@@ -67,6 +70,7 @@ class AttentionShape:
     window: int = 0
     soft_cap: float = 0.0
     causal: bool = True
+    has_fp8_pages: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -85,6 +89,17 @@ class AttentionShape:
                 f"attention scale={self.scale}, window={self.window}, soft_cap={self.soft_cap}: the scale must be "
                 "above 0 and the others not below; the model's config.json is damaged"
             )
+
+        if self.has_fp8_pages and (self.head_dim % 16 or self.dtype == "float32"):
+            raise ConfigError(
+                f"--kv-cache-dtype fp8 needs head_dim in multiples of 16 and 16-bit activations; this model has head_dim="
+                f"{self.head_dim} and computes in {self.dtype}; use --kv-cache-dtype auto"
+            )
+
+    @property
+    def page_dtype(self) -> str:
+        """NumPy's name for what pages hold; codes are bytes."""
+        return "uint8" if self.has_fp8_pages else self.dtype
 
     @property
     def group(self) -> int:
@@ -144,7 +159,7 @@ class PagedAttention:
         self._shape = shape
         self._limits = limits
         self._alibi_slopes = alibi_slopes
-        self._decode_tiling = DecodeTiling.choose(shape.head_dim, shape.group, library.architecture)
+        self._decode_tiling = _decode_tiling(shape, library.architecture)
         self._prefill_tiling = PrefillTiling.choose(shape.head_dim, library.architecture)
         self._num_multiprocessors = library.num_multiprocessors
         self._max_workers = self._decode_tiling.blocks_per_multiprocessor * library.num_multiprocessors
@@ -192,11 +207,14 @@ class PagedAttention:
         arrays = (*inputs, workspace.work_split, *ends, workspace.prefill_tiles, workspace.flags)
         self._kernels["work_split"]((1,), (_SPLIT_THREADS,), (*arrays, *map(np.int32, sizes)))
 
-    def decode(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
+    def decode(
+        self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep, kv_scales: Any | None = None
+    ) -> None:
         """Attend for the sequences with one new token: row ``s`` of ``out`` for sequence ``s``.
 
         ``qkv``: ``[T, >= H C]``, queries first in each row (the fused qkv matrix as it is, or a strided part of it);
-        pages: ``[N, K, P, C]``, this step's tokens already written; ``out``: ``[T, H C]``.
+        pages: ``[N, K, P, C]``, this step's tokens already written; ``out``: ``[T, H C]``; ``kv_scales``: ``[2, K]``
+        float32, of keys and of values, for pages of codes.
         Enqueues on the current stream; does not wait.
         """
         tensors = self._tensors(qkv, key_pages, value_pages, out)
@@ -209,11 +227,13 @@ class PagedAttention:
         self._kernels["decode"](
             (self._max_workers,),
             (_DECODE_THREADS,),
-            (*tensors, *table, *scratch, *self._score_arguments),
+            (*tensors, *table, *scratch, *self._scales(kv_scales), *self._score_arguments),
             shared_mem=self._decode_tiling.shared_bytes,
         )
 
-    def prefill(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep) -> None:
+    def prefill(
+        self, qkv: Any, key_pages: Any, value_pages: Any, out: Any, step: AttentionStep, kv_scales: Any | None = None
+    ) -> None:
         """Attend for the sequences with several new tokens, with or without history; arguments as for `decode`."""
         tensors = self._tensors(qkv, key_pages, value_pages, out)
         if "float32" in self._kernels:
@@ -225,7 +245,14 @@ class PagedAttention:
         self._kernels["prefill"](
             (max(1, grid),),
             (self._prefill_tiling.threads,),
-            (*tensors, *table, workspace.work_split, workspace.prefill_tiles, *self._score_arguments),
+            (
+                *tensors,
+                *table,
+                workspace.work_split,
+                workspace.prefill_tiles,
+                *self._scales(kv_scales),
+                *self._score_arguments,
+            ),
             shared_mem=self._prefill_tiling.shared_bytes,
         )
 
@@ -239,12 +266,19 @@ class PagedAttention:
     @property
     def _score_arguments(self) -> tuple[Any, ...]:
         shape = self._shape
-        return self._alibi_slopes, np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
+        return np.float32(shape.scale), np.float32(shape.soft_cap), np.int32(shape.window)
+
+    def _scales(self, kv_scales: Any | None) -> tuple[Any, ...]:
+        if self._shape.has_fp8_pages:
+            if kv_scales is None:
+                raise ExecutorError("pages of codes need their scales; pass kv_scales")
+            require("kv_scales", kv_scales, (2, self._shape.num_kv_heads), "float32")
+        return self._alibi_slopes, kv_scales
 
     def _launch_float32(self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool) -> None:
         table = (step.block_tables, np.int32(step.block_tables.shape[1]), step.num_seqs_and_decodes)
         lengths = (step.cu_seqlens_q, step.seq_lens, step.seq_indices)
-        arguments = (*tensors, *lengths, *table, *self._score_arguments, np.int32(is_decode))
+        arguments = (*tensors, *lengths, *table, self._alibi_slopes, *self._score_arguments, np.int32(is_decode))
         self._kernels["float32"]((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
 
     def _tensors(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any) -> tuple[Any, ...]:
@@ -257,8 +291,8 @@ class PagedAttention:
             )
         pages = (key_pages.shape[0], shape.num_kv_heads, shape.block_size, shape.head_dim)
         require("out", out, (qkv.shape[0], row), shape.dtype)
-        require("key_pages", key_pages, pages, shape.dtype)
-        require("value_pages", value_pages, pages, shape.dtype)
+        require("key_pages", key_pages, pages, shape.page_dtype)
+        require("value_pages", value_pages, pages, shape.page_dtype)
         return qkv, np.int64(qkv.strides[0] // qkv.itemsize), key_pages, value_pages, out
 
     def _check(self, step: AttentionStep) -> None:
@@ -322,14 +356,18 @@ def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[st
     causal = {"CAUSAL": int(shape.causal)}
     if shape.dtype == "float32":
         return {"float32": _Call("attention_float32", common | causal)}
-    common["BFLOAT16"] = int(shape.dtype == "bfloat16")
-    decode = DecodeTiling.choose(shape.head_dim, shape.group, architecture)
+    common |= {"BFLOAT16": int(shape.dtype == "bfloat16"), "KV_FP8": int(shape.has_fp8_pages)}
+    decode = _decode_tiling(shape, architecture)
     prefill = PrefillTiling.choose(shape.head_dim, architecture)
     return {
         "work_split": _Call("attention_work_split", {}),
         "decode": _Call("attention_decode", common | decode.defines, decode.shared_bytes),
         "prefill": _Call(prefill.source, common | causal | prefill.defines, prefill.shared_bytes),
     }
+
+
+def _decode_tiling(shape: AttentionShape, architecture: str) -> DecodeTiling:
+    return DecodeTiling.choose(shape.head_dim, shape.group, architecture, shape.has_fp8_pages)
 
 
 def _load(library: Library, shape: AttentionShape, has_alibi: bool) -> dict[str, KernelFunction]:

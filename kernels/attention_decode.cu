@@ -1,7 +1,7 @@
 // Attention of one new token per sequence over paged keys and values (flash-decoding).
 //
 // q: rows of queries, row s for sequence s, [H * HEAD_DIM] each, `query_stride` elements apart.
-// k_pages, v_pages: [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]. out: [S, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP.
+// k_pages, v_pages: [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM], elements like q's or, with KV_FP8, e4m3. out: [S, H * HEAD_DIM]. H = NUM_KV_HEADS * GROUP.
 // work_split: from attention_work_split.cu. partials, flags: scratch, the flags zero at entry and at exit.
 //
 // The step's (sequence, head) items are cut into units of TILE tokens; attention_work_split.cu gives every block an equal,
@@ -23,7 +23,7 @@
 //
 // Reference: Dao et al., "Flash-Decoding for long-context inference" (2023); the even split is Osama et al., "Stream-K"
 // (2023), applied to attention. Needs sm_80. Parameters: BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32,
-// 64, 128), NUM_KV_HEADS, GROUP, HEADS_PER_ITEM, RING, MIN_BLOCKS, SHARED_BYTES, WINDOW, SOFT_CAP, ALIBI.
+// 64, 128), NUM_KV_HEADS, GROUP, HEADS_PER_ITEM, RING, MIN_BLOCKS, SHARED_BYTES, WINDOW, SOFT_CAP, ALIBI, KV_FP8 (HEAD_DIM % 16 == 0).
 #include "attention_instructions.cuh"
 #include "attention_decode_feeder.cuh"
 #include "attention_decode_merge.cuh"
@@ -38,6 +38,27 @@ struct Consumer : SplitMerge {
         if (is_whole || merge_partials(first_unit, last_unit)) write_out(unit);
     }
 
+#if KV_FP8
+    // A lane holds two neighbouring dims of each of its heads.
+    __device__ __forceinline__ void write_out(const Unit& unit) {
+        Element* row = p.out + (static_cast<long long>(unit.seq) * NUM_KV_HEADS * GROUP + unit.first_head()) * HEAD_DIM;
+        const float factor = output_factor(p.kv_scales, unit.kv_head());
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const float inverse = __fdividef(factor, result.sum[column][side]);
+                const int head = head_in_item(column, side);
+#pragma unroll
+                for (int slice = 0; slice < SLICES; ++slice) {
+                    const int dim = (warp * SLICES + slice) * 16 + lane / 4 * 2;
+                    const auto& out = result.out[slice][column];
+                    if (head < unit.num_heads() && dim < HEAD_DIM)
+                        *reinterpret_cast<unsigned*>(row + head * HEAD_DIM + dim) = pack(out[side] * inverse, out[2 + side] * inverse);
+                }
+            }
+    }
+#else
     // Neighbouring lanes hold neighbouring dims of the same two heads; they swap so that each writes two dims of one head.
     __device__ __forceinline__ void write_out(const Unit& unit) {
         Element* row = p.out + (static_cast<long long>(unit.seq) * NUM_KV_HEADS * GROUP + unit.first_head()) * HEAD_DIM;
@@ -60,14 +81,15 @@ struct Consumer : SplitMerge {
                 }
         }
     }
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(
-    const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out, const int* seq_lens,
+    const Element* q, long long query_stride, const KvElement* k_pages, const KvElement* v_pages, Element* out, const int* seq_lens,
     const int* seq_indices, const int* block_tables, int max_blocks, const int* work_split, float* partials, int* flags,
-    const float* alibi_slopes, float scale, float soft_cap, int window) {
-    const Parameters p = {q,    query_stride, k_pages,  v_pages,      out,   seq_lens, seq_indices, block_tables, max_blocks,
-                          work_split, partials,     flags,    alibi_slopes, scale, soft_cap, window};
+    const float* alibi_slopes, const float* kv_scales, float scale, float soft_cap, int window) {
+    const Parameters p = {q,        query_stride, k_pages, v_pages,      out,       seq_lens, seq_indices,                  block_tables, max_blocks,
+                          work_split,     partials,     flags,   alibi_slopes, kv_scales, scale,    KV_FP8 ? 1.0f : scale, soft_cap,     window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const DecodeSplit split = DecodeSplit::load(p.work_split);

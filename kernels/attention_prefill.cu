@@ -14,14 +14,17 @@
 //
 // Reference: Dao, "FlashAttention-2" (2023). Needs sm_80; attention_prefill_wgmma.cu is the Hopper version. Parameters:
 // BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32, 64, 128), NUM_KV_HEADS, GROUP, WARPS, KEYS (per tile, a
-// multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL.
+// multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL, KV_FP8 (pages hold e4m3 and become
+// float16 on their way into shared memory; HEAD_DIM % 16 == 0).
 #define ROWS (WARPS * 16)
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
 #include "launch.cuh"
 
 constexpr int THREADS = WARPS * 32;
-constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes in a row
+constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes in a row of queries or output
+constexpr int KV_PIECE = 16 / sizeof(KvElement);  // elements of 16 bytes of keys or values
+constexpr int KV_PIECES = HEAD_DIM / KV_PIECE;    // of 16 bytes in a row of keys or values
 constexpr int STEPS = (HEAD_DIM + 15) / 16;
 constexpr int ROW_BYTES = (2 * STEPS + 1) * 16;
 constexpr int TILE_BYTES = KEYS * ROW_BYTES;
@@ -39,23 +42,44 @@ __device__ __forceinline__ void copy_query(const Parameters& p, const Work& work
     for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const bool valid = work.has_row(row);
-        copy_16_bytes(shared_address(shared.query) + row * ROW_BYTES + piece * 16, work.query(p, row) + piece * 8, valid);
+        const unsigned destination = shared_address(shared.query) + row * ROW_BYTES + piece * 16;
+#if KV_FP8
+        const float factor = query_factor(p.kv_scales, work.kv_head, p.query_scale);
+        const auto* source = reinterpret_cast<const uint4*>(work.query(p, row)) + piece;
+        store_16_bytes(destination, valid ? scaled_operands(*source, factor) : make_uint4(0, 0, 0, 0));
+#else
+        copy_16_bytes(destination, work.query(p, row) + piece * 8, valid);
+#endif
     }
 }
+
+#if KV_FP8
+// Sixteen codes of a row as operands.
+__device__ __forceinline__ void convert_codes(unsigned destination, const KvElement* source, bool valid) {
+    const uint4 codes = valid ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+    store_16_bytes(destination, operands_of(codes.x, codes.y));
+    store_16_bytes(destination + 16, operands_of(codes.z, codes.w));
+}
+#endif
 
 // Keys and values of one tile; rows past the sequence become zeros.
 __device__ __forceinline__ void copy_tile(const Parameters& p, const Work& work, Shared& shared, int tile) {
     const int stage = tile % 2;
     const unsigned keys = shared_address(shared.keys[stage]), values = shared_address(shared.values[stage]);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
-        const int row = i / PIECES, piece = i % PIECES;
+    for (int i = threadIdx.x; i < KEYS * KV_PIECES; i += THREADS) {
+        const int row = i / KV_PIECES, piece = i % KV_PIECES;
         const int key = tile * KEYS + row;
         const long long page = shared.pages[stage][row / PAGE_ROWS];
-        const long long source = ((page * NUM_KV_HEADS + work.kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM + piece * 8;
-        const unsigned destination = row * ROW_BYTES + piece * 16;
+        const long long source = ((page * NUM_KV_HEADS + work.kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM + piece * KV_PIECE;
+        const unsigned destination = row * ROW_BYTES + piece * KV_PIECE * 2;
+#if KV_FP8
+        convert_codes(keys + destination, p.k_pages + source, key < work.seq_len);
+        convert_codes(values + destination, p.v_pages + source, key < work.seq_len);
+#else
         copy_16_bytes(keys + destination, p.k_pages + source, key < work.seq_len);
         copy_16_bytes(values + destination, p.v_pages + source, key < work.seq_len);
+#endif
     }
 }
 
@@ -135,7 +159,7 @@ struct Rows {  // what one warp keeps of its 16 rows
         __syncwarp();  // other lanes may still read the queries
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const float inverse = softmax.inverse_sum(side);
+            const float inverse = softmax.inverse_sum(side) * output_factor(p.kv_scales, work.kv_head);
             auto* row_words = reinterpret_cast<unsigned*>(own + (lane / 4 + side * 8) * ROW_BYTES) + lane % 4;
 #pragma unroll
             for (int i = 0; i < STEPS * 2; ++i) row_words[i * 4] = pack(out[i][2 * side] * inverse, out[i][2 * side + 1] * inverse);
@@ -181,10 +205,11 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
-    const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes, float scale,
-    float soft_cap, int window) {
-    const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
+    const Element* q, long long query_stride, const KvElement* k_pages, const KvElement* v_pages, Element* out,
+    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes,
+    const float* kv_scales, float scale, float soft_cap, int window) {
+    const Parameters p = {q,     query_stride,           k_pages,  v_pages, out, block_tables, max_blocks, alibi_slopes, kv_scales,
+                          scale, KV_FP8 ? 1.0f : scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     let_next_start();

@@ -15,7 +15,8 @@
 //
 // Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
 // HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
-// item's queries load during this item, which short prompts need.
+// item's queries load during this item, which short prompts need. With KV_FP8 feeders convert codes to float16 on the way, since
+// converting in the computing warpgroups would compete with the softmax for registers and issue slots.
 #define ROWS 128
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
@@ -64,6 +65,9 @@ struct Feeder {
 
     // From row to row it is so many tokens and heads further, with a carry.
     __device__ __forceinline__ void copy_query(const Work& work) {
+#if KV_FP8
+        const float factor = query_factor(p.kv_scales, work.kv_head, p.query_scale);
+#endif
         int head = (work.first_packed_row + first_row()) % GROUP;
         const int token = work.first_token + (work.first_packed_row + first_row()) / GROUP;
         const Element* source = p.q + token * p.query_stride + (work.kv_head * GROUP + head) * HEAD_DIM + piece() * 8;
@@ -72,7 +76,12 @@ struct Feeder {
         const unsigned destination = shared_address(shared.query[query.slot]) + swizzled(ROWS, first_row(), piece());
 #pragma unroll 2
         for (int row = 0; row < ROWS; row += PASS_ROWS) {
+#if KV_FP8
+            const uint4 elements = row < valid_rows ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+            store_16_bytes(rows_below(destination, row), scaled_operands(elements, factor));
+#else
             copy_16_bytes(rows_below(destination, row), source, row < valid_rows);
+#endif
             source += PASS_ROWS / GROUP * p.query_stride + PASS_ROWS % GROUP * HEAD_DIM;
             head += PASS_ROWS % GROUP;
             if (head >= GROUP) {
@@ -80,10 +89,49 @@ struct Feeder {
                 source += p.query_stride - GROUP * HEAD_DIM;
             }
         }
-        barrier_arrive_after_copies(shared_address(&shared.query_full[query.slot]));
+        arrive(shared.query_full[query.slot]);
         query.advance(QUERY_SLOTS);
     }
 
+    // Once this thread's share is in shared memory; with KV_FP8 ordinary stores have put it there.
+    __device__ __forceinline__ void arrive(unsigned long long& barrier) const {
+#if KV_FP8
+        barrier_arrive(shared_address(&barrier));
+#else
+        barrier_arrive_after_copies(shared_address(&barrier));
+#endif
+    }
+
+#if KV_FP8
+    // Lane i of each warp holds the tile's page i. A thread converts 16 codes of a row; rows past the sequence become zeros.
+    __device__ __forceinline__ void copy_tile(const KvElement* pages, const Work& work, int tile, int page) {
+        constexpr int CODE_PIECES = HEAD_DIM / 16, ROWS_AT_ONCE = FEEDERS / CODE_PIECES;
+        constexpr int BATCH = KEYS / ROWS_AT_ONCE < 4 ? KEYS / ROWS_AT_ONCE : 4;  // loads in flight
+        const int code_piece = thread % CODE_PIECES, first = thread / CODE_PIECES;
+        const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
+        const KvElement* const column = pages + work.kv_head * BLOCK_SIZE * HEAD_DIM + code_piece * 16;
+        barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
+        const unsigned destination = shared_address(shared.ring[ring.slot]);
+#pragma unroll 1
+        for (int batch = first; batch < KEYS; batch += BATCH * ROWS_AT_ONCE) {
+            uint4 codes[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int row = batch + i * ROWS_AT_ONCE, key = tile * KEYS + row;
+                const KvElement* source = column + __shfl_sync(~0u, page, row / PAGE_ROWS) * page_elements + key % BLOCK_SIZE * HEAD_DIM;
+                codes[i] = key < work.seq_len ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int row = batch + i * ROWS_AT_ONCE;
+                store_16_bytes(destination + swizzled(KEYS, row, 2 * code_piece), operands_of(codes[i].x, codes[i].y));
+                store_16_bytes(destination + swizzled(KEYS, row, 2 * code_piece + 1), operands_of(codes[i].z, codes[i].w));
+            }
+        }
+        arrive(shared.full[ring.slot]);
+        ring.advance(RING);
+    }
+#else
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
     __device__ __forceinline__ void copy_tile(const Element* pages, const Work& work, int tile, int page) {
         const int first_key = tile * KEYS + first_row();
@@ -100,9 +148,10 @@ struct Feeder {
                 copy_16_bytes(rows_below(destination, tile_row), source + row * HEAD_DIM, first_key + tile_row < work.seq_len);
             }
         }
-        barrier_arrive_after_copies(shared_address(&shared.full[ring.slot]));
+        arrive(shared.full[ring.slot]);
         ring.advance(RING);
     }
+#endif
 
     __device__ __forceinline__ void run(WorkQueue& queue) {
         Work work = queue.next();
@@ -230,7 +279,7 @@ struct Consumer {
     __device__ __forceinline__ void store(const Work& work) const {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const float inverse = softmax.inverse_sum(side);
+            const float inverse = softmax.inverse_sum(side) * output_factor(p.kv_scales, work.kv_head);
             const int row = group * 64 + warp * 16 + lane / 4 + side * 8;
             Element* destination = work.out(p, row) + lane % 4 * 8;
             const bool valid = work.has_row(row);
@@ -264,10 +313,11 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
-    const Element* q, long long query_stride, const Element* k_pages, const Element* v_pages, Element* out,
-    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes, float scale,
-    float soft_cap, int window) {
-    const Parameters p = {q, query_stride, k_pages, v_pages, out, block_tables, max_blocks, alibi_slopes, scale, soft_cap, window};
+    const Element* q, long long query_stride, const KvElement* k_pages, const KvElement* v_pages, Element* out,
+    const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes,
+    const float* kv_scales, float scale, float soft_cap, int window) {
+    const Parameters p = {q,     query_stride,           k_pages,  v_pages, out, block_tables, max_blocks, alibi_slopes, kv_scales,
+                          scale, KV_FP8 ? 1.0f : scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
     let_next_start();

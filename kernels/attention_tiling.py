@@ -72,14 +72,14 @@ class DecodeTiling:
         }
 
     @classmethod
-    def choose(cls, head_dim: int, group: int, architecture: str) -> DecodeTiling:
+    def choose(cls, head_dim: int, group: int, architecture: str, has_fp8_pages: bool = False) -> DecodeTiling:
         """As many heads to a pass as registers hold; the deepest ring with two blocks to a multiprocessor."""
         steps = ceil_div(head_dim, 16)
         head_tiles = ceil_div(group, 16 if head_dim > 128 else 24)
         heads_per_item = ceil_div(group, head_tiles)
         columns = ceil_div(heads_per_item, 8)
         total = shared_bytes_per_multiprocessor(architecture)
-        slot_bytes = DECODE_TILE * row_bytes(head_dim)
+        slot_bytes = DECODE_TILE * ((steps | 1) * 16 if has_fp8_pages else row_bytes(head_dim))
         fixed = 2 * columns * 8 * row_bytes(head_dim) + columns * (DECODE_TILE * 16 + 2 * _WARPS * 8 * 4) + _SMALL_BYTES
         per_slot = slot_bytes + 32 + 16
 

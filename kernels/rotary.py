@@ -11,7 +11,7 @@ from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name, vector
 from phalanx.kernels.library import Library
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["RotaryTables", "rotary_kv_write"]
+__all__ = ["Fp8Pages", "RotaryTables", "rotary_kv_write"]
 
 _NUM_THREADS = 128
 
@@ -33,6 +33,19 @@ class RotaryTables:
         return 2 * self.cos.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Pages:
+    """What writing e4m3 pages takes besides the pages.
+
+    Attributes:
+        kv_scales: ``[2, K]`` float32, of keys and of values: code = value / scale.
+        saturated: ``[1]`` int32 on the device; counts values beyond the largest code.
+    """
+
+    kv_scales: Array
+    saturated: Array
+
+
 def rotary_kv_write(
     library: Library,
     qkv: Array,
@@ -44,12 +57,14 @@ def rotary_kv_write(
     *,
     num_heads: int,
     write_key_back: bool = False,
+    fp8: Fp8Pages | None = None,
 ) -> None:
     """Rotate the queries of ``qkv`` in place; put rotated keys, and values, into their page slots.
 
     qkv [T, (H + 2K) * C] = [queries | keys | values]; positions, slot_mapping [T] int32 (slot = block * P + offset;
     negative = padding row, left alone); pages [N, K, P, C]. Without ``rotary`` only the write happens.
-    ``write_key_back`` leaves the rotated keys in qkv too. A position must be a row of the tables.
+    ``write_key_back`` leaves the rotated keys in qkv too. A position must be a row of the tables. With ``fp8`` pages are
+    bytes and receive codes.
     """
     num_tokens = qkv.shape[0]
     num_blocks, num_kv_heads, block_size, head_dim = key_pages.shape
@@ -57,7 +72,10 @@ def rotary_kv_write(
     require("positions", positions, (num_tokens,), "int32")
     require("slot_mapping", slot_mapping, (num_tokens,), "int32")
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
-        require(name, pages, (num_blocks, num_kv_heads, block_size, head_dim), qkv)
+        require(name, pages, (num_blocks, num_kv_heads, block_size, head_dim), qkv if fp8 is None else "uint8")
+    if fp8 is not None:
+        require("kv_scales", fp8.kv_scales, (2, num_kv_heads), "float32")
+        require("saturated", fp8.saturated, (1,), "int32")
     rotary_dim = _checked_rotary_dim(rotary, head_dim)
     width = vector_width(qkv, head_dim, rotary_dim // 2, head_dim - rotary_dim)
     kernel = library.function(
@@ -72,12 +90,14 @@ def rotary_kv_write(
         VEC=width,
         INTERLEAVED=int(rotary is not None and rotary.is_interleaved),
         WRITE_KEY_BACK=int(write_key_back),
+        KV_FP8=int(fp8 is not None),
         NUM_THREADS=_NUM_THREADS,
     )
     items = num_heads * (rotary_dim // 2) + num_kv_heads * (rotary_dim // 2 + head_dim - rotary_dim + head_dim)
     grid = (ceil_div(num_tokens * (items // width), _NUM_THREADS),)
     cos, sin = (rotary.cos, rotary.sin) if rotary is not None else (None, None)
-    arguments = (qkv, cos, sin, positions, slot_mapping, key_pages, value_pages, np.int32(num_tokens))
+    codes = (fp8.kv_scales, fp8.saturated) if fp8 is not None else (None, None)
+    arguments = (qkv, cos, sin, positions, slot_mapping, key_pages, value_pages, *codes, np.int32(num_tokens))
     kernel(grid, (_NUM_THREADS,), arguments)
 
 

@@ -2,13 +2,16 @@
 // After the qkv projection: rotate queries and keys by their positions and put keys and values into the KV pages.
 // Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values] (queries rotated in place; keys too with WRITE_KEY_BACK);
 //     cos, sin [max_positions, R / 2] float32; positions, slot_mapping [T] int32; pages [N, K, P, C].
+//     With KV_FP8 pages are e4m3 bytes: code = x / scale, where x is what a 16-bit page would hold; kv_scales [2, K] float32, of
+//     keys and of values; saturated [1] int counts values beyond the largest code.
 //     A slot is block * P + offset; a negative slot marks a padding row, which is left alone.
 // Half style (Llama, GPT-NeoX) pairs (i, i + R/2); INTERLEAVED (GPT-J) pairs (2i, 2i + 1). Channels from R on pass.
 // Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), ROTARY_DIM (R; 0 = no rotation), BLOCK_SIZE (P), VEC,
-//     INTERLEAVED, WRITE_KEY_BACK, NUM_THREADS. VEC divides C, R / 2 and C - R.
+//     INTERLEAVED, WRITE_KEY_BACK, KV_FP8, NUM_THREADS. VEC divides C, R / 2 and C - R.
 // One thread an item: a pair of vectors to rotate, or one vector to copy.
 // Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
 #include "dtype.cuh"
+#include "fp8.cuh"
 #include "launch.cuh"
 
 // The "+ !X" below keep divisors of unused branches from being zero.
@@ -24,9 +27,55 @@ __device__ __forceinline__ int64 page_offset(int slot, int head) {
     return ((static_cast<int64>(slot / BLOCK_SIZE) * NUM_KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
 }
 
-__device__ __forceinline__ void copy(const scalar* from, scalar* to) {
-    *reinterpret_cast<Vector<VEC>*>(to) = *reinterpret_cast<const Vector<VEC>*>(from);
-}
+#if KV_FP8
+using page_element = unsigned char;
+
+struct alignas(VEC) Codes {
+    unsigned char at[VEC];
+};
+
+// What a page slot gets: values that were rounded to storage, or the storage itself.
+struct PageWriter {
+    float inverse;
+    int* saturated;
+
+    __device__ __forceinline__ PageWriter(const float* kv_scales, int kind, int head, int* saturated)
+        : inverse(__fdiv_rn(1.0f, kv_scales[kind * NUM_KV_HEADS + head])), saturated(saturated) {}
+
+    __device__ __forceinline__ void write(page_element* to, const float (&from)[VEC]) const {
+        Codes packed;
+        float scaled[VEC + VEC % 2] = {};
+        int beyond = 0;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            scaled[i] = __fmul_rn(rounded(from[i]), inverse);
+            beyond += fabsf(scaled[i]) > 448.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < VEC; ++i)
+            packed.at[i] = static_cast<unsigned char>(e4m3_pair(scaled[i & ~1], scaled[i | VEC > 1]) >> i % 2 * 8);
+        *reinterpret_cast<Codes*>(to) = packed;
+        if (beyond) atomicAdd(saturated, beyond);
+    }
+
+    __device__ __forceinline__ void copy(const scalar* from, page_element* to) const {
+        float value[VEC];
+        load(from, value);
+        write(to, value);
+    }
+};
+#else
+using page_element = scalar;
+
+struct PageWriter {
+    __device__ __forceinline__ PageWriter(const float*, int, int, int*) {}
+    __device__ __forceinline__ void write(page_element* to, const float (&from)[VEC]) const { store(to, from); }
+    __device__ __forceinline__ void copy(const scalar* from, page_element* to) const {
+        *reinterpret_cast<Vector<VEC>*>(to) = *reinterpret_cast<const Vector<VEC>*>(from);
+    }
+};
+#endif
+constexpr int KEYS = 0, VALUES = 1;  // rows of kv_scales
 
 struct alignas(VEC % 4 == 0 ? 16 : 4) Angles {
     float at[VEC];
@@ -57,7 +106,8 @@ __device__ __forceinline__ void rotate(const Angles& cos, const Angles& sin, flo
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
                 const int* __restrict__ positions, const int* __restrict__ slot_mapping,
-                scalar* __restrict__ key_pages, scalar* __restrict__ value_pages, int num_tokens) {
+                page_element* __restrict__ key_pages, page_element* __restrict__ value_pages,
+                const float* __restrict__ kv_scales, int* __restrict__ saturated, int num_tokens) {
     let_next_start();
     wait_for_previous();
     const int64 index = static_cast<int64>(blockIdx.x) * NUM_THREADS + threadIdx.x;
@@ -85,9 +135,10 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
                 store(row + head * HEAD_DIM + b, second);
             }
             if (head >= NUM_HEADS) {
-                scalar* const key = key_pages + page_offset(slot, head - NUM_HEADS);
-                store(key + a, first);
-                store(key + b, second);
+                page_element* const key = key_pages + page_offset(slot, head - NUM_HEADS);
+                const PageWriter writer(kv_scales, KEYS, head - NUM_HEADS, saturated);
+                writer.write(key + a, first);
+                writer.write(key + b, second);
             }
             return;
         }
@@ -97,12 +148,14 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
         if (item < PASSED_ITEMS) {
             const int head = item / (PASSED + !PASSED);
             const int at = ROTARY_DIM + item % (PASSED + !PASSED) * VEC;
-            copy(row + (NUM_HEADS + head) * HEAD_DIM + at, key_pages + page_offset(slot, head) + at);
+            const PageWriter writer(kv_scales, KEYS, head, saturated);
+            writer.copy(row + (NUM_HEADS + head) * HEAD_DIM + at, key_pages + page_offset(slot, head) + at);
             return;
         }
     }
     item -= PASSED_ITEMS;
     const int head = item / (HEAD_DIM / VEC);
     const int at = item % (HEAD_DIM / VEC) * VEC;
-    copy(row + (NUM_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + at, value_pages + page_offset(slot, head) + at);
+    const PageWriter writer(kv_scales, VALUES, head, saturated);
+    writer.copy(row + (NUM_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + at, value_pages + page_offset(slot, head) + at);
 }

@@ -5,6 +5,7 @@
 // Compile-time parameters: those of attention_decode.cu.
 #pragma once
 #include "attention_common.cuh"
+#include "attention_pages.cuh"
 #include "attention_work_split.cuh"
 #include "ring_cursor.cuh"
 
@@ -12,9 +13,12 @@ constexpr int TILE = DECODE_TILE;
 constexpr int WARPS = 4;
 constexpr int CONSUMERS = WARPS * 32;
 constexpr int THREADS = CONSUMERS + 32;  // the last warp feeds the ring
-constexpr int PIECES = HEAD_DIM / 8;     // of 16 bytes in a row
+constexpr int PIECES = HEAD_DIM / 8;     // of 16 bytes in a row of queries
+constexpr int KV_PIECE = 16 / sizeof(KvElement);  // elements of 16 bytes of keys or values
+constexpr int KV_PIECES = HEAD_DIM / KV_PIECE;    // of 16 bytes in a row of keys or values
 constexpr int STEPS = (HEAD_DIM + 15) / 16;
 constexpr int ROW_BYTES = (2 * STEPS + 1) * 16;
+constexpr int KV_ROW_BYTES = KV_FP8 ? (STEPS | 1) * 16 : ROW_BYTES;
 constexpr int HEAD_TILES = (GROUP + HEADS_PER_ITEM - 1) / HEADS_PER_ITEM;
 constexpr int ITEMS = NUM_KV_HEADS * HEAD_TILES;     // per sequence
 constexpr int COLUMNS = (HEADS_PER_ITEM + 7) / 8;    // of 8 heads
@@ -27,8 +31,8 @@ constexpr int QUERY_SLOTS = 2;
 struct Parameters {
     const Element* q;
     long long query_stride;
-    const Element* k_pages;
-    const Element* v_pages;
+    const KvElement* k_pages;
+    const KvElement* v_pages;
     Element* out;
     const int* seq_lens;
     const int* seq_indices;
@@ -38,6 +42,8 @@ struct Parameters {
     float* partials;
     int* flags;
     const float* alibi_slopes;
+    const float* kv_scales;
+    float query_scale;  // of queries before the product; read only with KV_FP8
     float scale, soft_cap;
     int window;
 };
@@ -52,10 +58,10 @@ struct Unit {
     __device__ __forceinline__ int first_head() const { return kv_head() * GROUP + item % HEAD_TILES * HEADS_PER_ITEM; }
 };
 
-// Rows of keys, values and queries are ROW_BYTES apart. Ring slots alternate between a tile's keys and its values; units[i]
+// Rows of queries are ROW_BYTES apart, those of keys and values KV_ROW_BYTES. Ring slots alternate between a tile's keys and its values; units[i]
 // belongs to the keys in slot i.
 struct Shared {
-    alignas(16) unsigned char ring[RING][TILE * ROW_BYTES];
+    alignas(16) unsigned char ring[RING][TILE * KV_ROW_BYTES];
     alignas(16) unsigned char query[QUERY_SLOTS][COLUMNS * 8 * ROW_BYTES];
     alignas(16) Element probability[COLUMNS][TILE][8];
     float maximum[WARPS][COLUMNS * 8];
@@ -89,6 +95,7 @@ struct Shared {
         }
     }
 };
+static_assert(!KV_FP8 || HEAD_DIM % 16 == 0, "rows of codes are copied in pieces of 16");
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
 
 // One thread's registers of an item's result over some of its tokens: out / sum is softmax(scores) V, the exponentials in

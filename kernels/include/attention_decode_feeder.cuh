@@ -25,7 +25,7 @@ struct Feeder {
     }
 
     // Tile of keys or values into the ring's current slot, which must be empty; lane i holds the tile's page i.
-    __device__ __forceinline__ void copy_tile(const Element* pages, const Unit& unit, int page) {
+    __device__ __forceinline__ void copy_tile(const KvElement* pages, const Unit& unit, int page) {
         const int token = (unit.first_tile + unit.tile) * TILE;
         const long long row = (static_cast<long long>(page) * NUM_KV_HEADS + unit.kv_head()) * BLOCK_SIZE + token % BLOCK_SIZE;
         const unsigned long long lane_source = reinterpret_cast<unsigned long long>(pages + row * HEAD_DIM);
@@ -33,13 +33,14 @@ struct Feeder {
         const int valid_rows = unit.seq_len - token;
 #pragma unroll
         for (int page_index = 0; page_index < PAGES_PER_TILE; ++page_index) {
-            const auto source = reinterpret_cast<const Element*>(__shfl_sync(~0u, lane_source, page_index));
+            const auto source = reinterpret_cast<const KvElement*>(__shfl_sync(~0u, lane_source, page_index));
 #pragma unroll 8
-            for (int i = 0; i < PAGE_ROWS * PIECES; i += 32) {
+            for (int i = 0; i < PAGE_ROWS * KV_PIECES; i += 32) {
                 const int piece = i + lane;
-                const int tile_row = page_index * PAGE_ROWS + piece / PIECES;
-                if (PAGE_ROWS * PIECES % 32 == 0 || piece < PAGE_ROWS * PIECES)
-                    copy_16_bytes(destination + tile_row * ROW_BYTES + piece % PIECES * 16, source + piece * 8, tile_row < valid_rows);
+                const int tile_row = page_index * PAGE_ROWS + piece / KV_PIECES;
+                if (PAGE_ROWS * KV_PIECES % 32 == 0 || piece < PAGE_ROWS * KV_PIECES)
+                    copy_16_bytes(destination + tile_row * KV_ROW_BYTES + piece % KV_PIECES * 16, source + piece * KV_PIECE,
+                                  tile_row < valid_rows);
             }
         }
     }

@@ -5,6 +5,10 @@
 // shared memory; out^T [HEAD_DIM, heads] += V^T p^T, this warp's 16 SLICES dims of it. Fragments lie as mma.sync m16n8k16 has
 // them: tokens or dims lane / 4 and lane / 4 + 8, heads 2 (lane % 4) and the one after. All CONSUMERS threads call together.
 //
+// With KV_FP8 a register of ldmatrix holds four codes: four neighbouring dims of a token, or, transposed, two dims of two tokens.
+// Their order decides which dim meets which fragment index: keys and queries share a permutation of each 16 dims, and a row
+// lane / 4 of the output is dim 2 (lane / 4) of its 16, row lane / 4 + 8 the dim after (`Consumer::write_out` knows).
+//
 // Reads what attention_decode_feeder.cuh fills. Compile-time parameters: those of attention_decode.cu.
 #pragma once
 #include "attention_decode.cuh"
@@ -19,13 +23,14 @@ struct HistoryScan {
     unsigned q[QUERY_IN_REGISTERS ? STEPS : 1][QUERY_IN_REGISTERS ? COLUMNS : 1][2];
     float slope[COLUMNS][2];  // only with ALIBI; holds log2(e)
     PartialResult result;
+    unsigned loaded_values[4];  // only with KV_FP8
 
     // Adds the unit whose keys lie in the ring's current slot, and its values in the one after, to `result`, which starts
     // afresh with an item's first unit. Until `reduce_sums`, `result.sum` is over the tokens that this thread scored.
     __device__ __forceinline__ void add(const Unit& unit) {
         if (unit.is_first) begin_item(unit);
         float scores[COLUMNS][4];
-        score(scores);
+        score(scores, unit.kv_head());
         release_slot();
         if (!QUERY_IN_REGISTERS && unit.is_last) release_query();
         transform(scores, unit);
@@ -59,9 +64,17 @@ struct HistoryScan {
             }
     }
 
-    __device__ __forceinline__ void load_query_step(unsigned (&r)[2], int step, int column, int slot) const {
+    __device__ __forceinline__ void load_query_step(unsigned (&r)[2], int step, int column, int slot, int kv_head) const {
+#if KV_FP8
+        const unsigned char* row = shared.query[slot] + (column * 8 + lane / 4) * ROW_BYTES;
+        const uint2 four = *reinterpret_cast<const uint2*>(row + step * 32 + lane % 4 * 8);
+        const float factor = query_factor(p.kv_scales, kv_head, p.query_scale);
+        r[0] = scaled_operands(four.x, factor);
+        r[1] = scaled_operands(four.y, factor);
+#else
         const int row = column * 8 + lane % 8;
         load_matrix_pair(r[0], r[1], shared_address(shared.query[slot]) + row * ROW_BYTES + (step * 2 + lane / 8 % 2) * 16);
+#endif
     }
 
     __device__ __forceinline__ void begin_item(const Unit& unit) {
@@ -70,7 +83,7 @@ struct HistoryScan {
 #pragma unroll
             for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-                for (int column = 0; column < COLUMNS; ++column) load_query_step(q[step][column], step, column, query.slot);
+                for (int column = 0; column < COLUMNS; ++column) load_query_step(q[step][column], step, column, query.slot, unit.kv_head());
             release_query();
         }
 #if ALIBI
@@ -103,20 +116,28 @@ struct HistoryScan {
     __device__ __forceinline__ int head_in_item(int column, int side) const { return column * 8 + lane % 4 * 2 + side; }
 
     // scores[column]: [token, head] fragments of this warp's 16 tokens.
-    __device__ __forceinline__ void score(float (&scores)[COLUMNS][4]) {
+    __device__ __forceinline__ void score(float (&scores)[COLUMNS][4], int kv_head) {
         float sums[CHAINS][COLUMNS][4] = {};
-        const unsigned keys = shared_address(shared.ring[ring.slot]) + (warp * 16 + lane % 16) * ROW_BYTES + lane / 16 * 16;
+        const unsigned keys = shared_address(shared.ring[ring.slot]) + (warp * 16 + lane % 16) * KV_ROW_BYTES + lane / 16 * 16;
+        unsigned loaded[4];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             unsigned k[4];
+#if KV_FP8
+            const int half = step % 2 * 2;
+            if (half == 0) load_matrices(loaded, keys + step * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) k[i] = operands_of(loaded[half + i % 2] >> i / 2 * 16);
+#else
             load_matrices(k, keys + step * 32);
+#endif
 #pragma unroll
             for (int column = 0; column < COLUMNS; ++column) {
                 if (QUERY_IN_REGISTERS) {
                     multiply_add(sums[step % CHAINS][column], k, q[step][column][0], q[step][column][1]);
                 } else {
                     unsigned pair[2];
-                    load_query_step(pair, step, column, query.slot);
+                    load_query_step(pair, step, column, query.slot, kv_head);
                     multiply_add(sums[step % CHAINS][column], k, pair[0], pair[1]);
                 }
             }
@@ -179,13 +200,25 @@ struct HistoryScan {
             for (int side = 0; side < 2; ++side)
                 sum[column][side] = sum[column][side] * factor[side] + scores[column][side] + scores[column][2 + side];
             auto* pairs = reinterpret_cast<unsigned*>(&shared.probability[column][warp * 16 + lane / 4][lane % 4 * 2]);
-            pairs[0] = pack(scores[column][0], scores[column][1]);
-            pairs[8 * 4] = pack(scores[column][2], scores[column][3]);
+            pairs[0] = pack_operands(scores[column][0], scores[column][1]);
+            pairs[8 * 4] = pack_operands(scores[column][2], scores[column][3]);
 #pragma unroll
             for (int slice = 0; slice < SLICES; ++slice)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) out[slice][column][i] *= factor[i % 2];
         }
+    }
+
+    // The left operand of 16 dims by the 16 tokens of a step. With KV_FP8 two steps share a load.
+    __device__ __forceinline__ void load_values(unsigned (&v)[4], unsigned address, int step) {
+#if KV_FP8
+        const int half = step % 2 * 2;
+        if (half == 0) load_matrices_transposed(loaded_values, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = operands_of(__byte_perm(loaded_values[half + i / 2], 0, i % 2 ? 0x0031 : 0x0020));
+#else
+        load_matrices_transposed(v, address);
+#endif
     }
 
     // out^T += V^T p^T over the tile of values in the ring's current slot.
@@ -196,7 +229,8 @@ struct HistoryScan {
 #pragma unroll
             for (int half = 0; half < TILE / 32; ++half)
                 load_matrices_transposed(probability[column][half], shared_address(&shared.probability[column][half * 32 + lane][0]));
-        const unsigned values = shared_address(shared.ring[ring.slot]) + (lane / 16 * 8 + lane % 8) * ROW_BYTES + lane / 8 % 2 * 16;
+        const int row = KV_FP8 ? lane : lane / 16 * 8 + lane % 8;
+        const unsigned values = shared_address(shared.ring[ring.slot]) + row * KV_ROW_BYTES + (KV_FP8 ? 0 : lane / 8 % 2 * 16);
 #pragma unroll
         for (int slice = 0; slice < SLICES; ++slice) {
             const int dims = warp * SLICES + slice;
@@ -204,7 +238,7 @@ struct HistoryScan {
 #pragma unroll
             for (int step = 0; step < TILE / 16; ++step) {
                 unsigned v[4];
-                load_matrices_transposed(v, values + step * 16 * ROW_BYTES + dims * 32);
+                load_values(v, values + step * 16 * KV_ROW_BYTES + dims * 16 * sizeof(KvElement), step);
 #pragma unroll
                 for (int column = 0; column < COLUMNS; ++column) {
                     const unsigned* pair = &probability[column][step / 2][step % 2 * 2];

@@ -3,12 +3,19 @@
 // Inline PTX instead of CUDA's half-precision and cooperative headers: NVRTC then needs no include path, and compiles in
 // a third of the time. Everything here runs on sm_80 and later. tests/kernels/emulator holds the same functions for a CPU.
 //
-// Compile-time parameter: BFLOAT16 (1 = bfloat16, 0 = float16). Included by name, so that the emulator's version, which
+// Compile-time parameters: BFLOAT16 (1 = bfloat16, 0 = float16: queries and output) and KV_FP8 (1 = pages hold e4m3; products are
+// then of float16, which e4m3 converts to exactly). Included by name, so that the emulator's version, which
 // defines the same guard, can take its place.
 #ifndef ATTENTION_INSTRUCTIONS
 #define ATTENTION_INSTRUCTIONS
 
 typedef unsigned short Element;  // the bits of one bfloat16 or float16
+#if KV_FP8
+typedef unsigned char KvElement;
+#else
+typedef Element KvElement;
+#endif
+#define OPERANDS_BFLOAT16 (BFLOAT16 && !KV_FP8)
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -26,6 +33,33 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
 #endif
     return packed;
+}
+
+// The same to operands of the tensor cores.
+__device__ __forceinline__ unsigned pack_operands(float low, float high) {
+#if OPERANDS_BFLOAT16 == BFLOAT16
+    return pack(low, high);
+#else
+    unsigned packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#endif
+}
+
+// One of two elements in a register, `index` 0 being the lower half.
+__device__ __forceinline__ float unpack(unsigned packed, int index) {
+#if BFLOAT16
+    return __uint_as_float(index ? packed & 0xffff0000u : packed << 16);
+#else
+    float value;
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(value) : "r"(index ? packed >> 16 : packed));
+    return value;
+#endif
+}
+
+__device__ __forceinline__ void store_16_bytes(unsigned destination, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -55,7 +89,7 @@ __device__ __forceinline__ void load_matrix_pair(unsigned& r0, unsigned& r1, uns
 
 // d[16 x 8] += a[16 x 16] b[16 x 8], float32 accumulation.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if BFLOAT16
+#if OPERANDS_BFLOAT16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

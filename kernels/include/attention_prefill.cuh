@@ -4,6 +4,7 @@
 // of a block) and KEYS (of a tile).
 #pragma once
 #include "attention_common.cuh"
+#include "attention_pages.cuh"
 #include "attention_work_split.cuh"
 
 constexpr int PAGE_ROWS = BLOCK_SIZE < KEYS ? BLOCK_SIZE : KEYS;  // rows of one page in one tile
@@ -12,12 +13,14 @@ constexpr int PAGES_PER_TILE = KEYS / PAGE_ROWS;
 struct Parameters {
     const Element* q;
     long long query_stride;
-    const Element* k_pages;
-    const Element* v_pages;
+    const KvElement* k_pages;
+    const KvElement* v_pages;
     Element* out;
     const int* block_tables;
     int max_blocks;
     const float* alibi_slopes;
+    const float* kv_scales;
+    float query_scale;  // of queries before the product; read only with KV_FP8
     float scale, soft_cap;
     int window;
 };
@@ -155,10 +158,10 @@ private:
 
 // Probabilities of 16 keys as the tensor cores' left operand.
 __device__ __forceinline__ void pack_probabilities(unsigned (&packed)[4], const float (&scores)[KEYS / 8][4], int step) {
-    packed[0] = pack(scores[2 * step][0], scores[2 * step][1]);
-    packed[1] = pack(scores[2 * step][2], scores[2 * step][3]);
-    packed[2] = pack(scores[2 * step + 1][0], scores[2 * step + 1][1]);
-    packed[3] = pack(scores[2 * step + 1][2], scores[2 * step + 1][3]);
+    packed[0] = pack_operands(scores[2 * step][0], scores[2 * step][1]);
+    packed[1] = pack_operands(scores[2 * step][2], scores[2 * step][3]);
+    packed[2] = pack_operands(scores[2 * step + 1][0], scores[2 * step + 1][1]);
+    packed[3] = pack_operands(scores[2 * step + 1][2], scores[2 * step + 1][3]);
 }
 
 // This block's share of the work, one (tile, kv head) after another: longest first, every second round backwards, so that no

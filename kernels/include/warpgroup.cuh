@@ -47,7 +47,7 @@ __device__ __forceinline__ void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-#if BFLOAT16
+#if OPERANDS_BFLOAT16
 #define WGMMA_TYPES ".f32.bf16.bf16 "
 #else
 #define WGMMA_TYPES ".f32.f16.f16 "

@@ -60,15 +60,17 @@ class Case:
         rows = sum(self.new_tokens)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         junk = rng.integers(2, 9, self.padding_seqs)
+        stored: Any = ml_dtypes.float8_e4m3fn if shape.has_fp8_pages else dtype
         return {
             "qkv": rng.standard_normal((rows + 4, width), np.float32).astype(dtype),
-            "keys": rng.standard_normal(pages, np.float32).astype(dtype),
-            "values": rng.standard_normal(pages, np.float32).astype(dtype),
+            "keys": rng.standard_normal(pages, np.float32).astype(stored),
+            "values": rng.standard_normal(pages, np.float32).astype(stored),
             "cu_seqlens_q": np.cumsum([0, *self.new_tokens, *junk]).astype(np.int32),
             "seq_lens": np.array([*self.seq_lens, *(junk + 99)], np.int32),
             "seq_indices": seq_indices.astype(np.int32),
             "block_tables": tables,
             "num_seqs_and_decodes": np.array([len(self.new_tokens), self.num_decode], np.int32),
+            "kv_scales": rng.uniform(0.5, 2.0, (2, shape.num_kv_heads)).astype(np.float32),
             "slopes": (0.5 ** np.linspace(1, 6, shape.num_heads)).astype(np.float32),
         }
 
@@ -102,6 +104,8 @@ class Case:
             data[name].transpose(0, 2, 1, 3).reshape(-1, shape.num_kv_heads, shape.head_dim)[rows].astype(np.float64)
             for name in ("keys", "values")
         )
+        if shape.has_fp8_pages:
+            k, v = (pages * scales[:, None] for pages, scales in zip((k, v), data["kv_scales"], strict=True))
         scores = np.einsum("tkgc,skc->kgts", q, k) * shape.scale
         if shape.soft_cap:
             scores = shape.soft_cap * np.tanh(scores / shape.soft_cap)
@@ -124,7 +128,11 @@ class DeviceCase:
     def __init__(self, case: Case, device: KernelDevice, limits: AttentionLimits | None = None) -> None:
         self.case = case
         self.device = device
-        self.arrays = {name: device.put(value) for name, value in case.data.items()}
+        bytes_of = {ml_dtypes.float8_e4m3fn: np.uint8}
+        self.arrays = {
+            name: device.put(value.view(bytes_of.get(value.dtype.type, value.dtype)))
+            for name, value in case.data.items()
+        }
         self.step = AttentionStep(
             *(
                 self.arrays[name]
@@ -147,8 +155,9 @@ class DeviceCase:
         """Plan, decode and prefill on the current stream."""
         tensors = (self.arrays["qkv"], self.arrays["keys"], self.arrays["values"], self.out)
         self.attention.split_work(self.step)
-        self.attention.decode(*tensors, self.step)
-        self.attention.prefill(*tensors, self.step)
+        scales = self.arrays["kv_scales"] if self.case.shape.has_fp8_pages else None
+        self.attention.decode(*tensors, self.step, scales)
+        self.attention.prefill(*tensors, self.step, scales)
 
     def result(self) -> np.ndarray:
         """The output, ``[T, H C]``, on the host."""
@@ -160,7 +169,9 @@ class DeviceCase:
         expected, spread = self.case.expected()
         rows = len(expected)
         assert np.isnan(out[rows:]).all(), "a row past the step's last token was written"
-        error = np.abs(out[:rows].reshape(expected.shape) - expected) / spread
+        error = np.abs(out[:rows].reshape(expected.shape) - expected) / np.maximum(
+            spread, 1e-30
+        )  # codes may all be zero
         return float(np.where(np.isnan(error), np.inf, error).max())
 
     def fill_from(self, other: DeviceCase) -> None:

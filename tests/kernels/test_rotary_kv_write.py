@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
+from phalanx.checkpoints.quantization.numbers import to_codes
+from phalanx.kernels.rotary import Fp8Pages, RotaryTables, rotary_kv_write
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES, cases, poison
@@ -91,6 +92,30 @@ def test_without_rotary_only_the_pages_change(device, random_normal, dtype):
     heads = qkv.reshape(2, 6, 32)
     np.testing.assert_array_equal(keys[slots // 16, :, slots % 16], heads[:, 2:4])
     np.testing.assert_array_equal(values[slots // 16, :, slots % 16], heads[:, 4:])
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 32, 80])
+def test_pages_of_codes_hold_what_16_bit_pages_would_divided_by_the_scale(device, random_normal, rotary_dim):
+    dtype, heads, kv_heads, head_dim = DTYPES["bfloat16"], 3, 2, 80
+    slots, positions = np.array([17, -1, 0, 79], np.int32), np.array([0, 3, 299, 5], np.int32)
+    qkv = random_normal(dtype, 4, (heads + 2 * kv_heads) * head_dim, scale=9.0)
+    rotary = RotaryTables(*map(device.put, tables(rotary_dim))) if rotary_dim else None
+    plain, *dense = run(device, qkv, heads, kv_heads, head_dim, rotary, slots, positions, dtype)
+    scales = np.array([[0.02, 1.0], [0.01, 3.0]], np.float32)
+    saturated = device.put(np.zeros(1, np.int32))
+    fp8 = Fp8Pages(device.put(scales), saturated)
+    rotated_queries, *coded = run(
+        device, qkv, heads, kv_heads, head_dim, rotary, slots, positions, np.uint8, fp8=fp8
+    )  # fmt: skip
+    np.testing.assert_array_equal(rotated_queries, plain)
+    beyond = 0
+    for pages, codes, scale in zip(dense, coded, scales, strict=True):
+        inverse = (np.float32(1) / scale)[:, None]
+        written = pages.astype(np.float32)[slots[slots >= 0] // 16, :, slots[slots >= 0] % 16]
+        expected = to_codes(written, inverse, "fp8").view(np.uint8)
+        np.testing.assert_array_equal(codes[slots[slots >= 0] // 16, :, slots[slots >= 0] % 16], expected)
+        beyond += int((np.abs(written * inverse) > 448).sum())
+    assert device.get(saturated)[0] == beyond > 0
 
 
 def test_rotating_more_channels_than_a_head_has_is_refused(device):

@@ -5,6 +5,12 @@
 #include "cuda_fp16.h"
 
 typedef unsigned short Element;
+#if KV_FP8
+typedef unsigned char KvElement;
+#else
+typedef Element KvElement;
+#endif
+#define OPERANDS_BFLOAT16 (BFLOAT16 && !KV_FP8)
 
 #define NEGATIVE_INFINITY (-INFINITY)
 
@@ -37,6 +43,29 @@ inline unsigned float_to_element(float value) {
 }
 
 inline unsigned pack(float low, float high) { return float_to_element(low) | float_to_element(high) << 16; }
+inline float half_to_float(unsigned bits) {
+    const auto narrow = static_cast<uint16_t>(bits);
+    __half half;
+    std::memcpy(&half, &narrow, sizeof(half));
+    return __half2float(half);
+}
+
+inline unsigned float_to_half(float value) {
+    const __half half = __float2half_rn(value);
+    uint16_t bits;
+    std::memcpy(&bits, &half, sizeof(bits));
+    return bits;
+}
+
+inline unsigned pack_operands(float low, float high) {
+    return KV_FP8 ? float_to_half(low) | float_to_half(high) << 16 : pack(low, high);
+}
+inline float operand_to_float(unsigned bits) { return KV_FP8 ? half_to_float(bits) : element_to_float(bits); }
+inline float unpack(unsigned packed, int index) { return element_to_float(packed >> 16 * index); }
+inline void store_16_bytes(unsigned destination, uint4 value) {
+    std::memcpy(emulator::dynamic_shared + destination, &value, 16);
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 
 inline unsigned element_at(unsigned row_address, int column) {
@@ -88,7 +117,7 @@ inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
         for (int k = 0; k < 16; ++k) {
             const auto left = emulator::offered_by<MultiplyOperands>(row % 8 * 4 + k % 8 / 2);
             const auto right = emulator::offered_by<MultiplyOperands>(column * 4 + k % 8 / 2);
-            d[i] += element_to_float(left.a[row / 8 + k / 8 * 2] >> 16 * (k % 2)) * element_to_float(right.b[k / 8] >> 16 * (k % 2));
+            d[i] += operand_to_float(left.a[row / 8 + k / 8 * 2] >> 16 * (k % 2)) * operand_to_float(right.b[k / 8] >> 16 * (k % 2));
         }
     }
 }

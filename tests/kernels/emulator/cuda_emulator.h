@@ -100,6 +100,9 @@ int launch_with(void (*)(Parameters...), void** arguments, const unsigned int* s
 #define gridDim emulator::grid_dim
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared
 
+struct alignas(8) uint2 {
+    unsigned int x, y;
+};
 struct alignas(8) int2 {
     int x, y;
 };
@@ -197,3 +200,10 @@ To reinterpret_bits(From from) {
 inline unsigned int __float_as_uint(float value) { return reinterpret_bits<unsigned int>(value); }
 inline float __uint_as_float(unsigned int bits) { return reinterpret_bits<float>(bits); }
 inline float __int_as_float(int bits) { return reinterpret_bits<float>(bits); }
+// Bytes 0-3 of `low` and 4-7 of `high`, picked by the selector's four nibbles.
+inline unsigned int __byte_perm(unsigned int low, unsigned int high, unsigned int selector) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    unsigned int picked = 0;
+    for (int i = 0; i < 4; ++i) picked |= static_cast<unsigned int>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return picked;
+}
