@@ -7,6 +7,7 @@ from typing import Literal
 
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
+from phalanx.kernels.quantize import LARGEST_ROW, QUANTIZED_DEFINES, QuantizedRows, require_codes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["ACTIVATIONS", "ActivationName", "activation", "gated_activation"]
@@ -16,13 +17,40 @@ ACTIVATIONS: tuple[ActivationName, ...] = ("silu", "gelu_tanh", "gelu_erf", "rel
 _LARGEST_BLOCK = 256
 
 
-def gated_activation(library: Library, x: Array, out: Array, name: ActivationName) -> None:
-    """``out = f(gate) * up`` for x = [gate | up]. x [T, 2F]; out [T, F]."""
+def gated_activation(library: Library, x: Array, out: Array | QuantizedRows, name: ActivationName) -> None:
+    """``out = f(gate) * up`` for x = [gate | up]. x [T, 2F]; out [T, F].
+
+    `QuantizedRows` for ``out`` receive the codes of what would have been stored.
+    """
+    if isinstance(out, QuantizedRows):
+        _gated_quantized(library, x, out, name)
+        return
     num_tokens, features = out.shape
     require("x", x, (num_tokens, 2 * features), out)
     require("out", out, (num_tokens, features), out)
     kernel, grid, block = _kernel(library, "gated", out, name, has_bias=False)
     kernel(grid, block, (x, out))
+
+
+def _gated_quantized(library: Library, x: Array, out: QuantizedRows, name: ActivationName) -> None:
+    num_tokens, features = out.shape
+    require("x", x, (num_tokens, 2 * features), x)
+    require_codes(out, (num_tokens, features))
+    if features > LARGEST_ROW:
+        raise ExecutorError(f"{features} features are more than {LARGEST_ROW}, what the kernel keeps in registers")
+    width = vector_width(x, features)
+    num_threads = num_threads_for(ceil_div(features // width, 2))
+    kernel = library.function(
+        "gated_quantized",
+        "gated_quantized",
+        SCALAR=scalar_name(x),
+        FEATURES=features,
+        VEC=width,
+        NUM_THREADS=num_threads,
+        ACTIVATION=_known(name),
+        QUANTIZED=QUANTIZED_DEFINES[out.kind],
+    )
+    kernel((num_tokens,), (num_threads,), (x, out.codes, out.scale))
 
 
 def activation(library: Library, x: Array, out: Array, name: ActivationName, bias: Array | None = None) -> None:
@@ -39,8 +67,6 @@ def activation(library: Library, x: Array, out: Array, name: ActivationName, bia
 def _kernel(
     library: Library, function: str, out: Array, name: ActivationName, has_bias: bool
 ) -> tuple[KernelFunction, tuple[int, int], tuple[int]]:
-    if name not in ACTIVATIONS:
-        raise ExecutorError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
     num_tokens, features = out.shape
     width = vector_width(out, features)
     num_threads = num_threads_for(features // width, _LARGEST_BLOCK)
@@ -51,7 +77,13 @@ def _kernel(
         FEATURES=features,
         VEC=width,
         NUM_THREADS=num_threads,
-        ACTIVATION=name,
+        ACTIVATION=_known(name),
         HAS_BIAS=int(has_bias),
     )
     return kernel, (ceil_div(features, width * num_threads), num_tokens), (num_threads,)
+
+
+def _known(name: ActivationName) -> ActivationName:
+    if name not in ACTIVATIONS:
+        raise ExecutorError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return name

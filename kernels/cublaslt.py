@@ -18,9 +18,11 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 
 __all__ = ["Algorithm", "CublasLt", "Descriptors", "GemmProblem"]
 
-_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
+_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "fp8": 28}  # cudaDataType
 _ALGORITHM_WORDS = 8
 _ALIGNMENT_BYTES = 16
+_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
+_OUTER_VECTOR_SCALES = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: one float32 for each row of an operand
 _REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums are never rounded to storage
 
 
@@ -29,8 +31,8 @@ class GemmProblem:
     """``out[T, O] = f(x[T, I] @ weight[O, I].T + bias) + out``: everything that decides which algorithm is best.
 
     Attributes:
-        dtype: of x, weight and bias.
-        out_dtype: of out.
+        dtype: of x and weight. ``fp8`` and ``int8`` are codes with a float32 scale for each row of x and of weight.
+        out_dtype: of out and, for codes, of bias.
         has_bias, has_gelu (tanh form), accumulate: which of the optional terms there are.
     """
 
@@ -56,7 +58,12 @@ class GemmProblem:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight matrix."""
-        return self.out_features * self.in_features * (4 if self.dtype == "float32" else 2)
+        return self.out_features * self.in_features * _ITEM_SIZES[self.dtype]
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether x and weight are codes with scales."""
+        return self.dtype in ("fp8", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +151,30 @@ class CublasLt:
         return bool(result["workspace_size"][0] <= algorithm.workspace_bytes)
 
     def run(
-        self, problem: GemmProblem, algorithm: Algorithm, x: int, weight: int, out: int, bias: int, stream: int
+        self,
+        problem: GemmProblem,
+        algorithm: Algorithm,
+        x: int,
+        weight: int,
+        out: int,
+        bias: int,
+        stream: int,
+        scales: tuple[int, int] = (0, 0),
     ) -> None:
-        """Enqueue the product; operands are device addresses, ``bias`` 0 where there is none."""
+        """Enqueue the product.
+
+        Operands are device addresses: ``bias`` 0 if there is none, ``scales`` those of x and weight for codes.
+        """
         lt, handles = self._lt, self._described(problem)
         words = self._words.get(algorithm)
         if words is None:
             words = self._words[algorithm] = np.array(algorithm.words, np.uint64)
         if problem.has_bias:
             self._set(handles.operation, lt.MatmulDescAttribute.BIAS_POINTER, np.uint64(bias))
+        if problem.has_scales:
+            attribute = lt.MatmulDescAttribute
+            self._set(handles.operation, attribute.A_SCALE_POINTER, np.uint64(scales[1]))
+            self._set(handles.operation, attribute.B_SCALE_POINTER, np.uint64(scales[0]))
         with self._errors(problem):
             lt.matmul(
                 self._handle, handles.operation, self._alpha.ctypes.data, weight, handles.weight, x, handles.x,
@@ -191,7 +213,12 @@ class CublasLt:
         self._set(operation, attribute.EPILOGUE, np.uint32(kinds[problem.has_bias, problem.has_gelu]))
         dtype, out_dtype = _CUDA_TYPES[problem.dtype], _CUDA_TYPES[problem.out_dtype]
         if problem.has_bias:
-            self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(dtype))
+            self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(out_dtype if problem.has_scales else dtype))
+        if problem.has_scales:
+            for mode in (attribute.A_SCALE_MODE, attribute.B_SCALE_MODE):
+                self._set(operation, mode, np.int32(_OUTER_VECTOR_SCALES))
+            # Sums with the tensor cores' 13 bits: an order of magnitude below the codes' own noise, and 10-16 % faster.
+            self._set(operation, attribute.FAST_ACCUM, np.int8(1))
         t, o, i = problem.num_tokens, problem.out_features, problem.in_features
         weight = lt.matrix_layout_create(dtype, i, o, i)
         x = lt.matrix_layout_create(dtype, i, t, i)

@@ -18,11 +18,14 @@ import numpy as np
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm, Operands, open_gemm
 from phalanx.kernels.gemv import GEMV_SHAPES
+from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.quantize import CodeKind, QuantizedRows
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
 __all__ = ["GemmTuner", "TimedOperands", "open_tuner"]
 
+_NOISE_SCALES = {"float8_e4m3fn": 80.0, "int8": 25.0}
 _ROTATED_BYTES = 256 << 20
 _TIMED_SECONDS = 1.5e-3
 _NUM_REPLAYS = 5
@@ -30,6 +33,7 @@ _SLOWEST_CALL = 1.5  # a first replay this many times slower than the best so fa
 _ASSUMED_FLOPS = 600e12
 _ASSUMED_BYTES_PER_SECOND = 4e12
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_CODE_DTYPES: dict[CodeKind, np.dtype[Any]] = {"fp8": np.dtype(ml_dtypes.float8_e4m3fn), "int8": np.dtype(np.int8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class GemmTuner:
         timed = self.timed_operands(problem)
         choices: list[GemmChoice] = []
         best = float("inf")
-        for kernel in self._gemm.candidates(problem, GEMV_SHAPES):
+        for kernel in self._gemm.candidates(problem, GEMV8_SHAPES if problem.has_scales else GEMV_SHAPES):
             microseconds = self.measure(problem, GemmChoice(kernel), timed, best)
             best = min(best, microseconds)
             choices.append(GemmChoice(kernel, microseconds))
@@ -104,21 +108,30 @@ class GemmTuner:
     def timed_operands(self, problem: GemmProblem) -> TimedOperands:
         """Operands for ``measure``; make them once for several kernels."""
         t, o, i = problem.num_tokens, problem.out_features, problem.in_features
-        dtype, out_dtype = _DTYPES[problem.dtype], _DTYPES[problem.out_dtype]
+        out_dtype = _DTYPES[problem.out_dtype]
         seconds = max(2.0 * t * o * i / _ASSUMED_FLOPS, problem.weight_bytes / _ASSUMED_BYTES_PER_SECOND)
         num_calls = min(40, max(4, int(_TIMED_SECONDS / seconds)))
         num_copies = min(num_calls, max(1, -(-_ROTATED_BYTES // problem.weight_bytes)))
-        weights = [self._random((o, i), dtype) for _ in range(num_copies)]
-        x, out = self._random((t, i), dtype), self._random((t, o), out_dtype)
-        bias = self._random((o,), dtype) if problem.has_bias else None
+        weights = [self._operand(problem, o) for _ in range(num_copies)]
+        x, out = self._operand(problem, t), self._random((t, o), out_dtype)
+        bias = self._random((o,), out_dtype) if problem.has_bias else None
         return TimedOperands([Operands(x, weight, out, bias) for weight in weights], num_calls)
+
+    def _operand(self, problem: GemmProblem, rows: int) -> Any:
+        shape = (rows, problem.in_features)
+        if problem.dtype not in ("fp8", "int8"):
+            return self._random(shape, _DTYPES[problem.dtype])
+        kind: CodeKind = "fp8" if problem.dtype == "fp8" else "int8"
+        codes = self._random(shape, _CODE_DTYPES[kind])
+        return QuantizedRows(codes, self._random((rows,), np.dtype(np.float32)), kind)
 
     def _random(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Normal values (zeros would run faster than any model), a few megabytes of them repeated."""
         cupy, num_bytes = self._cupy, int(np.prod(shape)) * dtype.itemsize
         if dtype.name not in self._noise:
             values = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
-            self._noise[dtype.name] = (0.02 * values).astype(dtype)
+            # Codes fill their range: the largest of a million normal values is about 5.
+            self._noise[dtype.name] = (_NOISE_SCALES.get(dtype.name, 0.02) * values).astype(dtype)
         noise = self._noise[dtype.name]
         memory = cupy.cuda.alloc(num_bytes)
         memory.copy_from_host(noise.ctypes.data, min(num_bytes, noise.nbytes))
@@ -126,7 +139,7 @@ class GemmTuner:
         while done < num_bytes:
             (memory + done).copy_from_device(memory, min(done, num_bytes - done))
             done *= 2
-        return cupy.ndarray(shape, dtype=dtype, memptr=memory)
+        return cupy.ndarray(shape, dtype=np.uint8 if dtype in _CODE_DTYPES.values() else dtype, memptr=memory)
 
 
 def open_tuner() -> tuple[GemmTimings, GemmTuner]:

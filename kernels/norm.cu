@@ -5,17 +5,20 @@
 // RMSNorm has no mean and no bias, and takes the mean square for the variance. Without a residual nothing is written
 // back. Shapes: x, residual, out [T, D]; row_bias, weight, bias [D]. out may be x. One block a row.
 // Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_ROW_BIAS, HAS_BIAS.
+//     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh.
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
 // Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
 #include "dtype.cuh"
 #include "launch.cuh"
+#include "quantize.cuh"
 #include "reduce.cuh"
 
 constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_bias, const scalar* __restrict__ weight,
-     const scalar* __restrict__ bias, scalar* out, float epsilon, float weight_offset) {
+     const scalar* __restrict__ bias, scalar* out, unsigned char* __restrict__ codes,
+     float* __restrict__ scale, float epsilon, float weight_offset) {
     let_next_start();
     wait_for_previous();
     const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
@@ -53,6 +56,7 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_
     }
     const float factor = rsqrtf(total / HIDDEN_SIZE + epsilon);
 
+    unsigned amax = 0;
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
         const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
@@ -63,6 +67,22 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
             value[chunk][i] = (value[chunk][i] - mean) * factor * (weight_offset + gain[i]) + shift[i];
-        store(out + row + at, value[chunk]);
+        if constexpr (!QUANTIZED) store(out + row + at, value[chunk]);
+        if constexpr (QUANTIZED) {
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) {
+                value[chunk][i] = rounded(value[chunk][i]);
+                amax = Max()(amax, magnitude_bits(value[chunk][i]));
+            }
+        }
+    }
+    if constexpr (QUANTIZED) {
+        const RowScale own = row_scale(block_reduce<NUM_THREADS>(amax, Max()));
+        if (threadIdx.x == 0) scale[blockIdx.x] = own.scale;
+#pragma unroll
+        for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
+            const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
+            if (at < HIDDEN_SIZE) store_codes(codes + row + at, value[chunk], own.inverse);
+        }
     }
 }

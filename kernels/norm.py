@@ -7,6 +7,7 @@ import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import Library
+from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -18,7 +19,7 @@ def rms_norm(
     library: Library,
     x: Array,
     weight: Array,
-    out: Array,
+    out: Array | QuantizedRows,
     *,
     epsilon: float,
     weight_offset: float = 0.0,
@@ -29,6 +30,7 @@ def rms_norm(
 
     x, out [T, D] (out may be x); weight [D]. ``residual`` [T, D] receives h, rounded to its dtype, and the norm is
     taken of that. ``row_bias`` [D] is the bias of a row-parallel projection, added once after its all-reduce.
+    `QuantizedRows` for ``out`` receive the codes of what would have been stored.
     """
     _norm(library, x, weight, out, epsilon, weight_offset, residual, row_bias, None, is_layer_norm=False)
 
@@ -38,7 +40,7 @@ def layer_norm(
     x: Array,
     weight: Array,
     bias: Array | None,
-    out: Array,
+    out: Array | QuantizedRows,
     *,
     epsilon: float,
     residual: Array | None = None,
@@ -55,7 +57,7 @@ def _norm(
     library: Library,
     x: Array,
     weight: Array,
-    out: Array,
+    out: Array | QuantizedRows,
     epsilon: float,
     weight_offset: float,
     residual: Array | None,
@@ -69,7 +71,11 @@ def _norm(
         raise ExecutorError(
             f"hidden_size={hidden_size} is above {_LARGEST_HIDDEN_SIZE}, what the norm keeps in registers"
         )
-    for name, rows in (("x", x), ("out", out), ("residual", residual)):
+    codes = out if isinstance(out, QuantizedRows) else None
+    if codes is not None:
+        require_codes(codes, (num_tokens, hidden_size))
+    dense = None if isinstance(out, QuantizedRows) else out
+    for name, rows in (("x", x), ("out", dense), ("residual", residual)):
         if rows is not None:
             require(name, rows, (num_tokens, hidden_size), x)
     for name, vector in (("weight", weight), ("row_bias", row_bias), ("bias", bias)):
@@ -88,8 +94,10 @@ def _norm(
         HAS_RESIDUAL=int(residual is not None),
         HAS_ROW_BIAS=int(row_bias is not None),
         HAS_BIAS=int(bias is not None),
+        QUANTIZED=QUANTIZED_DEFINES[codes.kind if codes else None],
     )
-    arguments = (x, residual, row_bias, weight, bias, out, np.float32(epsilon), np.float32(weight_offset))
+    written = (dense, codes.codes if codes else None, codes.scale if codes else None)
+    arguments = (x, residual, row_bias, weight, bias, *written, np.float32(epsilon), np.float32(weight_offset))
     kernel((num_tokens,), (num_threads,), arguments)
 
 

@@ -18,13 +18,15 @@ SPECS = [
     ("position_embedding", ROW),
     ("gather_rows", ROW),
     ("add_bias", ROW),
-    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 0, "HAS_BIAS": 0}),
-    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 1, "HAS_BIAS": 1}),
+    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 0, "HAS_BIAS": 0, "QUANTIZED": 1}),
+    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),
+    ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1}),
+    ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2}),
     ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf", "HAS_BIAS": 1}),
     (
         "rotary_kv_write",
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "VEC": 8,
-         "INTERLEAVED": 0, "WRITE_KEY_BACK": 0, "NUM_THREADS": 128},
+         "INTERLEAVED": 0, "WRITE_KEY_BACK": 0, "KV_FP8": 1, "NUM_THREADS": 128},
     ),
     ("all_reduce", {"RANK": 0, "NUM_RANKS": 2, "NUM_THREADS": 128, "HAS_TAIL": 0}),
     ("all_reduce", {"RANK": 5, "NUM_RANKS": 8, "NUM_THREADS": 512, "HAS_TAIL": 1}),
@@ -32,6 +34,11 @@ SPECS = [
     ("merge_argmax", {"NUM_THREADS": 128}),
     ("sample_rows", ROWS),
     ("log_probabilities", ROWS),
+    (
+        "gemv8",
+        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 2, "PREFETCH_BYTES": 4096, "TOKEN_TILES": 2, "MANY": 1, "HAS_BIAS": 1,
+         "QUANTIZED": 2},
+    ),
     (
         "gemv",
         {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "PREFETCH_BYTES": 4096, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
@@ -55,6 +62,23 @@ def test_every_kernel_compiles_without_a_gpu(cache, source, defines, architectur
     assert cubin.startswith(b"\x7fELF")
     for name in re.findall(r'extern "C" __global__ void [^(]*\([^)]*\)\s*(\w+)\(', load_source(source).text):
         assert name.encode() in cubin
+
+
+def test_fp8_products_compile_where_the_tensor_cores_have_them(cache):
+    defines = {
+        "NUM_WARPS": 8,
+        "ROW_BLOCKS": 4,
+        "UNROLL": 2,
+        "PREFETCH_BYTES": 0,
+        "TOKEN_TILES": 2,
+        "MANY": 1,
+        "HAS_BIAS": 0,
+    }
+    spec = KernelSpec.of("gemv8", defines | {"QUANTIZED": 1, "SCALAR": "__nv_bfloat16"})
+    for architecture in ("sm_89", "sm_90a", "sm_120"):
+        assert compile_cubin(spec, architecture, cache).startswith(b"\x7fELF")
+    with pytest.raises(ExecutorError, match="mma_16x8x32"):
+        compile_cubin(spec, "sm_80", cache)
 
 
 def test_row_sampling_compiles_with_clusters_on_hopper(cache):

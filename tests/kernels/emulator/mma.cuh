@@ -2,6 +2,7 @@
 // kernels/include/mma.cuh for the emulator: operands meet through the warp exchange, by the layout that PTX documents.
 #pragma once
 #include "dtype.cuh"
+#include "fp8.cuh"
 
 struct MmaOperands {
     uint32 a[4];
@@ -35,6 +36,25 @@ inline void mma_16x8x16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2
     const int lane = emulator::current % 32;
     for (int i = 0; i < 4; ++i)
         for (int k = 0; k < 16; ++k) d[i] += mma_a(lane / 4 + i / 2 * 8, k) * mma_b(k, lane % 4 * 2 + i % 2);
+}
+
+inline float byte_value(uint32 word, int index, float) { return e4m3_value(word >> 8 * index & 0xff); }
+inline int byte_value(uint32 word, int index, int) { return static_cast<signed char>(word >> 8 * index & 0xff); }
+
+template <typename Accumulator>
+inline void mma_16x8x32(Accumulator (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+    MmaOperands own;
+    std::memcpy(own.a, a, sizeof(own.a));
+    std::memcpy(own.b, b, sizeof(own.b));
+    emulator::offer(own);
+    const int lane = emulator::current % 32;
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 32; ++k) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            const auto left = emulator::offered_by<MmaOperands>(row % 8 * 4 + k % 16 / 4);
+            const auto right = emulator::offered_by<MmaOperands>(column * 4 + k % 16 / 4);
+            d[i] += byte_value(left.a[row / 8 + k / 16 * 2], k % 4, d[i]) * byte_value(right.b[k / 16], k % 4, d[i]);
+        }
 }
 
 inline uint4 load_streaming(const void* from) { return *static_cast<const uint4*>(from); }

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of values to 8-bit codes with one float32 scale a row, by the definitions of checkpoints/quantization/numbers.py:
+//     fp8:  scale = max(amax / 448, 1 / (448 * 512)),  code = e4m3(x * (1 / scale))
+//     int8: scale = max(amax / 127, 2^-40),            code = clip(round(x * (1 / scale)), -128, 127)
+// amax is the largest |x| of the values as they would have been stored, so fused and separate kernels give the same codes.
+// Compile-time parameter: QUANTIZED (0 = off, 1 = fp8, 2 = int8).
+#pragma once
+#include "fp8.cuh"
+
+struct RowScale {
+    float scale, inverse;
+};
+
+// Magnitudes compare like unsigned integers, and NaN above all: a row with a NaN gets a NaN for its scale.
+__device__ __forceinline__ unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+__device__ __forceinline__ RowScale row_scale(unsigned amax_bits) {
+    const float amax = __uint_as_float(amax_bits);
+    const float smallest = QUANTIZED == 2 ? 9.094947017729282e-13f : 4.359654017857143e-06f;
+    const float scale = __fdiv_rn(amax, QUANTIZED == 2 ? 127.0f : 448.0f);
+    const float floored = scale < smallest ? smallest : scale;
+    return {floored, __fdiv_rn(1.0f, floored)};
+}
+
+__device__ __forceinline__ unsigned int8_code(float scaled) {
+    const float nearest = rintf(scaled);
+    return static_cast<unsigned>(static_cast<int>(nearest < -128.0f ? -128.0f : nearest > 127.0f ? 127.0f : nearest)) & 0xffu;
+}
+
+template <int N>
+struct alignas(N) CodeVector {
+    unsigned char at[N];
+};
+
+// N neighbours; the address is a multiple of N.
+template <int N>
+__device__ __forceinline__ void store_codes(unsigned char* to, const float (&values)[N], float inverse) {
+    CodeVector<N> packed;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        const float low = __fmul_rn(values[i], inverse);
+        const float high = i + 1 < N ? __fmul_rn(values[i + (N > 1)], inverse) : 0.0f;
+        const unsigned pair = QUANTIZED == 2 ? int8_code(low) | int8_code(high) << 8 : e4m3_pair(low, high);
+        packed.at[i] = static_cast<unsigned char>(pair);
+        if (i + 1 < N) packed.at[i + (N > 1)] = static_cast<unsigned char>(pair >> 8);
+    }
+    *reinterpret_cast<CodeVector<N>*>(to) = packed;
+}

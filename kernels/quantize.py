@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as 8-bit codes and scales, and the kernel that makes them. Enqueues on the current stream and does not wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
+from phalanx.kernels.library import Library
+from phalanx.parallel.errors import ExecutorError
+
+__all__ = ["LARGEST_ROW", "QUANTIZED_DEFINES", "CodeKind", "QuantizedRows", "quantize_rows", "require_codes"]
+
+CodeKind = Literal["fp8", "int8"]
+QUANTIZED_DEFINES: dict[CodeKind | None, int] = {None: 0, "fp8": 1, "int8": 2}
+LARGEST_ROW = 65536
+"""Columns of the longest row that the kernels keep in registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """``value[t, i] = codes[t, i] * scale[t]``.
+
+    Attributes:
+        codes: ``[T, I]`` bytes on the device: e4m3 (fp8) or int8, as uint8.
+        scale: ``[T]`` float32.
+    """
+
+    codes: Array
+    scale: Array
+    kind: CodeKind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[T, I]``."""
+        return self.codes.shape
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+
+def require_codes(rows: QuantizedRows, shape: tuple[int, int]) -> None:
+    """Raise ExecutorError unless codes and scales have this shape and are contiguous."""
+    require("codes", rows.codes, shape, "uint8")
+    require("scale", rows.scale, (shape[0],), "float32")
+
+
+def quantize_rows(library: Library, x: Array, out: QuantizedRows) -> None:
+    """Fill ``out`` with the codes and scales of x ``[T, I]``."""
+    num_rows, columns = x.shape
+    if columns > LARGEST_ROW:
+        raise ExecutorError(
+            f"rows of {columns} columns are longer than {LARGEST_ROW}, what the kernel keeps in registers"
+        )
+    require("x", x, (num_rows, columns), x)
+    require_codes(out, (num_rows, columns))
+    width = vector_width(x, columns)
+    num_threads = num_threads_for(ceil_div(columns // width, 2))
+    kernel = library.function(
+        "quantize_rows",
+        "quantize_rows",
+        SCALAR=scalar_name(x),
+        COLUMNS=columns,
+        VEC=width,
+        NUM_THREADS=num_threads,
+        QUANTIZED=QUANTIZED_DEFINES[out.kind],
+    )
+    kernel((num_rows,), (num_threads,), (x, out.codes, out.scale))
