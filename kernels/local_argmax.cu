@@ -2,13 +2,14 @@
 // Vocabulary-parallel sampling for rows without filters: the best (score, token) of each slice of a rank's logits.
 // Greedy rows (temperature 0) score by the logit; others by logit / temperature + Gumbel noise, whose argmax is a draw
 // from the softmax. merge_argmax.cu takes the best over slices and ranks.
-// Shapes: logits [S, V_local]; temperatures [S] float32, seeds [S] uint64, positions [S] int32;
+// Shapes: logits [S, V_local]; records [S] of Sampling; positions [S] int32;
 //     keys [num_splits, S] uint64. Tokens from vocab_size on (padding) never win. Grid (num_splits, S).
-// Defines: SCALAR, VEC (divides V_local), NUM_THREADS.
+// Defines: SCALAR, VEC (divides V_local), NUM_THREADS, SAMPLING_STRUCT (members of a record).
 // Reference: argmax in NumPy, ties to the lower token; Philox4x32-10 (Salmon et al. 2011).
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "sampling.cuh"
+#include "sampling_record.cuh"
 
 // Calls visit(logits, first token, how many of them exist) for the block's vectors, all lanes of a warp together.
 template <typename Visit>
@@ -22,17 +23,17 @@ __device__ __forceinline__ void for_each_vector(const scalar* columns, int vocab
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-local_argmax(const scalar* __restrict__ logits, const float* __restrict__ temperatures,
-             const uint64* __restrict__ seeds, const int* __restrict__ positions, uint64* __restrict__ keys,
-             int part_size, int vocab_start, int vocab_size) {
+local_argmax(const scalar* __restrict__ logits, const Sampling* __restrict__ records,
+             const int* __restrict__ positions, uint64* __restrict__ keys, int part_size, int vocab_start,
+             int vocab_size) {
     let_next_start();
     wait_for_previous();
     const int row = blockIdx.y;
     const scalar* const columns = logits + static_cast<int64>(row) * part_size;
-    const float temperature = temperatures[row];
+    const float temperature = records[row].temperature;
     const int end = min(part_size, vocab_size - vocab_start);
     Winner greedy;
-    NoisyWinner noisy(seeds[row], positions[row], temperature);
+    NoisyWinner noisy(seed_of(records[row]), positions[row], temperature);
     if (temperature > 0.0f) {
         for_each_vector(columns, vocab_start, end, [&](const float (&value)[VEC], int token, int count) {
 #pragma unroll

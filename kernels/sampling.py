@@ -36,32 +36,23 @@ _ROWS_PER_MULTIPROCESSOR = 2  # blocks of _ROW_THREADS that are resident at once
 
 @dataclass(frozen=True, slots=True)
 class RowParameters:
-    """How each row samples; device arrays of [S] elements.
+    """How each row samples; device arrays of S rows.
 
     Attributes:
-        temperatures: float32; 0 = greedy.
-        seeds: uint64, the sequence's.
-        positions: int32, of the token to be sampled: what makes the noise new at every step.
-        top_ks: int32; 0 = all tokens.
-        top_ps: float32; 1 = all tokens.
-        min_ps: float32; 0 = all tokens.
+        records: [S, W] int32, the bits of one admission record a row.
+        positions: [S] int32, of the token to be sampled: what makes the noise new at every step.
+        struct: the members of a record in CUDA C. The kernels use ``temperature`` (0 = greedy), ``seed_low``, ``seed_high``,
+            ``top_k`` (0 = all tokens), ``top_p`` (1 = all tokens) and ``min_p`` (0 = all tokens).
     """
 
-    temperatures: Array
-    seeds: Array
+    records: Array
     positions: Array
-    top_ks: Array
-    top_ps: Array
-    min_ps: Array
+    struct: str
 
     def check(self, num_rows: int) -> None:
-        """Raise ExecutorError unless every array has ``num_rows`` elements of its dtype."""
-        require("temperatures", self.temperatures, (num_rows,), "float32")
-        require("seeds", self.seeds, (num_rows,), "uint64")
+        """Raise ExecutorError unless there are ``num_rows`` records and positions."""
+        require("records", self.records, (num_rows, self.records.shape[1]), "int32")
         require("positions", self.positions, (num_rows,), "int32")
-        require("top_ks", self.top_ks, (num_rows,), "int32")
-        require("top_ps", self.top_ps, (num_rows,), "float32")
-        require("min_ps", self.min_ps, (num_rows,), "float32")
 
 
 def num_splits(library: Library, num_rows: int, part_size: int) -> int:
@@ -92,9 +83,10 @@ def local_argmax(
         SCALAR=scalar_name(logits),
         VEC=vector_width(logits, part_size),
         NUM_THREADS=_ARGMAX_THREADS,
+        SAMPLING_STRUCT=parameters.struct,
     )
     sizes = (np.int32(part_size), np.int32(vocab_start), np.int32(vocab_size))
-    rows = (parameters.temperatures, parameters.seeds, parameters.positions)
+    rows = (parameters.records, parameters.positions)
     kernel((keys.shape[0], num_rows), (_ARGMAX_THREADS,), (logits, *rows, keys, *sizes))
 
 
@@ -122,19 +114,9 @@ def sample_rows(
     num_parts, num_rows, part_size = _checked_parts(logits, vocab_size)
     require("token_ids", token_ids, (num_rows,), "int32")
     parameters.check(num_rows)
-    kernel, grid = _row_kernel(library, "sample_rows", logits)
-    arguments = (
-        logits,
-        parameters.temperatures,
-        parameters.top_ks,
-        parameters.top_ps,
-        parameters.min_ps,
-        parameters.seeds,
-        parameters.positions,
-        token_ids,
-    )
+    kernel, grid = _row_kernel(library, "sample_rows", logits, parameters.struct)
     sizes = (np.int32(num_parts), np.int32(part_size), np.int32(vocab_size))
-    kernel(grid, (_ROW_THREADS,), (*arguments, *sizes))
+    kernel(grid, (_ROW_THREADS,), (logits, parameters.records, parameters.positions, token_ids, *sizes))
 
 
 def log_probabilities(
@@ -173,7 +155,7 @@ def _checked_parts(logits: Array, vocab_size: int) -> tuple[int, int, int]:
     return num_parts, num_rows, part_size
 
 
-def _row_kernel(library: Library, name: str, logits: Array) -> tuple[KernelFunction, tuple[int]]:
+def _row_kernel(library: Library, name: str, logits: Array, struct: str = "") -> tuple[KernelFunction, tuple[int]]:
     """The kernel and its grid: a cluster of blocks a row while there are fewer rows than the device has room for."""
     _, num_rows, part_size = logits.shape
     room = _ROWS_PER_MULTIPROCESSOR * library.num_multiprocessors
@@ -186,5 +168,6 @@ def _row_kernel(library: Library, name: str, logits: Array) -> tuple[KernelFunct
         VEC=vector_width(logits, part_size),
         NUM_THREADS=_ROW_THREADS,
         CLUSTER=cluster,
+        SAMPLING_STRUCT=struct,
     )
     return kernel, (num_rows * cluster,)

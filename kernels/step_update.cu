@@ -4,38 +4,27 @@
 //
 // The plan is phalanx.runtime.step.StepPlan.pack(), int32 words:
 //     header [7] = step id, S, T, M, A, G, K; seq_indices, starts, num_scheduled_tokens, samples [S]; token_ids [T]; new_blocks [M, 3];
-//     admissions [A, 8]; prompt_rows [G]; prompt_targets [G].
+//     admissions [A, ADMISSION_WORDS]; prompt_rows [G]; prompt_targets [G].
 // apply_plan (one block): block tables and sampling parameters take over the plan's changes;
 //     cu_seqlens [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = last row of each sampling sequence, then prompt rows, then -1;
 //     and for each of these rows: row_seq_indices, row_positions = sequence and position of the token to sample (-1 where nothing
-//     is); row_targets = token whose log-probability a prompt row wants, -1 elsewhere; its sequence's sampling parameters
-//     (temperature 0, greedy, where nothing is sampled).
+//     is); row_targets = token whose log-probability a prompt row wants, -1 elsewhere; row_sampling = its sequence's
+//     admission record (all bits 0, which is greedy, where nothing is sampled).
 // fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
 //     position 0, slot -1 (nothing is written to the cache for them).
 // store_tokens (one thread a row): last_tokens[seq_index] = token_ids[row]; rows that sample nothing get their target instead,
 //     so that token_ids then names the token of every row whose log-probability may be wanted.
-// Defines: NUM_THREADS (a multiple of 32, at most 1024), BLOCK_SIZE (P).
+// Defines: NUM_THREADS (a multiple of 32, at most 1024), BLOCK_SIZE (P), ADMISSION_WORDS (of an admission record, whose first word is
+//     the sequence's index).
 // Limits: sequences with one token come first; new blocks are applied before any slot mapping is computed.
 // Reference: StepPlan.cu_seqlens, positions, sample_rows, logit_rows and BatchState.apply in NumPy, exactly.
 
 constexpr int HEADER_WORDS = 7;
-constexpr int ADMISSION_WORDS = 8;
-struct Admission {
-    int seq_index;
-    float temperature;
-    int top_k;
-    float top_p, min_p;
-    int num_logprobs;
-    unsigned int seed_low, seed_high;
-};
-static_assert(sizeof(Admission) == 4 * ADMISSION_WORDS, "the layout of phalanx.runtime.step.ADMISSION");
 
-// What the samplers read, one element for each row with logits.
+// What the samplers read, one element for each row with logits; `sampling` has ADMISSION_WORDS of them.
 struct Rows {
-    int *seq_indices, *positions, *targets, *top_ks;
-    float *temperatures, *top_ps, *min_ps;
-    unsigned long long* seeds;
+    int *seq_indices, *positions, *targets, *sampling;
 };
 
 constexpr int NUM_WARPS = NUM_THREADS / 32;
@@ -88,24 +77,23 @@ __device__ __forceinline__ int exclusive_scan(int value, int& total) {
     return before + sum - value;
 }
 
-__device__ __forceinline__ void fill_row(const Rows& rows, int at, int position, int target, const Admission& sampling) {
-    rows.seq_indices[at] = sampling.seq_index;
+// `sampling` is the sequence's admission record, whose first word is its index; null where nothing is sampled.
+__device__ __forceinline__ void fill_row(const Rows& rows, int at, int position, int target, const int* sampling) {
+    rows.seq_indices[at] = sampling ? sampling[0] : -1;
     rows.positions[at] = position;
     rows.targets[at] = target;
-    rows.temperatures[at] = sampling.temperature;
-    rows.top_ks[at] = sampling.top_k;
-    rows.top_ps[at] = sampling.top_p;
-    rows.min_ps[at] = sampling.min_p;
-    rows.seeds[at] = static_cast<unsigned long long>(sampling.seed_high) << 32 | sampling.seed_low;
+#pragma unroll
+    for (int word = 0; word < ADMISSION_WORDS; ++word)
+        rows.sampling[at * ADMISSION_WORDS + word] = sampling ? sampling[word] : 0;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ cu_seqlens,
            int* __restrict__ seq_lens, int* __restrict__ seq_indices, int* __restrict__ num_seqs_and_decodes, int* __restrict__ logit_rows,
-           int* row_seq_indices, int* row_positions, int* row_targets, float* row_temperatures, int* row_top_ks,
-           float* row_top_ps, float* row_min_ps, unsigned long long* row_seeds, int max_blocks_per_seq, int num_logit_rows) {
+           int* row_seq_indices, int* row_positions, int* row_targets, int* row_sampling, int max_blocks_per_seq,
+           int num_logit_rows) {
     const Plan plan = read_plan(words);
-    const Rows rows = {row_seq_indices, row_positions, row_targets, row_top_ks, row_temperatures, row_top_ps, row_min_ps, row_seeds};
+    const Rows rows = {row_seq_indices, row_positions, row_targets, row_sampling};
     for (int i = threadIdx.x; i < plan.num_new_blocks; i += NUM_THREADS) {
         const int* change = plan.new_blocks + 3 * i;
         block_tables[static_cast<long long>(change[0]) * max_blocks_per_seq + change[1]] = change[2];
@@ -131,8 +119,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
             seq_indices[i] = plan.seq_indices[i];
             if (samples) {
                 logit_rows[at] = row + count - 1;
-                const Admission* own = reinterpret_cast<const Admission*>(sampling) + plan.seq_indices[i];
-                fill_row(rows, at, plan.starts[i] + count, -1, *own);
+                fill_row(rows, at, plan.starts[i] + count, -1, sampling + plan.seq_indices[i] * ADMISSION_WORDS);
             }
         }
         first_row += total_rows;
@@ -148,7 +135,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
         const int prompt = i - num_sampled;
         const bool is_prompt = prompt < plan.num_prompt_rows;
         logit_rows[i] = is_prompt ? plan.prompt_rows[prompt] : -1;
-        fill_row(rows, i, 0, is_prompt ? plan.prompt_targets[prompt] : -1, Admission{-1, 0.0f, 0, 1.0f, 0.0f, -1, 0u, 0u});
+        fill_row(rows, i, 0, is_prompt ? plan.prompt_targets[prompt] : -1, nullptr);
     }
 }
 

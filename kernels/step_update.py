@@ -16,20 +16,18 @@ import numpy as np
 from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.library import KernelFunction, Library
 
-__all__ = ["ADMISSION_WORDS", "StepArrays", "plan_words", "store_tokens", "update"]
+__all__ = ["StepArrays", "plan_words", "store_tokens", "update"]
 
 DeviceArray = Any
 """A ``cupy.ndarray``: what the kernels take, and slices of it."""
 
-ADMISSION_WORDS = 8
 _HEADER_WORDS = 7
 _NUM_THREADS = 512
-_DTYPES = {"row_temperatures": "float32", "row_top_ps": "float32", "row_min_ps": "float32", "row_seeds": "uint64"}
 
 
-def plan_words(max_num_seqs: int, max_num_tokens: int) -> int:
+def plan_words(max_num_seqs: int, max_num_tokens: int, admission_words: int) -> int:
     """Words of the largest packed plan: all sequences new, a block for each token, every row a prompt row."""
-    per_seq, per_token = 4 + ADMISSION_WORDS, 1 + 3 + 2
+    per_seq, per_token = 4 + admission_words, 1 + 3 + 2
     return _HEADER_WORDS + per_seq * max_num_seqs + per_token * max_num_tokens
 
 
@@ -42,7 +40,7 @@ class StepArrays:
     Attributes:
         plan: ``[W]`` the packed plan of the step.
         block_tables: ``[max_num_seqs, blocks per sequence]`` block ids.
-        sampling: ``[max_num_seqs, 8]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
+        sampling: ``[max_num_seqs, A]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
         last_tokens: ``[max_num_seqs]`` what each sequence sampled last.
         cu_seqlens: ``[S + 1]`` first row of each sequence.
         seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
@@ -51,8 +49,7 @@ class StepArrays:
         logit_rows: ``[B]`` rows that need logits; -1 = padding.
         row_seq_indices, row_positions, row_targets: ``[B]`` of each of them, sequence that samples there (-1 = none), position of
             the sampled token, token whose log-probability is wanted (-1 = none).
-        row_temperatures, row_top_ks, row_top_ps, row_min_ps, row_seeds: ``[B]`` their sampling parameters: float32,
-            int32, float32, float32, uint64.
+        row_sampling: ``[B, A]`` their sampling parameters, as in ``sampling``; all bits 0 where nothing is sampled.
     """
 
     plan: DeviceArray
@@ -70,11 +67,7 @@ class StepArrays:
     row_seq_indices: DeviceArray
     row_positions: DeviceArray
     row_targets: DeviceArray
-    row_temperatures: DeviceArray
-    row_top_ks: DeviceArray
-    row_top_ps: DeviceArray
-    row_min_ps: DeviceArray
-    row_seeds: DeviceArray
+    row_sampling: DeviceArray
 
     @classmethod
     def allocate(
@@ -85,13 +78,14 @@ class StepArrays:
         max_num_tokens: int,
         max_logit_rows: int,
         max_blocks_per_seq: int,
+        admission_words: int,
     ) -> StepArrays:
         """Take every array from ``array(name, shape, dtype)``, for example an arena's method."""
         seqs, tokens, rows = (max_num_seqs,), (max_num_tokens,), (max_logit_rows,)
         shapes: dict[str, tuple[int, ...]] = {
-            "plan": (plan_words(max_num_seqs, max_num_tokens),),
+            "plan": (plan_words(max_num_seqs, max_num_tokens, admission_words),),
             "block_tables": (max_num_seqs, max_blocks_per_seq),
-            "sampling": (max_num_seqs, ADMISSION_WORDS),
+            "sampling": (max_num_seqs, admission_words),
             "last_tokens": seqs,
             "cu_seqlens": (max_num_seqs + 1,),
             "seq_lens": seqs,
@@ -99,27 +93,27 @@ class StepArrays:
             "num_seqs_and_decodes": (2,),
             **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
             **dict.fromkeys(("logit_rows", "row_seq_indices", "row_positions", "row_targets"), rows),
-            **dict.fromkeys(("row_temperatures", "row_top_ks", "row_top_ps", "row_min_ps", "row_seeds"), rows),
+            "row_sampling": (max_logit_rows, admission_words),
         }
-        return cls(**{name: array(name, shape, _DTYPES.get(name, "int32")) for name, shape in shapes.items()})
+        return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
 
 
 def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int, num_logit_rows: int) -> None:
     """Derive the step from ``arrays.plan``; rows past its tokens and past its logit rows become padding."""
     require("plan", arrays.plan, arrays.plan.shape, "int32")
     max_blocks_per_seq = np.int32(arrays.block_tables.shape[1])
-    apply_plan = _kernel(library, "apply_plan", block_size)
+    apply_plan = _kernel(library, "apply_plan", arrays, block_size)
     apply_plan(
         (1,),
         (_NUM_THREADS,),
         (
             arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices,
             arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions, arrays.row_targets,
-            arrays.row_temperatures, arrays.row_top_ks, arrays.row_top_ps, arrays.row_min_ps, arrays.row_seeds,
+            arrays.row_sampling,
             max_blocks_per_seq, np.int32(num_logit_rows),
         ),
     )  # fmt: skip
-    fill_tokens = _kernel(library, "fill_tokens", block_size)
+    fill_tokens = _kernel(library, "fill_tokens", arrays, block_size)
     fill_tokens(
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
@@ -137,7 +131,7 @@ def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_id
     """
     (num_rows,) = token_ids.shape
     rows = slice(first_row, first_row + num_rows)
-    kernel = _kernel(library, "store_tokens", block_size)
+    kernel = _kernel(library, "store_tokens", arrays, block_size)
     kernel(
         (ceil_div(num_rows, _NUM_THREADS),),
         (_NUM_THREADS,),
@@ -145,5 +139,8 @@ def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_id
     )
 
 
-def _kernel(library: Library, name: str, block_size: int) -> KernelFunction:
-    return library.function("step_update", name, NUM_THREADS=_NUM_THREADS, BLOCK_SIZE=block_size)
+def _kernel(library: Library, name: str, arrays: StepArrays, block_size: int) -> KernelFunction:
+    admission_words = arrays.sampling.shape[1]
+    return library.function(
+        "step_update", name, NUM_THREADS=_NUM_THREADS, BLOCK_SIZE=block_size, ADMISSION_WORDS=admission_words
+    )

@@ -61,13 +61,15 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, in which type, on which engine."""
+    from phalanx.runtime.executors.registry import ENGINES
+
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=Path, metavar="DIR",
                        help="Hugging Face directory or output of launch.split (default: the demo checkpoint)")  # fmt: skip
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    group.add_argument("--engine", choices=("auto", "numpy", "cuda", "tensorrt"), default="auto")
+    group.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
                        help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output")
@@ -76,9 +78,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """How much runs at once."""
+    from phalanx.runtime.executors.registry import DEFAULT_MAX_NUM_SEQS, ENGINES
+
+    larger = [
+        f"{name} {entry.max_num_seqs}" for name, entry in ENGINES.items() if entry.max_num_seqs != DEFAULT_MAX_NUM_SEQS
+    ]
     group = parser.add_argument_group("engine")
     group.add_argument("--max-num-seqs", type=int, default=None, metavar="N",
-                       help="most sequences that run at once (default: 64; cuda 1024)")  # fmt: skip
+                       help=f"most sequences that run at once (default: {'; '.join([str(DEFAULT_MAX_NUM_SEQS), *larger])})")  # fmt: skip
     group.add_argument("--max-num-batched-tokens", type=int, default=None, metavar="N", help="most tokens in one step")
     group.add_argument("--block-size", type=int, default=None, metavar="TOKENS", help="tokens in one cache block")
     group.add_argument("--num-kv-blocks", type=int, default=None, metavar="N", help="cache blocks (default: what fits)")
@@ -109,7 +116,7 @@ def engine_config(args: argparse.Namespace, world_size: int) -> EngineConfig:
     """
     from phalanx.parallel.topology import resolve_layout
     from phalanx.runtime.config import EngineConfig
-    from phalanx.runtime.executors.factory import with_default_sizes
+    from phalanx.runtime.executors.registry import with_default_sizes
 
     options = engine_options(args)
     sizes = [options.pop(f"{axis}_parallel_size") for axis in ("tensor", "pipeline", "data")]

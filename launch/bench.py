@@ -97,6 +97,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     from phalanx.parallel.errors import ConfigError
     from phalanx.parallel.mpi_comm import world_communicator
     from phalanx.runtime.engine import follow
+    from phalanx.runtime.executors.base import Traced
+    from phalanx.runtime.executors.registry import choose_engine
     from phalanx.runtime.replica import build_replica
 
     world = world_communicator()
@@ -106,18 +108,19 @@ def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
     if options.layout.dp > 1:
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
     replica = build_replica(args.model, options, world)
-    if args.trace is not None and not hasattr(replica.executor, "write_trace"):
-        engine = _engine_name(replica.executor)
+    executor = replica.executor
+    if args.trace is not None and not isinstance(executor, Traced):
+        engine = choose_engine(options.engine)
         raise ConfigError(f"--trace: the {engine} engine records no timeline; use --engine cuda")
     report = None
     if replica.engine is not None:
         report = _median(_run(args, replica))
         replica.engine.release()
     else:
-        follow(replica.control, replica.executor)
-    if args.trace is not None:
-        replica.executor.write_trace(args.trace, replica.group)  # type: ignore[attr-defined]
-    replica.executor.close()
+        follow(replica.control, executor)
+    if isinstance(executor, Traced) and args.trace is not None:
+        executor.write_trace(args.trace, replica.group)
+    executor.close()
     return report
 
 
@@ -164,6 +167,8 @@ def _requests(
 def _report(
     args: argparse.Namespace, replica: Replica, runs: list[Measurement], idle_fraction: float | None
 ) -> dict[str, Any]:
+    from phalanx.runtime.executors.registry import choose_engine
+
     seconds = sum(run.seconds for run in runs)
     output_tokens = sum(run.output_tokens for run in runs)
     steps = [step for run in runs for step in _step_seconds(run)]
@@ -171,7 +176,7 @@ def _report(
     return {
         "mode": args.mode,
         "model": replica.config.architecture if args.model is None else str(args.model),
-        "engine": _engine_name(executor),
+        "engine": choose_engine(replica.options.engine),
         "dtype": replica.config.compute_dtype(args.dtype),
         "tp": layout.tp,
         "pp": layout.pp,
@@ -189,7 +194,7 @@ def _report(
         "time_to_first_token_ms": summary([value for run in runs for value in run.first_token]),
         "time_per_output_token_ms": summary([value for run in runs for value in run.time_per_output_token]),
         "gpu_idle_fraction": idle_fraction,
-        "kv_blocks": executor.num_kv_blocks,
+        "kv_blocks": executor.cache.num_blocks,
         "device": executor.device,
         "versions": versions(),
         "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
@@ -207,7 +212,7 @@ def _num_microbatches(args: argparse.Namespace, replica: Replica) -> int:
     assert replica.engine is not None
     if args.mode == "latency":
         return 1
-    num_cached = replica.executor.num_kv_blocks * replica.options.block_size // (args.input_len + args.output_len)
+    num_cached = replica.executor.cache.num_blocks * replica.options.block_size // (args.input_len + args.output_len)
     num_seqs = min(args.num_prompts, replica.options.max_num_seqs, max(num_cached, 1))
     return replica.engine.scheduler.num_microbatches(num_seqs)
 
@@ -216,10 +221,6 @@ def _step_seconds(run: Measurement) -> list[float]:
     import numpy as np
 
     return [float(value) for value in np.diff(run.step_ends, prepend=0.0)]
-
-
-def _engine_name(executor: object) -> str:
-    return type(executor).__name__.removesuffix("Executor").lower()
 
 
 def _write(report: dict[str, Any], args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import (
@@ -16,6 +17,8 @@ from phalanx.launch.arguments import (
     engine_options,
     run_command,
 )
+from phalanx.launch.sampling_arguments import add_sampling_arguments, given_fields, sampling_params
+from phalanx.runtime.sampling.rules import MAX_INT32, TokenIds
 
 if TYPE_CHECKING:
     from phalanx.runtime.llm import Prompt
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DEFAULT_MAX_TOKENS = 64
+DEFAULTS = MappingProxyType({"max_tokens": 64, "temperature": 0.0})
+"""Of this command, where they are not those of `SamplingParams`."""
 
 
 def build_parser() -> CommandParser:
@@ -34,16 +38,7 @@ def build_parser() -> CommandParser:
     prompts.add_argument("--prompt-token-ids", action="append", default=[], metavar="1,2,3", help="repeatable")
     prompts.add_argument("--input-file", type=Path, metavar="FILE.jsonl",
                          help='lines of {"prompt": ...} or {"prompt_token_ids": [...]} and any sampling field')  # fmt: skip
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    sampling.add_argument("--logprobs", type=int, metavar="K", help="alternatives to report per generated token")
-    sampling.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for prompt tokens")
-    sampling.add_argument("--ignore-eos", action="store_true", help="generate past the end token")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    add_sampling_arguments(parser, DEFAULTS)
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", help="print text as it is generated")
     output.add_argument("--json", action="store_true", help="one JSON object per prompt, in input order")
@@ -74,20 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[SamplingParams]]:
     from phalanx.parallel.errors import RequestError
 
-    fields = {
-        name: getattr(args, name)
-        for name in (
-            "max_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "logprobs",
-            "prompt_logprobs",
-            "ignore_eos",
-        )
-    }
-    fields |= {"stop": tuple(args.stop), "seed": args.seed}
+    fields = {**given_fields(args), "seed": args.seed}
     given: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt]
     given += [{"prompt_token_ids": _parse_token_ids(text)} for text in args.prompt_token_ids]
     if args.input_file is not None:
@@ -98,7 +80,9 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Sampling
     params = []
     for place, entry in enumerate(given):
         prompts.append(_take_prompt(entry, place))
-        params.append(_sampling_params({**fields, **entry}, place))
+        params.append(
+            _sampling_params({**fields, **{name: value for name, value in entry.items() if value is not None}}, place)
+        )
     return prompts, params
 
 
@@ -137,23 +121,20 @@ def _take_prompt(entry: dict[str, Any], place: int) -> Prompt:
     text, token_ids = entry.pop("prompt", None), entry.pop("prompt_token_ids", None)
     if isinstance(text, str) and token_ids is None:
         return text
-    if text is None and isinstance(token_ids, list) and all(type(item) is int for item in token_ids):
-        return token_ids
-    raise RequestError(f'prompt {place}: give either "prompt" (a text) or "prompt_token_ids" (a list of numbers)')
+    if text is not None or not isinstance(token_ids, list):
+        raise RequestError(f'prompt {place}: give either "prompt" (a text) or "prompt_token_ids" (a list of numbers)')
+    try:
+        return TokenIds(most=MAX_INT32).check("prompt_token_ids", token_ids)
+    except RequestError as error:
+        raise RequestError(f"prompt {place}: {error}") from None
 
 
 def _sampling_params(fields: dict[str, Any], place: int) -> SamplingParams:
     from phalanx.parallel.errors import RequestError
-    from phalanx.runtime.request import SamplingParams
 
-    unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        raise RequestError(
-            f"prompt {place}: unknown field {unknown[0]!r}; known: {', '.join(SamplingParams.__dataclass_fields__)}"
-        )
     try:
-        return SamplingParams(**fields)
-    except (RequestError, TypeError) as error:
+        return sampling_params(fields, DEFAULTS)
+    except RequestError as error:
         raise RequestError(f"prompt {place}: {error}") from None
 
 

@@ -102,19 +102,14 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def _options(args: argparse.Namespace, config: ModelConfig) -> EngineConfig:
     """The flags as the engine would take them, with the model's own longest sequence filled in."""
-    from phalanx.parallel.errors import ConfigError
     from phalanx.parallel.topology import Layout
     from phalanx.runtime.config import EngineConfig
+    from phalanx.runtime.executors.sizes import longest_requested
 
-    if (args.max_model_len or 0) > config.max_positions:
-        raise ConfigError(
-            f"--max-model-len={args.max_model_len} is beyond the {config.max_positions} positions of "
-            f"{config.architecture}; use at most {config.max_positions}"
-        )
     return EngineConfig(
         layout=Layout(args.tp, args.pp, args.dp),
         dtype=args.dtype,
-        max_model_len=config.max_positions if args.max_model_len is None else args.max_model_len,
+        max_model_len=longest_requested(config, args.max_model_len),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,

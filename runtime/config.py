@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
@@ -42,6 +42,7 @@ class RopeConfig:
         low_freq_factor, high_freq_factor: Llama 3's band limits.
         original_max_positions: training length before stretching.
         beta_fast, beta_slow: YaRN's band limits in rotations.
+        truncate: round YaRN's band limits outwards to whole dimensions.
         attention_factor: multiplies cosines and sines (YaRN); 1 otherwise.
     """
 
@@ -55,6 +56,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,25 @@ class ModelConfig:
     dtype: ComputeDType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def scaled_positions(self) -> int:
+        """Most positions that ``--max-model-len`` may ask for: what rope scaling stretches the trained length to, as in vLLM."""
+        rope = self.rope
+        if rope is None or rope.scaling not in ("linear", "yarn"):
+            return self.max_positions
+        return max(self.max_positions, int(rope.original_max_positions * rope.factor))
+
+    @property
+    def default_positions(self) -> int:
+        """Longest sequence without ``--max-model-len``.
+
+        YaRN names the trained length, so one that ``max_positions`` repeats is known to be unscaled. With linear scaling some
+        checkpoints give the length before and some after scaling: only the operator can tell.
+        """
+        rope = self.rope
+        unscaled = rope is not None and rope.scaling == "yarn" and rope.original_max_positions >= self.max_positions
+        return self.scaled_positions if unscaled else self.max_positions
 
     def compute_dtype(self, requested: DTypeName) -> ComputeDType:
         """What was asked for; for ``auto`` the checkpoint's own."""
@@ -124,7 +145,7 @@ class EngineConfig:
         trace: record a timeline of the last steps (cuda; they then run without graphs).
 
     Raises:
-        ConfigError: a size is below its minimum.
+        ConfigError: the engine is unknown, or a size is below its minimum.
     """
 
     layout: Layout = Layout()
@@ -144,6 +165,8 @@ class EngineConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineName):
+            raise ConfigError(f"engine={self.engine!r} is unknown; use one of {', '.join(get_args(EngineName))}")
         minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:

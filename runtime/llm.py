@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,26 +14,18 @@ import msgspec
 import numpy as np
 
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import CapacityError, RequestError
+from phalanx.parallel.errors import ExecutorError, RequestError
 from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
-from phalanx.runtime.engine import Engine, follow
-from phalanx.runtime.executors.factory import with_default_sizes
+from phalanx.runtime.engine import follow
+from phalanx.runtime.executors.registry import with_default_sizes
+from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
 from phalanx.runtime.replica import build_replica, phase
-from phalanx.runtime.request import FinishReason, Logprob, Request, RequestOutput, SamplingParams, TokenDelta
-from phalanx.runtime.text import TextStream, Tokenizer
+from phalanx.runtime.request import RequestOutput, SamplingParams
+from phalanx.runtime.text import Tokenizer
 
 __all__ = ["LLM", "Progress", "Prompt"]
-
-Prompt = str | Sequence[int]
-"""Text, or token ids as they are."""
-
-_LARGEST_TOKEN_ID = 2**31 - 1
-"""What a step's arrays hold; the scheduler knows the vocabulary's own, smaller limit."""
-
-Progress = Callable[[int, TokenDelta, str], None]
-"""Called on the leader as tokens arrive: index of the request, what was added, its text."""
 
 
 class LLM:
@@ -68,6 +61,8 @@ class LLM:
         self._replica = build_replica(None if model is None else Path(model), config, world)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)
         self._closed = False
+        self._failure: str | None = None
+        self._ids = map(str, itertools.count())
 
     @property
     def max_model_len(self) -> int:
@@ -97,10 +92,11 @@ class LLM:
         """Continue every prompt; results in input order, on every rank. *Collective.*
 
         Raises:
-            RequestError: a prompt or its parameters cannot run here; nothing is lost of the others' results if you call `run`.
+            RequestError: a prompt or its parameters cannot run here. `run` returns the other prompts' results.
+            ExecutorError: an earlier call broke the engine; make a new LLM.
         """
-        listed = _as_list(prompts)
-        params = _one_for_each(sampling_params, len(listed))
+        listed = as_prompts(prompts)
+        params = one_for_each(sampling_params, len(listed), SamplingParams())
         outputs = self.run(listed, params)
         refused = next((output for output in outputs if output.finish_reason == "error"), None)
         if refused is not None:
@@ -110,19 +106,37 @@ class LLM:
     def run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress | None = None
     ) -> list[RequestOutput]:
-        """Like `generate`, but a prompt that cannot run ends with ``finish_reason="error"`` instead. *Collective.*"""
-        replica = self._replica
-        mine = range(replica.topology.replica, len(prompts), replica.options.layout.dp)
-        finished: list[RequestOutput] = []
-        if replica.engine is not None:
-            with phase("generating"):
-                run = _Run(replica.engine, self.tokenizer, progress)
-                finished = run([(index, prompts[index], params[index]) for index in mine])
-            replica.engine.release()
-        else:
-            with phase("executing steps"):
+        """Like `generate`, but a prompt that cannot run ends with ``finish_reason="error"`` instead. *Collective.*
+
+        Ctrl-C on a leader, or an exception of ``progress``, ends the call on every rank. The LLM can be used again.
+
+        Raises:
+            ExecutorError: an earlier call broke the engine, or another replica's leader ended this call.
+        """
+        if self._failure is not None:
+            raise ExecutorError(f"this LLM cannot be used any more, since {self._failure}; make a new one")
+        replica, outcome = self._replica, _Outcome()
+        interruption: BaseException | None = None
+        if replica.engine is None:
+            with self._unusable_after_failure(), phase("executing steps"):
                 follow(replica.control, replica.executor)
-        return self._share(finished, len(prompts))
+        else:
+            mine = range(replica.topology.replica, len(prompts), replica.options.layout.dp)
+            run = OfflineRun(replica.engine, self.tokenizer, self._ids, progress)
+            try:
+                with phase("generating"):
+                    outcome.outputs = run((index, prompts[index], params[index]) for index in mine)
+            except BaseException as error:
+                if run.engine_failed:
+                    self._failure = _described(error)
+                    raise
+                interruption, outcome.error = error, _described(error)
+            replica.engine.release()
+        with self._unusable_after_failure():
+            outcomes = self._share(outcome)
+        if interruption is not None:
+            raise interruption
+        return _all_outputs(outcomes, len(prompts))
 
     def close(self) -> None:
         """Release the executor and the groups. *Collective.*"""
@@ -139,148 +153,44 @@ class LLM:
         if error is None:
             self.close()
 
-    def _share(self, finished: list[RequestOutput], count: int) -> list[RequestOutput]:
-        """Give every rank the results of every replica's leader. *Collective.*"""
+    @contextmanager
+    def _unusable_after_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._failure = _described(error)
+            raise
+
+    def _share(self, outcome: _Outcome) -> list[_Outcome]:
+        """Give every rank the outcome of every replica's leader. *Collective.*"""
         world, layout = self._replica.world, self._replica.options.layout
         if world.size == 1:
-            return sorted(finished, key=lambda output: output.index)
-        outputs: list[RequestOutput] = []
+            return [outcome]
+        outcomes: list[_Outcome] = []
         for leader in range(0, world.size, layout.tp * layout.pp):
-            encoded = msgspec.msgpack.encode(finished) if world.rank == leader else b""
+            encoded = msgspec.msgpack.encode(outcome) if world.rank == leader else b""
             size = world.broadcast(np.array([len(encoded)], np.int64), leader)
             data = np.frombuffer(encoded, np.uint8).copy() if world.rank == leader else np.empty(size[0], np.uint8)
-            outputs += msgspec.msgpack.decode(world.broadcast(data, leader).tobytes(), type=list[RequestOutput])
-        assert len(outputs) == count, (len(outputs), count)
-        return sorted(outputs, key=lambda output: output.index)
+            outcomes.append(msgspec.msgpack.decode(world.broadcast(data, leader).tobytes(), type=_Outcome))
+        return outcomes
 
 
 @dataclass(slots=True)
-class _Growing:
-    """One request while it runs."""
+class _Outcome:
+    """What a leader has to tell after a call: results, or why it ended early."""
 
-    index: int
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    stream: TextStream | None
-    token_ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    prompt_logprobs: tuple[Logprob | None, ...] | None = None
-    num_cached_tokens: int = 0
-
-    def take(self, delta: TokenDelta) -> tuple[str, str | None]:
-        """Add what a step brought; returns the new text and the stop text that it completed, if any."""
-        self.num_cached_tokens = delta.num_cached_tokens or self.num_cached_tokens
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = delta.prompt_logprobs
-        count, text, stop = len(delta.token_ids), "", None
-        if self.stream is not None:
-            visible = delta.token_ids[:-1] if delta.ends_with_stop_token(self.params) else delta.token_ids
-            piece = self.stream.push(visible)
-            text, stop = piece.text, piece.stop
-            if stop is not None:
-                count = piece.num_tokens
-            elif delta.finish_reason is not None:
-                text += self.stream.finish()
-        self.token_ids += delta.token_ids[:count]
-        self.logprobs += delta.logprobs[:count]
-        self.text.append(text)
-        return text, stop
-
-    def finish(self, reason: FinishReason, stop_reason: int | str | None, error: str | None) -> RequestOutput:
-        """The final result."""
-        return RequestOutput(
-            index=self.index,
-            prompt_token_ids=self.prompt_token_ids,
-            token_ids=tuple(self.token_ids),
-            text=None if self.stream is None else "".join(self.text),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached_tokens,
-            error=error,
-        )
+    outputs: list[RequestOutput] = field(default_factory=list)
+    error: str | None = None
 
 
-class _Run:
-    """One call of `LLM.run` on a leader: all requests in, all results out."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, progress: Progress | None) -> None:
-        self._engine, self._tokenizer, self._progress = engine, tokenizer, progress
-        self._growing: dict[str, _Growing] = {}
-        self._finished: list[RequestOutput] = []
-
-    def __call__(self, work: list[tuple[int, Prompt, SamplingParams]]) -> list[RequestOutput]:
-        for index, prompt, params in work:
-            self._submit(index, prompt, params)
-        while self._growing:
-            for delta in self._engine.step():
-                self._take(delta)
-        return self._finished
-
-    def _submit(self, index: int, prompt: Prompt, params: SamplingParams) -> None:
-        growing = _Growing(index, (), params, None)
-        try:
-            growing.prompt_token_ids = self._encode(prompt)
-            self._check_stop(params)
-            # The scheduler checks the token ids, so it comes before the tokenizer.
-            self._engine.submit(Request(str(index), growing.prompt_token_ids, params))
-        except (RequestError, CapacityError) as error:
-            self._finished.append(growing.finish("error", None, str(error)))
-            return
-        growing.stream = self._stream(growing.prompt_token_ids, params)
-        self._growing[str(index)] = growing
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            token_ids = tuple(map(int, prompt))
-            if too_large := [token for token in token_ids if abs(token) > _LARGEST_TOKEN_ID]:
-                raise RequestError(
-                    f"prompt token {too_large[0]} is no token id; use numbers below the vocabulary's size"
-                )
-            return token_ids
-        if self._tokenizer is None:
-            raise RequestError("the checkpoint has no tokenizer.json, so text cannot be read; give token ids", "prompt")
-        return self._tokenizer.encode(prompt)
-
-    def _check_stop(self, params: SamplingParams) -> None:
-        if self._tokenizer is None and params.stop:
-            raise RequestError("stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop")
-
-    def _stream(self, prompt_token_ids: tuple[int, ...], params: SamplingParams) -> TextStream | None:
-        if self._tokenizer is None:
-            return None
-        return self._tokenizer.text_stream(
-            prompt_token_ids, stop=params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens,
-            skip_special_tokens=params.skip_special_tokens,
-        )  # fmt: skip
-
-    def _take(self, delta: TokenDelta) -> None:
-        growing = self._growing.get(delta.request_id)
-        if growing is None:  # ended by a stop text while a step was in flight
-            return
-        text, stop = growing.take(delta)
-        reason = "stop" if stop is not None else delta.finish_reason
-        if self._progress is not None:
-            self._progress(growing.index, dataclasses.replace(delta, finish_reason=reason), text)
-        if reason is None:
-            return
-        del self._growing[delta.request_id]
-        if stop is not None and delta.finish_reason is None:
-            self._engine.cancel(delta.request_id)
-        self._finished.append(growing.finish(reason, delta.stop_reason if stop is None else stop, delta.error))
+def _all_outputs(outcomes: Sequence[_Outcome], count: int) -> list[RequestOutput]:
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if errors:
+        raise ExecutorError(f"another rank ended this call ({errors[0]}); the LLM can be used again")
+    outputs = [output for outcome in outcomes for output in outcome.outputs]
+    assert len(outputs) == count, (len(outputs), count)
+    return sorted(outputs, key=lambda output: output.index)
 
 
-def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One prompt, or many: a sequence of numbers is one prompt."""
-    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    return [listed] if listed and all(isinstance(item, (int, np.integer)) for item in listed) else listed
-
-
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one, or one for each")
-    return list(params)
+def _described(error: BaseException) -> str:
+    return f"a call ended with {type(error).__name__}: {error}".rstrip(": ")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from phalanx.parallel.communicator import Communicator
@@ -15,9 +14,10 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.engine import Engine
-from phalanx.runtime.executors.base import Executor
-from phalanx.runtime.executors.factory import create_executor
+from phalanx.runtime.executors.base import CacheSize, Executor
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.registry import create_executor
+from phalanx.runtime.generation_config import GenerationConfig
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
@@ -27,10 +27,11 @@ __all__ = ["Replica", "build_replica", "phase"]
 
 @dataclass(slots=True)
 class Replica:
-    """What one rank holds. ``engine`` is None on every rank but the leader."""
+    """What one rank holds. ``engine`` is None on every rank but the leader; ``generation`` has the model's sampling defaults."""
 
     checkpoint: Checkpoint
     config: ModelConfig
+    generation: GenerationConfig
     options: EngineConfig
     topology: Topology
     world: Communicator
@@ -57,7 +58,8 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
     with phase("opening the checkpoint"):
         checkpoint = open_checkpoint(model, options.load_format, options.seed)
         family = find_model(checkpoint.config)
-        config = _with_generation_config(family.read_config(checkpoint.config), checkpoint.generation_config)
+        generation = GenerationConfig.read(checkpoint.generation_config)
+        config = _with_token_ids(family.read_config(checkpoint.config), generation)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
     with phase("loading weights"):
@@ -73,16 +75,16 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
                 max_queued_requests=options.max_queued_requests,
                 vocab_size=config.vocab_size,
                 eos_token_ids=config.eos_token_ids,
-                num_microbatches=executor.depth - executor.lookahead,
+                num_microbatches=executor.num_microbatches,
                 lookahead=executor.lookahead,
                 seed=options.seed + topology.replica,
                 step_times=executor.step_times,
             ),
-            _planner(executor, options, max_model_len),
+            _planner(executor.cache, options, max_model_len),
         )
         engine = Engine(scheduler, executor, control)
     return Replica(
-        checkpoint, config, options, topology, world, group, executor, control, max_model_len, engine
+        checkpoint, config, generation, options, topology, world, group, executor, control, max_model_len, engine
     )  # fmt: skip
 
 
@@ -96,17 +98,18 @@ def phase(name: str) -> Iterator[None]:
         raise
 
 
-def _planner(executor: Executor, options: EngineConfig, max_model_len: int) -> CachePlanner:
-    if options.engine == "tensorrt":
-        return SlotPlanner(executor.num_kv_blocks, max_model_len)
+def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> CachePlanner:
+    if cache.kind == "slots":
+        return SlotPlanner(cache.num_blocks, max_model_len)
     return BlockPlanner(
-        executor.num_kv_blocks, options.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
+        cache.num_blocks, cache.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
+    )  # fmt: skip
+
+
+def _with_token_ids(config: ModelConfig, generation: GenerationConfig) -> ModelConfig:
+    """The special tokens of ``generation_config.json`` replace those of ``config.json``."""
+    return dataclasses.replace(
+        config,
+        bos_token_id=config.bos_token_id if generation.bos_token_id is None else generation.bos_token_id,
+        eos_token_ids=generation.eos_token_ids or config.eos_token_ids,
     )
-
-
-def _with_generation_config(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:
-    """``generation_config.json`` names the end tokens where it has any."""
-    eos = generation.get("eos_token_id")
-    if eos is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),))

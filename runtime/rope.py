@@ -52,8 +52,11 @@ def _yarn(frequencies: Float64Array, rope: RopeConfig) -> Float64Array:
         turns = rope.original_max_positions / (rotations * 2 * math.pi)
         return rope.rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dimension(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension(rope.beta_slow)), rope.rotary_dim - 1)
-    ramp = (np.arange(rope.rotary_dim // 2) - low) / max(high - low, 0.001)
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    # A band of no width is a step; transformers widens it by the same amount.
+    ramp = (np.arange(rope.rotary_dim // 2, dtype=np.float64) - low) / (high - low if high != low else 0.001)
     stretch = np.clip(ramp, 0.0, 1.0)
     return frequencies * (1 - stretch + stretch / rope.factor)

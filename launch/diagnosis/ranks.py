@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RankReport", "collective_checks", "engine_checks", "gather_reports", "join_ranks", "merge", "world_checks"]
 
-_ALWAYS = ("Python", "packages", "ranks")
-_DEVICES = ("versions", "GPUs", "GPU mapping", "compute capability", "NCCL", "NCCL all-reduce")
-ENGINES = {
-    "numpy": _ALWAYS,
-    "cuda": (*_ALWAYS, *_DEVICES, "kernel compiler", "kernels", "cuBLASLt"),
-    "tensorrt": (*_ALWAYS, *_DEVICES, "TensorRT"),
-}
-"""What each engine needs to be in order, as far as it was looked at: one rank has no NCCL check."""
-
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
@@ -188,7 +179,11 @@ def merge(reports: Sequence[RankReport]) -> list[Check]:
 
 def engine_checks(checks: Sequence[Check]) -> list[Check]:
     """For each engine, whether everything that it needs works."""
-    return [_engine(engine, [check for check in checks if check.name in needs]) for engine, needs in ENGINES.items()]
+    from phalanx.runtime.executors.registry import ENGINES
+
+    return [
+        _engine(engine, [check for check in checks if check.name in entry.checks]) for engine, entry in ENGINES.items()
+    ]
 
 
 def _engine(engine: str, needed: Sequence[Check]) -> Check:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
+from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["Capabilities", "Executor"]
+__all__ = ["CacheSize", "Capabilities", "Executor", "Traced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,26 @@ class Capabilities:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """An executor's key/value cache, as far as its planner needs to know it; the same on every rank.
+
+    Attributes:
+        kind: ``paged``: sequences hold blocks in any order; ``slots``: each holds one block for its whole length.
+        block_size: tokens in a block.
+    """
+
+    kind: Literal["paged", "slots"]
+    num_blocks: int
+    block_size: int
+
+
 class Executor(Protocol):
     """Computes steps on one rank. All ranks of a replica call `execute` with the same plans in the same order."""
 
     @property
-    def num_kv_blocks(self) -> int:
-        """Blocks of the key/value cache; the same number on every rank."""
+    def cache(self) -> CacheSize:
+        """The key/value cache."""
         ...
 
     @property
@@ -78,6 +94,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_microbatches(self) -> int:
+        """Groups of sequences that take turns, so that every pipeline stage has one to compute."""
+        ...
+
+    @property
     def step_times(self) -> StepTimes | None:
         """What decoding steps take, by which the leader chooses micro-batches; None = not measured."""
         ...
@@ -96,4 +117,17 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Finish what is in flight and release memory. *Collective over the replica.*"""
+        ...
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """An executor that can record a timeline."""
+
+    def write_trace(self, path: Path, comm: Communicator) -> None:
+        """Write the timeline of the last steps of all ranks of ``comm``. *Collective.*
+
+        Raises:
+            ConfigError: the engine was not told to record one.
+        """
         ...

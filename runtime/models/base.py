@@ -9,6 +9,7 @@ from typing import Any
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.models.hf_config import ConfigReader
 
 __all__ = ["Model", "feed_forward_shard", "head_shard", "kv_head_shard", "vocabulary_shard"]
 
@@ -22,12 +23,16 @@ class Model:
     executor hands over ``x + residual``. Weight functions take the same arguments less the tensors.
 
     Attributes:
-        read_config: from the parsed ``config.json``; refuses features that the family's functions do not have.
+        architecture: the name that ``architectures`` in ``config.json`` gives the family.
+        read_fields: make a `ModelConfig` from the fields of ``config.json``; every key that matters is read from the reader, or
+            it is refused.
+        model_type: the family's ``model_type``, by which it is found where ``architectures`` is missing.
+        other_names: further spellings of ``architecture``, e.g. the base model without LM head.
         ignored_tensors: regular expressions (full match) of checkpoint tensors that carry no information here.
     """
 
     architecture: str
-    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    read_fields: Callable[[ConfigReader], ModelConfig]
     embed: Callable[..., Any]
     block: Callable[..., Any]
     head: Callable[..., Any]
@@ -35,6 +40,19 @@ class Model:
     block_weights: Callable[[ModelConfig, int], list[WeightSpec]]
     head_weights: Callable[[ModelConfig], list[WeightSpec]]
     ignored_tensors: tuple[str, ...] = ()
+    model_type: str = ""
+    other_names: tuple[str, ...] = ()
+
+    def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read a parsed ``config.json``.
+
+        Raises:
+            ConfigError: a field is missing, malformed or out of range, or asks for something that the family does not have.
+        """
+        reader = ConfigReader(raw)
+        config = self.read_fields(reader)
+        reader.finish(self.architecture)
+        return config
 
     def weights(
         self, config: ModelConfig, layers: range | None = None, first: bool = True, last: bool = True

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.config import Activation, ModelConfig
 from phalanx.runtime.models import llama
 from phalanx.runtime.models.base import Model
 from phalanx.runtime.models.hf_config import ConfigReader
@@ -14,9 +11,8 @@ from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 __all__ = ["GEMMA"]
 
 
-def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+def read_fields(reader: ConfigReader) -> ModelConfig:
     """Read ``config.json`` of a ``GemmaForCausalLM``."""
-    reader = ConfigReader(raw)
     head_dim = reader.integer("head_dim", 256)
     return ModelConfig(
         architecture="GemmaForCausalLM",
@@ -29,14 +25,21 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=reader.integer("intermediate_size"),
         max_positions=reader.integer("max_position_embeddings", 8192),
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        # Early checkpoints say "gelu" in hidden_act and were trained with its tanh form; hidden_activation overrides.
-        activation=reader.activation("hidden_activation", "gelu_pytorch_tanh"),
+        activation=_activation(reader),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", True),
         attention_bias=reader.flag("attention_bias", False),
         output_bias=reader.flag("attention_bias", False),
         **reader.common(),
     )
+
+
+def _activation(reader: ConfigReader) -> Activation:
+    """Early checkpoints say "gelu" in ``hidden_act`` and were trained with its tanh form, as ``hidden_activation`` says later."""
+    key = "hidden_activation" if reader.value("hidden_activation") is not None else "hidden_act"
+    activation = reader.activation(key, "gelu_pytorch_tanh")
+    reader.ignore("hidden_act")
+    return "gelu_tanh" if activation == "gelu" and key == "hidden_act" else activation
 
 
 def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
@@ -65,7 +68,9 @@ def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | No
 
 GEMMA = Model(
     architecture="GemmaForCausalLM",
-    read_config=read_config,
+    model_type="gemma",
+    other_names=("GemmaModel",),
+    read_fields=read_fields,
     embed=embed,
     block=block,
     head=head,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
@@ -15,23 +12,23 @@ from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 __all__ = ["GPT2"]
 
 
-def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+def read_fields(reader: ConfigReader) -> ModelConfig:
     """Read ``config.json`` of a ``GPT2LMHeadModel``."""
-    reader = ConfigReader(raw)
-    hidden_size, num_heads = reader.integer("n_embd"), reader.integer("n_head")
+    width, heads = reader.either("n_embd", "hidden_size"), reader.either("n_head", "num_attention_heads")
+    hidden_size, num_heads = reader.integer(width), reader.integer(heads)
     reader.refuse_unless("scale_attn_weights", True)
     reader.refuse_unless("scale_attn_by_inverse_layer_idx", False)
-    reader.refuse_unless("add_cross_attention", False)
+    reader.ignore("n_ctx", "reorder_and_upcast_attn")  # the length of a mask that early checkpoints store; rounding
     return ModelConfig(
         architecture="GPT2LMHeadModel",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=reader.integer("n_layer"),
+        num_layers=reader.integer(reader.either("n_layer", "num_hidden_layers")),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=reader.exact_quotient("n_embd", "n_head"),
+        head_dim=reader.exact_quotient(width, heads),
         intermediate_size=reader.integer("n_inner", 4 * hidden_size),
-        max_positions=reader.integer("n_positions", 1024),
+        max_positions=reader.integer(reader.either("n_positions", "max_position_embeddings"), 1024),
         norm_eps=reader.number("layer_norm_epsilon", 1e-5),
         activation=reader.activation("activation_function", "gelu_new"),
         rope=None,
@@ -134,7 +131,9 @@ def _qkv(config: ModelConfig, source: str, tail: tuple[int, ...]) -> tuple[Part,
 
 GPT2 = Model(
     architecture="GPT2LMHeadModel",
-    read_config=read_config,
+    model_type="gpt2",
+    other_names=("GPT2Model",),
+    read_fields=read_fields,
     embed=embed,
     block=block,
     head=head,

@@ -1,17 +1,22 @@
-"""Reading Hugging Face ``config.json`` values with one clear error each."""
+"""Reading Hugging Face ``config.json``: typed access with one clear error each, and nothing unread that could matter."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
+from phalanx.checkpoints.quantized import QUANTIZATION_KEYS, describe_quantization
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.config import Activation, RopeConfig
-from phalanx.runtime.config import DTypeName as _DTypeName
+from phalanx.runtime.config import Activation, ComputeDType, RopeConfig
+from phalanx.runtime.models.config_keys import FIXED_KEYS, asks_for_nothing, is_harmless
+from phalanx.runtime.models.rope_fields import ROPE_KEYS, RopeFields, read_rope
+from phalanx.runtime.token_fields import optional_token_id, shown, token_ids
 
 __all__ = ["ConfigReader"]
+
+FILE = "config.json"
+LARGEST_SIZE = 2**31 - 1
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -25,102 +30,160 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 
 
 class _Common(TypedDict):
-    dtype: Any
+    dtype: ComputeDType
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class ConfigReader:
-    """Typed access to one parsed ``config.json``. Every method raises `ConfigError` naming the field and its value."""
+    """Typed access to one parsed ``config.json``, which remembers what was read.
 
-    raw: Mapping[str, Any]
+    A family declares the keys that it honours by reading them, and those that mean nothing to it with `ignore`; `finish` refuses
+    the rest. Every method raises `ConfigError` naming the field and its value.
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number; absent or null means ``default``, which is required where the field is."""
-        value = self._get(name, default)
+    Attributes:
+        raw: the parsed file. Keys taken from here directly are not remembered: use `value`.
+        read_keys: keys that were asked for, whether the file has them or not.
+        ignored_keys: keys passed to `ignore`.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self.read_keys: set[str] = set()
+        self.ignored_keys: set[str] = set()
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return a field as it is; absent or null means ``default``."""
+        self.read_keys.add(name)
+        value = self.raw.get(name)
+        return default if value is None else value
+
+    def either(self, *names: str) -> str:
+        """Return whichever of several spellings of one field the file uses; the first where it uses none."""
+        self.read_keys.update(names)
+        present = [name for name in names if self.raw.get(name) is not None] or [names[0]]
+        for other in present[1:]:
+            if self.raw[other] != self.raw[present[0]]:
+                raise ConfigError(
+                    f"{present[0]}={self.raw[present[0]]!r} and {other}={self.raw[other]!r} in {FILE} are two spellings of "
+                    "one field and disagree; remove the wrong one"
+                )
+        return present[0]
+
+    def ignore(self, *names: str) -> None:
+        """Declare fields that do not change what this family computes."""
+        self.ignored_keys.update(names)
+
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """Return a whole number; absent or null means ``default``, without which the field is required."""
+        value = self._required(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={value!r} in config.json is not a whole number; the file is damaged")
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is not a whole number; the file is damaged")
+        if not minimum <= value <= LARGEST_SIZE:
+            limit = f"below {minimum}" if value < minimum else f"above {LARGEST_SIZE}"
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is {limit}; the file is damaged")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
-        return _number(name, self._get(name, default))
+        """Return a finite number; absent or null means ``default``, without which the field is required."""
+        value = self._required(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is not a finite number; the file is damaged")
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A boolean."""
-        value = self._get(name, default)
+        """Return a boolean."""
+        value = self.value(name, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r} in config.json is neither true nor false; the file is damaged")
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is neither true nor false; the file is damaged")
         return value
 
     def activation(self, name: str, default: str) -> Activation:
-        """An activation under any of its published names."""
-        value = self._get(name, default)
-        if value not in _ACTIVATIONS:
-            raise ConfigError(f"{name}={value!r} in config.json is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        """Return an activation function, given under any of its published names."""
+        value = self.value(name, default)
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is not supported; supported: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[value]
 
     def exact_quotient(self, numerator: str, denominator: str) -> int:
-        """One field divided by another, without rest."""
-        quotient, rest = divmod(self.integer(numerator), max(self.integer(denominator), 1))
+        """Return one field divided by another, which must divide exactly."""
+        quotient, rest = divmod(self.integer(numerator), self.integer(denominator))
         if rest:
             raise ConfigError(
-                f"{numerator}={self.integer(numerator)} in config.json is not a multiple of "
+                f"{numerator}={self.integer(numerator)} in {FILE} is not a multiple of "
                 f"{denominator}={self.integer(denominator)}; the file is damaged"
             )
         return quotient
 
+    def head_dim(self) -> int:
+        """Return ``head_dim``, or where it is absent ``hidden_size / num_attention_heads``, which must divide exactly."""
+        if self.value("head_dim") is None:
+            return self.exact_quotient("hidden_size", "num_attention_heads")
+        return self.integer("head_dim")
+
     def refuse_unless(self, name: str, expected: object) -> None:
-        """Refuse a model that needs a feature its family's functions do not have."""
-        value = self.raw.get(name, expected)
-        if value != expected:
-            raise ConfigError(f"{name}={value!r} in config.json is not supported; only {expected!r} is")
+        """Refuse a feature that the family's functions do not have; absent or null is ``expected``."""
+        value = self.value(name, expected)
+        if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+            raise ConfigError(f"{name}={shown(value)} in {FILE} is not supported; only {expected!r} is")
 
     def common(self) -> _Common:
-        """Fields that every family has: stored dtype and special tokens."""
-        dtype = str(self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32")
-        supported: tuple[_DTypeName, ...] = ("float32", "bfloat16", "float16")
-        if dtype not in supported:
-            raise ConfigError(f"dtype={dtype!r} in config.json is not supported; supported: {', '.join(supported)}")
-        eos = self.raw.get("eos_token_id")
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        return {"dtype": dtype, "bos_token_id": self.raw.get("bos_token_id"), "eos_token_ids": eos_ids}
+        """Return the fields that every family has: stored dtype and special tokens."""
+        new, old = self.value("dtype"), self.value("torch_dtype")
+        key, dtype = ("torch_dtype", old or "float32") if new is None else ("dtype", new)
+        supported: tuple[ComputeDType, ...] = get_args(ComputeDType)
+        name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+        if name not in supported:
+            raise ConfigError(f"{key}={shown(dtype)} in {FILE} is not supported; supported: {', '.join(supported)}")
+        return {
+            "dtype": name,
+            "bos_token_id": optional_token_id("bos_token_id", self.value("bos_token_id"), FILE),
+            "eos_token_ids": token_ids("eos_token_id", self.value("eos_token_id"), FILE),
+        }
 
-    def rope(self, head_dim: int) -> RopeConfig:
-        """Rotary parameters, in the layout of transformers 5 (``rope_parameters``) or earlier (``rope_scaling``)."""
-        fields = dict(self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {})
-        theta = _number("rope_theta", fields.get("rope_theta", self.raw.get("rope_theta", 10000.0)))
-        kind = fields.get("rope_type", fields.get("type", "default"))
-        rotary_dim = int(head_dim * _number("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0)))
-        base: dict[str, Any] = {"theta": theta, "rotary_dim": rotary_dim}
-        if kind == "default":
-            return RopeConfig(**base)
-        if kind not in ("linear", "llama3", "yarn"):
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        partial: float | None = None,
+        layer_type: str | None = None,
+        theta_key: str = "rope_theta",
+        partial_key: str = "partial_rotary_factor",
+    ) -> RopeConfig:
+        """Return the rotary parameters, from ``rope_scaling`` or ``rope_parameters`` and the keys next to them.
+
+        Args:
+            head_dim: size of a head.
+            theta: the family's default base.
+            partial: the family's default share of a head that is rotated; None for a family that always rotates all of it, which
+                refuses any other share.
+            layer_type: which entry applies where ``rope_parameters`` holds one for each kind of layer.
+            theta_key, partial_key: names of the two fields at the top level (GPT-NeoX: ``rotary_emb_base``, ``rotary_pct``).
+        """
+        self.read_keys.update(ROPE_KEYS)
+        fields = RopeFields(self.value(theta_key, theta), self.value(partial_key), partial, partial_key)
+        return read_rope(self.raw, head_dim, fields, layer_type)
+
+    def finish(self, architecture: str) -> None:
+        """Refuse every key that was never read, is not known to be harmless, and asks for something."""
+        if not self.read_keys & QUANTIZATION_KEYS and (quantization := describe_quantization(self.raw)) is not None:
             raise ConfigError(
-                f"rope_type={kind!r} in config.json is not supported; supported: default, linear, llama3, yarn"
+                f"{quantization}; {architecture} cannot be loaded from it: use the unquantised checkpoint"
             )
-        original = fields.get("original_max_position_embeddings", self.raw.get("max_position_embeddings", 2048))
-        scaled = {**base, "scaling": kind, "factor": _number("rope factor", fields.get("factor")),
-                  "original_max_positions": int(original)}  # fmt: skip
-        if kind == "llama3":
-            scaled |= {key: _number(key, fields.get(key)) for key in ("low_freq_factor", "high_freq_factor")}
-        if kind == "yarn":
-            scaled |= {key: _number(key, fields[key]) for key in ("beta_fast", "beta_slow") if fields.get(key)}
-            default = 0.1 * math.log(scaled["factor"]) + 1.0 if scaled["factor"] > 1 else 1.0
-            scaled["attention_factor"] = _number("attention_factor", fields.get("attention_factor") or default)
-        return RopeConfig(**scaled)
+        for key, value in self.raw.items():
+            if key in self.read_keys or key in self.ignored_keys or is_harmless(key):
+                continue
+            if FIXED_KEYS.get(key):
+                self.refuse_unless(key, FIXED_KEYS[key])
+            elif not asks_for_nothing(key, value):
+                raise ConfigError(
+                    f"{key}={shown(value)} in {FILE} is not supported for {architecture} and may change what it computes; "
+                    "if it does not, remove the key from the file"
+                )
 
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.raw.get(name)
+    def _required(self, name: str, default: Any) -> Any:
+        value = self.value(name, default)
         if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{name} is missing from config.json; the file is damaged or of another architecture")
+            raise ConfigError(f"{name} is missing from {FILE}; the file is damaged or of another architecture")
         return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} in config.json is not a finite number; the file is damaged")
-    return float(value)

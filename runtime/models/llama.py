@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, qkv_weight, vocabulary_shard
@@ -14,10 +11,9 @@ from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 __all__ = ["LLAMA", "block_weights"]
 
 
-def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+def read_fields(reader: ConfigReader) -> ModelConfig:
     """Read ``config.json`` of a ``LlamaForCausalLM``."""
-    reader = ConfigReader(raw)
-    head_dim = reader.integer("head_dim", reader.integer("hidden_size") // reader.integer("num_attention_heads"))
+    head_dim = reader.head_dim()
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=reader.integer("vocab_size"),
@@ -110,7 +106,9 @@ def head_weights(config: ModelConfig) -> list[WeightSpec]:
 
 LLAMA = Model(
     architecture="LlamaForCausalLM",
-    read_config=read_config,
+    model_type="llama",
+    other_names=("LLaMAForCausalLM", "LlamaModel"),
+    read_fields=read_fields,
     embed=embed,
     block=block,
     head=head,

@@ -11,6 +11,7 @@ from phalanx.runtime.models.base import Model
 from phalanx.runtime.models.gemma import GEMMA
 from phalanx.runtime.models.gpt2 import GPT2
 from phalanx.runtime.models.llama import LLAMA
+from phalanx.runtime.token_fields import shown
 
 __all__ = ["MODELS", "find_model"]
 
@@ -18,13 +19,25 @@ MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for mo
 
 
 def find_model(raw_config: Mapping[str, Any]) -> Model:
-    """The family that ``architectures`` of a parsed ``config.json`` names.
+    """Return the family that ``architectures`` of a parsed ``config.json`` names, or else ``model_type``.
 
     Raises:
-        ConfigError: it names none, or none that Phalanx has.
+        ConfigError: they name none, or none that Phalanx has.
     """
-    names = raw_config.get("architectures") or []
-    for name in names:
-        if name in MODELS:
-            return MODELS[name]
-    raise ConfigError(f"architectures={names} in config.json is not supported; supported: {', '.join(MODELS)}")
+    names = _architectures(raw_config)
+    model_type = raw_config.get("model_type")
+    for model in MODELS.values():
+        if any(name in (model.architecture, *model.other_names) for name in names):
+            return model
+        if not names and model_type == model.model_type:
+            return model
+    given = f"architectures={names}" if names else f"model_type={shown(model_type)}, without architectures,"
+    raise ConfigError(f"{given} in config.json is not supported; supported: {', '.join(MODELS)}")
+
+
+def _architectures(raw_config: Mapping[str, Any]) -> list[str]:
+    value = raw_config.get("architectures")
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"architectures={shown(value)} in config.json is not a list of names; the file is damaged")
+    return names

@@ -9,13 +9,11 @@ import numpy as np
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
+from phalanx.runtime.sampling.fields import device_values
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
 
 __all__ = ["admission_row", "make_sequence"]
-
-_MAX_END_TOKEN_IDS = 64
-"""Bounds the work per step, which compares each sampled token with each end token."""
 
 
 def make_sequence(request: Request, number: int, config: SchedulerConfig, cache: CachePlanner) -> Sequence:
@@ -39,16 +37,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
 
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
-    params = sequence.request.params
-    return (
-        seq_index,
-        params.temperature,
-        params.top_k if 0 < params.top_k < vocab_size else 0,
-        params.top_p,
-        params.min_p,
-        -1 if params.logprobs is None else params.logprobs,
-        sequence.seed,
-    )
+    return (seq_index, *device_values(sequence.request.params, vocab_size), sequence.seed)
 
 
 def _prompt_array(request: Request, vocab_size: int) -> Int32Array:
@@ -88,9 +77,6 @@ def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cac
 def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:
     own = request.params.stop_token_ids
     models = () if request.params.ignore_eos else config.eos_token_ids
-    most = _MAX_END_TOKEN_IDS - len(models)
-    if len(own) > most:
-        raise RequestError(f"stop_token_ids holds {len(own)} tokens; use at most {most}", "stop_token_ids")
     for token in own:
         if not 0 <= token < config.vocab_size:
             raise RequestError(

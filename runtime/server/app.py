@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from phalanx import __version__
 from phalanx.runtime.server.errors import ApiError, invalid
+from phalanx.runtime.server.gate import Gate
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.openai.chat import chat_job, render_messages
 from phalanx.runtime.server.openai.completions import completion_job
@@ -30,7 +31,6 @@ from phalanx.runtime.server.openai.protocol import (
     decode_body,
 )
 from phalanx.runtime.server.services import Services
-from phalanx.runtime.server.web.gate import Gate
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 
 __all__ = ["build_app"]

@@ -12,6 +12,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.runtime.sampling.fields import DEVICE_COLUMNS
+
 __all__ = ["ADMISSION", "PENDING_TOKEN", "BatchState", "StepPlan", "StepResult"]
 
 Int32Array = NDArray[np.int32]
@@ -20,17 +22,7 @@ Float32Array = NDArray[np.float32]
 PENDING_TOKEN = -1
 """In `StepPlan.token_ids`: the token that this sequence sampled last, which the leader has not seen yet."""
 
-ADMISSION = np.dtype(
-    [
-        ("seq_index", "<i4"),
-        ("temperature", "<f4"),
-        ("top_k", "<i4"),
-        ("top_p", "<f4"),
-        ("min_p", "<f4"),
-        ("num_logprobs", "<i4"),
-        ("seed", "<u8"),
-    ]
-)
+ADMISSION = np.dtype(list(DEVICE_COLUMNS))
 """Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; num_logprobs -1 = none, 0 = the chosen token only."""
 
 _ADMISSION_WORDS = ADMISSION.itemsize // 4

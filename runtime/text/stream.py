@@ -65,7 +65,7 @@ class TextStream:
                 return TextPiece("".join(pieces), stop, index + 1)
         return TextPiece("".join(pieces), None, len(token_ids))
 
-    def finish(self) -> str:
-        """The text still held back when a request ends without a stop text."""
+    def finish(self) -> TextPiece:
+        """Give out the text still held back when a request ends; the end of the text may complete a stop text."""
         text, stop = self._matcher.push(self._detokenizer.flush())
-        return text if stop is not None else text + self._matcher.flush()
+        return TextPiece(text if stop is not None else text + self._matcher.flush(), stop, 0)

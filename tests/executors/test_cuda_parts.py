@@ -226,8 +226,8 @@ def test_activations_return_to_the_pool_and_each_step_starts_at_the_same_address
 
 def test_the_cuda_engine_runs_more_sequences_at_once_unless_told_otherwise() -> None:
     from phalanx.runtime.config import GPU_MAX_NUM_SEQS, EngineConfig
-    from phalanx.runtime.executors.factory import with_default_sizes
+    from phalanx.runtime.executors.registry import with_default_sizes
 
     assert EngineConfig(**with_default_sizes({"engine": "cuda"})).max_num_seqs == GPU_MAX_NUM_SEQS
     assert EngineConfig(**with_default_sizes({"engine": "cuda", "max_num_seqs": 3})).max_num_seqs == 3
-    assert "max_num_seqs" not in with_default_sizes({"engine": "numpy"})
+    assert with_default_sizes({"engine": "numpy"})["max_num_seqs"] == EngineConfig().max_num_seqs

@@ -31,6 +31,8 @@ from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gated_gemv
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from phalanx.runtime.sampling.fields import SAMPLING_STRUCT, SamplingParams, device_values
+from phalanx.runtime.step import ADMISSION
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROTATED_BYTES = 256 << 20
@@ -147,10 +149,10 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
     tokens = cupy.empty(num_rows, np.int32)
 
     def parameters(temperature: float, top_k: int, top_p: float) -> sampling.RowParameters:
-        fill = lambda value, dtype: bench.integers(np.full(num_rows, value), dtype)  # noqa: E731
-        positions = bench.integers(np.arange(num_rows))
-        rules = (fill(top_k, np.int32), fill(top_p, np.float32), fill(0.0, np.float32))
-        return sampling.RowParameters(fill(temperature, np.float32), fill(7, np.uint64), positions, *rules)
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        records = np.array([(row, *device_values(params, vocab_size), 7) for row in range(num_rows)], ADMISSION)
+        words = bench.integers(records.view(np.int32).reshape(num_rows, -1))
+        return sampling.RowParameters(words, bench.integers(np.arange(num_rows)), SAMPLING_STRUCT)
 
     def local(rule: sampling.RowParameters) -> Callable[[int], None]:
         def call(index: int) -> None:

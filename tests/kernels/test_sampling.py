@@ -12,6 +12,8 @@ from phalanx.kernels.sampling import (
     sample_rows,
 )
 from phalanx.parallel.errors import ExecutorError
+from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
+from phalanx.runtime.step import ADMISSION
 
 from .devices import DTYPES
 
@@ -77,12 +79,12 @@ def expected_token(logits, temperature, top_k, top_p, min_p, seed, position):
 
 def parameters(device, rows):
     """Rows of (temperature, top_k, top_p, min_p, seed, position) as device arrays."""
-    temperature, top_k, top_p, min_p, seed, position = zip(*rows, strict=True)
-    put = device.put
-    return RowParameters(
-        put(np.array(temperature, np.float32)), put(np.array(seed, np.uint64)), put(np.array(position, np.int32)),
-        put(np.array(top_k, np.int32)), put(np.array(top_p, np.float32)), put(np.array(min_p, np.float32)),
-    )  # fmt: skip
+    records = np.zeros(len(rows), ADMISSION)
+    for name, values in zip(("temperature", "top_k", "top_p", "min_p", "seed"), zip(*rows, strict=True), strict=False):
+        records[name] = values
+    positions = np.array([row[-1] for row in rows], np.int32)
+    words = records.view(np.int32).reshape(len(rows), -1)
+    return RowParameters(device.put(words), device.put(positions), SAMPLING_STRUCT)
 
 
 def padded_parts(logits, num_parts, part_size):

@@ -6,6 +6,7 @@ from phalanx.kernels.step_update import StepArrays, plan_words
 from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, BatchState, StepPlan
 
 BLOCK_SIZE, SLOTS, BLOCKS_PER_SEQ, TOKENS = 4, 9, 6, 40
+ADMISSION_WORDS = ADMISSION.itemsize // 4
 
 
 def step_arrays(device) -> StepArrays:
@@ -15,6 +16,7 @@ def step_arrays(device) -> StepArrays:
         max_num_tokens=TOKENS,
         max_logit_rows=SLOTS + TOKENS,
         max_blocks_per_seq=BLOCKS_PER_SEQ,
+        admission_words=ADMISSION_WORDS,
     )
 
 
@@ -48,7 +50,7 @@ def mixed_plan() -> StepPlan:
 
 
 def load(device, arrays: StepArrays, plan: StepPlan) -> StepArrays:
-    words = np.zeros(plan_words(SLOTS, TOKENS), np.int32)
+    words = np.zeros(plan_words(SLOTS, TOKENS, ADMISSION_WORDS), np.int32)
     words[: len(plan.pack())] = plan.pack()
     import dataclasses
 
@@ -88,11 +90,10 @@ def test_rows_carry_their_slots_sampling_parameters(device):
     step_update.update(device.library, arrays, BLOCK_SIZE, TOKENS, 6)
     np.testing.assert_array_equal(device.get(arrays.row_seq_indices)[:6], [4, 0, 2, -1, -1, -1])
     np.testing.assert_array_equal(device.get(arrays.row_positions)[:6], [10, 1, 9, 0, 0, 0])
-    np.testing.assert_array_equal(device.get(arrays.row_temperatures)[:6], np.float32([2, 0, 0.5, 0, 0, 0]))
-    np.testing.assert_array_equal(device.get(arrays.row_top_ks)[[0, 2]], [0, 3])
-    np.testing.assert_array_equal(device.get(arrays.row_top_ps)[[0, 2]], np.float32([1, 0.25]))
-    np.testing.assert_array_equal(device.get(arrays.row_min_ps)[[0, 2]], np.float32([0, 0.125]))
-    np.testing.assert_array_equal(device.get(arrays.row_seeds)[:3], np.array([0, 0, 2**63 + 5], np.uint64))
+    records = np.ascontiguousarray(device.get(arrays.row_sampling)[:6]).view(ADMISSION)[:, 0]
+    np.testing.assert_array_equal(records["temperature"], np.float32([2, 0, 0.5, 0, 0, 0]))
+    np.testing.assert_array_equal(records[[0, 2]], plan.admissions[[1, 0]])
+    np.testing.assert_array_equal(records[[1, 3, 4, 5]], np.zeros(4, ADMISSION))
 
 
 def test_stored_tokens_reach_their_slots_and_prompt_rows_get_their_targets(device):
@@ -116,8 +117,9 @@ def test_more_sequences_than_threads_are_scanned_in_turns(device):
     arrays = StepArrays.allocate(
         lambda name, shape, dtype: device.put(np.zeros(shape, dtype)),
         max_num_seqs=count, max_num_tokens=4000, max_logit_rows=count, max_blocks_per_seq=2,
+        admission_words=ADMISSION_WORDS,
     )  # fmt: skip
-    words = np.zeros(plan_words(count, 4000), np.int32)
+    words = np.zeros(plan_words(count, 4000, ADMISSION_WORDS), np.int32)
     words[: len(plan.pack())] = plan.pack()
     arrays.plan[...] = device.put(words)
     step_update.update(device.library, arrays, BLOCK_SIZE, 4000, count)

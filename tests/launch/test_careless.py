@@ -254,8 +254,8 @@ class Faulty(NumpyExecutor):
             raise ZeroDivisionError("planted for a test")
         super().execute(plan)
 
-import phalanx.runtime.executors.factory as factory
-factory.NumpyExecutor = Faulty
+import phalanx.runtime.executors.numpy.build as build
+build.NumpyExecutor = Faulty
 run_command(generate.main, sys.argv[1:])
 """
 

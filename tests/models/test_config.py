@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from phalanx import LLM, SamplingParams
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.config import ModelConfig, RopeConfig
-from phalanx.runtime.models import find_model
+from phalanx.runtime.generation_config import GenerationConfig
+from phalanx.runtime.models import MODELS, Model, find_model
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 LLAMA: dict[str, Any] = {
@@ -52,7 +53,10 @@ def test_llama_1_defaults() -> None:
     ("changes", "words"),
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "supported: LlamaForCausalLM"]),
-        ({"architectures": ...}, ["architectures=[]"]),
+        ({"architectures": ..., "model_type": "mamba"}, ["model_type='mamba'", "supported: LlamaForCausalLM"]),
+        ({"architectures": ...}, ["model_type=None", "architectures"]),
+        ({"architectures": 3}, ["architectures=3", "list of names"]),
+        ({"architectures": [["LlamaForCausalLM"]]}, ["architectures=", "list of names"]),
         ({"hidden_size": ...}, ["hidden_size", "missing"]),
         ({"hidden_size": "4096"}, ["hidden_size='4096'", "whole number"]),
         ({"hidden_size": True}, ["hidden_size=True", "whole number"]),
@@ -60,9 +64,14 @@ def test_llama_1_defaults() -> None:
         ({"num_key_value_heads": 5}, ["num_heads=32", "num_kv_heads=5"]),
         ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "finite"]),
         ({"hidden_act": "mish"}, ["hidden_act='mish'", "supported: silu"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "supported: default"]),
-        ({"rope_scaling": {"type": "linear"}}, ["rope factor=None", "finite"]),
-        ({"torch_dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0", "below 1"]),
+        ({"num_attention_heads": 10**20}, ["num_attention_heads=1000", "above"]),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=4096", "multiple"]),
+        ({"head_dim": 0}, ["head_dim=0", "below 1"]),
+        ({"hidden_act": ["silu"]}, ["hidden_act=", "supported: silu"]),
+        ({"torch_dtype": ["float16"]}, ["torch_dtype=", "bfloat16"]),
+        ({"bos_token_id": "1"}, ["bos_token_id='1'", "token id"]),
+        ({"torch_dtype": "int8"}, ["torch_dtype='int8'", "bfloat16"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings='yes'"]),
     ],
 )
@@ -70,6 +79,39 @@ def test_refusals_name_field_value_and_what_is_supported(changes: dict[str, Any]
     with pytest.raises(ConfigError) as error:
         read(**changes)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("eos", [[2, None], [[2]], ["x"], {}, 10**20, 2.5, True, -1, [2, -1], list(range(65))])
+def test_end_tokens_that_are_no_token_ids_are_refused(eos: Any) -> None:
+    with pytest.raises(ConfigError, match=r"eos_token_id.* in config\.json"):
+        read(eos_token_id=eos)
+    with pytest.raises(ConfigError, match=r"eos_token_id.* in generation_config\.json"):
+        GenerationConfig.read({"eos_token_id": eos})
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(None, ()), ([], ()), (0, (0,)), ([2, 2, 3], (2, 3)), ([7], (7,))])
+def test_end_tokens_may_be_one_several_or_none(eos: Any, ids: tuple[int, ...]) -> None:
+    assert read(eos_token_id=eos).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("spelling", ["bfloat16", "torch.bfloat16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_may_be_spelt_as_torch_prints_it(key: str, spelling: str) -> None:
+    assert read(**{"torch_dtype": ..., key: spelling}).dtype == "bfloat16"
+
+
+def test_dtype_takes_precedence_over_torch_dtype() -> None:
+    assert read(dtype="float16", torch_dtype="bfloat16").dtype == "float16"
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_family_is_found_by_every_published_name(model: Model) -> None:
+    assert model.model_type
+    assert find_model({"model_type": model.model_type}) is model
+    assert find_model({"model_type": model.model_type, "architectures": None}) is model
+    assert find_model({"model_type": model.model_type, "architectures": []}) is model
+    for name in (model.architecture, *model.other_names):
+        assert find_model({"architectures": [name]}) is model
 
 
 @pytest.mark.parametrize(("field", "value"), [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),

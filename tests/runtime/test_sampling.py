@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phalanx.runtime.sampling import gumbel_noise, log_softmax, philox, sample, top_logprobs
+from phalanx.runtime.sampling.reference import gumbel_noise, log_softmax, philox, sample, top_logprobs
 from phalanx.runtime.step import ADMISSION
 
 NUM_DRAWS = 4_000

@@ -15,7 +15,8 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, load_shard
-from phalanx.runtime.executors.tensorrt.executor import PassOutput, TrtExecutor, Wanted
+from phalanx.runtime.executors.tensorrt.engine_session import PassOutput, Wanted
+from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
 from phalanx.runtime.executors.tensorrt.graph import Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
 from phalanx.runtime.executors.tensorrt.network import (

@@ -14,7 +14,7 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.executors.rank_spec import RankSpec
-from phalanx.runtime.executors.tensorrt import loading as trt_loading
+from phalanx.runtime.executors.tensorrt import build as trt_build
 from phalanx.runtime.executors.tensorrt.builder import network_shape
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
@@ -33,7 +33,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         groups = spec.comm.split(topology.tp_group), spec.comm.split(topology.pp_group)
         return InterpretedSession(write_rank_network(path, topology, shape), topology, *groups), shape
 
-    monkeypatch.setattr(trt_loading, "open_session", open_session)
+    monkeypatch.setattr(trt_build, "open_session", open_session)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=["one-rank", "tp2pp2"])

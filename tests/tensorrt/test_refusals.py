@@ -16,12 +16,12 @@ from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
-from phalanx.runtime.executors.factory import choose_engine
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.registry import choose_engine
 from phalanx.runtime.executors.tensorrt import library as trt_adapter
+from phalanx.runtime.executors.tensorrt.build import create_trt_executor
 from phalanx.runtime.executors.tensorrt.builder import network_shape
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
-from phalanx.runtime.executors.tensorrt.executor import create_trt_executor
 from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
 from phalanx.runtime.executors.tensorrt.loading import check_sizes, find_engine
 from phalanx.runtime.executors.tensorrt.network import NetworkShape

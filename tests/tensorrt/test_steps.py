@@ -119,7 +119,7 @@ def test_results_are_the_numpy_executors(layout: Layout, tmp_path: Path) -> None
     def body(comm: Communicator) -> list[StepResult]:
         topology = Topology(layout, comm.rank)
         executor, _ = interpreted_executor(path, topology, SHAPE, comm)
-        assert (executor.num_kv_blocks, executor.depth, executor.lookahead) == (6, layout.pp, 0)
+        assert (executor.cache.num_blocks, executor.depth, executor.lookahead) == (6, layout.pp, 0)
         results = run(executor, steps, topology.is_leader)
         executor.close()
         return results

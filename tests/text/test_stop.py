@@ -90,7 +90,7 @@ def test_include_stop_shows_the_stop_text_itself() -> None:
 def test_finish_gives_what_was_held_back() -> None:
     tokenizer, text_stream = stream(("END",))
     assert text_stream.push(ids_of(tokenizer, "so EN")).text == "so "
-    assert text_stream.finish() == "EN"
+    assert text_stream.finish() == TextPiece("EN", None, 0)
 
 
 def test_a_stop_text_of_several_bytes_per_character() -> None:

@@ -33,8 +33,10 @@ from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda.weights import CudaSink
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.step import ADMISSION
 
 __all__ = ["create_cuda_executor", "select_device"]
 
@@ -46,8 +48,6 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
-    from phalanx.runtime.executors.factory import longest_sequence
-
     CAPABILITIES.check(spec.config, spec.dtype)
     limits = _step_limits(spec)
     device, stream = select_device()
@@ -120,8 +120,8 @@ def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) ->
 
 
 def _step_limits(spec: RankSpec) -> StepLimits:
-    options, positions = spec.options, spec.config.max_positions
-    longest = min(options.max_model_len or positions, positions)
+    options = spec.options
+    longest = longest_requested(spec.config, options.max_model_len)
     return StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
 
 
@@ -159,6 +159,7 @@ def _stage(
         max_num_tokens=limits.max_num_tokens,
         max_logit_rows=limits.max_logit_rows,
         max_blocks_per_seq=limits.blocks_per_seq,
+        admission_words=ADMISSION.itemsize // 4,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool)

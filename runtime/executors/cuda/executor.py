@@ -25,7 +25,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
@@ -34,6 +34,7 @@ from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
+from phalanx.runtime.sampling.fields import restricts_tokens
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
@@ -106,7 +107,7 @@ class CudaExecutor:
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
         self._in_flight: deque[StepBuffers] = deque()
         self._timeline = timeline
-        self.num_kv_blocks = num_kv_blocks
+        self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
         self.step_times: StepTimes | None = None
 
     @property
@@ -123,6 +124,11 @@ class CudaExecutor:
     def lookahead(self) -> int:
         """1 without pipeline stages: the device knows a sequence's last token before the host does."""
         return 1 if self.topology.layout.pp == 1 else 0
+
+    @property
+    def num_microbatches(self) -> int:
+        """One per pipeline stage, and in a pipeline one more, which hides the host."""
+        return self.depth - self.lookahead
 
     @property
     def device(self) -> str:
@@ -237,7 +243,6 @@ class CudaExecutor:
     def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
         limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
         sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
-        restricts = (sampling["top_k"] > 0) | (sampling["top_p"] < 1) | (sampling["min_p"] > 0)
         num_scored, num_top = plan.logprob_shape(self._state)
         num_logit_rows = num_sampled + num_prompt_rows
         if num_sampled and not num_prompt_rows:
@@ -246,7 +251,7 @@ class CudaExecutor:
             num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
             num_logit_rows=num_logit_rows,
             has_prefill=plan.num_decodes < plan.num_seqs,
-            filters=bool((restricts & (sampling["temperature"] > 0)).any()),
+            filters=bool(restricts_tokens(sampling).any()),
             num_top=num_top if num_scored else -1,
         )
 

@@ -13,6 +13,7 @@ from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.memory import GATHERED_ROWS
+from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 
 __all__ = ["CudaSampler"]
 
@@ -89,11 +90,4 @@ class CudaSampler:
 
     def _parameters(self, rows: range) -> RowParameters:
         arrays, some = self._arrays, slice(rows.start, rows.stop)
-        return RowParameters(
-            temperatures=arrays.row_temperatures[some],
-            seeds=arrays.row_seeds[some],
-            positions=arrays.row_positions[some],
-            top_ks=arrays.row_top_ks[some],
-            top_ps=arrays.row_top_ps[some],
-            min_ps=arrays.row_min_ps[some],
-        )
+        return RowParameters(arrays.row_sampling[some], arrays.row_positions[some], SAMPLING_STRUCT)

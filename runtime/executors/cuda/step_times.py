@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from phalanx.parallel.communicator import Communicator
-from phalanx.runtime.step import ADMISSION, StepPlan
+from phalanx.parallel.topology import Topology
+from phalanx.runtime.sampling.fields import SamplingParams, device_values
+from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 from phalanx.runtime.step.times import StepTimes
 
-if TYPE_CHECKING:
-    from phalanx.runtime.executors.cuda.executor import CudaExecutor
-
-__all__ = ["decoding_step", "measure_step_times", "measured_sizes"]
+__all__ = ["TimedExecutor", "decoding_step", "measure_step_times", "measured_sizes"]
 
 _ROUNDS = 2
 """The fastest counts: the very first step makes NCCL connect, and any may meet another process's work."""
+
+
+class TimedExecutor(Protocol):
+    """What is measured here: an executor that can replay its stage of a step."""
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's place."""
+        ...
+
+    def execute(self, plan: StepPlan) -> None:
+        """Start a step. *Collective over the replica.*"""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was not collected yet. Only on the leader."""
+        ...
+
+    def replay_seconds(self, num_seqs: int) -> float:
+        """Device time of this stage for the decoding step executed last. *Collective over the stage.*"""
+        ...
 
 
 def measured_sizes(max_num_seqs: int, num_stages: int) -> list[int]:
@@ -26,7 +46,7 @@ def measured_sizes(max_num_seqs: int, num_stages: int) -> list[int]:
     return [1 << exponent for exponent in range((largest - 1).bit_length() + 1)]
 
 
-def measure_step_times(executor: CudaExecutor, max_num_seqs: int, comm: Communicator) -> StepTimes:
+def measure_step_times(executor: TimedExecutor, max_num_seqs: int, comm: Communicator) -> StepTimes:
     """Time one step after the other, with nothing else in the pipe. *Collective over the replica.*
 
     The steps write to the first position of the first block only, which every sequence writes before it reads it.
@@ -41,11 +61,12 @@ def measure_step_times(executor: CudaExecutor, max_num_seqs: int, comm: Communic
 def decoding_step(num_seqs: int) -> StepPlan:
     """The first ``num_seqs`` sequences compute and sample a token each, greedily."""
     seq_indices, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
-    admissions = np.array([(index, 0.0, 0, 1.0, 0.0, -1, 0) for index in seq_indices.tolist()], ADMISSION)
+    greedy = device_values(SamplingParams(temperature=0.0), 1)
+    admissions = np.array([(index, *greedy, 0) for index in seq_indices.tolist()], ADMISSION)
     return StepPlan(0, seq_indices, zeros, ones, ones, zeros, admissions=admissions)
 
 
-def _latency(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:
+def _latency(executor: TimedExecutor, num_seqs: int, comm: Communicator) -> float:
     """Seconds from a step's start to its result on the leader's host; 0 on other ranks. *Collective.*"""
     plan = decoding_step(num_seqs)
     seconds = []
@@ -59,7 +80,7 @@ def _latency(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float
     return min(seconds, default=0.0)
 
 
-def _stage_time(executor: CudaExecutor, num_seqs: int, comm: Communicator) -> float:
+def _stage_time(executor: TimedExecutor, num_seqs: int, comm: Communicator) -> float:
     """Seconds of this rank's stage. *Collective.* Tensor-parallel peers start together: a sum waits for the last of them."""
     seconds = []
     for _ in range(_ROUNDS):

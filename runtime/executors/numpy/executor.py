@@ -13,13 +13,13 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.executors.base import Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
-from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
@@ -81,12 +81,7 @@ class NumpyExecutor:
         self._state = BatchState.empty(cache.max_num_seqs, cache.blocks_per_seq)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
-        self._num_blocks = cache.num_blocks
-
-    @property
-    def num_kv_blocks(self) -> int:
-        """Blocks of the key/value cache."""
-        return self._num_blocks
+        self.cache = CacheSize("paged", cache.num_blocks, cache.block_size)
 
     @property
     def device(self) -> str:
@@ -96,6 +91,11 @@ class NumpyExecutor:
     @property
     def depth(self) -> int:
         """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    @property
+    def num_microbatches(self) -> int:
+        """One per pipeline stage."""
         return self._topology.layout.pp
 
     def execute(self, plan: StepPlan) -> None:

@@ -21,6 +21,7 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import DTypeName, ModelConfig
+from phalanx.runtime.executors.sizes import longest_requested
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
@@ -81,12 +82,9 @@ def network_shape(
     Raises:
         ConfigError: longer sequences than the model has positions for, or a size below 1.
     """
-    if max_model_len is not None and max_model_len > config.max_positions:
-        raise ConfigError(
-            f"--max-model-len={max_model_len} is beyond the {config.max_positions} positions of {config.architecture}; "
-            f"use at most {config.max_positions}"
-        )
-    length = min(config.max_positions, _DEFAULT_LONGEST) if max_model_len is None else max_model_len
+    length = longest_requested(config, max_model_len)
+    if max_model_len is None:
+        length = min(length, _DEFAULT_LONGEST)
     return NetworkShape(config.compute_dtype(dtype), max_num_seqs, length, min(max_num_batched_tokens, length))
 
 

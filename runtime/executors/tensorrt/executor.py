@@ -2,30 +2,28 @@
 """The TensorRT executor: steps become passes through this rank's engine, which also finds the most probable tokens; where a
 request samples or wants log-probabilities, the host chooses from the logits.
 
-Where the engine runs is a `EngineSession`: `phalanx.runtime.executors.tensorrt.session` on a GPU, an interpreter of the network in
-the tests. Everything else of a step is here, and the same for both.
+An `EngineSession` runs the engine: `phalanx.runtime.executors.tensorrt.session` on a GPU, an interpreter of the network in the
+tests. Everything else of a step is here and the same for both.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import Capabilities, Executor
-from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.base import CacheSize, Capabilities
+from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
-from phalanx.runtime.sampling import log_softmax, sample, top_logprobs
+from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "EngineSession", "PassOutput", "TrtExecutor", "Wanted", "create_trt_executor"]
+__all__ = ["CAPABILITIES", "TrtExecutor"]
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
@@ -33,43 +31,6 @@ Int32Array = NDArray[np.int32]
 CAPABILITIES = Capabilities("tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False)
 
 _RESULT_TAG = 2
-
-
-Wanted = Literal["nothing", "tokens", "logits"]
-"""What a rank needs of a pass: greedy decoding needs a token a row, not a vocabulary a row."""
-
-
-@dataclass(frozen=True, slots=True)
-class PassOutput:
-    """A row for each of a pass's samples, then for each of its prompt rows; valid until the next pass.
-
-    Attributes:
-        token_ids: most probable token, -1 where a row's logits are not all finite.
-        logits: ``[n, V]``; None unless asked for.
-    """
-
-    token_ids: Int32Array
-    logits: Float32Array | None
-
-
-class EngineSession(Protocol):
-    """One rank's engine with its caches. All ranks of a replica run the same passes in the same order."""
-
-    @property
-    def device(self) -> str:
-        """What computes, in words."""
-        ...
-
-    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput | None:
-        """Compute a pass, taking hidden states from the previous stage and handing them to the next.
-
-        Waits for the device and returns something only if something is wanted. *Collective over the replica.*
-        """
-        ...
-
-    def close(self) -> None:
-        """Finish what is in flight and release memory. *Collective over the replica.*"""
-        ...
 
 
 class TrtExecutor:
@@ -86,16 +47,12 @@ class TrtExecutor:
 
     def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:
         self._session, self._shape, self._topology, self._pipeline = session, shape, topology, pipeline
+        self.cache = CacheSize("slots", shape.max_num_seqs, shape.max_model_len)
         self._translator = StepTranslator(shape)
         self._state = BatchState.empty(shape.max_num_seqs, 1)
         self._chooses = topology.is_last_stage and topology.tp_rank == 0
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
-
-    @property
-    def num_kv_blocks(self) -> int:
-        """Slots."""
-        return self._shape.max_num_seqs
 
     @property
     def device(self) -> str:
@@ -105,6 +62,11 @@ class TrtExecutor:
     @property
     def depth(self) -> int:
         """One step per pipeline stage."""
+        return self._topology.layout.pp
+
+    @property
+    def num_microbatches(self) -> int:
+        """One per pipeline stage."""
         return self._topology.layout.pp
 
     def execute(self, plan: StepPlan) -> None:
@@ -176,18 +138,3 @@ class _ResultBuilder:
         self.result.logprobs[rows] = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
         ids, values = top_logprobs(logprobs, self.result.top_ids.shape[1])
         self.result.top_ids[rows], self.result.top_logprobs[rows] = ids, values
-
-
-def create_trt_executor(spec: RankSpec) -> tuple[Executor, int]:
-    """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
-
-    Raises:
-        ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
-        CheckpointError: the checkpoint does not fit the model.
-    """
-    from phalanx.runtime.executors.tensorrt.loading import open_session
-
-    CAPABILITIES.check(spec.config, spec.dtype)
-    session, shape = open_session(spec)
-    pipeline = spec.comm.split(spec.topology.pp_group)
-    return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

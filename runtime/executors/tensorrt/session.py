@@ -27,7 +27,7 @@ from phalanx.runtime.executors.cuda.memory import DeviceArray, download, pinned_
 from phalanx.runtime.executors.tensorrt.buffers import WORD_BYTES, BufferSizes, aligned, allocate
 from phalanx.runtime.executors.tensorrt.builder import replace_file
 from phalanx.runtime.executors.tensorrt.device import compute_capability
-from phalanx.runtime.executors.tensorrt.executor import PassOutput, Wanted
+from phalanx.runtime.executors.tensorrt.engine_session import PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
 from phalanx.runtime.executors.tensorrt.network import (

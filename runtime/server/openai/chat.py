@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import MAX_LOGPROBS
 from phalanx.runtime.server.errors import invalid
-from phalanx.runtime.server.openai.choice import Choice, TokenEvent
 from phalanx.runtime.server.openai.fields import num_choices, sampling_params
 from phalanx.runtime.server.openai.generation import GenerationJob
 from phalanx.runtime.server.openai.logprobs import chat_logprob
@@ -114,11 +114,11 @@ class ChatAnswer:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+    def opening(self, choice: Answer) -> list[dict[str, Any]]:
         """The role."""
         return [self._chunk(choice, {"role": "assistant", "content": ""})]
 
-    def chunks(self, choice: Choice, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
+    def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         """One chunk a token, then an empty one with the reason for the end."""
         chunks = [
             self._chunk(choice, {"content": event.text}, [event])
@@ -133,7 +133,7 @@ class ChatAnswer:
         """See `AnswerFormat.usage_chunk`."""
         return {**self._object("chat.completion.chunk", []), "usage": usage}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """See `AnswerFormat.whole`."""
         entries = [
             {
@@ -150,12 +150,12 @@ class ChatAnswer:
         return {**self._object("chat.completion", entries), "usage": usage}
 
     def _chunk(
-        self, choice: Choice, delta: dict[str, Any], events: Sequence[TokenEvent] = (), *, last: bool = False
+        self, choice: Answer, delta: dict[str, Any], events: Sequence[TokenEvent] = (), *, last: bool = False
     ) -> dict[str, Any]:
         entry = {"index": choice.index, "delta": delta, **self._details(choice, events, last=last)}
         return self._object("chat.completion.chunk", [entry])
 
-    def _details(self, choice: Choice, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
+    def _details(self, choice: Answer, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
         logprobs = None
         if self.request.logprobs and events:
             logprobs = {

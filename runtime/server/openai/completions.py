@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import MAX_LOGPROBS
 from phalanx.runtime.server.errors import invalid
-from phalanx.runtime.server.openai.choice import Choice, TokenEvent
 from phalanx.runtime.server.openai.fields import checked_token_ids, num_choices, sampling_params
 from phalanx.runtime.server.openai.generation import GenerationJob
 from phalanx.runtime.server.openai.logprobs import CompletionLogprobs
@@ -103,11 +103,11 @@ class CompletionAnswer:
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
     echoed: set[int] = field(default_factory=set)
 
-    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+    def opening(self, choice: Answer) -> list[dict[str, Any]]:
         """Nothing: the echo needs the log-probabilities that come with the first token."""
         return []
 
-    def chunks(self, choice: Choice, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
+    def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         """See `AnswerFormat.chunks`: one chunk a token."""
         chunks = [self._choice(choice, [], last=False)] if self._echo_is_due(choice) else []
         chunks += [self._choice(choice, [event], last=event.last) for event in events]
@@ -117,7 +117,7 @@ class CompletionAnswer:
         """See `AnswerFormat.usage_chunk`."""
         return {**self._object([]), "usage": usage}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """See `AnswerFormat.whole`."""
         return {
             **self._object([self._choice(choice, choice.events, last=True) for choice in choices]),
@@ -133,10 +133,10 @@ class CompletionAnswer:
             "choices": choices,
         }
 
-    def _echo_is_due(self, choice: Choice) -> bool:
+    def _echo_is_due(self, choice: Answer) -> bool:
         return self.request.echo and choice.index not in self.echoed
 
-    def _choice(self, choice: Choice, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
+    def _choice(self, choice: Answer, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
         echo = self._echo_is_due(choice)
         self.echoed.add(choice.index)
         text = None
@@ -156,7 +156,7 @@ class CompletionAnswer:
                 entry["prompt_token_ids"] = choice.prompt_token_ids
         return entry
 
-    def _logprobs(self, choice: Choice, events: Sequence[TokenEvent], echo: bool) -> dict[str, list[Any]]:
+    def _logprobs(self, choice: Answer, events: Sequence[TokenEvent], echo: bool) -> dict[str, list[Any]]:
         lists = self.logprobs.get(choice.index)
         if lists is None:
             lists = self.logprobs[choice.index] = CompletionLogprobs(self.tokenizer, self._counter(choice))
@@ -169,14 +169,14 @@ class CompletionAnswer:
                 lists.add(event.token_id, event.logprob)
         return lists.take()
 
-    def _prompt(self, choice: Choice) -> Prompt:
+    def _prompt(self, choice: Answer) -> Prompt:
         return self.prompts[choice.index * len(self.prompts) // self.num_choices]
 
-    def _prompt_text(self, choice: Choice, tokenizer: Tokenizer) -> str:
+    def _prompt_text(self, choice: Answer, tokenizer: Tokenizer) -> str:
         prompt = self._prompt(choice)
         return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
 
-    def _counter(self, choice: Choice) -> Detokenizer | None:
+    def _counter(self, choice: Answer) -> Detokenizer | None:
         """Counts the characters of the reported text; tokens that encoding put around a text are not in it."""
         if self.tokenizer is None:
             return None

@@ -13,10 +13,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.link.engine_client import GenerationGroup
-from phalanx.runtime.server.openai.choice import Choice, TokenEvent
 from phalanx.runtime.server.openai.fields import choice_params
 from phalanx.runtime.server.openai.protocol import StreamOptions
 from phalanx.runtime.server.services import Services
@@ -30,11 +30,11 @@ DONE = b"data: [DONE]\n\n"
 class AnswerFormat(Protocol):
     """How one of the protocols writes an answer down."""
 
-    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+    def opening(self, choice: Answer) -> list[dict[str, Any]]:
         """Chunks of a stream before the first token of ``choice``."""
         ...
 
-    def chunks(self, choice: Choice, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
+    def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         """Chunks of a stream for some tokens."""
         ...
 
@@ -42,7 +42,7 @@ class AnswerFormat(Protocol):
         """The last chunk of a stream that was asked to include the usage."""
         ...
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece; ``choice.events`` holds all events."""
         ...
 
@@ -57,7 +57,7 @@ class GenerationJob:
     stream: bool
     stream_options: StreamOptions
     held: ExitStack
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Answer] = field(default_factory=list)
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
     last_token: float | None = None
@@ -67,7 +67,7 @@ class GenerationJob:
         self.num_prompt_tokens += len(token_ids)
         for number in range(num_choices):
             self.choices.append(
-                Choice.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
+                Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
             )
 
     async def run(self, request: Request) -> Response:
@@ -99,10 +99,10 @@ class GenerationJob:
             self._count()
         self.held.close()
 
-    async def _next(self) -> list[tuple[Choice, list[TokenEvent]]]:
+    async def _next(self) -> list[tuple[Answer, list[TokenEvent]]]:
         """Wait for the engine; what became of which choice. An error shows after all that came before it."""
         assert self.group is not None
-        news: list[tuple[Choice, list[TokenEvent]]] = []
+        news: list[tuple[Answer, list[TokenEvent]]] = []
         while not news:
             self._raise_failure()
             for index, delta in await self.group.next():
@@ -112,7 +112,7 @@ class GenerationJob:
         self._observe(news)
         return news
 
-    def _take(self, choice: Choice, delta: TokenDelta) -> list[TokenEvent]:
+    def _take(self, choice: Answer, delta: TokenDelta) -> list[TokenEvent]:
         assert self.group is not None
         events = choice.take(delta)
         if choice.stopped_by_text and delta.finish_reason is None:
@@ -143,7 +143,7 @@ class GenerationJob:
         self.close()
         return answer
 
-    async def _events(self, first: list[tuple[Choice, list[TokenEvent]]]) -> AsyncIterator[bytes]:
+    async def _events(self, first: list[tuple[Answer, list[TokenEvent]]]) -> AsyncIterator[bytes]:
         """The whole stream; one item holds all chunks that were ready together."""
         try:
             yield self._encode(
@@ -157,7 +157,7 @@ class GenerationJob:
             yield _event(error.body())
         yield DONE
 
-    def _encode_news(self, news: list[tuple[Choice, list[TokenEvent]]]) -> bytes:
+    def _encode_news(self, news: list[tuple[Answer, list[TokenEvent]]]) -> bytes:
         return b"".join(self._encode(self.answer.chunks(choice, events)) for choice, events in news)
 
     def _encode(self, chunks: list[dict[str, Any]]) -> bytes:
@@ -175,7 +175,7 @@ class GenerationJob:
             "prompt_tokens_details": {"cached_tokens": sum(c.num_cached_tokens for c in self.choices)},
         }
 
-    def _observe(self, news: list[tuple[Choice, list[TokenEvent]]]) -> None:
+    def _observe(self, news: list[tuple[Answer, list[TokenEvent]]]) -> None:
         now, metrics = time.monotonic(), self.services.metrics
         num_tokens = sum(event.token_id is not None for _, events in news for event in events)
         if num_tokens == 0:

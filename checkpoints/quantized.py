@@ -1,0 +1,60 @@
+"""Recognising quantised checkpoints, so that what cannot be loaded is refused by its own name.
+
+Sources: ``quantizers/auto.py`` of transformers (``quant_method``), the packers of GPTQ, AWQ, bitsandbytes, compressed-tensors,
+ModelOpt and MLX (names of keys, files and tensors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["QUANTIZATION_FILES", "QUANTIZATION_KEYS", "describe_quantization", "quantized_tensors"]
+
+QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
+"""Keys of ``config.json`` that describe a quantisation; the last is MLX's."""
+
+QUANTIZATION_FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "quantize_config.json": "GPTQ",
+        "quant_config.json": "AWQ",
+        "hf_quant_config.json": "ModelOpt",
+    }
+)
+"""Files next to ``config.json`` that describe a quantisation, and whose they are."""
+
+_TENSORS: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "GPTQ or AWQ": re.compile(r".*\.(qweight|qzeros|g_idx)"),
+        "bitsandbytes": re.compile(r".*(\.(absmax|SCB|quant_map|nested_absmax|nested_quant_map)|\.quant_state\..*)"),
+        "compressed-tensors": re.compile(r".*\.(weight_packed|weight_shape|weight_zero_point)"),
+        "FP8 or INT8": re.compile(r".*\.(weight_scale|weight_scale_inv|weight_scale_2|input_scale|[kv]_scale)"),
+        "MLX": re.compile(r".*\.(scales|biases)"),
+    }
+)
+
+
+def describe_quantization(config: Mapping[str, Any]) -> str | None:
+    """Name the key of a parsed ``config.json`` that says the checkpoint is quantised, and the method; None if none does."""
+    for key in sorted(QUANTIZATION_KEYS):
+        value = config.get(key)
+        if not value:
+            continue
+        fields = value if isinstance(value, dict) else {}
+        method = fields.get("quant_method") or fields.get("quant_algo") or fields.get("mode")
+        bits = fields.get("bits") or next((n for n in (4, 8) if fields.get(f"load_in_{n}bit")), None)
+        words = [f"quant_method={str(method)[:40]!r}"] if method else []
+        words += [f"bits={str(bits)[:10]}"] if bits else []
+        return f"{key} in config.json says that this checkpoint is quantised ({', '.join(words) or str(value)[:80]})"
+    return None
+
+
+def quantized_tensors(names: Iterable[str]) -> str | None:
+    """Name the method whose packed weights or scales are among ``names``; None if none are."""
+    listed = list(names)
+    for method, pattern in _TENSORS.items():
+        if any(pattern.fullmatch(name) for name in listed):
+            return method
+    return None

@@ -1,0 +1,55 @@
+"""Putting a NumPy executor together: weights, and a cache sized by the memory of the host."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.runtime.executors.numpy.executor import CAPABILITIES, CacheShape, NumpyExecutor
+from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
+from phalanx.runtime.memory import kv_block_bytes
+
+__all__ = ["create_numpy_executor"]
+
+_ROUNDING = {"auto": None, "float32": None, "bfloat16": "BF16", "float16": "F16"}
+
+CACHE_FRACTION = 0.3
+"""Share of the available memory that the caches of all ranks of a host may take together."""
+
+
+def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
+    """Load this rank's shard; also the longest sequence that its cache can hold. *Collective over the replica.*
+
+    Raises:
+        ConfigError: the engine cannot run the model, or the cache cannot hold one sequence.
+        CheckpointError: weights are missing, superfluous or of the wrong shape.
+    """
+    config, options, topology = spec.config, spec.options, spec.topology
+    CAPABILITIES.check(config, spec.dtype)
+    sink = NumpySink(rounding=_ROUNDING[options.dtype])
+    load_weights(
+        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
+        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(config),
+    )  # fmt: skip
+    num_blocks = options.num_kv_blocks or _num_blocks(spec)
+    num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
+    max_len = longest_sequence(config, options, num_blocks)
+    cache = CacheShape(num_blocks, options.block_size, options.max_num_seqs, max_len)
+    return NumpyExecutor(spec.model, config, sink.weights, topology, spec.comm, cache), max_len
+
+
+def _num_blocks(spec: RankSpec) -> int:
+    """Blocks for max_num_seqs sequences of full length, within this rank's share of the available memory."""
+    config, options = spec.config, spec.options
+    block_bytes = kv_block_bytes(config, len(spec.layers), spec.tp_rank, spec.tp_size, options.block_size, itemsize=4)
+    wanted = options.max_num_seqs * -(-longest_requested(config, options.max_model_len) // options.block_size)
+    share = _available_bytes() * CACHE_FRACTION / spec.topology.layout.world_size
+    return max(1, min(wanted, int(share // block_bytes)))
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

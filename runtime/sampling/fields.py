@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of sampling fields: everything that a door, the plan and the samplers know about a field, in one row each.
+
+A row gives the field's name, default, rule (type and limits), its names in the protocols, its command line flag, and how the
+samplers see it. Doors read their values with `read_fields`; `SamplingParams` checks them again, so that no way in passes by the
+rules. Admission records, their struct in CUDA and the question whether a row needs whole-vocabulary sampling follow from
+`DEVICE_COLUMNS`. To add a field, add a row here and say in `sampling.reference` and ``sample_rows.cu`` what it does to logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, Whole
+
+__all__ = [
+    "DEVICE_COLUMNS",
+    "MAX_LOGPROBS",
+    "SAMPLING_FIELDS",
+    "SAMPLING_STRUCT",
+    "Door",
+    "SamplingField",
+    "SamplingParams",
+    "device_values",
+    "read_fields",
+    "restricts_tokens",
+]
+
+Door = Literal["openai", "triton"]
+
+MAX_LOGPROBS = 20
+"""Most alternatives reported per token; bounds the size of a reply."""
+
+LOWEST_TEMPERATURE = 1e-5
+"""Below it the noise cannot change the order of two different float32 logits that matter: such requests are greedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceColumn:
+    """How the samplers see a field.
+
+    Attributes:
+        name: in the admission record.
+        format: NumPy's name of its type there: ``<f4``, ``<i4`` or ``<u8``.
+        encode: from the field's value and the vocabulary's size to the record's value; None = as it is.
+        restricts: whether a value (or an array of them) leaves tokens out, which needs a whole row of logits; None = never.
+    """
+
+    name: str
+    format: str
+    encode: Callable[[Any, int], Any] | None = None
+    restricts: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingField:
+    """One row of the table.
+
+    Attributes:
+        name: attribute of `SamplingParams` and key of a line of ``launch.generate --input-file``.
+        default: what an absent field means.
+        rule: type and limits.
+        doors: its name in a protocol; a door that is missing has no such field or spells it in its own way.
+        flag: metavar and help of its flag in ``launch.generate``; None = no flag.
+        device: how the samplers see it; None = the scheduler or the text side acts on it.
+    """
+
+    name: str
+    default: Any
+    rule: Rule
+    doors: Mapping[Door, str] = dataclasses.field(default_factory=dict)
+    flag: tuple[str, str] | None = None
+    device: DeviceColumn | None = None
+
+
+def _same(name: str) -> dict[Door, str]:
+    return {"openai": name, "triton": name}
+
+
+SAMPLING_FIELDS: tuple[SamplingField, ...] = (
+    SamplingField("max_tokens", 16, Whole(0, MAX_INT32), {}, ("N", "most tokens to generate; 0 scores the prompt only")),
+    SamplingField(
+        "temperature", 1.0, Real(0.0, 2.0), _same("temperature"), ("T", "0 = greedy"),
+        DeviceColumn("temperature", "<f4", lambda value, _: value if value >= LOWEST_TEMPERATURE else 0.0),
+    ),
+    SamplingField(
+        "top_k", 0, Whole(-1), _same("top_k"), ("K", "keep the K most probable tokens; 0 or -1 = all"),
+        DeviceColumn("top_k", "<i4", lambda value, vocab_size: value if 0 < value < vocab_size else 0, lambda value: value > 0),
+    ),
+    SamplingField(
+        "top_p", 1.0, Real(0.0, 1.0), _same("top_p"), ("P", "then keep the smallest set whose probability reaches P"),
+        DeviceColumn("top_p", "<f4", None, lambda value: value < 1),
+    ),
+    SamplingField(
+        "min_p", 0.0, Real(0.0, 1.0), _same("min_p"),
+        ("P", "then drop tokens below P times the largest probability"),
+        DeviceColumn("min_p", "<f4", None, lambda value: value > 0),
+    ),
+    SamplingField("seed", None, Whole(-(2**63), 2**64 - 1), _same("seed")),
+    SamplingField(
+        "stop", (), Texts(most=16, most_characters=1024), {"openai": "stop", "triton": "stop_words"},
+        ("TEXT", "end at this text; repeatable"),
+    ),
+    SamplingField("stop_token_ids", (), TokenIds(most=64), {"openai": "stop_token_ids"}),
+    SamplingField("ignore_eos", False, Flag(), {"openai": "ignore_eos"}, ("", "generate past the end token")),
+    SamplingField(
+        "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end counts before this many tokens")
+    ),
+    SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
+    SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
+    SamplingField(
+        "logprobs", None, Whole(0, MAX_LOGPROBS), {}, ("K", "alternatives to report per generated token"),
+        DeviceColumn("num_logprobs", "<i4", lambda value, _: -1 if value is None else value),
+    ),
+    SamplingField(
+        "prompt_logprobs", None, Whole(0, MAX_LOGPROBS), {}, ("K", "alternatives to report per prompt token")
+    ),
+)  # fmt: skip
+
+_DEVICE_FIELDS = tuple((field, field.device) for field in SAMPLING_FIELDS if field.device is not None)
+
+DEVICE_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("seq_index", "<i4"),
+    *((device.name, device.format) for _, device in _DEVICE_FIELDS),
+    ("seed", "<u8"),
+)
+"""The admission record: names and NumPy types. A sequence's seed is always there, drawn where the request has none."""
+
+_C_DECLARATIONS = {
+    "<i4": "int {0};",
+    "<f4": "float {0};",
+    "<u8": "unsigned int {0}_low, {0}_high;",  # as two words: records need not be aligned to eight bytes
+}
+
+SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format in DEVICE_COLUMNS)
+"""The members of the same record in CUDA C."""
+
+
+def device_values(params: SamplingParams, vocab_size: int) -> tuple[Any, ...]:
+    """The columns of an admission record between the sequence's index and its seed."""
+    return tuple(
+        value if device.encode is None else device.encode(value, vocab_size)
+        for field, device in _DEVICE_FIELDS
+        for value in (getattr(params, field.name),)
+    )
+
+
+def restricts_tokens(records: Any) -> Any:
+    """Which records leave tokens out when they sample: a boolean for each, or one for a single record."""
+    found: Any = False
+    for _, device in _DEVICE_FIELDS:
+        if device.restricts is not None:
+            found = found | device.restricts(records[device.name])
+    return found & (records["temperature"] > 0)
+
+
+def read_fields(given: Mapping[str, Any], door: Door | None = None) -> dict[str, Any]:
+    """The sampling fields among ``given``, checked, by their own names; absent and null ones are left out.
+
+    ``door`` says under which names they come; None = their own.
+
+    Raises:
+        RequestError: a value has the wrong type or is out of range; the message has the door's name of the field.
+    """
+    found: dict[str, Any] = {}
+    for field in SAMPLING_FIELDS:
+        name = field.name if door is None else field.doors.get(door)
+        if name is not None and given.get(name) is not None:
+            found[field.name] = field.rule.check(name, given[name])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. None in any field means its default.
+
+    Attributes:
+        max_tokens: most tokens to generate; 0 scores the prompt only.
+        temperature: 0 = greedy, and so is anything below 1e-5.
+        top_k: keep the k most probable tokens; 0 or -1 = all.
+        top_p: then keep the smallest set whose probability reaches p; 0 keeps the most probable token only.
+        min_p: then drop tokens below ``min_p`` times the largest probability.
+        seed: same seed, same tokens, whatever else runs and in any layout; None = drawn by the engine.
+        stop: texts that end the generation; left out of the text unless ``include_stop``.
+        stop_token_ids: tokens that end it, besides the model's own end tokens.
+        ignore_eos: generate past the model's end tokens.
+        min_tokens: no end token counts before this many tokens.
+        include_stop: keep a stop text, or the text of a stop token, in the answer.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
+        prompt_logprobs: the same for prompt tokens.
+
+    Raises:
+        RequestError: a value is not of its type or is out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in SAMPLING_FIELDS:
+            value = getattr(self, field.name)
+            checked = field.default if value is None else field.rule.check(field.name, value)
+            object.__setattr__(self, field.name, checked)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; use at most that many",
+                "min_tokens",
+            )

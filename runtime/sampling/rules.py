@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types and limits of request fields: each rule turns a value into one of its type, or refuses it by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from phalanx.parallel.errors import RequestError
+
+__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "Whole"]
+
+MAX_INT32 = 2**31 - 1
+
+SMALLEST_FLOAT32 = 2.0**-126
+"""The smallest normal one. Devices may flush what is smaller to zero, so everything smaller is zero everywhere."""
+
+
+class Rule(Protocol):
+    """What a field may hold."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """``value`` as the field's own type.
+
+        Raises:
+            RequestError: it is of another type or out of range; ``name`` is what the message calls the field.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A whole number from ``low`` to ``high``. A float without a fraction counts as one, as in JSON; a boolean does not."""
+
+    low: int
+    high: int = 2**63 - 1
+
+    def check(self, name: str, value: Any) -> int:
+        number = _whole(value)
+        if number is None:
+            raise RequestError(f"{name}={shown(value)} is not a whole number", name)
+        if not self.low <= number <= self.high:
+            limit = f"at least {self.low}" if number < self.low else f"at most {self.high}"
+            raise RequestError(f"{name}={shown(value)} is out of range; use {limit}", name)
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class Real:
+    """A finite number from ``low`` to ``high`` that a float32 can hold; one that is too small for it becomes 0."""
+
+    low: float
+    high: float
+
+    def check(self, name: str, value: Any) -> float:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        try:
+            number = float(value) if is_number else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise RequestError(f"{name}={shown(value)} is not a finite number", name)
+        if not self.low <= number <= self.high:
+            raise RequestError(
+                f"{name}={shown(value)} is out of range; use a value between {self.low} and {self.high}", name
+            )
+        return number if abs(number) >= SMALLEST_FLOAT32 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """True or false, and nothing that merely counts as one of them."""
+
+    def check(self, name: str, value: Any) -> bool:
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise RequestError(f"{name}={shown(value)} is not a boolean; use true or false", name)
+        return bool(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """One text or a list of them, without empty ones."""
+
+    most: int
+    most_characters: int
+
+    def check(self, name: str, value: Any) -> tuple[str, ...]:
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)):
+            raise RequestError(f"{name}={shown(value)} is neither a text nor a list of texts", name)
+        if len(texts) > self.most:
+            raise RequestError(f"{name} holds {len(texts)} texts; use at most {self.most}", name)
+        return tuple(self._check_one(name, text) for text in texts)
+
+    def _check_one(self, name: str, text: Any) -> str:
+        if not isinstance(text, str):
+            raise RequestError(f"{name} holds {shown(text)}, which is not a text", name)
+        if not text:
+            raise RequestError(f"{name} holds an empty text, which would match at once; leave it out", name)
+        if len(text) > self.most_characters:
+            raise RequestError(
+                f"{name} holds a text of {len(text)} characters; use at most {self.most_characters}", name
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError(f"{name} holds {shown(text)}, which is not valid Unicode (a lone surrogate)", name)
+        return str(text)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A list of token ids; the scheduler knows the vocabulary and checks them against it."""
+
+    most: int
+
+    def check(self, name: str, value: Any) -> tuple[int, ...]:
+        listed = value.tolist() if callable(getattr(value, "tolist", None)) else value  # arrays of any library
+        if not isinstance(listed, (list, tuple)):
+            raise RequestError(f"{name}={shown(value)} is not a list of token ids", name)
+        if len(listed) > self.most:
+            raise RequestError(f"{name} holds {len(listed)} tokens; use at most {self.most}", name)
+        for token in listed:
+            number = _whole(token)
+            if number is None or not 0 <= number <= MAX_INT32:
+                raise RequestError(
+                    f"{name} holds {shown(token)}, which is not a valid token id; use 0 to below the vocabulary size",
+                    name,
+                )
+        return tuple(map(int, listed))
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in full where it is short."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number with more digits than Python prints
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _whole(value: Any) -> int | None:
+    if type(value).__name__ in ("bool", "bool_"):
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    return int(number) if number.is_integer() else None

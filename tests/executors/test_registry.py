@@ -1,0 +1,47 @@
+"""Engines by name: every place that asks reads one table."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from phalanx.launch.arguments import CommandParser, add_model_arguments
+from phalanx.launch.diagnosis.check import Check
+from phalanx.launch.diagnosis.ranks import engine_checks
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.config import EngineConfig, EngineName
+from phalanx.runtime.executors.registry import ENGINES, choose_engine, with_default_sizes
+
+
+def test_the_table_has_every_engine_name_but_auto() -> None:
+    assert {"auto", *ENGINES} == set(get_args(EngineName))
+
+
+def test_the_command_line_and_the_doctor_know_the_engines_of_the_table() -> None:
+    parser = CommandParser()
+    add_model_arguments(parser)
+    for name in ENGINES:
+        assert parser.parse_args(["--engine", name]).engine == name
+    assert [check.name for check in engine_checks([])] == [f"engine {name}" for name in ENGINES]
+
+
+def test_an_engine_is_not_ready_if_one_of_its_own_checks_fails() -> None:
+    checks = [Check("Python", "ok", ""), Check("TensorRT", "off", "not installed")]
+    assert {check.name: check.status for check in engine_checks(checks)} == {
+        "engine numpy": "ok", "engine cuda": "ok", "engine tensorrt": "off",
+    }  # fmt: skip
+
+
+def test_an_unknown_engine_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"engine='cude' is unknown; use one of auto, numpy, cuda, tensorrt"):
+        EngineConfig(**with_default_sizes({"engine": "cude"}))
+
+
+def test_auto_is_resolved_before_default_sizes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from phalanx.kernels import device
+
+    for available, engine in ((False, "numpy"), (True, "cuda")):
+        monkeypatch.setattr(device, "gpu_is_available", lambda available=available: available)
+        assert choose_engine("auto") == engine
+        assert with_default_sizes({})["max_num_seqs"] == ENGINES[engine].max_num_seqs

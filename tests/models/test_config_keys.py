@@ -1,0 +1,161 @@
+"""Every key of ``config.json`` is honoured, known to be harmless, or refused by name; nothing that matters passes unread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.models import find_model
+from phalanx.runtime.models.config_keys import asks_for_nothing
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+GEMMA: dict[str, Any] = {**LLAMA, "architectures": ["GemmaForCausalLM"]}
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+}  # fmt: skip
+FAMILIES = (LLAMA, GEMMA, GPT2)
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama 2 7B": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "first conversions of Llama 1": {
+        "architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 11008, "initializer_range": 0.02, "max_sequence_length": 2048,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": -1,
+        "rms_norm_eps": 1e-06, "torch_dtype": "float16", "transformers_version": "4.27.0.dev0", "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "saved by transformers 5": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "dtype": "bfloat16", "eos_token_id": 2, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 2048, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+        "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False,
+        "transformers_version": "5.0.0", "use_cache": True, "vocab_size": 32000,
+    },
+    "a fine-tune": {
+        "_name_or_path": "x", "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True, "unsloth_version": "2025.1",
+        "unsloth_fixed": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "rope_interleaved": False,
+        "use_flash_attn": True, "tokenizer_class": "LlamaTokenizer", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+        "auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"}, "gradient_checkpointing": False,
+        "max_length": 4096, "temperature": 0.9, "do_sample": True, "num_beams": 1, "repetition_penalty": 1.0,
+        "task_specific_params": None, "output_hidden_states": False, "is_decoder": False, "embedding_multiplier": 1,
+    },
+    "GPT-2": {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+        "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+        "n_special": 0, "predict_special_tokens": True, "resid_pdrop": 0.1, "summary_activation": None,
+        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+        "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "reorder_and_upcast_attn": False, "output_past": True, "vocab_size": 50257,
+    },
+    "Gemma 2B": {
+        "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+        "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192,
+        "model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
+        "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16", "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+    },
+}  # fmt: skip
+
+
+def read(base: dict[str, Any], **changes: Any) -> Any:
+    raw = {**base, **changes}
+    return find_model(raw).read_config(raw)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    assert read(PUBLISHED[name]).num_layers >= 2
+
+
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda base: base["architectures"][0])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("is_causal", False), ("causal", False), ("use_causal_mask", False), ("use_bidirectional_attention", True),
+        ("is_encoder_decoder", True), ("add_cross_attention", True), ("pruned_heads", {"0": [1]}), ("sliding_window", 512),
+        ("sliding_window", 1), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("logit_scale", 0.0625),
+        ("residual_multiplier", 0.22), ("embedding_multiplier", 12.0), ("qk_norm", True), ("use_qk_norm", True),
+        ("num_experts", 8), ("layer_types", ["sliding_attention"]), ("clip_qkv", 8.0), ("alibi", True),
+        ("no_rope_layers", [1, 0]), ("a_key_of_tomorrow", "x"),
+    ],
+)  # fmt: skip
+def test_a_key_that_may_change_the_computation_is_refused_by_name(base: dict[str, Any], key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{key}=.* in config.json"):
+        read(base, **{key: value})
+
+
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda base: base["architectures"][0])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sliding_window", None), ("use_sliding_window", False), ("attn_logit_softcapping", None), ("clip_qkv", 0),
+        ("residual_multiplier", 1), ("logit_scale", 1.0), ("pruned_heads", {}), ("no_rope_layers", []), ("is_causal", True),
+        ("use_bidirectional_attention", None), ("use_bidirectional_attention", False), ("is_causal", None), ("suffix", ""),
+    ],
+)  # fmt: skip
+def test_a_key_that_asks_for_nothing_passes(base: dict[str, Any], key: str, value: Any) -> None:
+    assert read(base, **{key: value}) == read(base)
+
+
+@pytest.mark.parametrize(
+    ("value", "nothing"), [(1, False), (1.0, True), (0, True), (True, False), (2.0, False), ("a", False)]
+)
+def test_one_asks_for_nothing_where_it_multiplies(value: Any, nothing: bool) -> None:
+    assert asks_for_nothing("window", value) is nothing
+
+
+def test_two_spellings_of_one_field_must_agree() -> None:
+    assert read(GPT2, hidden_size=32) == read(GPT2)
+    renamed = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    assert read({"architectures": ["GPT2LMHeadModel"], "vocab_size": 64}, **renamed) == read(GPT2)
+    with pytest.raises(ConfigError, match=r"n_embd=32 and hidden_size=48 .* disagree"):
+        read(GPT2, hidden_size=48)
+
+
+@pytest.mark.parametrize("value", [None, {}, False])
+def test_an_empty_quantization_config_says_nothing(value: Any) -> None:
+    assert read(LLAMA, quantization_config=value) == read(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("quantization_config", {"quant_method": "bitnet", "quantization_mode": "online"}, "bitnet"),
+        ("quantization_config", {"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bits=4"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_algo": "NVFP4"}, "NVFP4"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("quantization", {"group_size": 64, "bits": 4}, "bits=4"),
+        ("quantization_config", "fp8", "fp8"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_by_its_own_name(key: str, value: Any, word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} in config.json says that this checkpoint is quantised") as error:
+        read(LLAMA, **{key: value})
+    assert word in str(error.value)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("base", "name"), [(LLAMA, "LlamaConfig"), (GEMMA, "GemmaConfig"), (GPT2, "GPT2Config")])
+def test_what_transformers_saves_by_default_is_read(base: dict[str, Any], name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, name)()
+    assert read({**config.to_dict(), "architectures": base["architectures"]}).vocab_size == config.vocab_size
