@@ -14,6 +14,7 @@ from phalanx.checkpoints.directory import DirectorySource
 from phalanx.checkpoints.dtypes import dtype_from_config
 from phalanx.checkpoints.dummy import DummySource
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.formats import FormatPlan, read_formats
 from phalanx.checkpoints.manifest import MANIFEST_FILE
 from phalanx.checkpoints.source import TensorSource
 from phalanx.checkpoints.split_source import SplitSource
@@ -30,6 +31,7 @@ class Checkpoint:
         config: parsed ``config.json``.
         generation_config: parsed ``generation_config.json``; empty without one.
         source: its tensors.
+        formats: which weights are quantised, and how.
         is_split: written by ``launch.split``.
     """
 
@@ -37,6 +39,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     source: TensorSource
+    formats: FormatPlan
     is_split: bool
 
     def close(self) -> None:
@@ -59,9 +62,11 @@ def open_checkpoint(path: Path | None, load_format: Literal["auto", "dummy"] = "
 
     Raises:
         CheckpointError: a file is missing or damaged.
+        ConfigError: the weights are quantised in a way that cannot be read.
     """
     directory = ModelDirectory.at(demo_path() if path is None else path)
     config, generation_config = read_config(directory), read_generation_config(directory)
+    formats = read_formats(config)
     is_split = load_format == "auto" and directory.has(MANIFEST_FILE)
     source: TensorSource
     if load_format == "dummy":
@@ -70,7 +75,7 @@ def open_checkpoint(path: Path | None, load_format: Literal["auto", "dummy"] = "
         )
     else:
         source = SplitSource(directory) if is_split else DirectorySource(directory)
-    return Checkpoint(directory.path, config, generation_config, source, is_split)
+    return Checkpoint(directory.path, config, generation_config, source, formats, is_split)
 
 
 def content_checksum(source: TensorSource, chunk_bytes: int = 4 << 20) -> str:

@@ -20,14 +20,15 @@ __all__ = ["planned_copies", "verify_coverage"]
 
 
 def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict[str, dict[int, int]]:
-    """For every source tensor: how many of its elements are to be held how often, over all ranks.
+    """For every source tensor: how many of its stored elements are to be held how often, over all ranks.
 
     An unsplit part is on every tensor-parallel rank, a split one once, a copied unit (key/value heads fewer than ranks) on
-    each rank of its group; a stage that needs the same part under two names holds it once (tied embeddings).
+    each rank of its group; a stage that needs the same elements twice holds them once (tied embeddings, q, k and v with one
+    scale).
     """
     times: Counter[Part] = Counter()
     for specs in stages:
-        for part in dict.fromkeys(part for spec in specs for part in spec.parts):
+        for part in dict.fromkeys(part.stored for spec in specs for part in spec.parts):
             times[part] += _copies_in_stage(part, tp_size)
     plan: dict[str, Counter[int]] = defaultdict(Counter)
     for part, number in times.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["FLOAT_DTYPES", "ITEM_SIZES", "convert", "dtype_from_config", "numpy_dtype", "to_float32"]
+__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "convert", "dtype_from_config", "numpy_dtype", "to_float32"]
 
 Array = NDArray[Any]
 
@@ -25,26 +25,20 @@ FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     }
 )
-"""Formats that weights can be stored in."""
+"""Formats that hold a weight as plain values."""
 
-ITEM_SIZES: Mapping[str, int] = MappingProxyType(
-    {name: dtype.itemsize for name, dtype in FLOAT_DTYPES.items()}
-    | {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E8M0": 1,
-        "U16": 2,
-        "I16": 2,
-        "U32": 4,
-        "I32": 4,
-        "U64": 8,
-        "I64": 8,
-        "F64": 8,
-        "C64": 8,
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        **FLOAT_DTYPES,
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "I8": np.dtype(np.int8),
+        "U8": np.dtype(np.uint8),
+        "I32": np.dtype(np.int32),
+        "U32": np.dtype(np.uint32),
+        "I64": np.dtype(np.int64),
     }
 )
-"""Bytes per element of every format that a header may name; only `FLOAT_DTYPES` can be loaded."""
+"""Formats that can be read: `FLOAT_DTYPES`, and the codes, scales and indices of quantised weights."""
 
 _CONFIG_DTYPES: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 
@@ -53,13 +47,13 @@ def numpy_dtype(name: str, tensor: str) -> np.dtype[Any]:
     """NumPy type of stored format ``name``.
 
     Raises:
-        CheckpointError: weights cannot be stored in that format.
+        CheckpointError: no weight can be read from that format.
     """
-    if name not in FLOAT_DTYPES:
+    if name not in NUMPY_DTYPES:
         raise CheckpointError(
             f"tensor {tensor!r} is stored as {name}, which weights cannot be; convert it to one of {', '.join(FLOAT_DTYPES)}"
         )
-    return FLOAT_DTYPES[name]
+    return NUMPY_DTYPES[name]
 
 
 def dtype_from_config(name: str) -> str:

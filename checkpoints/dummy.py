@@ -21,16 +21,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES
+from phalanx.checkpoints.dtypes import NUMPY_DTYPES
 from phalanx.checkpoints.source import Array, Buffer, Index, TensorInfo, index_shape, result_array
 from phalanx.checkpoints.spec import WeightSpec
 
-__all__ = ["DummySlice", "DummySource"]
+__all__ = ["DummySlice", "DummySource", "decoded"]
 
 _BLOCK = 1 << 16
 """Elements made at once: the temporaries stay in the second-level cache."""
@@ -60,7 +60,7 @@ class DummySlice:
 
     def values(self, buffer: Buffer | None = None) -> Array:
         """The slice as a host array in stored orientation and format; aliases ``buffer`` where one is given."""
-        out = result_array(index_shape(self.index), FLOAT_DTYPES[self.dtype], buffer)
+        out = result_array(index_shape(self.index), NUMPY_DTYPES[self.dtype], buffer)
         rows = out.reshape(math.prod(out.shape[:-1]), out.shape[-1])
         starts = self._row_starts()
         for low in range(0, rows.shape[1], _BLOCK):
@@ -103,19 +103,22 @@ class DummySource:
     seed: int
     dtype: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    components: Mapping[str, WeightSpec] = field(default_factory=dict)
 
     def declared(self, specs: Sequence[WeightSpec]) -> DummySource:
-        """The same source with exactly the tensors that ``specs`` name."""
+        """The same source with exactly the tensors that ``specs`` name, those with a `DummyRange` as decoded values."""
+        specs = [decoded(spec) for spec in specs]
         shapes = {part.source: part.stored_shape for spec in specs for part in spec.parts}
-        return DummySource(self.seed, self.dtype, shapes)
+        components = {part.source: spec for spec in specs if spec.dummy for part in spec.parts}
+        return DummySource(self.seed, self.dtype, shapes, components)
 
     def names(self) -> Collection[str]:
         """Names of all declared tensors."""
         return self.shapes.keys()
 
     def info(self, name: str) -> TensorInfo:
-        """Declared shape; the format is the same for all."""
-        return TensorInfo(self.shapes[name], self.dtype)
+        """Declared shape; the format is the same for all but components that have their own."""
+        return TensorInfo(self.shapes[name], self._dtype(name))
 
     def read(self, name: str, index: Index, buffer: Buffer | None = None) -> Array:
         """Generate one slice."""
@@ -125,8 +128,27 @@ class DummySource:
         """The description of one slice, from which a kernel can generate it."""
         shape = self.shapes[name]
         key0, key1 = np.frombuffer(hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest(), "<u4")
-        mean, width = _distribution(name, shape)
-        return DummySlice(int(key0), int(key1), mean, width, self.dtype, shape, index, transposed)
+        mean, width = self._distribution(name, shape)
+        return DummySlice(int(key0), int(key1), mean, width, self._dtype(name), shape, index, transposed)
+
+    def _dtype(self, name: str) -> str:
+        component = self.components.get(name)
+        return self.dtype if component is None or component.dtype is None else component.dtype
+
+    def _distribution(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        component = self.components.get(name)
+        if component is None or component.dummy is None:
+            return _distribution(name, shape)
+        low, high = component.dummy
+        return float(np.float32((low + high) / 2)), float(np.float32((high - low) / 2))
+
+
+def decoded(spec: WeightSpec) -> WeightSpec:
+    """``spec`` as dummy weights stand for it: a component with a `DummyRange` holds plain values in its own format."""
+    if spec.dummy is None:
+        return spec
+    parts = tuple(replace(part, encoding=None, transposed=False) for part in spec.parts)
+    return replace(spec, parts=parts)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
-from phalanx.checkpoints.dtypes import ITEM_SIZES
-from phalanx.checkpoints.dummy import DummySlice, DummySource
-from phalanx.checkpoints.resolve import resolve, stored_index
-from phalanx.checkpoints.source import Array, Buffer, Index, TensorInfo, TensorSource, index_shape
-from phalanx.checkpoints.spec import Part, WeightSpec, distinct
+from phalanx.checkpoints.dummy import DummySlice, DummySource, decoded
+from phalanx.checkpoints.item_sizes import ITEM_SIZES
+from phalanx.checkpoints.pieces import Piece, cut
+from phalanx.checkpoints.resolve import resolve
+from phalanx.checkpoints.source import Array, Buffer, Index, TensorSource, index_shape
+from phalanx.checkpoints.spec import WeightSpec, distinct
 
 __all__ = ["DummySink", "LoadReport", "WeightSink", "load_weights"]
 
@@ -33,10 +34,12 @@ class WeightSink(Protocol[Destination]):
         """Largest slice that `write` should get, in bytes of the stored format."""
         ...
 
-    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Destination:
-        """Zero-filled memory for one weight; the loader writes all of it but the padding.
+    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None) -> Destination:
+        """Zero-filled memory for one weight or component; the loader writes all of it but the padding.
 
-        ``names`` are all names that hold this data (tied weights), usually one.
+        ``names`` are all names that hold this data (tied weights), usually one. ``dtype`` is the safetensors name of a
+        component's own format (``I8``), whose values must be kept as they are; None = the compute type, to which the sink
+        rounds.
         """
         ...
 
@@ -50,8 +53,8 @@ class WeightSink(Protocol[Destination]):
     def write(self, destination: Destination, index: Index, array: Array) -> None:
         """Store ``array`` at ``destination[index]`` (``[out, in]`` orientation).
 
-        ``array`` is in the stored format and usually aliases the last `staging` buffer. It is C-contiguous, or for
-        transposed sources (GPT-2's Conv1D) its ``.T`` is.
+        ``array`` is in the stored format and usually aliases the last `staging` buffer; decoded components are in the
+        format of `allocate`. It is C-contiguous, or for transposed sources (GPT-2's Conv1D) its ``.T`` is.
         """
         ...
 
@@ -94,60 +97,29 @@ def load_weights(
     start = time.perf_counter()
     all_specs = specs if all_specs is None else all_specs
     if isinstance(source, DummySource):
-        source = source.declared(all_specs)
+        source, specs = source.declared(all_specs), [decoded(spec) for spec in specs]
+        all_specs = [decoded(spec) for spec in all_specs]
     stored_names = resolve(source, all_specs, ignored)
     groups, bytes_read = distinct(specs), 0
-    for parts, group in groups.items():
-        destination = sink.allocate(tuple(spec.name for spec in group), group[0].local_shape(tp_rank, tp_size))
+    for group in groups:
+        names, shape = tuple(spec.name for spec in group), group[0].local_shape(tp_rank, tp_size)
+        destination = sink.allocate(names, shape, group[0].dtype)
         first_row = 0
-        for part in parts:
-            for piece in _pieces(
-                part, source.info(stored_names[part.source]), first_row, tp_rank, tp_size, sink.chunk_bytes
-            ):
-                bytes_read += _load_piece(source, stored_names[part.source], part.transposed, piece, sink, destination)
+        for part in group[0].parts:
+            name = stored_names[part.source]
+            for piece in cut(part, source.info(name), first_row, tp_rank, tp_size, sink.chunk_bytes):
+                bytes_read += _load_piece(source, name, piece, sink, destination)
             first_row += part.span(0, tp_rank, tp_size).size
     return LoadReport(len(groups), bytes_read, time.perf_counter() - start)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One chunk: where it stands in the stored tensor, and in the destination (``[out, in]``)."""
-
-    stored: Index
-    local: Index
-
-
-def _pieces(
-    part: Part, info: TensorInfo, first_row: int, tp_rank: int, tp_size: int, chunk_bytes: int
-) -> Iterator[_Piece]:
-    """What this rank holds of a part, cut along the stored tensor's first axis into chunks of at most ``chunk_bytes``."""
-    index = stored_index(part, tp_rank, tp_size)
-    shape = index_shape(index)
-    if 0 in shape:
-        return
-    rows_axis = len(shape) - 1 if part.transposed else 0
-    rows_each = max(1, chunk_bytes // (math.prod(shape[1:]) * ITEM_SIZES[info.dtype]))
-    for low in range(0, shape[0], rows_each):
-        high = min(low + rows_each, shape[0])
-        stored = (slice(index[0].start + low, index[0].start + high), *index[1:])
-        local = [slice(0, extent) for extent in (shape[::-1] if part.transposed else shape)]
-        local[rows_axis] = slice(low, high)
-        local[0] = slice(first_row + local[0].start, first_row + local[0].stop)
-        yield _Piece(stored, tuple(local))
-
-
 def _load_piece(
-    source: TensorSource,
-    name: str,
-    transposed: bool,
-    piece: _Piece,
-    sink: WeightSink[Destination],
-    destination: Destination,
+    source: TensorSource, name: str, piece: Piece, sink: WeightSink[Destination], destination: Destination
 ) -> int:
     num_bytes = math.prod(index_shape(piece.stored)) * ITEM_SIZES[source.info(name).dtype]
-    if isinstance(source, DummySource) and isinstance(sink, DummySink):
-        sink.generate(destination, piece.local, source.slice(name, piece.stored, transposed))
+    if isinstance(source, DummySource) and isinstance(sink, DummySink) and piece.part.encoding is None:
+        sink.generate(destination, piece.local, source.slice(name, piece.stored, piece.part.transposed))
         return 0
     array = source.read(name, piece.stored, sink.staging(num_bytes))
-    sink.write(destination, piece.local, array.T if transposed else array)
+    sink.write(destination, piece.local, piece.values(array))
     return num_bytes

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES
+from phalanx.checkpoints.dtypes import NUMPY_DTYPES
 from phalanx.checkpoints.files import ModelDirectory, parse_json
 from phalanx.checkpoints.source import Index, TensorInfo, index_shape
 from phalanx.parallel.errors import CheckpointError
@@ -152,7 +152,7 @@ def _check(manifest: Manifest) -> None:
     _require(len(ranks) == world_size and ranks == list(range(len(ranks))), f"ranks are not 0..{world_size - 1}")
     for name, tensor in manifest.sources.items():
         _require(
-            tensor.dtype in FLOAT_DTYPES and min(tensor.shape, default=0) >= 0,
+            tensor.dtype in NUMPY_DTYPES and min(tensor.shape, default=0) >= 0,
             f"source {name[:120]!r} is not a weight",
         )
     for entry in manifest.ranks:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from phalanx.checkpoints.checksum import CHUNK_BYTES, ChunkedChecksum, checksum, combine
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES, convert
+from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.manifest import Piece, RankFile, rank_file_name
 from phalanx.checkpoints.safetensors_layout import FileLayout
 from phalanx.checkpoints.source import Buffer, TensorInfo, TensorSource
@@ -82,7 +82,7 @@ def _entry(rank: PlannedRank, file: FileLayout, pieces: tuple[Piece, ...]) -> Ra
 
 def _write_piece(source: TensorSource, piece: PlannedPiece, descriptor: int, offset: int) -> Piece:
     """Copy one box, a bounded number of its rows at a time."""
-    checksums, dtype = ChunkedChecksum(CHUNK_BYTES), FLOAT_DTYPES[piece.info.dtype]
+    checksums, dtype = ChunkedChecksum(CHUNK_BYTES), NUMPY_DTYPES[piece.info.dtype]
     first, *rest = piece.box or (slice(0, 1),)
     each = max(1, _BLOCK_BYTES * (first.stop - first.start) // piece.info.num_bytes)
     buffer: Buffer = np.empty(

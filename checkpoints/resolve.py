@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from phalanx.checkpoints.dtypes import numpy_dtype
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.checkpoints.source import Index, TensorSource
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["list_names", "resolve", "stored_index"]
+__all__ = ["fit_index", "list_names", "resolve", "stored_index"]
 
 
 def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
@@ -20,9 +20,10 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
         ignored: regular expressions (full match) of tensors that may be there and are not read.
 
     Raises:
-        CheckpointError: tensors are missing or unused, or one has an unexpected shape or a format that is not a float.
+        CheckpointError: tensors are missing or unused, or one has an unexpected shape or a format that it cannot have.
     """
-    parts = {part.source: part for spec in specs for part in spec.parts}
+    declared = dict.fromkeys(part for spec in specs for part in spec.parts)
+    parts = {part.source: part for part in declared}
     present = set(source.names())
     found = {name: _find(part, present) for name, part in parts.items()}
     if missing := [name for name, stored in found.items() if stored is None]:
@@ -32,17 +33,29 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
         )
     stored_names = {name: stored for name, stored in found.items() if stored is not None}
     _check_unused(present.difference(stored_names.values()), ignored)
-    for name, part in parts.items():
-        _check_tensor(source, stored_names[name], part)
+    for part in declared:
+        _check_tensor(source, stored_names[part.source], part)
     return stored_names
 
 
-def stored_index(part: Part, rank: int, size: int) -> Index:
-    """What ``rank`` of ``size`` reads of the part's source tensor, in stored orientation."""
+def stored_index(part: Part, rank: int, size: int, shape: tuple[int, ...]) -> Index:
+    """The box of the part's source tensor that ``rank`` of ``size`` needs, for a stored tensor of ``shape``."""
+    part = part.stored
     spans = [part.span(axis, rank, size) for axis in range(len(part.shape))]
     first_row = (part.first_row, *(0 for _ in spans[1:]))
     index = tuple(slice(first + span.start, first + span.stop) for first, span in zip(first_row, spans, strict=True))
-    return index[::-1] if part.transposed else index
+    return fit_index(index[::-1] if part.transposed else index, part.stored_shape, shape)
+
+
+def fit_index(index: Index, declared: tuple[int, ...], shape: tuple[int, ...]) -> Index:
+    """``index`` into a tensor declared as ``declared`` for one of ``shape``, which differs by axes of extent 1 only.
+
+    Writers disagree about these: a scale of a whole matrix is ``[]``, ``[1]`` or ``[1, 1]``, one of rows ``[O]`` or ``[O, 1]``.
+    """
+    if declared == shape:
+        return index
+    long = iter(part for part, extent in zip(index, declared, strict=True) if extent != 1)
+    return tuple(slice(0, 1) if extent == 1 else next(long) for extent in shape)
 
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:
@@ -68,9 +81,28 @@ def _check_unused(unused: set[str], ignored: Sequence[str]) -> None:
 
 def _check_tensor(source: TensorSource, name: str, part: Part) -> None:
     info = source.info(name)
-    if info.shape != part.stored_shape:
+    if not _shapes_agree(info.shape, part):
         raise CheckpointError(
             f"tensor {name!r} has shape {list(info.shape)}, but config.json calls for {list(part.stored_shape)}; "
             "config.json is of another model"
         )
-    numpy_dtype(info.dtype, name)
+    if part.encoding is None:
+        _check_plain(info.dtype, name)
+    elif info.dtype not in part.encoding.dtypes:
+        raise CheckpointError(
+            f"tensor {name!r} is stored as {info.dtype}, but its quantisation scheme calls for "
+            f"{' or '.join(sorted(part.encoding.dtypes))}; config.json describes another scheme"
+        )
+
+
+def _shapes_agree(shape: tuple[int, ...], part: Part) -> bool:
+    if part.encoding is None:
+        return shape == part.stored_shape
+    return [extent for extent in shape if extent != 1] == [extent for extent in part.stored_shape if extent != 1]
+
+
+def _check_plain(dtype: str, name: str) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"tensor {name!r} is stored as {dtype}, which weights cannot be; convert it to one of {', '.join(FLOAT_DTYPES)}"
+        )

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.dtypes import ITEM_SIZES, numpy_dtype
+from phalanx.checkpoints.dtypes import numpy_dtype
 from phalanx.checkpoints.files import ModelDirectory, parse_json
+from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.slices import read_bytes, read_slice
 from phalanx.checkpoints.source import Array, Buffer, Index, TensorInfo, index_shape, result_array
 from phalanx.parallel.errors import CheckpointError

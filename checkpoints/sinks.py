@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES, to_float32
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES, NUMPY_DTYPES, to_float32
 from phalanx.checkpoints.source import Array, Buffer, Index
 
 __all__ = ["NumpySink"]
@@ -19,7 +19,7 @@ class NumpySink:
     Args:
         rounding: safetensors name (``BF16``, ``F16``) of a format that values are rounded to first; None = none. So a
             float32 computation sees exactly the weights that a device would hold in that format.
-        dtype: of the arrays.
+        dtype: of the arrays; components with a format of their own keep it.
         chunk_bytes: bound on what is held besides the arrays: about three chunks (stored, float32, rounded).
     """
 
@@ -29,11 +29,14 @@ class NumpySink:
         self._dtype = np.dtype(dtype)
         self._rounding = None if rounding is None else FLOAT_DTYPES[rounding]
         self._buffer: Buffer = np.empty(0, np.uint8)
+        self._exact: set[int] = set()
 
-    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """A zero array under every one of ``names``."""
-        array = np.zeros(shape, self._dtype)
+        array = np.zeros(shape, self._dtype if dtype is None else NUMPY_DTYPES[dtype])
         self.weights.update(dict.fromkeys(names, array))
+        if dtype is not None:
+            self._exact.add(id(array))  # stays valid: `weights` keeps the array alive
         return array
 
     def staging(self, num_bytes: int) -> Buffer:
@@ -43,9 +46,11 @@ class NumpySink:
         return self._buffer
 
     def write(self, destination: Array, index: Index, array: Array) -> None:
-        """Round if asked to, widen and copy."""
+        """Round if asked to, widen and copy; components with a format of their own are copied as they are."""
         target = destination[index]
-        if array.dtype == target.dtype and self._rounding is None:
+        if id(destination) in self._exact:
+            np.copyto(target, array, casting="safe")
+        elif array.dtype == target.dtype and self._rounding is None:
             np.copyto(target, array)
         elif target.dtype == np.float32 and target.flags.c_contiguous and array.flags.c_contiguous:
             self._round(to_float32(array, target), array.dtype)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.dtypes import ITEM_SIZES
+from phalanx.checkpoints.item_sizes import ITEM_SIZES
 
 __all__ = ["Array", "Buffer", "Index", "TensorInfo", "TensorSource", "index_shape", "result_array"]
 

@@ -7,11 +7,13 @@ sharding is written down once, beside the model that uses it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from phalanx.checkpoints.encoding import Block, Encoding
 from phalanx.parallel.sharding import Shard, Span
 
-__all__ = ["Part", "WeightSpec", "distinct"]
+__all__ = ["DummyRange", "Part", "WeightSpec", "distinct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Part:
         transposed: the source is stored ``[in, out]`` (GPT-2's Conv1D).
         first_row: where the part starts along axis 0 of the source in our orientation (fused q/k/v).
         source_rows: extent of axis 0 of the whole source in our orientation; 0 = the part is the whole source.
+        encoding: how the source holds the values; None = one element for each value, in one of the float formats.
     """
 
     source: str
@@ -35,12 +38,56 @@ class Part:
     transposed: bool = False
     first_row: int = 0
     source_rows: int = 0
+    encoding: Encoding | None = None
+
+    @property
+    def source_extents(self) -> tuple[int, ...]:
+        """Extents of the whole source in values, in our orientation."""
+        return (self.source_rows or self.shape[0], *self.shape[1:])
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape that the source tensor must have in the checkpoint."""
-        whole = (self.source_rows or self.shape[0], *self.shape[1:])
+        whole = self.stored.source_extents
         return whole[::-1] if self.transposed else whole
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The smallest piece of the source that can be decoded, axis by axis in our orientation."""
+        if self.encoding is None:
+            return (Block(),) * len(self.shape)
+        return self.encoding.blocks(self.source_extents)
+
+    @property
+    def stored(self) -> Part:
+        """The same part counted in stored elements, as a plain part: what splits hold and what is proved about them.
+
+        Where ranks' shares do not end between blocks, every rank holds the part in full: such tensors (a scale for a
+        whole matrix, a scale for 128 rows of heads of 64) are small.
+        """
+        if self.encoding is None:
+            return self
+        blocks = self.blocks
+        rows, first = blocks[0], self.first_row // blocks[0].values
+        stop = -(-(self.first_row + self.shape[0]) // rows.values)
+        extents = tuple(
+            -(-extent // block.values) * block.stored for extent, block in zip(self.shape, blocks, strict=True)
+        )
+        return replace(
+            self,
+            shape=((stop - first) * rows.stored, *extents[1:]),
+            shard=None if self.shard is None else self._stored_shard(self.shard, blocks[self.shard.axis]),
+            first_row=first * rows.stored,
+            source_rows=-(-self.source_extents[0] // rows.values) * rows.stored,
+            encoding=None,
+        )
+
+    def _stored_shard(self, shard: Shard, block: Block) -> Shard | None:
+        first = self.first_row if shard.axis == 0 else 0
+        if any(extent % block.values for extent in (shard.unit, shard.pad_to, first)):
+            return None
+        unit, pad_to = (extent // block.values * block.stored for extent in (shard.unit, shard.pad_to))
+        return replace(shard, unit=unit, pad_to=pad_to)
 
     def span(self, axis: int, rank: int, size: int) -> Span:
         """What ``rank`` of ``size`` holds of ``axis``, relative to the part."""
@@ -54,17 +101,38 @@ class Part:
         return tuple(self.span(axis, rank, size).size for axis in range(len(self.shape)))
 
 
+class DummyRange(NamedTuple):
+    """Values uniform in ``[low, high)``; integer formats drop the fraction."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """A weight as an executor sees it: parts concatenated along axis 0, e.g. q, k and v as one matrix ``qkv``.
 
     Attributes:
         name: ``layers.3.qkv.weight``; models write ``ops.column_linear(x, "layers.3.qkv")``.
-        parts: at least one; all share the extents behind axis 0.
+        parts: at least one; all have the same trailing dimensions.
+        dtype: format in memory, by its safetensors name; None = the engine's compute type.
+        dummy: range of the values that seeded random weights take; None = what suits a weight of this name and shape.
     """
 
     name: str
     parts: tuple[Part, ...]
+    dtype: str | None = None
+    dummy: DummyRange | None = None
+
+    @property
+    def owner(self) -> str:
+        """Name that models use: ``layers.3.qkv``."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        """What it is of its owner: ``weight``, ``bias``, or a component of a format (``codes``, ``scale``)."""
+        return self.name.rpartition(".")[2]
 
     def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
         """Shape on ``rank`` of ``size`` tensor-parallel ranks."""
@@ -72,9 +140,9 @@ class WeightSpec:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def distinct(specs: Iterable[WeightSpec]) -> dict[tuple[Part, ...], list[WeightSpec]]:
+def distinct(specs: Iterable[WeightSpec]) -> list[list[WeightSpec]]:
     """Group specs that hold the same data (tied embeddings), so that it is loaded and counted once."""
-    groups: dict[tuple[Part, ...], list[WeightSpec]] = {}
+    groups: dict[tuple[tuple[Part, ...], str | None], list[WeightSpec]] = {}
     for spec in specs:
-        groups.setdefault(spec.parts, []).append(spec)
-    return groups
+        groups.setdefault((spec.parts, spec.dtype), []).append(spec)
+    return list(groups.values())

@@ -19,10 +19,10 @@ class SplitJob:
 
     Attributes:
         architecture: name of the model family, for the manifest.
-        stages: weight declaration of each pipeline stage.
+        stages: weight declaration of each pipeline stage, components of their formats.
         tp_size: tensor-parallel ranks of each stage.
         ignored: regular expressions of tensors that are left out.
-        dtype: stored format to convert to (``BF16``); None = as they are.
+        dtype: stored format to convert plain weights to (``BF16``); None = as they are.
     """
 
     architecture: str
@@ -77,13 +77,15 @@ def _pieces(
     source: TensorSource, stored_names: Mapping[str, str], specs: Sequence[WeightSpec], tp_rank: int, job: SplitJob
 ) -> tuple[PlannedPiece, ...]:
     pieces: dict[str, PlannedPiece] = {}
-    for part in (part for spec in specs for part in spec.parts):
-        stored, box = stored_names[part.source], stored_index(part, tp_rank, job.tp_size)
+    for part, dtype in ((part, spec.dtype) for spec in specs for part in spec.parts):
+        stored = stored_names[part.source]
+        info = source.info(stored)
+        box = stored_index(part, tp_rank, job.tp_size, info.shape)
         if math.prod(index_shape(box)) == 0:
             continue  # a rank that holds nothing but vocabulary padding
-        info = source.info(stored)
         name = stored + ("" if box == info.whole else _box_text(box))
-        pieces[name] = PlannedPiece(stored, box, TensorInfo(index_shape(box), job.dtype or info.dtype), name)
+        converted = None if part.encoding or dtype else job.dtype
+        pieces[name] = PlannedPiece(stored, box, TensorInfo(index_shape(box), converted or info.dtype), name)
     return tuple(pieces.values())
 
 

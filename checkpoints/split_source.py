@@ -16,8 +16,9 @@ import numpy as np
 from phalanx.checkpoints.boxes import intersect, relative, subtract
 from phalanx.checkpoints.checksum import checksum
 from phalanx.checkpoints.coverage import verify_coverage
-from phalanx.checkpoints.dtypes import ITEM_SIZES, numpy_dtype
+from phalanx.checkpoints.dtypes import numpy_dtype
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.manifest import Piece, RankFile, read_manifest
 from phalanx.checkpoints.safetensors_file import SafetensorsFile
 from phalanx.checkpoints.source import Array, Buffer, Index, TensorInfo, index_shape, result_array

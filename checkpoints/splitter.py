@@ -34,7 +34,7 @@ from phalanx.checkpoints.manifest import (
 from phalanx.checkpoints.partial_directory import PartialDirectory
 from phalanx.checkpoints.rank_files import write_rank_files
 from phalanx.checkpoints.safetensors_layout import FileLayout, plan_file
-from phalanx.checkpoints.source import TensorSource
+from phalanx.checkpoints.source import TensorInfo, TensorSource
 from phalanx.checkpoints.split_plan import PlannedRank, SplitJob, plan_ranks
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
@@ -72,6 +72,7 @@ def split_checkpoint(
         CheckpointError: ``source`` does not hold what the job declares, or cannot be read.
     """
     stored_names, ranks = plan_ranks(source, job)
+    infos = _stored_infos(source, ranks)
     files = [_layout(rank, job) for rank in ranks]
     unfinished = PartialDirectory(output, _is_ours)
     unfinished.require_absent()
@@ -85,7 +86,7 @@ def split_checkpoint(
         entries = _gather(write_rank_files(source, ranks[mine], files[mine], unfinished.path, threads), comm)
         if is_first:
             _copy_files(directory, unfinished.path, job.dtype)
-            _write_manifest(_manifest(source, stored_names, job, entries), unfinished.path)
+            _write_manifest(_manifest(infos, stored_names, job, entries), unfinished.path)
             unfinished.commit()
     except OSError as error:
         unfinished.discard()
@@ -133,14 +134,20 @@ def _gather(entries: Sequence[RankFile], comm: Communicator) -> list[RankFile]:
     return sorted((entry for entries in lists for entry in entries), key=lambda entry: entry.rank)
 
 
+def _stored_infos(source: TensorSource, ranks: Sequence[PlannedRank]) -> dict[str, TensorInfo]:
+    """Every source tensor as the split stores it."""
+    dtypes = {piece.source: piece.info.dtype for rank in ranks for piece in rank.pieces}
+    return {name: TensorInfo(source.info(name).shape, dtype) for name, dtype in dtypes.items()}
+
+
 def _manifest(
-    source: TensorSource, stored_names: Mapping[str, str], job: SplitJob, entries: Sequence[RankFile]
+    infos: Mapping[str, TensorInfo], stored_names: Mapping[str, str], job: SplitJob, entries: Sequence[RankFile]
 ) -> Manifest:
     sources = {}
     for name, counts in planned_copies(job.stages, job.tp_size).items():
-        info = source.info(stored_names[name])
+        info = infos[stored_names[name]]
         copies = {str(number): elements for number, elements in counts.items()}
-        sources[stored_names[name]] = SourceTensor(info.shape, job.dtype or info.dtype, copies)
+        sources[stored_names[name]] = SourceTensor(info.shape, info.dtype, copies)
     layout = SplitLayout(job.tp_size, len(job.stages))
     manifest = Manifest(FORMAT, VERSION, job.architecture, layout, CHUNK_BYTES, sources, tuple(entries))
     verify_coverage(manifest)

@@ -111,8 +111,10 @@ def _ranks(args: argparse.Namespace, layout: Layout) -> Sequence[int]:
 
 
 def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
+    from phalanx.checkpoints.formats import format_weights
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.executors.tensorrt.builder import BuildRequest, network_shape
+    from phalanx.runtime.executors.tensorrt.executor import CAPABILITIES
     from phalanx.runtime.models import find_model
 
     if args.stripped and not library.can_refit:
@@ -122,7 +124,9 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()
     library.check_targets(targets)
-    return BuildRequest(model, config, shape, targets, args.stripped)
+    weights = format_weights(model.weights(config), checkpoint.formats)
+    CAPABILITIES.check_formats(config, weights)
+    return BuildRequest(model, config, shape, targets, args.stripped, checkpoint.formats)
 
 
 def _plan_line(request: BuildRequest, library: TensorRT) -> str:

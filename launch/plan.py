@@ -66,6 +66,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """
     from phalanx.checkpoints.config_files import demo_path, read_config
     from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.checkpoints.formats import read_formats
     from phalanx.runtime.memory import plan_memory
     from phalanx.runtime.models.registry import find_model
 
@@ -80,6 +81,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         config,
         options.layout,
         dtype,
+        formats=read_formats(raw),
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import CommandParser, run_command
 
 if TYPE_CHECKING:
+    from phalanx.checkpoints.checkpoint import Checkpoint
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.checkpoints.splitter import SplitReport
     from phalanx.parallel.topology import Layout
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     with open_checkpoint(args.model) as checkpoint:
-        job = _job(checkpoint.config, Layout(tp=args.tp, pp=args.pp), args.dtype)
+        job = _job(checkpoint, Layout(tp=args.tp, pp=args.pp), args.dtype)
         comm = world_communicator()
         directory = ModelDirectory.at(checkpoint.path)
         report = split_checkpoint(checkpoint.source, directory, job, args.output, comm, _threads())
@@ -60,20 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _job(raw_config: Mapping[str, Any], layout: Layout, dtype: str) -> SplitJob:
+def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
     """What to write, from the model's own declaration of its weights."""
+    from phalanx.checkpoints.formats import components_of, format_weights
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.parallel.sharding import stage_layers
     from phalanx.runtime.models.registry import find_model
 
-    model = find_model(raw_config)
-    config = model.read_config(raw_config)
+    model, formats = find_model(checkpoint.config), checkpoint.formats
+    config = model.read_config(checkpoint.config)
     last = layout.pp - 1
     stages = tuple(
-        model.weights(config, layers, first=stage == 0, last=stage == last)
+        components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))
         for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp))
     )
-    return SplitJob(model.architecture, stages, layout.tp, model.ignored_tensors, _STORED[dtype])
+    ignored = (*model.ignored_tensors, *formats.ignored_tensors)
+    return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype])
 
 
 def _report(report: SplitReport, output: Path, seconds: float) -> None:

@@ -42,6 +42,7 @@ class Shard:
         copy: hold the whole group on each of its ranks (key/value heads fewer than ranks).
         pad_to: every rank's extent is rounded up to a multiple of this, zeros at the end, so that any number of ranks
             works (vocabulary). 0: no padding.
+        has_short_last: the last unit may be shorter than the others (688 columns in quantisation groups of 128).
         what: the field's name for the units, used in errors.
     """
 
@@ -51,6 +52,7 @@ class Shard:
     copy: bool = False
     pad_to: int = 0
     what: str = "units"
+    has_short_last: bool = False
 
     def span(self, extent: int, rank: int, size: int) -> Span:
         """Range of an axis of ``extent`` that ``rank`` of ``size`` holds.
@@ -61,14 +63,17 @@ class Shard:
         if self.pad_to:
             return self._padded(extent, rank, size)
         units, rest = divmod(extent, self.unit)
-        if rest:
+        if rest and self.has_short_last:
+            units += 1
+        elif rest:
             raise ConfigError(f"extent {extent} is not a multiple of the unit {self.unit} ({self.what})")
         start, stop = self._grouped(units, rank, size) if self.groups else _even(units, rank, size)
         if start == stop and units:
             raise ConfigError(
                 f"{units} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {units}"
             )
-        return Span(start * self.unit, stop * self.unit, (stop - start) * self.unit)
+        start, stop = start * self.unit, min(stop * self.unit, extent)
+        return Span(start, stop, stop - start)
 
     def _padded(self, extent: int, rank: int, size: int) -> Span:
         each = -(-extent // (size * self.pad_to)) * self.pad_to

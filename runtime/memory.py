@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan, components_of, format_weights
+from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
@@ -88,6 +90,7 @@ def plan_memory(
     layout: Layout,
     dtype: str,
     *,
+    formats: FormatPlan = ALL_DENSE,
     max_num_seqs: int,
     max_num_tokens: int,
     max_model_len: int,
@@ -104,6 +107,7 @@ def plan_memory(
         place = Topology(layout, rank)
         layers = stage_layers(config.num_layers, layout.pp)[place.stage]
         specs = model.weights(config, layers, place.is_first_stage, place.is_last_stage)
+        components = components_of(format_weights(specs, formats))
         state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size))
         result.append(
             RankMemory(
@@ -111,8 +115,9 @@ def plan_memory(
                 stage=place.stage,
                 tp_rank=place.tp_rank,
                 layers=layers,
-                weights=weight_bytes(specs, place.tp_rank, layout.tp, itemsize),
-                workspace=workspace_bytes(model, config, place, max_num_seqs, max_num_tokens, itemsize) + state,
+                weights=weight_bytes(components, place.tp_rank, layout.tp, itemsize),
+                workspace=workspace_bytes(model, config, formats, place, max_num_seqs, max_num_tokens, itemsize)
+                + state,
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
                 kv_block_bytes=kv_block_bytes(config, len(layers), place.tp_rank, layout.tp, block_size, itemsize),
             )
@@ -132,11 +137,16 @@ def num_kv_blocks(ranks: Sequence[RankMemory], memory_bytes: int) -> int:
     return max(0, min((memory_bytes - rank.fixed_bytes) // rank.kv_block_bytes for rank in ranks))
 
 
-def weight_bytes(specs: Iterable[WeightSpec], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
-    """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts where it comes first."""
+def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
+    """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts where it comes first.
+
+    ``itemsize`` is that of the compute type; components with a format of their own count in that.
+    """
     result = dict.fromkeys(WEIGHT_PARTS, 0)
-    for group in distinct(specs).values():
-        result[_weight_part(group[0].name)] += math.prod(group[0].local_shape(tp_rank, tp_size)) * itemsize
+    for group in distinct(components):
+        spec = group[0]
+        each = itemsize if spec.dtype is None else ITEM_SIZES[spec.dtype]
+        result[_weight_part(spec.owner)] += math.prod(spec.local_shape(tp_rank, tp_size)) * each
     return result
 
 
@@ -149,7 +159,13 @@ def kv_block_bytes(
 
 
 def workspace_bytes(
-    model: Model, config: ModelConfig, place: Topology, max_num_seqs: int, max_num_tokens: int, itemsize: int
+    model: Model,
+    config: ModelConfig,
+    formats: FormatPlan,
+    place: Topology,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    itemsize: int,
 ) -> int:
     """Room for the activations and logits of the largest step on one rank; see `activation_bytes`."""
     tp = place.tp_rank, place.layout.tp
@@ -158,7 +174,7 @@ def workspace_bytes(
     if tp[1] > 1:
         logit_rows += GATHERED_ROWS * tp[1]
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
-    specs = model.block_weights(config, first_layer)
+    specs = [weight.spec for weight in format_weights(model.block_weights(config, first_layer), formats)]
     return activation_bytes(specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp)
 
 
@@ -192,7 +208,7 @@ def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) ->
 
 def _weight_part(name: str) -> str:
     """Which of `WEIGHT_PARTS` a weight belongs to, by the names that all families use."""
-    owner = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    owner = name.rpartition(".")[2]
     if "norm" in owner:
         return "norms"
     parts = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from phalanx.checkpoints.formats import DENSE, FormattedWeight
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
@@ -25,6 +27,7 @@ class Capabilities:
         dtypes: compute types.
         max_head_dim, head_dim_multiple: limits of its attention.
         window, soft_cap, alibi: attention variants.
+        formats: names of the weight formats that it can multiply; None = any, by `Format.dequantize`.
     """
 
     engine: str
@@ -34,6 +37,7 @@ class Capabilities:
     window: bool = True
     soft_cap: bool = True
     alibi: bool = True
+    formats: frozenset[str] | None = frozenset({DENSE.name})
 
     def check(self, config: ModelConfig, dtype: str) -> None:
         """Raise `ConfigError` naming model, feature and executor for the first thing that is missing."""
@@ -49,6 +53,15 @@ class Capabilities:
             raise ConfigError(
                 f"the {self.engine} engine cannot run {config.architecture}: no {missing}; try --engine numpy"
             )
+
+    def check_formats(self, config: ModelConfig, weights: Iterable[FormattedWeight]) -> None:
+        """Raise `ConfigError` naming engine, format and weight for the first weight that the engine cannot multiply."""
+        for weight in weights:
+            if self.formats is not None and weight.format.name not in self.formats:
+                raise ConfigError(
+                    f"the {self.engine} engine cannot multiply {weight.format.name} weights, which {weight.spec.owner} of "
+                    f"this {config.architecture} has (it multiplies {', '.join(sorted(self.formats))}); try --engine numpy"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.checkpoints.checkpoint import Checkpoint
-from phalanx.checkpoints.spec import WeightSpec
+from phalanx.checkpoints.formats import FormattedWeight
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
+from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
 
 __all__ = ["RankSpec"]
@@ -44,10 +45,14 @@ class RankSpec:
         return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
 
     @property
-    def weights(self) -> list[WeightSpec]:
-        """Declarations of this stage's weights."""
-        first, last = self.topology.is_first_stage, self.topology.is_last_stage
-        return self.model.weights(self.config, self.layers, first, last)
+    def declared(self) -> list[FormattedWeight]:
+        """Weights of this stage with their formats."""
+        return stage_weights(self.model, self.config, self.checkpoint.formats, self.topology)
+
+    def load(self, sink: CollectingSink[Array]) -> Weights[Array]:
+        """Load this rank's weights into ``sink``. Raises as `load_stage`."""
+        checkpoint = self.checkpoint
+        return load_stage(checkpoint.source, self.model, self.config, checkpoint.formats, self.topology, sink)
 
     @property
     def tp_rank(self) -> int:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypedDict, get_args
 
-from phalanx.checkpoints.quantized import QUANTIZATION_KEYS, describe_quantization
+from phalanx.checkpoints.formats import read_formats
+from phalanx.checkpoints.quantized import QUANTIZATION_KEYS
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import Activation, ComputeDType, RopeConfig
 from phalanx.runtime.models.config_keys import FIXED_KEYS, asks_for_nothing, is_harmless
@@ -167,10 +168,8 @@ class ConfigReader:
 
     def finish(self, architecture: str) -> None:
         """Refuse every key that was never read, is not known to be harmless, and asks for something."""
-        if not self.read_keys & QUANTIZATION_KEYS and (quantization := describe_quantization(self.raw)) is not None:
-            raise ConfigError(
-                f"{quantization}; {architecture} cannot be loaded from it: use the unquantised checkpoint"
-            )
+        read_formats(self.raw)
+        self.read_keys |= QUANTIZATION_KEYS
         for key, value in self.raw.items():
             if key in self.read_keys or key in self.ignored_keys or is_harmless(key):
                 continue

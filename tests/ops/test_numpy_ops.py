@@ -15,6 +15,7 @@ from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.executors.numpy.attention import NumpyAttention, alibi_slopes
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import BatchState, StepPlan
 
@@ -37,7 +38,7 @@ def make_ops(
     weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span | None = None
 ) -> NumpyOps:
     attention = NumpyAttention(model_config(), range(0), 1, 1, 0, 1, 1, THREADS)
-    return NumpyOps(weights, vocabulary or Span(0, 0, 0), comm or SelfCommunicator(), attention, THREADS)
+    return NumpyOps(Weights.dense(weights), vocabulary or Span(0, 0, 0), comm or SelfCommunicator(), attention, THREADS)
 
 
 def model_config(heads: int = 4, kv_heads: int = 2, head_dim: int = 6, rope: RopeConfig | None = None) -> ModelConfig:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
-from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.numpy.executor import CacheShape, NumpyExecutor
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
+from phalanx.runtime.executors.weights import load_stage
 from phalanx.runtime.models import find_model
 from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 
@@ -44,10 +44,11 @@ def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | No
     with open_checkpoint(checkpoint) as opened:
         model = find_model(opened.config)
         config = model.read_config(opened.config)
-        sink = NumpySink(rounding=rounding)
-        load_weights(opened.source, model.weights(config), 0, 1, sink, ignored=model.ignored_tensors)
+        weights = load_stage(
+            opened.source, model, config, opened.formats, Topology(Layout()), NumpySink(rounding=rounding)
+        )
     cache = CacheShape(shape.max_num_seqs, shape.max_model_len, shape.max_num_seqs, shape.max_model_len)
-    return RecordingNumpyExecutor(model, config, sink.weights, Topology(Layout()), SelfCommunicator(), cache)
+    return RecordingNumpyExecutor(model, config, weights, Topology(Layout()), SelfCommunicator(), cache)
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

@@ -37,8 +37,9 @@ def test_every_weight_is_marked_refittable_and_nothing_else(case: str, tmp_path:
     builder = library.module.Builder(library.logger(lambda severity, message: None))
     network = library.create_network(builder)
     write_network(Graph(library, network, True), request.model, request.config, weights, topology, SHAPE)
-    names = {name for name in weights if network.are_weights_marked_refittable(name)}
-    distinct = {array.ctypes.data: name for name, array in reversed(weights.items())}
+    arrays = weights.arrays()
+    names = {name for name in arrays if network.are_weights_marked_refittable(name)}
+    distinct = {array.ctypes.data: name for name, array in reversed(arrays.items())}
     assert names == set(distinct.values())
     constants = sum(network.get_layer(index).type.name == "CONSTANT" for index in range(network.num_layers))
     assert constants > len(names)

@@ -311,6 +311,6 @@ def test_shard_is_read_in_the_compute_type_once(tmp_path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
         model = find_model(checkpoint.config)
         request = BuildRequest(model, _config("llama-one-kv-head-tied"), NetworkShape("bfloat16", 2, 32, 16), ("8.9",))
-        weights = load_shard(request, checkpoint.source, Topology(Layout()))
+        weights = load_shard(request, checkpoint.source, Topology(Layout())).arrays()
     assert {array.dtype.name for array in weights.values()} == {"bfloat16"}
     assert np.shares_memory(weights["embed.weight"], weights["lm_head.weight"])

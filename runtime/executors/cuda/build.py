@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.loader import load_weights
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
 from phalanx.kernels.gemm import Gemm, open_gemm
@@ -34,6 +33,7 @@ from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda.weights import CudaSink
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.step import ADMISSION
@@ -49,6 +49,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     CAPABILITIES.check(spec.config, spec.dtype)
+    CAPABILITIES.check_formats(spec.config, spec.declared)
     limits = _step_limits(spec)
     device, stream = select_device()
     with device, stream:
@@ -130,13 +131,8 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
     return CacheLayout.of(spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size)
 
 
-def _load(spec: RankSpec, library: KernelLibrary) -> Mapping[str, DeviceArray]:
-    sink = CudaSink(spec.dtype, library)
-    load_weights(
-        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
-        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(spec.config),
-    )  # fmt: skip
-    return sink.weights
+def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
+    return spec.load(CudaSink(spec.dtype, library))
 
 
 def _stage(
@@ -144,7 +140,7 @@ def _stage(
     limits: StepLimits,
     library: KernelLibrary,
     gemm: Gemm,
-    weights: Mapping[str, DeviceArray],
+    weights: Weights[DeviceArray],
     groups: CudaGroups,
     timeline: Timeline | None,
 ) -> tuple[CudaStage, CudaAttention]:
@@ -179,7 +175,13 @@ def _scratch(spec: RankSpec, limits: StepLimits) -> Any:
     """Room for the activations of the largest step."""
     itemsize = device_dtype(spec.dtype).itemsize
     num_bytes = workspace_bytes(
-        spec.model, spec.config, spec.topology, limits.max_num_seqs, limits.max_num_tokens, itemsize
+        spec.model,
+        spec.config,
+        spec.checkpoint.formats,
+        spec.topology,
+        limits.max_num_seqs,
+        limits.max_num_tokens,
+        itemsize,
     )
     return Arena(num_bytes + (1 << 20)).scratch("activations", num_bytes)
 

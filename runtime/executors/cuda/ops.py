@@ -22,6 +22,7 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.memory import DeviceArray
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
 
 __all__ = ["CudaOps"]
@@ -42,13 +43,13 @@ class CudaOps(Ops[DeviceArray]):
 
     Args:
         num_layers: blocks of the whole model.
-        weights: name -> ``[out, in]`` or ``[out]``, this rank's shard.
+        weights: this rank's shard.
         vocabulary: rows of the vocabulary that this rank holds.
         group: the tensor-parallel group.
     """
 
     def __init__(
-        self, num_layers: int, library: KernelLibrary, gemm: Gemm, weights: Mapping[str, DeviceArray], vocabulary: Span,
+        self, num_layers: int, library: KernelLibrary, gemm: Gemm, weights: Weights[DeviceArray], vocabulary: Span,
         group: DeviceCommunicator, arrays: StepArrays, pool: ActivationPool, attention: CudaAttention,
     ) -> None:  # fmt: skip
         self._library, self._gemm, self._weights, self._vocabulary = library, gemm, weights, vocabulary
@@ -73,7 +74,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
         """See `Ops.embedding`."""
-        table = self._weights[f"{name}.weight"]
+        table = self._weights.embedding(name)
         out = self._pool.array((self._num_rows, table.shape[1]), table.dtype)
         embedding(
             self._library, self._arrays.token_ids[: self._num_rows], table, out,
@@ -83,7 +84,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.position_embedding`; in place."""
-        add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights[f"{name}.weight"])
+        add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights.embedding(name))
         return x
 
     def rms_norm(self, x: DeviceArray, name: str, eps: float, weight_offset: float = 0.0) -> DeviceArray:
@@ -101,7 +102,7 @@ class CudaOps(Ops[DeviceArray]):
         residual = self._rows_of(residual, x)
         out = self._pool.array(x.shape, x.dtype)
         rms_norm(
-            self._library, x, self._weights[f"{name}.weight"], out,
+            self._library, x, self._weights.norm(name)[0], out,
             epsilon=eps, weight_offset=weight_offset, residual=residual,
         )  # fmt: skip
         return out, x if residual is None else residual
@@ -112,13 +113,13 @@ class CudaOps(Ops[DeviceArray]):
         """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
         residual = self._rows_of(residual, x)
         out = self._pool.array(x.shape, x.dtype)
-        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        weight, bias = self._weights.norm(name)
         layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
         return out, x if residual is None else residual
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.column_linear`; the bias in the product's epilogue."""
-        return self._product(x, name, self._weights.get(f"{name}.bias"))
+        return self._product(x, name, self._weights.linear(name).bias)
 
     def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.row_linear_partial`."""
@@ -126,7 +127,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.add_bias`; in place."""
-        bias = self._weights.get(f"{name}.bias")
+        bias = self._weights.linear(name).bias
         if bias is not None:
             add_bias(self._library, x, bias)
         return x
@@ -172,7 +173,7 @@ class CudaOps(Ops[DeviceArray]):
         return self.column_linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
-        weight = self._weights[f"{name}.weight"]
+        weight = self._weights.array(name)
         out = self._pool.array((len(x), weight.shape[0]), x.dtype)
         self._gemm(x, weight, out, bias)
         return out

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.dtypes import convert
+from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
@@ -40,11 +40,11 @@ class CudaSink:
         self._staging: list[tuple[NDArray[np.uint8], Any]] = []
         self._turn = 0
 
-    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...]) -> DeviceArray:
-        """Zero-filled memory for one weight."""
+    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
+        """Zero-filled memory for one weight or component."""
         import cupy
 
-        array = cupy.zeros(shape, self._dtype)
+        array = cupy.zeros(shape, self._dtype if dtype is None else NUMPY_DTYPES[dtype])
         self.weights.update(dict.fromkeys(names, array))
         return array
 
@@ -65,10 +65,10 @@ class CudaSink:
         return buffer[:num_bytes]
 
     def write(self, destination: DeviceArray, index: Index, array: NDArray[Any]) -> None:
-        """Copy ``array`` to ``destination[index]``, in the compute dtype."""
+        """Copy ``array`` to ``destination[index]``, in the compute dtype or the component's own."""
         from cupy.cuda import runtime
 
-        values = np.ascontiguousarray(convert(array, self._dtype, "weight"))
+        values = np.ascontiguousarray(convert(array, destination.dtype, "weight"))
         region = destination[index]
         row_bytes = values.shape[-1] * values.itemsize
         runtime.memcpy2DAsync(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 
-from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.sinks import NumpySink
+from phalanx.checkpoints.source import Array
 from phalanx.runtime.executors.numpy.executor import CAPABILITIES, CacheShape, NumpyExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
+from phalanx.runtime.executors.weights import Weight
 from phalanx.runtime.memory import kv_block_bytes
 
 __all__ = ["create_numpy_executor"]
@@ -30,16 +33,19 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     """
     config, options, topology = spec.config, spec.options, spec.topology
     CAPABILITIES.check(config, spec.dtype)
-    sink = NumpySink(rounding=_ROUNDING[options.dtype])
-    load_weights(
-        spec.checkpoint.source, spec.weights, spec.tp_rank, spec.tp_size, sink,
-        ignored=spec.model.ignored_tensors, all_specs=spec.model.weights(config),
-    )  # fmt: skip
+    weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype])).converted(_dequantized)
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
     cache = CacheShape(num_blocks, options.block_size, options.max_num_seqs, max_len)
-    return NumpyExecutor(spec.model, config, sink.weights, topology, spec.comm, cache), max_len
+    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, cache), max_len
+
+
+def _dequantized(weight: Weight[Array]) -> Weight[Array]:
+    """The same weight as float32 values: a processor multiplies nothing faster than that."""
+    if weight.format == DENSE:
+        return weight
+    return replace(weight, format=DENSE, components={"weight": weight.format.dequantize(weight.components)})
 
 
 def _num_blocks(spec: RankSpec) -> int:

@@ -17,6 +17,7 @@ from phalanx.runtime.executors.base import CacheSize, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
@@ -28,7 +29,7 @@ __all__ = ["CAPABILITIES", "CacheShape", "NumpyExecutor"]
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
 
-CAPABILITIES = Capabilities("numpy", frozenset({"float32", "bfloat16", "float16"}))
+CAPABILITIES = Capabilities("numpy", frozenset({"float32", "bfloat16", "float16"}), formats=None)
 """Weights are rounded to the type asked for; arithmetic is float32."""
 
 LOGPROB_ROWS = 256
@@ -56,7 +57,7 @@ class NumpyExecutor:
     """See `phalanx.runtime.executors.base.Executor`.
 
     Args:
-        weights: this rank's shard of the specs of its stage.
+        weights: this rank's shard of its stage, dense.
         comm: all ranks of the replica; the tensor and pipeline groups are split off. *Collective.*
     """
 
@@ -65,7 +66,7 @@ class NumpyExecutor:
     device_times: DeviceTimes | None = None
 
     def __init__(
-        self, model: Model, config: ModelConfig, weights: dict[str, Float32Array], topology: Topology,
+        self, model: Model, config: ModelConfig, weights: Weights[Float32Array], topology: Topology,
         comm: Communicator, cache: CacheShape,
     ) -> None:  # fmt: skip
         self._model, self._config, self._topology = model, config, topology

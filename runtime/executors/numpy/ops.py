@@ -15,6 +15,7 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.product import product
 from phalanx.runtime.executors.numpy.threads import Threads
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
 
 __all__ = ["NumpyOps", "NumpyStep"]
@@ -37,7 +38,7 @@ class NumpyOps(Ops[Float32Array]):
     """One rank's operations; `bind` sets the step.
 
     Args:
-        weights: name -> ``[out, in]`` or ``[out]``, this rank's shard.
+        weights: this rank's shard, dense.
         vocabulary: rows of the vocabulary that this rank holds.
         comm: the tensor-parallel group.
         attention: key/value cache and attention over it.
@@ -46,7 +47,7 @@ class NumpyOps(Ops[Float32Array]):
 
     def __init__(
         self,
-        weights: dict[str, Float32Array],
+        weights: Weights[Float32Array],
         vocabulary: Span,
         comm: Communicator,
         attention: NumpyAttention,
@@ -71,7 +72,7 @@ class NumpyOps(Ops[Float32Array]):
 
     def embedding(self, name: str, scale: float = 1.0) -> Float32Array:
         """See `Ops.embedding`."""
-        table = self._weights[f"{name}.weight"]
+        table = self._weights.embedding(name)
         if self._comm.size == 1:
             rows: Float32Array = table[self.step.token_ids]
         else:
@@ -83,12 +84,12 @@ class NumpyOps(Ops[Float32Array]):
 
     def position_embedding(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.position_embedding`."""
-        positioned: Float32Array = x + self._weights[f"{name}.weight"][self.step.positions]
+        positioned: Float32Array = x + self._weights.embedding(name)[self.step.positions]
         return positioned
 
     def rms_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
         """See `Ops.rms_norm`."""
-        weight = self._weights[f"{name}.weight"]
+        weight, _ = self._weights.norm(name)
         mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
         inverse = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
         normed: Float32Array = x * inverse[:, None]
@@ -100,25 +101,27 @@ class NumpyOps(Ops[Float32Array]):
         centred: Float32Array = x - x.mean(axis=1, keepdims=True)
         variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
         centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
-        centred *= self._weights[f"{name}.weight"]
-        centred += self._weights[f"{name}.bias"]
+        weight, bias = self._weights.norm(name)
+        centred *= weight
+        if bias is not None:
+            centred += bias
         return centred
 
     def column_linear(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.column_linear`."""
         y = self.row_linear_partial(x, name)
-        bias = self._weights.get(f"{name}.bias")
+        bias = self._weights.linear(name).bias
         if bias is not None:
             y += bias
         return y
 
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.row_linear_partial`."""
-        return product(x, self._weights[f"{name}.weight"], self._threads)
+        return product(x, self._weights.array(name), self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.add_bias`. Works in place: ``x`` is a fresh product here."""
-        bias = self._weights.get(f"{name}.bias")
+        bias = self._weights.linear(name).bias
         if bias is not None:
             x += bias
         return x

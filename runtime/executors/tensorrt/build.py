@@ -18,6 +18,7 @@ def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor, int]:
         CheckpointError: the checkpoint does not fit the model.
     """
     CAPABILITIES.check(spec.config, spec.dtype)
+    CAPABILITIES.check_formats(spec.config, spec.declared)
     session, shape = open_session(spec)
     pipeline = spec.comm.split(spec.topology.pp_group)
     return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

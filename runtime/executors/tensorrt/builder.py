@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phalanx.checkpoints.loader import load_weights
+from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import ConfigError, ExecutorError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import DTypeName, ModelConfig
 from phalanx.runtime.executors.sizes import longest_requested
@@ -26,6 +25,7 @@ from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
 from phalanx.runtime.executors.tensorrt.network import NetworkShape, RankNetwork, write_network
+from phalanx.runtime.executors.weights import Weights, load_stage
 from phalanx.runtime.models import Model
 
 __all__ = ["BuildReport", "BuildRequest", "Progress", "build_engine", "load_shard", "network_shape", "replace_file"]
@@ -45,6 +45,7 @@ class BuildRequest:
     Attributes:
         targets: compute capabilities.
         stripped: leave the weights out, to be filled in when the engine is loaded.
+        formats: of the checkpoint's weights.
     """
 
     model: Model
@@ -52,6 +53,7 @@ class BuildRequest:
     shape: NetworkShape
     targets: tuple[str, ...]
     stripped: bool = False
+    formats: FormatPlan = ALL_DENSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,20 +130,14 @@ def build_engine(
     )
 
 
-def load_shard(request: BuildRequest, source: TensorSource, topology: Topology) -> dict[str, Array]:
+def load_shard(request: BuildRequest, source: TensorSource, topology: Topology) -> Weights[Array]:
     """One rank's weights in the compute type, read once, slice by slice.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
     """
-    model, config = request.model, request.config
-    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
     sink = NumpySink(dtype=request.shape.numpy_dtype, chunk_bytes=16 << 20)
-    load_weights(
-        source, model.weights(config, layers, topology.is_first_stage, topology.is_last_stage), topology.tp_rank,
-        topology.layout.tp, sink, ignored=model.ignored_tensors, all_specs=model.weights(config),
-    )  # fmt: skip
-    return sink.weights
+    return load_stage(source, request.model, request.config, request.formats, topology, sink)
 
 
 def _create_builder(library: TensorRT, log: BuildLog) -> Any:
@@ -158,7 +154,7 @@ def _create_builder(library: TensorRT, log: BuildLog) -> Any:
 
 
 def _write_network(
-    library: TensorRT, builder: Any, request: BuildRequest, weights: dict[str, Array], topology: Topology, log: BuildLog
+    library: TensorRT, builder: Any, request: BuildRequest, weights: Weights[Array], topology: Topology, log: BuildLog
 ) -> RankNetwork:
     graph = Graph(library, library.create_network(builder), request.stripped)
     try:
@@ -211,5 +207,5 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
-def _distinct_bytes(weights: dict[str, Array]) -> int:
-    return sum({array.ctypes.data: array.nbytes for array in weights.values()}.values())
+def _distinct_bytes(weights: Weights[Array]) -> int:
+    return sum({array.ctypes.data: array.nbytes for array in weights.arrays().values()}.values())

@@ -53,7 +53,7 @@ def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
     loaded = _deserialize(library, path)
     with device, stream:
         if request.stripped:
-            refit(loaded, load_shard(request, spec.checkpoint.source, spec.topology), stream.ptr)
+            refit(loaded, load_shard(request, spec.checkpoint.source, spec.topology).arrays(), stream.ptr)
             stream.synchronize()
         topology = spec.topology
         tensor, pipeline = (open_device_group(spec.comm, members) for members in (topology.tp_group, topology.pp_group))
@@ -75,7 +75,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
     shape = network_shape(
         config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens
     )
-    request = BuildRequest(spec.model, config, shape, (capability,))
+    request = BuildRequest(spec.model, config, shape, (capability,), formats=spec.checkpoint.formats)
     identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,))
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
     rank = topology.replica_rank
@@ -102,7 +102,7 @@ def _given_engine(
     identity = EngineIdentity(config, shape, topology.layout, "" if stripped else checksum, library.name, (capability,))
     path = directory.check(identity, topology.replica_rank, capability)
     check_sizes(spec.options, config, shape)
-    return path, BuildRequest(spec.model, config, shape, (capability,), stripped)
+    return path, BuildRequest(spec.model, config, shape, (capability,), stripped, spec.checkpoint.formats)
 
 
 def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape) -> None:

@@ -13,7 +13,6 @@ slot's memory, so nothing is padded and a chunk of any length writes exactly wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,6 +26,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
 from phalanx.runtime.executors.tensorrt.ops import LocalHeads, StepTensors, TrtOps
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 
@@ -128,7 +128,7 @@ def write_network(
     graph: Graph,
     model: Model,
     config: ModelConfig,
-    weights: Mapping[str, Array],
+    weights: Weights[Array],
     topology: Topology,
     shape: NetworkShape,
 ) -> RankNetwork:

@@ -19,6 +19,7 @@ from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation, RopeConfig
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
+from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
 from phalanx.runtime.rope import rotary_table
 
@@ -61,7 +62,7 @@ class TrtOps(Ops[ITensor]):
     """One rank's operations as layers of ``graph``.
 
     Args:
-        weights: name -> array in the compute type, this rank's shard; kept alive by the graph.
+        weights: this rank's shard in the compute type; kept alive by the graph.
         dtype: compute type.
         vocabulary: rows of the vocabulary that this rank holds.
         caches: layer -> (keys, values), network inputs ``[B, K, P, C]``; updated ones are left in `updated_caches`.
@@ -69,7 +70,7 @@ class TrtOps(Ops[ITensor]):
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype[Any], vocabulary: Span, heads: LocalHeads,
+        self, graph: Graph, weights: Weights[Array], dtype: np.dtype[Any], vocabulary: Span, heads: LocalHeads,
         caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, num_ranks: int,
     ) -> None:  # fmt: skip
         self._graph, self._weights, self._dtype = graph, weights, dtype
@@ -91,7 +92,7 @@ class TrtOps(Ops[ITensor]):
         graph = self._graph
         assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
         ids = graph.reshape(self._step.token_ids, (-1,))
-        table = self._weight(f"{name}.weight")
+        table = self._weight(name)
         rows = graph.gather(table, ids) if self._num_ranks == 1 else self.all_reduce(self._local_rows(table, ids))
         return (
             rows if scale == 1.0 else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
@@ -114,14 +115,14 @@ class TrtOps(Ops[ITensor]):
 
     def position_embedding(self, x: ITensor, name: str) -> ITensor:
         """See `Ops.position_embedding`."""
-        return self.add(x, self._graph.gather(self._weight(f"{name}.weight"), self._flat_positions))
+        return self.add(x, self._graph.gather(self._weight(name), self._flat_positions))
 
     # Norms
 
     def rms_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
         """See `Ops.rms_norm`."""
         graph = self._graph
-        weight = graph.cast(self._row(f"{name}.weight"), _FLOAT32)
+        weight = graph.cast(self._row(f"{name}.weight", self._weights.norm(name)[0]), _FLOAT32)
         if weight_offset:
             weight = graph.binary("SUM", weight, graph.scalar(weight_offset, 2))
 
@@ -134,8 +135,13 @@ class TrtOps(Ops[ITensor]):
     def layer_norm(self, x: ITensor, name: str, eps: float) -> ITensor:
         """See `Ops.layer_norm`."""
         graph = self._graph
-        scale, bias = (graph.cast(self._row(f"{name}.{kind}"), _FLOAT32) for kind in ("weight", "bias"))
-        return self._in_float32(x, lambda x: graph.layer_norm(x, scale, bias, eps))
+        weight, bias = self._weights.norm(name)
+        bias = np.zeros_like(weight) if bias is None else bias
+        scale, shift = (
+            graph.cast(self._row(f"{name}.{kind}", array), _FLOAT32)
+            for kind, array in (("weight", weight), ("bias", bias))
+        )
+        return self._in_float32(x, lambda x: graph.layer_norm(x, scale, shift, eps))
 
     # Matrix products
 
@@ -145,11 +151,12 @@ class TrtOps(Ops[ITensor]):
 
     def row_linear_partial(self, x: ITensor, name: str) -> ITensor:
         """See `Ops.row_linear_partial`."""
-        return self._graph.matmul_transposed(x, self._weight(f"{name}.weight"))
+        return self._graph.matmul_transposed(x, self._weight(name))
 
     def add_bias(self, x: ITensor, name: str) -> ITensor:
         """See `Ops.add_bias`."""
-        return self.add(x, self._row(f"{name}.bias")) if f"{name}.bias" in self._weights else x
+        bias = self._weights.linear(name).bias
+        return x if bias is None else self.add(x, self._row(f"{name}.bias", bias))
 
     def all_reduce(self, x: ITensor) -> ITensor:
         """See `Ops.all_reduce`."""
@@ -239,11 +246,10 @@ class TrtOps(Ops[ITensor]):
     # Helpers
 
     def _weight(self, name: str) -> ITensor:
-        return self._graph.weight(name, self._weights[name])
+        return self._graph.weight(f"{name}.weight", self._weights.array(name))
 
-    def _row(self, name: str) -> ITensor:
+    def _row(self, name: str, array: Array) -> ITensor:
         """A vector as ``[1, D]``."""
-        array = self._weights[name]
         return self._graph.weight(name, array, (1, array.size))
 
     def _columns(self, x: ITensor, start: int, width: int) -> ITensor:

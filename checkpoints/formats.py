@@ -1,0 +1,185 @@
+"""Weight formats: which stored tensors a weight is read from, which tensors it becomes in memory, where it may be cut.
+
+Everything that handles weights (loader, splitter, coverage proof, memory planner, dummy weights, engine builders) works on
+component declarations and knows no format. Nothing here needs NumPy: plans are made from ``config.json`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phalanx.checkpoints.quantized import describe_quantization
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Shard
+
+if TYPE_CHECKING:
+    from phalanx.checkpoints.source import Array
+
+__all__ = [
+    "ALL_DENSE",
+    "DENSE",
+    "FORMAT_READERS",
+    "Format",
+    "FormatPlan",
+    "FormattedWeight",
+    "components_of",
+    "format_weights",
+    "read_formats",
+]
+
+
+class Format(Protocol):
+    """How a matrix is stored, held and cut. Comparable by value; two weights with equal formats are computed alike."""
+
+    @property
+    def name(self) -> str:
+        """What refusals, reports and `Capabilities.formats` call it: ``int8 with a scale per row``."""
+        ...
+
+    def units(self, part: Part) -> tuple[int, ...]:
+        """For each axis of ``part`` how many consecutive values must stay on one rank (a quantisation group); 1 = any."""
+        ...
+
+    def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """What the weight ``spec`` consists of in memory, named ``<spec.owner>.<component>``.
+
+        Parts of a merged weight (q, k and v) become parts of each component, so that each keeps its own scales. Shards in
+        ``spec`` already respect `units`.
+        """
+        ...
+
+    def dequantize(self, components: Mapping[str, Array]) -> Array:
+        """The values that the components of one rank stand for, float32 in the shape of the weight.
+
+        This is the definition of the format; the NumPy engine computes with it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Plain values, stored in any float format and held in the compute type."""
+
+    name: str = "dense"
+
+    def units(self, part: Part) -> tuple[int, ...]:
+        """Any cut."""
+        return (1,) * len(part.shape)
+
+    def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """The weight itself."""
+        return (spec,)
+
+    def dequantize(self, components: Mapping[str, Array]) -> Array:
+        """The weight itself."""
+        return components["weight"]
+
+
+DENSE = Dense()
+
+
+@dataclass(frozen=True, slots=True)
+class FormatPlan:
+    """Which weight of a checkpoint has which format.
+
+    Attributes:
+        choose: format of a matrix, by the source modules of its parts. Biases and norms are always dense.
+        ignored_tensors: regular expressions (full match) of tensors that the formats store but do not need.
+    """
+
+    choose: Callable[[WeightSpec], Format]
+    ignored_tensors: tuple[str, ...] = ()
+
+
+ALL_DENSE = FormatPlan(lambda spec: DENSE)
+
+
+@dataclass(frozen=True, slots=True)
+class FormattedWeight:
+    """A weight with its format.
+
+    Attributes:
+        spec: as the model declares it, with shards that cut between the format's units.
+        components: what is loaded and held.
+    """
+
+    spec: WeightSpec
+    format: Format
+    components: tuple[WeightSpec, ...]
+
+
+def format_weights(specs: Sequence[WeightSpec], plan: FormatPlan) -> list[FormattedWeight]:
+    """Weights of whole layers with their formats.
+
+    Within a layer, parts that are split alike (gate and up by rows, down by columns) get the same cuts, which respect the units
+    of all of them.
+
+    Raises:
+        ConfigError: a group of values would have to be cut.
+    """
+    formats = [plan.choose(spec) if len(spec.parts[0].shape) > 1 else DENSE for spec in specs]
+    units: dict[tuple[str, Shard, int], int] = {}
+    for spec, chosen in zip(specs, formats, strict=True):
+        for part in spec.parts:
+            if part.shard is not None:
+                unit = units.get(_cut(spec, part, part.shard), 1)
+                units[_cut(spec, part, part.shard)] = math.lcm(unit, chosen.units(part)[part.shard.axis])
+    result = []
+    for spec, chosen in zip(specs, formats, strict=True):
+        parts = tuple(
+            part if part.shard is None else replace(part, shard=_aligned(spec, part, part.shard, units))
+            for part in spec.parts
+        )
+        aligned = replace(spec, parts=parts)
+        result.append(FormattedWeight(aligned, chosen, chosen.components(aligned)))
+    return result
+
+
+def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
+    """All components, in order."""
+    return [component for weight in weights for component in weight.components]
+
+
+def _cut(spec: WeightSpec, part: Part, shard: Shard) -> tuple[str, Shard, int]:
+    """Parts with equal cuts share the ranges of ranks: same layer, same shard on whatever axis, same extent."""
+    return spec.owner.rpartition(".")[0], replace(shard, axis=0), part.shape[shard.axis]
+
+
+def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[str, Shard, int], int]) -> Shard:
+    needed, extent = units[_cut(spec, part, shard)], part.shape[shard.axis]
+    if needed == 1:
+        return shard
+    unit = math.lcm(shard.unit, needed)
+    if shard.groups and extent // shard.groups % unit:
+        raise ConfigError(
+            f"{spec.name}: groups of {needed} values do not divide the {extent // shard.groups} of each of "
+            f"{shard.groups} {shard.what}; use a checkpoint with smaller quantisation groups"
+        )
+    pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
+    return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit))
+
+
+FORMAT_READERS: Mapping[str, Callable[[Mapping[str, Any]], FormatPlan]] = MappingProxyType({})
+"""``quant_method`` of ``config.json`` -> what reads its ``quantization_config``."""
+
+
+def read_formats(config: Mapping[str, Any]) -> FormatPlan:
+    """Formats of a checkpoint's weights, from its ``config.json``.
+
+    Raises:
+        ConfigError: the checkpoint is quantised in a way that cannot be read.
+    """
+    description = describe_quantization(config)
+    if description is None:
+        return ALL_DENSE
+    section = config.get("quantization_config") or config.get("compression_config")
+    fields: dict[str, Any] = section if isinstance(section, dict) else {}
+    reader = FORMAT_READERS.get(str(fields.get("quant_method")))
+    if reader is None:
+        raise ConfigError(f"{description}; it cannot be loaded: use the unquantised checkpoint")
+    return reader(fields)
