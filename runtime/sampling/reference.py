@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.runtime.step import ADMISSION
-
 __all__ = ["gumbel_noise", "log_softmax", "philox", "sample", "top_logprobs"]
 
 Float32Array = NDArray[np.float32]
@@ -58,10 +56,9 @@ def sample(logits: Float32Array, sampling: NDArray[np.void], positions: Int32Arr
 
     Args:
         logits: unscaled, over the whole vocabulary.
-        sampling: ``[Q]`` of `ADMISSION`.
+        sampling: ``[Q]`` records of `phalanx.runtime.step.ADMISSION`.
         positions: ``[Q]`` position that the new token takes in its sequence.
     """
-    assert sampling.dtype == ADMISSION
     tokens: Int32Array = logits.argmax(axis=1).astype(np.int32)
     for row in np.flatnonzero(sampling["temperature"] > 0):
         tokens[row] = _sample_row(logits[row], sampling[row], int(positions[row]))
