@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step bookkeeping on the device. Every call enqueues on the current stream and does not wait.
 
-A step begins with the packed plan in ``StepArrays.plan``; `update` derives from it what the other kernels read, and
-`store_tokens` keeps what was sampled for the sequences' next step, so that tokens need not pass through the host.
+A step begins with the packed plan in ``StepArrays.plan``; `StepKernels.update` derives from it what the other kernels read,
+and `store_tokens` keeps what was sampled for the sequences' next step, so that tokens need not pass through the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,17 @@ import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.library import KernelFunction, Library
+from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["StepArrays", "plan_words", "store_tokens", "update"]
+__all__ = ["StepArrays", "StepKernels"]
 
 DeviceArray = Any
 """A ``cupy.ndarray``: what the kernels take, and slices of it."""
 
-_HEADER_WORDS = 7
 _NUM_THREADS = 512
-
-
-def plan_words(max_num_seqs: int, max_num_tokens: int, admission_words: int) -> int:
-    """Words of the largest packed plan: all sequences new, a block for each token, every row a prompt row."""
-    per_seq, per_token = 4 + admission_words, 1 + 3 + 2
-    return _HEADER_WORDS + per_seq * max_num_seqs + per_token * max_num_tokens
+_VECTOR_BYTES = 16
+_MOST_COPY_BLOCKS = 64
+"""Thread blocks for one copy: a page of 128 tokens and 8 heads of 128 is 256 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class StepArrays:
         seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
         num_seqs_and_decodes: ``[2]`` sequences, and how many of them have one token.
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
-        logit_rows: ``[B]`` rows that need logits; -1 = padding.
+        logit_rows: ``[B]`` rows that sample or score; -1 = padding.
         row_seq_indices, row_positions, row_targets: ``[B]`` of each of them, sequence that samples there (-1 = none), position of
             the sampled token, token whose log-probability is wanted (-1 = none).
         row_sampling: ``[B, A]`` their sampling parameters, as in ``sampling``; all bits 0 where nothing is sampled.
@@ -78,12 +75,13 @@ class StepArrays:
         max_num_tokens: int,
         max_logit_rows: int,
         max_blocks_per_seq: int,
+        max_plan_words: int,
         admission_words: int,
     ) -> StepArrays:
         """Take every array from ``array(name, shape, dtype)``, for example an arena's method."""
         seqs, tokens, rows = (max_num_seqs,), (max_num_tokens,), (max_logit_rows,)
         shapes: dict[str, tuple[int, ...]] = {
-            "plan": (plan_words(max_num_seqs, max_num_tokens, admission_words),),
+            "plan": (max_plan_words,),
             "block_tables": (max_num_seqs, max_blocks_per_seq),
             "sampling": (max_num_seqs, admission_words),
             "last_tokens": seqs,
@@ -98,49 +96,66 @@ class StepArrays:
         return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
 
 
-def update(library: Library, arrays: StepArrays, block_size: int, num_rows: int, num_logit_rows: int) -> None:
-    """Derive the step from ``arrays.plan``; rows past its tokens and past its logit rows become padding."""
-    require("plan", arrays.plan, arrays.plan.shape, "int32")
-    max_blocks_per_seq = np.int32(arrays.block_tables.shape[1])
-    apply_plan = _kernel(library, "apply_plan", arrays, block_size)
-    apply_plan(
-        (1,),
-        (_NUM_THREADS,),
-        (
-            arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices,
-            arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions, arrays.row_targets,
-            arrays.row_sampling,
-            max_blocks_per_seq, np.int32(num_logit_rows),
-        ),
-    )  # fmt: skip
-    fill_tokens = _kernel(library, "fill_tokens", arrays, block_size)
-    fill_tokens(
-        (ceil_div(num_rows, _NUM_THREADS),),
-        (_NUM_THREADS,),
-        (
-            arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.num_seqs_and_decodes, arrays.last_tokens, arrays.token_ids,
-            arrays.positions, arrays.slot_mapping, max_blocks_per_seq, np.int32(num_rows),
-        ),
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """The kernels over one set of `StepArrays`.
 
-
-def store_tokens(library: Library, arrays: StepArrays, block_size: int, token_ids: Array, first_row: int = 0) -> None:
-    """Keep the sampled tokens for the seq_indices' next step; other rows of ``token_ids`` get their targets.
-
-    token_ids [B] int32, of the rows with logits from ``first_row`` on.
+    Args:
+        block_size: P, tokens per cache block.
+        layout: where a plan's parts lie: ``phalanx.runtime.step.STEP_LAYOUT.defines``.
     """
-    (num_rows,) = token_ids.shape
-    rows = slice(first_row, first_row + num_rows)
-    kernel = _kernel(library, "store_tokens", arrays, block_size)
-    kernel(
-        (ceil_div(num_rows, _NUM_THREADS),),
-        (_NUM_THREADS,),
-        (token_ids, arrays.row_seq_indices[rows], arrays.row_targets[rows], arrays.last_tokens, np.int32(num_rows)),
-    )
 
+    library: Library
+    arrays: StepArrays
+    block_size: int
+    layout: Mapping[str, int]
 
-def _kernel(library: Library, name: str, arrays: StepArrays, block_size: int) -> KernelFunction:
-    admission_words = arrays.sampling.shape[1]
-    return library.function(
-        "step_update", name, NUM_THREADS=_NUM_THREADS, BLOCK_SIZE=block_size, ADMISSION_WORDS=admission_words
-    )
+    def update(self, num_rows: int, num_logit_rows: int) -> None:
+        """Derive the step from ``arrays.plan``; rows past its tokens and past its logit rows become padding."""
+        arrays = self.arrays
+        require("plan", arrays.plan, arrays.plan.shape, "int32")
+        max_num_seqs, max_blocks_per_seq = map(np.int32, arrays.block_tables.shape)
+        self._kernel("apply_plan")(
+            (1,),
+            (_NUM_THREADS,),
+            (
+                arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices,
+                arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions,
+                arrays.row_targets, arrays.row_sampling, max_num_seqs, max_blocks_per_seq, np.int32(num_logit_rows),
+            ),
+        )  # fmt: skip
+        self._kernel("fill_tokens")(
+            (ceil_div(num_rows, _NUM_THREADS),),
+            (_NUM_THREADS,),
+            (
+                arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.last_tokens, arrays.token_ids,
+                arrays.positions, arrays.slot_mapping, max_blocks_per_seq, np.int32(num_rows),
+            ),
+        )  # fmt: skip
+
+    def store_tokens(self, token_ids: Array, first_row: int = 0) -> None:
+        """Keep the sampled tokens for the sequences' next step; other rows of ``token_ids`` get their targets.
+
+        token_ids [B] int32, of the rows with logits from ``first_row`` on; a sequence's last row counts.
+        """
+        (num_rows,) = token_ids.shape
+        rows = slice(first_row, first_row + num_rows)
+        arrays = self.arrays
+        self._kernel("store_tokens")(
+            (ceil_div(num_rows, _NUM_THREADS),),
+            (_NUM_THREADS,),
+            (token_ids, arrays.row_seq_indices[rows], arrays.row_targets[rows], arrays.last_tokens, np.int32(num_rows)),
+        )
+
+    def copy_blocks(self, pages: Array, num_copies: int) -> None:
+        """Carry out the ``num_copies`` block copies of ``arrays.plan`` in ``pages`` [N, ...], whole vectors of 16 bytes a block."""
+        block_bytes = pages.nbytes // pages.shape[0]
+        if block_bytes % _VECTOR_BYTES:
+            raise ExecutorError(f"a cache block of {block_bytes} bytes is not made of whole vectors of {_VECTOR_BYTES}")
+        vectors = block_bytes // _VECTOR_BYTES
+        grid = (num_copies, min(ceil_div(vectors, _NUM_THREADS), _MOST_COPY_BLOCKS))
+        self._kernel("copy_blocks")(grid, (_NUM_THREADS,), (self.arrays.plan, pages, np.int32(vectors)))
+
+    def _kernel(self, name: str) -> KernelFunction:
+        defines = {"NUM_THREADS": _NUM_THREADS, "BLOCK_SIZE": self.block_size, **self.layout}
+        return self.library.function("step_update", name, **defines)

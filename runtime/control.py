@@ -29,7 +29,7 @@ class ControlChannel:
     def send(self, plan: StepPlan) -> None:
         """Leader: give the next plan to all. *Collective with `receive`.*"""
         if self._comm.size > 1:
-            self._send(plan.pack())
+            self._send(plan.words)
 
     def send_stop(self) -> None:
         """Leader: end the others' loops. *Collective with `receive`.*"""

@@ -60,7 +60,7 @@ def submit(scheduler: Scheduler, index: int, prompt_len: int, output_len: int) -
 
 
 def stub_result(plan: StepPlan) -> StepResult:
-    return StepResult(plan.step_id, np.full(int(plan.samples.sum()), 7, np.int32))
+    return StepResult(plan.step_id, np.full(len(plan.rows), 7, np.int32))
 
 
 def steady_decoding(num_seqs: int, num_steps: int, num_microbatches: int, lookahead: int, cache: CachePlanner) -> Times:
@@ -75,7 +75,6 @@ def steady_decoding(num_seqs: int, num_steps: int, num_microbatches: int, lookah
         wall, cpu = time.perf_counter(), time.thread_time()
         is_steady = False
         while len(in_flight) < num_microbatches + lookahead and (plan := scheduler.plan(0.0)) is not None:
-            plan.pack()
             is_steady = plan.num_decodes == plan.num_seqs and plan.num_seqs >= num_seqs // num_microbatches
             in_flight.append(plan)
         wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
@@ -163,7 +162,7 @@ def main() -> None:
         times = steady_decoding(num_seqs, arguments.steps, num_microbatches, lookahead, cache)
         print(times.report(f"blocks, {num_microbatches} micro-batches, lookahead {lookahead}"))
     times = steady_decoding(num_seqs, arguments.steps, 1, 0, SlotPlanner(num_seqs, MAX_MODEL_LEN))
-    print(times.report("fixed seq_indices"))
+    print(times.report("fixed slots"))
     for share in (True, False):
         print(request_cost(num_seqs, 4 * num_seqs, 128, 128, share))
 

@@ -9,13 +9,13 @@ from typing import Literal, Protocol, runtime_checkable
 
 from phalanx.checkpoints.formats import DENSE, FormattedWeight
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CacheSize", "Capabilities", "Executor", "Traced"]
+__all__ = ["CacheSize", "Capabilities", "Executor", "Traced", "refuse_hidden_rows", "refuse_other_passes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,18 @@ class CacheSize:
     kind: Literal["paged", "slots"]
     num_blocks: int
     block_size: int
+
+
+def refuse_other_passes(plan: StepPlan) -> None:
+    """Raise `ExecutorError` for a plan of another pass than decoding."""
+    if plan.pass_id:
+        raise ExecutorError(f"step {plan.step_id} is of pass {plan.pass_id}; this executor runs pass 0, decoding")
+
+
+def refuse_hidden_rows(plan: StepPlan, engine: str) -> None:
+    """Raise `ExecutorError` for a plan that asks for hidden states."""
+    if plan.num_logit_rows < len(plan.rows):
+        raise ExecutorError(f"step {plan.step_id} asks for hidden states, which the {engine} engine does not return")
 
 
 class Executor(Protocol):

@@ -116,7 +116,7 @@ class BlockPlanner:
             blocks = self._pool.take_following(self._tables[growing, index - 1])
             self._tables[growing, index] = blocks
             self._num_held[growing] += 1
-            self._new_blocks.append(np.stack((growing.astype(np.int32), index, blocks), axis=1))
+            self._new_blocks.append(np.stack((np.zeros_like(index), growing.astype(np.int32), index, blocks), axis=1))
         return True
 
     def mark_filled(self, seq_index: int, keys: list[bytes]) -> None:
@@ -141,16 +141,20 @@ class BlockPlanner:
     def take_new_blocks(self) -> Int32Array:
         """Changes of the block tables since the last call."""
         if not self._new_blocks:
-            return np.empty((0, 3), np.int32)
+            return np.empty((0, 4), np.int32)
         changes = np.concatenate(self._new_blocks)
         self._new_blocks.clear()
         return changes
+
+    def take_copies(self) -> Int32Array:
+        """Blocks to copy since the last call."""
+        return np.empty((0, 3), np.int32)
 
     def _append(self, seq_index: int, blocks: Int32Array) -> None:
         self._tables[seq_index, : len(blocks)] = blocks
         self._num_held[seq_index] = len(blocks)
         index = np.arange(len(blocks), dtype=np.int32)
-        self._new_blocks.append(np.stack((np.full_like(index, seq_index), index, blocks), axis=1))
+        self._new_blocks.append(np.stack((np.zeros_like(index), np.full_like(index, seq_index), index, blocks), axis=1))
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -73,5 +73,12 @@ class CachePlanner(Protocol):
         ...
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 3]`` (seq_index, index in its block table, block id) since the last call; no pair occurs twice."""
+        """``[M, 4]`` (cache group, sequence, index in its block table, block id) since the last call.
+
+        No place occurs twice. Call it once a plan, after every `admit`, `fork` and `extend` that the plan relies on.
+        """
+        ...
+
+    def take_copies(self) -> Int32Array:
+        """``[K, 3]`` (cache group, from block, to block) since the last call, as `StepPlan.copies` wants them."""
         ...

@@ -75,7 +75,11 @@ class SlotPlanner:
         self._used[seq_index] = False
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 3]`` (seq_index, 0, seq_index) of the slots taken since the last call."""
+        """``[M, 4]`` (0, seq_index, 0, seq_index) of the slots taken since the last call."""
         seq_indices = np.array(self._new_indices, np.int32)
         self._new_indices.clear()
-        return np.stack((seq_indices, np.zeros_like(seq_indices), seq_indices), axis=1)
+        return np.stack((zeros := np.zeros_like(seq_indices), seq_indices, zeros, seq_indices), axis=1)
+
+    def take_copies(self) -> Int32Array:
+        """None: nothing is shared."""
+        return np.empty((0, 3), np.int32)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.runtime.scheduler.running_set import Selection
 from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SeqIndexArray, SequenceTable
-from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, StepPlan
+from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, RowKind, StepPlan
 
-__all__ = ["PlannedStep", "PromptRows", "build_plan"]
+__all__ = ["CacheChanges", "PlannedStep", "ScoredSpan", "build_plan"]
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRows:
+class ScoredSpan:
     """Rows of a step that score prompt tokens of one sequence: those after ``start``, ``count`` of them."""
 
     seq_index: int
@@ -30,40 +31,55 @@ class PlannedStep:
     Attributes:
         seq_indices: ``[Q]`` that sample a token.
         epochs: ``[Q]`` owners of those rows when it was planned.
-        prompt_rows: in order of the result's rows after the first Q.
+        scored: in order of the result's rows after the first Q.
+        num_rows: of the result.
     """
 
     step_id: int
     seq_indices: SeqIndexArray
     epochs: Int64Array
-    prompt_rows: list[PromptRows]
+    scored: list[ScoredSpan]
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What a plan tells ranks about the cache: `StepPlan.new_blocks` and `StepPlan.copies`."""
+
+    new_blocks: Int32Array
+    copies: Int32Array
 
 
 def build_plan(
-    step_id: int, table: SequenceTable, selection: Selection, new_blocks: Int32Array
+    step_id: int, table: SequenceTable, selection: Selection, changes: CacheChanges
 ) -> tuple[StepPlan, PlannedStep]:
     """Write down what to compute, and mark it as planned in ``table``."""
     seq_indices, num_scheduled_tokens, num_singles = _in_order(selection)
     starts = table.num_computed[seq_indices]
-    samples = _sampling(table, seq_indices, starts + num_scheduled_tokens)
-    plan = StepPlan(
+    sampling = _sampling(table, seq_indices, starts + num_scheduled_tokens)
+    first_rows = num_scheduled_tokens.cumsum(dtype=np.int32) - num_scheduled_tokens
+    scored = _scored_spans(table, seq_indices, starts, num_scheduled_tokens)
+    plan = StepPlan.pack(
         step_id,
         seq_indices.astype(np.int32),
         starts,
         num_scheduled_tokens,
-        samples,
         _input_tokens(table, seq_indices, starts, num_scheduled_tokens, num_singles),
-        new_blocks,
-        np.array(selection.admissions, ADMISSION),
+        *_rows(table, first_rows, num_scheduled_tokens, sampling, scored),
+        new_blocks=changes.new_blocks,
+        copies=changes.copies,
+        admissions=np.array(selection.admissions, ADMISSION),
+        num_alternatives=max((_num_alternatives(table, span) for _, span in scored), default=0),
     )
-    sampling_indices = seq_indices[samples > 0]
-    planned = PlannedStep(step_id, sampling_indices, table.epochs[sampling_indices], _add_prompt_rows(table, plan))
+    sampling_indices = seq_indices[sampling]
+    spans = [span for _, span in scored]
+    planned = PlannedStep(step_id, sampling_indices, table.epochs[sampling_indices], spans, len(plan.rows))
     table.mark_planned(seq_indices, num_scheduled_tokens, sampling_indices)
     return plan, planned
 
 
 def _in_order(selection: Selection) -> tuple[SeqIndexArray, Int32Array, int]:
-    """Slots and num_scheduled_tokens, those with one token first, and how many those are."""
+    """Sequences and their tokens, those with one token first, and how many those are."""
     if not selection.chunks:
         return selection.decodes, np.ones(len(selection.decodes), np.int32), len(selection.decodes)
     chunks = sorted(selection.chunks, key=lambda chunk: chunk[1] > 1)
@@ -73,10 +89,11 @@ def _in_order(selection: Selection) -> tuple[SeqIndexArray, Int32Array, int]:
     return seq_indices, num_scheduled_tokens, int(np.count_nonzero(num_scheduled_tokens == 1))
 
 
-def _sampling(table: SequenceTable, seq_indices: SeqIndexArray, ends: Int32Array) -> Int32Array:
+def _sampling(table: SequenceTable, seq_indices: SeqIndexArray, ends: Int32Array) -> NDArray[np.bool_]:
+    """``[S]`` whether all known tokens are then computed and another is wanted."""
     lengths = table.num_known[seq_indices] + table.num_pending[seq_indices]
-    samples: Int32Array = ((ends == lengths) & (lengths < table.target_length[seq_indices])).astype(np.int32)
-    return samples
+    sampling: NDArray[np.bool_] = (ends == lengths) & (lengths < table.target_length[seq_indices])
+    return sampling
 
 
 def _input_tokens(
@@ -102,25 +119,46 @@ def _input_tokens(
     )
 
 
-def _add_prompt_rows(table: SequenceTable, plan: StepPlan) -> list[PromptRows]:
-    """Ask for the prompt log-probabilities that requests lack; a row scores the token after its own."""
-    parts: list[PromptRows] = []
-    rows: list[Int32Array] = []
-    first_rows = plan.cu_seqlens
-    for i in np.flatnonzero(plan.starts < table.num_prompt[plan.seq_indices]).tolist():
-        seq_index, start = int(plan.seq_indices[i]), int(plan.starts[i])
+def _scored_spans(
+    table: SequenceTable, seq_indices: SeqIndexArray, starts: Int32Array, num_scheduled_tokens: Int32Array
+) -> list[tuple[int, ScoredSpan]]:
+    """Prompt tokens whose log-probabilities requests still lack, each span with its place among the plan's sequences."""
+    spans = []
+    for i in np.flatnonzero(starts < table.num_prompt[seq_indices]).tolist():
+        seq_index, start = int(seq_indices[i]), int(starts[i])
         sequence = table.sequences[seq_index]
         if sequence is None or sequence.prompt_logprobs is None:
             continue
-        end = min(start + int(plan.num_scheduled_tokens[i]), sequence.num_prompt - 1)
+        end = min(start + int(num_scheduled_tokens[i]), sequence.num_prompt - 1)
         begin = max(start, len(sequence.prompt_logprobs) - 1)  # a preempted sequence has the earlier ones already
         if begin < end:
-            parts.append(PromptRows(seq_index, int(table.epochs[seq_index]), begin, end - begin))
-            rows.append(np.arange(begin - start, end - start, dtype=np.int32) + first_rows[i])
-            plan.num_prompt_logprobs = max(plan.num_prompt_logprobs, sequence.request.params.prompt_logprobs or 0)
-    if parts:
-        plan.prompt_rows = np.concatenate(rows)
-        plan.prompt_targets = np.concatenate(
-            [table.token_ids[part.seq_index, part.start + 1 : part.start + 1 + part.count] for part in parts]
-        )
-    return parts
+            spans.append((i, ScoredSpan(seq_index, int(table.epochs[seq_index]), begin, end - begin)))
+    return spans
+
+
+def _rows(
+    table: SequenceTable,
+    first_rows: Int32Array,
+    num_scheduled_tokens: Int32Array,
+    sampling: NDArray[np.bool_],
+    scored: list[tuple[int, ScoredSpan]],
+) -> tuple[Int32Array, Int32Array | None, Int32Array | None]:
+    """Rows, kinds and targets of the plan: the last row of each sequence that samples; a row scores the token after its own."""
+    rows = (first_rows + num_scheduled_tokens)[sampling] - np.int32(1)
+    if not scored:
+        return rows, None, None
+    parts, targets = [rows], [np.full(len(rows), -1, np.int32)]
+    for i, span in scored:
+        offset = int(first_rows[i]) + span.start - int(table.num_computed[span.seq_index])
+        parts.append(np.arange(offset, offset + span.count, dtype=np.int32))
+        targets.append(table.token_ids[span.seq_index, span.start + 1 : span.start + 1 + span.count])
+    all_rows = np.concatenate(parts)
+    kinds = np.full(len(all_rows), RowKind.SCORE, np.int32)
+    kinds[: len(rows)] = RowKind.SAMPLE
+    return all_rows, kinds, np.concatenate(targets)
+
+
+def _num_alternatives(table: SequenceTable, span: ScoredSpan) -> int:
+    sequence = table.sequences[span.seq_index]
+    assert sequence is not None
+    return sequence.request.params.prompt_logprobs or 0

@@ -35,9 +35,9 @@ def store_prompt_logprobs(
 
     Returns the sequences that got some and still own their row, each with whether all of them are numbers.
     """
-    row = len(planned.seq_indices)
+    row = len(planned.seq_indices)  # rows that sample come first
     sequences = []
-    for part in planned.prompt_rows:
+    for part in planned.scored:
         sequence = table.sequences[part.seq_index]
         if sequence is not None and table.epochs[part.seq_index] == part.epoch:
             assert sequence.prompt_logprobs is not None

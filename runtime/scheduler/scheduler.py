@@ -11,7 +11,7 @@ from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import FinishReason, Logprob, Request, TokenDelta
 from phalanx.runtime.scheduler.admission import make_sequence
 from phalanx.runtime.scheduler.deltas import DeltaBatch
-from phalanx.runtime.scheduler.plan_builder import PlannedStep, build_plan
+from phalanx.runtime.scheduler.plan_builder import CacheChanges, PlannedStep, build_plan
 from phalanx.runtime.scheduler.results import (
     GOES_ON,
     LENGTH,
@@ -99,7 +99,7 @@ class Scheduler:
         if not selection.num_tokens:
             return None
         step_id = self._num_planned % 2**31
-        plan, planned = build_plan(step_id, self._table, selection, self._cache.take_new_blocks())
+        plan, planned = build_plan(step_id, self._table, selection, self._take_cache_changes())
         self._running.mark_filled(selection.chunks)
         self._in_flight.append(planned)
         self._num_planned += 1
@@ -148,14 +148,17 @@ class Scheduler:
             prefix_hit_tokens=self._running.prefix_hit_tokens,
         )
 
+    def _take_cache_changes(self) -> CacheChanges:
+        return CacheChanges(self._cache.take_new_blocks(), self._cache.take_copies())
+
     def _take_planned(self, result: StepResult) -> PlannedStep:
         planned = self._in_flight.popleft() if self._in_flight else None
-        if planned is None or planned.step_id != result.step_id or len(planned.seq_indices) != len(result.token_ids):
+        if planned is None or planned.step_id != result.step_id or planned.num_rows != len(result.token_ids):
             expected = "no step is in flight"
             if planned is not None:
-                expected = f"step {planned.step_id} with {len(planned.seq_indices)} tokens is next"
+                expected = f"step {planned.step_id} with {planned.num_rows} rows is next"
             raise ExecutorError(
-                f"got {len(result.token_ids)} tokens of step {result.step_id}, but {expected}; "
+                f"got step {result.step_id} with {len(result.token_ids)} rows, but {expected}; "
                 "results must come in the order of plans"
             )
         return planned

@@ -40,10 +40,10 @@ def test_results_are_cut_without_their_padding_rows() -> None:
     views.logprobs[:] = [-0.5, -1.5, -2.5, np.nan]
     views.top_ids[:] = np.arange(8).reshape(4, 2)
     views.top_logprobs[:] = -np.arange(8, dtype=np.float32).reshape(4, 2)
-    result = layout.result(5, 2, 1, buffer)
+    result = layout.result(5, 3, buffer)
     buffer[:] = 0
     assert result.step_id == 5
-    assert result.token_ids.tolist() == [7, 8]
+    assert result.token_ids.tolist() == [7, 8, 9]
     assert result.logprobs.tolist() == [-0.5, -1.5, -2.5]
     assert result.top_ids.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert result.top_logprobs.tolist() == [[0, -1], [-2, -3], [-4, -5]]
@@ -51,7 +51,7 @@ def test_results_are_cut_without_their_padding_rows() -> None:
 
 def test_results_without_log_probabilities_are_tokens_only() -> None:
     layout = ResultLayout(num_rows=8)
-    result = layout.result(0, 3, 0, np.arange(8, dtype=np.int32))
+    result = layout.result(0, 3, np.arange(8, dtype=np.int32))
     assert layout.num_words == 8
     assert result.token_ids.tolist() == [0, 1, 2]
     assert result.logprobs.size == result.top_ids.size == 0
@@ -72,8 +72,8 @@ def test_decoding_step_samples_a_token_of_each_sequence_and_wants_nothing_else()
     plan = decoding_step(5)
     state = BatchState.empty(8, 2)
     state.apply(plan)
-    assert (plan.num_seqs, plan.num_tokens, plan.num_decodes, plan.samples.sum()) == (5, 5, 5, 5)
-    assert plan.logprob_shape(state) == (0, 0)
+    assert (plan.num_seqs, plan.num_tokens, plan.num_decodes, plan.num_sampled) == (5, 5, 5, 5)
+    assert state.logprob_shape(plan) == (0, 0)
     assert not state.sampling["temperature"].any()
     assert plan.positions.tolist() == [0] * 5
 

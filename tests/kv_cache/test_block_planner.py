@@ -163,8 +163,8 @@ def test_extend_gives_a_block_where_one_starts() -> None:
     blocks.take_new_blocks()
     assert blocks.extend(np.array([0, 1, 2]), np.array([4, 5, 8], np.int32))
     changes = blocks.take_new_blocks()
-    assert changes[:, :2].tolist() == [[0, 1], [2, 2]]
-    assert blocks.block_table(0).tolist()[1] == changes[0, 2]
+    assert changes[:, :3].tolist() == [[0, 0, 1], [0, 2, 2]]
+    assert blocks.block_table(0).tolist()[1] == changes[0, 3]
 
 
 def test_extend_changes_nothing_when_blocks_are_short() -> None:

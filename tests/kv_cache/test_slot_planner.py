@@ -16,8 +16,8 @@ def test_slot_holds_its_own_block_and_shares_nothing() -> None:
     assert keys == []
     assert planner.admit(2, 5, 16, keys, spare_blocks=0) == 0
     assert planner.admit(0, 5, 16, keys, spare_blocks=3) == 0, "slots need no reserve for growth"
-    assert planner.take_new_blocks().tolist() == [[2, 0, 2], [0, 0, 0]]
-    assert planner.take_new_blocks().shape == (0, 3)
+    assert planner.take_new_blocks().tolist() == [[0, 2, 0, 2], [0, 0, 0, 0]]
+    assert planner.take_new_blocks().shape == (0, 4)
     assert planner.num_free_blocks == 1
     assert planner.extend(np.array([0, 2]), np.array([15, 15], np.int32))
     planner.release(2, keys)

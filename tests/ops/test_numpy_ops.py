@@ -137,7 +137,7 @@ class Sequences:
         per_seq = -(-max_len // block_size)
         self.num_blocks = len(lengths) * per_seq
         self.state = BatchState.empty(len(lengths), per_seq)
-        self.state.block_tables[:] = random.permutation(self.num_blocks).reshape(len(lengths), per_seq)
+        self.state.block_tables[0] = random.permutation(self.num_blocks).reshape(len(lengths), per_seq)
 
     def run(self, attention: NumpyAttention, chunks: list[list[tuple[int, int]]]) -> list[np.ndarray]:
         """``chunks``: steps of (sequence, tokens), one-token ones first. Returns each sequence's outputs."""
@@ -146,13 +146,13 @@ class Sequences:
             seq_indices, num_scheduled_tokens = (np.array(column, np.int32) for column in zip(*chunk, strict=True))
             starts = np.array([done[seq_index] for seq_index in seq_indices], np.int32)
             rows = [self.qkv[seq_index][done[seq_index] : done[seq_index] + count] for seq_index, count in chunk]
-            plan = StepPlan(
+            plan = StepPlan.pack(
                 step,
                 seq_indices,
                 starts,
                 num_scheduled_tokens,
-                np.zeros_like(seq_indices),
                 np.zeros(sum(num_scheduled_tokens), np.int32),
+                rows=np.empty(0, np.int32),
             )
             attention.bind(plan, self.state)
             result = attention(np.concatenate(rows), 0, self.spec)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from phalanx.runtime.kv_cache import BlockPlanner
 from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
@@ -41,8 +39,15 @@ def make_prompt(length: int, first: int = 10) -> tuple[int, ...]:
 
 
 def make_result(plan: StepPlan, token: int | Sequence[int] = 5) -> StepResult:
-    """A result that gives ``token`` to every sampling sequence, or one each."""
-    return StepResult(plan.step_id, np.full(int(plan.samples.sum()), token, np.int32))
+    """A result that gives ``token`` to every row that samples, or one each, and its target to every row that scores."""
+    token_ids = plan.targets.copy()
+    token_ids[: plan.num_sampled] = token
+    return StepResult(plan.step_id, token_ids)
+
+
+def sampling_seqs(plan: StepPlan) -> list[int]:
+    """Sequences that the plan samples a token of."""
+    return plan.seq_indices[plan.sampling_seqs].tolist()
 
 
 def plan_step(scheduler: Scheduler, now: float = 0.0) -> StepPlan:

@@ -15,7 +15,7 @@ import numpy as np
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner
 from phalanx.runtime.request import Logprob, Request, TokenDelta
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
-from phalanx.runtime.step import PENDING_TOKEN, BatchState, StepPlan, StepResult
+from phalanx.runtime.step import PENDING_TOKEN, BatchState, RowKind, StepPlan, StepResult
 
 VOCAB_SIZE = 29
 NUM_TOP = 4
@@ -114,14 +114,14 @@ class SimulatedExecutor:
         self.results: deque[StepResult] = deque()
 
     def execute(self, plan: StepPlan) -> None:
-        plan = StepPlan.unpack(plan.pack())
+        plan = StepPlan.unpack(plan.words.copy())
         self._check_shape(plan)
         self._admit(plan)
         self.state.apply(plan)
         self._write(plan)
         self.results.append(self._compute(plan))
         self.unseen_samples.append(
-            [self.tenancies[seq_index] for seq_index in plan.seq_indices[plan.samples > 0].tolist()]
+            [self.tenancies[seq_index] for seq_index in plan.seq_indices[plan.sampling_seqs].tolist()]
         )
 
     def collect(self) -> StepResult:
@@ -139,7 +139,7 @@ class SimulatedExecutor:
             "sequences with one token come first"
         )
         assert plan.num_decodes == num_scheduled_tokens.count(1)
-        places = [(seq_index, index) for seq_index, index, _ in plan.new_blocks.tolist()]
+        places = [(seq_index, index) for _, seq_index, index, _ in plan.new_blocks.tolist()]
         assert len(places) == len(set(places)), "ranks apply new blocks in any order"
         assert set(plan.admissions["seq_index"].tolist()) <= set(seq_indices)
         assert {seq_index for seq_index, _ in places} <= set(seq_indices)
@@ -172,7 +172,7 @@ class SimulatedExecutor:
             if tokens != [-1]:  # what a NaN row sampled; its request ends when the leader sees it
                 assert tokens == tenancy.truth.token_ids[start : start + count]
             positions = np.arange(start, start + count)
-            blocks = self.state.block_tables[seq_index, positions // self.cache.block_size]
+            blocks = self.state.block_tables[0, seq_index, positions // self.cache.block_size]
             self._check_sole_owner(seq_index, set(blocks.tolist()))
             self.contents[blocks, positions % self.cache.block_size] = tokens
 
@@ -188,43 +188,36 @@ class SimulatedExecutor:
 
     def _read(self, seq_index: int, length: int) -> list[int]:
         size = self.cache.block_size
-        blocks = self.state.block_tables[seq_index, : -(-length // size)]
+        blocks = self.state.block_tables[0, seq_index, : -(-length // size)]
         tokens: list[int] = self.contents[blocks].ravel()[:length].tolist()
         return tokens
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        samples: list[int] = []
+        assert plan.kinds.tolist() == sorted(plan.kinds.tolist())
         scored: list[tuple[list[int], int]] = []
-        prompt_scored: list[tuple[list[int], int]] = []
-        targets = dict(zip(plan.prompt_rows.tolist(), plan.prompt_targets.tolist(), strict=True))
-        row = 0
-        for i, seq_index in enumerate(plan.seq_indices.tolist()):
+        seqs = plan.cu_seqlens.searchsorted(plan.rows, "right") - 1
+        for row, kind, target, seq in zip(
+            *(column.tolist() for column in (plan.rows, plan.kinds, plan.targets, seqs)), strict=True
+        ):
+            seq_index, length = int(plan.seq_indices[seq]), int(plan.positions[row]) + 1
             tenancy = self.tenancies[seq_index]
-            start, count = int(plan.starts[i]), int(plan.num_scheduled_tokens[i])
-            prefix = self._read(seq_index, start + count)
+            prefix = self._read(seq_index, length)
             if prefix[-1] != -1:
-                expected = tenancy.truth.token_ids[: start + count]
-                assert prefix == expected, "the block table leads to the sequence's own tokens"
-            for offset in range(count):
-                if row + offset in targets:
-                    prompt_scored.append((prefix[: start + offset + 1], targets[row + offset]))
-            row += count
-            if plan.samples[i]:
-                token = tenancy.truth.sample(start + count)
-                if token >= 0:
-                    token = next_token(prefix, tenancy.truth.request.params.seed or 0)
-                tenancy.last_sampled = token
-                samples.append(token)
-                scored.append((prefix, token))
-        assert len(prompt_scored) == len(plan.prompt_rows)
-        return self._result(plan, samples, scored + prompt_scored)
+                assert prefix == tenancy.truth.token_ids[:length], "the block table leads to the sequence's own tokens"
+            if kind == RowKind.SAMPLE:
+                target = tenancy.truth.sample(length)
+                if target >= 0:
+                    target = next_token(prefix, tenancy.truth.request.params.seed or 0)
+                tenancy.last_sampled = target
+            scored.append((prefix, target))
+        return self._result(plan, scored)
 
-    def _result(self, plan: StepPlan, samples: list[int], scored: list[tuple[list[int], int]]) -> StepResult:
+    def _result(self, plan: StepPlan, scored: list[tuple[list[int], int]]) -> StepResult:
         """As many log-probabilities and alternatives as anybody in the step asked for."""
-        token_ids = np.array(samples, np.int32)
+        token_ids = np.array([token for _, token in scored], np.int32)
         asked = [*self.state.sampling["num_logprobs"][plan.seq_indices].tolist()]
-        if len(plan.prompt_rows):
-            asked.append(plan.num_prompt_logprobs)
+        if plan.num_sampled < len(plan.rows):
+            asked.append(plan.num_alternatives)
         k = max(asked)
         if k < 0:
             return StepResult(plan.step_id, token_ids)
@@ -273,7 +266,7 @@ class Driver:
             assert self.num_in_flight or not self.live, "something can always be planned when nothing is in flight"
             return False
         self.executor.execute(plan)
-        self.plans.append(plan.pack().tobytes())
+        self.plans.append(plan.words.tobytes())
         self.num_in_flight += 1
         self._check_oldest(plan)
         return True

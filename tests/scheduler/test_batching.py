@@ -8,7 +8,7 @@ from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.step import PENDING_TOKEN, StepPlan
 
-from .harness import make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
+from .harness import make_prompt, make_request, make_result, make_scheduler, plan_step, run_step, sampling_seqs
 
 
 def submit_many(scheduler: Scheduler, count: int, prompt_length: int = 3, **params: int) -> None:
@@ -37,7 +37,7 @@ def test_prompt_is_computed_in_chunks_beside_decoding() -> None:
     scheduler.submit(make_request("b", make_prompt(12, 30)), 0.0)
     plans = [run_step(scheduler) for _ in range(4)]
     assert [plan.num_scheduled_tokens.tolist() for plan in plans] == [[1, 5], [1, 5], [1, 2], [1, 1]]
-    assert [plan.samples.tolist() for plan in plans] == [[1, 0], [1, 0], [1, 1], [1, 1]]
+    assert [len(sampling_seqs(plan)) for plan in plans] == [1, 1, 2, 2]
     assert [plan.starts.tolist()[1] for plan in plans] == [0, 5, 10, 12]
 
 
@@ -48,7 +48,7 @@ def test_chunk_of_one_token_comes_with_the_decodes() -> None:
     scheduler.submit(make_request("b", make_prompt(5, 20)), 0.0)
     plan = run_step(scheduler)
     assert plan.num_scheduled_tokens.tolist() == [1, 5]
-    assert plan.samples.tolist() == [1, 1]
+    assert plan.num_sampled == 2
     assert plan.num_decodes == 1
 
 
@@ -111,7 +111,7 @@ def test_long_prompt_fills_the_pipe_with_its_chunks() -> None:
     scheduler.submit(make_request("a", make_prompt(12)), 0.0)
     plans = fill_pipe(scheduler)
     assert [plan.starts.tolist() for plan in plans] == [[0], [4], [8]]
-    assert [plan.samples.tolist() for plan in plans] == [[0], [0], [1]]
+    assert [plan.num_sampled for plan in plans] == [0, 0, 1]
 
 
 def test_token_in_flight_is_pending_one_step_ahead() -> None:
@@ -161,5 +161,5 @@ def test_result_that_does_not_belong_to_the_oldest_plan_is_an_executor_error(num
     plan = plan_step(scheduler)
     wrong = make_result(plan)
     wrong.step_id += 1
-    with pytest.raises(ExecutorError, match=r"of step 1, but step 0 with 1 tokens is next"):
+    with pytest.raises(ExecutorError, match="got step 1 with 1 rows, but step 0 with 1 rows is next"):
         scheduler.apply(wrong, 0.0)

@@ -6,6 +6,7 @@ import numpy as np
 
 from phalanx.runtime.kv_cache import SlotPlanner
 from phalanx.runtime.scheduler import Scheduler
+from phalanx.runtime.step import RowKind
 
 from .harness import CONFIG, make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
 
@@ -27,7 +28,7 @@ def test_youngest_sequence_makes_room_and_is_computed_again_with_its_own_tokens(
             delta.token_ids[0] for delta in scheduler.take_deltas() if delta.request_id == "young"
         ] or generated
         plan = plan_step(scheduler)
-        samples = [next(tokens) for _ in range(int(plan.samples.sum()))]
+        samples = [next(tokens) for _ in range(plan.num_sampled)]
         scheduler.apply(make_result(plan, samples), 0.0)
     assert plan.seq_indices.tolist() == [0], "the older one goes on"
     assert scheduler.stats().num_waiting == 1
@@ -36,7 +37,7 @@ def test_youngest_sequence_makes_room_and_is_computed_again_with_its_own_tokens(
     again = plan_step(scheduler)
     (row,) = again.admissions
     assert int(row["seed"]) == 2
-    assert again.samples.tolist() == [1]
+    assert again.num_sampled == 1
     known = int(again.starts[0]) + int(again.num_scheduled_tokens[0])
     assert known > 7, "generated tokens are part of what is computed again"
     start = int(again.starts[0])
@@ -113,8 +114,9 @@ def test_prompt_scores_need_every_prompt_token_computed() -> None:
     scheduler.submit(make_request("b", prompt, prompt_logprobs=1), 0.0)
     plan = plan_step(scheduler)
     assert plan.num_scheduled_tokens.tolist() == [1, 9]
-    assert (plan.prompt_rows.tolist(), plan.prompt_targets.tolist()) == (list(range(1, 9)), list(prompt[1:]))
-    assert plan.num_prompt_logprobs == 1
+    assert (plan.rows[2:].tolist(), plan.targets[2:].tolist()) == (list(range(1, 9)), list(prompt[1:]))
+    assert plan.kinds.tolist() == [RowKind.SAMPLE] * 2 + [RowKind.SCORE] * 8
+    assert plan.num_alternatives == 1
 
 
 def test_fixed_slots_never_run_out() -> None:
@@ -124,5 +126,5 @@ def test_fixed_slots_never_run_out() -> None:
     blocks = []
     while scheduler.has_work:
         blocks.append(run_step(scheduler).new_blocks)
-    assert np.concatenate(blocks).tolist() == [[seq_index, 0, seq_index] for seq_index in range(8)]
+    assert np.concatenate(blocks).tolist() == [[0, seq_index, 0, seq_index] for seq_index in range(8)]
     assert scheduler.stats().num_preemptions == 0

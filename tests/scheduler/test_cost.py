@@ -62,8 +62,8 @@ def calls_of_a_step(num_seqs: int, lookahead: int, num_microbatches: int = 1) ->
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_work_of_a_step_does_not_grow_with_the_number_of_sequences(lookahead: int) -> None:
-    assert calls_of_a_step(16, lookahead) == calls_of_a_step(256, lookahead) < 250
+    assert calls_of_a_step(16, lookahead) == calls_of_a_step(256, lookahead) < 300
 
 
 def test_nor_does_the_choice_of_micro_batches() -> None:
-    assert calls_of_a_step(16, 0, num_microbatches=3) == calls_of_a_step(256, 0, num_microbatches=3) < 250
+    assert calls_of_a_step(16, 0, num_microbatches=3) == calls_of_a_step(256, 0, num_microbatches=3) < 300

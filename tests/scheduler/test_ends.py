@@ -168,13 +168,16 @@ def score(scheduler: Scheduler) -> list[TokenDelta]:
     row = 0
     while scheduler.has_work:
         plan = plan_step(scheduler)
-        num_rows = len(plan.prompt_rows)
+        num_rows = len(plan.rows) - plan.num_sampled
         values = np.arange(row + 1, row + num_rows + 1, dtype=np.float32) * -1
         row += num_rows
-        samples = np.full(int(plan.samples.sum()), 5, np.int32)
-        logprobs = np.concatenate((np.full(len(samples), -50, np.float32), values))
-        tops = np.zeros((len(logprobs), 0), np.int32)
-        scheduler.apply(StepResult(plan.step_id, samples, logprobs, tops, tops.astype(np.float32)), 0.0)
+        result = make_result(plan)
+        result.logprobs = np.concatenate((np.full(plan.num_sampled, -50, np.float32), values))
+        result.top_ids, result.top_logprobs = (
+            np.zeros((len(plan.rows), 0), np.int32),
+            np.zeros((len(plan.rows), 0), np.float32),
+        )
+        scheduler.apply(result, 0.0)
         deltas += scheduler.take_deltas()
     return deltas
 
@@ -213,7 +216,7 @@ def test_scores_that_are_not_numbers_end_the_request_with_an_error() -> None:
     plan = plan_step(scheduler)
     nan = np.full(1, np.nan, np.float32)
     empty = np.zeros((1, 0), np.int32)
-    scheduler.apply(StepResult(plan.step_id, np.empty(0, np.int32), nan, empty, empty.astype(np.float32)), 0.0)
+    scheduler.apply(StepResult(plan.step_id, plan.targets, nan, empty, empty.astype(np.float32)), 0.0)
     (delta,) = scheduler.take_deltas()
     assert delta.finish_reason == "error"
     assert delta.prompt_logprobs is None

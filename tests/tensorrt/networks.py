@@ -110,7 +110,7 @@ class InterpretedSession:
             hidden_out = outputs["hidden_out"].reshape(num_seqs, num_tokens, self._hidden_size)
             self._pipeline.send(hidden_out, self._pipeline.rank + 1, _HIDDEN_TAG)
             return None
-        wanted_rows = slice(len(engine_pass.samples) + len(engine_pass.prompts))
+        wanted_rows = slice(len(engine_pass.rows))
         self.logits.append(outputs["logits"][wanted_rows])
         token_ids = np.where(np.isfinite(outputs["logit_sum"]), outputs["token_out"], np.int32(-1))
         self.wanted.append(wanted)

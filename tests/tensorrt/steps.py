@@ -75,6 +75,7 @@ def _plan(
     admitted: Sequence[int] = (),
 ) -> StepPlan:  # fmt: skip
     seq_indices, starts, num_scheduled_tokens, samples = np.array(rows, np.int32).T
+    sampled = num_scheduled_tokens.cumsum(dtype=np.int32)[samples > 0] - np.int32(1)
     tokens = [
         token
         for sequence, start, count in zip(sequences, starts.tolist(), num_scheduled_tokens.tolist(), strict=True)
@@ -83,10 +84,11 @@ def _plan(
     admissions = np.zeros(len(admitted), ADMISSION)
     admissions["num_logprobs"] = -1
     admissions["seq_index"] = [SLOTS[sequence] for sequence in admitted]
-    blocks = np.array([(SLOTS[sequence], 0, SLOTS[sequence]) for sequence in admitted], np.int32).reshape(-1, 3)
-    return StepPlan(
-        step_id, seq_indices, starts, num_scheduled_tokens, samples, np.array(tokens, np.int32), blocks, admissions
-    )
+    blocks = np.array([(0, SLOTS[sequence], 0, SLOTS[sequence]) for sequence in admitted], np.int32).reshape(-1, 4)
+    return StepPlan.pack(
+        step_id, seq_indices, starts, num_scheduled_tokens, np.array(tokens, np.int32), sampled,
+        new_blocks=blocks, admissions=admissions,
+    )  # fmt: skip
 
 
 def run(executor: Executor, steps: Sequence[StepPlan], is_leader: bool = True) -> list[StepResult]:

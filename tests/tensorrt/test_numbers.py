@@ -66,8 +66,8 @@ def _reference(
         steps.append(plan)
         results += run(executor, [plan])
         for seq_index, end, token in zip(
-            plan.seq_indices[plan.samples > 0],
-            (plan.starts + plan.num_scheduled_tokens)[plan.samples > 0],
+            plan.seq_indices[plan.sampling_seqs],
+            plan.sampled_positions,
             results[-1].token_ids,
             strict=True,
         ):

@@ -12,7 +12,7 @@ from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.tensorrt.network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator, slot_buckets
-from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
+from phalanx.runtime.step import ADMISSION, RowKind, StepPlan, StepResult
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 
@@ -20,25 +20,30 @@ SHAPE = NetworkShape("float32", max_num_seqs=6, max_model_len=64, max_prefill_to
 
 
 def _plan(
-    rows: list[tuple[int, int, int, int]], prompt_rows: list[int] | None = None, step_id: int = 0, vocab_size: int = 97
-) -> StepPlan:
-    """A plan of (seq_index, start, count, samples), all of them admitted in step 0, with random tokens."""
+    rows: list[tuple[int, int, int, int]], scored: list[int] | None = None, step_id: int = 0, vocab_size: int = 97,
+    num_logprobs: int = 2, temperature: float | None = None,
+) -> StepPlan:  # fmt: skip
+    """A plan of (seq_index, start, count, samples), all of them admitted in step 0, with random tokens and targets.
+
+    Without ``temperature`` sequences with odd numbers are greedy, the others sample.
+    """
     seq_indices, starts, num_scheduled_tokens, samples = np.array(rows, np.int32).T
     random = np.random.default_rng(step_id)
     token_ids = random.integers(0, vocab_size, int(num_scheduled_tokens.sum())).astype(np.int32)
-    plan = StepPlan(step_id, seq_indices, starts, num_scheduled_tokens, samples, token_ids)
-    if step_id == 0:
-        plan.new_blocks = np.stack((seq_indices, np.zeros_like(seq_indices), seq_indices), axis=1)
-        plan.admissions = np.zeros(len(seq_indices), ADMISSION)
-        plan.admissions["seq_index"] = seq_indices
-        plan.admissions["num_logprobs"] = 2
-        plan.admissions["temperature"] = [0.0 if seq_index % 2 else 0.8 for seq_index in seq_indices]
-        plan.admissions["seed"] = seq_indices
-    if prompt_rows:
-        plan.prompt_rows = np.array(prompt_rows, np.int32)
-        plan.prompt_targets = random.integers(0, vocab_size, len(prompt_rows)).astype(np.int32)
-        plan.num_prompt_logprobs = 3
-    return plan
+    sampled = num_scheduled_tokens.cumsum(dtype=np.int32)[samples > 0] - np.int32(1)
+    all_rows = np.concatenate((sampled, np.array(scored or [], np.int32)))
+    kinds = np.repeat(np.array([RowKind.SAMPLE, RowKind.SCORE], np.int32), (len(sampled), len(all_rows) - len(sampled)))
+    targets = np.where(kinds == RowKind.SCORE, random.integers(0, vocab_size, len(kinds)), -1).astype(np.int32)
+    zeros, admissions = np.zeros_like(seq_indices), np.zeros(len(seq_indices), ADMISSION)
+    admissions["seq_index"] = admissions["seed"] = seq_indices
+    admissions["num_logprobs"] = num_logprobs
+    admissions["temperature"] = np.where(seq_indices % 2, 0.0, 0.8) if temperature is None else temperature
+    new_blocks = np.stack((zeros, seq_indices, zeros, seq_indices), axis=1)
+    num_new = len(rows) if step_id == 0 else 0
+    return StepPlan.pack(
+        step_id, seq_indices, starts, num_scheduled_tokens, token_ids, all_rows, kinds, targets,
+        new_blocks=new_blocks[:num_new], admissions=admissions[:num_new], num_alternatives=3,
+    )  # fmt: skip
 
 
 def _passes(translator: StepTranslator, plan: StepPlan) -> list[EnginePass]:
@@ -54,7 +59,7 @@ def test_decoding_takes_slots_from_the_first_and_rounds_up() -> None:
     assert (decode.profile, decode.first_slot, decode.token_ids.shape) == (DECODE_PROFILE, 0, (4, 1))
     assert decode.logit_rows.tolist()[:2] == [2, 1]
     assert sorted(decode.logit_rows.tolist()) == [0, 1, 2, 3]
-    assert decode.samples.tolist() == [0, 1]
+    assert decode.rows.tolist() == [0, 1]
 
 
 def test_idle_slots_compute_where_their_next_token_will_be_written() -> None:
@@ -80,7 +85,7 @@ def test_prompt_chunks_are_bound_to_their_slot_and_cut_to_the_profile() -> None:
     assert [one.write_indices.tolist() for one in passes] == [[10], [18], [26]]
     assert np.concatenate([one.token_ids[0] for one in passes]).tolist() == plan.token_ids.tolist()
     assert np.concatenate([one.positions[0] for one in passes]).tolist() == list(range(10, 29))
-    assert [one.samples.tolist() for one in passes] == [[], [], [0]]
+    assert [one.rows.tolist() for one in passes] == [[], [], [0]]
     assert [one.logit_rows.tolist() for one in passes] == [[0], [0], [2]]
 
 
@@ -89,8 +94,8 @@ def test_no_pass_asks_for_more_logits_than_fit() -> None:
     assert shape.max_prefill_logit_rows == 256
     passes = _passes(StepTranslator(shape), _plan([(0, 0, 1000, 1)], list(range(999))))
     assert max(len(one.logit_rows) for one in passes) <= 256
-    assert np.concatenate([one.prompts for one in passes]).tolist() == list(range(999))
-    assert passes[-1].samples.tolist() == [0]
+    assert sorted(np.concatenate([one.rows for one in passes]).tolist()) == list(range(1000))
+    assert passes[-1].rows.tolist()[0] == 0, "rows that sample come first"
 
 
 def test_prompts_of_one_token_decode_unless_their_log_probabilities_are_asked_for() -> None:
@@ -98,7 +103,7 @@ def test_prompts_of_one_token_decode_unless_their_log_probabilities_are_asked_fo
     assert [one.profile for one in _passes(StepTranslator(SHAPE), _plan(rows))] == [DECODE_PROFILE, PREFILL_PROFILE]
     scored = _passes(StepTranslator(SHAPE), _plan(rows, [1, 3]))
     assert [one.profile for one in scored] == [DECODE_PROFILE, PREFILL_PROFILE, PREFILL_PROFILE]
-    assert [one.prompts.tolist() for one in scored] == [[], [0], [1]]
+    assert [one.rows.tolist() for one in scored] == [[0], [1, 3], [2, 4]]
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=["one-rank", "tp2pp2"])
@@ -110,7 +115,7 @@ def test_results_are_the_numpy_executors(layout: Layout, tmp_path: Path) -> None
 
     path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
     steps = [
-        _plan([(5, 0, 1, 1), (1, 0, 19, 0), (4, 0, 6, 1)], [2, 1, 9, 20, 23]),
+        _plan([(5, 0, 1, 1), (1, 0, 19, 0), (4, 0, 6, 1)], [1, 2, 9, 20, 23]),
         _plan([(5, 1, 1, 1), (4, 6, 1, 1), (1, 19, 11, 1)], step_id=1),
         _plan([(4, 7, 1, 1), (1, 30, 1, 1), (5, 2, 1, 1)], step_id=2),
         _plan([(1, 31, 1, 1), (5, 3, 3, 0)], step_id=3),
@@ -143,19 +148,23 @@ def _one_rank(path: Path, steps: list[StepPlan]) -> tuple[list[StepResult], list
     return run(executor, steps), list(session.wanted)
 
 
-def _without_logprobs(plan: StepPlan, temperature: float) -> StepPlan:
-    plan.admissions["num_logprobs"] = -1
-    plan.admissions["temperature"] = temperature
-    return plan
-
-
 def test_only_what_a_pass_needs_leaves_the_device(tmp_path: Path) -> None:
     """Greedy decoding takes tokens, sampling logits, and the middle of a prompt nothing."""
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
     path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
     rows = [(0, 0, 1, 1), (1, 0, 19, 1)]
-    assert _one_rank(path, [_without_logprobs(_plan(rows), 0.0)])[1] == ["tokens", "nothing", "nothing", "tokens"]
-    assert _one_rank(path, [_without_logprobs(_plan(rows), 0.5)])[1] == ["logits", "nothing", "nothing", "logits"]
+    assert _one_rank(path, [_plan(rows, num_logprobs=-1, temperature=0.0)])[1] == [
+        "tokens",
+        "nothing",
+        "nothing",
+        "tokens",
+    ]
+    assert _one_rank(path, [_plan(rows, num_logprobs=-1, temperature=0.5)])[1] == [
+        "logits",
+        "nothing",
+        "nothing",
+        "logits",
+    ]
     assert _one_rank(path, [_plan(rows, [3])])[1] == ["logits", "logits", "nothing", "logits"]
 
 
@@ -169,5 +178,5 @@ def test_logits_that_are_not_finite_are_told(temperature: float, tmp_path: Path)
     name = next(name for name in tensors if name.endswith("ln_f.bias"))
     tensors[name][3] = np.nan
     save_file(tensors, path / "model.safetensors")
-    results, _ = _one_rank(path, [_without_logprobs(_plan([(0, 0, 1, 1), (1, 0, 4, 1)]), temperature)])
+    results, _ = _one_rank(path, [_plan([(0, 0, 1, 1), (1, 0, 4, 1)], num_logprobs=-1, temperature=temperature)])
     assert results[0].token_ids.tolist() == [-1, -1]

@@ -10,7 +10,7 @@ import numpy as np
 from phalanx.kernels.attention import AttentionDType, AttentionLimits, AttentionShape, AttentionStep, PagedAttention
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
-from phalanx.kernels.step_update import StepArrays
+from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.executors.cuda.activations import ActivationPool
@@ -99,6 +99,12 @@ class CudaAttention:
     def release(self) -> None:
         """Free the pages."""
         self._pages.clear()
+
+    def copy_blocks(self, step: StepKernels, num_copies: int) -> None:
+        """Carry out the block copies of the plan on the device, in all layers. Enqueues; does not wait."""
+        for keys, values in self._pages.values():
+            step.copy_blocks(keys, num_copies)
+            step.copy_blocks(values, num_copies)
 
     def begin(self, has_prefill: bool) -> None:
         """Start a step; without ``has_prefill`` all its sequences compute one token."""

@@ -12,7 +12,7 @@ from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
 from phalanx.kernels.gemm import Gemm, open_gemm
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.step_update import StepArrays
+from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
@@ -36,7 +36,7 @@ from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
-from phalanx.runtime.step import ADMISSION
+from phalanx.runtime.step import ADMISSION, STEP_LAYOUT
 
 __all__ = ["create_cuda_executor", "select_device"]
 
@@ -155,6 +155,7 @@ def _stage(
         max_num_tokens=limits.max_num_tokens,
         max_logit_rows=limits.max_logit_rows,
         max_blocks_per_seq=limits.blocks_per_seq,
+        max_plan_words=limits.max_plan_words,
         admission_words=ADMISSION.itemsize // 4,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
@@ -165,9 +166,8 @@ def _stage(
     hidden_rows = 0 if topology.is_first_stage else limits.max_num_tokens
     hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(spec.dtype))
     results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
-    stage = CudaStage(
-        library, spec.model, config, topology, spec.layers, limits.block_size, arrays, ops, sampler, hidden, results
-    )  # fmt: skip
+    step = StepKernels(library, arrays, limits.block_size, STEP_LAYOUT.defines)
+    stage = CudaStage(spec.model, config, topology, spec.layers, step, ops, sampler, hidden, results)
     return stage, attention
 
 

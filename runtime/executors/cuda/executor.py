@@ -25,7 +25,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_hidden_rows, refuse_other_passes
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
@@ -35,7 +35,7 @@ from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
 from phalanx.runtime.sampling.fields import restricts_tokens
-from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step import STEP_LAYOUT, BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
 __all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
@@ -61,8 +61,17 @@ class StepLimits:
 
     @property
     def max_logit_rows(self) -> int:
-        """A row for each sequence, or every row of a prompt whose log-probabilities are wanted."""
+        """A row that samples for each sequence, and all of a step's rows scored."""
         return self.max_num_seqs + self.max_num_tokens
+
+    @property
+    def max_plan_words(self) -> int:
+        """Words of the largest packed plan: all sequences new, a cache block for each token, one copied for each sequence."""
+        seqs, tokens = self.max_num_seqs, self.max_num_tokens
+        return STEP_LAYOUT.most_words(
+            num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
+            num_new_blocks=seqs + tokens, num_copies=seqs, num_admissions=seqs,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -148,18 +157,19 @@ class CudaExecutor:
 
         *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one.
         """
+        refuse_other_passes(plan)
+        refuse_hidden_rows(plan, "cuda")
         if self._timeline is not None:
             self._timeline.next_step()
         with self._device, self._stream, self._host_span("execute"):
             buffers = self._ring.acquire()
             buffers.follows = bool(self._in_flight)
-            self._upload(plan, buffers)
             self._state.apply(plan)
-            num_sampled = int(np.count_nonzero(plan.samples))
-            key = self._key(plan, num_sampled)
+            self._upload(plan, buffers)
+            key = self._key(plan)
             layout = ResultLayout(key.num_logit_rows, key.num_top)
-            buffers.describe(plan, num_sampled, layout)
-            self._compute(plan, key, num_sampled)
+            buffers.describe(plan, layout)
+            self._compute(plan, key)
             self._return_results(buffers, layout)
             buffers.end.record(self._stream)
         if self.topology.is_leader:
@@ -231,22 +241,24 @@ class CudaExecutor:
                 group.close()
 
     def _upload(self, plan: StepPlan, buffers: StepBuffers) -> None:
-        words = plan.pack()
-        if len(words) > len(buffers.plan_words):
+        words = plan.words
+        if len(words) > len(buffers.plan_words) or len(plan.rows) > self._limits.max_logit_rows:
             raise ExecutorError(
-                f"a plan of {len(words)} words is beyond the {len(buffers.plan_words)} that fit {self._limits}"
+                f"a plan of {len(words)} words and {len(plan.rows)} rows is beyond the {len(buffers.plan_words)} and "
+                f"{self._limits.max_logit_rows} that fit {self._limits}"
             )
         buffers.plan_words[: len(words)] = words
         buffers.start.record(self._stream)
         upload(self._stage.arrays.plan, buffers.plan_words[: len(words)], self._stream)
+        if len(plan.copies):
+            self._attention.copy_blocks(self._stage.step, len(plan.copies))
 
-    def _key(self, plan: StepPlan, num_sampled: int) -> StepKey:
-        limits, num_prompt_rows = self._limits, len(plan.prompt_rows)
-        sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
-        num_scored, num_top = plan.logprob_shape(self._state)
-        num_logit_rows = num_sampled + num_prompt_rows
-        if num_sampled and not num_prompt_rows:
-            num_logit_rows = bucket_size(num_sampled, limits.max_num_seqs)
+    def _key(self, plan: StepPlan) -> StepKey:
+        limits, num_logit_rows = self._limits, len(plan.rows)
+        sampling = self._state.sampling_of(plan)
+        num_scored, num_top = self._state.logprob_shape(plan)
+        if num_logit_rows and not self._runs_in_parts(plan):
+            num_logit_rows = bucket_size(num_logit_rows, limits.max_num_seqs)
         return StepKey(
             num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
             num_logit_rows=num_logit_rows,
@@ -255,12 +267,16 @@ class CudaExecutor:
             num_top=num_top if num_scored else -1,
         )
 
-    def _compute(self, plan: StepPlan, key: StepKey, num_sampled: int) -> None:
-        if not len(plan.prompt_rows):
+    def _runs_in_parts(self, plan: StepPlan) -> bool:
+        """Whether the step scores rows or samples more than one of a sequence: too many rows, or too varied, for graphs."""
+        return len(plan.rows) > min(plan.num_sampled, self._limits.max_num_seqs)
+
+    def _compute(self, plan: StepPlan, key: StepKey) -> None:
+        if not self._runs_in_parts(plan):
             self._run(key)
             return
         self._receive_hidden(key)
-        self._send_hidden(self._stage.run_with_prompt_rows(key, num_sampled, len(plan.prompt_rows)))
+        self._send_hidden(self._stage.run_in_parts(key, plan.num_sampled))
 
     def _run(self, key: StepKey) -> None:
         self._receive_hidden(key)

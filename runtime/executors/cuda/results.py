@@ -59,10 +59,10 @@ class ResultLayout:
             buffer[ends[2] : ends[3]].view(np.float32).reshape(rows, top),
         )
 
-    def result(self, step_id: int, num_sampled: int, num_prompt_rows: int, buffer: Any) -> StepResult:
-        """Copies from pinned memory, without the padding rows behind the last one."""
-        views = self.views(buffer).rows(range(num_sampled + num_prompt_rows))
-        tokens = views.token_ids[:num_sampled].copy()
+    def result(self, step_id: int, num_rows: int, buffer: Any) -> StepResult:
+        """Copies of the first ``num_rows`` rows from pinned memory; the others are padding."""
+        views = self.views(buffer).rows(range(num_rows))
+        tokens = views.token_ids.copy()
         if self.num_top < 0:
             return StepResult(step_id, tokens)
         return StepResult(step_id, tokens, views.logprobs.copy(), views.top_ids.copy(), views.top_logprobs.copy())

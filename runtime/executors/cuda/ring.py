@@ -39,19 +39,18 @@ class StepBuffers:
     in_use: bool = False
     follows: bool = False
     step_id: int = 0
-    num_sampled: int = 0
-    num_prompt_rows: int = 0
+    num_rows: int = 0
     layout: ResultLayout = field(default_factory=lambda: ResultLayout(0))
 
-    def describe(self, plan: StepPlan, num_sampled: int, layout: ResultLayout) -> None:
+    def describe(self, plan: StepPlan, layout: ResultLayout) -> None:
         """Remember what the result will mean."""
         self.in_use = True
-        self.step_id, self.num_sampled, self.num_prompt_rows = plan.step_id, num_sampled, len(plan.prompt_rows)
+        self.step_id, self.num_rows = plan.step_id, len(plan.rows)
         self.layout = layout
 
     def read(self) -> StepResult:
         """The result, after ``result`` has passed."""
-        return self.layout.result(self.step_id, self.num_sampled, self.num_prompt_rows, self.result_words)
+        return self.layout.result(self.step_id, self.num_rows, self.result_words)
 
 
 class StepRing:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phalanx.kernels import step_update
-from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.step_update import StepArrays
+from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.cuda.graphs import StepKey
@@ -22,7 +20,7 @@ __all__ = ["CudaStage"]
 
 @dataclass(frozen=True, slots=True)
 class CudaStage:
-    """Enqueues this rank's share of the step whose packed plan lies in ``arrays.plan``.
+    """Enqueues this rank's share of the step whose packed plan lies in ``step.arrays.plan``.
 
     Attributes:
         layers: global numbers of the blocks of this stage.
@@ -30,17 +28,20 @@ class CudaStage:
         results: int32 words, laid out by `ResultLayout`.
     """
 
-    library: KernelLibrary
     model: Model
     config: ModelConfig
     topology: Topology
     layers: range
-    block_size: int
-    arrays: StepArrays
+    step: StepKernels
     ops: CudaOps
     sampler: CudaSampler
     hidden: DeviceArray
     results: DeviceArray
+
+    @property
+    def arrays(self) -> StepArrays:
+        """What the step's kernels read and write."""
+        return self.step.arrays
 
     def run(self, key: StepKey) -> DeviceArray | None:
         """The whole stage; returns what the next stage needs, ``[T, D]``, or None on the last.
@@ -56,21 +57,22 @@ class CudaStage:
             self._sample(key, x, residual, range(key.num_logit_rows), ResultLayout(key.num_logit_rows, key.num_top))
         return None
 
-    def run_with_prompt_rows(self, key: StepKey, num_sampled: int, num_prompt_rows: int) -> DeviceArray | None:
-        """Like `run` for a step that scores prompt rows too."""
-        total = num_sampled + num_prompt_rows
+    def run_in_parts(self, key: StepKey, num_sampled: int) -> DeviceArray | None:
+        """Like `run` for a step with more rows of logits than are held at once, of which ``num_sampled`` sample."""
+        total = key.num_logit_rows
         x, residual = self._blocks(key, total, num_kept=0)
         if residual is not None:
             x = self.ops.add(x, residual)
         if not self.topology.is_last_stage:
             return x
-        starts = [*([0] if num_sampled else []), *range(num_sampled, total, PROMPT_ROWS), total]
+        most = max(PROMPT_ROWS, len(self.arrays.seq_indices))
+        starts = [*range(0, num_sampled, most), *range(num_sampled, total, PROMPT_ROWS), total]
         for start, stop in zip(starts[:-1], starts[1:], strict=True):
             self._sample(key, x, None, range(start, stop), ResultLayout(total, key.num_top))
         return None
 
     def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
-        step_update.update(self.library, self.arrays, self.block_size, key.num_rows, num_logit_rows)
+        self.step.update(key.num_rows, num_logit_rows)
         self.ops.bind(key.num_rows, key.has_prefill, num_kept)
         if self.topology.is_first_stage:
             x = self.model.embed(self.ops, self.config)
@@ -88,6 +90,6 @@ class CudaStage:
         logits = self.model.head(self.ops, self.config, x, residual)
         views = layout.views(self.results).rows(rows)
         self.sampler.choose(logits, rows, key.filters, views.token_ids)
-        step_update.store_tokens(self.library, self.arrays, self.block_size, views.token_ids, rows.start)
+        self.step.store_tokens(views.token_ids, rows.start)
         if key.num_top >= 0:
             self.sampler.score(logits, views.token_ids, views.logprobs, views.top_ids, views.top_logprobs)

@@ -74,10 +74,10 @@ class NumpyAttention:
 
     def bind(self, plan: StepPlan, state: BatchState) -> None:
         """Prepare for a step whose diffs ``state`` already holds."""
-        self._positions = plan.positions
+        self._positions, tables = plan.positions, state.block_tables[0]
         row_seq_indices = np.repeat(plan.seq_indices, plan.num_scheduled_tokens)
         self._write = (
-            state.block_tables[row_seq_indices, self._positions // self._block_size],
+            tables[row_seq_indices, self._positions // self._block_size],
             self._positions % self._block_size,
         )
         ends = plan.cu_seqlens
@@ -85,12 +85,19 @@ class NumpyAttention:
         columns = (plan.seq_indices.tolist(), plan.starts.tolist(), plan.num_scheduled_tokens.tolist())
         for index, (seq_index, start, count) in enumerate(zip(*columns, strict=True)):
             length = start + count
-            blocks = state.block_tables[seq_index, : -(-length // self._block_size)]
+            blocks = tables[seq_index, : -(-length // self._block_size)]
             self._sequences.append(_Sequence(slice(int(ends[index]), int(ends[index + 1])), start, length, blocks))
         self._num_gathered = plan.num_decodes if plan.num_decodes >= MIN_GATHERED_DECODES else 0
         alone = self._sequences[self._num_gathered :]
         self._tiles = [tile for sequence in alone for tile in _tiles(sequence, self._block_size)]
         self._shares_tiles = plan.num_tokens > plan.num_seqs  # one query alone is too little for a thread
+
+    def copy_blocks(self, copies: Int32Array) -> None:
+        """Copy whole blocks in all layers; ``copies`` as in `StepPlan.copies`."""
+        if len(copies):
+            _, source, destination = copies.T
+            for cache in (*self._keys.values(), *self._values.values()):
+                cache[:, destination] = cache[:, source]
 
     def __call__(self, qkv: Float32Array, layer: int, spec: AttentionSpec) -> Float32Array:
         """``[T, (H + 2K) C local] -> [T, H C local]``; see `phalanx.runtime.ops.Ops.attention`."""

@@ -13,7 +13,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.executors.base import CacheSize, Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_other_passes
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
@@ -101,14 +101,16 @@ class NumpyExecutor:
 
     def execute(self, plan: StepPlan) -> None:
         """Compute this rank's stage of ``plan`` and hand the result on. *Collective over the replica.*"""
+        refuse_other_passes(plan)
         self._state.apply(plan)
+        self._attention.copy_blocks(plan.copies)
         self._ops.bind(NumpyStep(plan.token_ids, plan.positions))
         self._attention.bind(plan, self._state)
         x = self._run_blocks(self._enter_stage(plan))
         if not self._topology.is_last_stage:
             self._pp.send(x, self._pp.rank + 1, _HIDDEN_TAG)
             if self._topology.is_leader:
-                self._expected.append(plan.result_words(self._state))
+                self._expected.append(StepResult.num_words(plan, self._state, self._config.hidden_size))
             return
         result = self._finish(plan, x)
         if self._topology.is_leader:
@@ -144,21 +146,39 @@ class NumpyExecutor:
         return total
 
     def _finish(self, plan: StepPlan, x: Float32Array) -> StepResult:
-        """Logits, tokens and log-probabilities on the last stage; equal on all its ranks."""
-        sampling = self._state.sampling[plan.seq_indices[plan.samples > 0]]
-        rows, count = plan.logprob_shape(self._state)
-        if self._tp.size > 1 and not rows and not (sampling["temperature"] > 0).any():
-            return StepResult(plan.step_id, self._greedy(x[plan.sample_rows]))
-        logits = self._logits(x[plan.sample_rows])
-        tokens = sample(logits, sampling, (plan.starts + plan.num_scheduled_tokens)[plan.samples > 0])
-        if not rows:
+        """What the plan's rows ask for, on the last stage; equal on all its ranks."""
+        result = self._tokens(plan, x)
+        hidden_rows = plan.rows[plan.num_logit_rows :]
+        if len(hidden_rows):
+            result.hidden = self._hidden(x[hidden_rows])
+        return result
+
+    def _tokens(self, plan: StepPlan, x: Float32Array) -> StepResult:
+        """Tokens of the rows that sample, and log-probabilities if any are wanted."""
+        sampling, rows = self._state.sampling_of(plan), plan.rows[: plan.num_sampled]
+        num_scored, count = self._state.logprob_shape(plan)
+        if self._tp.size > 1 and not num_scored and not (sampling["temperature"] > 0).any():
+            return StepResult(plan.step_id, self._greedy(x[rows]))
+        logits = self._logits(x[rows])
+        tokens = sample(logits, sampling, plan.sampled_positions)
+        if not num_scored:
             return StepResult(plan.step_id, tokens)
         parts = [_score(logits, np.maximum(tokens, 0), count)]
-        for start in range(0, len(plan.prompt_rows), LOGPROB_ROWS):
-            chunk = slice(start, start + LOGPROB_ROWS)
-            parts.append(_score(self._logits(x[plan.prompt_rows[chunk]]), plan.prompt_targets[chunk], count))
+        for start in range(plan.num_sampled, num_scored, LOGPROB_ROWS):
+            chunk = slice(start, min(start + LOGPROB_ROWS, num_scored))
+            parts.append(_score(self._logits(x[plan.rows[chunk]]), plan.targets[chunk], count))
         logprobs, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+        tokens = np.concatenate((tokens, plan.targets[plan.num_sampled : num_scored]))
         return StepResult(plan.step_id, tokens, logprobs, ids, values)
+
+    def _hidden(self, x: Float32Array) -> Float32Array:
+        """``[H, D] -> [H, D]`` through the head, short of the output projection."""
+        self._ops.stop_before_logits = True
+        try:
+            hidden: Float32Array = self._model.head(self._ops, self._config, x, None)
+        finally:
+            self._ops.stop_before_logits = False
+        return hidden
 
     def _greedy(self, x: Float32Array) -> Int32Array:
         """Most probable tokens without gathering logits: ``[Q, D] -> [Q]``; -1 where a row is not finite."""

@@ -58,6 +58,7 @@ class NumpyOps(Ops[Float32Array]):
         self._comm = comm
         self._attention = attention
         self._threads = threads
+        self.stop_before_logits = False  # the head then gives the hidden states that `logits` would take
         self._step: NumpyStep | None = None
 
     def bind(self, step: NumpyStep) -> None:
@@ -169,7 +170,7 @@ class NumpyOps(Ops[Float32Array]):
 
     def logits(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.logits`; the executor passes only the rows that need them."""
-        return self.column_linear(x, name)
+        return x if self.stop_before_logits else self.column_linear(x, name)
 
 
 def _silu(x: Float32Array) -> Float32Array:

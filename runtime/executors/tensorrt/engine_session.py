@@ -22,7 +22,7 @@ Wanted = Literal["nothing", "tokens", "logits"]
 
 @dataclass(frozen=True, slots=True)
 class PassOutput:
-    """A row for each of a pass's samples, then for each of its prompt rows; valid until the next pass.
+    """A row for each of `EnginePass.rows`; valid until the next pass.
 
     Attributes:
         token_ids: most probable token, -1 where a row's logits are not all finite.

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, Capabilities
+from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_hidden_rows, refuse_other_passes
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
@@ -71,6 +72,7 @@ class TrtExecutor:
 
     def execute(self, plan: StepPlan) -> None:
         """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
+        _refuse_what_is_missing(plan)
         self._state.apply(plan)
         builder = _ResultBuilder(plan, self._state) if self._chooses else None
         for engine_pass in self._translator.passes(plan):
@@ -79,7 +81,7 @@ class TrtExecutor:
                 builder.take(engine_pass, output)
         if builder is None:
             if self._topology.is_leader:
-                self._expected.append(plan.result_words(self._state))
+                self._expected.append(StepResult.num_words(plan, self._state, 0))
         elif self._topology.is_leader:
             self._results.append(builder.result)
         else:
@@ -102,39 +104,44 @@ class _ResultBuilder:
     """Tokens and log-probabilities of one step, filled in pass by pass."""
 
     def __init__(self, plan: StepPlan, state: BatchState) -> None:
-        sampled = plan.samples > 0
-        self._sampling = state.sampling[plan.seq_indices[sampled]]
-        self._positions = (plan.starts + plan.num_scheduled_tokens)[sampled]
-        self._targets = plan.prompt_targets
-        rows, count = plan.logprob_shape(state)
+        self._sampling, self._positions = state.sampling_of(plan), plan.sampled_positions
+        rows, count = state.logprob_shape(plan)
         self.result = StepResult(
-            plan.step_id, np.empty(len(self._positions), np.int32), np.empty(rows, np.float32),
+            plan.step_id, plan.targets.copy(), np.empty(rows, np.float32),
             np.empty((rows, count), np.int32), np.empty((rows, count), np.float32),
         )  # fmt: skip
 
     def wanted(self, engine_pass: EnginePass) -> Wanted:
         """What the pass's rows need."""
-        if not len(engine_pass.samples) and not len(engine_pass.prompts):
+        if not len(engine_pass.rows):
             return "nothing"
-        is_greedy = (self._sampling["temperature"][engine_pass.samples] <= 0).all()
+        is_greedy = (self._sampling["temperature"][self._sampled(engine_pass)] <= 0).all()
         return "tokens" if is_greedy and not len(self.result.logprobs) else "logits"
 
     def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
         """Choose the tokens of one pass and score what is asked for."""
-        samples, prompts = engine_pass.samples, engine_pass.prompts
-        tokens, logits = output.token_ids[: len(samples)], output.logits
+        rows, sampled, logits = engine_pass.rows, self._sampled(engine_pass), output.logits
+        tokens = output.token_ids[: len(sampled)]
         if logits is not None:
-            tokens = sample(logits[: len(samples)], self._sampling[samples], self._positions[samples])
-        self.result.token_ids[samples] = tokens
+            tokens = sample(logits[: len(sampled)], self._sampling[sampled], self._positions[sampled])
+        self.result.token_ids[sampled] = tokens
         if logits is not None and len(self.result.logprobs):
-            self._score(samples, logits[: len(samples)], np.maximum(tokens, 0))
-            prompt_logits = logits[len(samples) : len(samples) + len(prompts)]
-            self._score(len(self._positions) + prompts, prompt_logits, self._targets[prompts])
+            self._score(rows, logits[: len(rows)])
 
-    def _score(self, rows: Int32Array, logits: Float32Array, targets: Int32Array) -> None:
-        if not len(rows):
-            return
-        logprobs = log_softmax(logits)
+    def _sampled(self, engine_pass: EnginePass) -> Int32Array:
+        """Those of the pass's rows that sample, which come first."""
+        return engine_pass.rows[engine_pass.rows < len(self._positions)]
+
+    def _score(self, rows: Int32Array, logits: Float32Array) -> None:
+        logprobs, targets = log_softmax(logits), np.maximum(self.result.token_ids[rows], 0)
         self.result.logprobs[rows] = np.take_along_axis(logprobs, targets[:, None].astype(np.int64), axis=1)[:, 0]
         ids, values = top_logprobs(logprobs, self.result.top_ids.shape[1])
         self.result.top_ids[rows], self.result.top_logprobs[rows] = ids, values
+
+
+def _refuse_what_is_missing(plan: StepPlan) -> None:
+    """Raise `ExecutorError` for what engines of linear caches do not have."""
+    refuse_other_passes(plan)
+    refuse_hidden_rows(plan, "tensorrt")
+    if len(plan.copies):
+        raise ExecutorError(f"step {plan.step_id} copies cache blocks, but the tensorrt engine's slots share none")

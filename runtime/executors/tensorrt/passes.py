@@ -30,10 +30,9 @@ class EnginePass:
         first_slot: slot whose cache memory the batch axis starts at.
         token_ids, positions: ``[B, N]``.
         write_indices: ``[B]``.
-        logit_rows: ``[R]`` rows of ``[B N]`` that get logits; those that are sampled from, then prompt rows. Never empty:
-            an engine cannot compute no rows, so a pass that needs none computes row 0.
-        samples: which of the plan's sampling sequences the first rows are for.
-        prompts: which of the plan's prompt rows the next rows are for.
+        logit_rows: ``[R]`` rows of ``[B N]`` that get logits. Never empty: an engine cannot compute no rows, so a pass that
+            needs none computes row 0.
+        rows: which of the plan's rows the first of these are for; those that sample come first.
     """
 
     profile: int
@@ -42,8 +41,7 @@ class EnginePass:
     positions: Int32Array
     write_indices: Int32Array
     logit_rows: Int32Array
-    samples: Int32Array
-    prompts: Int32Array
+    rows: Int32Array
 
     @property
     def num_tokens(self) -> int:
@@ -64,54 +62,51 @@ class StepTranslator:
 
     def passes(self, plan: StepPlan) -> Iterator[EnginePass]:
         """Passes of a step, in the order in which every rank must run them."""
-        sample_index = np.where(plan.samples > 0, np.cumsum(plan.samples > 0) - 1, -1).astype(np.int32)
         num_decodes = self._plain_decodes(plan)
         if num_decodes:
-            yield self._decode(plan, num_decodes, sample_index)
+            yield self._decode(plan, num_decodes)
         for sequence in range(num_decodes, plan.num_seqs):
-            yield from self._prefill(plan, sequence, int(sample_index[sequence]))
+            yield from self._prefill(plan, sequence)
 
     def _plain_decodes(self, plan: StepPlan) -> int:
-        """Sequences of one token, from the front, none of which is asked for prompt log-probabilities."""
-        if not len(plan.prompt_rows):
-            return plan.num_decodes
-        return min(plan.num_decodes, int(plan.prompt_rows.min()))
+        """Sequences of one token, from the front, none of which is scored."""
+        scored = plan.rows[plan.num_sampled :]
+        return min(plan.num_decodes, int(scored.min(initial=plan.num_decodes)))
 
-    def _decode(self, plan: StepPlan, num_decodes: int, sample_index: Int32Array) -> EnginePass:
+    def _decode(self, plan: StepPlan, num_decodes: int) -> EnginePass:
         slots = plan.seq_indices[:num_decodes]
         num_slots = _round_up(int(slots.max()) + 1, self._shape.max_num_seqs)
         positions = np.minimum(self._filled[:num_slots], self._shape.max_model_len - 1)
         token_ids = np.zeros(num_slots, np.int32)
         positions[slots], token_ids[slots] = plan.starts[:num_decodes], plan.token_ids[:num_decodes]
         self._filled[slots] = plan.starts[:num_decodes] + 1
-        sampled = sample_index[:num_decodes] >= 0
+        rows = _within(plan.rows, 0, num_decodes)
+        sampled = slots[plan.rows[rows]]
         # All slots get logits: a decode pass then has one shape for each number of slots, which a CUDA graph needs.
-        rows = np.concatenate((slots[sampled], np.setdiff1d(np.arange(num_slots), slots[sampled])))
+        logit_rows = np.concatenate((sampled, np.setdiff1d(np.arange(num_slots), sampled)))
         return EnginePass(
-            DECODE_PROFILE, 0, token_ids[:, None], positions[:, None], positions, rows.astype(np.int32),
-            sample_index[:num_decodes][sampled], np.empty(0, np.int32),
+            DECODE_PROFILE, 0, token_ids[:, None], positions[:, None], positions, logit_rows.astype(np.int32), rows
         )  # fmt: skip
 
-    def _prefill(self, plan: StepPlan, sequence: int, sample_index: int) -> Iterator[EnginePass]:
+    def _prefill(self, plan: StepPlan, sequence: int) -> Iterator[EnginePass]:
         """One chunk, cut where it is longer than the profile or asks for more logits than fit."""
-        slot, start, count = (
-            int(column[sequence]) for column in (plan.seq_indices, plan.starts, plan.num_scheduled_tokens)
-        )
+        columns = (plan.seq_indices, plan.starts, plan.num_scheduled_tokens)
+        slot, start, count = (int(column[sequence]) for column in columns)
         first_row = int(plan.cu_seqlens[sequence])
         self._filled[slot] = start + count
         longest = self._shape.max_prefill_tokens
-        if len(_within(plan.prompt_rows, first_row, first_row + count)):
-            # One row is kept for the token that is sampled.
-            longest = max(1, min(longest, self._shape.max_prefill_logit_rows - 1))
+        sampled, scored = plan.rows[: plan.num_sampled], plan.rows[plan.num_sampled :]
+        if len(_within(scored, first_row, first_row + count)):
+            num_sampled = len(_within(sampled, first_row, first_row + count))  # any of which may be scored, too
+            longest = max(1, min(longest, self._shape.max_prefill_logit_rows - num_sampled))
         for low in range(0, count, longest):
             high = min(low + longest, count)
-            prompts = _within(plan.prompt_rows, first_row + low, first_row + high)
-            samples = np.array([sample_index] if high == count and sample_index >= 0 else [], np.int32)
-            rows = np.concatenate((np.full(len(samples), high - low - 1), plan.prompt_rows[prompts] - first_row - low))
+            rows = _within(plan.rows, first_row + low, first_row + high)
+            logit_rows = plan.rows[rows] - np.int32(first_row + low)
             yield EnginePass(
                 PREFILL_PROFILE, slot, plan.token_ids[None, first_row + low : first_row + high],
                 np.arange(start + low, start + high, dtype=np.int32)[None], np.array([start + low], np.int32),
-                (rows if len(rows) else np.zeros(1)).astype(np.int32), samples, prompts,
+                logit_rows if len(rows) else np.zeros(1, np.int32), rows,
             )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ class DeviceSession:
                 self._groups.stages.send(self._hidden("hidden_out", engine_pass), self._topology.stage + 1)
             if wanted == "nothing":
                 return None
-            return self._download(len(engine_pass.samples) + len(engine_pass.prompts), wanted)
+            return self._download(len(engine_pass.rows), wanted)
 
     def close(self) -> None:
         """Finish, then release graphs before contexts, contexts before the engine, and groups last. *Collective.*"""
