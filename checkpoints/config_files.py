@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from phalanx.checkpoints.file_kinds import describe_directory
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.parallel.errors import CheckpointError
 
 __all__ = [
     "CONFIG_FILE",
@@ -48,6 +50,8 @@ def read_config(directory: ModelDirectory) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
+    if not directory.has(CONFIG_FILE):
+        raise CheckpointError(_without_config(directory))
     return directory.read_json(CONFIG_FILE)
 
 
@@ -58,3 +62,17 @@ def read_generation_config(directory: ModelDirectory) -> dict[str, Any]:
         CheckpointError: it is no JSON object.
     """
     return directory.read_json(GENERATION_CONFIG_FILE) if directory.has(GENERATION_CONFIG_FILE) else {}
+
+
+def _without_config(directory: ModelDirectory) -> str:
+    """What a directory without ``config.json`` is, and the way out."""
+    names = directory.listing()
+    message = f"{CONFIG_FILE!r} is missing from model directory {str(directory.path)!r}"
+    inner = [name.partition("/")[0] for name in names if name.endswith(f"/{CONFIG_FILE}")]
+    if inner:
+        return f"{message}; its subdirectory {inner[0]!r} has one: give {str(directory.path / inner[0])!r}"
+    if (found := describe_directory(names)) is not None:
+        return f"{message}; {found}"
+    if any(name.startswith("models--") for name in names):
+        return f"{message}; it is a Hugging Face cache: give the name of a model (ORG/NAME), or one of its snapshots"
+    return f"{message}; copy it there"

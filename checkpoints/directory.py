@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from phalanx.checkpoints.file_kinds import describe_directory
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.manifest import FORMAT
 from phalanx.checkpoints.resolve import list_names
@@ -18,26 +19,27 @@ __all__ = ["INDEX_FILE", "DirectorySource"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+_OTHER_WEIGHTS = ("adapter_", "consolidated")
+"""Beginnings of names of files that are no part of a model, or hold it once more under the names of its authors."""
+
 _SHARD = re.compile(r"(?P<stem>.+-)(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 class DirectorySource:
     """Tensors of all files of a directory; every header is verified when it is made.
 
+    An index only says which files belong together; what they hold, their own headers say.
+
     Raises:
-        CheckpointError: no files, a missing shard, a tensor in two files, an index that does not agree with its files.
+        CheckpointError: no files, a missing shard, a tensor in two files.
     """
 
     def __init__(self, directory: ModelDirectory) -> None:
-        weight_map = _weight_map(directory)
-        names = sorted(set(weight_map.values())) if weight_map is not None else _find_files(directory)
         self._files: list[SafetensorsFile] = []
         self._home: dict[str, SafetensorsFile] = {}
         try:
-            for name in names:
+            for name in _choose_files(directory):
                 self._add(SafetensorsFile(directory, name))
-            if weight_map is not None:
-                self._check_index(weight_map)
         except BaseException:
             self.close()
             raise
@@ -73,18 +75,28 @@ class DirectorySource:
             )
         self._home.update(dict.fromkeys(file.tensors, file))
 
-    def _check_index(self, weight_map: dict[str, str]) -> None:
-        if unlisted := self._home.keys() - weight_map.keys():
-            raise CheckpointError(f"{INDEX_FILE} does not list {list_names(unlisted)}; it belongs to other files")
-        for name, file in weight_map.items():
-            if name not in self._home or self._home[name].name != file:
-                raise CheckpointError(
-                    f"{INDEX_FILE} puts tensor {name[:120]!r} into {file!r}, which does not hold it; copy both again"
-                )
+
+def _choose_files(directory: ModelDirectory) -> list[str]:
+    """The whole ``model.safetensors``, as in transformers; else the files of the index; else all shards.
+
+    An index none of whose files is there is left over from other files: then the shards that are there count.
+    """
+    if directory.has(SINGLE_FILE):
+        return [SINGLE_FILE]
+    weight_map = _weight_map(directory)
+    shards = [name for name in directory.names(".safetensors") if not name.startswith(_OTHER_WEIGHTS)]
+    if weight_map is None:
+        return _complete(directory, shards)
+    listed = sorted(set(weight_map.values()))
+    if shards and not any(directory.has(name) for name in listed):
+        return _complete(directory, shards)
+    if not shards:
+        raise _no_weights(directory, f", though {INDEX_FILE} names {len(listed)} file(s), e.g. {listed[0][:120]!r}")
+    return listed
 
 
 def _weight_map(directory: ModelDirectory) -> dict[str, str] | None:
-    """Tensor name to file name, from the index; None without one."""
+    """Return tensor name to file name, from the index; None without one."""
     if not directory.has(INDEX_FILE):
         return None
     weight_map: Any = directory.read_json(INDEX_FILE).get("weight_map")
@@ -98,19 +110,21 @@ def _weight_map(directory: ModelDirectory) -> dict[str, str] | None:
     return weight_map
 
 
-def _find_files(directory: ModelDirectory) -> list[str]:
-    """Without an index: ``model.safetensors``, else all shards, none of which may be missing."""
-    if directory.has(SINGLE_FILE):
-        return [SINGLE_FILE]
-    names = directory.names(".safetensors")
+def _complete(directory: ModelDirectory, names: list[str]) -> list[str]:
+    """``names``, of which no shard may be missing."""
     if not names:
-        other = directory.names(".bin") + directory.names(".pt") + directory.names(".gguf")
-        hint = f"; {other[0]!r} must be converted to safetensors first" if other else ""
-        raise CheckpointError(f"model directory {str(directory.path)!r} holds no *.safetensors{hint}")
+        raise _no_weights(directory)
     for name in names:
         if shard := _SHARD.fullmatch(name):
             _check_series(names, shard)
     return names
+
+
+def _no_weights(directory: ModelDirectory, detail: str = "") -> CheckpointError:
+    found = describe_directory(directory.listing())
+    return CheckpointError(
+        f"model directory {str(directory.path)!r} holds no *.safetensors{detail}{'; ' + found if found else ''}"
+    )
 
 
 def _check_series(names: list[str], shard: re.Match[str]) -> None:

@@ -1,11 +1,12 @@
 """Opening files of a model directory, and nothing outside it.
 
-File names come from data that nobody vouched for (an index, a manifest), so every file is opened through `ModelDirectory`: a
-plain name, a regular file, and after symbolic links still inside the directory.
+File names come from untrusted data (an index, a manifest), so every file is opened through `ModelDirectory`: a plain name, a
+regular file, and after symbolic links still inside the directory or among the blobs of a Hugging Face cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content, describe_directory
+from phalanx.checkpoints.hub_cache import cache_root, find_model, is_blob, is_model_name, snapshot_of
 from phalanx.parallel.errors import CheckpointError
 
 __all__ = ["PARTIAL_SUFFIX", "ModelDirectory", "parse_json"]
@@ -34,17 +37,20 @@ class ModelDirectory:
 
     @staticmethod
     def at(path: Path) -> ModelDirectory:
-        """The directory at ``path``.
+        """The directory at ``path``, or of the model of that name in the Hugging Face cache.
+
+        The cache's own directory of a model (``models--ORG--NAME``) stands for its newest snapshot.
 
         Raises:
             CheckpointError: it is not there, not a directory, or one that a split did not finish.
         """
+        if not path.exists() and (cached := find_model(str(path))) is not None:
+            path = cached
+        elif path.is_dir() and not (path / "config.json").exists():
+            path = snapshot_of(path) or path
         root = Path(os.path.realpath(path))
         if not root.is_dir():
-            what = "is a file" if root.exists() else "does not exist"
-            raise CheckpointError(
-                f"model directory {str(path)!r} {what}; give a directory with config.json and *.safetensors"
-            )
+            raise CheckpointError(_not_a_directory(path, root.exists()))
         if root.name.endswith(PARTIAL_SUFFIX):
             raise CheckpointError(
                 f"{str(path)!r} is what an interrupted split left; remove it and run launch.split again"
@@ -62,6 +68,18 @@ class ModelDirectory:
         except OSError as error:
             raise CheckpointError(f"cannot list model directory {str(self.path)!r}: {error.strerror}") from None
 
+    def listing(self) -> list[str]:
+        """Names of all files, those of direct subdirectories as ``sub/name``; for messages, so it never raises."""
+        found: list[str] = []
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.root):
+                if entry.is_dir():
+                    with contextlib.suppress(OSError):
+                        found += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path)]
+                else:
+                    found.append(entry.name)
+        return sorted(found)
+
     def check_size(self, name: str, num_bytes: int) -> None:
         """Raise `CheckpointError` unless the file ``name`` has exactly ``num_bytes``."""
         try:
@@ -69,6 +87,7 @@ class ModelDirectory:
         except OSError:
             raise self._missing(name) from None
         if size != num_bytes:
+            self.check_content(name)
             raise CheckpointError(f"{name!r} has {size} bytes instead of {num_bytes}; copy the file again")
 
     def open(self, name: str) -> int:
@@ -92,6 +111,13 @@ class ModelDirectory:
             )
         return descriptor
 
+    def check_content(self, name: str) -> None:
+        """Raise `CheckpointError` if the file ``name`` is recognisably something else: a pointer, a web page, an archive."""
+        with open(self.open(name), "rb") as file:
+            description = describe_content(file.read(HEAD_BYTES))
+        if description is not None:
+            raise CheckpointError(f"{name!r} of {str(self.path)!r} is {description}")
+
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """The whole of a small file.
 
@@ -110,7 +136,10 @@ class ModelDirectory:
         Raises:
             CheckpointError: as `read`, or it is not such JSON.
         """
-        value = parse_json(self.read(name), name)
+        raw = self.read(name)
+        if not raw.lstrip().startswith(b"{") and (description := describe_content(raw[:HEAD_BYTES])) is not None:
+            raise CheckpointError(f"{name!r} of {str(self.path)!r} is {description}")
+        value = parse_json(raw, name)
         if not isinstance(value, dict):
             raise CheckpointError(f"{name!r} holds no JSON object at its top level; the file is damaged")
         return value
@@ -122,16 +151,22 @@ class ModelDirectory:
         if not _is_plain(name):
             raise CheckpointError(f"file name {name[:120]!r} is not a plain name inside the model directory")
         real = os.path.realpath(self.root / name)
-        if os.path.dirname(real) not in self._homes():
+        if os.path.dirname(real) != str(self.root) and not is_blob(real):
             raise CheckpointError(
-                f"{name!r} links to {real!r}, outside the model directory; replace the link by the file"
+                f"{name!r} links to {real!r}, outside the model directory; a checkpoint from elsewhere could expose any file "
+                "of this machine that way, so replace the link by the file, or give the directory that holds it"
             )
         return real
 
-    def _homes(self) -> tuple[str, ...]:
-        """Directories that files may really live in: this one, and the blobs of a hub cache (``snapshots/<revision>``)."""
-        hub = self.root.parent.parent / "blobs"
-        return (str(self.root), str(hub)) if self.root.parent.name == "snapshots" else (str(self.root),)
+
+def _not_a_directory(path: Path, exists: bool) -> str:
+    if exists:
+        kind = describe_directory([path.name]) or ""
+        return f"model directory {str(path)!r} is a file; give a directory with config.json and *.safetensors{kind and f' ({kind})'}"
+    message = f"model directory {str(path)!r} does not exist; give a directory with config.json and *.safetensors"
+    if is_model_name(str(path)):
+        message += f". If it is the name of a model: it is not in the Hugging Face cache {str(cache_root())!r}; `hf download {path}` gets it"
+    return message
 
 
 def _is_plain(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Recognising quantised checkpoints, so that what cannot be loaded is refused by its own name.
 
 Sources: ``quantizers/auto.py`` of transformers (``quant_method``), the packers of GPTQ, AWQ, bitsandbytes, compressed-tensors,
-ModelOpt and MLX (names of keys, files and tensors).
+ModelOpt and MLX (names of keys and tensors).
 """
 
 from __future__ import annotations
@@ -11,19 +11,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["QUANTIZATION_FILES", "QUANTIZATION_KEYS", "describe_quantization", "quantized_tensors"]
+__all__ = ["QUANTIZATION_KEYS", "describe_quantization", "quantized_tensors"]
 
 QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
 """Keys of ``config.json`` that describe a quantisation; the last is MLX's."""
-
-QUANTIZATION_FILES: Mapping[str, str] = MappingProxyType(
-    {
-        "quantize_config.json": "GPTQ",
-        "quant_config.json": "AWQ",
-        "hf_quant_config.json": "ModelOpt",
-    }
-)
-"""Files next to ``config.json`` that describe a quantisation, and whose they are."""
 
 _TENSORS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {

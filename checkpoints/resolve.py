@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from phalanx.checkpoints.dtypes import FLOAT_DTYPES
+from phalanx.checkpoints.quantized import quantized_tensors
 from phalanx.checkpoints.source import Index, TensorSource
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["fit_index", "list_names", "resolve", "stored_index"]
+_ROTARY_TABLES = r"(.*\.)?rotary_(pos_)?emb\.((original_)?inv_freq|_?(cos|sin)(_cached)?|freqs_cis)"
+"""Buffers that trainers and old releases of transformers saved."""
+
+__all__ = ["find_stored", "fit_index", "list_names", "resolve", "stored_index"]
 
 
 def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
-    """Name in ``source`` of every source tensor that ``specs`` (the whole model) declares, aliases tried in order.
+    """Name in ``source`` of every source tensor that ``specs`` (the whole model) declares.
+
+    A tensor is looked for under its own name and its aliases in order, each also without its first component: so the base model,
+    saved without its LM head, spells them (``layers.0...`` for ``model.layers.0...``). Rotary tables are computed, never read.
 
     Args:
         ignored: regular expressions (full match) of tensors that may be there and are not read.
@@ -25,14 +32,15 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     declared = dict.fromkeys(part for spec in specs for part in spec.parts)
     parts = {part.source: part for part in declared}
     present = set(source.names())
-    found = {name: _find(part, present) for name, part in parts.items()}
+    found = {name: find_stored(part.names, present) for name, part in parts.items()}
     if missing := [name for name, stored in found.items() if stored is None]:
+        _refuse_quantized(present, declared)
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json calls for: {list_names(missing)}; "
             "a shard is missing, or config.json is of another model"
         )
     stored_names = {name: stored for name, stored in found.items() if stored is not None}
-    _check_unused(present.difference(stored_names.values()), ignored)
+    _check_unused(present.difference(stored_names.values()), ignored, declared)
     for part in declared:
         _check_tensor(source, stored_names[part.source], part)
     return stored_names
@@ -58,6 +66,11 @@ def fit_index(index: Index, declared: tuple[int, ...], shape: tuple[int, ...]) -
     return tuple(slice(0, 1) if extent == 1 else next(long) for extent in shape)
 
 
+def find_stored(names: Sequence[str], present: Collection[str]) -> str | None:
+    """The first of ``names``, each with and without its first component, that is in ``present``; None if none is."""
+    return next((found for name in names for found in (name, _base_name(name)) if found in present), None)
+
+
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """The first few of ``names``, sorted and quoted, and how many more there are."""
     ordered = sorted(names)
@@ -65,17 +78,28 @@ def list_names(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(repr(name[:120]) for name in ordered[:limit]) + more
 
 
-def _find(part: Part, present: set[str]) -> str | None:
-    return next((name for name in (part.source, *part.aliases) if name in present), None)
+def _base_name(name: str) -> str:
+    return name.partition(".")[2]
 
 
-def _check_unused(unused: set[str], ignored: Sequence[str]) -> None:
-    pattern = re.compile("|".join(f"(?:{expression})" for expression in ignored))
-    extra = [name for name in unused if not (ignored and pattern.fullmatch(name))]
+def _check_unused(unused: set[str], ignored: Sequence[str], declared: Iterable[Part]) -> None:
+    pattern = re.compile("|".join(f"(?:{expression})" for expression in (*ignored, _ROTARY_TABLES)))
+    extra = [name for name in unused if not pattern.fullmatch(name)]
     if extra:
+        _refuse_quantized(extra, declared)
         raise CheckpointError(
             f"the checkpoint holds {len(extra)} tensor(s) that the model does not use: {list_names(extra)}; "
             "config.json is of another model, or the model has a feature that is not supported"
+        )
+
+
+def _refuse_quantized(names: Iterable[str], declared: Iterable[Part]) -> None:
+    """Raise `CheckpointError` if ``names`` show that what is declared as plain weights is stored quantised."""
+    plain = all(part.encoding is None for part in declared)
+    if plain and (method := quantized_tensors(names)) is not None:
+        raise CheckpointError(
+            f"the checkpoint is quantised ({method}: packed weights or scales among its tensors), though config.json does not say "
+            "so; use the unquantised checkpoint, or restore its config.json"
         )
 
 

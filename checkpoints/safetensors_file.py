@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.dtypes import numpy_dtype
+from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
 from phalanx.checkpoints.files import ModelDirectory, parse_json
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.slices import read_bytes, read_slice
@@ -28,6 +29,9 @@ __all__ = ["MAX_HEADER_BYTES", "SafetensorsFile", "StoredTensor"]
 
 MAX_HEADER_BYTES = 8 << 20
 """Room for about 70,000 tensors in one file; the format itself allows 100 MB, which takes a gigabyte to parse."""
+
+LARGEST_HEADER_BYTES = 100_000_000
+"""What the format allows."""
 
 MAX_AXES = 8
 _METADATA = "__metadata__"
@@ -83,23 +87,28 @@ class SafetensorsFile:
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
         size = self.num_bytes
-        if size < 10:
-            raise CheckpointError(f"{self.name!r} has {size} bytes, fewer than any safetensors file; copy it again")
-        prefix = np.empty(8, np.uint8)
-        self.read_bytes(0, prefix)
-        (length,) = struct.unpack("<Q", prefix.tobytes())
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{self.name!r} announces a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}; "
-                "the file is damaged, or must be saved in more shards"
-            )
-        if 8 + length > size:
-            raise CheckpointError(f"{self.name!r} ends inside its header ({size} of {8 + length} bytes); copy it again")
+        head = np.zeros(HEAD_BYTES, np.uint8)
+        self.read_bytes(0, head[: min(size, HEAD_BYTES)])
+        (length,) = struct.unpack("<Q", head[:8].tobytes())
+        if not (2 <= length <= MAX_HEADER_BYTES and 8 + length <= size and head[8] == ord("{")):
+            raise CheckpointError(f"{self.name!r} {self._no_header(size, length, head.tobytes())}")
         raw = np.empty(length, np.uint8)
         self.read_bytes(8, raw)
-        if length == 0 or raw[0] != ord("{"):
-            raise CheckpointError(f"{self.name!r} is not a safetensors file: its header does not begin with '{{'")
         return 8 + length, parse_json(raw.tobytes(), self.name)
+
+    def _no_header(self, size: int, length: int, head: bytes) -> str:
+        """What is wrong with a file that does not begin with a header's length and a header; and the way out."""
+        if (description := describe_content(head)) is not None:
+            return f"is {description}"
+        if size < 10:
+            return f"has {size} bytes, fewer than any safetensors file; copy it again"
+        if length > MAX_HEADER_BYTES:
+            fits = length < min(size, LARGEST_HEADER_BYTES)
+            way_out = "save it in more shards" if fits else "it is damaged, or not a safetensors file"
+            return f"announces a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}; {way_out}"
+        if 8 + length > size:
+            return f"ends inside its header ({size} of {8 + length} bytes); copy it again"
+        return "is not a safetensors file: its header does not begin with '{'"
 
     def _check(self, header: dict[str, Any]) -> dict[str, StoredTensor]:
         tensors = {name: _tensor(name, entry, self.name, self.data_start) for name, entry in header.items()}

@@ -46,6 +46,11 @@ class Part:
         return (self.source_rows or self.shape[0], *self.shape[1:])
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names that the source tensor may have, most usual first."""
+        return (self.source, *self.aliases)
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape that the source tensor must have in the checkpoint."""
         whole = self.stored.source_extents

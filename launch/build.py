@@ -116,11 +116,12 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     from phalanx.runtime.executors.tensorrt.builder import BuildRequest, network_shape
     from phalanx.runtime.executors.tensorrt.executor import CAPABILITIES
     from phalanx.runtime.models import find_model
+    from phalanx.runtime.models.tied import with_stored_head
 
     if args.stripped and not library.can_refit:
         raise ConfigError(f"--stripped is not supported by {library.name}; leave it out, or install tensorrt")
     model = find_model(checkpoint.config)
-    config = model.read_config(checkpoint.config)
+    config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
     shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()
     library.check_targets(targets)

@@ -67,9 +67,10 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.parallel.sharding import stage_layers
     from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.tied import with_stored_head
 
     model, formats = find_model(checkpoint.config), checkpoint.formats
-    config = model.read_config(checkpoint.config)
+    config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
     last = layout.pp - 1
     stages = tuple(
         components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))

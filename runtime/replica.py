@@ -20,6 +20,7 @@ from phalanx.runtime.executors.registry import create_executor
 from phalanx.runtime.generation_config import GenerationConfig
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
+from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 
 __all__ = ["Replica", "build_replica", "phase"]
@@ -60,6 +61,7 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
         family = find_model(checkpoint.config)
         generation = GenerationConfig.read(checkpoint.generation_config)
         config = _with_token_ids(family.read_config(checkpoint.config), generation)
+        config = with_stored_head(family, config, checkpoint.source)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
     with phase("loading weights"):

@@ -11,7 +11,7 @@ from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.hf_config import ConfigReader
 
-__all__ = ["Model", "feed_forward_shard", "head_shard", "kv_head_shard", "vocabulary_shard"]
+__all__ = ["Model", "feed_forward_shard", "head_shard", "kv_head_shard", "lm_head", "token_table", "vocabulary_shard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,19 @@ class Model:
 def vocabulary_shard() -> Shard:
     """Rows of an embedding or LM head, padded with zeros so that any number of ranks works."""
     return Shard(axis=0, pad_to=16, what="vocabulary rows")
+
+
+def token_table(config: ModelConfig, source: str, head: str = "lm_head.weight") -> Part:
+    """Token rows ``[V, D]``; with tied embeddings some checkpoints keep them under the name of the LM head alone."""
+    aliases = (head,) if config.tie_embeddings else ()
+    return Part(source, (config.vocab_size, config.hidden_size), vocabulary_shard(), aliases)
+
+
+def lm_head(config: ModelConfig, table: str, head: str = "lm_head.weight") -> WeightSpec:
+    """LM head ``[V, D]``: the token table ``table`` itself where they are tied, else a matrix of its own."""
+    if config.tie_embeddings:
+        return WeightSpec("lm_head.weight", (token_table(config, table, head),))
+    return WeightSpec("lm_head.weight", (Part(head, (config.vocab_size, config.hidden_size), vocabulary_shard()),))
 
 
 def head_shard(config: ModelConfig, axis: int) -> Shard:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, kv_head_shard, vocabulary_shard
+from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, kv_head_shard, lm_head, token_table
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
 __all__ = ["GPT2"]
+
+TABLE = "transformer.wte.weight"
 
 
 def read_fields(reader: ConfigReader) -> ModelConfig:
@@ -68,7 +70,7 @@ def embed_weights(config: ModelConfig) -> list[WeightSpec]:
     """Token and position tables."""
     d = config.hidden_size
     return [
-        WeightSpec("embed.weight", (_part("wte.weight", (config.vocab_size, d), vocabulary_shard()),)),
+        WeightSpec("embed.weight", (token_table(config, TABLE),)),
         WeightSpec("positions.weight", (_part("wpe.weight", (config.max_positions, d)),)),
     ]
 
@@ -93,10 +95,7 @@ def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
 
 def head_weights(config: ModelConfig) -> list[WeightSpec]:
     """Final norm and LM head; the head is the token table itself where they are tied."""
-    shape = (config.vocab_size, config.hidden_size)
-    tied, own = _part("wte.weight", shape, vocabulary_shard()), Part("lm_head.weight", shape, vocabulary_shard())
-    part = tied if config.tie_embeddings else own
-    return [*_norm("final_norm", "ln_f", config.hidden_size), WeightSpec("lm_head.weight", (part,))]
+    return [*_norm("final_norm", "ln_f", config.hidden_size), lm_head(config, TABLE)]
 
 
 def _part(name: str, shape: tuple[int, ...], shard: Shard | None = None, transposed: bool = False) -> Part:

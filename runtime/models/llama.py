@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, qkv_weight, vocabulary_shard
+from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, lm_head, qkv_weight, token_table
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
 __all__ = ["LLAMA", "block_weights"]
+
+TABLE = "model.embed_tokens.weight"
 
 
 def read_fields(reader: ConfigReader) -> ModelConfig:
@@ -61,8 +63,7 @@ def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | No
 
 def embed_weights(config: ModelConfig) -> list[WeightSpec]:
     """The token table."""
-    part = Part("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), vocabulary_shard())
-    return [WeightSpec("embed.weight", (part,))]
+    return [WeightSpec("embed.weight", (token_table(config, TABLE),))]
 
 
 def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
@@ -96,12 +97,8 @@ def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
 
 def head_weights(config: ModelConfig) -> list[WeightSpec]:
     """Final norm and LM head; the head is the token table itself where they are tied."""
-    source = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    part = Part(source, (config.vocab_size, config.hidden_size), vocabulary_shard())
-    return [
-        WeightSpec("final_norm.weight", (Part("model.norm.weight", (config.hidden_size,)),)),
-        WeightSpec("lm_head.weight", (part,)),
-    ]
+    norm = WeightSpec("final_norm.weight", (Part("model.norm.weight", (config.hidden_size,)),))
+    return [norm, lm_head(config, TABLE)]
 
 
 LLAMA = Model(
@@ -115,6 +112,5 @@ LLAMA = Model(
     embed_weights=embed_weights,
     block_weights=block_weights,
     head_weights=head_weights,
-    # Published checkpoints also hold rotary tables, and tied ones sometimes a copy of the token table.
-    ignored_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    ignored_tensors=(r"lm_head\.weight",),  # a copy of the token table, where they are tied
 )

@@ -1,0 +1,81 @@
+"""What a file or a directory really is, when it is not the checkpoint that it should be: looked at before anything is guessed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+__all__ = ["HEAD_BYTES", "describe_content", "describe_directory"]
+
+HEAD_BYTES = 256
+"""Beginning of a file that `describe_content` wants to see."""
+
+_CONTENTS: Sequence[tuple[bytes, str]] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in the repository"),
+    (b"version https://hawser", "a Git LFS pointer, not the file itself; run `git lfs pull` in the repository"),
+    (
+        b"# xet version",
+        "a Git Xet pointer, not the file itself; run `git xet install` and check the repository out again",
+    ),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself; run `git annex get` in the repository"),
+    (b"GGUF", "a llama.cpp (GGUF) file; use the original model with *.safetensors"),
+    (b"PK\x03\x04", "a ZIP archive, as torch.save writes it; save the model with safe_serialization=True"),
+    (b"\x80\x02", "a Python pickle, as torch.save writes it; save the model with safe_serialization=True"),
+    (b"\x89HDF", "an HDF5 file, as TensorFlow writes it; save the model with safe_serialization=True"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"<!doctype html", "a web page (a sign-in or error page?), not the file itself; download it again"),
+    (b"<html", "a web page (a sign-in or error page?), not the file itself; download it again"),
+    (b"<?xml", "an XML document (an error message?), not the file itself; download it again"),
+    (b"Entry not found", "an error message of the download server, not the file itself; download it again"),
+    (b"Access to model", "an error message of the download server, not the file itself; sign in and download it again"),
+    (b"Invalid username or password", "an error message of the download server; sign in and download it again"),
+)
+
+_PICKLED = "convert it first: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) of transformers writes safetensors"
+_DIRECTORIES: Mapping[str, str] = MappingProxyType(
+    {
+        "adapter_config.json": "an adapter (PEFT, LoRA) without its base model; merge it into the base model first: "
+        "merge_and_unload() of peft, then save_pretrained",
+        "adapter_model.safetensors": "an adapter (PEFT, LoRA) without its base model; merge it into the base model first: "
+        "merge_and_unload() of peft, then save_pretrained",
+        "*.gguf": "a llama.cpp (GGUF) file; use the original model with *.safetensors",
+        "*.ggml": "a llama.cpp (GGML) file; use the original model with *.safetensors",
+        "*.incomplete": "an unfinished download; download the model again",
+        "pytorch_model*.bin": f"pickled PyTorch weights; {_PICKLED}",
+        "*.bin": f"pickled PyTorch weights; {_PICKLED}",
+        "*.pth": f"pickled PyTorch weights in the layout of their authors; use the Hugging Face version of the model, or {_PICKLED}",
+        "*.pt": f"pickled PyTorch weights; {_PICKLED}",
+        "*.ckpt*": f"a training checkpoint; {_PICKLED}",
+        "*.distcp": "a distributed training checkpoint; consolidate it and save the model as safetensors first",
+        "*.h5": f"TensorFlow weights; {_PICKLED}",
+        "*.msgpack": f"Flax weights; {_PICKLED}",
+        "*.nemo": "a NeMo archive; convert it to the Hugging Face layout first",
+        "*.onnx": "an ONNX graph; use the original model with *.safetensors",
+        "*.npz": "NumPy or MLX weights; use the original model with *.safetensors",
+        "*.engine": "a TensorRT engine; give the model's own directory, and this one as --engine-dir",
+    }
+)
+"""Patterns of file names, in the order in which they are looked for, and what such a file is."""
+
+
+def describe_content(head: bytes) -> str | None:
+    """Say what a file is that begins with ``head`` (`HEAD_BYTES`) and is neither safetensors nor JSON; None if unknown."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for magic, description in _CONTENTS:
+        if start.startswith(magic) or start[: len(magic)].lower() == magic:
+            return description
+    return None
+
+
+def describe_directory(names: Sequence[str]) -> str | None:
+    """Name the file that shows what a directory without usable weights holds, and the way out; None if none does.
+
+    Args:
+        names: files of the directory, those in its subdirectories as ``sub/name``.
+    """
+    for pattern, description in _DIRECTORIES.items():
+        for name in sorted(names, key=lambda name: ("/" in name, name)):
+            if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern):
+                return f"{name!r} is {description}"
+    return None
