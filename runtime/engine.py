@@ -6,13 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from phalanx.runtime.control import ControlChannel
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.runtime.control import ControlChannel, OrderKind
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.request import Request, TokenDelta
 from phalanx.runtime.scheduler import DeltaBatch, Scheduler, SchedulerStats
 from phalanx.runtime.step import StepPlan
 
 __all__ = ["Engine", "follow"]
+
+Int32Array = NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -73,12 +78,8 @@ class Engine:
             self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> None:
-        self.control.send(plan)
-        try:
-            self.executor.execute(plan)
-        except Exception as error:
-            error.add_note(f"in step {plan.step_id}")
-            raise
+        self.control.send(OrderKind.PLAN, plan.words)
+        _execute(self.executor, plan)
         self.in_flight += 1
 
     def stats(self) -> SchedulerStats:
@@ -87,14 +88,21 @@ class Engine:
 
     def release(self) -> None:
         """End the followers' loops; they return from `follow` and may call it again. *Collective with `follow`.*"""
-        self.control.send_stop()
+        self.control.send(OrderKind.STOP)
 
 
 def follow(control: ControlChannel, executor: Executor) -> None:
-    """Every other rank: execute what the leader plans until it says stop. *Collective with `Engine.release`.*"""
-    while (plan := control.receive()) is not None:
-        try:
-            executor.execute(plan)
-        except Exception as error:
-            error.add_note(f"in step {plan.step_id}")
-            raise
+    """Every other rank: carry out the leader's orders until it says stop. *Collective with `Engine.release`.*"""
+    handlers: dict[OrderKind, Callable[[Int32Array], None]] = {
+        OrderKind.PLAN: lambda words: _execute(executor, StepPlan.unpack(words)),
+    }
+    while (order := control.receive()).kind != OrderKind.STOP:
+        handlers[order.kind](order.words)
+
+
+def _execute(executor: Executor, plan: StepPlan) -> None:
+    try:
+        executor.execute(plan)
+    except Exception as error:
+        error.add_note(f"in step {plan.step_id}")
+        raise

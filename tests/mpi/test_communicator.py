@@ -10,7 +10,7 @@ import pytest
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.hosts import host_ids
 from phalanx.parallel.mpi_comm import world_communicator
-from phalanx.runtime.control import FIRST_WORDS, ControlChannel
+from phalanx.runtime.control import FIRST_WORDS, ControlChannel, OrderKind
 from phalanx.runtime.step import StepPlan
 
 pytestmark = pytest.mark.mpi
@@ -86,10 +86,11 @@ def test_control_channel_carries_plans_of_any_size(comm: Communicator, num_token
     plan = StepPlan.pack(7, *columns, np.arange(num_tokens, dtype=np.int32), np.array([num_tokens - 1], np.int32))
     channel = ControlChannel(comm)
     if comm.rank == 0:
-        channel.send(plan)
-        channel.send_stop()
+        channel.send(OrderKind.PLAN, plan.words)
+        channel.send(OrderKind.STOP)
         return
     received = channel.receive()
-    assert received is not None
+    assert received.kind == OrderKind.PLAN
     np.testing.assert_array_equal(received.words, plan.words)
-    assert channel.receive() is None
+    last = channel.receive()
+    assert (last.kind, len(last.words)) == (OrderKind.STOP, 0)
