@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "convert", "dtype_from_config", "numpy_dtype", "to_float32"]
+__all__ = ["FLOAT_DTYPES", "NUMPY_DTYPES", "PLAIN_DTYPES", "convert", "dtype_from_config", "numpy_dtype", "to_float32"]
 
 Array = NDArray[Any]
 
@@ -25,7 +25,10 @@ FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     }
 )
-"""Formats that hold a weight as plain values."""
+"""Formats that `to_float32` widens."""
+
+PLAIN_DTYPES = ("F32", "F16", "BF16")
+"""Formats that hold a weight as plain values; 8-bit ones need a scale."""
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -51,7 +54,7 @@ def numpy_dtype(name: str, tensor: str) -> np.dtype[Any]:
     """
     if name not in NUMPY_DTYPES:
         raise CheckpointError(
-            f"tensor {tensor!r} is stored as {name}, which weights cannot be; convert it to one of {', '.join(FLOAT_DTYPES)}"
+            f"tensor {tensor!r} is stored as {name}, which weights cannot be; convert it to one of {', '.join(PLAIN_DTYPES)}"
         )
     return NUMPY_DTYPES[name]
 

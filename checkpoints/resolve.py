@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES
+from phalanx.checkpoints.dtypes import PLAIN_DTYPES
 from phalanx.checkpoints.quantized import quantized_tensors
 from phalanx.checkpoints.source import Index, TensorSource
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -29,20 +29,21 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     Raises:
         CheckpointError: tensors are missing or unused, or one has an unexpected shape or a format that it cannot have.
     """
-    declared = dict.fromkeys(part for spec in specs for part in spec.parts)
-    parts = {part.source: part for part in declared}
+    declared = dict.fromkeys((part, spec.dtype) for spec in specs for part in spec.parts)
+    parts = {part.source: part for part, _ in declared}
+    is_plain = all(part.encoding is None and dtype is None for part, dtype in declared)
     present = set(source.names())
     found = {name: find_stored(part.names, present) for name, part in parts.items()}
     if missing := [name for name, stored in found.items() if stored is None]:
-        _refuse_quantized(present, declared)
+        _refuse_quantized(present, is_plain)
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json calls for: {list_names(missing)}; "
             "a shard is missing, or config.json is of another model"
         )
     stored_names = {name: stored for name, stored in found.items() if stored is not None}
-    _check_unused(present.difference(stored_names.values()), ignored, declared)
-    for part in declared:
-        _check_tensor(source, stored_names[part.source], part)
+    _check_unused(present.difference(stored_names.values()), ignored, is_plain)
+    for part, dtype in declared:
+        _check_tensor(source, stored_names[part.source], part, dtype)
     return stored_names
 
 
@@ -82,40 +83,41 @@ def _base_name(name: str) -> str:
     return name.partition(".")[2]
 
 
-def _check_unused(unused: set[str], ignored: Sequence[str], declared: Iterable[Part]) -> None:
+def _check_unused(unused: set[str], ignored: Sequence[str], is_plain: bool) -> None:
     pattern = re.compile("|".join(f"(?:{expression})" for expression in (*ignored, _ROTARY_TABLES)))
     extra = [name for name in unused if not pattern.fullmatch(name)]
     if extra:
-        _refuse_quantized(extra, declared)
+        _refuse_quantized(extra, is_plain)
         raise CheckpointError(
             f"the checkpoint holds {len(extra)} tensor(s) that the model does not use: {list_names(extra)}; "
             "config.json is of another model, or the model has a feature that is not supported"
         )
 
 
-def _refuse_quantized(names: Iterable[str], declared: Iterable[Part]) -> None:
+def _refuse_quantized(names: Iterable[str], is_plain: bool) -> None:
     """Raise `CheckpointError` if ``names`` show that what is declared as plain weights is stored quantised."""
-    plain = all(part.encoding is None for part in declared)
-    if plain and (method := quantized_tensors(names)) is not None:
+    if is_plain and (method := quantized_tensors(names)) is not None:
         raise CheckpointError(
             f"the checkpoint is quantised ({method}: packed weights or scales among its tensors), though config.json does not say "
             "so; use the unquantised checkpoint, or restore its config.json"
         )
 
 
-def _check_tensor(source: TensorSource, name: str, part: Part) -> None:
+def _check_tensor(source: TensorSource, name: str, part: Part, dtype: str | None) -> None:
     info = source.info(name)
     if not _shapes_agree(info.shape, part):
         raise CheckpointError(
             f"tensor {name!r} has shape {list(info.shape)}, but config.json calls for {list(part.stored_shape)}; "
             "config.json is of another model"
         )
-    if part.encoding is None:
+    if part.encoding is None and dtype is None:
         _check_plain(info.dtype, name)
-    elif info.dtype not in part.encoding.dtypes:
+        return
+    accepted = {dtype} if part.encoding is None else part.encoding.dtypes
+    if info.dtype not in accepted:
         raise CheckpointError(
             f"tensor {name!r} is stored as {info.dtype}, but its quantisation scheme calls for "
-            f"{' or '.join(sorted(part.encoding.dtypes))}; config.json describes another scheme"
+            f"{' or '.join(sorted(map(str, accepted)))}; config.json describes another scheme"
         )
 
 
@@ -126,7 +128,12 @@ def _shapes_agree(shape: tuple[int, ...], part: Part) -> bool:
 
 
 def _check_plain(dtype: str, name: str) -> None:
-    if dtype not in FLOAT_DTYPES:
+    if dtype.startswith("F8"):
         raise CheckpointError(
-            f"tensor {name!r} is stored as {dtype}, which weights cannot be; convert it to one of {', '.join(FLOAT_DTYPES)}"
+            f"tensor {name!r} is stored as {dtype}, but config.json names no quantisation scheme that says by what to scale it; "
+            "use the unquantised checkpoint"
+        )
+    if dtype not in PLAIN_DTYPES:
+        raise CheckpointError(
+            f"tensor {name!r} is stored as {dtype}, which weights cannot be; convert it to one of {', '.join(PLAIN_DTYPES)}"
         )

@@ -71,7 +71,8 @@ class SplitSource:
         info = self.info(name)
         out = result_array(index_shape(index), numpy_dtype(info.dtype, name), buffer)
         for home, box in self._covering(name, index):
-            part, target = relative(box, home.piece.box), out[relative(box, index)]
+            part = relative(box, home.piece.box)
+            target = out[relative(box, index)] if index else out  # indexing without axes would copy
             self._verify(home, part)
             if target.flags.c_contiguous:
                 self._file(home.entry).read(home.piece.name, part, target.reshape(-1).view(np.uint8))

@@ -9,6 +9,7 @@ import numpy as np
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.formats import components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.split_plan import SplitJob
@@ -26,10 +27,13 @@ def split(path: Path, output: Path, tp: int, pp: int, dtype: str | None = None, 
         model = find_model(checkpoint.config)
         config = model.read_config(checkpoint.config)
         stages = tuple(
-            model.weights(config, layers, stage == 0, stage == pp - 1)
+            components_of(
+                format_weights(model.weights(config, layers, stage == 0, stage == pp - 1), checkpoint.formats)
+            )
             for stage, layers in enumerate(stage_layers(config.num_layers, pp))
         )
-        job = SplitJob(model.architecture, stages, tp, model.ignored_tensors, dtype)
+        ignored = (*model.ignored_tensors, *checkpoint.formats.ignored_tensors)
+        job = SplitJob(model.architecture, stages, tp, ignored, dtype)
         return split_checkpoint(checkpoint.source, ModelDirectory.at(path), job, output, SelfCommunicator(), threads)
 
 

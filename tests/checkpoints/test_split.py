@@ -332,7 +332,8 @@ def test_value_beyond_the_type_asked_for_is_an_error_and_leaves_nothing(tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_fp8_checkpoint_survives_a_split(tmp_path: Path) -> None:
+def test_fp8_values_without_a_scheme_are_refused(tmp_path: Path) -> None:
+    """They mean nothing without a scale, whatever tensors lie next to them."""
     path = write_checkpoint(LLAMA, tmp_path / "model")
     stored = load_file(path / "model.safetensors")
     data, header, position = b"", {}, 0
@@ -346,8 +347,8 @@ def test_fp8_checkpoint_survives_a_split(tmp_path: Path) -> None:
         data, position = data + low, position + len(low)
     text = json.dumps(header).encode()
     (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    split(path, tmp_path / "s", 4, 2)
-    assert equal(read_all(path), read_all(tmp_path / "s"))
+    with pytest.raises(CheckpointError, match=r"stored as F8_E4M3, but config\.json names no quantisation scheme"):
+        split(path, tmp_path / "s", 4, 2)
 
 
 def test_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
