@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.checkpoints.dummy import DummySlice, DummySource, decoded
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.pieces import Piece, cut
@@ -117,7 +118,8 @@ def _load_piece(
     source: TensorSource, name: str, piece: Piece, sink: WeightSink[Destination], destination: Destination
 ) -> int:
     num_bytes = math.prod(index_shape(piece.stored)) * ITEM_SIZES[source.info(name).dtype]
-    if isinstance(source, DummySource) and isinstance(sink, DummySink) and piece.part.encoding is None:
+    is_plain = piece.part.encoding is None and source.info(name).dtype in FLOAT_DTYPES
+    if is_plain and isinstance(source, DummySource) and isinstance(sink, DummySink):
         sink.generate(destination, piece.local, source.slice(name, piece.stored, piece.part.transposed))
         return 0
     array = source.read(name, piece.stored, sink.staging(num_bytes))

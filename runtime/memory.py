@@ -21,8 +21,7 @@ from phalanx.runtime.models.base import Model, vocabulary_shard
 
 __all__ = [
     "DTYPE_BYTES",
-    "GATHERED_ROWS",
-    "PROMPT_ROWS",
+    "LOGIT_ROWS",
     "RESERVE_BYTES",
     "WEIGHT_PARTS",
     "RankMemory",
@@ -38,11 +37,8 @@ __all__ = [
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
-PROMPT_ROWS = 256
-"""Rows of logits held at once when prompt log-probabilities are asked for; bounds memory at large vocabularies."""
-
-GATHERED_ROWS = 256
-"""Rows of logits gathered from all tensor-parallel ranks at once; bounds memory at large vocabularies."""
+LOGIT_ROWS = 256
+"""Rows of logits that are scored, or gathered from all tensor-parallel ranks, at once; bounds memory at large vocabularies."""
 
 RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
@@ -170,9 +166,9 @@ def workspace_bytes(
     """Room for the activations and logits of the largest step on one rank; see `activation_bytes`."""
     tp = place.tp_rank, place.layout.tp
     first_layer = stage_layers(config.num_layers, place.layout.pp)[place.stage].start
-    logit_rows = max(max_num_seqs, PROMPT_ROWS) if place.is_last_stage else 0
+    logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
     if tp[1] > 1:
-        logit_rows += GATHERED_ROWS * tp[1]
+        logit_rows += LOGIT_ROWS * tp[1]
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
     specs = [weight.spec for weight in format_weights(model.block_weights(config, first_layer), formats)]
     return activation_bytes(specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp)

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from phalanx.runtime.step.layout import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, RowKind
+from phalanx.runtime.step.limits import StepLimits
 from phalanx.runtime.step.plan import StepPlan
 from phalanx.runtime.step.result import StepResult
 from phalanx.runtime.step.state import BatchState
 
-__all__ = ["ADMISSION", "PENDING_TOKEN", "STEP_LAYOUT", "BatchState", "RowKind", "StepPlan", "StepResult"]
+__all__ = [
+    "ADMISSION",
+    "PENDING_TOKEN",
+    "STEP_LAYOUT",
+    "BatchState",
+    "RowKind",
+    "StepLimits",
+    "StepPlan",
+    "StepResult",
+]

@@ -13,11 +13,11 @@ from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.base import Executor
-from phalanx.runtime.executors.numpy.executor import CacheShape, NumpyExecutor
+from phalanx.runtime.executors.numpy.executor import NumpyExecutor
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.weights import load_stage
 from phalanx.runtime.models import find_model
-from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
+from phalanx.runtime.step import ADMISSION, StepLimits, StepPlan, StepResult
 
 Array = np.ndarray[Any, Any]
 
@@ -47,8 +47,10 @@ def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | No
         weights = load_stage(
             opened.source, model, config, opened.formats, Topology(Layout()), NumpySink(rounding=rounding)
         )
-    cache = CacheShape(shape.max_num_seqs, shape.max_model_len, shape.max_num_seqs, shape.max_model_len)
-    return RecordingNumpyExecutor(model, config, weights, Topology(Layout()), SelfCommunicator(), cache)
+    limits = StepLimits(shape.max_num_seqs, shape.max_prefill_tokens, shape.max_model_len, shape.max_model_len)
+    return RecordingNumpyExecutor(
+        model, config, weights, Topology(Layout()), SelfCommunicator(), limits, shape.max_num_seqs
+    )
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

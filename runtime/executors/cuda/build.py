@@ -21,7 +21,7 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.all_reduce import PeerCommunicator
 from phalanx.runtime.executors.cuda.attention import CacheLayout, CudaAttention
-from phalanx.runtime.executors.cuda.executor import CAPABILITIES, CudaExecutor, CudaGroups, StepLimits
+from phalanx.runtime.executors.cuda.executor import CAPABILITIES, CudaExecutor, CudaGroups
 from phalanx.runtime.executors.cuda.graphs import StepKey
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype
 from phalanx.runtime.executors.cuda.ops import CudaOps
@@ -36,7 +36,7 @@ from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
-from phalanx.runtime.step import ADMISSION, STEP_LAYOUT
+from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "select_device"]
 

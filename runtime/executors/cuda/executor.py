@@ -35,43 +35,14 @@ from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
 from phalanx.runtime.sampling.fields import restricts_tokens
-from phalanx.runtime.step import STEP_LAYOUT, BatchState, StepPlan, StepResult
+from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "CudaExecutor", "StepLimits"]
+__all__ = ["CAPABILITIES", "CudaExecutor"]
 
 CAPABILITIES = Capabilities(
     "cuda", frozenset({"bfloat16", "float16", "float32"}), max_head_dim=256, head_dim_multiple=8
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The most that one step can hold, and the size of the batch state."""
-
-    max_num_seqs: int
-    max_num_tokens: int
-    max_model_len: int
-    block_size: int
-
-    @property
-    def blocks_per_seq(self) -> int:
-        """Blocks that the longest sequence needs."""
-        return -(-self.max_model_len // self.block_size)
-
-    @property
-    def max_logit_rows(self) -> int:
-        """A row that samples for each sequence, and all of a step's rows scored."""
-        return self.max_num_seqs + self.max_num_tokens
-
-    @property
-    def max_plan_words(self) -> int:
-        """Words of the largest packed plan: all sequences new, a cache block for each token, one copied for each sequence."""
-        seqs, tokens = self.max_num_seqs, self.max_num_tokens
-        return STEP_LAYOUT.most_words(
-            num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
-            num_new_blocks=seqs + tokens, num_copies=seqs, num_admissions=seqs,
-        )  # fmt: skip
 
 
 @dataclass(slots=True)

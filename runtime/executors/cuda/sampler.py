@@ -12,7 +12,7 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
-from phalanx.runtime.memory import GATHERED_ROWS
+from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 
 __all__ = ["CudaSampler"]
@@ -83,8 +83,8 @@ class CudaSampler:
         if self._group.size == 1:
             yield range(len(logits)), logits[None]
             return
-        for start in range(0, len(logits), GATHERED_ROWS):
-            part = range(start, min(start + GATHERED_ROWS, len(logits)))
+        for start in range(0, len(logits), LOGIT_ROWS):
+            part = range(start, min(start + LOGIT_ROWS, len(logits)))
             some = logits[part.start : part.stop]
             yield part, self._group.all_gather(some, self._pool.array((self._group.size, *some.shape), some.dtype))
 

@@ -12,7 +12,7 @@ from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.cuda.ops import CudaOps
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.sampler import CudaSampler
-from phalanx.runtime.memory import PROMPT_ROWS
+from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
 
 __all__ = ["CudaStage"]
@@ -65,8 +65,8 @@ class CudaStage:
             x = self.ops.add(x, residual)
         if not self.topology.is_last_stage:
             return x
-        most = max(PROMPT_ROWS, len(self.arrays.seq_indices))
-        starts = [*range(0, num_sampled, most), *range(num_sampled, total, PROMPT_ROWS), total]
+        most = max(LOGIT_ROWS, len(self.arrays.seq_indices))
+        starts = [*range(0, num_sampled, most), *range(num_sampled, total, LOGIT_ROWS), total]
         for start, stop in zip(starts[:-1], starts[1:], strict=True):
             self._sample(key, x, None, range(start, stop), ResultLayout(total, key.num_top))
         return None

@@ -10,11 +10,12 @@ import numpy as np
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
-from phalanx.runtime.executors.numpy.executor import CAPABILITIES, CacheShape, NumpyExecutor
+from phalanx.runtime.executors.numpy.executor import CAPABILITIES, NumpyExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weight
 from phalanx.runtime.memory import kv_block_bytes
+from phalanx.runtime.step import StepLimits
 
 __all__ = ["create_numpy_executor"]
 
@@ -37,8 +38,8 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
-    cache = CacheShape(num_blocks, options.block_size, options.max_num_seqs, max_len)
-    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, cache), max_len
+    limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size)
+    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks), max_len
 
 
 def _dequantized(weight: Weight[Array]) -> Weight[Array]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +17,14 @@ from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
 from phalanx.runtime.executors.weights import Weights
+from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
-from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "CacheShape", "NumpyExecutor"]
+__all__ = ["CAPABILITIES", "NumpyExecutor"]
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
@@ -32,25 +32,7 @@ Int32Array = NDArray[np.int32]
 CAPABILITIES = Capabilities("numpy", frozenset({"float32", "bfloat16", "float16"}), formats=None)
 """Weights are rounded to the type asked for; arithmetic is float32."""
 
-LOGPROB_ROWS = 256
-"""Rows of logits held at once when prompt log-probabilities are asked for; bounds memory at large vocabularies."""
-
 _HIDDEN_TAG, _RESULT_TAG = 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """Size of the key/value cache and of the batch state."""
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_model_len: int
-
-    @property
-    def blocks_per_seq(self) -> int:
-        """Blocks that the longest sequence needs."""
-        return -(-self.max_model_len // self.block_size)
 
 
 class NumpyExecutor:
@@ -59,6 +41,7 @@ class NumpyExecutor:
     Args:
         weights: this rank's shard of its stage, dense.
         comm: all ranks of the replica; the tensor and pipeline groups are split off. *Collective.*
+        num_kv_blocks: N, equal on all ranks.
     """
 
     lookahead = 0
@@ -67,7 +50,7 @@ class NumpyExecutor:
 
     def __init__(
         self, model: Model, config: ModelConfig, weights: Weights[Float32Array], topology: Topology,
-        comm: Communicator, cache: CacheShape,
+        comm: Communicator, limits: StepLimits, num_kv_blocks: int,
     ) -> None:  # fmt: skip
         self._model, self._config, self._topology = model, config, topology
         self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
@@ -76,13 +59,13 @@ class NumpyExecutor:
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
         threads = Threads(thread_count())
         self._attention = NumpyAttention(
-            config, self._layers, cache.num_blocks, cache.block_size, rank, size, cache.max_model_len, threads
+            config, self._layers, num_kv_blocks, limits.block_size, rank, size, limits.max_model_len, threads
         )
         self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
-        self._state = BatchState.empty(cache.max_num_seqs, cache.blocks_per_seq)
+        self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
-        self.cache = CacheSize("paged", cache.num_blocks, cache.block_size)
+        self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
 
     @property
     def device(self) -> str:
@@ -164,8 +147,8 @@ class NumpyExecutor:
         if not num_scored:
             return StepResult(plan.step_id, tokens)
         parts = [_score(logits, np.maximum(tokens, 0), count)]
-        for start in range(plan.num_sampled, num_scored, LOGPROB_ROWS):
-            chunk = slice(start, min(start + LOGPROB_ROWS, num_scored))
+        for start in range(plan.num_sampled, num_scored, LOGIT_ROWS):
+            chunk = slice(start, min(start + LOGIT_ROWS, num_scored))
             parts.append(_score(self._logits(x[plan.rows[chunk]]), plan.targets[chunk], count))
         logprobs, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
         tokens = np.concatenate((tokens, plan.targets[plan.num_sampled : num_scored]))

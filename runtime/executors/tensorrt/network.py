@@ -27,6 +27,7 @@ from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
 from phalanx.runtime.executors.tensorrt.ops import LocalHeads, StepTensors, TrtOps
 from phalanx.runtime.executors.weights import Weights
+from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 DECODE_PROFILE, PREFILL_PROFILE = 0, 1
-_MOST_PREFILL_LOGIT_ROWS = 256
 _SLOT_STEP = 128
 """Positions: 256 bytes even for one head of one float16."""
 
@@ -89,7 +89,7 @@ class NetworkShape:
     @property
     def max_prefill_logit_rows(self) -> int:
         """Most rows of a prefill pass that get logits: bounds the logits buffer at large vocabularies."""
-        return min(self.max_prefill_tokens + 1, _MOST_PREFILL_LOGIT_ROWS)
+        return min(self.max_prefill_tokens + 1, LOGIT_ROWS)
 
     @property
     def max_logit_rows(self) -> int:

@@ -1,0 +1,45 @@
+"""The most that one step and the batch can hold: what state, kernels and buffers are sized by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.runtime.step.layout import STEP_LAYOUT
+
+__all__ = ["StepLimits"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Sizes of a rank's steps and of its batch state.
+
+    Attributes:
+        max_num_seqs: S, sequences that run at once.
+        max_num_tokens: T, tokens of one step.
+        max_model_len: tokens of one sequence, prompt and output.
+        block_size: P, tokens in a block of the cache.
+    """
+
+    max_num_seqs: int
+    max_num_tokens: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def blocks_per_seq(self) -> int:
+        """Blocks that the longest sequence needs."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """A row that samples for each sequence, and all of a step's rows scored."""
+        return self.max_num_seqs + self.max_num_tokens
+
+    @property
+    def max_plan_words(self) -> int:
+        """Words of the largest packed plan: all sequences new, a cache block for each token, one copied for each sequence."""
+        seqs, tokens = self.max_num_seqs, self.max_num_tokens
+        return STEP_LAYOUT.most_words(
+            num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
+            num_new_blocks=seqs + tokens, num_copies=seqs, num_admissions=seqs,
+        )  # fmt: skip
