@@ -6,8 +6,14 @@ it exactly as ``setup.py`` would.
 
 from __future__ import annotations
 
-import importlib.util
+import signal
 import sys
+
+if sys.argv[0] == "-m" or sys.argv[0].endswith("/phalanx"):
+    # A command is starting: until `phalanx.launch.running` decides, Ctrl-C ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib.util
 from pathlib import Path
 
 

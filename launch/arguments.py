@@ -1,22 +1,13 @@
-"""What every command shares: flags, and the contract for errors.
-
-Exit status: 0 done; 2 the user's mistake (one line on standard error, from one rank only); 1 anything else, with rank, phase
-and cause. Heavy imports happen inside functions: ``--help`` answers without NumPy, MPI or a GPU.
-"""
+"""Flags that several commands share, and what a module of a command needs besides."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
-from phalanx.parallel.launcher import launch_info
+from phalanx.launch.parser import CommandParser
+from phalanx.launch.running import job_arguments, own_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig
@@ -28,27 +19,10 @@ __all__ = [
     "add_parallel_arguments",
     "engine_config",
     "engine_options",
+    "job_arguments",
+    "own_arguments",
     "run_command",
 ]
-
-SPOKESMAN_SECONDS = 1.0
-"""How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
-rank 0 must have spoken by then."""
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Reports a wrong flag once, not once a rank, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        if launch_info().rank == 0:
-            sys.stderr.write(f"{self.prog}: {message} (see {self.prog} --help)\n")
-        raise SystemExit(2)
-
-    def print_help(self, file: object = None) -> None:
-        """Print the help once, not once a rank."""
-        if launch_info().rank == 0:
-            super().print_help(file)  # type: ignore[arg-type]
 
 
 def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,64 +95,3 @@ def engine_config(args: argparse.Namespace, world_size: int) -> EngineConfig:
     options = engine_options(args)
     sizes = [options.pop(f"{axis}_parallel_size") for axis in ("tensor", "pipeline", "data")]
     return EngineConfig(layout=resolve_layout(world_size, *sizes), **with_default_sizes(options))
-
-
-def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command's ``main`` and turn what it raises into the exit status, never leaving other ranks waiting."""
-    _share_processors()
-    try:
-        status = command(argv) or 0
-    except SystemExit as exit_:
-        _leave(exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None))
-    except KeyboardInterrupt:
-        _leave(130, abort=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(1, abort=True)
-    except (ConfigError, CheckpointError, RequestError) as error:
-        _leave(2, abort=_report_mistake(error))
-    except BaseException as error:
-        _report_failure(error)
-        _leave(1, abort=True)
-    _leave(status)
-
-
-def _share_processors() -> None:
-    """One rank per core share: without this every rank's BLAS would start a thread per core."""
-    info = launch_info()
-    threads = max(1, len(os.sched_getaffinity(0)) // info.local_size)
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, str(threads))
-
-
-def _report_mistake(error: Exception) -> bool:
-    """One line from one rank; returns whether the others must be ended, because they do not know yet.
-
-    Before MPI is up every rank has read the same arguments, so rank 0 speaks for all.
-    """
-    from phalanx.parallel.mpi_comm import all_ranks_failed
-
-    everybody = all_ranks_failed()
-    if launch_info().rank == 0 or not everybody:
-        sys.stderr.write(f"phalanx: {' '.join(str(error).split())}\n")
-        sys.stderr.flush()
-    return not everybody
-
-
-def _report_failure(error: BaseException) -> None:
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    sys.stderr.write(f"phalanx: rank {launch_info().rank} failed{notes}: {type(error).__name__}: {error}\n")
-    traceback.print_exc()
-    sys.stderr.flush()
-
-
-def _leave(status: int, abort: bool = False) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if abort:
-        from phalanx.parallel.mpi_comm import abort_world
-
-        abort_world(status)
-    elif status and launch_info().rank:
-        time.sleep(SPOKESMAN_SECONDS)
-    raise SystemExit(status)

@@ -19,11 +19,13 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     engine_config,
+    job_arguments,
     run_command,
 )
 from phalanx.launch.bench_report import Progress, summary, versions
 
 if TYPE_CHECKING:
+    from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.executors.base import Executor
     from phalanx.runtime.measure import Measurement
     from phalanx.runtime.replica import Replica
@@ -69,7 +71,7 @@ def _add_load_arguments(parser: argparse.ArgumentParser, default_prompts: int) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; prints one JSON object on standard output of rank 0. 1 when requests failed."""
-    args = build_parser().parse_args(argv)
+    args, world = job_arguments(build_parser(), argv)
     _check_load(args)
     if args.mode == "serve":
         from phalanx.launch.bench_serve import run_serve
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         served = run_serve(args)
         _write(served, args)
         return 1 if served["failed_requests"] else 0
-    report = _measure(args)
+    report = _measure(args, world)
     if report is not None:
         _write(report, args)
     return 0
@@ -93,15 +95,13 @@ def _check_load(args: argparse.Namespace) -> None:
         raise ConfigError(f"--json {args.json}: its directory does not exist; make it first")
 
 
-def _measure(args: argparse.Namespace) -> dict[str, Any] | None:
+def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | None:
     from phalanx.parallel.errors import ConfigError
-    from phalanx.parallel.mpi_comm import world_communicator
     from phalanx.runtime.engine import follow
     from phalanx.runtime.executors.base import Traced
     from phalanx.runtime.executors.registry import choose_engine
     from phalanx.runtime.replica import build_replica
 
-    world = world_communicator()
     args.max_queued_requests = args.max_queued_requests or args.num_prompts
     args.max_model_len = args.max_model_len or args.input_len + args.output_len
     options = dataclasses.replace(engine_config(args, world.size), trace=args.trace is not None)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, run_command
+from phalanx.launch.arguments import CommandParser, own_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def _capabilities(text: str) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; prints the path of each engine built, one a line."""
-    args = build_parser().parse_args(argv)
+    args = own_arguments(build_parser(), argv)
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
     from phalanx.parallel.topology import Layout, Topology

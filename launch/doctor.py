@@ -12,7 +12,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import CommandParser, run_command
+from phalanx.launch.settings import Settings
 from phalanx.parallel.launcher import LaunchInfo, launch_info
+from phalanx.parallel.mpi_start import START_SECONDS_VARIABLE
 
 if TYPE_CHECKING:
     from phalanx.launch.diagnosis.check import Check
@@ -36,7 +38,11 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, the same on every rank."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_settings(Settings.read(sys.argv[1:] if argv is None else argv, parser.command))
+    if args.timeout <= 0:
+        parser.error(f"--timeout={args.timeout:g} is not above 0; use for example 120")
+    os.environ[START_SECONDS_VARIABLE] = str(args.timeout)
     watchdog = threading.Timer(args.timeout, _give_up, [args.timeout])
     watchdog.daemon = True
     watchdog.start()

@@ -17,8 +17,10 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     engine_options,
+    job_arguments,
     run_command,
 )
+from phalanx.launch.sharing import read_text
 
 if TYPE_CHECKING:
     from phalanx.runtime.llm import LLM
@@ -72,7 +74,7 @@ class Evaluation:
 def build_parser() -> CommandParser:
     """What to score, how, then model, layout and engine."""
     parser = CommandParser(prog="launch.eval", description="Loss and perplexity of a checkpoint on a text file.")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--context", type=int, metavar="TOKENS",
                         help="length of a window (default: the longest that the model allows)")  # fmt: skip
     parser.add_argument("--stride", type=int, metavar="TOKENS",
@@ -86,12 +88,12 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    text = _read_text(args.text)
+    args, world = job_arguments(build_parser(), argv)
+    text = read_text(world, "--text", args.text)
 
     from phalanx.runtime.llm import LLM
 
-    with LLM(args.model, **engine_options(args)) as llm:
+    with LLM(args.model, comm=world, **engine_options(args)) as llm:
         context = llm.max_model_len if args.context is None else args.context
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()
@@ -174,17 +176,6 @@ def _check_windows(context: int, stride: int, longest: int) -> None:
         raise RequestError(
             f"--stride={stride} is outside 1 to {context - 1}; a window must begin with a token of the one before it"
         )
-
-
-def _read_text(path: Path) -> str:
-    from phalanx.parallel.errors import RequestError
-
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise RequestError(f"--text {path} cannot be read: {error.strerror}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--text {path} is not UTF-8 (byte {error.start}); convert it first") from None
 
 
 class _Progress:

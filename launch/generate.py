@@ -15,12 +15,15 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     engine_options,
+    job_arguments,
     run_command,
 )
 from phalanx.launch.sampling_arguments import add_sampling_arguments, given_fields, sampling_params
+from phalanx.launch.sharing import read_text
 from phalanx.runtime.sampling.rules import MAX_INT32, TokenIds
 
 if TYPE_CHECKING:
+    from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.llm import Prompt
     from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams, TokenDelta
 
@@ -37,7 +40,7 @@ def build_parser() -> CommandParser:
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     prompts.add_argument("--prompt-token-ids", action="append", default=[], metavar="1,2,3", help="repeatable")
     prompts.add_argument("--input-file", type=Path, metavar="FILE.jsonl",
-                         help='lines of {"prompt": ...} or {"prompt_token_ids": [...]} and any sampling field')  # fmt: skip
+                         help='- is standard input; lines of {"prompt": ...} or {"prompt_token_ids": [...]} and any sampling field')  # fmt: skip
     add_sampling_arguments(parser, DEFAULTS)
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", help="print text as it is generated")
@@ -51,14 +54,14 @@ def build_parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 if any prompt was refused."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, world = job_arguments(parser, argv)
     if not (args.prompt or args.prompt_token_ids or args.input_file):
         parser.error("no prompt; give --prompt, --prompt-token-ids or --input-file")
 
     from phalanx.runtime.llm import LLM
 
-    prompts, params = _read_prompts(args)
-    with LLM(args.model, **engine_options(args)) as llm:
+    prompts, params = _read_prompts(args, world)
+    with LLM(args.model, comm=world, **engine_options(args)) as llm:
         progress = _Stream(len(prompts)) if args.stream and not args.json and llm.is_leader else None
         outputs = llm.run(prompts, params, progress)
         if llm.is_leader:
@@ -66,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if any(output.finish_reason == "error" for output in outputs) else 0
 
 
-def _read_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[SamplingParams]]:
+def _read_prompts(args: argparse.Namespace, world: Communicator) -> tuple[list[Prompt], list[SamplingParams]]:
     from phalanx.parallel.errors import RequestError
 
     fields = {**given_fields(args), "seed": args.seed}
     given: list[dict[str, Any]] = [{"prompt": text} for text in args.prompt]
     given += [{"prompt_token_ids": _parse_token_ids(text)} for text in args.prompt_token_ids]
     if args.input_file is not None:
-        given += _read_lines(args.input_file)
+        given += _read_lines(args.input_file, read_text(world, "--input-file", args.input_file))
     if not given:
         raise RequestError(f'--input-file {args.input_file} holds no prompt; write lines like {{"prompt": "..."}}')
     prompts: list[Prompt] = []
@@ -95,17 +98,13 @@ def _parse_token_ids(text: str) -> list[int]:
         raise RequestError(f"--prompt-token-ids {text!r} is not a list like 1,2,3") from None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, text: str) -> list[dict[str, Any]]:
     import msgspec
 
     from phalanx.parallel.errors import RequestError
 
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise RequestError(f"--input-file {path} cannot be read: {error.strerror}; check the path") from None
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from phalanx.launch.arguments import run_command
+from phalanx.launch.commands import COMMANDS
+from phalanx.launch.running import run_command
+from phalanx.launch.version import version_text
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 
-__all__ = ["COMMANDS", "main"]
-
-COMMANDS = {
-    "serve": "answer HTTP requests (OpenAI protocol)",
-    "generate": "continue prompts and print the result",
-    "eval": "loss and perplexity of a checkpoint on a text file",
-    "bench": "throughput and latency",
-    "split": "write one weight shard per rank",
-    "build": "build TensorRT engines, one per rank",
-    "plan": "memory per rank and how many sequences fit",
-    "tune": "show or refresh the GEMM tuning cache of this GPU",
-    "doctor": "what works on this machine, with the fix beside each failure",
-}
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -32,6 +23,10 @@ def main() -> None:
 
 def _dispatch(argv: Sequence[str] | None) -> int | None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        if launch_info().rank == 0:
+            print(version_text())
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
@@ -42,7 +37,9 @@ def _dispatch(argv: Sequence[str] | None) -> int | None:
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        raise ConfigError(f"{command!r} is not a command; use one of: {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        suggestion = f"did you mean {close[0]}? There are" if close else "use one of"
+        raise ConfigError(f"{command!r} is not a command; {suggestion}: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"phalanx.launch.{command}")
     status: int | None = module.main(rest)
     return status

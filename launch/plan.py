@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phalanx.launch.arguments import CommandParser, run_command
-from phalanx.parallel.launcher import launch_info
+from phalanx.launch.arguments import CommandParser, own_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
@@ -50,10 +49,9 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = own_arguments(build_parser(), argv)
     result = plan(args)
-    if launch_info().rank == 0:
-        print(json.dumps(result) if args.json else _table(result))
+    print(json.dumps(result) if args.json else _table(result))
     return 0
 
 

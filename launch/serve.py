@@ -23,6 +23,7 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     engine_config,
+    job_arguments,
     run_command,
 )
 from phalanx.parallel.errors import ConfigError
@@ -62,38 +63,55 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until drained; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    settings = _frontend_settings(args)
-    signals = DrainSignals()
     if launch_info().launcher is not None:
         _die_with_launcher()
-    if launch_info().rank:
-        signals.ignore()
-        _run_rank(args, None, None, signals)
-        return 0
-    if args.grpc_port is not None:
-        sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
-
-    from phalanx.runtime.server.link.frontend import Frontend
-
+    door = _Door()
     try:
-        announcement = Announcement(settings.model_names[0], args.endpoint_file)
-        frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
-    except ConfigError:
-        from phalanx.parallel.mpi_comm import world_communicator
-
-        _agree(world_communicator(), started=False)
-        raise
-    signals.catch()
-    try:
-        _run_rank(args, frontend, announcement, signals)
+        args, world = job_arguments(build_parser(), argv, door.open)
+        # Not before: a signal that only some ranks act on while MPI starts would leave the others waiting there.
+        signals = DrainSignals()
+        signals.catch() if world.rank == 0 else signals.ignore()
+        _run_rank(args, world, door.frontend, door.announcement, signals)
     except BaseException as error:
-        frontend.abandon(f"{type(error).__name__}: {error}")
+        door.slam(f"{type(error).__name__}: {error}")
         raise
-    finally:
-        announcement.withdraw()
-    frontend.stop()
+    door.close()
     return 0
+
+
+class _Door:
+    """What only rank 0 has: the HTTP process, and where it can be found. Closed until `open`."""
+
+    frontend: Frontend | None = None
+    announcement: Announcement | None = None
+
+    def open(self, args: argparse.Namespace) -> None:
+        """Start the HTTP process.
+
+        Raises:
+            ConfigError: an address, a key file or the endpoint file cannot be used.
+        """
+        from phalanx.runtime.server.link.frontend import Frontend
+
+        settings = _frontend_settings(args)
+        if args.grpc_port is not None:
+            sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
+        self.announcement = Announcement(settings.model_names[0], args.endpoint_file)
+        self.frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
+
+    def close(self) -> None:
+        """All requests are answered."""
+        if self.announcement is not None:
+            self.announcement.withdraw()
+        if self.frontend is not None:
+            self.frontend.stop()
+
+    def slam(self, reason: str) -> None:
+        """Tell open requests why they get no answer."""
+        if self.announcement is not None:
+            self.announcement.withdraw()
+        if self.frontend is not None:
+            self.frontend.abandon(reason)
 
 
 def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
@@ -125,16 +143,16 @@ def _same_code() -> dict[str, str]:
 
 
 def _run_rank(
-    args: argparse.Namespace, frontend: Frontend | None, announcement: Announcement | None, signals: DrainSignals
+    args: argparse.Namespace,
+    world: Communicator,
+    frontend: Frontend | None,
+    announcement: Announcement | None,
+    signals: DrainSignals,
 ) -> None:
     """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
-    from phalanx.parallel.mpi_comm import world_communicator
     from phalanx.runtime.engine import follow
     from phalanx.runtime.replica import build_replica, phase
 
-    world = world_communicator()
-    if not _agree(world, started=True):
-        raise ConfigError("rank 0 cannot serve; see its message")
     config = engine_config(args, world.size)
     if config.layout.dp > 1:
         raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
@@ -148,13 +166,6 @@ def _run_rank(
         with phase("serving"):
             _lead(replica, frontend, announcement, queue, signals)
     replica.executor.close()
-
-
-def _agree(world: Communicator, started: bool) -> bool:
-    """Whether rank 0 could open its port: if not, all ranks end by themselves. *Collective.*"""
-    import numpy as np
-
-    return bool(world.broadcast(np.array([started]))[0])
 
 
 def _lead(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, run_command
+from phalanx.launch.arguments import CommandParser, job_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -39,20 +39,18 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args, comm = job_arguments(build_parser(), argv)
 
     import time
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.splitter import split_checkpoint
-    from phalanx.parallel.mpi_comm import world_communicator
     from phalanx.parallel.topology import Layout
 
     start = time.perf_counter()
     with open_checkpoint(args.model) as checkpoint:
         job = _job(checkpoint, Layout(tp=args.tp, pp=args.pp), args.dtype)
-        comm = world_communicator()
         directory = ModelDirectory.at(checkpoint.path)
         report = split_checkpoint(checkpoint.source, directory, job, args.output, comm, _threads())
     if comm.rank == 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phalanx.launch.arguments import CommandParser, run_command
+from phalanx.launch.arguments import CommandParser, own_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.kernels.cublaslt import GemmProblem
@@ -43,7 +43,7 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = own_arguments(build_parser(), argv)
     tokens = _token_counts(args.tokens)
     problems = _problems_of(args, tokens) if args.model is not None else []
     timings, tuner = _open_tuner()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Communicator", "SelfCommunicator", "gather_bytes"]
+__all__ = ["Array", "Communicator", "SelfCommunicator", "broadcast_bytes", "gather_bytes"]
 
 Array = NDArray[Any]
 
@@ -105,6 +105,19 @@ class SelfCommunicator:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+_PIECE_BYTES = 1 << 30
+"""MPI 3 counts in 32 bits."""
+
+
+def broadcast_bytes(comm: Communicator, data: bytes) -> bytes:
+    """What rank 0 gives; the others' argument is not looked at. *Collective.*"""
+    size = int(comm.broadcast(np.array([len(data)], np.int64))[0])
+    whole = np.frombuffer(data, np.uint8).copy() if comm.rank == 0 else np.empty(size, np.uint8)
+    for start in range(0, size, _PIECE_BYTES):
+        comm.broadcast(whole[start : start + _PIECE_BYTES])
+    return whole.tobytes()
 
 
 def gather_bytes(comm: Communicator, data: bytes) -> list[bytes]:

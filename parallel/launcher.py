@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-__all__ = ["LaunchInfo", "launch_info"]
+__all__ = ["LaunchInfo", "forget_launcher", "launch_info"]
 
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -46,6 +46,12 @@ def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
         local_size=local_size,
         launcher={"OMPI": "Open MPI", "PMI_": "MPICH", "PMIX": "PMIx", "SLUR": "Slurm"}[launcher[:4]],
     )
+
+
+def forget_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
+    """From now on this process is a rank of one: it neither waits for others nor ends them."""
+    for name in (*_RANK, "SLURM_STEP_ID"):
+        environ.pop(name, None)
 
 
 def _slurm_local_size(environ: Mapping[str, str]) -> int | None:

@@ -18,6 +18,7 @@ import numpy as np
 from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.parallel.launcher import LaunchInfo, launch_info
+from phalanx.parallel.mpi_start import waiting_for_all_ranks
 
 __all__ = [
     "MpiCommunicator",
@@ -157,8 +158,8 @@ def _mapped_files() -> set[str]:
 
 
 def abort_world(status: int) -> None:
-    """End every rank of the job at once with ``status``. Returns only where MPI was never started."""
-    if mpi_is_up():
+    """End every rank of the job at once with ``status``. Returns only in a process that is not one of several ranks."""
+    if _join():
         _mpi().COMM_WORLD.Abort(status)
 
 
@@ -168,7 +169,7 @@ def all_ranks_failed(timeout_seconds: float = 2.0) -> bool:
     A mistake that all ranks find by themselves (a wrong layout) needs no abort, with its noise from the launcher; one that only
     this rank found does.
     """
-    if not mpi_is_up():
+    if not _join():
         return True
     request = _mpi().COMM_WORLD.Ibarrier()
     deadline = time.monotonic() + timeout_seconds
@@ -179,10 +180,27 @@ def all_ranks_failed(timeout_seconds: float = 2.0) -> bool:
     return True
 
 
+def _join() -> bool:
+    """Whether other ranks can be told anything. Starts MPI for that: a rank that left before would be waited for."""
+    if mpi_is_up():
+        return True
+    if launch_info().size == 1 or _mpi_is_finished():
+        return False
+    try:
+        return bool(_mpi().COMM_WORLD.Get_size() > 1)
+    except ConfigError:  # no MPI library, or another launcher's: then no rank has started MPI
+        return False
+
+
 def mpi_is_up() -> bool:
     """Whether this process has started MPI and not finished it."""
     module = sys.modules.get("mpi4py.MPI")
     return module is not None and module.Is_initialized() and not module.Is_finalized()
+
+
+def _mpi_is_finished() -> bool:
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and bool(module.Is_finalized())
 
 
 def _bytes(array: Array) -> list[Any]:
@@ -207,15 +225,15 @@ def _mpi(start: bool = True) -> Any:
             "or load your site's MPI module"
         ) from error
     if start and not MPI.Is_initialized():
-        _refuse_foreign_launcher(MPI.get_vendor()[0])
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        info = launch_info()
+        _refuse_foreign_launcher(info, MPI.get_vendor()[0])
+        with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return MPI
 
 
-def _refuse_foreign_launcher(vendor: str) -> None:
-    info = launch_info()
+def _refuse_foreign_launcher(info: LaunchInfo, vendor: str) -> None:
     if info.launcher == "Open MPI" and vendor in _MPICH_FAMILY:
         raise ConfigError(_mismatch(info, f"the MPI library is {vendor}"))
 

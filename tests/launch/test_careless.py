@@ -88,6 +88,7 @@ MISTAKES = (
             ("num_kv_heads=4 cannot be shared by tp_size=3", "use a tp_size"), ranks=3),
     Mistake("more pipeline stages than layers", f"{TINY} --pp 4 {IDS}", ("num_layers=3", "pp_size=4", "at most 3"), ranks=4),
     Mistake("`--dp 0`", f"--dp 0 {IDS}", ("data-parallel-size=0 is below 1", "use 1")),
+    Mistake("a misspelt flag", f"{IDS} --max-token 4", ("unrecognized arguments: --max-token 4; did you mean --max-tokens?",)),
     Mistake("a flag that does not exist", f"{IDS} --speed fast", ("--speed", "launch.generate --help")),
     Mistake("a command that does not exist", "frobnicate", ("'frobnicate' is not a command", "use one of: serve"), command="main"),
     Mistake("no prompt at all", TINY, ("no prompt", "--input-file"), ranks=0),
@@ -129,6 +130,11 @@ MISTAKES = (
 )  # fmt: skip
 
 ELSEWHERE = {
+    "Ctrl-C, SIGTERM or SIGUSR1 while a command starts": "tests/launch/test_signals.py::test_a_signal_ends_every_rank",
+    "prompts on standard input, in a pipe, or on the disk of rank 0's host": "tests/launch/test_user_files.py::test_standard_input_is_a_file_too",
+    "a directory where a file is expected": "tests/launch/test_user_files.py::test_a_directory_is_one_line",
+    "a package missing on one host, a rank that never comes": "tests/launch/test_missing_rank.py::test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit",
+    "an exception or an exit on one rank before MPI is up": "tests/launch/test_missing_rank.py::test_a_failure_of_one_rank_before_mpi_ends_all",
     "a port that is taken": "tests/server/test_serve.py::test_a_port_in_use_is_one_line_and_status_2",
     "Ctrl-C on the server": "tests/server/test_serve.py::test_a_signal_to_mpirun_drains",
     "Ctrl-C twice": "tests/server/test_serve.py::test_a_second_interrupt_does_not_wait",

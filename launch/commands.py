@@ -1,0 +1,17 @@
+"""The commands there are, each a module of this folder, and what each one does."""
+
+from __future__ import annotations
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = {
+    "serve": "answer HTTP requests (OpenAI protocol)",
+    "generate": "continue prompts and print the result",
+    "eval": "loss and perplexity of a checkpoint on a text file",
+    "bench": "throughput and latency",
+    "split": "write one weight shard per rank",
+    "build": "build TensorRT engines, one per rank",
+    "plan": "memory per rank and how many sequences fit",
+    "tune": "show or refresh the GEMM tuning cache of this GPU",
+    "doctor": "what works on this machine, with the fix beside each failure",
+}

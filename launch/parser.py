@@ -1,0 +1,177 @@
+"""The command line of every command: ``argparse`` with settings from elsewhere, suggestions, and one message for all ranks."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from phalanx.launch.settings import Settings, variable_name
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.launcher import launch_info
+
+__all__ = ["CommandParser", "UsageError"]
+
+_YES_NO = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+    "": False,
+}
+_ONLY_ON_THE_COMMAND_LINE = ("--help", "--version", "--config")
+
+
+class UsageError(ConfigError):
+    """The command line, a variable or the configuration file is wrong; the message begins with the command's name."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows each flag's default, once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shows_nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        if shows_nothing or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+class _Version(argparse.Action):
+    """Prints the versions that matter, once, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from phalanx.launch.version import version_text
+
+        if launch_info().rank == 0:
+            print(version_text())
+        raise SystemExit(0)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags as documented: whole names only, ``_`` as good as ``-``, a wrong one reported in one line with the nearest right one."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog=_as_started(prog), allow_abbrev=False, formatter_class=_Help, **options)
+        self._settings = Settings(())
+        self._origins: dict[str, str] = {}
+        self.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
+        self.add_argument("--config", metavar="FILE", help="YAML, TOML or JSON file with flags as keys")
+
+    @property
+    def command(self) -> str:
+        """``launch.bench throughput -> bench``."""
+        return self.prog.removeprefix("launch.").removeprefix("phalanx ").partition(" ")[0]
+
+    def parse_settings(self, settings: Settings) -> argparse.Namespace:
+        """Parse the words together with what environment and file add.
+
+        Raises:
+            UsageError: a flag or a value is wrong, wherever it came from.
+        """
+        self._settings = settings
+        for parser in self._subparsers_by_name().values():
+            parser._settings = settings
+        args: argparse.Namespace = self.parse_args(settings.words)
+        return args
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._suggestion(rest)}")
+        return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        added = [] if self._subparsers_by_name() else list(self._words_from_settings(words))
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*words[:end], *added, *words[end:]], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `run_command` prints once for all ranks."""
+        origin = next((origin for flag, origin in self._origins.items() if message.startswith(f"argument {flag}:")), "")
+        raise UsageError(f"{self.prog}: {message}{f' (from {origin})' if origin else ''} (see {self.prog} --help)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help once, not once a rank."""
+        if launch_info().rank == 0:
+            super().print_help(file)
+
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every long flag, with its action."""
+        return {flag: action for action in self._actions for flag in action.option_strings if flag.startswith("--")}
+
+    def _subparsers_by_name(self) -> dict[str, CommandParser]:
+        choices = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(choices[0]) if choices else {}
+
+    def _spelled(self, word: str) -> str:
+        """``--max_num_seqs=4 -> --max-num-seqs=4``."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        return f"{dashed}{equals}{value}" if word.startswith("--") and dashed in self.flags() else word
+
+    def _suggestion(self, rest: Sequence[str]) -> str:
+        known = [flag for parser in (self, *self._subparsers_by_name().values()) for flag in parser.flags()]
+        word = next((word for word in rest if word.startswith("-")), "").partition("=")[0].replace("_", "-")
+        close = [flag for flag in known if len(word) > 3 and flag.startswith(word)]
+        close += difflib.get_close_matches(word, known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def _words_from_settings(self, words: Sequence[str]) -> Iterator[str]:
+        flags = self.flags()
+        done = [flags[name] for word in words if (name := word.partition("=")[0]) in flags]
+        for source in (self._variables(), self._config()):
+            for flag, value, origin in source:
+                action = flags[flag]
+                if action not in done:
+                    done.append(action)
+                    self._origins["/".join(action.option_strings)] = origin
+                    yield from self._as_words(flag, action, value, origin)
+
+    def _variables(self) -> Iterator[tuple[str, Any, str]]:
+        known = {variable_name(flag): flag for flag in self.flags() if flag not in _ONLY_ON_THE_COMMAND_LINE}
+        for name, value in self._settings.variables.items():
+            if name in known:
+                yield known[name], value, name
+            elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.93):
+                self.error(f"environment variable {name} is not a setting; did you mean {close[0]}?")
+
+    def _config(self) -> Iterator[tuple[str, Any, str]]:
+        known = [flag for flag in self.flags() if flag not in _ONLY_ON_THE_COMMAND_LINE]
+        for key, value in self._settings.config.items():
+            if f"--{key}" not in known:
+                self.error(f"{self._settings.config_file}: {key!r} is not a flag{self._suggestion([f'--{key}'])}")
+            if value is not None:
+                yield f"--{key}", value, f"{self._settings.config_file}: {key}"
+
+    def _as_words(self, flag: str, action: argparse.Action, value: Any, origin: str) -> list[str]:
+        if action.nargs == 0:
+            return [flag] if self._is_yes(value, origin) else []
+        values = value if isinstance(value, list) else [value]
+        if bad := [item for item in values if isinstance(item, (dict, list, bool))]:
+            self.error(f"{origin}={bad[0]!r} is not a value of {flag}")
+        if action.nargs in ("+", "*"):
+            return [flag, *(shlex.split(value) if isinstance(value, str) else map(str, values))]
+        if len(values) > 1 and not isinstance(action, argparse._AppendAction):
+            self.error(f"{origin} has {len(values)} values; {flag} takes one")
+        return [f"{flag}={item}" for item in values]
+
+    def _is_yes(self, value: Any, origin: str) -> bool:
+        answer = value if isinstance(value, bool) else _YES_NO.get(str(value).lower())
+        if answer is None:
+            self.error(f"{origin}={value!r} is neither yes nor no; use true or false")
+        return bool(answer)
+
+
+def _as_started(prog: str) -> str:
+    """``launch.serve`` is ``phalanx serve`` for a user who started it so."""
+    return prog.replace("launch.", "phalanx ", 1) if os.path.basename(sys.argv[0]) == "phalanx" else prog

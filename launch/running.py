@@ -1,0 +1,166 @@
+"""How every command starts and ends.
+
+Exit status: 0 done; 2 the user's mistake (one line on standard error, from one rank only); 128 + N ended by signal N; 1 anything
+else, with rank, phase and cause. Heavy imports happen inside functions: ``--help`` answers without NumPy, MPI or a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from phalanx.launch.parser import CommandParser, UsageError
+from phalanx.launch.settings import Settings
+from phalanx.launch.sharing import agree
+from phalanx.launch.signals import catch_signals, interruption, leave_signals_alone
+from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
+from phalanx.parallel.launcher import forget_launcher, launch_info
+
+if TYPE_CHECKING:
+    from phalanx.parallel.communicator import Communicator
+
+__all__ = ["job_arguments", "own_arguments", "run_command"]
+
+SPOKESMAN_SECONDS = 1.0
+"""How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
+rank 0 must have spoken by then."""
+_ANSWERED_ALONE = ("-h", "--help", "--version")
+
+
+def job_arguments(
+    parser: CommandParser,
+    argv: Sequence[str] | None,
+    on_rank_0: Callable[[argparse.Namespace], None] = lambda _: None,
+) -> tuple[argparse.Namespace, Communicator]:
+    """The arguments of a command that works on all ranks, and those ranks. *Collective.*
+
+    Rank 0's command line, environment and configuration file count, on every rank: other hosts may have other ones.
+
+    Args:
+        on_rank_0: called there with the arguments, before any rank is waited for.
+
+    Raises:
+        ConfigError: a mistake in the arguments, found here or on rank 0.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if any(word in words for word in _ANSWERED_ALONE):
+        parser.parse_args(words)
+    settings, mistake = Settings(()), None
+    if launch_info().rank == 0:
+        try:
+            settings = Settings.read(words, parser.command)
+            on_rank_0(parser.parse_settings(settings))
+        except (ConfigError, CheckpointError, RequestError) as error:
+            mistake = error
+        if mistake is not None and launch_info().size == 1:
+            raise mistake
+
+    from phalanx.parallel.mpi_comm import world_communicator
+
+    world = world_communicator()
+    catch_signals(world.rank)
+
+    def tell() -> bytes:
+        if mistake is not None:
+            raise mistake
+        return settings.encode()
+
+    return parser.parse_settings(Settings.decode(agree(world, tell))), world
+
+
+def own_arguments(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command that needs one process: under a launcher rank 0 works, the others leave.
+
+    Raises:
+        ConfigError: a mistake in the arguments.
+    """
+    if launch_info().rank:
+        raise SystemExit(0)
+    forget_launcher()
+    catch_signals(rank=0)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if any(word in words for word in _ANSWERED_ALONE):
+        parser.parse_args(words)
+    return parser.parse_settings(Settings.read(words, parser.command))
+
+
+def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command's ``main`` and turn what it raises into the exit status, never leaving other ranks waiting."""
+    leave_signals_alone()
+    if launch_info().size == 1:
+        catch_signals(rank=0)
+    _share_processors()
+    try:
+        status = command(argv) or 0
+    except BaseException as error:
+        _leave_with(error)
+    _leave(status)
+
+
+def _leave_with(error: BaseException) -> NoReturn:
+    """Say what is to be said about ``error`` and end this process, and the others where they do not know."""
+    if (signalled := interruption()) is not None:
+        _leave(signalled, abort=True)
+    if isinstance(error, KeyboardInterrupt):
+        _leave(130, abort=True)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(1, abort=True)
+    if isinstance(error, (ConfigError, CheckpointError, RequestError)):
+        _leave(2, abort=_report_mistake(error))
+    if isinstance(error, SystemExit) and _is_agreed(error):
+        _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+    _report_failure(error)
+    _leave(1, abort=True)
+
+
+def _is_agreed(exit_: SystemExit) -> bool:
+    """Whether no rank waits for this one: it exits for all to see (``--help``), not in the middle of a command."""
+    from phalanx.parallel.mpi_comm import mpi_is_up
+
+    return launch_info().size == 1 or not (exit_.code or mpi_is_up())
+
+
+def _share_processors() -> None:
+    """One rank per core share: without this every rank's BLAS would start a thread per core."""
+    info = launch_info()
+    threads = max(1, len(os.sched_getaffinity(0)) // info.local_size)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+
+
+def _report_mistake(error: Exception) -> bool:
+    """One line from one rank; returns whether the others must be ended, because they do not know yet."""
+    from phalanx.parallel.mpi_comm import all_ranks_failed
+
+    everybody = all_ranks_failed()
+    if launch_info().rank == 0 or not everybody:
+        prefix = "" if isinstance(error, UsageError) else "phalanx: "
+        sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+    return not everybody
+
+
+def _report_failure(error: BaseException) -> None:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    sys.stderr.write(f"phalanx: rank {launch_info().rank} failed{notes}: {type(error).__name__}: {error}\n")
+    traceback.print_exc()
+    sys.stderr.flush()
+
+
+def _leave(status: int, abort: bool = False) -> NoReturn:
+    leave_signals_alone()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if abort and launch_info().size > 1:
+        from phalanx.parallel.mpi_comm import abort_world
+
+        abort_world(status)
+    elif status and launch_info().rank:
+        time.sleep(SPOKESMAN_SECONDS)
+    raise SystemExit(status)

@@ -1,0 +1,97 @@
+"""A rank that fails or leaves before MPI is up, or exits in the middle: the others do not wait for it, and somebody says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
+
+from .commands import MPIRUN, ROOT, needs_mpirun, run
+
+IDS = ("--prompt-token-ids", "5,6", "--max-tokens", "2")
+ON_RANK = 'if [ "$PMI_RANK$OMPI_COMM_WORLD_RANK" = {rank} ]; then {instead}; else exec "$@"; fi'
+"""Before anything of ours runs: the package is missing on that rank's host, or its start script ends."""
+FAULT = """
+import sys, launch
+from phalanx.launch import {command}
+from phalanx.launch.running import run_command
+from phalanx.parallel.launcher import launch_info
+
+def main(argv):
+    if launch_info().rank == {rank}:
+        {fault}
+    return {command}.main(argv)
+
+run_command(main, sys.argv[1:])
+"""
+
+
+def start(words: list[str], ranks: int, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **LAUNCHER_ENVIRONMENT, "PYTHONPATH": str(ROOT), **(environ or {})}
+    command = [str(MPIRUN), "-n", str(ranks), *words]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@needs_mpirun
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("command", ["generate", "doctor"])
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(rank: int, command: str) -> None:
+    script = ON_RANK.format(rank=rank, instead="exit 0")
+    arguments = IDS if command == "generate" else ("--timeout", "2")
+    result = start(
+        ["sh", "-c", script, "sh", sys.executable, "-m", f"launch.{command}", *arguments], 3,
+        {"PHALANX_MPI_START_SECONDS": "2"},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    if rank:  # the first rank of a host speaks
+        assert "phalanx: rank 0 of 3: MPI has not started within 2 s, because a rank did not come" in result.stderr
+
+
+@needs_mpirun
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted"),
+        ("sys.exit(3)", "SystemExit: 3"),
+        ("from phalanx.parallel.errors import ConfigError; raise ConfigError('a file of one host')", "a file of one host"),
+    ],
+)  # fmt: skip
+def test_a_failure_of_one_rank_before_mpi_ends_all(rank: int, fault: str, said: str, tmp_path: Path) -> None:
+    script = tmp_path / "fault.py"
+    script.write_text(FAULT.format(command="generate", rank=rank, fault=fault))
+    result = start([sys.executable, str(script), *IDS], 3)
+    assert result.returncode in (1, 2)
+    assert said in result.stderr
+
+
+@needs_mpirun
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exit_of_one_rank_in_the_middle_ends_all(rank: int, tmp_path: Path) -> None:
+    script = tmp_path / "fault.py"
+    fault = "import phalanx.runtime.llm as llm; llm.LLM = lambda *_, **__: sys.exit(0)"
+    script.write_text(FAULT.format(command="generate", rank=rank, fault=fault))
+    result = start([sys.executable, str(script), *IDS], 3)
+    assert result.returncode == 1
+    assert f"phalanx: rank {rank} failed: SystemExit: 0" in result.stderr
+
+
+def test_a_limit_that_is_no_number_is_one_line() -> None:
+    result = run("generate", *IDS, ranks=2, environ={"PHALANX_MPI_START_SECONDS": "soon"})
+    assert result.returncode == 2
+    assert "PHALANX_MPI_START_SECONDS='soon' is not a positive number of seconds" in result.stderr
