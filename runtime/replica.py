@@ -22,6 +22,7 @@ from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
+from phalanx.runtime.text import tokenizer_end_token
 
 __all__ = ["Replica", "build_replica", "phase"]
 
@@ -60,7 +61,8 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
         checkpoint = open_checkpoint(model, options.load_format, options.seed)
         family = find_model(checkpoint.config)
         generation = GenerationConfig.read(checkpoint.generation_config)
-        config = _with_token_ids(family.read_config(checkpoint.config), generation)
+        end_token = tokenizer_end_token(checkpoint.path)
+        config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
         config = with_stored_head(family, config, checkpoint.source)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
@@ -108,10 +110,10 @@ def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> Cac
     )  # fmt: skip
 
 
-def _with_token_ids(config: ModelConfig, generation: GenerationConfig) -> ModelConfig:
-    """The special tokens of ``generation_config.json`` replace those of ``config.json``."""
-    return dataclasses.replace(
-        config,
-        bos_token_id=config.bos_token_id if generation.bos_token_id is None else generation.bos_token_id,
-        eos_token_ids=generation.eos_token_ids or config.eos_token_ids,
-    )
+def _with_token_ids(config: ModelConfig, generation: GenerationConfig, end_token: int | None) -> ModelConfig:
+    """The special tokens of ``generation_config.json`` replace those of ``config.json``; the tokenizer's end token counts, too."""
+    end_tokens = generation.eos_token_ids or config.eos_token_ids
+    if end_token is not None and end_token < config.vocab_size:
+        end_tokens = tuple(dict.fromkeys((*end_tokens, end_token)))
+    bos = config.bos_token_id if generation.bos_token_id is None else generation.bos_token_id
+    return dataclasses.replace(config, bos_token_id=bos, eos_token_ids=end_tokens)

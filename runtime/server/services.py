@@ -61,10 +61,11 @@ class Services:
 
     def need_template(self) -> ChatTemplate:
         """The chat template, or 400 where the checkpoint has none."""
-        template = self.need_tokenizer("messages").chat_template
-        if template is None:
-            raise invalid("this checkpoint has no chat template; use /v1/completions", "messages")
-        return template
+        tokenizer = self.need_tokenizer("messages")
+        if tokenizer.chat_template is None:
+            problem = tokenizer.chat_problem or "this checkpoint has no chat template"
+            raise invalid(f"{problem}; use /v1/completions", "messages")
+        return tokenizer.chat_template
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a prompt, computed outside the event loop."""

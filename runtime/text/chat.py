@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from phalanx.parallel.errors import CheckpointError, RequestError
+from phalanx.runtime.text.content import walks_content
 from phalanx.runtime.text.sandbox import LimitExceeded, Sandbox
 
 __all__ = ["TEMPLATE_OPTIONS", "ChatTemplate", "message_text"]
@@ -19,16 +20,25 @@ __all__ = ["TEMPLATE_OPTIONS", "ChatTemplate", "message_text"]
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 """Variables that a request may set; any other could change what the template's author meant."""
 
+_MARKER = "CONTINUE_FINAL_MESSAGE_HERE "
+"""Follows the last message while it is rendered; its space shows whether the template trims messages."""
+
 MAX_RENDER_SECONDS = 5.0
 MAX_RENDERED_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A compiled template and the special tokens it may name (``bos_token``, ``eos_token``, ...)."""
+    """A compiled template.
+
+    Attributes:
+        special_tokens: what it may name (``bos_token``, ``eos_token``, ...).
+        walks_parts: whether it goes through the parts of a content itself; others get the parts as one text.
+    """
 
     code: CodeType
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    walks_parts: bool = False
 
     @classmethod
     def compile(cls, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
@@ -38,7 +48,8 @@ class ChatTemplate:
             CheckpointError: it is no valid jinja2 template.
         """
         try:
-            return cls(Sandbox().compile(source), dict(special_tokens))
+            sandbox = Sandbox()
+            return cls(sandbox.compile(source), dict(special_tokens), walks_content(sandbox.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template cannot be compiled: {error}; correct chat_template") from error
 
@@ -60,27 +71,41 @@ class ChatTemplate:
             RequestError: the template refuses the messages, or they exceed the time or size limit.
         """
         options = _checked_options(options or {})
-        conversation = [{**message, "content": message_text(message.get("content"))} for message in messages]
+        content_of = message_parts if self.walks_parts else message_text
+        conversation = [{**message, "content": content_of(message.get("content"))} for message in messages]
+        final = conversation[-1]["content"] if conversation else None
+        if continue_final_message:
+            conversation = _with_marker(conversation)
         sandbox = Sandbox(time.monotonic() + max_seconds, max_characters)
         variables = {
             **self.special_tokens, **options, "messages": conversation, "tools": None, "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }  # fmt: skip
         text = _run(sandbox, self.code, variables, max_characters)
-        return _cut_after_final_message(text, conversation) if continue_final_message else text
+        return _cut_at_marker(text, final) if continue_final_message else text
 
 
 def message_text(content: Any) -> str | None:
-    """A message's content as one text: a text, or ``{"type": "text", "text": ...}`` parts joined by newlines.
+    """Return a message's content as one text: a text, or ``{"type": "text", "text": ...}`` parts joined by newlines, as in vLLM.
 
     Raises:
-        RequestError: a part is no text.
+        RequestError: a part is not text.
+    """
+    parts = message_parts(content)
+    return "\n".join(part["text"] for part in parts) if isinstance(parts, list) else parts
+
+
+def message_parts(content: Any) -> str | list[dict[str, str]] | None:
+    """Return a message's content as templates that go through its parts take it: a text, or the list of text parts.
+
+    Raises:
+        RequestError: a part is not text.
     """
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
         raise RequestError(f"content is a {type(content).__name__}; use a text or a list of text parts", "messages")
-    return "\n".join(_part_text(part) for part in content)
+    return [{"type": "text", "text": _part_text(part)} for part in content]
 
 
 def _part_text(part: Any) -> str:
@@ -129,13 +154,30 @@ def _run(sandbox: Sandbox, code: CodeType, variables: dict[str, Any], max_charac
     return "".join(pieces)
 
 
-def _cut_after_final_message(text: str, conversation: Sequence[Mapping[str, Any]]) -> str:
-    """``text`` up to the end of the last message's content, so that the model goes on with that message."""
-    final = (conversation[-1].get("content") or "").strip() if conversation else ""
-    end = text.rfind(final) if final else -1
-    if end < 0:
-        raise RequestError(
-            "continue_final_message needs a last message whose content the chat template shows unchanged",
-            "continue_final_message",
-        )
-    return text[: end + len(final)]
+def _with_marker(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with `_MARKER` at the end of its last text, where the model is to go on."""
+    content = conversation[-1].get("content") if conversation else None
+    marked: Any
+    if isinstance(content, str):
+        marked = content + _MARKER
+    elif content:
+        marked = [*content[:-1], {**content[-1], "text": content[-1]["text"] + _MARKER}]
+    else:
+        raise _not_shown()
+    return [*conversation[:-1], {**conversation[-1], "content": marked}]
+
+
+def _cut_at_marker(text: str, content: Any) -> str:
+    """``text`` up to the marker. A template that trimmed the marker's space would have trimmed the message's own, too."""
+    end = text.rfind(_MARKER.strip())
+    final = content if isinstance(content, str) else content[-1]["text"]
+    if end < 0 or final.strip() not in text:
+        raise _not_shown()
+    return text[:end] if text[end:].startswith(_MARKER) else text[:end].rstrip()
+
+
+def _not_shown() -> RequestError:
+    return RequestError(
+        "continue_final_message needs a last message whose content the chat template shows unchanged",
+        "continue_final_message",
+    )

@@ -75,7 +75,9 @@ def _read_sequence(steps: list[Any]) -> DecodingRules | None:
     byte_fallback, fused, stripped = False, False, 0
     for step in steps:
         match step:
-            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if not byte_fallback:
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if not (
+                byte_fallback or fused
+            ):
                 replacements.append((old, new))
             case {"type": "ByteFallback"} if not fused:
                 byte_fallback = True

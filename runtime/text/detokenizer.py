@@ -73,6 +73,8 @@ class WindowDetokenizer:
         self._window: list[int] = []
         self._context_text = ""
         self._pending = 0
+        self._incomplete = 0
+        self._last_text = ""
 
     def push(self, token_id: int) -> str:
         """See `Detokenizer.push`."""
@@ -80,8 +82,13 @@ class WindowDetokenizer:
         self._pending += 1
         text = self._decode(self._window)
         grows = len(text) > len(self._context_text) and text.startswith(self._context_text)
-        incomplete = text.endswith(REPLACEMENT_CHARACTER) and self._pending < LONGEST_CHARACTER_BYTES
-        return self._advance(text) if grows and not incomplete else ""
+        # A character has at most four bytes, so as many tokens with one byte each. Tokens without text do not count.
+        if not text.endswith(REPLACEMENT_CHARACTER):
+            self._incomplete = 0
+        elif text != self._last_text:
+            self._incomplete += 1
+        self._last_text = text
+        return self._advance(text) if grows and not 0 < self._incomplete < LONGEST_CHARACTER_BYTES else ""
 
     def flush(self) -> str:
         """See `Detokenizer.flush`."""
@@ -96,5 +103,5 @@ class WindowDetokenizer:
             self._window, self._context_text = context, context_text
         else:  # too little to start a window from: keep the older context as well
             self._context_text = text
-        self._pending = 0
+        self._pending = self._incomplete = 0
         return piece

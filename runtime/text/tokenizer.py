@@ -10,18 +10,19 @@ from typing import Any
 import msgspec
 import tokenizers
 
+from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError, RequestError
+from phalanx.runtime.text.backend import TOKENIZER_FILE, load_backend
 from phalanx.runtime.text.chat import ChatTemplate
 from phalanx.runtime.text.decoding_rules import DecodingRules, read_rules
 from phalanx.runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from phalanx.runtime.text.stream import TextStream
+from phalanx.runtime.text.tokenizer_files import read_tokenizer_files
 
 __all__ = ["Tokenizer"]
 
 _CONTEXT_TOKENS = 8
 """Prompt tokens that a continuation is decoded after: enough for the bytes of a split character."""
-
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -31,6 +32,7 @@ class Tokenizer:
         vocab_size: one more than the largest token id.
         special_tokens: texts of the named special tokens, for chat templates.
         chat_template: the checkpoint's template, or None.
+        chat_problem: why there is no template, or it cannot be used; None where there is one.
         max_token_characters: length of the longest token; a prompt of n tokens has at most n times as many.
     """
 
@@ -39,6 +41,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: dict[str, str],
         chat_template: ChatTemplate | None,
+        chat_problem: str | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -53,28 +56,33 @@ class Tokenizer:
         self.max_token_characters = max(map(len, vocabulary), default=1)
         self.special_tokens = special_tokens
         self.chat_template = chat_template
+        self.chat_problem = chat_problem
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
-        """Read ``tokenizer.json`` (None without it), ``tokenizer_config.json`` and ``chat_template.jinja``.
+        """Read ``tokenizer.json`` and the files next to it; None without it. ``path`` is as `ModelDirectory.at` takes it.
 
         Raises:
-            CheckpointError: a file is there but broken.
+            CheckpointError: a file is there but broken. A broken chat template is no such error: see ``chat_problem``.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
+        directory = ModelDirectory.at(Path(path))
+        if not directory.has(TOKENIZER_FILE):
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(
-                f"{file} cannot be read: {error}; restore it, or remove it to use token ids"
-            ) from None
-        config = _read_config(Path(path) / "tokenizer_config.json")
-        special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name))) is not None}
-        source = _template_source(Path(path), config)
-        template = ChatTemplate.compile(source, special_tokens) if source is not None else None
-        return cls(backend, special_tokens, template)
+        files = read_tokenizer_files(directory)
+        backend = load_backend(directory, files)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        special_tokens = {
+            name: text
+            for name, text in files.special_tokens.items()
+            if name not in files.defaults or text in vocabulary
+        }
+        template, problem = None, files.template.problem
+        if files.template.text is not None:
+            try:
+                template = ChatTemplate.compile(files.template.text, special_tokens)
+            except CheckpointError as error:
+                problem = str(error)
+        return cls(backend, special_tokens, template, problem)
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, max_characters: int | None = None
@@ -155,41 +163,3 @@ def _decoding_rules(backend: tokenizers.Tokenizer) -> DecodingRules | None:
         decoder: Any = None
 
     return read_rules(msgspec.json.decode(backend.to_str(), type=Head).decoder)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; restore it") from None
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token's text, given plainly or as an added-token object."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _template_source(path: Path, config: dict[str, Any]) -> str | None:
-    """``chat_template.jinja`` before ``chat_template``, which is one template or a list of named ones."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}; restore it") from None
-    match config.get("chat_template"):
-        case None:
-            return None
-        case str(source):
-            return source
-        case [*entries]:
-            named = {e.get("name"): e.get("template") for e in entries if isinstance(e, dict)}
-            if isinstance(default := named.get("default"), str):
-                return default
-    raise CheckpointError(
-        f"chat_template in {path / 'tokenizer_config.json'} is neither a text nor a list with a 'default'"
-    )

@@ -54,10 +54,38 @@ def test_text_equals_that_of_transformers(
         assert text == expected
 
 
-def test_parts_of_a_content_list_are_joined_by_newlines() -> None:
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    text = render("{{ messages[0].content }}", [{"role": "user", "content": parts}])
-    assert text == "one\ntwo"
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+WALKS = [
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "{% endif %}{% endfor %}",
+    "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% set c = m.content %}{% for p in c %}{{ p.text }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for p in m.content[:9] %}{{ p.text }}{% endfor %}{% endfor %}",
+    "{% macro show(content) %}{% if content is string %}{{ content }}{% else %}{% for p in content %}{{ p.text }}{% endfor %}{% endif %}"
+    "{% endmacro %}{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+]
+JOINED = [
+    "{{ messages[0].content }}",
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "{% for m in messages %}{% for line in m.content.split('|') %}{{ line }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{{ m.content | trim }}{% for x in range(0) %}{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", WALKS)
+def test_a_template_that_walks_through_parts_gets_them_as_they_are(source: str) -> None:
+    assert render(source, [{"role": "user", "content": PARTS}]) == "onetwo"
+
+
+@pytest.mark.parametrize("source", JOINED)
+def test_other_templates_get_the_parts_joined_by_newlines(source: str) -> None:
+    assert render(source, [{"role": "user", "content": PARTS}]) == "one\ntwo"
+
+
+@pytest.mark.parametrize("source", [*WALKS[:1], *WALKS[-1:], *JOINED])
+def test_a_text_stays_a_text(source: str) -> None:
+    assert render(source, [{"role": "user", "content": "one"}]) == "one"
 
 
 @pytest.mark.parametrize(
@@ -151,3 +179,40 @@ def test_continue_final_message_ends_with_that_message() -> None:
     assert text.endswith("<|im_start|>assistant\nSure, the")
     with pytest.raises(RequestError, match="continue_final_message"):
         render("nothing of it", messages, continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", ["chatml", "headers", "instruct"])
+@pytest.mark.parametrize(
+    "text", ["<", ">", "|", "e", "end", "eot", "assistant", "{", "[", "\n<", "/", "</s>", "Sure", "a\nb", " x"]
+)
+def test_the_message_to_continue_is_marked_not_searched(name: str, text: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    whole = render(
+        chat_templates.ALL[name], [messages[0], {"role": "assistant", "content": "\u2603"}], add_generation_prompt=False
+    )
+    trimmed = text if name == "instruct" else text.strip()
+    assert (
+        render(chat_templates.ALL[name], messages, continue_final_message=True)
+        == whole[: whole.index("\u2603")] + trimmed
+    )
+
+
+@pytest.mark.parametrize(("text", "end"), [("Sure\n", "Sure\n"), ("Sure ", "Sure "), ("  ", "  ")])
+def test_space_at_the_end_of_the_message_stays_where_the_template_keeps_it(text: str, end: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    assert (
+        render("{% for m in messages %}[{{ m.content }}]{% endfor %}", messages, continue_final_message=True)
+        == "[Hi][" + end
+    )
+
+
+def test_the_last_of_several_parts_is_continued() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PARTS}]
+    assert render(WALKS[0], messages, continue_final_message=True) == "Hionetwo"
+    assert render(JOINED[1], messages, continue_final_message=True) == "Hione\ntwo"
+
+
+@pytest.mark.parametrize("content", [None, "", []])
+def test_a_message_without_content_cannot_be_continued(content: Any) -> None:
+    with pytest.raises(RequestError, match="continue_final_message"):
+        render("{{ messages[0].role }}", [{"role": "assistant", "content": content}], continue_final_message=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, pre_tokenizers
 
 from phalanx.runtime.text import Tokenizer
 
@@ -145,3 +147,34 @@ def test_token_bytes_of_one_token() -> None:
     assert tokenizer.token_bytes(LLAMA2.token_to_id("▁fox")) == b" fox"
     assert tokenizer.token_bytes(LLAMA2.token_to_id("</s>")) == b"</s>"
     assert tokenizer.token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Replace("  ", " ")],
+        [decoders.Fuse(), decoders.Replace("▁", " ")],
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("h", "H")],
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.ByteFallback()],
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)],
+    ],
+)
+def test_a_decoder_that_works_on_the_whole_text_is_not_taken_for_rules_of_tokens(steps: list[Any]) -> None:
+    backend = made.byte_fallback()
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = Tokenizer(backend, {}, None)
+    for text in ("the fox", "e  the the", "é日!"):
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_tokens_without_text_do_not_cut_a_character(silent: int, place: int) -> None:
+    backend = made.byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Replace("~", "-")])
+    [(spelt, _)] = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("🦙")
+    ids = [backend.token_to_id(character) for character in spelt]
+    assert len(ids) == 4
+    ids[place:place] = [backend.token_to_id("<|end|>")] * silent
+    assert "".join(streamed(Tokenizer(backend, {}, None), ids)) == "🦙"

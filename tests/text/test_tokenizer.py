@@ -79,7 +79,9 @@ def test_a_broken_tokenizer_file_is_named(directory: Path, broken: str) -> None:
         Tokenizer.from_directory(directory)
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"chat_template": 3}', '{"chat_template": [{"name": "other"}]}'])
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"eos_token": 3}', '{"added_tokens_decoder": {"x": 1}}', '{"a_key_of_tomorrow": 3}']
+)
 def test_a_broken_configuration_is_named(directory: Path, config: str) -> None:
     (directory / "tokenizer_config.json").write_text(config)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``tokenizer.json`` with what the files next to it say about its tokens: the tokenizer that transformers would make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers, processors
+
+from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
+from phalanx.checkpoints.files import ModelDirectory
+from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
+
+__all__ = ["TOKENIZER_FILE", "load_backend"]
+
+TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 1 << 30
+
+
+def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """Load ``tokenizer.json`` and apply ``files`` to it.
+
+    Raises:
+        CheckpointError: it cannot be read, or a token would get another id than the files say.
+    """
+    raw = directory.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # the library raises bare Exception
+        reason = describe_content(raw[:HEAD_BYTES])
+        what = f"is {reason}" if reason else f"cannot be read: {error}; restore it, or remove it to use token ids"
+        raise CheckpointError(f"{directory.path / TOKENIZER_FILE!s} {what}") from None
+    _add_tokens(backend, files)
+    _apply_prefix_space(backend, files)
+    _apply_bos_and_eos(backend, files)
+    if files.flags.get("split_special_tokens"):
+        backend.encode_special_tokens = True
+    return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """Add tokens that are missing, and describe those anew that are there with other flags."""
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    special = files.special_tokens.items()
+    named = dict.fromkeys(text for name, text in special if name not in files.defaults or text in vocabulary)
+    described = {token.content: token for token in files.added_tokens}
+    for text, token in known.items():
+        flags = (token.special, token.normalized, token.lstrip, token.rstrip, token.single_word)
+        described.setdefault(text, AddedToken(text, None, *flags))
+    for text in named:
+        described.setdefault(text, AddedToken(text, vocabulary.get(text), special=True, normalized=False))
+    for extra in files.extra_tokens:
+        described.setdefault(extra.content, extra)
+    backend.add_tokens(
+        [
+            native
+            for native in (_native(token, named) for token in described.values())
+            if repr(native) != repr(known.get(native.content))
+        ]
+    )
+    for text, number in ((text, token.id) for text, token in described.items() if token.id is not None):
+        if (given := backend.token_to_id(text)) != number:
+            raise CheckpointError(
+                f"added token {text!r} would get the id {given} instead of {number}; tokenizer.json is of another "
+                "tokenizer than tokenizer_config.json or added_tokens.json"
+            )
+
+
+def _native(token: AddedToken, named: Collection[str]) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+        normalized=token.normalized, special=token.special or token.content in named,
+    )  # fmt: skip
+
+
+def _apply_prefix_space(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """``add_prefix_space``: a space before the first word, for byte-level and SentencePiece-like tokenizers."""
+    wanted = files.flags.get("add_prefix_space")
+    if wanted is None or not files.tokenizer_class.reads_prefix_space:
+        return
+    steps: dict[str, Any] = json.loads(backend.to_str())
+    step: dict[str, Any] = steps.get("pre_tokenizer") or {}
+    if step.get("type") == "ByteLevel":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=wanted, trim_offsets=step.get("trim_offsets", True), use_regex=step.get("use_regex", True)
+        )
+    elif step.get("type") == "Metaspace" and not wanted:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(step["replacement"], "never", step.get("split", True))
+    if not wanted and (normalizer := _without_prepend(steps.get("normalizer"))) is not None:
+        backend.normalizer = normalizer
+
+
+def _without_prepend(normalizer: Any) -> normalizers.Normalizer | None:
+    """The SentencePiece normalizer (Prepend, Replace) without its first step; None for any other."""
+    match normalizer:
+        case {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend"},
+                {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)},
+            ],
+        }:
+            return normalizers.Replace(old, new)
+    return None
+
+
+def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """Put BOS before and EOS after each text where a flag says so, or where the class does and ``tokenizer.json`` says nothing."""
+    kind, flags = files.tokenizer_class, files.flags
+    told = kind.reads_flags and ("add_bos_token" in flags or "add_eos_token" in flags)
+    if not told and (backend.post_processor is not None or not kind.adds_bos):
+        return
+    bos = _end(backend, files, "bos_token", flags.get("add_bos_token", kind.adds_bos))
+    eos = _end(backend, files, "eos_token", flags.get("add_eos_token", False))
+    single, pair = (
+        [*(f"{text}:{n}" for text, _ in bos), f"${letter}:{n}", *(f"{text}:{n}" for text, _ in eos)]
+        for n, letter in enumerate("AB")
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, *pair], special_tokens=list({*bos, *eos})
+    )
+
+
+def _end(backend: tokenizers.Tokenizer, files: TokenizerFiles, name: str, wanted: bool) -> list[tuple[str, int]]:
+    text = files.special_tokens.get(name)
+    number = None if text is None or not wanted else backend.token_to_id(text)
+    return [] if text is None or number is None else [(text, number)]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which texts are a tokenizer's special tokens, and what its class adds to a prompt when no file says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+__all__ = ["NAMED_TOKENS", "TokenizerClass", "tokenizer_class"]
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that every tokenizer of transformers has a place for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerClass:
+    """Defaults of a tokenizer class of transformers.
+
+    Attributes:
+        tokens: special tokens that it has unless a file names others, or null.
+        adds_bos: whether a prompt begins with BOS where neither flag nor ``tokenizer.json`` decides.
+        reads_flags: whether ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` count.
+        reads_prefix_space: whether ``add_prefix_space`` counts.
+    """
+
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    adds_bos: bool = False
+    reads_flags: bool = False
+    reads_prefix_space: bool = False
+
+
+_END_OF_TEXT = "<|endoftext|>"
+_LLAMA = TokenizerClass({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, True, True, True)
+_GEMMA = TokenizerClass(
+    {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, True, True
+)
+_GPT2 = TokenizerClass(dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT), reads_prefix_space=True)
+_COHERE = TokenizerClass(
+    {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}, True, True, True
+)  # fmt: skip
+_CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
+    {
+        "LlamaTokenizer": _LLAMA,
+        "CodeLlamaTokenizer": _LLAMA,
+        "GemmaTokenizer": _GEMMA,
+        "GPT2Tokenizer": _GPT2,
+        "CodeGenTokenizer": _GPT2,
+        "GPTNeoXTokenizer": replace(_GPT2, reads_flags=True),
+        "Qwen2Tokenizer": TokenizerClass(
+            dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT), reads_prefix_space=True
+        ),
+        "BloomTokenizer": TokenizerClass(
+            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        ),
+        "CohereTokenizer": _COHERE,
+        "T5Tokenizer": TokenizerClass({"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}),
+    }
+)
+_OTHER = TokenizerClass()
+
+
+def tokenizer_class(name: str | None) -> TokenizerClass:
+    """Defaults of the class ``name``, with or without ``Fast``; of the general class for any other."""
+    return _CLASSES.get((name or "").removesuffix("Fast"), _OTHER)

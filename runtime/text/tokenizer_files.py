@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the JSON files next to ``tokenizer.json`` say about tokens, in transformers' order of precedence.
+
+Source: ``PreTrainedTokenizerBase._from_pretrained`` and ``TokenizersBackend.__init__`` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.checkpoints.files import ModelDirectory
+from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text.special_tokens import NAMED_TOKENS, TokenizerClass, tokenizer_class
+from phalanx.runtime.text.template_files import TemplateSource, read_template
+from phalanx.runtime.text.tokenizer_keys import check_keys
+from phalanx.runtime.token_fields import shown
+
+__all__ = ["AddedToken", "TokenizerFiles", "read_tokenizer_files"]
+
+CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is matched in a text before anything else. ``id`` is None where no file says it."""
+
+    content: str
+    id: int | None = None
+    special: bool = False
+    normalized: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Tokens and flags of ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``.
+
+    Attributes:
+        special_tokens: texts by name (``bos_token``, also a model's own such as ``image_token``), as chat templates see them; in
+            the order in which they get ids if the vocabulary lacks them.
+        defaults: names of those that only the tokenizer's class gives.
+        added_tokens: tokens that the files add or describe anew, by id.
+        extra_tokens: further special tokens, by text alone.
+        tokenizer_class: defaults of the class.
+        flags: ``add_bos_token``, ``add_eos_token``, ``add_prefix_space``, ``split_special_tokens``, where they are set.
+        template: the chat template.
+    """
+
+    special_tokens: Mapping[str, str]
+    defaults: frozenset[str]
+    added_tokens: tuple[AddedToken, ...]
+    extra_tokens: tuple[AddedToken, ...]
+    tokenizer_class: TokenizerClass
+    flags: Mapping[str, bool]
+    template: TemplateSource
+
+
+def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
+    """Read the files that are there.
+
+    Raises:
+        CheckpointError: one is not JSON, a value has the wrong type, or a key is unknown and not empty.
+    """
+    config = directory.read_json(CONFIG_FILE) if directory.has(CONFIG_FILE) else {}
+    check_keys(config)
+    fields = dict(config)
+    listed = config.get("added_tokens_decoder")
+    if listed is None and directory.has(MAP_FILE):  # transformers reads this file only where the other says nothing
+        fields.update(directory.read_json(MAP_FILE))
+    name = config.get("tokenizer_class")
+    kind = tokenizer_class(name if isinstance(name, str) else None)
+    own = sorted(key for key in fields if key.endswith("_token") and key not in NAMED_TOKENS)
+    named = {key: _text(key, fields[key]) for key in (*NAMED_TOKENS, *own) if key in fields}
+    defaults = frozenset(kind.tokens.keys() - fields.keys())
+    tokens = {key: text for key, text in named.items() if text is not None}
+    tokens |= {key: kind.tokens[key] for key in defaults}
+    extra = _extra_tokens(fields)
+    added = (
+        _decoder_tokens(listed)
+        if listed is not None
+        else _legacy_tokens(directory, {*tokens.values(), *(t.content for t in extra)})
+    )
+    return TokenizerFiles(
+        special_tokens=tokens,
+        defaults=defaults,
+        added_tokens=tuple(sorted(added, key=lambda token: token.id or 0)),
+        extra_tokens=extra,
+        tokenizer_class=kind,
+        flags={key: fields[key] for key in _FLAGS if isinstance(fields.get(key), bool)},
+        template=read_template(directory, config),
+    )
+
+
+_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
+
+
+def _text(key: str, value: Any) -> str | None:
+    """A special token's text, given plainly or as an added-token object. Flags such as ``add_bos_token`` are no tokens."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value
+    if key in NAMED_TOKENS:
+        raise CheckpointError(
+            f"{key}={shown(value)} in {CONFIG_FILE} is not a token's text; correct it or remove the key"
+        )
+    return None
+
+
+def _decoder_tokens(listed: Any) -> list[AddedToken]:
+    """``added_tokens_decoder``: id to description."""
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"added_tokens_decoder={shown(listed)} in {CONFIG_FILE} is not an object; remove the key")
+    tokens = []
+    for number, entry in listed.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(number).isdecimal()):
+            raise CheckpointError(
+                f"added_tokens_decoder in {CONFIG_FILE} describes no token under {shown(number)}; restore it"
+            )
+        tokens.append(_described(entry, int(number)))
+    return tokens
+
+
+def _described(entry: Mapping[str, Any], number: int | None, special: bool = False) -> AddedToken:
+    special = entry.get("special", special) is True
+    flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(entry["content"], number, special, entry.get("normalized", not special) is True, **flags)
+
+
+def _legacy_tokens(directory: ModelDirectory, special: Iterable[str]) -> list[AddedToken]:
+    """``added_tokens.json``: text to id."""
+    if not directory.has(ADDED_FILE):
+        return []
+    names = set(special)
+    tokens = []
+    for text, number in directory.read_json(ADDED_FILE).items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise CheckpointError(f"{shown(text)} has the id {shown(number)} in {ADDED_FILE}; ids are whole numbers")
+        tokens.append(AddedToken(text, number, text in names, text not in names))
+    return tokens
+
+
+def _extra_tokens(fields: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    """``extra_special_tokens`` (older: ``additional_special_tokens``): a list of texts or descriptions, or named ones."""
+    value = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
+    entries = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(entries, list):
+        raise CheckpointError(f"additional_special_tokens={shown(value)} in {CONFIG_FILE} is not a list; correct it")
+    tokens = []
+    for entry in entries:
+        described = {"content": entry} if isinstance(entry, str) else entry
+        if not (isinstance(described, dict) and isinstance(described.get("content"), str)):
+            raise CheckpointError(
+                f"additional_special_tokens in {CONFIG_FILE} lists {shown(entry)}, which is no token; correct it"
+            )
+        tokens.append(_described({**described, "special": True}, None))
+    return tuple(tokens)
