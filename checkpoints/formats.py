@@ -60,6 +60,10 @@ class Format(Protocol):
         """
         ...
 
+    def round_input(self, x: Array) -> Array:
+        """What a product with this weight takes for its input ``[T, in]``: float32, quantised and back where it is."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -78,6 +82,10 @@ class Dense:
     def dequantize(self, components: Mapping[str, Array]) -> Array:
         """The weight itself."""
         return components["weight"]
+
+    def round_input(self, x: Array) -> Array:
+        """The input itself."""
+        return x
 
 
 DENSE = Dense()

@@ -43,6 +43,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    group.add_argument("--quantize", choices=("none", "fp8"), default="none",
+                       help="fp8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
+    group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
+                       help="auto: as the checkpoint says, else the compute type")  # fmt: skip
     group.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
                        help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
@@ -71,7 +75,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keyword arguments of `phalanx.runtime.llm.LLM` (less the model)."""
     names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-             "num_kv_blocks", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
+             "num_kv_blocks", "quantize", "kv_cache_dtype", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)
     return {

@@ -178,6 +178,8 @@ def _report(
         "model": replica.config.architecture if args.model is None else str(args.model),
         "engine": choose_engine(replica.options.engine),
         "dtype": replica.config.compute_dtype(args.dtype),
+        "quantize": replica.options.quantize,
+        "kv_cache_dtype": replica.options.kv_cache_dtype,
         "tp": layout.tp,
         "pp": layout.pp,
         "dp": layout.dp,

@@ -231,6 +231,8 @@ def _to_json(evaluation: Evaluation, args: argparse.Namespace, llm: LLM, setting
         "bits_per_byte": evaluation.bits_per_byte,
         **settings,
         "dtype": args.dtype,
+        "quantize": args.quantize,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "device": llm.device,
         "tp": llm.layout.tp,
         "pp": llm.layout.pp,

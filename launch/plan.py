@@ -32,6 +32,10 @@ def build_parser() -> CommandParser:
     for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--quantize", choices=("none", "fp8"), default="none", help="as launch.serve")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
+    )
     parser.add_argument(
         "--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted"
     )
@@ -65,6 +69,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.checkpoints.config_files import demo_path, read_config
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.formats import read_formats
+    from phalanx.checkpoints.quantization.row_codes import held_formats
     from phalanx.runtime.memory import plan_memory
     from phalanx.runtime.models.registry import find_model
 
@@ -79,7 +84,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         config,
         options.layout,
         dtype,
-        formats=read_formats(raw),
+        formats=held_formats(read_formats(raw), options.quantize),
+        kv_itemsize=1 if options.kv_cache_dtype == "fp8" else None,
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
@@ -88,6 +94,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": config.architecture,
         "dtype": dtype,
+        "quantize": options.quantize,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "tp": options.layout.tp,
         "pp": options.layout.pp,
         "dp": options.layout.dp,
@@ -109,6 +117,8 @@ def _options(args: argparse.Namespace, config: ModelConfig) -> EngineConfig:
     return EngineConfig(
         layout=Layout(args.tp, args.pp, args.dp),
         dtype=args.dtype,
+        quantize=args.quantize,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=longest_requested(config, args.max_model_len),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -20,13 +20,17 @@ __all__ = [
     "DTypeName",
     "EngineConfig",
     "EngineName",
+    "KvCacheDType",
     "ModelConfig",
+    "QuantizeName",
     "RopeConfig",
 ]
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizeName = Literal["none", "fp8"]
+KvCacheDType = Literal["auto", "bfloat16", "float16", "fp8"]
 EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
 
 
@@ -138,6 +142,8 @@ class EngineConfig:
         max_num_seqs: most sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
         max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
+        quantize: ``fp8`` quantises the float weights of layers while they are loaded, one scale for each row.
+        kv_cache_dtype: what the cache holds; ``auto`` = what the checkpoint says, else the compute type.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
         engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.
         prefix_caching: share blocks between requests with equal beginnings.
@@ -157,6 +163,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     num_kv_blocks: int | None = None
+    quantize: QuantizeName = "none"
+    kv_cache_dtype: KvCacheDType = "auto"
     engine_dir: Path | None = None
     gpu_memory_utilization: float = 0.90
     prefix_caching: bool = True
@@ -175,6 +183,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_flag(name)}={value} is below 1; leave it out for the default")
+        if self.kv_cache_dtype not in ("auto", "fp8", self.dtype) and self.dtype != "auto":
+            raise ConfigError(
+                f"--kv-cache-dtype={self.kv_cache_dtype} is neither fp8 nor the compute type --dtype={self.dtype}; use one of these"
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"--gpu-memory-utilization={self.gpu_memory_utilization} is outside (0, 1]; 0.90 is the default"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan, components_of, format_weights
+from phalanx.checkpoints.formats import ALL_DENSE, DENSE, FormatPlan, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -87,12 +87,13 @@ def plan_memory(
     dtype: str,
     *,
     formats: FormatPlan = ALL_DENSE,
+    kv_itemsize: int | None = None,
     max_num_seqs: int,
     max_num_tokens: int,
     max_model_len: int,
     block_size: int,
 ) -> tuple[RankMemory, ...]:
-    """Every rank of one replica, in order.
+    """Every rank of one replica, in order. ``kv_itemsize``: bytes of a cached value; None = those of ``dtype``.
 
     Raises:
         ConfigError: the model cannot be split so.
@@ -115,7 +116,9 @@ def plan_memory(
                 workspace=workspace_bytes(model, config, formats, place, max_num_seqs, max_num_tokens, itemsize)
                 + state,
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
-                kv_block_bytes=kv_block_bytes(config, len(layers), place.tp_rank, layout.tp, block_size, itemsize),
+                kv_block_bytes=kv_block_bytes(
+                    config, len(layers), place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize
+                ),
             )
         )
     return tuple(result)
@@ -170,8 +173,12 @@ def workspace_bytes(
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
-    specs = [weight.spec for weight in format_weights(model.block_weights(config, first_layer), formats)]
-    return activation_bytes(specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp)
+    weights = format_weights(model.block_weights(config, first_layer), formats)
+    specs = [weight.spec for weight in weights]
+    quantized = [weight.spec for weight in weights if weight.format != DENSE]
+    return activation_bytes(
+        specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
+    ) + _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
 
 
 def activation_bytes(
@@ -194,6 +201,12 @@ def activation_bytes(
     pieces = 6 * len(matrices) + 32
     logits = num_logit_rows * (vocab_rows + hidden_size)
     return ((num_tokens + num_logit_rows) * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES
+
+
+def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int) -> int:
+    """Room for the 8-bit inputs of ``specs`` with a scale for each row, all alive at once."""
+    widths = [spec.local_shape(rank, size)[1] for spec in specs]
+    return sum(num_rows * (width + 4) + 4 * ALIGNMENT_BYTES for width in widths)
 
 
 def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:

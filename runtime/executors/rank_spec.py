@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phalanx.checkpoints.checkpoint import Checkpoint
-from phalanx.checkpoints.formats import FormattedWeight
+from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
+from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes, held_formats, quantized_while_loading
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.sharding import stage_layers
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
 from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
@@ -48,6 +53,45 @@ class RankSpec:
     def declared(self) -> list[FormattedWeight]:
         """Weights of this stage with their formats."""
         return stage_weights(self.model, self.config, self.checkpoint.formats, self.topology)
+
+    @property
+    def quantized(self) -> dict[str, RowCodes]:
+        """``--quantize``: the formats of weights that are stored as floats and quantised while they are loaded.
+
+        Raises:
+            ConfigError: the checkpoint is quantised already.
+        """
+        if self.options.quantize == "none":
+            return {}
+        declared = self.declared
+        for weight in declared:
+            if weight.format != DENSE:
+                raise ConfigError(
+                    f"--quantize={self.options.quantize}: the checkpoint holds {weight.format.name} weights already; leave it out"
+                )
+        return {weight.spec.owner: FP8_ROWS for weight in declared if quantized_while_loading(weight.spec)}
+
+    @property
+    def held_formats(self) -> FormatPlan:
+        """Formats of weights in memory, after `quantized`."""
+        return held_formats(self.checkpoint.formats, self.options.quantize)
+
+    @property
+    def kv_scales(self) -> dict[int, NDArray[np.float32]] | None:
+        """For each layer of this stage ``[2, K local]`` scales of an fp8 cache, keys and values; None = a cache of plain values.
+
+        Raises:
+            ConfigError: the cache's type is neither fp8 nor the compute type.
+        """
+        wanted = self.options.kv_cache_dtype
+        if wanted not in ("auto", "fp8", self.dtype):
+            raise ConfigError(
+                f"--kv-cache-dtype={wanted} is neither fp8 nor the compute type {self.dtype}; use one of these"
+            )
+        if wanted != "fp8":
+            return None
+        heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size).size
+        return {layer: np.ones((2, heads), np.float32) for layer in self.layers}
 
     def load(self, sink: CollectingSink[Array]) -> Weights[Array]:
         """Load this rank's weights into ``sink``. Raises as `load_stage`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -109,6 +109,10 @@ class Weights(Generic[Array]):
                 f"the model needs {name}.{kind} as plain values, but the checkpoint holds {', '.join(components) or 'none'}"
             )
         return components[kind]
+
+    def values(self) -> Collection[Weight[Array]]:
+        """Every weight."""
+        return self._weights.values()
 
     def arrays(self) -> dict[str, Array]:
         """Every array by its full name: ``layers.3.qkv.weight``."""

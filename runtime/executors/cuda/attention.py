@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.kernels.attention import AttentionDType, AttentionLimits, AttentionShape, AttentionStep, PagedAttention
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.rotary import RotaryTables, rotary_kv_write
+from phalanx.kernels.rotary import Fp8Pages, RotaryTables, rotary_kv_write
 from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig, RopeConfig
@@ -29,6 +31,7 @@ class CacheLayout:
     Attributes:
         layers: global numbers of the blocks that this rank holds.
         heads, kv_heads: query and key/value heads of this rank.
+        dtype: of queries and, without ``has_fp8_pages``, of pages.
     """
 
     layers: range
@@ -37,15 +40,22 @@ class CacheLayout:
     head_dim: int
     block_size: int
     dtype: AttentionDType
+    has_fp8_pages: bool = False
 
     @classmethod
     def of(
-        cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int
-    ) -> CacheLayout:
+        cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int,
+        has_fp8_pages: bool = False,
+    ) -> CacheLayout:  # fmt: skip
         """The share of ``rank`` of ``size`` tensor-parallel ranks."""
         heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
         kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
-        return cls(layers, heads, kv_heads, config.head_dim, block_size, dtype)
+        return cls(layers, heads, kv_heads, config.head_dim, block_size, dtype, has_fp8_pages)
+
+    @property
+    def page_dtype(self) -> np.dtype[Any]:
+        """What pages hold; codes are bytes."""
+        return np.dtype(np.uint8) if self.has_fp8_pages else device_dtype(self.dtype)
 
     @property
     def block_bytes(self) -> int:
@@ -55,15 +65,16 @@ class CacheLayout:
     @property
     def layer_block_bytes(self) -> int:
         """Bytes of the keys of one block in one layer."""
-        return self.kv_heads.size * self.block_size * self.head_dim * device_dtype(self.dtype).itemsize
+        return self.kv_heads.size * self.block_size * self.head_dim * self.page_dtype.itemsize
 
     def allocate(self, num_blocks: int) -> dict[int, tuple[DeviceArray, DeviceArray]]:
         """Zeroed pages of every layer: ``{layer: (keys, values)}``. Zeros, because 0 * NaN would not be 0."""
         import cupy
 
         shape = (num_blocks, self.kv_heads.size, self.block_size, self.head_dim)
-        dtype = device_dtype(self.dtype)
-        return {layer: (cupy.zeros(shape, dtype), cupy.zeros(shape, dtype)) for layer in self.layers}
+        return {
+            layer: (cupy.zeros(shape, self.page_dtype), cupy.zeros(shape, self.page_dtype)) for layer in self.layers
+        }
 
 
 class CudaAttention:
@@ -80,7 +91,15 @@ class CudaAttention:
         limits: AttentionLimits,
         arrays: StepArrays,
         pool: ActivationPool,
+        kv_scales: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
+        """``kv_scales``: for each layer ``[2, K local]`` scales of keys and values, if pages hold fp8 codes."""
+        import cupy
+
+        self._fp8: dict[int, Fp8Pages] = {}
+        if kv_scales is not None:
+            saturated = cupy.zeros(1, np.int32)
+            self._fp8 = {layer: Fp8Pages(cupy.asarray(scales), saturated) for layer, scales in kv_scales.items()}
         self._library, self._layout, self._limits, self._arrays, self._pool = library, layout, limits, arrays, pool
         self._pages = layout.allocate(1)
         self._kinds: dict[AttentionSpec, PagedAttention] = {}
@@ -114,18 +133,19 @@ class CudaAttention:
     def __call__(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
         """``[T, (H + 2K) C local] -> [T, H C local]``; rotates queries in place in ``qkv``."""
         kind = self._kinds.get(spec) or self._create(spec)
-        rows, (keys, values) = len(qkv), self._pages[layer]
+        rows, (keys, values), fp8 = len(qkv), self._pages[layer], self._fp8.get(layer)
+        kv_scales = None if fp8 is None else fp8.kv_scales
         rotary_kv_write(
             self._library, qkv, self._arrays.positions[:rows], self._arrays.slot_mapping[:rows], keys, values,
-            None if spec.rope is None else self._tables(spec.rope), num_heads=self._layout.heads.size,
+            None if spec.rope is None else self._tables(spec.rope), num_heads=self._layout.heads.size, fp8=fp8,
         )  # fmt: skip
         if spec not in self._split:
             self._split.add(spec)
             kind.split_work(self._step)
         out = self._pool.array((rows, self._layout.heads.size * self._layout.head_dim), qkv.dtype)
-        kind.decode(qkv, keys, values, out, self._step)
+        kind.decode(qkv, keys, values, out, self._step, kv_scales)
         if self._has_prefill:
-            kind.prefill(qkv, keys, values, out, self._step)
+            kind.prefill(qkv, keys, values, out, self._step, kv_scales)
         return out
 
     def _create(self, spec: AttentionSpec) -> PagedAttention:
@@ -135,6 +155,7 @@ class CudaAttention:
         shape = AttentionShape(
             layout.heads.size, layout.kv_heads.size, layout.head_dim, layout.block_size, layout.dtype,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+            has_fp8_pages=layout.has_fp8_pages,
         )  # fmt: skip
         slopes = None
         if spec.alibi:

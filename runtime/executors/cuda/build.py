@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from phalanx.checkpoints.formats import format_weights
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
 from phalanx.kernels.gemm import Gemm, open_gemm
@@ -30,7 +33,7 @@ from phalanx.runtime.executors.cuda.sampler import CudaSampler
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
-from phalanx.runtime.executors.cuda.weights import CudaSink
+from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
@@ -39,6 +42,10 @@ from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "select_device"]
+
+_FIRST_WITH_FP8 = 89
+_CODE_ALIGNMENT = 16
+"""Rows and columns of 8-bit matrices come in multiples of this (cuBLASLt)."""
 
 
 def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
@@ -54,6 +61,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
     device, stream = select_device()
     with device, stream:
         library = KernelLibrary()
+        _check_quantized(spec, library.architecture)
         with _open_groups(library, spec.topology, spec.comm) as groups:
             weights = _load(spec, library)
             gemm = open_gemm(library)
@@ -69,6 +77,26 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
             executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
         executor.warm_up(spec.comm)  # captures graphs, and while there are any, aborting NCCL would wait
     return executor, max_model_len
+
+
+def _check_quantized(spec: RankSpec, architecture: str) -> None:
+    """Refuse products of codes on devices without them, or of sizes that, on any rank, 8-bit kernels do not take."""
+    quantized = [
+        weight
+        for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
+        if isinstance(weight.format, RowCodes)
+    ]
+    if quantized and int(architecture.removeprefix("sm_").rstrip("af")) < _FIRST_WITH_FP8:
+        raise ConfigError(
+            f"{quantized[0].format.name} products need compute capability 8.9; this GPU has {architecture}: leave --quantize out"
+        )
+    for weight, rank in product(quantized, range(spec.tp_size)):
+        shape = weight.spec.local_shape(rank, spec.tp_size)
+        if any(extent % _CODE_ALIGNMENT for extent in shape):
+            raise ConfigError(
+                f"{weight.spec.owner} is {list(shape)} on rank {rank} of tp_size={spec.tp_size}; {weight.format.name} "
+                f"products on a GPU need multiples of {_CODE_ALIGNMENT}: use another tp_size, or leave --quantize out"
+            )
 
 
 def select_device() -> tuple[Any, Any]:
@@ -128,11 +156,17 @@ def _step_limits(spec: RankSpec) -> StepLimits:
 
 def _cache_layout(spec: RankSpec) -> CacheLayout:
     """This rank's share of the key/value cache."""
-    return CacheLayout.of(spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size)
+    return CacheLayout.of(
+        spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size,
+        has_fp8_pages=spec.kv_scales is not None,
+    )  # fmt: skip
 
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
-    return spec.load(CudaSink(spec.dtype, library))
+    if not spec.quantized:
+        return spec.load(CudaSink(spec.dtype, library))
+    sink = QuantizingSink(spec.dtype, library, spec.quantized)
+    return sink.quantized(spec.load(sink))
 
 
 def _stage(
@@ -159,7 +193,7 @@ def _stage(
         admission_words=ADMISSION.itemsize // 4,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
-    attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool)
+    attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool, spec.kv_scales)
     parts = (config.num_layers, library, gemm, weights, vocabulary, groups.tensor, arrays, pool, attention)
     ops = CudaOps(*parts) if timeline is None else TracedOps(timeline, *parts)
     sampler = CudaSampler(library, vocabulary, config.vocab_size, groups.tensor, arrays, pool)
@@ -177,7 +211,7 @@ def _scratch(spec: RankSpec, limits: StepLimits) -> Any:
     num_bytes = workspace_bytes(
         spec.model,
         spec.config,
-        spec.checkpoint.formats,
+        spec.held_formats,
         spec.topology,
         limits.max_num_seqs,
         limits.max_num_tokens,

@@ -7,13 +7,16 @@ and the whole of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
 from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
+from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
@@ -21,6 +24,7 @@ from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
+from phalanx.runtime.executors.cuda.deferred import Deferred, Rows, Write, quantized_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
@@ -41,6 +45,9 @@ class CudaOps(Ops[DeviceArray]):
     Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there:
     of a 2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
 
+    With quantised weights norms and gated activations return `Deferred`: the product that follows makes them as codes, any
+    other operation as plain values.
+
     Args:
         num_layers: blocks of the whole model.
         weights: this rank's shard.
@@ -58,12 +65,16 @@ class CudaOps(Ops[DeviceArray]):
         self._num_rows = 0
         self._num_kept = 0
         self._logit_rows = range(0)
+        self._matrices: dict[str, DeviceArray | QuantizedRows] = {}
+        self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
+        self._pending: Deferred | None = None
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
         """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
 
         ``num_kept``: go on with this many of the step's rows with logits behind the last attention; 0 = with all rows.
         """
+        self._pending = None
         self._pool.reset()
         self._attention.begin(has_prefill)
         self._num_rows, self._num_kept = num_rows, num_kept
@@ -84,6 +95,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.position_embedding`; in place."""
+        x = self._values(x)
         add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights.embedding(name))
         return x
 
@@ -99,23 +111,33 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
+        x = self._values(x)
         residual = self._rows_of(residual, x)
-        out = self._pool.array(x.shape, x.dtype)
-        rms_norm(
-            self._library, x, self._weights.norm(name)[0], out,
-            epsilon=eps, weight_offset=weight_offset, residual=residual,
-        )  # fmt: skip
-        return out, x if residual is None else residual
+        weight, _ = self._weights.norm(name)
+        total = x if residual is None else residual
+
+        def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
+            rms_norm(
+                self._library, x, weight, out, epsilon=eps, weight_offset=weight_offset, residual=residual
+            )  # fmt: skip
+
+        out = self._deferred(x, x.shape, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        return out, total
 
     def add_layer_norm(
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
+        x = self._values(x)
         residual = self._rows_of(residual, x)
-        out = self._pool.array(x.shape, x.dtype)
         weight, bias = self._weights.norm(name)
-        layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
-        return out, x if residual is None else residual
+        total = x if residual is None else residual
+
+        def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
+            layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
+
+        out = self._deferred(x, x.shape, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.column_linear`; the bias in the product's epilogue."""
@@ -127,6 +149,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.add_bias`; in place."""
+        x = self._values(x)
         bias = self._weights.linear(name).bias
         if bias is not None:
             add_bias(self._library, x, bias)
@@ -134,7 +157,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
         """See `Ops.all_reduce`; in place."""
-        return self._group.all_reduce(x)
+        return self._group.all_reduce(self._values(x))
 
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.row_linear`; alone, a rank adds the bias in the product's epilogue."""
@@ -144,6 +167,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
         """See `Ops.add`."""
+        x, y = self._values(x), self._values(y)
         x, y = self._rows_of(x, y), self._rows_of(y, x)
         out = self._pool.array(x.shape, x.dtype)
         add(self._library, x, y, out)
@@ -151,31 +175,75 @@ class CudaOps(Ops[DeviceArray]):
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
         """See `Ops.activation`."""
+        x = self._values(x)
         out = self._pool.array(x.shape, x.dtype)
         activation(self._library, x, out, _ACTIVATIONS[kind])
         return out
 
     def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
         """See `Ops.gated_activation`."""
-        out = self._pool.array((len(x), x.shape[1] // 2), x.dtype)
-        gated_activation(self._library, x, out, _ACTIVATIONS[kind])
-        return out
+        x = self._values(x)
+
+        def write(out: Any) -> None:
+            gated_activation(self._library, x, out, _ACTIVATIONS[kind])
+
+        return self._deferred(x, (len(x), x.shape[1] // 2), write, write)
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         """See `Ops.attention`."""
-        out = self._attention(qkv, layer, spec)
+        out = self._attention(self._values(qkv), layer, spec)
         if layer == self._last_layer and self._num_kept:
             return self._gather(out, range(self._num_kept))
         return out
 
     def logits(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
-        return self.column_linear(x if self._num_kept else self._gather(x, self._logit_rows), name)
+        return self.column_linear(x if self._num_kept else self._gather(self._values(x), self._logit_rows), name)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
-        weight = self._weights.array(name)
+        weight = self._matrix(name)
+        rows = self._codes(x, weight.kind) if isinstance(weight, QuantizedRows) else self._values(x)
         out = self._pool.array((len(x), weight.shape[0]), x.dtype)
-        self._gemm(x, weight, out, bias)
+        self._gemm(rows, weight, out, bias)
+        return out
+
+    def _matrix(self, name: str) -> DeviceArray | QuantizedRows:
+        """What the kernels multiply by."""
+        if name not in self._matrices:
+            weight = self._weights.linear(name)
+            parts, chosen = weight.components, weight.format
+            if isinstance(chosen, RowCodes):
+                self._matrices[name] = QuantizedRows(parts["codes"], parts["scale"], chosen.kind)
+            else:
+                self._matrices[name] = parts["weight"]
+        return self._matrices[name]
+
+    def _deferred(self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write) -> Rows:
+        """What ``write`` fills: at once, or with quantised weights when its consumer is known."""
+        if not self._defers:
+            out = self._pool.array(shape, like.dtype)
+            write(out)
+            return out
+        self._pending = Deferred(self._pool, shape, like.dtype, write, write_again)
+        return self._pending
+
+    def _settle(self, x: Rows) -> None:
+        """Make what still waits, unless it is ``x``: kernels keep the program's order."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending is not x and pending.is_pending:
+            pending.values()
+
+    def _values(self, x: Rows) -> DeviceArray:
+        """``x`` in the compute type."""
+        self._settle(x)
+        return x.values() if isinstance(x, Deferred) else x
+
+    def _codes(self, x: Rows, kind: CodeKind) -> QuantizedRows:
+        self._settle(x)
+        if isinstance(x, Deferred):
+            return x.codes(kind)
+        out = quantized_rows(self._pool, x.shape, kind)
+        quantize_rows(self._library, x, out)
         return out
 
     def _rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:

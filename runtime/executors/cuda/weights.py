@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,21 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
+from phalanx.kernels.quantize import QuantizedRows, quantize_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
+from phalanx.runtime.executors.weights import Weight, Weights
 
-__all__ = ["CudaSink"]
+__all__ = ["CudaSink", "QuantizingSink"]
 
 _CHUNK_BYTES = 32 << 20
+
+
+_STORED_CODES = {"F8_E4M3": np.dtype(np.uint8), "I8": np.dtype(np.uint8)}
+"""Codes are bytes on the device: CuPy knows no fp8, and kernels reinterpret them anyway."""
 
 
 class CudaSink:
@@ -44,7 +53,7 @@ class CudaSink:
         """Zero-filled memory for one weight or component."""
         import cupy
 
-        array = cupy.zeros(shape, self._dtype if dtype is None else NUMPY_DTYPES[dtype])
+        array = cupy.zeros(shape, self._dtype if dtype is None else _STORED_CODES.get(dtype, NUMPY_DTYPES[dtype]))
         self.weights.update(dict.fromkeys(names, array))
         return array
 
@@ -68,7 +77,8 @@ class CudaSink:
         """Copy ``array`` to ``destination[index]``, in the compute dtype or the component's own."""
         from cupy.cuda import runtime
 
-        values = np.ascontiguousarray(convert(array, destination.dtype, "weight"))
+        is_codes = destination.dtype == np.uint8
+        values = np.ascontiguousarray(array.view(np.uint8) if is_codes else convert(array, destination.dtype, "weight"))
         region = destination[index]
         row_bytes = values.shape[-1] * values.itemsize
         runtime.memcpy2DAsync(
@@ -94,3 +104,53 @@ class CudaSink:
             mean=dummy.mean,
             width=dummy.width,
         )
+
+
+class QuantizingSink(CudaSink):
+    """Quantises some float weights as soon as they are complete, so that one at a time is held as floats.
+
+    The loader fills one weight after the other: a weight is complete when the next one is allocated, or at the end.
+
+    Args:
+        formats: by the names that models use; other weights stay as they are.
+    """
+
+    def __init__(self, dtype: str, library: Library, formats: Mapping[str, RowCodes]) -> None:
+        super().__init__(dtype, library)
+        self._formats = formats
+        self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
+
+    def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
+        """As `CudaSink.allocate`."""
+        self._finish()
+        array = super().allocate(names, shape, dtype)
+        if names[0].rpartition(".")[2] == "weight" and names[0].rpartition(".")[0] in self._formats:
+            self._filling = names, array
+        return array
+
+    def quantized(self, weights: Weights[DeviceArray]) -> Weights[DeviceArray]:
+        """``weights``, which were made from this sink's arrays, by their formats.
+
+        A last weight may not have been complete then.
+        """
+        self._finish()
+        return weights.converted(self._converted)
+
+    def _converted(self, weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
+        chosen = self._formats.get(weight.name)
+        if chosen is None:
+            return weight
+        rows = self.weights[f"{weight.name}.weight"]
+        return replace(weight, format=chosen, components={"codes": rows.codes, "scale": rows.scale})
+
+    def _finish(self) -> None:
+        import cupy
+
+        if self._filling is None:
+            return
+        names, array = self._filling
+        self._filling = None
+        kind = self._formats[names[0].rpartition(".")[0]].kind
+        rows = QuantizedRows(cupy.empty(array.shape, np.uint8), cupy.empty(array.shape[:1], np.float32), kind)
+        quantize_rows(self._library, array, rows)
+        self.weights.update(dict.fromkeys(names, rows))

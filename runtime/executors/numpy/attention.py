@@ -6,13 +6,14 @@ consecutive is a view ``[K, n P, C]`` that BLAS reads in place. Scattered blocks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.quantization.numbers import E4M3_MAX, to_codes
 from phalanx.parallel.sharding import local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.numpy.threads import Threads
@@ -49,12 +50,14 @@ class NumpyAttention:
         rank, size: place in the tensor-parallel group.
         max_len: longest sequence, for the rotary table.
         threads: what prompt chunks are shared by.
+        kv_scales: for each layer ``[2, K]`` float32 scales of keys and values, which are then rounded to fp8 codes.
     """
 
     def __init__(
         self, config: ModelConfig, layers: range, num_blocks: int, block_size: int, rank: int, size: int, max_len: int,
-        threads: Threads,
+        threads: Threads, kv_scales: Mapping[int, Float32Array] | None = None,
     ) -> None:  # fmt: skip
+        self._kv_scales, self.num_saturated = kv_scales, 0
         heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
         kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
         self._heads, self._kv_heads, self._head_dim = heads.size, kv_heads.size, config.head_dim
@@ -106,8 +109,8 @@ class NumpyAttention:
         if spec.rope is not None:
             self._rotate(packed[:, : heads + kv_heads], spec.rope.rotary_dim)
         keys, values = self._keys[layer], self._values[layer]
-        keys[:, *self._write] = packed[:, heads : heads + kv_heads].swapaxes(0, 1)
-        values[:, *self._write] = packed[:, heads + kv_heads :].swapaxes(0, 1)
+        keys[:, *self._write] = self._cached(packed[:, heads : heads + kv_heads], layer, 0).swapaxes(0, 1)
+        values[:, *self._write] = self._cached(packed[:, heads + kv_heads :], layer, 1).swapaxes(0, 1)
         queries = packed[:, :heads] * np.float32(spec.scale)
         out = np.empty((len(qkv), heads, dim), np.float32)
         self._attend_decodes(queries, keys, values, spec, out)
@@ -117,6 +120,16 @@ class NumpyAttention:
             for tile in self._tiles:
                 self._attend(tile, queries, keys, values, spec, out)
         return out.reshape(len(qkv), heads * dim)
+
+    def _cached(self, x: Float32Array, layer: int, kind: int) -> Float32Array:
+        """What the cache holds of ``x`` ``[T, K, C]``: itself, or the values of its codes. ``kind``: 0 keys, 1 values."""
+        if self._kv_scales is None:
+            return x
+        scale = self._kv_scales[layer][kind][:, None]
+        inverse = np.float32(1) / scale
+        self.num_saturated += int((np.abs(x * inverse) > E4M3_MAX).sum())
+        stored: Float32Array = to_codes(x, inverse, "fp8").astype(np.float32) * scale
+        return stored
 
     def _rotate(self, x: Float32Array, rotary_dim: int) -> None:
         """Rotate the halves of each head's leading ``rotary_dim`` in place: ``[T, heads, C]``."""

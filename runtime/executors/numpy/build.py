@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
 from phalanx.runtime.executors.numpy.executor import CAPABILITIES, NumpyExecutor
@@ -34,19 +36,28 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     """
     config, options, topology = spec.config, spec.options, spec.topology
     CAPABILITIES.check(config, spec.dtype)
-    weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype])).converted(_dequantized)
+    weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
+    weights = weights.converted(lambda weight: _dequantized(_quantized(weight, spec.quantized)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
     limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size)
-    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks), max_len
+    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks, spec.kv_scales), max_len
+
+
+def _quantized(weight: Weight[Array], quantized: Mapping[str, RowCodes]) -> Weight[Array]:
+    """``--quantize``: a float weight by the format that it is to have."""
+    chosen = quantized.get(weight.name)
+    if chosen is None:
+        return weight
+    return replace(weight, format=chosen, components=chosen.quantize(weight.components["weight"]))
 
 
 def _dequantized(weight: Weight[Array]) -> Weight[Array]:
-    """The same weight as float32 values: a processor multiplies nothing faster than that."""
+    """The same weight as float32 values: a processor multiplies nothing faster than that. Inputs follow the format."""
     if weight.format == DENSE:
         return weight
-    return replace(weight, format=DENSE, components={"weight": weight.format.dequantize(weight.components)})
+    return replace(weight, components={"weight": weight.format.dequantize(weight.components)})
 
 
 def _num_blocks(spec: RankSpec) -> int:

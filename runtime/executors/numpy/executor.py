@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,7 @@ class NumpyExecutor:
     def __init__(
         self, model: Model, config: ModelConfig, weights: Weights[Float32Array], topology: Topology,
         comm: Communicator, limits: StepLimits, num_kv_blocks: int,
+        kv_scales: Mapping[int, Float32Array] | None = None,
     ) -> None:  # fmt: skip
         self._model, self._config, self._topology = model, config, topology
         self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
@@ -59,8 +61,9 @@ class NumpyExecutor:
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
         threads = Threads(thread_count())
         self._attention = NumpyAttention(
-            config, self._layers, num_kv_blocks, limits.block_size, rank, size, limits.max_model_len, threads
-        )
+            config, self._layers, num_kv_blocks, limits.block_size, rank, size, limits.max_model_len, threads,
+            kv_scales,
+        )  # fmt: skip
         self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
         self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
         self._results: deque[StepResult] = deque()

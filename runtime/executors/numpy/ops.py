@@ -118,7 +118,8 @@ class NumpyOps(Ops[Float32Array]):
 
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.row_linear_partial`."""
-        return product(x, self._weights.array(name), self._threads)
+        weight = self._weights.linear(name)
+        return product(weight.format.round_input(x), weight.components["weight"], self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
         """See `Ops.add_bias`. Works in place: ``x`` is a fresh product here."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt.executor import CAPABILITIES, TrtExecutor
 from phalanx.runtime.executors.tensorrt.loading import open_session
@@ -19,6 +20,11 @@ def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor, int]:
     """
     CAPABILITIES.check(spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, spec.declared)
+    if spec.options.quantize != "none" or spec.options.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            f"the tensorrt engine cannot run --quantize={spec.options.quantize} --kv-cache-dtype={spec.options.kv_cache_dtype}; "
+            "use --engine cuda or numpy for fp8"
+        )
     session, shape = open_session(spec)
     pipeline = spec.comm.split(spec.topology.pp_group)
     return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

@@ -1,0 +1,74 @@
+"""Results that wait for their consumer, which knows in which form it takes them: plain values, or codes with scales.
+
+A product with a quantised weight takes codes, one with a float weight values; the norm or activation before it can write
+either in one kernel, but model files name neither. So with quantised weights such an operation returns a `Deferred`, and the
+operation that follows, in program order, makes it: `CudaOps` holds at most one at a time, and every operation that is not a
+product makes it as plain values first. No kernel changes its place among the others by this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from phalanx.kernels.quantize import CodeKind, QuantizedRows
+from phalanx.runtime.executors.cuda.activations import ActivationPool
+from phalanx.runtime.executors.cuda.memory import DeviceArray
+
+__all__ = ["Deferred", "Rows", "quantized_rows"]
+
+Write = Callable[["DeviceArray | QuantizedRows"], None]
+"""Enqueues the kernel that fills its argument, in the form that the argument has."""
+
+
+class Deferred:
+    """One result of ``[T, D]``, made at most once in each form.
+
+    Args:
+        write: makes it the first time.
+        write_again: makes it in another form afterwards, when inputs may have been updated in place.
+    """
+
+    __slots__ = ("_codes", "_pool", "_values", "_write", "_write_again", "dtype", "shape")
+
+    def __init__(
+        self, pool: ActivationPool, shape: tuple[int, int], dtype: Any, write: Write, write_again: Write
+    ) -> None:
+        self._pool, self.shape, self.dtype = pool, shape, dtype
+        self._write, self._write_again = write, write_again
+        self._values: DeviceArray | None = None
+        self._codes: dict[CodeKind, QuantizedRows] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether no kernel has run yet."""
+        return self._values is None and not self._codes
+
+    def values(self) -> DeviceArray:
+        """``[T, D]`` in the compute type."""
+        if self._values is None:
+            self._values = self._filled(self._pool.array(self.shape, self.dtype))
+        return self._values
+
+    def codes(self, kind: CodeKind) -> QuantizedRows:
+        """The codes of what `values` would hold."""
+        if kind not in self._codes:
+            self._codes[kind] = self._filled(quantized_rows(self._pool, self.shape, kind))
+        return self._codes[kind]
+
+    def _filled(self, out: Any) -> Any:
+        self._write(out)
+        self._write = self._write_again  # and what only the first call needed can be freed
+        return out
+
+
+Rows = Any
+"""A `DeviceArray` or a `Deferred`."""
+
+
+def quantized_rows(pool: ActivationPool, shape: tuple[int, int], kind: CodeKind) -> QuantizedRows:
+    """Uninitialised codes and scales for the rest of the step."""
+    return QuantizedRows(pool.array(shape, "uint8"), pool.array(shape[:1], "float32"), kind)

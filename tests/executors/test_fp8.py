@@ -1,0 +1,107 @@
+"""``--quantize fp8`` and fp8 caches: the NumPy engine by definition, the CUDA executor (emulated) against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import RequestOutput, SamplingParams
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
+from tests.support.fake_cupy import OneAtATime, install_fake_device
+from tests.support.reference import prompt_token_ids
+
+LLAMA = CASES_BY_NAME["llama-grouped-heads"]
+CASE = CheckpointCase(
+    "llama-heads-of-16",
+    {**LLAMA.config, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+     "head_dim": 16},
+)  # fmt: skip
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+FP8 = {"quantize": "fp8", "kv_cache_dtype": "fp8"}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+
+
+def generate(directory: Path, engine: str, tp: int = 1, pp: int = 1, **options: Any) -> RequestOutput:
+    prompt = prompt_token_ids(CASE)
+
+    def rank(comm: Communicator) -> RequestOutput:
+        sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 7, "num_kv_blocks": 20}
+        with LLM(
+            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine=engine,
+            **{**sizes, **options},
+        ) as llm:  # fmt: skip
+            return llm.generate([prompt], PARAMS)[0]
+
+    return run_ranks(tp * pp, rank)[0]
+
+
+def logprobs(output: RequestOutput) -> np.ndarray:
+    assert output.prompt_logprobs is not None
+    return np.array([one.logprob for one in output.prompt_logprobs if one is not None])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(CASE, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("options", [{"quantize": "fp8"}, {"kv_cache_dtype": "fp8"}, FP8], ids=str)
+def test_fp8_is_close_to_but_not_equal_to_the_float_model(directory: Path, options: dict[str, str]) -> None:
+    exact, quantised = logprobs(generate(directory, "numpy")), logprobs(generate(directory, "numpy", **options))
+    assert 0 < np.abs(exact - quantised).mean() < 0.3  # of logits that spread over several nats
+
+
+@pytest.mark.parametrize("options", [{"quantize": "fp8"}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_results_do_not_depend_on_chunks(directory: Path, options: dict[str, str]) -> None:
+    outputs = [generate(directory, "numpy", max_num_batched_tokens=size, **options) for size in (1, 7, 64)]
+    for other in outputs[1:]:
+        assert other.token_ids == outputs[0].token_ids
+        np.testing.assert_allclose(logprobs(other), logprobs(outputs[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("options", [{"quantize": "fp8"}, FP8], ids=["weights", "weights-and-cache"])
+def test_cuda_computes_what_numpy_defines(
+    directory: Path, device: None, options: dict[str, str], tp: int, pp: int
+) -> None:
+    # The NumPy engine keeps float32 between operations, the device float16: some codes fall to the other side.
+    expected = logprobs(generate(directory, "numpy", tp, pp, **options))
+    output = generate(directory, "cuda", tp, pp, dtype="float16", **options)
+    exact = logprobs(generate(directory, "numpy"))
+    assert np.abs(logprobs(output) - expected).max() < np.abs(exact - expected).max()
+
+
+def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: Path, device: None) -> None:
+    narrow = CheckpointCase("narrow", {**CASE.config, "intermediate_size": 88})
+    with pytest.raises(ConfigError, match=r"layers\.0\.down is \[64, 40\] .* tp_size=2; .* multiples of 16"):
+        generate(write_checkpoint(narrow, tmp_path), "cuda", tp=2, quantize="fp8", dtype="float16")
+
+
+def test_devices_without_fp8_products_are_refused(
+    directory: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OneAtATime, "architecture", "sm_86")
+    with pytest.raises(ConfigError, match=r"products need compute capability 8\.9; this GPU has sm_86"):
+        generate(directory, "cuda", quantize="fp8", dtype="float16")
+
+
+@pytest.mark.parametrize("engine", ["cuda", "numpy"])
+def test_a_cache_of_another_float_type_is_refused(directory: Path, device: None, engine: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-dtype=bfloat16 is neither fp8 nor the compute type"):
+        generate(directory, engine, kv_cache_dtype="bfloat16", dtype="float16")
+
+
+def test_fp8_caches_need_16_bit_activations(directory: Path, device: None) -> None:
+    with pytest.raises(ConfigError, match="needs head_dim in multiples of 16 and 16-bit activations"):
+        generate(directory, "cuda", kv_cache_dtype="fp8", dtype="float32")
