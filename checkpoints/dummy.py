@@ -59,7 +59,7 @@ class DummySlice:
     transposed: bool = False
 
     def values(self, buffer: Buffer | None = None) -> Array:
-        """The slice as a host array in stored orientation and format; aliases ``buffer`` where one is given."""
+        """The slice as a host array in stored orientation and format; aliases ``buffer`` if given."""
         out = result_array(index_shape(self.index), NUMPY_DTYPES[self.dtype], buffer)
         rows = out.reshape(math.prod(out.shape[:-1]), out.shape[-1])
         starts = self._row_starts()

@@ -2,7 +2,7 @@
 
 The loader walks a weight declaration, reads only the slices that this rank holds and hands them to a `WeightSink`, which
 knows where weights live (`phalanx.checkpoints.sinks.NumpySink`: host arrays; the CUDA executor's: device memory). Nothing
-larger than one chunk is held besides the sink's own memory.
+larger than one chunk is held in addition to the sink's own memory.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class NumpySink:
     Args:
         rounding: safetensors name (``BF16``, ``F16``) of a format that values are rounded to first; None = none. So a
             float32 computation sees exactly the weights that a device would hold in that format.
-        dtype: of the arrays; components with a format of their own keep it.
-        chunk_bytes: bound on what is held besides the arrays: about three chunks (stored, float32, rounded).
+        dtype: of the arrays; components that declare a format keep it.
+        chunk_bytes: bounds what is held in addition to the arrays: about three chunks (stored, float32, rounded).
     """
 
     def __init__(self, rounding: str | None = None, dtype: Any = np.float32, chunk_bytes: int = 1 << 20) -> None:
@@ -32,7 +32,7 @@ class NumpySink:
         self._exact: set[int] = set()
 
     def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        """A zero array under every one of ``names``."""
+        """Add a zero array under each of ``names``."""
         array = np.zeros(shape, self._dtype if dtype is None else NUMPY_DTYPES[dtype])
         self.weights.update(dict.fromkeys(names, array))
         if dtype is not None:
@@ -40,13 +40,13 @@ class NumpySink:
         return array
 
     def staging(self, num_bytes: int) -> Buffer:
-        """One buffer, used again for every chunk."""
+        """Return one buffer, reused for every chunk."""
         if self._buffer.nbytes < num_bytes:
             self._buffer = np.empty(num_bytes, np.uint8)
         return self._buffer
 
     def write(self, destination: Array, index: Index, array: Array) -> None:
-        """Round if asked to, widen and copy; components with a format of their own are copied as they are."""
+        """Round if asked to, widen and copy; components that declare a format are copied unchanged."""
         target = destination[index]
         if id(destination) in self._exact:
             np.copyto(target, array, casting="safe")

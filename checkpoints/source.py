@@ -1,4 +1,4 @@
-"""The seam between stored checkpoints and whoever reads them: named tensors, readable slice by slice.
+"""The seam between stored checkpoints and their readers: named tensors, readable slice by slice.
 
 A Hugging Face directory (`phalanx.checkpoints.directory`), a split of any layout (`phalanx.checkpoints.split_source`) and
 seeded random weights (`phalanx.checkpoints.dummy`) all look alike from here.
@@ -56,7 +56,7 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index, buffer: Buffer | None = None) -> Array:
         """Read one slice, and nothing else, in the stored format (ml_dtypes types for BF16 and FP8).
 
-        The result is C-contiguous and the caller's: it aliases the beginning of ``buffer`` where one is given (at least
+        The result is C-contiguous and the caller's: it aliases the beginning of ``buffer`` if given (at least
         as many bytes as the slice has), else it is fresh memory. Sources keep no reference to either, and several
         threads may read at once.
 

@@ -1,7 +1,7 @@
-"""Weight declarations: what a model needs, where it comes from, how it is split. Pure data, read by everyone.
+"""Weight declarations: what a model needs, where it comes from, how it is split. Pure data.
 
 The loader, the splitter, the memory planner and the TensorRT builder all read the same declaration, so a weight's
-sharding is written down once, beside the model that uses it.
+sharding is written down once, next to the model that uses it.
 """
 
 from __future__ import annotations

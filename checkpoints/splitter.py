@@ -1,4 +1,4 @@
-"""Writing a split: every rank's slices into a file of their own, with a manifest that says what is where.
+"""Write a split: one file of slices per rank, and a manifest that says what is where.
 
 The slices stay in the checkpoint's orientation and names, so that any layout can be put together again from any other
 (`phalanx.checkpoints.split_source`). Work is shared by the ranks of a communicator, one file each in turn, and by threads

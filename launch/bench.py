@@ -125,7 +125,7 @@ def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | 
 
 
 def _run(args: argparse.Namespace, replica: Replica) -> list[dict[str, Any]]:
-    """A report for each iteration; every iteration has prompts of its own, so that none finds them in the cache."""
+    """Report each iteration; iterations have different prompts, so that none finds them in the cache."""
     from phalanx.runtime.measure import measure
 
     engine = replica.engine
@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace, replica: Replica) -> list[dict[str, Any]]:
 
 
 def _median(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of the median throughput, and the throughput of every iteration beside it."""
+    """Return the report of the median throughput, with the throughput of every iteration."""
     rates = [report["output_tokens_per_second"] for report in reports]
     return {**reports[rates.index(statistics.median_low(rates))], "runs_output_tokens_per_second": rates}
 

@@ -142,7 +142,7 @@ def _rank(memory: RankMemory) -> dict[str, Any]:
 
 
 def _fit(ranks: Sequence[RankMemory], options: EngineConfig, max_model_len: int, gib: float | None) -> dict[str, Any]:
-    """How many blocks and sequences fit beside the weights; null where no memory size was given."""
+    """How many blocks and sequences fit next to the weights; null without a memory size."""
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.memory import RESERVE_BYTES, num_kv_blocks
 

@@ -137,9 +137,9 @@ def num_kv_blocks(ranks: Sequence[RankMemory], memory_bytes: int) -> int:
 
 
 def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
-    """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts where it comes first.
+    """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts at its first.
 
-    ``itemsize`` is that of the compute type; components with a format of their own count in that.
+    ``itemsize`` is that of the compute type; components that declare a format count in that.
     """
     result = dict.fromkeys(WEIGHT_PARTS, 0)
     for group in distinct(components):

@@ -77,9 +77,9 @@ def _loaded(wanted: dict[str, int]) -> LoadedEngine:
 def test_refit_gives_each_weight_that_the_engine_wants() -> None:
     weights = {"a.weight": np.zeros((2, 3), np.float32), "tied": np.zeros(4, np.float32)}
     refit(_loaded({"a.weight": 6}), weights, 5)
-    with pytest.raises(ExecutorError, match=r"wants a weight 'b' that the checkpoint has not"):
+    with pytest.raises(ExecutorError, match=r"needs weight 'b', which is missing from the checkpoint"):
         refit(_loaded({"b": 6}), weights, 5)
-    with pytest.raises(ExecutorError, match=r"does not take weight 'a.weight' \(2, 3\)"):
+    with pytest.raises(ExecutorError, match=r"rejects weight 'a.weight' \(2, 3\)"):
         refit(_loaded({"a.weight": 7}), weights, 5)
     with pytest.raises(ExecutorError, match="could not be refitted, 0 weight"):
         refit(_loaded({"a.weight": 6}), weights, 6)

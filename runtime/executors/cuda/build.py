@@ -75,7 +75,8 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
             max_model_len = longest_sequence(spec.config, spec.options, num_blocks)
             attention.allocate(num_blocks)
             executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
-        executor.warm_up(spec.comm)  # captures graphs, and while there are any, aborting NCCL would wait
+        # Outside the context: aborting NCCL blocks while captured graphs hold the communicator.
+        executor.warm_up(spec.comm)
     return executor, max_model_len
 
 
@@ -100,7 +101,7 @@ def _check_quantized(spec: RankSpec, architecture: str) -> None:
 
 
 def select_device() -> tuple[Any, Any]:
-    """This process's GPU, made current, and a stream of its own: the one that is visible, or the one of its local rank.
+    """Make this process's GPU current (the visible one, or that of its local rank) and create a stream on it.
 
     Raises:
         ConfigError: CuPy or the driver is missing, or there are fewer GPUs than ranks on this host.
@@ -116,7 +117,7 @@ def select_device() -> tuple[Any, Any]:
     local_rank = launch_info().local_rank
     if count > 1 and local_rank >= count:
         raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} ranks on a host"
+            f"local rank {local_rank} has no GPU: {count} are visible; start at most {count} ranks on a host"
         )
     device = cupy.cuda.Device(local_rank if count > 1 else 0)
     device.use()
@@ -138,7 +139,7 @@ def _open_groups(library: KernelLibrary, topology: Topology, comm: Communicator)
 
 
 def _abandon(groups: list[DeviceCommunicator]) -> None:
-    """Release groups without their peers, which may know of no failure. What this raises matters less than what led here."""
+    """Abort the groups without coordinating with peers. Errors here are suppressed so that the original exception surfaces."""
     for release in [group.abort for group in groups] + [group.close for group in groups]:
         with suppress(Exception):
             release()
@@ -235,7 +236,7 @@ def _num_blocks(spec: RankSpec) -> int:
     wanted = options.num_kv_blocks or max(fitting, 1)
     if wanted > fitting:
         raise ConfigError(
-            f"{wanted} blocks of {block_bytes:,} bytes do not fit beside weights and "
+            f"{wanted} blocks of {block_bytes:,} bytes do not fit next to weights and "
             f"activations: {max(usable, 0):,} bytes are left ({fitting} blocks); use more GPUs, a smaller "
             "--max-num-batched-tokens, or a larger --gpu-memory-utilization"
         )

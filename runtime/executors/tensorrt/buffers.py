@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory of one rank beside its engine: caches, inputs, outputs, scratch."""
+"""Device memory of one rank in addition to its engine: caches, inputs, outputs, scratch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def allocate(pieces: Mapping[str, int], shape: NetworkShape) -> dict[str, Device
         arena = Arena(total)
     except ConfigError as error:
         raise ConfigError(
-            f"{shape.max_num_seqs} slots of {shape.slot_length} tokens and the buffers need {total / 1e9:.2f} GB beside the "
+            f"{shape.max_num_seqs} slots of {shape.slot_length} tokens and the buffers need {total / 1e9:.2f} GB in addition to the "
             f"engine ({error}); build with a smaller --max-num-seqs or --max-model-len, or use more GPUs"
         ) from error
     return {name: arena.array(name, (num_bytes,), np.uint8) for name, num_bytes in pieces.items()}

@@ -155,7 +155,7 @@ class EngineDirectory:
         except ValueError as error:
             raise ConfigError(f"{self.config_path} is damaged ({error}); {_REBUILD}") from None
         if not isinstance(config, dict) or "key" not in config:
-            raise ConfigError(f"{self.config_path} is not of launch.build; {_REBUILD}")
+            raise ConfigError(f"{self.config_path} was not written by launch.build; {_REBUILD}")
         return config
 
     def read_shape(self) -> NetworkShape:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TensorRT executor needs of one rank's engine: a GPU or an interpreter of the network can be behind it."""
+"""What the TensorRT executor needs of one rank's engine, which runs on a GPU or in an interpreter of its network."""
 
 from __future__ import annotations
 

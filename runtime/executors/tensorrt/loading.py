@@ -162,10 +162,12 @@ def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> No
     refitter = library.module.Refitter(loaded.engine, loaded.logger)
     for name in refitter.get_all_weights():
         if name not in weights:
-            raise ExecutorError(f"the engine wants a weight {name!r} that the checkpoint has not; build it again")
+            raise ExecutorError(
+                f"the engine needs weight {name!r}, which is missing from the checkpoint; build it again"
+            )
         array = weights[name]
         view = library.weights(library.data_type(array.dtype), array.ctypes.data, array.size)
         if not refitter.set_named_weights(name, view):
-            raise ExecutorError(f"the engine does not take weight {name!r} {array.shape}; build it again")
+            raise ExecutorError(f"the engine rejects weight {name!r} {array.shape}; build it again")
     if (left := refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(stream):
         raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")
