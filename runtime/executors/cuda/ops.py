@@ -213,7 +213,7 @@ class CudaOps(Ops[DeviceArray]):
             weight = self._weights.linear(name)
             parts, chosen = weight.components, weight.format
             if isinstance(chosen, RowCodes):
-                self._matrices[name] = QuantizedRows(parts["codes"], parts["scale"], chosen.kind)
+                self._matrices[name] = QuantizedRows(parts["codes"].view("uint8"), parts["scale"], chosen.kind)
             else:
                 self._matrices[name] = parts["weight"]
         return self._matrices[name]

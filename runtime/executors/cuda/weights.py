@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
+from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
@@ -24,8 +25,7 @@ __all__ = ["CudaSink", "QuantizingSink"]
 _CHUNK_BYTES = 32 << 20
 
 
-_STORED_CODES = {"F8_E4M3": np.dtype(np.uint8), "I8": np.dtype(np.uint8)}
-"""Codes are bytes on the device: CuPy knows no fp8, and kernels reinterpret them anyway."""
+_BYTES = np.dtype(np.uint8)
 
 
 class CudaSink:
@@ -53,9 +53,15 @@ class CudaSink:
         """Zero-filled memory for one weight or component."""
         import cupy
 
-        array = cupy.zeros(shape, self._dtype if dtype is None else _STORED_CODES.get(dtype, NUMPY_DTYPES[dtype]))
+        array = cupy.zeros(shape, self._held(dtype))
         self.weights.update(dict.fromkeys(names, array))
         return array
+
+    def _held(self, dtype: str | None) -> np.dtype[Any]:
+        """fp8 components are bytes on the device: CuPy has no such type, and kernels reinterpret them."""
+        if dtype is None:
+            return self._dtype
+        return _BYTES if dtype == "F8_E4M3" else NUMPY_DTYPES[dtype]
 
     def staging(self, num_bytes: int) -> Buffer:
         """Pinned memory for the next chunk; waits until the device has taken what it held before."""
@@ -77,8 +83,8 @@ class CudaSink:
         """Copy ``array`` to ``destination[index]``, in the compute dtype or the component's own."""
         from cupy.cuda import runtime
 
-        is_codes = destination.dtype == np.uint8
-        values = np.ascontiguousarray(array.view(np.uint8) if is_codes else convert(array, destination.dtype, "weight"))
+        is_fp8 = destination.dtype == _BYTES and array.dtype == E4M3
+        values = np.ascontiguousarray(array.view(_BYTES) if is_fp8 else convert(array, destination.dtype, "weight"))
         region = destination[index]
         row_bytes = values.shape[-1] * values.itemsize
         runtime.memcpy2DAsync(
