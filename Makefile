@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format test-1 test-2 test-3 test-4 test-8
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8
 
 setup: $(BIN)/.installed
 
@@ -31,6 +31,13 @@ types: setup
 
 imports: setup
 	PYTHONPATH=tools/tree lint-imports
+
+key-tables: setup
+	python tools/key_tables.py
+
+# Configs, tokenizers and templates of a directory of downloaded models: make try-models DIR=...
+try-models: setup
+	python tools/try_models.py $(DIR)
 
 test-1: setup
 	python -m pytest

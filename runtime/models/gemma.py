@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import Activation, ModelConfig
 from phalanx.runtime.models import llama
 from phalanx.runtime.models.base import Model
@@ -36,10 +37,17 @@ def read_fields(reader: ConfigReader) -> ModelConfig:
 
 def _activation(reader: ConfigReader) -> Activation:
     """Early checkpoints say "gelu" in ``hidden_act`` and were trained with its tanh form, as ``hidden_activation`` says later."""
-    key = "hidden_activation" if reader.value("hidden_activation") is not None else "hidden_act"
-    activation = reader.activation(key, "gelu_pytorch_tanh")
-    reader.ignore("hidden_act")
-    return "gelu_tanh" if activation == "gelu" and key == "hidden_act" else activation
+    old = reader.activation("hidden_act", "gelu_pytorch_tanh")
+    old = "gelu_tanh" if old == "gelu" else old
+    if reader.value("hidden_activation") is None:
+        return old
+    new = reader.activation("hidden_activation", "gelu_pytorch_tanh")
+    if new != old and reader.value("hidden_act") is not None:
+        raise ConfigError(
+            f"hidden_activation={reader.value('hidden_activation')!r} and hidden_act={reader.value('hidden_act')!r} in config.json "
+            "disagree; remove the wrong one"
+        )
+    return new
 
 
 def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:

@@ -121,6 +121,22 @@ def test_one_asks_for_nothing_where_it_multiplies(value: Any, nothing: bool) -> 
     assert asks_for_nothing("window", value) is nothing
 
 
+@pytest.mark.parametrize(
+    ("fields", "activation"),
+    [
+        ({}, "gelu_tanh"), ({"hidden_act": "gelu"}, "gelu_tanh"), ({"hidden_activation": "gelu"}, "gelu"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "silu"}, "silu"), ({"hidden_act": "silu", "hidden_activation": "gelu"}, None),
+    ],
+)  # fmt: skip
+def test_gemmas_two_names_of_its_activation(fields: dict[str, Any], activation: str | None) -> None:
+    if activation is None:
+        with pytest.raises(ConfigError, match=r"hidden_activation='gelu' and hidden_act='silu' .* disagree"):
+            read(GEMMA, **fields)
+    else:
+        assert read(GEMMA, **fields).activation == activation
+
+
 def test_two_spellings_of_one_field_must_agree() -> None:
     assert read(GPT2, hidden_size=32) == read(GPT2)
     renamed = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024}

@@ -1,0 +1,24 @@
+"""docs/config_keys.md says what the code does."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_the_documented_keys_are_those_of_the_code() -> None:
+    tables = runpy.run_path(str(ROOT / "tools" / "key_tables.py"))
+    assert (ROOT / "docs" / "config_keys.md").read_text() == tables["document"](), "run `make key-tables`"
+
+
+def test_no_key_has_two_uses() -> None:
+    from phalanx.runtime.generation_config import GENERATION_KEYS
+    from phalanx.runtime.models.config_keys import FIXED_KEYS, HARMLESS_KEYS
+    from phalanx.runtime.text.tokenizer_keys import HONOURED_KEYS, IGNORED_KEYS
+
+    harmless = [key for keys in HARMLESS_KEYS.values() for key in keys]
+    assert not set(harmless) & FIXED_KEYS.keys()
+    assert not set(HONOURED_KEYS) & set(IGNORED_KEYS)
+    assert set(GENERATION_KEYS.values()) == {"honoured", "ignored", "refused"}
