@@ -198,7 +198,7 @@ def test_missing_engine_damaged_and_absent_config_are_told_apart(directory: Engi
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         directory.read_config()
     directory.config_path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"is not of launch\.build"):
+    with pytest.raises(ConfigError, match=r"was not written by launch\.build"):
         directory.read_config()
     directory.config_path.write_text('{"key": "0"}')
     with pytest.raises(ConfigError, match=r"lacks dtype, max_num_seqs, max_model_len, max_prefill_tokens"):
