@@ -1,6 +1,8 @@
 """Attention kernels on this GPU: bandwidth of decode, rate of prefill beside torch's scaled_dot_product_attention.
 
-    python tests/gpu/bench_attention.py [decode] [latency] [plan] [prefill]
+    python tests/gpu/bench_attention.py [decode] [latency] [plan] [prefill] [fp8]
+
+``fp8``: decode and prefill over pages of e4m3 codes beside the same over bfloat16 pages.
 
 Times are medians over replays of a CUDA graph of 16 launches, on shuffled pages that exceed the L2 cache. A decode's bytes
 are its keys, values, queries and outputs, once each. A causal prefill's operations are 4 H C for each
@@ -38,16 +40,31 @@ def random_elements(shape: tuple[int, ...]) -> Any:
     return ((bits & 0x80FF) | 0x3F00).view(ml_dtypes.bfloat16)
 
 
+def random_codes(shape: tuple[int, ...]) -> Any:
+    """e4m3 codes of values of either sign between 0.5 and 2."""
+    return (cupy.random.randint(0, 1 << 8, shape, dtype=cupy.uint8) & 0x8F) | 0x30
+
+
 class Workload:
     """``num_seqs`` sequences of one length, each with ``new_tokens`` new ones, over enough layers to exceed the cache."""
 
-    def __init__(self, library: Any, model: tuple[int, int, int], num_seqs: int, seq_len: int, new_tokens: int) -> None:
+    def __init__(
+        self,
+        library: Any,
+        model: tuple[int, int, int],
+        num_seqs: int,
+        seq_len: int,
+        new_tokens: int,
+        has_fp8_pages: bool = False,
+    ) -> None:
         heads, kv_heads, head_dim = model
-        shape = AttentionShape(heads, kv_heads, head_dim, BLOCK_SIZE, "bfloat16", head_dim**-0.5)
+        shape = AttentionShape(
+            heads, kv_heads, head_dim, BLOCK_SIZE, "bfloat16", head_dim**-0.5, has_fp8_pages=has_fp8_pages
+        )
         blocks = -(-seq_len // BLOCK_SIZE)
         num_blocks = num_seqs * blocks
         rows = num_seqs * new_tokens
-        kv_bytes = num_seqs * seq_len * kv_heads * head_dim * 4
+        kv_bytes = num_seqs * seq_len * kv_heads * head_dim * (2 if has_fp8_pages else 4)
         self.num_bytes = kv_bytes + rows * heads * head_dim * 4
         num_layers = max(1, min(8, -(-400_000_000 // kv_bytes)))
         self.attention = PagedAttention(library, shape, AttentionLimits(num_seqs, rows, seq_len))
@@ -62,14 +79,16 @@ class Workload:
         )
         self.qkv = random_elements((rows, (heads + 2 * kv_heads) * head_dim))
         pages = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
-        self.pages = [(random_elements(pages), random_elements(pages)) for _ in range(num_layers)]
+        make = random_codes if has_fp8_pages else random_elements
+        self.pages = [(make(pages), make(pages)) for _ in range(num_layers)]
+        self.kv_scales = cupy.ones((2, kv_heads), cupy.float32) if has_fp8_pages else None
         self.out = random_elements((rows, heads * head_dim))
         self.is_decode = new_tokens == 1
 
     def launch(self) -> None:
         run = self.attention.decode if self.is_decode else self.attention.prefill
         for layer in range(LAUNCHES):
-            run(self.qkv, *self.pages[layer % len(self.pages)], self.out, self.step)
+            run(self.qkv, *self.pages[layer % len(self.pages)], self.out, self.step, self.kv_scales)
 
     def plan(self) -> None:
         for _ in range(LAUNCHES):
@@ -135,6 +154,26 @@ def report_decode(library: Any, name: str, num_seqs: int, seq_len: int) -> None:
         f"{name:24}{num_seqs:6}{seq_len:9}{seconds * 1e6:9.1f}{rate / 1e12:7.2f}{rate / BANDWIDTH:8.1%}",
         flush=True,
     )
+
+
+def bench_fp8(library: Any) -> None:
+    print(
+        f"{'fp8 pages: H/K/C':24}{'seqs':>6}{'history':>9}{'new':>6}{'bf16 us':>9}{'fp8 us':>9}{'faster':>8}{'TB/s':>7}"
+    )
+    for name in ("llama-3-8b 32/8/128", "gemma-2b 8/1/256", "gemma-7b 16/16/256"):
+        for num_seqs, seq_len, new in [(64, 2048, 1), (256, 2048, 1), (512, 192, 1), (1, 2048, 1), (4, 2048, 2048)]:
+            times = []
+            for has_fp8_pages in (False, True):
+                work = Workload(library, MODELS[name], num_seqs, seq_len, new, has_fp8_pages)
+                times.append(work.seconds_per_layer())
+                rate = work.num_bytes / times[-1]
+                del work
+                cupy.get_default_memory_pool().free_all_blocks()
+            print(
+                f"{name:24}{num_seqs:6}{seq_len:9}{new:6}{times[0] * 1e6:9.1f}{times[1] * 1e6:9.1f}"
+                f"{times[0] / times[1]:8.2f}{rate / 1e12:7.2f}",
+                flush=True,
+            )
 
 
 def bench_plan(library: Any) -> None:
@@ -207,7 +246,13 @@ def _torch_seconds(q: Any, k: Any, v: Any, torch: Any, repeats: int = 7) -> floa
 
 def main() -> None:
     library = KernelLibrary()
-    benches = {"decode": bench_decode, "latency": bench_latency, "plan": bench_plan, "prefill": bench_prefill}
+    benches = {
+        "decode": bench_decode,
+        "latency": bench_latency,
+        "plan": bench_plan,
+        "prefill": bench_prefill,
+        "fp8": bench_fp8,
+    }
     chosen = sys.argv[1:] or list(benches)
     for name, bench in benches.items():
         if name in chosen:

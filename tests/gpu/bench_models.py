@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.gpus import num_gpus
@@ -32,6 +32,8 @@ class Case:
     tp: int = 1
     pp: int = 1
     output_len: int = 128
+    quantize: str = "none"
+    kv_cache_dtype: str = "auto"
 
     def command(self, num_iters: int, result: Path) -> list[str]:
         """The process to start."""
@@ -42,13 +44,13 @@ class Case:
             "model": MODELS / self.model, "load-format": "dummy", "engine": "cuda", "tp": self.tp, "pp": self.pp,
             "input-len": self.input_len, "output-len": self.output_len, "num-prompts": self.num_prompts,
             "max-num-seqs": self.max_num_seqs, "max-num-batched-tokens": self.max_num_batched_tokens,
-            "num-iters": num_iters, "json": result,
+            "quantize": self.quantize, "kv-cache-dtype": self.kv_cache_dtype, "num-iters": num_iters, "json": result,
         }  # fmt: skip
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [*(launcher if ranks > 1 else []), sys.executable, "-m", "launch.bench", mode, *flags]
 
 
-CASES = {
+FLOAT_CASES = {
     "gemma-2b": Case("gemma-2b", 128, 8192),
     "gemma-7b": Case("gemma-7b", 128, 2048),
     "llama-3-8b": Case("llama-3-8b", 128, 4096),
@@ -70,6 +72,10 @@ CASES = {
     "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
 }
+CASES = FLOAT_CASES | {
+    f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in FLOAT_CASES.items()
+}
+"""Every case as it is, and with fp8 weights, activations and cache."""
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
@@ -105,7 +111,7 @@ def main() -> None:
         parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(CASES)}")
     args.out.mkdir(parents=True, exist_ok=True)
     most = num_gpus()
-    for name in args.cases or [name for name, case in CASES.items() if case.tp * case.pp <= most]:
+    for name in args.cases or [name for name, case in FLOAT_CASES.items() if case.tp * case.pp <= most]:
         print(run(name, args.num_iters, args.out, args.timeout), flush=True)
 
 

@@ -9,6 +9,7 @@
 #     memcheck    compute-sanitizer on the kernel tests: addresses
 #     racecheck   compute-sanitizer on the kernel tests: shared memory
 #     ready       launch.serve with Llama-3-8B's sizes: seconds to READY (writes 16 GB below $TMPDIR)
+#     fp8         launch.bench of fp8 weights, activations and cache beside bfloat16; decode attention over fp8 pages
 #     trace       a timeline for Perfetto
 #     allreduce   our all-reduce and NCCL's
 #     kernels     benchmarks of kernels
@@ -19,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu-results}
 PYTHON=${PYTHON:-python3}
-STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models)
+STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models fp8)
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # Open MPI refuses root unless told otherwise; MPICH ignores these.
@@ -67,6 +68,11 @@ for step in "${@:-${STEPS[@]}}"; do
         trace)
             run trace on_all_gpus "$PYTHON" -m launch.bench throughput --model tests/gpu/models/gemma-2b --load-format dummy \
                 --engine cuda --num-prompts 256 --output-len 32 --max-num-seqs 128 --trace "$OUT/timeline.json"
+            ;;
+        fp8)
+            run attention_fp8 "$PYTHON" tests/gpu/bench_attention.py fp8
+            run models_fp8 "$PYTHON" -m tests.gpu.bench_models --out "$OUT" gemma-2b-fp8 gemma-2b gemma-7b-fp8 gemma-7b \
+                llama-3-8b-fp8 llama-3-8b llama-3-8b-2048-fp8 llama-3-8b-2048 llama-3-8b-one-fp8 llama-3-8b-one
             ;;
         allreduce) run allreduce on_all_gpus "$PYTHON" tests/gpu/bench_all_reduce.py --json "$OUT/all_reduce.json" ;;
         kernels) run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json" ;;

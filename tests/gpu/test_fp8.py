@@ -1,0 +1,129 @@
+"""fp8 on a GPU: every product that the tuner may choose, attention over fp8 pages, the executor against the NumPy engine.
+
+Codes of the quantising kernels are tested on the GPU by tests/kernels/test_quantize.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from phalanx.checkpoints.quantization.numbers import Codes, dequantize, quantize_rows
+from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm_tuner import GemmTuner
+from phalanx.kernels.gemv8 import GEMV8_SHAPES
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.quantize import CodeKind, QuantizedRows
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import SamplingParams
+from tests.gpu.test_attention_shapes import mixed
+from tests.gpu.test_executor import CASES, checkpoint, prompts
+from tests.kernels.attention_case import check, shape_of
+from tests.kernels.devices import CudaDevice, has_gpu
+
+cupy = pytest.importorskip("cupy")
+pytest.importorskip("nvmath")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU")]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHAPES = [(1, 256, 128), (7, 512, 2048), (17, 320, 1024), (32, 4096, 4096), (130, 1008, 640), (257, 96, 14336)]
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def gemm() -> Any:
+    gemm = Gemm(KernelLibrary(), CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), GemmTimings(None))
+    yield gemm
+    cupy.cuda.runtime.deviceSynchronize()
+    gemm.close()
+
+
+def put_codes(device: CudaDevice, codes: Codes, kind: CodeKind) -> QuantizedRows:
+    return QuantizedRows(device.put(codes.codes.view(np.uint8)), device.put(codes.scale[:, 0].copy()), kind)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_fp8_candidate_equals_float64(
+    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], has_bias: bool
+) -> None:
+    num_tokens, out_features, in_features = shape
+    random = np.random.default_rng(3)
+    x = quantize_rows(random.standard_normal((num_tokens, in_features), np.float32))
+    steps = np.linspace(1, 30, out_features, dtype=np.float32)[:, None]  # a scale of its own for each row shows mix-ups
+    weight = quantize_rows(random.standard_normal((out_features, in_features), np.float32) * steps)
+    bias = random.standard_normal(out_features).astype(BFLOAT16)
+    left, right = (dequantize(codes).astype(np.float64) for codes in (x, weight))
+    expected = left @ right.T + (bias.astype(np.float64) if has_bias else 0.0)
+    # bfloat16 output, and sums with about 13 bits on sm_90 (docs/quantisation.md).
+    norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    limit = 1.02 * 2.0**-8 * np.abs(expected) + 2.0**-9 * norms
+    operands = Operands(
+        put_codes(device, x, "fp8"), put_codes(device, weight, "fp8"),
+        device.poisoned((num_tokens, out_features), BFLOAT16), device.put(bias) if has_bias else None,
+    )  # fmt: skip
+    problem = problem_of(operands)
+    candidates = gemm.candidates(problem, GEMV8_SHAPES)
+    assert len(candidates) > (len(GEMV8_SHAPES) if num_tokens <= 32 else 0)
+    for candidate in candidates:
+        operands.out.view(np.uint8).fill(0xFF)
+        gemm.run(problem, GemmChoice(candidate), operands)
+        error = np.abs(device.get(operands.out).astype(np.float64) - expected)
+        assert np.all(error <= limit), (candidate, float((error / norms).max()))
+
+
+def test_the_tuner_times_fp8_products(gemm: Gemm, device: CudaDevice) -> None:
+    weight = quantize_rows(np.random.default_rng(4).standard_normal((4096, 4096), np.float32))
+    x = quantize_rows(np.random.default_rng(5).standard_normal((4, 4096), np.float32))
+    operands = Operands(
+        put_codes(device, x, "fp8"), put_codes(device, weight, "fp8"), device.poisoned((4, 4096), BFLOAT16)
+    )
+    (choice,) = GemmTuner(gemm, GemmTimings(None)).tune([problem_of(operands)]).values()
+    assert 0 < choice.microseconds <= choice.first_microseconds
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(
+    "heads", [(8, 2, 64), (8, 2, 80), (32, 8, 128), (8, 1, 256), (5, 1, 128), (16, 16, 256), (30, 1, 32)]
+)
+def test_attention_over_fp8_pages(device: CudaDevice, heads: tuple[int, int, int], block_size: int, dtype: str) -> None:
+    check(mixed(shape_of(*heads, dtype=dtype, block_size=block_size, has_fp8_pages=True)), device)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_over_fp8_pages_with_window_cap_and_slopes(device: CudaDevice, head_dim: int) -> None:
+    shape = shape_of(8, 2, head_dim, window=50, soft_cap=5.0, has_fp8_pages=True)
+    check(mixed(shape, has_alibi=True), device)
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantize": "fp8"}, {"kv_cache_dtype": "fp8"}, {"quantize": "fp8", "kv_cache_dtype": "fp8"}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "llama-128", "gemma"])
+def test_log_probabilities_follow_the_numpy_engine(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Nearer to the quantised NumPy engine than that is to the float one: bfloat16 moves some codes to their neighbours."""
+    directory = checkpoint(name, "bfloat16", tmp_path)
+    requests = prompts(CASES[name]["vocab_size"])
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+
+    def logprobs(engine: str, **options: Any) -> np.ndarray:
+        sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "num_kv_blocks": 200, "block_size": 16}
+        with LLM(directory, engine=engine, **{**sizes, **options}) as llm:
+            outputs = llm.generate(requests, params)
+        return np.array([one.logprob for output in outputs for one in output.prompt_logprobs or () if one is not None])
+
+    exact, expected, computed = logprobs("numpy"), logprobs("numpy", **options), logprobs("cuda", **options)
+    assert np.isfinite(computed).all()
+    rms = lambda difference: float(np.sqrt((difference**2).mean()))  # noqa: E731
+    assert rms(computed - expected) < 1.0 * rms(exact - expected)
