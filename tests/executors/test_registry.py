@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import get_args
 
 import pytest
 
-from phalanx.launch.arguments import CommandParser, add_model_arguments
+from phalanx.launch.arguments import add_model_arguments
 from phalanx.launch.diagnosis.check import Check
 from phalanx.launch.diagnosis.ranks import engine_checks
 from phalanx.parallel.errors import ConfigError
@@ -19,7 +20,7 @@ def test_the_table_has_every_engine_name_but_auto() -> None:
 
 
 def test_the_command_line_and_the_doctor_know_the_engines_of_the_table() -> None:
-    parser = CommandParser()
+    parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     for name in ENGINES:
         assert parser.parse_args(["--engine", name]).engine == name
