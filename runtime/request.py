@@ -21,6 +21,11 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     deadline: float | None = None
     """Monotonic time in seconds after which the request ends with an error; None = never."""
+    fork_from: str | None = None
+    """Id of a request with the same prompt, submitted before: the prompt is then computed once for both, as long as that one runs
+    or waits. It changes no result."""
+    cache_salt: str = ""
+    """Prefixes in the cache are shared only between requests of one salt."""
 
 
 @dataclass(frozen=True, slots=True)

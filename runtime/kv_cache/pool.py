@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.kv_cache.planner import Int32Array
 
 __all__ = ["BlockPool"]
@@ -96,7 +97,7 @@ class BlockPool:
         return int(np.count_nonzero(self._references[ids])) if ids else 0
 
     def share(self, ids: list[int]) -> None:
-        """Add a reference to keyed blocks."""
+        """Add a reference to each block, held or kept."""
         self._references[ids] += 1
         for block in ids:
             self._kept.pop(block, None)
@@ -112,6 +113,17 @@ class BlockPool:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+
+    def check(self) -> None:
+        """Raise `ExecutorError` unless each block is exactly one of held, kept and free."""
+        kept = np.zeros(self.num_blocks, np.bool_)
+        kept[list(self._kept)] = True
+        states = (self._references > 0).astype(np.int8) + kept + self._free
+        if (states != 1).any() or (self._references < 0).any() or self._num_free != np.count_nonzero(self._free):
+            wrong = np.flatnonzero(states != 1).tolist()
+            raise ExecutorError(
+                f"cache blocks {wrong[:8]} are not exactly one of held, kept and free; block accounting is broken"
+            )
 
     def _next_free(self, count: int) -> Int32Array:
         if count == 0:

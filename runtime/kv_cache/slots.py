@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.runtime.kv_cache.planner import Int32Array, SeqIndexArray
 
 __all__ = ["SlotPlanner"]
@@ -45,7 +45,7 @@ class SlotPlanner:
         """Tokens per slot."""
         return self._block_size
 
-    def extend_keys(self, keys: list[bytes], token_ids: Int32Array) -> None:
+    def extend_keys(self, keys: list[bytes], token_ids: Int32Array, salt: bytes = b"") -> None:
         """Nothing is shared, so there are no keys."""
 
     def admit(
@@ -57,6 +57,12 @@ class SlotPlanner:
         self._used[seq_index] = True
         self._new_indices.append(seq_index)
         return 0
+
+    def fork(
+        self, seq_index: int, parent: int, num_shared: int, num_tokens: int, expected_tokens: int, spare_blocks: int
+    ) -> int | None:
+        """Take the slot; nothing is shared."""
+        return self.admit(seq_index, num_tokens, expected_tokens, [], spare_blocks)
 
     def extend(self, seq_indices: SeqIndexArray, positions: Int32Array) -> bool:
         """A slot is as long as the longest sequence."""
@@ -83,3 +89,8 @@ class SlotPlanner:
     def take_copies(self) -> Int32Array:
         """None: nothing is shared."""
         return np.empty((0, 3), np.int32)
+
+    def check_idle(self) -> None:
+        """Raise `ExecutorError` unless all slots are free."""
+        if self._used.any():
+            raise ExecutorError(f"slots {np.flatnonzero(self._used).tolist()} are held though no sequence runs")

@@ -94,7 +94,7 @@ class RunningSet:
             self._waiting.discard(sequence)
             return
         filled = self._table.known_tokens(seq_index)[: self._table.num_filled(seq_index)]
-        self._cache.extend_keys(sequence.keys, filled)
+        self._cache.extend_keys(sequence.keys, filled, sequence.salt)
         self._cache.release(seq_index, sequence.keys[: len(filled) // self._cache.block_size])
         self._table.remove(seq_index)
 
@@ -143,38 +143,62 @@ class RunningSet:
                 budget -= count
 
     def _admit(self, selection: Selection) -> None:
-        """Start waiting requests in order of arrival while rows, blocks and token budget last."""
+        """Start waiting requests in order of arrival while rows, blocks and token budget last.
+
+        One whose prompt another is about to compute lets others pass until it can be forked. Starts also stop where their blocks
+        would be more than a plan has room for, with one sequence over: prefixes in the cache cost blocks but no tokens.
+        """
         most = self._share(self._table.num_running + min(len(self._waiting), self._table.num_free))
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        while self._waiting and self._table.num_free and budget > 0 and len(selection.chunks) < most:
-            sequence = self._waiting.first
+        num_blocks, started = 0, []
+        for sequence in self._waiting:
+            is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
+            if is_full or budget <= 0 or not self._table.num_free:
+                break
+            if self._waits_for_prompt(sequence):
+                continue
             num_cached = self._reserve(sequence)
             if num_cached is None:
                 break
-            self._waiting.discard(sequence)
+            started.append(sequence)
             self._table.add(sequence, num_cached)
             count = min(sequence.num_to_compute - num_cached, budget)
             selection.chunks.append((sequence.seq_index, count))
             selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
             budget -= count
+            num_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
+        for sequence in started:
+            self._waiting.discard(sequence)
+
+    def _waits_for_prompt(self, sequence: Sequence) -> bool:
+        leader = sequence.leader
+        if leader is None:
+            return False
+        return leader.seq_index < 0 or int(self._table.num_computed[leader.seq_index]) < sequence.num_prompt - 1
 
     def _reserve(self, sequence: Sequence) -> int | None:
         """Blocks for all known tokens in the next free row; returns how many are cached, None if there are too few."""
-        num_tokens = len(sequence.token_ids)
-        self._cache.extend_keys(sequence.keys, sequence.token_ids)
-        # Prompt log-probabilities need the logits of every prompt token, so these requests compute them all.
-        keys = [] if sequence.lacks_prompt_logprobs else sequence.keys
-        # A block of growth for each running sequence stays free: docs/benchmarks/scheduler.md says what that saves.
-        spare_blocks = self._table.num_running
-        num_cached = self._cache.admit(
-            self._table.next_seq_index, num_tokens, sequence.target_length - 1, keys, spare_blocks
-        )
+        num_cached = self._take_blocks(sequence)
         if num_cached is not None:
-            self.prefix_query_tokens += num_tokens
+            self.prefix_query_tokens += len(sequence.token_ids)
             self.prefix_hit_tokens += num_cached
             if sequence.num_cached_tokens < 0:
                 sequence.num_cached_tokens = num_cached
+                if sequence.group is not None and sequence.group.leader.has_ended:
+                    sequence.group.leader = sequence
         return num_cached
+
+    def _take_blocks(self, sequence: Sequence) -> int | None:
+        row, num_tokens, expected = self._table.next_seq_index, len(sequence.token_ids), sequence.target_length - 1
+        # A block of growth for each running sequence stays free: docs/benchmarks/scheduler.md says what that saves.
+        spare_blocks = self._table.num_running
+        self._cache.extend_keys(sequence.keys, sequence.token_ids, sequence.salt)
+        leader = sequence.leader
+        if leader is not None:
+            return self._cache.fork(row, leader.seq_index, num_tokens - 1, num_tokens, expected, spare_blocks)
+        # Prompt log-probabilities need the logits of every prompt token, so these requests compute them all.
+        keys = [] if sequence.lacks_prompt_logprobs else sequence.keys
+        return self._cache.admit(row, num_tokens, expected, keys, spare_blocks)
 
     def _preempt(self, seq_index: int) -> None:
         """Take a sequence's row and blocks; all its tokens, generated ones too, will be computed again.

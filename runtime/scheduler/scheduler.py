@@ -22,7 +22,7 @@ from phalanx.runtime.scheduler.results import (
     store_prompt_logprobs,
 )
 from phalanx.runtime.scheduler.running_set import RunningSet
-from phalanx.runtime.scheduler.sequences import Sequence, SequenceTable
+from phalanx.runtime.scheduler.sequences import PromptGroup, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig, SchedulerStats
 from phalanx.runtime.scheduler.waiting import Deadlines, WaitingQueue
 from phalanx.runtime.step import StepPlan, StepResult
@@ -76,6 +76,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests wait, max_queued_requests is "
                 f"{self._config.max_queued_requests}; try again later"
             )
+        self._join_group(sequence)
         self._num_submitted += 1
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -109,7 +110,7 @@ class Scheduler:
         """Take in the result of the oldest plan in flight.
 
         Raises:
-            ExecutorError: it is another step's result, or of another size.
+            ExecutorError: it is another step's result, or of another size; or cache blocks are still held after the last request.
         """
         planned = self._take_planned(result)
         batch = DeltaBatch()
@@ -117,6 +118,8 @@ class Scheduler:
         self._apply_prompt_logprobs(planned, result)
         self._apply_tokens(planned, result, batch)
         self._end_overdue(now)
+        if not self.has_work:
+            self._cache.check_idle()
 
     def take_deltas(self) -> list[TokenDelta]:
         """What happened since the last call, one for each request and step, in order of steps."""
@@ -147,6 +150,19 @@ class Scheduler:
             prefix_query_tokens=self._running.prefix_query_tokens,
             prefix_hit_tokens=self._running.prefix_hit_tokens,
         )
+
+    def _join_group(self, sequence: Sequence) -> None:
+        """Let a sequence share the prompt of the request that it names, unless that one has ended."""
+        request = sequence.request
+        first = None if request.fork_from is None else self._sequences.get(request.fork_from)
+        if first is None:
+            return
+        if (first.request.prompt_token_ids, first.salt) != (request.prompt_token_ids, sequence.salt):
+            raise RequestError(
+                f"fork_from={request.fork_from!r} has another prompt or cache salt; name a request with the same",
+                "fork_from",
+            )
+        first.group = sequence.group = first.group or PromptGroup(first)
 
     def _take_cache_changes(self) -> CacheChanges:
         return CacheChanges(self._cache.take_new_blocks(), self._cache.take_copies())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob, Request
 
-__all__ = ["SeqIndexArray", "Sequence", "SequenceTable"]
+__all__ = ["PromptGroup", "SeqIndexArray", "Sequence", "SequenceTable"]
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
@@ -19,6 +19,17 @@ SeqIndexArray = NDArray[np.intp]
 
 _NO_TOKEN = -2
 """Fills `SequenceTable.end_ids`; not -1, which a sampled token is when the logits were not finite."""
+
+
+@dataclass(slots=True, eq=False)
+class PromptGroup:
+    """Sequences with one prompt, which is computed once for all that start while another of them runs.
+
+    Attributes:
+        leader: the first; after its end, the next that starts by itself.
+    """
+
+    leader: Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +46,7 @@ class Sequence:
         num_cached_tokens: prompt tokens that its first admission found in the cache.
         prompt_logprobs: those known so far; None unless asked for.
         has_ended: its last delta was given.
+        group: sequences with its prompt, if requests named each other.
     """
 
     number: int
@@ -47,6 +59,20 @@ class Sequence:
     num_cached_tokens: int = -1
     prompt_logprobs: list[Logprob | None] | None = None
     has_ended: bool = False
+    group: PromptGroup | None = None
+
+    @property
+    def salt(self) -> bytes:
+        """Sequences of another salt share no prefix with it."""
+        return self.request.cache_salt.encode()
+
+    @property
+    def leader(self) -> Sequence | None:
+        """The sequence whose prompt it takes over when it starts; None if it starts by itself, or has started."""
+        if self.group is None or self.num_cached_tokens >= 0 or self.lacks_prompt_logprobs:
+            return None
+        leader = self.group.leader
+        return None if leader is self or leader.has_ended else leader
 
     @property
     def num_prompt(self) -> int:

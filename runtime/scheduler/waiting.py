@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import takewhile
 
 from phalanx.runtime.scheduler.sequences import Sequence
 
@@ -13,10 +15,9 @@ _MIN_PRUNE = 64
 
 
 class WaitingQueue:
-    """First come, first served; preempted sequences arrived before all others, so they go back to the front.
+    """First come, first served; preempted sequences go back to their place, which is at or near the front.
 
-    That keeps the queue sorted: a preempted sequence is the youngest that ran, and nothing younger was ever
-        admitted.
+    Nothing younger than a waiting sequence was admitted, except where it waited for another to compute its prompt.
     """
 
     def __init__(self) -> None:
@@ -25,22 +26,23 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._by_number)
 
-    @property
-    def first(self) -> Sequence:
-        """The oldest."""
-        return next(iter(self._by_number.values()))
+    def __iter__(self) -> Iterator[Sequence]:
+        """The oldest first."""
+        return iter(self._by_number.values())
 
     def append(self, sequence: Sequence) -> None:
-        """A new request."""
+        """Queue a new request."""
         self._by_number[sequence.number] = sequence
 
     def put_back(self, sequence: Sequence) -> None:
-        """A preempted one."""
+        """Queue a preempted sequence again, before all that arrived after it."""
+        older = list(takewhile(lambda number: number < sequence.number, self._by_number))
         self._by_number[sequence.number] = sequence
-        self._by_number.move_to_end(sequence.number, last=False)
+        for number in (sequence.number, *reversed(older)):
+            self._by_number.move_to_end(number, last=False)
 
     def discard(self, sequence: Sequence) -> None:
-        """One that started, or ended while it waited; others pass."""
+        """Remove a sequence; no-op if it is not queued."""
         self._by_number.pop(sequence.number, None)
 
 

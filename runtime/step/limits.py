@@ -37,9 +37,9 @@ class StepLimits:
 
     @property
     def max_plan_words(self) -> int:
-        """Words of the largest packed plan: all sequences new, a cache block for each token, one copied for each sequence."""
+        """Words of the largest packed plan, with as many cache blocks as `RunningSet` starts sequences for in one plan."""
         seqs, tokens = self.max_num_seqs, self.max_num_tokens
         return STEP_LAYOUT.most_words(
             num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
-            num_new_blocks=seqs + tokens, num_copies=seqs, num_admissions=seqs,
+            num_new_blocks=seqs + tokens + self.blocks_per_seq, num_copies=seqs, num_admissions=seqs,
         )  # fmt: skip

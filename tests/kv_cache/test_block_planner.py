@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.runtime.kv_cache import BlockPlanner
 
 BLOCK_SIZE = 4
@@ -20,9 +20,9 @@ def prompt(*token_ids: int) -> NDArray[np.int32]:
     return np.array(token_ids, np.int32)
 
 
-def keys_of(blocks: BlockPlanner, token_ids: NDArray[np.int32]) -> list[bytes]:
+def keys_of(blocks: BlockPlanner, token_ids: NDArray[np.int32], salt: bytes = b"") -> list[bytes]:
     keys: list[bytes] = []
-    blocks.extend_keys(keys, token_ids)
+    blocks.extend_keys(keys, token_ids, salt)
     return keys
 
 
@@ -52,8 +52,13 @@ def test_keys_grow_with_the_tokens() -> None:
 
 
 def test_another_salt_shares_nothing() -> None:
-    tokens = prompt(1, 2, 3, 4)
-    assert keys_of(planner(salt=b"a"), tokens) != keys_of(planner(salt=b"b"), tokens)
+    blocks, tokens = planner(), prompt(1, 2, 3, 4, 5, 6, 7, 8)
+    one, other = keys_of(blocks, tokens, b"a"), keys_of(blocks, tokens, b"b")
+    assert set(one).isdisjoint(other)
+    assert set(one).isdisjoint(keys_of(blocks, tokens))
+    grown = keys_of(blocks, tokens[:4], b"a")
+    blocks.extend_keys(grown, tokens, b"a")
+    assert grown == one
 
 
 def test_common_prefix_is_held_once() -> None:
@@ -205,6 +210,67 @@ def test_every_block_can_be_used_when_none_are_consecutive() -> None:
     assert blocks.admit(0, 16, 16, [], 0) == 0
     assert len(set(blocks.block_table(0).tolist())) == 4
     assert blocks.num_free_blocks == 0
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_one_that_is_partly_filled() -> None:
+    blocks = planner()
+    assert blocks.admit(0, 11, 20, [], 0) == 0
+    blocks.take_new_blocks()
+    assert blocks.fork(1, 0, 10, 11, 20, 0) == 10
+    parent, child = blocks.block_table(0).tolist(), blocks.block_table(1).tolist()
+    assert child[:2] == parent[:2]
+    assert child[2] not in parent
+    assert blocks.take_copies().tolist() == [[0, parent[2], child[2]]]
+    assert blocks.take_copies().shape == (0, 3), "each copy is told once"
+    assert blocks.take_new_blocks().tolist() == [[0, 1, index, block] for index, block in enumerate(child)]
+    assert blocks.num_free_blocks == 16 - 4
+
+
+def test_a_fork_at_the_end_of_a_block_copies_nothing() -> None:
+    blocks = planner()
+    assert blocks.admit(0, 9, 20, [], 0) == 0
+    assert blocks.fork(1, 0, 8, 9, 20, 0) == 8
+    assert len(blocks.take_copies()) == 0
+
+
+def test_a_fork_that_does_not_fit_changes_nothing() -> None:
+    blocks = planner(num_blocks=4)
+    assert blocks.admit(0, 11, 20, [], 0) == 0
+    assert blocks.fork(1, 0, 10, 11, 20, spare_blocks=1) is None
+    assert (blocks.num_free_blocks, len(blocks.block_table(1)), len(blocks.take_copies())) == (1, 0, 0)
+
+
+def test_source_of_a_copy_outlives_its_sequence_until_the_plan_has_the_copy() -> None:
+    blocks = planner(num_blocks=4)
+    assert blocks.admit(0, 7, 7, [], 0) == 0
+    source = int(blocks.block_table(0)[1])
+    assert blocks.fork(1, 0, 6, 7, 7, 0) == 6
+    blocks.release(0, [])
+    assert blocks.admit(2, 8, 8, [], 0) is None, "one block is free, the source is not"
+    ((_, from_block, _),) = blocks.take_copies().tolist()
+    assert from_block == source
+    assert blocks.admit(2, 8, 8, [], 0) == 0
+    for seq_index in (1, 2):
+        blocks.release(seq_index, [])
+    blocks.check_idle()
+
+
+def test_a_fork_that_ends_before_its_plan_copies_nothing() -> None:
+    blocks = planner()
+    assert blocks.admit(0, 7, 7, [], 0) == 0
+    assert blocks.fork(1, 0, 6, 7, 7, 0) == blocks.fork(2, 1, 6, 7, 7, 0) == 6
+    blocks.release(1, [])
+    assert blocks.take_copies().tolist() == [[0, int(blocks.block_table(0)[1]), int(blocks.block_table(2)[1])]]
+
+
+def test_blocks_held_by_nobody_that_runs_are_an_error() -> None:
+    blocks = planner()
+    blocks.check_idle()
+    assert blocks.admit(0, 7, 7, [], 0) == 0
+    with pytest.raises(ExecutorError, match="2 of 16 cache blocks are held though no sequence runs"):
+        blocks.check_idle()
+    blocks.release(0, [])
+    blocks.check_idle()
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 4), (4, 0)])

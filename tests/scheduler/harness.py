@@ -28,9 +28,16 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 4, **changes: Any) ->
 
 
 def make_request(
-    request_id: str, prompt: Sequence[int] = (10, 11, 12), deadline: float | None = None, **params: Any
+    request_id: str,
+    prompt: Sequence[int] = (10, 11, 12),
+    deadline: float | None = None,
+    fork_from: str | None = None,
+    cache_salt: str = "",
+    **params: Any,
 ) -> Request:
-    return Request(request_id, tuple(prompt), SamplingParams(**{"max_tokens": 8, **params}), deadline)
+    return Request(
+        request_id, tuple(prompt), SamplingParams(**{"max_tokens": 8, **params}), deadline, fork_from, cache_salt
+    )
 
 
 def make_prompt(length: int, first: int = 10) -> tuple[int, ...]:

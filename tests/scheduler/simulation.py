@@ -118,6 +118,7 @@ class SimulatedExecutor:
         self._check_shape(plan)
         self._admit(plan)
         self.state.apply(plan)
+        self._copy(plan)
         self._write(plan)
         self.results.append(self._compute(plan))
         self.unseen_samples.append(
@@ -149,8 +150,14 @@ class SimulatedExecutor:
         for row in plan.admissions:
             seq_index = int(row["seq_index"])
             start = starts[seq_index]
-            assert start % self.cache.block_size == 0
+            assert start % self.cache.block_size == 0 or len(plan.copies), "a block is shared whole or copied"
             self.tenancies[seq_index] = Tenancy(self.truth_of_seed[int(row["seed"])], start)
+
+    def _copy(self, plan: StepPlan) -> None:
+        group, source, destination = plan.copies.T
+        assert not group.any()
+        assert set(source.tolist()).isdisjoint(destination.tolist())
+        self.contents[destination] = self.contents[source]
 
     def _write(self, plan: StepPlan) -> None:
         """Put the input tokens into the cache, all sequences before any of them reads, as executors do."""

@@ -96,7 +96,14 @@ def draw_truths(schedule: Schedule, random: Random) -> list[Truth]:
         )
         deadline = random.randint(1, 40) if schedule.disturbed and random.random() < 0.2 else None
         nan_at = random.randint(num_prompt, MAX_MODEL_LEN) if random.random() < 0.1 else None
-        request = Request(f"r{index}", (*shared[:num_shared], *tail), params, deadline)
+        prompt, fork_from, salt = (*shared[:num_shared], *tail), None, random.choice(("", "", "salt"))
+        if truths and random.random() < 0.3:
+            first = random.choice(truths).request
+            room = MAX_MODEL_LEN - len(first.prompt_token_ids)
+            if params.max_tokens <= room:
+                prompt, fork_from, salt = first.prompt_token_ids, first.request_id, first.cache_salt
+                nan_at = None
+        request = Request(f"r{index}", prompt, params, deadline, fork_from, salt)
         truths.append(Truth(request, nan_at))
     return truths
 

@@ -168,9 +168,12 @@ class EngineClient(asyncio.Protocol):
         ids = [str(self._num_submitted + index) for index in range(len(prompts))]
         self._num_submitted += len(prompts)
         group = GenerationGroup(self, ids)
+        first_with: dict[tuple[int, ...], str] = {}
         for index, (request_id, (token_ids, params)) in enumerate(zip(ids, prompts, strict=True)):
             self._open[request_id] = (group, index)
-            self._send(Submit(Request(request_id, token_ids, params, deadline)))
+            first = first_with.setdefault(token_ids, request_id)
+            fork_from = None if first == request_id else first
+            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from)))
         return group
 
     def cancel(self, request_id: str) -> None:
