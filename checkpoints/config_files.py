@@ -12,7 +12,10 @@ from phalanx.parallel.errors import CheckpointError
 __all__ = [
     "CONFIG_FILE",
     "COPIED_FILES",
+    "DEFAULT_TEMPLATE",
     "GENERATION_CONFIG_FILE",
+    "TEMPLATE_FILE",
+    "TEMPLATE_FOLDER",
     "demo_path",
     "read_config",
     "read_generation_config",
@@ -20,6 +23,9 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+DEFAULT_TEMPLATE = "default.jinja"
 
 COPIED_FILES = (
     CONFIG_FILE,

@@ -57,6 +57,10 @@ class ModelDirectory:
             )
         return ModelDirectory(path, root)
 
+    def subdirectory(self, name: str) -> ModelDirectory:
+        """The directory ``name`` in this one, whose files must really be in it; it need not be there."""
+        return ModelDirectory(self.path / name, self.root / name)
+
     def has(self, name: str) -> bool:
         """Whether something of that name is there."""
         return os.path.lexists(self.root / name)

@@ -19,7 +19,13 @@ import msgspec
 import numpy as np
 
 from phalanx.checkpoints.checksum import CHUNK_BYTES
-from phalanx.checkpoints.config_files import CONFIG_FILE, COPIED_FILES
+from phalanx.checkpoints.config_files import (
+    CONFIG_FILE,
+    COPIED_FILES,
+    DEFAULT_TEMPLATE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+)
 from phalanx.checkpoints.coverage import planned_copies, verify_coverage
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.manifest import (
@@ -164,6 +170,9 @@ def _copy_files(directory: ModelDirectory, path: Path, dtype: str | None) -> Non
         if directory.has(name):
             data = directory.read(name, 1 << 30)
             (path / name).write_bytes(_with_dtype(directory, dtype) if dtype and name == CONFIG_FILE else data)
+    templates = directory.subdirectory(TEMPLATE_FOLDER)
+    if templates.has(DEFAULT_TEMPLATE) and not (path / TEMPLATE_FILE).exists():  # a split has no subdirectories
+        (path / TEMPLATE_FILE).write_bytes(templates.read(DEFAULT_TEMPLATE))
 
 
 def _with_dtype(directory: ModelDirectory, dtype: str) -> bytes:

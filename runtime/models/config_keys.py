@@ -21,7 +21,8 @@ HARMLESS_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "_commit_hash", "_name_or_path", "name_or_path", "base_model_name_or_path", "architectures", "model_type",
             "transformers_version", "auto_map", "_auto_class", "_from_model_config", "unsloth_version", "unsloth_fixed",
             "axolotl_version", "transformers.js_config", "library_name", "license", "language", "tags", "tokenizer_class",
-            "processor_class", "finetuning_task", "model_name", "vocab_file", "_diffusers_version", "custom_pipelines",
+            "processor_class", "finetuning_task", "model_name", "vocab_file", "_diffusers_version", "custom_pipelines", "is_llama_config",
+            "paddlenlp_version", "trust_remote_code",
             "max_sequence_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side",
         ),
         "acts in training alone": (
@@ -36,7 +37,8 @@ HARMLESS_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "use_cache", "output_past", "torchscript", "use_bfloat16", "attn_implementation", "_attn_implementation",
             "_attn_implementation_autoset", "_attn_implementation_internal", "_experts_implementation", "experts_implementation",
             "_experts_implementation_internal", "_flash_attn_2_enabled", "use_flash_attention", "use_flash_attention_2",
-            "use_flash_attn", "flash_attn", "use_fused_rmsnorm", "use_fused_rope", "fused_ops", "chunk_size_feed_forward",
+            "use_flash_attn", "flash_attn", "use_fused_rmsnorm", "use_fused_rms_norm", "use_fused_rope",
+            "use_sdpa", "use_recompute", "recompute_granularity", "tensor_parallel_degree", "virtual_pp_degree", "sequence_parallel", "fused_ops", "chunk_size_feed_forward",
             "model_parallel", "device_map", "init_device", "attention_softmax_in_fp32",
             "scale_attention_softmax_in_fp32", "low_cpu_mem_usage", "kernel_config",
         ),
@@ -84,6 +86,8 @@ def is_harmless(key: str) -> bool:
 def asks_for_nothing(key: str, value: Any) -> bool:
     """Whether ``value`` switches an unknown feature off: null, false, zero, empty, or one for a multiplier."""
     if value is None or value is False or value in ("", [], {}):
+        return True
+    if key.startswith("_") and isinstance(value, str):  # a note
         return True
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

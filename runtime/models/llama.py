@@ -16,6 +16,7 @@ TABLE = "model.embed_tokens.weight"
 def read_fields(reader: ConfigReader) -> ModelConfig:
     """Read ``config.json`` of a ``LlamaForCausalLM``."""
     head_dim = reader.head_dim()
+    reader.refuse_unless("activation", "swiglu")  # a second name of the gated MLP in some checkpoints
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=reader.integer("vocab_size"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tokenizer.json`` with what the files next to it say about its tokens: the tokenizer that transformers would make."""
+"""``tokenizer.json`` (or ``tokenizer.model``) with what the files next to it say about its tokens: the tokenizer that transformers would make."""
 
 from __future__ import annotations
 
@@ -13,33 +13,56 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
 
-__all__ = ["TOKENIZER_FILE", "load_backend"]
+__all__ = ["TOKENIZER_FILE", "has_tokenizer", "load_backend", "load_sentencepiece"]
 
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 MAX_TOKENIZER_BYTES = 1 << 30
 
 
+def has_tokenizer(directory: ModelDirectory) -> bool:
+    """Whether texts can be read: ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` is there."""
+    return directory.has(TOKENIZER_FILE) or directory.has(SENTENCEPIECE_FILE)
+
+
 def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Load ``tokenizer.json`` and apply ``files`` to it.
+    """Load ``tokenizer.json``, or without it ``tokenizer.model``, and apply ``files`` to it.
 
     Raises:
         CheckpointError: it cannot be read, or a token would get another id than the files say.
     """
-    raw = directory.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises bare Exception
-        reason = describe_content(raw[:HEAD_BYTES])
-        what = f"is {reason}" if reason else f"cannot be read: {error}; restore it, or remove it to use token ids"
-        raise CheckpointError(f"{directory.path / TOKENIZER_FILE!s} {what}") from None
+    backend = _read(directory) if directory.has(TOKENIZER_FILE) else to_backend(load_sentencepiece(directory))
     _add_tokens(backend, files)
     _apply_prefix_space(backend, files)
     _apply_bos_and_eos(backend, files)
     if files.flags.get("split_special_tokens"):
         backend.encode_special_tokens = True
     return backend
+
+
+def load_sentencepiece(directory: ModelDirectory) -> SentencePieceModel:
+    """Read ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: it is not a SentencePiece model.
+    """
+    raw = directory.read(SENTENCEPIECE_FILE, MAX_TOKENIZER_BYTES)
+    if (reason := describe_content(raw[:HEAD_BYTES])) is not None:
+        raise CheckpointError(f"{directory.path / SENTENCEPIECE_FILE!s} is {reason}")
+    return read_model(raw, str(directory.path / SENTENCEPIECE_FILE))
+
+
+def _read(directory: ModelDirectory) -> tokenizers.Tokenizer:
+    raw = directory.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # the library raises bare Exception
+        reason = describe_content(raw[:HEAD_BYTES])
+        what = f"is {reason}" if reason else f"cannot be read: {error}; restore it, or remove it to use token ids"
+        raise CheckpointError(f"{directory.path / TOKENIZER_FILE!s} {what}") from None
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
-from phalanx.runtime.text.backend import MAX_TOKENIZER_BYTES, TOKENIZER_FILE
+from phalanx.runtime.text.backend import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, has_tokenizer, load_sentencepiece
 from phalanx.runtime.text.tokenizer_files import read_tokenizer_files
 
 __all__ = ["tokenizer_end_token"]
@@ -37,7 +37,7 @@ def tokenizer_end_token(path: Path) -> int | None:
         CheckpointError: a tokenizer file is broken.
     """
     directory = ModelDirectory.at(path)
-    if not directory.has(TOKENIZER_FILE):
+    if not has_tokenizer(directory):
         return None
     files = read_tokenizer_files(directory)
     text = files.special_tokens.get("eos_token")
@@ -46,6 +46,9 @@ def tokenizer_end_token(path: Path) -> int | None:
     given = {token.content: token.id for token in files.added_tokens if token.id is not None}
     if text in given:
         return given[text]
+    if not directory.has(TOKENIZER_FILE):
+        pieces = load_sentencepiece(directory).pieces
+        return next((index for index, piece in enumerate(pieces) if piece.text == text), None)
     try:
         tokenizer = msgspec.json.decode(directory.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES), type=_Tokenizer)
     except msgspec.MsgspecError as error:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.checkpoints.config_files import DEFAULT_TEMPLATE, TEMPLATE_FILE, TEMPLATE_FOLDER
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 
 __all__ = ["TemplateSource", "read_template"]
 
-TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/default.jinja")
 LEGACY_FILE = "chat_template.json"
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -31,9 +31,7 @@ def read_template(directory: ModelDirectory, config: Mapping[str, Any]) -> Templ
     ``chat_template.jinja``, ``additional_chat_templates/default.jinja``, ``chat_template`` of ``tokenizer_config.json`` (a text, or
     named templates of which ``default`` counts), ``chat_template.json``: the first that is there.
     """
-    for name in TEMPLATE_FILES:
-        folder, _, file = name.rpartition("/")
-        place = ModelDirectory(directory.path / folder, directory.root / folder)
+    for place, file in ((directory, TEMPLATE_FILE), (directory.subdirectory(TEMPLATE_FOLDER), DEFAULT_TEMPLATE)):
         if place.has(file):
             return _read_text(place, file)
     if (value := config.get("chat_template")) is not None:

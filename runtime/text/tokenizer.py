@@ -12,7 +12,7 @@ import tokenizers
 
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError, RequestError
-from phalanx.runtime.text.backend import TOKENIZER_FILE, load_backend
+from phalanx.runtime.text.backend import has_tokenizer, load_backend
 from phalanx.runtime.text.chat import ChatTemplate
 from phalanx.runtime.text.decoding_rules import DecodingRules, read_rules
 from phalanx.runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
@@ -60,13 +60,13 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
-        """Read ``tokenizer.json`` and the files next to it; None without it. ``path`` is as `ModelDirectory.at` takes it.
+        """Read ``tokenizer.json`` (or ``tokenizer.model``) and the files next to it; None without it. ``path`` is as `ModelDirectory.at` takes it.
 
         Raises:
             CheckpointError: a file is there but broken. A broken chat template is no such error: see ``chat_problem``.
         """
         directory = ModelDirectory.at(Path(path))
-        if not directory.has(TOKENIZER_FILE):
+        if not has_tokenizer(directory):
             return None
         files = read_tokenizer_files(directory)
         backend = load_backend(directory, files)

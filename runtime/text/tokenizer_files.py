@@ -73,8 +73,7 @@ def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
     listed = config.get("added_tokens_decoder")
     if listed is None and directory.has(MAP_FILE):  # transformers reads this file only where the other says nothing
         fields.update(directory.read_json(MAP_FILE))
-    name = config.get("tokenizer_class")
-    kind = tokenizer_class(name if isinstance(name, str) else None)
+    kind = tokenizer_class(_class_name(directory, config))
     own = sorted(key for key in fields if key.endswith("_token") and key not in NAMED_TOKENS)
     named = {key: _text(key, fields[key]) for key in (*NAMED_TOKENS, *own) if key in fields}
     defaults = frozenset(kind.tokens.keys() - fields.keys())
@@ -98,6 +97,14 @@ def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
 
 
 _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
+
+
+def _class_name(directory: ModelDirectory, config: Mapping[str, Any]) -> str | None:
+    """The class that the file names; a SentencePiece model alone is Llama's."""
+    name = config.get("tokenizer_class")
+    if isinstance(name, str):
+        return name
+    return None if directory.has("tokenizer.json") or not directory.has("tokenizer.model") else "LlamaTokenizer"
 
 
 def _text(key: str, value: Any) -> str | None:

@@ -49,6 +49,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, float) and not math.isfinite(value):  # says nothing
             continue
+        if key.startswith("_") and isinstance(value, str):  # a note
+            continue
         if key.endswith("_token") and isinstance(value, str | dict | bool):
             continue
         if key.endswith(("_token_id", "_token_index", "_length", "_size")):  # a model's own numbers, for its processors

@@ -446,3 +446,11 @@ def test_rank_files_without_their_manifest_do_not_load(a_split: Path) -> None:
 def test_cases_cover_the_three_families() -> None:
     families = {case.config["architectures"][0] for case in CASES}
     assert families == {"LlamaForCausalLM", "GPT2LMHeadModel", "GemmaForCausalLM"}
+
+
+def test_a_template_in_a_subdirectory_is_taken_over(tmp_path: Path) -> None:
+    source = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    split(source, tmp_path / "split", 1, 1)
+    assert (tmp_path / "split" / "chat_template.jinja").read_text() == "{{ messages }}"

@@ -1,0 +1,102 @@
+"""``tokenizer.model`` alone is a tokenizer: the same ids and texts as the SentencePiece library gives."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text import Tokenizer, tokenizer_end_token
+from phalanx.runtime.text.sentencepiece_model import read_model
+
+PIECES = [
+    ("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)),
+    ("▁h", -1.0, 1), ("▁hi", -2.0, 1), ("ab", -3.0, 1), ("<|user|>", 0.0, 4), ("▁", -4.0, 1), ("h", -5.0, 1), ("i", -6.0, 1),
+    ("a", -7.0, 1), ("b", -8.0, 1),
+]  # fmt: skip
+IDS = {text: index for index, (text, _, _) in enumerate(PIECES)}
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value >= 0x80:
+        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
+    return out + bytes([value])
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def model(**trainer: int) -> bytes:
+    """A byte-pair model with byte fallback, as Llama's: no normalisation, a dummy prefix, spaces kept."""
+    out = b""
+    for text, score, kind in PIECES:
+        out += field(1, field(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + field(3, kind))
+    fields = {3: 2, 35: 1, 40: 0, 41: 1, 42: 2} | {
+        int(name.removeprefix("f")): value for name, value in trainer.items()
+    }
+    out += field(2, b"".join(field(number, value) for number, value in fields.items()))
+    return out + field(3, field(1, b"identity") + field(3, 1) + field(4, 0))
+
+
+def load(path: Path, raw: bytes) -> Tokenizer:
+    (path / "tokenizer.model").write_bytes(raw)
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_a_model_alone_encodes_and_decodes(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, model())
+    assert tokenizer.encode("hi ab") == (IDS["<s>"], IDS["▁hi"], IDS["▁"], IDS["ab"])
+    assert tokenizer.encode("é", add_special_tokens=False) == (IDS["▁"], IDS["<0xC3>"], IDS["<0xA9>"])
+    assert tokenizer.encode("<|user|>", add_special_tokens=False) == (IDS["<|user|>"],)
+    assert tokenizer.decode(tokenizer.encode("hi  ab é")) == "hi  ab é"
+    assert tokenizer.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer_end_token(tmp_path) == IDS["</s>"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\x0a", b"\xff" * 40, b"IQ== 0\nIg== 1\n", b"\x0a\x05abc", model()[:-3], model(f3=3), model(f40=999)],
+    ids=["empty", "cut", "noise", "tiktoken", "short", "cut at the end", "words", "no unknown token"],
+)
+def test_what_is_no_such_model_is_refused_with_the_way_out(raw: bytes, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.model is not a SentencePiece model .* writes tokenizer\.json"
+    ):
+        load(tmp_path, raw)
+
+
+def test_a_pointer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        load(tmp_path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_ids_and_texts_equal_the_library(algorithm: str, tmp_path: Path) -> None:
+    library: Any = pytest.importorskip("sentencepiece")
+    corpus = [
+        "the quick brown fox jumps over the lazy dog",
+        "pack my box with five dozen liquor jugs",
+        "日本語 émigré 12 34",
+    ] * 20
+    writer = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=writer, vocab_size=340, model_type=algorithm, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    reference = library.SentencePieceProcessor(model_proto=writer.getvalue())
+    tokenizer = load(tmp_path, writer.getvalue())
+    for text in ("the lazy fox", "  two  spaces ", "日本 émigré 🦙 x\ty\n", "pack jugs 1234", "", "a"):
+        ids = reference.encode(text)
+        assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, text
+        assert tokenizer.decode(ids) == reference.decode(ids)
+    assert read_model(writer.getvalue(), "x").eos_id == reference.eos_id()
