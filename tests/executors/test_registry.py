@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -46,3 +47,11 @@ def test_auto_is_resolved_before_default_sizes_are(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(device, "gpu_is_available", lambda available=available: available)
         assert choose_engine("auto") == engine
         assert with_default_sizes({})["max_num_seqs"] == ENGINES[engine].max_num_seqs
+
+
+def test_every_check_that_an_engine_needs_is_one_that_the_doctor_makes() -> None:
+    """A misspelt name would never fail, so the engine would count as ready."""
+    folder = Path(__file__).resolve().parents[2] / "launch" / "diagnosis"
+    source = "".join(file.read_text() for file in folder.glob("*.py"))
+    needed = {name for entry in ENGINES.values() for name in entry.checks}
+    assert {name for name in needed if f'"{name}"' not in source} == set()
