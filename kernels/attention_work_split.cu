@@ -85,7 +85,8 @@ struct PrefillTiles {
     // By cost, which is the number of key tiles that the tile's last row sees; the most expensive first.
     __device__ int bucket(const PrefillTile& tile) const {
         const int last_token = min(tile.num_tokens - 1, (tile.first_row + rows - 1) / group);
-        const int last_visible = tile.seq_len - tile.num_tokens + last_token;
+        // Below 0 where fewer keys than rows are given, as in attention to another sequence: such a tile costs least.
+        const int last_visible = max(tile.seq_len - tile.num_tokens + last_token, 0);
         return BUCKETS - 1 - min(last_visible >> cost_shift, BUCKETS - 1);
     }
 };

@@ -72,6 +72,12 @@ def test_a_head_group_too_large_for_one_pass_is_split(device: KernelDevice) -> N
     check(Case(shape_of(30, 1, 16), (1, 1, 2), (5, 130, 40)), device)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fewer_keys_than_rows(device: KernelDevice, dtype: str) -> None:
+    """Attention to another sequence: the step's rows are not among the keys, which may be fewer."""
+    check(Case(shape_of(2, 1, 64, causal=False, dtype=dtype), (1, 1, 5, 40, 330), (3, 40, 4, 7, 20)), device)
+
+
 def test_an_empty_step_writes_nothing(device: KernelDevice) -> None:
     case = Case(shape_of(4, 2, 32), (1,), (1,))
     case.data["num_seqs_and_decodes"][:] = 0
