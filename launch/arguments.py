@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=Path, metavar="DIR",
-                       help="Hugging Face directory or output of launch.split (default: the demo checkpoint)")  # fmt: skip
+                       help="Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)")  # fmt: skip
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

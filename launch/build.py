@@ -29,7 +29,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead")
     parser.add_argument("--model", type=Path, metavar="DIR",
-                        help="Hugging Face directory or output of launch.split (default: the demo checkpoint)")  # fmt: skip
+                        help="Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)")  # fmt: skip
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                         help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of dummy weights")

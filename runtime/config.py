@@ -119,6 +119,8 @@ class ModelConfig:
                      "intermediate_size", "max_positions"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} in config.json is below 1; the file is damaged")
+        if not 0.0 <= self.norm_eps < 1.0:
+            raise ConfigError(f"norm_eps={self.norm_eps} in config.json is outside 0 to 1; the file is damaged")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "

@@ -35,7 +35,8 @@ class LLM:
     mpirun it runs on one rank. *Construction, `generate` and `close` are collective: every rank calls them, in the same order.*
 
     Args:
-        model: Hugging Face directory or output of ``launch.split``; None = the demo checkpoint.
+        model: Hugging Face directory, the name of a model in the Hugging Face cache (``ORG/NAME``), or output of ``launch.split``;
+            None = the demo checkpoint.
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: the layout; by default all ranks are tensor-parallel.
         comm: the job's ranks; by default those of MPI.
         options: further fields of `EngineConfig` (engine, dtype, max_num_seqs, ...).

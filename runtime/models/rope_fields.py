@@ -19,6 +19,9 @@ from phalanx.runtime.token_fields import shown
 
 __all__ = ["ROPE_FIELD_KEYS", "ROPE_KEYS", "RopeFields", "read_rope"]
 
+LARGEST_FACTOR = 65536.0
+"""Beyond any context that is stretched; larger values are mistakes that would end in infinities."""
+
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "original_max_position_embeddings"})
 """Keys at the top level of ``config.json`` that `read_rope` reads."""
 
@@ -175,7 +178,7 @@ def _original_positions(raw: Mapping[str, Any], fields: Mapping[str, Any], kind:
 def _factor(fields: Mapping[str, Any], kind: str, longest: Any, original: int) -> float:
     if kind == "yarn" and "factor" not in fields and isinstance(longest, int):
         return max(1.0, longest / original)
-    return _number("factor", fields.get("factor"), above=0.0)
+    return _number("factor", fields.get("factor"), above=0.0, most=LARGEST_FACTOR)
 
 
 def _llama3(base: RopeConfig, fields: Mapping[str, Any], factor: float, original: int) -> RopeConfig:
@@ -207,7 +210,7 @@ def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if "attention_factor" in fields:
-        return _number("attention_factor", fields["attention_factor"], above=0.0)
+        return _number("attention_factor", fields["attention_factor"], above=0.0, most=LARGEST_FACTOR)
     numerator, denominator = (_number(key, fields.get(key, 0)) for key in ("mscale", "mscale_all_dim"))
     if not numerator or not denominator:
         return scale(1.0)
@@ -218,9 +221,11 @@ def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
     return scale(numerator) / scale(denominator)
 
 
-def _number(name: str, value: Any, *, above: float | None = None) -> float:
+def _number(name: str, value: Any, *, above: float | None = None, most: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{name}={shown(value)} in config.json is not a finite number; the file is damaged")
     if above is not None and value <= above:
         raise ConfigError(f"{name}={value} in config.json is not above {above:g}; the file is damaged")
+    if value > most:
+        raise ConfigError(f"{name}={value} in config.json exceeds {most:g}; the file is damaged")
     return float(value)

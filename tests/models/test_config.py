@@ -63,6 +63,7 @@ def test_llama_1_defaults() -> None:
         ({"vocab_size": 0}, ["vocab_size=0", "below 1"]),
         ({"num_key_value_heads": 5}, ["num_heads=32", "num_kv_heads=5"]),
         ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "finite"]),
+        ({"rms_norm_eps": -1e-5}, ["norm_eps=-1e-05", "outside"]),
         ({"hidden_act": "mish"}, ["hidden_act='mish'", "supported: silu"]),
         ({"num_attention_heads": 0}, ["num_attention_heads=0", "below 1"]),
         ({"num_attention_heads": 10**20}, ["num_attention_heads=1000", "above"]),

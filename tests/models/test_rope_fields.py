@@ -127,6 +127,7 @@ def test_dynamic_scaling_is_the_default_within_the_trained_length() -> None:
         ({"rope_scaling": {"type": "linear"}}, ["factor=None", "finite"]),
         ({"rope_scaling": {"type": "dynamic"}}, ["factor=None", "finite"]),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor=0", "above 0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 1e300}}, ["factor=1e+300", "exceeds"]),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor='2'", "finite"]),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope_type='longrope'", "supported: default"]),
         ({"rope_scaling": {"type": ["yarn"]}}, ["rope_type=", "supported: default"]),
