@@ -22,7 +22,9 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
-from phalanx.launch.bench_report import Progress, summary, versions
+from phalanx.launch.bench_report import summary
+from phalanx.launch.progress import Progress
+from phalanx.launch.version import installed_versions
 
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
@@ -136,11 +138,11 @@ def _run(args: argparse.Namespace, replica: Replica) -> list[dict[str, Any]]:
     for iteration in range(args.num_iters):
         requests = _requests(args, vocab_size, iteration, args.num_prompts, args.output_len)
         before = replica.executor.device_times
-        with Progress(args.num_prompts * args.output_len) as progress:
+        with Progress("measuring", args.num_prompts * args.output_len, "output tokens") as progress:
             if args.mode == "throughput":
-                runs = [measure(engine, requests, progress)]
+                runs = [measure(engine, requests, progress.advance)]
             else:
-                runs = [measure(engine, [request], progress) for request in requests]
+                runs = [measure(engine, [request], progress.advance) for request in requests]
         reports.append(_report(args, replica, runs, _idle_fraction(replica.executor, before)))
     return reports
 
@@ -198,7 +200,7 @@ def _report(
         "gpu_idle_fraction": idle_fraction,
         "kv_blocks": executor.cache.num_blocks,
         "device": executor.device,
-        "versions": versions(),
+        "versions": installed_versions(),
         "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
     }
 

@@ -15,7 +15,9 @@ import httpx
 import msgspec
 import numpy as np
 
-from phalanx.launch.bench_report import Progress, summary, versions
+from phalanx.launch.bench_report import summary
+from phalanx.launch.progress import Progress
+from phalanx.launch.version import installed_versions
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 
@@ -73,7 +75,7 @@ async def _run(args: argparse.Namespace) -> dict[str, Any]:
         model = await _model(client, args)
         bodies = _bodies(args, model)
         await _try_one(client, args, bodies[0])
-        with Progress(args.num_prompts * args.output_len) as progress:
+        with Progress("measuring", args.num_prompts * args.output_len, "output tokens") as progress:
             start = time.perf_counter()
             answers = await _send_all(client, bodies, args.max_concurrency, progress)
             seconds = time.perf_counter() - start
@@ -165,7 +167,7 @@ async def _send_all(
         for body in waiting:
             answer = await _send(client, body)
             answers.append(answer)
-            progress(answer.output_tokens)
+            progress.advance(answer.output_tokens)
 
     await asyncio.gather(*(work() for _ in range(min(max_concurrency, len(bodies)))))
     return answers
@@ -220,6 +222,6 @@ def _report(args: argparse.Namespace, model: str, answers: list[_Answer], second
         "time_to_first_token_ms": summary([answer.arrivals[0] - answer.start for answer in done]),
         "time_per_output_token_ms": summary([a.time_per_output_token for a in done if a.output_tokens > 1]),
         "inter_token_latency_ms": summary([gap for answer in done for gap in np.diff(answer.arrivals)]),
-        "versions": versions(),
+        "versions": installed_versions(),
         "command": " ".join(["python -m launch.bench", *sys.argv[1:]]),
     }

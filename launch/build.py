@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import CommandParser, own_arguments, run_command
+from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
     from phalanx.parallel.topology import Layout
-    from phalanx.runtime.executors.tensorrt.builder import BuildReport, BuildRequest, Progress
+    from phalanx.runtime.executors.tensorrt.builder import BuildReport, BuildRequest
+    from phalanx.runtime.executors.tensorrt.builder import Progress as BuildProgress
     from phalanx.runtime.executors.tensorrt.library import TensorRT
 
 __all__ = ["main"]
@@ -88,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(_plan_line(request, library))
         for topology in ranks:
             path = directory.engine(identity, topology.rank)
-            with _progress(path.name) as progress:
+            with Progress(path.name, None, "steps") as progress:
                 report = build_engine(
-                    library, request, checkpoint.source, topology, path, directory.timing_cache, progress
+                    library, request, checkpoint.source, topology, path, directory.timing_cache, _shown(progress, path)
                 )
             sys.stderr.write(_report_line(path, report))
             sys.stdout.write(f"{path}\n")
@@ -147,23 +148,13 @@ def _report_line(path: Path, report: BuildReport) -> str:
     )
 
 
-@contextmanager
-def _progress(name: str) -> Iterator[Progress | None]:
-    """A bar on standard error where that is a terminal: the library's phases, the outermost first."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _shown(progress: Progress, path: Path) -> BuildProgress:
+    """The library's phases, the outermost first."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
+    def show(phase: str, step: int, num_steps: int) -> None:
+        progress.show(step, num_steps or None, f"{path.name}: {phase}")
 
-        def show(phase: str, step: int, num_steps: int) -> None:
-            bar.update(task, description=f"{name}: {phase}", completed=step, total=num_steps or None)
-
-        yield show
+    return show
 
 
 if __name__ == "__main__":

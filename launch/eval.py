@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import (
@@ -20,6 +19,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.progress import Progress
 from phalanx.launch.sharing import read_text
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
     """Score ``text`` in windows of ``context`` tokens, ``stride`` apart. *Collective.*
 
-    Every token but the first is scored once, by the first window that holds it. A bar on standard error shows progress.
+    Every token but the first is scored once, by the first window that holds it. Progress goes to standard error.
 
     Raises:
         RequestError: no tokenizer, a text of fewer than two tokens, or windows that do not fit the model.
@@ -120,11 +120,12 @@ def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
     windows = list(windows_over(len(token_ids), context, stride))
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     total_loss = 0.0
-    with _Progress(llm, len(token_ids) - 1) as progress:
+    # With replicas it shows the first one's share.
+    with Progress("scoring", (len(token_ids) - 1) // llm.layout.dp, "tokens", shown=llm.is_leader) as progress:
         for first in range(0, len(windows), WINDOWS_AT_ONCE):
             batch = windows[first : first + WINDOWS_AT_ONCE]
             prompts = [token_ids[window.start : window.stop] for window in batch]
-            outputs = llm.run(prompts, [params] * len(batch), progress.of(batch))
+            outputs = llm.run(prompts, [params] * len(batch), _advance(progress, batch))
             for window, output in zip(batch, outputs, strict=True):
                 if output.error is not None:
                     raise RequestError(f"tokens {window.start} to {window.stop} of the text: {output.error}")
@@ -178,35 +179,14 @@ def _check_windows(context: int, stride: int, longest: int) -> None:
         )
 
 
-class _Progress:
-    """A bar of scored tokens on the leader's standard error, when that is a terminal. With replicas it shows the first's."""
+def _advance(progress: Progress, windows: Sequence[Window]) -> Callable[[int, TokenDelta, str], None]:
+    """What `LLM.run` calls as windows of this batch end."""
 
-    def __init__(self, llm: LLM, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def advance(index: int, delta: TokenDelta, text: str) -> None:
+        if delta.finish_reason is not None:
+            progress.advance(windows[index].stop - windows[index].first_scored)
 
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not (llm.is_leader and console.is_terminal))
-        self._task = self._bar.add_task("tokens", total=total // llm.layout.dp)
-
-    def of(self, windows: Sequence[Window]) -> Callable[[int, TokenDelta, str], None]:
-        """What `LLM.run` calls as windows of this batch end."""
-
-        def advance(index: int, delta: TokenDelta, text: str) -> None:
-            if delta.finish_reason is not None:
-                self._bar.advance(self._task, windows[index].stop - windows[index].first_scored)
-
-        return advance
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+    return advance
 
 
 def _to_text(evaluation: Evaluation, path: Path) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,19 +21,23 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.progress import Progress
+from phalanx.launch.results import InOrder, ResultFile, check_same_prompts, to_json
 from phalanx.launch.sampling_arguments import add_sampling_arguments, given_fields, sampling_params
-from phalanx.launch.sharing import read_text
+from phalanx.launch.sharing import agree, read_text
 from phalanx.runtime.sampling.rules import MAX_INT32, TokenIds
 
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
-    from phalanx.runtime.llm import Prompt
-    from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams, TokenDelta
+    from phalanx.runtime.llm import LLM, Prompt
+    from phalanx.runtime.request import RequestOutput, SamplingParams, TokenDelta
 
 __all__ = ["main"]
 
 DEFAULTS = MappingProxyType({"max_tokens": 64, "temperature": 0.0})
 """Of this command, where they are not those of `SamplingParams`."""
+PROMPTS_AT_ONCE = 1024
+"""Prompts of each replica in one call, where there are several replicas."""
 
 
 def build_parser() -> CommandParser:
@@ -45,6 +52,9 @@ def build_parser() -> CommandParser:
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", help="print text as it is generated")
     output.add_argument("--json", action="store_true", help="one JSON object per prompt, in input order")
+    output.add_argument("--output", type=Path, metavar="FILE.jsonl",
+                        help="write JSON lines here, each as soon as all earlier ones are done")  # fmt: skip
+    output.add_argument("--resume", action="store_true", help="keep what --output holds and generate only the rest")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
     add_engine_arguments(parser)
@@ -55,18 +65,125 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 if any prompt was refused."""
     parser = build_parser()
     args, world = job_arguments(parser, argv)
-    if not (args.prompt or args.prompt_token_ids or args.input_file):
-        parser.error("no prompt; give --prompt, --prompt-token-ids or --input-file")
+    _check(parser, args)
 
     from phalanx.runtime.llm import LLM
 
     prompts, params = _read_prompts(args, world)
+    if args.stream and len(prompts) > 1:
+        parser.error(
+            f"--stream shows one prompt, there are {len(prompts)}; leave it out: results appear as they finish"
+        )
+    file, done = _open_output(args, world)
     with LLM(args.model, comm=world, **engine_options(args)) as llm:
-        progress = _Stream(len(prompts)) if args.stream and not args.json and llm.is_leader else None
-        outputs = llm.run(prompts, params, progress)
-        if llm.is_leader:
-            _print_outputs(outputs, prompts, args, streamed=progress is not None)
-    return 2 if any(output.finish_reason == "error" for output in outputs) else 0
+        if args.output is not None:
+            agree(world, lambda: _same_prompts(args.output, done, llm, prompts))
+        outputs = _generate(args, llm, prompts, params, file, done)
+    refused = [entry for entry in done.values() if entry.get("finish_reason") == "error"]
+    return 2 if refused or any(output.finish_reason == "error" for output in outputs) else 0
+
+
+def _check(parser: CommandParser, args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect, before any work."""
+    if not (args.prompt or args.prompt_token_ids or args.input_file):
+        parser.error("no prompt; give --prompt, --prompt-token-ids or --input-file")
+    if args.resume and args.output is None:
+        parser.error("--resume continues a file; name it with --output")
+    args.json = args.json or args.output is not None
+    if args.stream and args.json:
+        parser.error("--stream prints text and --json prints results; give one of them")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            parser.error(f"--{name.replace('_', '-')} is only printed with --json or --output; add one of them")
+
+
+def _open_output(args: argparse.Namespace, world: Communicator) -> tuple[ResultFile | None, dict[int, Any]]:
+    """The file of rank 0, and on every rank the lines that it holds. *Collective.*"""
+    if args.output is None:
+        return None, {}
+    opened: list[ResultFile] = []
+
+    def on_rank_0() -> bytes:
+        opened.append(ResultFile(args.output, args.resume))
+        return json.dumps(opened[0].done).encode()
+
+    done = {int(index): entry for index, entry in json.loads(agree(world, on_rank_0)).items()}
+    return (opened[0] if opened else None), done
+
+
+def _same_prompts(path: Path, done: dict[int, Any], llm: LLM, prompts: list[Prompt]) -> bytes:
+    def token_ids(index: int) -> Sequence[int]:
+        prompt = prompts[index]
+        if not isinstance(prompt, str):
+            return prompt
+        return llm.tokenizer.encode(prompt) if llm.tokenizer is not None else ()
+
+    check_same_prompts(path, done, len(prompts), token_ids)
+    return b""
+
+
+def _generate(
+    args: argparse.Namespace,
+    llm: LLM,
+    prompts: list[Prompt],
+    params: list[SamplingParams],
+    file: ResultFile | None,
+    done: dict[int, Any],
+) -> list[RequestOutput]:
+    """Generate what is not done yet, printing on the leader. *Collective.*
+
+    With replicas, the leader learns of the other ones' results at the end of a call, so there are several.
+    """
+    pending = [index for index in range(len(prompts)) if index not in done]
+    stream = _Stream() if args.stream and llm.is_leader else None
+    write = file.write if file is not None else _printer(args, prompts)
+    results = InOrder(write if llm.is_leader else lambda _: None, pending)
+    outputs: list[RequestOutput] = []
+    size = max(len(pending), 1) if llm.layout.dp == 1 else PROMPTS_AT_ONCE * llm.layout.dp
+    with _released(results, file), Progress("generating", len(pending), "prompts", shown=llm.is_leader) as progress:
+        progress.advance(0)
+        for start in range(0, len(pending), size):
+            part = pending[start : start + size]
+            taken: set[int] = set()
+
+            def take(output: RequestOutput, part: list[int] = part, taken: set[int] = taken) -> None:
+                if output.index not in taken:
+                    taken.add(output.index)
+                    results.take(dataclasses.replace(output, index=part[output.index]))
+                    progress.advance()
+
+            finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, take)
+            for output in finished:
+                take(output)
+            outputs += finished
+    if stream is not None:
+        stream.end()
+    return outputs
+
+
+@contextmanager
+def _released(results: InOrder, file: ResultFile | None) -> Iterator[None]:
+    """However it ends, what is finished is written."""
+    complete = False
+    try:
+        yield
+        complete = True
+    finally:
+        results.release()
+        if file is not None:
+            file.close(complete)
+
+
+def _printer(args: argparse.Namespace, prompts: list[Prompt]) -> Callable[[RequestOutput], None]:
+    def show(output: RequestOutput) -> None:
+        if args.json:
+            print(to_json(output), flush=True)
+        elif output.error is not None:
+            sys.stderr.write(f"launch.generate: prompt {output.index}: {output.error}\n")
+        elif not args.stream:
+            print(_to_text(output, prompts[output.index]), flush=True)
+
+    return show
 
 
 def _read_prompts(args: argparse.Namespace, world: Communicator) -> tuple[list[Prompt], list[SamplingParams]]:
@@ -138,58 +255,21 @@ def _sampling_params(fields: dict[str, Any], place: int) -> SamplingParams:
 
 
 class _Stream:
-    """Prints text as it comes. With several prompts a line says whose turn it is."""
-
-    def __init__(self, num_prompts: int) -> None:
-        self._num_prompts = num_prompts
-        self._last: int | None = None
+    """Prints the text of one prompt as it comes."""
 
     def __call__(self, index: int, delta: TokenDelta, text: str) -> None:
-        if self._num_prompts > 1 and index != self._last and text:
-            sys.stdout.write(f"\n[{index}] " if self._last is not None else f"[{index}] ")
-            self._last = index
         sys.stdout.write(text)
         sys.stdout.flush()
 
-
-def _print_outputs(
-    outputs: list[RequestOutput], prompts: list[Prompt], args: argparse.Namespace, streamed: bool
-) -> None:
-    for output, prompt in zip(outputs, prompts, strict=True):
-        if args.json:
-            print(_to_json(output))
-        elif output.error is not None:
-            sys.stderr.write(f"launch.generate: prompt {output.index}: {output.error}\n")
-        elif not streamed:
-            print(_to_text(output, prompt))
-    if streamed:
-        print()
+    def end(self) -> None:
+        """The line ends with the text."""
+        print(flush=True)
 
 
 def _to_text(output: RequestOutput, prompt: Prompt) -> str:
     if output.text is None:
         return ",".join(map(str, output.token_ids))
     return f"{prompt}{output.text}" if isinstance(prompt, str) else output.text
-
-
-def _to_json(output: RequestOutput) -> str:
-    import msgspec
-
-    def entry(item: Logprob | None) -> dict[str, Any] | None:
-        return None if item is None else {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
-
-    fields: dict[str, Any] = {
-        "index": output.index,
-        "prompt_token_ids": output.prompt_token_ids,
-        "token_ids": output.token_ids,
-        "text": output.text,
-        "finish_reason": output.finish_reason,
-        "logprobs": None if output.logprobs is None else [entry(item) for item in output.logprobs],
-        "prompt_logprobs": None if output.prompt_logprobs is None else [entry(item) for item in output.prompt_logprobs],
-    }
-    if output.error is not None:
-        fields["error"] = output.error
-    return msgspec.json.encode(fields).decode()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ else, with rank, phase and cause. Heavy imports happen inside functions: ``--hel
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, NoReturn
 from phalanx.launch.parser import CommandParser, UsageError
 from phalanx.launch.settings import Settings
 from phalanx.launch.sharing import agree
-from phalanx.launch.signals import catch_signals, interruption, leave_signals_alone
-from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
+from phalanx.launch.signals import PRECEDENCE_SECONDS, catch_signals, interruption, leave_signals_alone
+from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
 from phalanx.parallel.launcher import forget_launcher, launch_info
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["job_arguments", "own_arguments", "run_command"]
 SPOKESMAN_SECONDS = 1.0
 """How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
 rank 0 must have spoken by then."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _ANSWERED_ALONE = ("-h", "--help", "--version")
 
 
@@ -109,12 +111,16 @@ def _leave_with(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _leave(130, abort=True)
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1, abort=True)
     if isinstance(error, (ConfigError, CheckpointError, RequestError)):
         _leave(2, abort=_report_mistake(error))
     if isinstance(error, SystemExit) and _is_agreed(error):
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        sys.stderr.write(f"phalanx: {error.filename or 'the output'} cannot be written: {error.strerror}; make room\n")
+        _leave(1, abort=True)
+    if isinstance(error, EndedElsewhereError):
+        time.sleep(PRECEDENCE_SECONDS)
     _report_failure(error)
     _leave(1, abort=True)
 
@@ -153,10 +159,21 @@ def _report_failure(error: BaseException) -> None:
     sys.stderr.flush()
 
 
+def _flush() -> bool:
+    """Whether standard output took everything; if not, the interpreter must not try again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"phalanx: standard output cannot be written: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def _leave(status: int, abort: bool = False) -> NoReturn:
     leave_signals_alone()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = status if _flush() else status or 1
     if abort and launch_info().size > 1:
         from phalanx.parallel.mpi_comm import abort_world
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["Interruption", "catch_signals", "interruption", "leave_signals_alone"]
+__all__ = ["PRECEDENCE_SECONDS", "Interruption", "catch_signals", "interruption", "leave_signals_alone"]
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRECEDENCE_SECONDS = 2.0

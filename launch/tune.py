@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import CommandParser, own_arguments, run_command
+from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.kernels.cublaslt import GemmProblem
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = _token_counts(args.tokens)
     problems = _problems_of(args, tokens) if args.model is not None else []
     timings, tuner = _open_tuner()
-    for index, problem in enumerate(problems):
-        _progress(f"{index + 1}/{len(problems)} {problem.key}")
-        tuner.tune([problem], again=args.again)
-    _progress("")
+    with Progress("timing", len(problems), "products") as progress:
+        for problem in problems:
+            tuner.tune([problem], again=args.again)
+            progress.advance()
     wanted = {problem.key for problem in problems}
     shown = [(key, choice) for key, choice in timings.items() if not wanted or key in wanted]
     rows = [{"problem": key, **choice.to_json()} for key, choice in shown]
@@ -109,12 +109,6 @@ def _open_tuner() -> tuple[GemmTimings, GemmTuner]:
 
     select_device()
     return open_tuner()
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
 
 
 def _table(timings: GemmTimings, rows: Sequence[dict[str, Any]]) -> str:

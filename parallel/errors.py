@@ -6,6 +6,7 @@
     ├── RequestError       (also ValueError)    the client: a field of one request; HTTP 400
     ├── CapacityError                           nobody, try later: queue full, draining; HTTP 429 or 503
     ├── ExecutorError                           a bug or a device fault: the engine stops
+    │   └── EndedElsewhereError                 another rank's doing: it says why
     └── CommunicatorError                       a rank or a link is gone: the engine stops
 
 Every message gives the value, the limit and the way out, in that order.
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "CommunicatorError",
     "ConfigError",
+    "EndedElsewhereError",
     "ExecutorError",
     "PhalanxError",
     "RequestError",
@@ -54,6 +56,10 @@ class CapacityError(PhalanxError):
 
 class ExecutorError(PhalanxError):
     """A step could not be computed; the engine cannot go on."""
+
+
+class EndedElsewhereError(ExecutorError):
+    """Another rank ended what all ranks were doing, and is the one to say why."""
 
 
 class CommunicatorError(PhalanxError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ExecutorError, RequestError
+from phalanx.parallel.errors import EndedElsewhereError, ExecutorError, RequestError
 from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
@@ -105,10 +105,15 @@ class LLM:
         return outputs
 
     def run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        progress: Progress | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Like `generate`, but a prompt that cannot run ends with ``finish_reason="error"`` instead. *Collective.*
 
+        On a leader ``progress`` sees the tokens and ``on_output`` the results of its replica as they come.
         Ctrl-C on a leader, or an exception of ``progress``, ends the call on every rank. The LLM can be used again.
 
         Raises:
@@ -123,7 +128,7 @@ class LLM:
                 follow(replica.control, replica.executor)
         else:
             mine = range(replica.topology.replica, len(prompts), replica.options.layout.dp)
-            run = OfflineRun(replica.engine, self.tokenizer, self._ids, progress)
+            run = OfflineRun(replica.engine, self.tokenizer, self._ids, progress, on_output)
             try:
                 with phase("generating"):
                     outcome.outputs = run((index, prompts[index], params[index]) for index in mine)
@@ -187,7 +192,7 @@ class _Outcome:
 def _all_outputs(outcomes: Sequence[_Outcome], count: int) -> list[RequestOutput]:
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
     if errors:
-        raise ExecutorError(f"another rank ended this call ({errors[0]}); the LLM can be used again")
+        raise EndedElsewhereError(f"another rank ended this call ({errors[0]}); the LLM can be used again")
     outputs = [output for outcome in outcomes for output in outcome.outputs]
     assert len(outputs) == count, (len(outputs), count)
     return sorted(outputs, key=lambda output: output.index)

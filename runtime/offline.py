@@ -39,10 +39,16 @@ class OfflineRun:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, ids: Iterator[str], progress: Progress | None = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        ids: Iterator[str],
+        progress: Progress | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
     ) -> None:
         self.engine_failed = False
         self._engine, self._tokenizer, self._ids, self._progress = engine, tokenizer, ids, progress
+        self._on_output = on_output
         self._answers: list[Answer] = []
         self._open: dict[str, Answer] = {}
 
@@ -90,6 +96,7 @@ class OfflineRun:
             self._engine.submit(Request(request_id, answer.prompt_token_ids, params))
         except (RequestError, CapacityError) as error:
             answer.fail(str(error))
+            self._tell(answer)
             return
         self._open[request_id] = answer
         answer.begin_text(
@@ -116,6 +123,12 @@ class OfflineRun:
                 self._engine.cancel(delta.request_id)
         if self._progress is not None:
             self._progress(answer.index, dataclasses.replace(delta, finish_reason=answer.finish_reason), text)
+        if answer.finish_reason is not None:
+            self._tell(answer)
+
+    def _tell(self, answer: Answer) -> None:
+        if self._on_output is not None:
+            self._on_output(answer.output())
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

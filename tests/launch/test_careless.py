@@ -130,6 +130,14 @@ MISTAKES = (
 )  # fmt: skip
 
 ELSEWHERE = {
+    "`--output` names a file that exists": "tests/launch/test_results.py::test_a_file_that_is_there_is_not_overwritten",
+    "`--resume` with other prompts": "tests/launch/test_results.py::test_a_run_that_was_interrupted_goes_on",
+    "an output file that cannot be written": "tests/launch/test_results.py::test_an_output_that_cannot_be_written_is_found_before_the_work",
+    "a full disk": "tests/launch/test_results.py::test_a_full_disk_is_one_line_and_no_traceback",
+    "`launch.generate \\| head -1`": "tests/launch/test_results.py::test_a_closed_pipe_is_no_traceback",
+    "`--logprobs` without `--json`": "tests/launch/test_results.py::test_flags_without_effect_are_refused",
+    "`--stream` with several prompts": "tests/launch/test_results.py::test_flags_without_effect_are_refused",
+    "interrupting `launch.generate`": "tests/launch/test_results.py::test_an_interrupted_run_keeps_what_it_finished",
     "Ctrl-C, SIGTERM or SIGUSR1 while a command starts": "tests/launch/test_signals.py::test_a_signal_ends_every_rank",
     "prompts on standard input, in a pipe, or on the disk of rank 0's host": "tests/launch/test_user_files.py::test_standard_input_is_a_file_too",
     "a directory where a file is expected": "tests/launch/test_user_files.py::test_a_directory_is_one_line",

@@ -114,6 +114,17 @@ def test_generate_leaves_whole_results(job: dict[str, str], tmp_path: Path) -> N
     assert {"--mpi=pmix", "--kill-on-bad-exit=1"} <= set(options)
 
 
+def test_generate_goes_on_where_an_earlier_run_was_ended(job: dict[str, str], tmp_path: Path) -> None:
+    script = ["bash", str(SLURM / "generate.sbatch")]
+    first = {**job, "SLURM_JOB_ID": "4710"}
+    subprocess.run(script, env=first, cwd="/", capture_output=True, timeout=60, check=True)
+    whole = (tmp_path / "results-4710.jsonl").read_text()
+    partial = tmp_path / "results-4711.jsonl.partial"
+    partial.write_text(whole.splitlines(keepends=True)[1] + '{"index": 0, "prom')
+    subprocess.run(script, env=job, cwd="/", capture_output=True, timeout=60, check=True)
+    assert (tmp_path / "results-4711.jsonl").read_text() == whole
+
+
 def test_generate_that_fails_leaves_no_results(job: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("no JSON\n")
     script = [str(SLURM / "generate.sbatch")]

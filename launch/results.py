@@ -1,0 +1,141 @@
+"""Results of ``launch.generate``: each is written as soon as all earlier ones are, and what is finished is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from phalanx.parallel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from phalanx.runtime.request import Logprob, RequestOutput
+
+__all__ = ["InOrder", "ResultFile", "check_same_prompts", "to_json"]
+
+
+class InOrder:
+    """Hands results on in input order, each as soon as all earlier ones are there.
+
+    Args:
+        write: takes one result.
+        indices: which results will come.
+    """
+
+    def __init__(self, write: Callable[[RequestOutput], None], indices: Iterable[int]) -> None:
+        self._write = write
+        self._expected = sorted(indices, reverse=True)
+        self._waiting: dict[int, RequestOutput] = {}
+
+    def take(self, output: RequestOutput) -> None:
+        """One result; its place is its index."""
+        self._waiting[output.index] = output
+        while self._expected and (following := self._waiting.pop(self._expected[-1], None)) is not None:
+            self._expected.pop()
+            self._write(following)
+
+    def release(self) -> None:
+        """Write what is finished, although earlier ones are missing: no more will come."""
+        for index in sorted(self._waiting):
+            self._write(self._waiting.pop(index))
+
+
+class ResultFile:
+    """JSON lines on disk, which an interrupted run leaves and a later one continues.
+
+    Raises:
+        ConfigError: the file is there and is not to be continued, it cannot be written, or it holds something else.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self._path = path
+        self._lines: dict[int, Mapping[str, Any]] = {}
+        if path.exists() and not resume:
+            raise ConfigError(f"--output {path} exists; give --resume to continue it, or another name")
+        try:
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(f"--output {path} cannot be written: {error.strerror}; choose another place") from None
+        try:
+            self._read()
+        except ConfigError:
+            self._file.close()
+            raise
+
+    @property
+    def done(self) -> dict[int, Mapping[str, Any]]:
+        """The lines so far, by index of the prompt."""
+        return self._lines
+
+    def write(self, output: RequestOutput) -> None:
+        """Append a line, which is then safe from whatever happens to this process."""
+        self._file.write(to_json(output).encode() + b"\n")
+        self._file.flush()
+
+    def close(self, complete: bool) -> None:
+        """Close it; a complete file gets its lines in input order, where an interruption had left them in another."""
+        self._file.close()
+        if complete:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            ordered = sorted(lines, key=lambda line: int(json.loads(line)["index"]))
+            if ordered != lines:
+                partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+                partial.write_bytes(b"".join(ordered))
+                partial.replace(self._path)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        kept = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):  # cut off while it was written
+                break
+            try:
+                entry = json.loads(line)
+                self._lines[int(entry["index"])] = entry
+            except (ValueError, TypeError, KeyError):
+                raise ConfigError(
+                    f"--output {self._path} line {number} is no result of launch.generate; choose another name"
+                ) from None
+            kept += len(line)
+        if self._file.seekable():
+            self._file.truncate(kept)
+            self._file.seek(0, os.SEEK_END)
+
+
+def check_same_prompts(
+    path: Path, done: Mapping[int, Mapping[str, Any]], count: int, token_ids_of: Callable[[int], Collection[int]]
+) -> None:
+    """Raise unless the lines of ``path`` belong to the prompts of this run.
+
+    Raises:
+        ConfigError: a line is of a prompt that this run does not have.
+    """
+    for index, entry in done.items():
+        refused = entry.get("finish_reason") == "error"
+        if not 0 <= index < count or not (refused or list(entry["prompt_token_ids"]) == list(token_ids_of(index))):
+            raise ConfigError(
+                f"--output {path} continues other prompts: result {index} is not of this input; choose another name"
+            )
+
+
+def to_json(output: RequestOutput) -> str:
+    """One line, as INTERFACES describes it."""
+    import msgspec
+
+    def entry(item: Logprob | None) -> dict[str, Any] | None:
+        return None if item is None else {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
+
+    fields: dict[str, Any] = {
+        "index": output.index,
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "logprobs": None if output.logprobs is None else [entry(item) for item in output.logprobs],
+        "prompt_logprobs": None if output.prompt_logprobs is None else [entry(item) for item in output.prompt_logprobs],
+    }
+    if output.error is not None:
+        fields["error"] = output.error
+    return msgspec.json.encode(fields).decode()

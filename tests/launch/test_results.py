@@ -1,0 +1,184 @@
+"""Nothing is lost: results appear in order as they are done, an interrupted run keeps them, a later one continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phalanx.launch.results import InOrder, ResultFile
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.request import RequestOutput
+
+from .commands import ROOT, command_line, messages, needs_mpirun, run
+
+PROMPTS = [{"prompt": f"def f{number}(", "max_tokens": 2 + number % 5} for number in range(12)]
+
+
+def output(index: int) -> RequestOutput:
+    return RequestOutput(index, (5, 6), (7,), None, "length")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return path
+
+
+def test_a_result_is_written_as_soon_as_all_earlier_ones_are() -> None:
+    written: list[int] = []
+    results = InOrder(lambda one: written.append(one.index), [0, 2, 3, 5])
+    seen = []
+    for index in (2, 0, 5, 3):
+        results.take(output(index))
+        seen.append(list(written))
+    assert seen == [[], [0, 2], [0, 2], [0, 2, 3, 5]]
+
+
+def test_what_is_finished_is_written_although_earlier_ones_are_missing() -> None:
+    written: list[int] = []
+    results = InOrder(lambda one: written.append(one.index), range(4))
+    results.take(output(3))
+    results.take(output(1))
+    results.release()
+    assert written == [1, 3]
+
+
+def test_a_line_that_was_cut_off_is_generated_again(tmp_path: Path) -> None:
+    path = tmp_path / "results"
+    file = ResultFile(path, resume=True)
+    file.write(output(1))
+    file.close(complete=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-5])
+    again = ResultFile(path, resume=True)
+    assert list(again.done) == [1]
+    again.write(output(0))
+    again.close(complete=True)
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "results"
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="exists; give --resume"):
+        ResultFile(path, resume=False)
+    path.write_text("precious\n")
+    with pytest.raises(ConfigError, match="line 1 is no result"):
+        ResultFile(path, resume=True)
+    assert path.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("path", ["/dev/full/x", "/proc/results", "/nowhere/results"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(path: str) -> None:
+    result = run("generate", "--model", "/nowhere", "--prompt", "a", "--output", path)
+    assert result.returncode == 2
+    assert len(messages(result.stderr)) == len(result.stderr.splitlines()) == 1
+    assert f"--output {path} cannot be written" in result.stderr
+
+
+@needs_mpirun
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_run_that_was_interrupted_goes_on(prompts: Path, tmp_path: Path, dp: int) -> None:
+    arguments = ("--input-file", prompts, "--dp", str(dp), "--output")
+    assert run("generate", *arguments, tmp_path / "whole", ranks=2).returncode == 0
+    whole = (tmp_path / "whole").read_text()
+    lines = whole.splitlines(keepends=True)
+    part = tmp_path / "part"
+    part.write_text("".join(lines[:4] + lines[7:9]))
+    result = run("generate", *arguments, part, "--resume", ranks=2)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert part.read_text() == whole
+    other = run("generate", "--prompt", "other", "--output", part, "--resume", ranks=2)
+    assert other.returncode == 2
+    assert "continues other prompts" in other.stderr
+
+
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_interrupted_run_keeps_what_it_finished(tmp_path: Path, ranks: int) -> None:
+    """The second prompt is done long before the first."""
+    prompts = tmp_path / "prompts"
+    long = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+    prompts.write_text(
+        json.dumps(long)
+        + "\n"
+        + json.dumps({"prompt": "b", "max_tokens": 2})
+        + "\n"
+        + json.dumps({"prompt": "c", "max_tokens": 2})
+        + "\n"
+    )
+    watcher = tmp_path / "watch.py"
+    watcher.write_text(WATCHER)
+    command = command_line("generate", "--input-file", prompts, "--output", tmp_path / "results", ranks=ranks)
+    command[command.index("-m") : command.index("launch.generate") + 1] = [str(watcher)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(json.loads(line)["index"] for line in (tmp_path / "results").read_text().splitlines()) == [1, 2]
+
+
+WATCHER = """
+import os, signal, sys, launch
+from phalanx.launch import generate
+from phalanx.launch.running import run_command
+from phalanx.parallel.launcher import launch_info
+import phalanx.launch.results as results
+
+taken = []
+take = results.InOrder.take
+
+def watch(self, output):
+    take(self, output)
+    taken.append(output.index)
+    if len(taken) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+results.InOrder.take = watch
+run_command(generate.main, sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_one_line_and_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command_line("generate", "--prompt", "a", "--max-tokens", "2"),
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "cannot be written: No space left on device" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "a", "--max-tokens", "2")])
+def test_a_closed_pipe_is_no_traceback(command: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", f"launch.{command[0]}", *command[1:]],
+        cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--logprobs", "2"), "--logprobs is only printed with --json or --output"),
+        (("--stream", "--json"), "--stream prints text and --json prints results"),
+        (("--stream", "--prompt", "b"), "--stream shows one prompt, there are 2"),
+        (("--resume",), "--resume continues a file; name it with --output"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: tuple[str, ...], said: str) -> None:
+    result = run("generate", "--prompt", "a", *flags)
+    assert result.returncode == 2
+    assert said in result.stderr
