@@ -193,6 +193,8 @@ class BlockPlanner:
         held = self.block_table(seq_index)
         for block in self._copies.keys() & set(held.tolist()) if self._copies else ():
             self._forget_copy(block)
+        if self._new_blocks:  # it ends before a plan has told of its blocks, so the row may be another's in that plan
+            self._new_blocks = [changes[changes[:, 1] != seq_index] for changes in self._new_blocks]
         self._pool.drop(held)
         self._num_held[seq_index] = 0
 

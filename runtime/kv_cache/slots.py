@@ -79,6 +79,7 @@ class SlotPlanner:
         """Free the slot."""
         assert self._used[seq_index], seq_index
         self._used[seq_index] = False
+        self._new_indices = [other for other in self._new_indices if other != seq_index]
 
     def take_new_blocks(self) -> Int32Array:
         """``[M, 4]`` (0, seq_index, 0, seq_index) of the slots taken since the last call."""

@@ -10,7 +10,7 @@ import numpy as np
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.scheduler.admission import admission_row
 from phalanx.runtime.scheduler.microbatches import num_microbatches
-from phalanx.runtime.scheduler.sequences import SeqIndexArray, Sequence, SequenceTable
+from phalanx.runtime.scheduler.sequences import PromptGroup, SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig
 from phalanx.runtime.scheduler.waiting import WaitingQueue
 
@@ -55,6 +55,7 @@ class RunningSet:
     ) -> None:
         self._config, self._cache, self._table, self._waiting = config, cache, table, waiting
         self._microbatches = _microbatches_by_seqs(config)
+        self._heirs: list[Sequence] = []
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -71,8 +72,11 @@ class RunningSet:
         if self._config.step_times is not None and self._is_full(num_in_flight):
             return Selection(np.empty(0, np.intp))
         selection = Selection(self._choose_decodes())
+        selection.admissions += [self._admission(heir) for heir in self._heirs if heir.seq_index >= 0]
         self._add_chunks(selection)
         self._admit(selection)
+        if selection.num_tokens:
+            self._heirs.clear()
         return selection
 
     def mark_filled(self, chunks: list[tuple[int, int]]) -> None:
@@ -86,6 +90,25 @@ class RunningSet:
             self._cache.mark_filled(
                 seq_index, sequence.keys[: self._table.num_filled(seq_index) // self._cache.block_size]
             )
+
+    def end(self, sequence: Sequence) -> None:
+        """Release a sequence for good; its prompt goes to one that waits for it, whose first step is then in the next plan."""
+        group = sequence.group
+        if group is not None and group.leader is sequence and sequence.seq_index >= 0 and self._table.num_free:
+            self._hand_over(group)
+        self.release(sequence)
+
+    def _hand_over(self, group: PromptGroup) -> None:
+        """Start a sequence that waits for the prompt of the group's leader, which is about to end, if it is its turn anyway."""
+        heir = next(iter(self._waiting), None)
+        if heir is None or heir.group is not group or heir.leader is None or self._waits_for_prompt(heir):
+            return
+        num_cached = self._reserve(heir)
+        if num_cached is not None:
+            self._waiting.discard(heir)
+            self._table.add(heir, num_cached)
+            self._heirs.append(heir)
+            group.leader = heir
 
     def release(self, sequence: Sequence) -> None:
         """Free a sequence's row and blocks, or the place in the queue; known tokens stay in the cache for later prompts."""
@@ -164,11 +187,14 @@ class RunningSet:
             self._table.add(sequence, num_cached)
             count = min(sequence.num_to_compute - num_cached, budget)
             selection.chunks.append((sequence.seq_index, count))
-            selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
+            selection.admissions.append(self._admission(sequence))
             budget -= count
             num_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
         for sequence in started:
             self._waiting.discard(sequence)
+
+    def _admission(self, sequence: Sequence) -> tuple[Any, ...]:
+        return admission_row(sequence, sequence.seq_index, self._config.vocab_size)
 
     def _waits_for_prompt(self, sequence: Sequence) -> bool:
         leader = sequence.leader

@@ -255,7 +255,7 @@ class Scheduler:
         )
 
     def _forget(self, sequence: Sequence) -> None:
-        self._running.release(sequence)
+        self._running.end(sequence)
         sequence.has_ended = True
         del self._sequences[sequence.request.request_id]
 

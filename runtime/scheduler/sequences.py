@@ -26,7 +26,7 @@ class PromptGroup:
     """Sequences with one prompt, which is computed once for all that start while another of them runs.
 
     Attributes:
-        leader: the first; after its end, the next that starts by itself.
+        leader: the one whose prompt the others take over; after its end, the next that starts.
     """
 
     leader: Sequence

@@ -95,7 +95,7 @@ class Tenancy:
     """One stay of a request in a seq_index; ``next_position`` is what the next plan must compute first."""
 
     truth: Truth
-    next_position: int = 0
+    next_position: int | None = None
     last_sampled: int | None = None
 
 
@@ -142,15 +142,18 @@ class SimulatedExecutor:
         assert plan.num_decodes == num_scheduled_tokens.count(1)
         places = [(seq_index, index) for _, seq_index, index, _ in plan.new_blocks.tolist()]
         assert len(places) == len(set(places)), "ranks apply new blocks in any order"
-        assert set(plan.admissions["seq_index"].tolist()) <= set(seq_indices)
-        assert {seq_index for seq_index, _ in places} <= set(seq_indices)
+        started = plan.admissions["seq_index"].tolist()
+        assert len(started) == len(set(started))
+        assert {seq_index for seq_index, _ in places} <= set(seq_indices) | set(started)
 
     def _admit(self, plan: StepPlan) -> None:
         starts = dict(zip(plan.seq_indices.tolist(), plan.starts.tolist(), strict=True))
         for row in plan.admissions:
             seq_index = int(row["seq_index"])
-            start = starts[seq_index]
-            assert start % self.cache.block_size == 0 or len(plan.copies), "a block is shared whole or copied"
+            start = starts.get(seq_index)  # None: it takes over blocks now and computes in a later plan
+            assert not start or start % self.cache.block_size == 0 or len(plan.copies), (
+                "a block is shared whole or copied"
+            )
             self.tenancies[seq_index] = Tenancy(self.truth_of_seed[int(row["seed"])], start)
 
     def _copy(self, plan: StepPlan) -> None:
@@ -167,7 +170,7 @@ class SimulatedExecutor:
             *(a.tolist() for a in (plan.seq_indices, plan.starts, plan.num_scheduled_tokens)), strict=True
         ):
             tenancy = self.tenancies[seq_index]
-            assert start == tenancy.next_position, "every position is computed once and in order"
+            assert tenancy.next_position in (start, None), "every position is computed once and in order"
             tenancy.next_position = start + count
             tokens = token_ids[row : row + count]
             row += count

@@ -70,14 +70,34 @@ def test_first_of_a_group_that_is_cancelled_leaves_its_place_to_the_next() -> No
     assert plan_step(scheduler).num_scheduled_tokens.tolist() == [1]
 
 
-def test_first_of_a_group_that_has_ended_leaves_its_full_blocks() -> None:
+def test_first_of_a_group_hands_its_prompt_over_when_it_ends() -> None:
     scheduler = make_scheduler()
     submit_group(scheduler, max_tokens=1)
     run_step(scheduler)
     plan = run_step(scheduler)
-    assert (plan.starts.tolist(), plan.num_scheduled_tokens.tolist()) == ([8], [2]), "from the prefix cache"
-    while scheduler.has_work:
-        run_step(scheduler)
+    assert (plan.starts.tolist(), plan.num_scheduled_tokens.tolist()) == ([9, 9], [1, 1])
+    assert len(plan.admissions) == 2
+    assert len(set(plan.copies[:, 1].tolist())) == 1, "both copy the block that the first has left"
+    assert not scheduler.has_work
+
+
+def test_an_heir_that_is_cancelled_before_its_plan_leaves_nothing() -> None:
+    scheduler = make_scheduler()
+    submit_group(scheduler, max_tokens=1)
+    run_step(scheduler)
+    scheduler.cancel("r1", 0.0)
+    plan = run_step(scheduler)
+    assert (plan.starts.tolist(), plan.num_scheduled_tokens.tolist()) == ([9], [1])
+    assert len(plan.admissions) == 1
+    assert not scheduler.has_work
+
+
+def test_without_a_free_row_the_next_finds_the_full_blocks() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    submit_group(scheduler, 2, max_tokens=1)
+    run_step(scheduler)
+    plan = run_step(scheduler)
+    assert (plan.starts.tolist(), plan.num_scheduled_tokens.tolist()) == ([8], [2])
 
 
 def test_requests_that_score_their_prompt_compute_it() -> None:
