@@ -115,7 +115,7 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     from phalanx.checkpoints.formats import format_weights
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.executors.tensorrt.builder import BuildRequest, network_shape
-    from phalanx.runtime.executors.tensorrt.executor import CAPABILITIES
+    from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
     from phalanx.runtime.models import find_model
     from phalanx.runtime.models.tied import with_stored_head
 
@@ -126,6 +126,7 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()
     library.check_targets(targets)
+    CAPABILITIES.check(model, config, shape.dtype)
     weights = format_weights(model.weights(config), checkpoint.formats)
     CAPABILITIES.check_formats(config, weights)
     return BuildRequest(model, config, shape, targets, args.stripped, checkpoint.formats)

@@ -36,7 +36,7 @@ EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021), half-rotation style as in Llama.
+    """Rotary position embedding (Su et al. 2021).
 
     Attributes:
         theta: base of the geometric frequency series.
@@ -48,6 +48,7 @@ class RopeConfig:
         beta_fast, beta_slow: YaRN's band limits in rotations.
         truncate: round YaRN's band limits outwards to whole dimensions.
         attention_factor: multiplies cosines and sines (YaRN); 1 otherwise.
+        interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama).
     """
 
     theta: float = 10000.0
@@ -61,11 +62,15 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's dimensions in the field's terms (D, H, K, C, F, V of the shape legend in `phalanx.runtime.ops`).
+    """A model's dimensions in the field's terms (D, H, K, C, F, V of the shape legend in `phalanx.runtime.ops`).
+
+    What only one family needs is a field of its own subclass, in its own file; executors see these fields only, and take
+    heads, rotary embedding and all else about attention from the layers' `AttentionSpec`.
 
     Raises:
         ConfigError: dimensions that cannot belong together.
@@ -84,9 +89,6 @@ class ModelConfig:
     activation: Activation
     rope: RopeConfig | None
     tie_embeddings: bool
-    attention_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
     dtype: ComputeDType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -16,6 +16,7 @@ from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
 
@@ -104,6 +105,7 @@ def plan_memory(
         place = Topology(layout, rank)
         layers = stage_layers(config.num_layers, layout.pp)[place.stage]
         specs = model.weights(config, layers, place.is_first_stage, place.is_last_stage)
+        attention = [model.decode.attention(config, layer) for layer in layers]
         components = components_of(format_weights(specs, formats))
         state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size))
         result.append(
@@ -116,9 +118,7 @@ def plan_memory(
                 workspace=workspace_bytes(model, config, formats, place, max_num_seqs, max_num_tokens, itemsize)
                 + state,
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
-                kv_block_bytes=kv_block_bytes(
-                    config, len(layers), place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize
-                ),
+                kv_block_bytes=kv_block_bytes(attention, place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize),
             )
         )
     return tuple(result)
@@ -149,12 +149,10 @@ def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, i
     return result
 
 
-def kv_block_bytes(
-    config: ModelConfig, num_layers: int, tp_rank: int, tp_size: int, block_size: int, itemsize: int
-) -> int:
-    """Bytes of one block of the cache: keys and values of ``block_size`` tokens in ``num_layers`` layers, local heads."""
-    heads = local_kv_heads(config.num_kv_heads, tp_rank, tp_size).size
-    return 2 * num_layers * heads * config.head_dim * block_size * itemsize
+def kv_block_bytes(specs: Iterable[AttentionSpec], tp_rank: int, tp_size: int, block_size: int, itemsize: int) -> int:
+    """Bytes of one block of the cache: keys and values of ``block_size`` tokens, local heads, in layers of these ``specs``."""
+    widths = (local_kv_heads(spec.num_kv_heads, tp_rank, tp_size).size * spec.head_dim for spec in specs if spec.cached)
+    return 2 * sum(widths) * block_size * itemsize
 
 
 def workspace_bytes(
@@ -166,19 +164,23 @@ def workspace_bytes(
     max_num_tokens: int,
     itemsize: int,
 ) -> int:
-    """Room for the activations and logits of the largest step on one rank; see `activation_bytes`."""
+    """Room for the activations and logits of the largest step on one rank, by its largest layer; see `activation_bytes`."""
     tp = place.tp_rank, place.layout.tp
-    first_layer = stage_layers(config.num_layers, place.layout.pp)[place.stage].start
+    layers = stage_layers(config.num_layers, place.layout.pp)[place.stage]
     logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
-    weights = format_weights(model.block_weights(config, first_layer), formats)
-    specs = [weight.spec for weight in weights]
-    quantized = [weight.spec for weight in weights if weight.format != DENSE]
-    return activation_bytes(
-        specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
-    ) + _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
+
+    def of_layer(layer: int) -> int:
+        weights = format_weights(model.decode.block_weights(config, layer), formats)
+        specs = [weight.spec for weight in weights]
+        quantized = [weight.spec for weight in weights if weight.format != DENSE]
+        return activation_bytes(
+            specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
+        ) + _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
+
+    return max(map(of_layer, layers))
 
 
 def activation_bytes(

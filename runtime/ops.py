@@ -1,8 +1,8 @@
 """The seam between models and executors: about a dozen coarse operations, each one that the field has a kernel for.
 
 A model is a plain function over an `Ops[Tensor]` object and cannot look inside a `Tensor`. The current step (token ids,
-positions, slots, block tables) and the weights are bound to the object, so a model cannot tell prefill from decode, paged
-from linear cache, eager from captured, or which rank it runs on.
+positions, block tables) and the weights are bound to the object, so a model cannot tell prefill from decode, paged from
+linear cache, eager from captured, or which rank it runs on.
 
 Shape legend, used everywhere in Phalanx (sizes are per rank where the text says local):
 
@@ -12,8 +12,18 @@ Shape legend, used everywhere in Phalanx (sizes are per rank where the text says
 
 Activations are packed ``[T, D]``: all tokens of the step over all sequences, no batch axis, no padding.
 
-*Required* operations have no body. *Composed* ones are written here in terms of others; an executor overrides them only to
-be faster. Each executor's set of required operations is checked by the tests in ``tests/ops``.
+*Rows.* After the attention of a pass's last layer tokens no longer interact, so an executor may return only the rows that
+need logits from there on. An operation with two tensors takes the rows of the shorter one: ``add`` and the norms that add a
+residual.
+
+*Ownership.* Products (`column_linear`, `row_linear`, `linear`, `experts`, `logits`) and the norms without a residual only
+read their tensors, so parallel branches may share one. Every other operation owns its tensor arguments and may overwrite
+them: use its result, never the argument again. `add_rms_norm` and `add_layer_norm` update ``residual`` in place or return
+another; go on with what they return.
+
+*Required* operations have no body. *Optional* ones raise; a model that uses one is refused by executors that lack it, before
+weights are read (`phalanx.runtime.executors.capabilities`). *Composed* ones are written here in terms of others; an executor
+overrides them only to be faster. ``tests/ops`` runs every operation on every executor against float64 NumPy.
 """
 
 from __future__ import annotations
@@ -22,42 +32,32 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from phalanx.runtime.config import Activation, ModelConfig, RopeConfig
+from phalanx.runtime.attention import AttentionSpec
+from phalanx.runtime.config import Activation
 
-__all__ = ["AttentionSpec", "Ops", "Tensor"]
+__all__ = ["AttentionSpec", "ExpertsSpec", "Ops", "Tensor"]
 
 Tensor = TypeVar("Tensor")
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """One kind of attention. Head counts are the model's, over all ranks; a new variant is a field with a default.
+class ExpertsSpec:
+    """A mixture of gated feed-forward parts (Shazeer et al. 2017; Jiang et al. 2024).
 
     Attributes:
-        scale: factor on the scores, usually ``head_dim ** -0.5``.
-        rope: rotary embedding of queries and keys; None = positions come from elsewhere.
-        window: a query sees this many positions, itself included; 0 = all before it.
-        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0 = off (Gemma 2).
-        alibi: subtract ``slope[head] * distance`` from scores (Press et al. 2022).
+        num_experts, top_k: E, and how many of them each token takes.
+        activation: of the gate.
+        renormalise: the chosen experts' probabilities are divided by their sum.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    rope: RopeConfig | None = None
-    window: int = 0
-    soft_cap: float = 0.0
-    alibi: bool = False
-
-    @staticmethod
-    def of(config: ModelConfig) -> AttentionSpec:
-        """Causal attention with the model's own dimensions and the usual scale."""
-        return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5, config.rope)
+    num_experts: int
+    top_k: int
+    activation: Activation
+    renormalise: bool = True
 
 
 class Ops(ABC, Generic[Tensor]):
-    """Operations of one rank over one step. Weight names stand for handles: ``linear(x, "layers.3.qkv")``."""
+    """Operations of one rank over one step. Weight names stand for handles: ``column_linear(x, "layers.3.qkv")``."""
 
     # Required
 
@@ -87,7 +87,7 @@ class Ops(ABC, Generic[Tensor]):
 
     @abstractmethod
     def add_bias(self, x: Tensor, name: str) -> Tensor:
-        """Add the bias of a row-parallel weight where it has one, else return ``x``."""
+        """Add the bias of a row-parallel weight if it has one."""
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -111,13 +111,26 @@ class Ops(ABC, Generic[Tensor]):
 
         ``qkv`` holds the queries of all local heads, then keys, then values, as one matrix product leaves them: every
         executor fuses differently from here (rotary into the cache write, GQA heads into one tile), so this is one
-        operation. ``name`` is where weights of the attention itself are found, ``layer`` the number of its cache; each
-        query sees its own sequence up to itself.
+        operation. ``name`` is where weights of the attention itself are found (norms of heads), ``layer`` the number of
+        its cache, ``spec`` what the family declares for that layer.
         """
 
     @abstractmethod
-    def logits(self, x: Tensor, name: str) -> Tensor:
-        """Vocabulary-parallel head over the rows that need logits: ``[T, D] -> [B, V local]``."""
+    def logits(self, x: Tensor, name: str, soft_cap: float = 0.0) -> Tensor:
+        """Vocabulary-parallel head over the rows that need logits: ``[T, D] -> [B, V local]``.
+
+        With ``soft_cap``, logits become ``soft_cap * tanh(logit / soft_cap)`` (Gemma 2).
+        """
+
+    # Optional
+
+    def experts(self, x: Tensor, name: str, spec: ExpertsSpec) -> Tensor:
+        """Each token's ``top_k`` experts, weighted and summed; not summed over ranks yet: ``[T, D] -> [T, D]``.
+
+        Weights: ``<name>.router`` ``[E, D]``, whose products' softmax are the experts' probabilities;
+        ``<name>.gate_up`` ``[E 2F local, D]``, gate then up of each expert in turn; ``<name>.down`` ``[E D, F local]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no experts; its capabilities must not list them")
 
     # Composed
 
@@ -128,6 +141,11 @@ class Ops(ABC, Generic[Tensor]):
     def row_linear(self, x: Tensor, name: str) -> Tensor:
         """The second matrix of a Megatron pair, split by inputs: partial product, sum over ranks, bias once."""
         return self.add_bias(self.all_reduce(self.row_linear_partial(x, name)), name)
+
+    def row_linear_pair(self, x: Tensor, name: str, y: Tensor, other: str) -> Tensor:
+        """``row_linear`` of two branches, added: one sum over ranks for both (parallel residual, Wang & Komatsuzaki 2021)."""
+        total = self.all_reduce(self.add(self.row_linear_partial(x, name), self.row_linear_partial(y, other)))
+        return self.add_bias(self.add_bias(total, name), other)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, name: str, eps: float, weight_offset: float = 0.0

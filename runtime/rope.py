@@ -9,9 +9,15 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.config import RopeConfig
 
-__all__ = ["inverse_frequencies", "rotary_table"]
+__all__ = ["TABLE_FIELDS", "inverse_frequencies", "rotary_table"]
 
 Float64Array = NDArray[np.float64]
+
+TABLE_FIELDS = (
+    "theta", "rotary_dim", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions", "beta_fast",
+    "beta_slow", "attention_factor", "truncate",
+)  # fmt: skip
+"""Fields of `RopeConfig` that `rotary_table` takes into account; executors refuse others unless they list them."""
 
 
 def inverse_frequencies(rope: RopeConfig) -> Float64Array:

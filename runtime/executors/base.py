@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from phalanx.checkpoints.formats import DENSE, FormattedWeight
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError, ExecutorError
-from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.ops import AttentionSpec
+from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CacheSize", "Capabilities", "Executor", "Traced", "refuse_hidden_rows", "refuse_other_passes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """Model features that an executor has; what it lacks is refused at load time, in one error.
-
-    Attributes:
-        engine: ``numpy``, ``cuda`` or ``tensorrt``, for the message.
-        dtypes: compute types.
-        max_head_dim, head_dim_multiple: limits of its attention.
-        window, soft_cap, alibi: attention variants.
-        formats: names of the weight formats that it can multiply; None = any, by `Format.dequantize`.
-    """
-
-    engine: str
-    dtypes: frozenset[str]
-    max_head_dim: int | None = None
-    head_dim_multiple: int = 1
-    window: bool = True
-    soft_cap: bool = True
-    alibi: bool = True
-    formats: frozenset[str] | None = frozenset({DENSE.name})
-
-    def check(self, config: ModelConfig, dtype: str) -> None:
-        """Raise `ConfigError` naming model, feature and executor for the first thing that is missing."""
-        spec = AttentionSpec.of(config)
-        missing = None
-        if dtype not in self.dtypes:
-            missing = f"dtype={dtype} (it has {', '.join(sorted(self.dtypes))})"
-        elif self.max_head_dim is not None and spec.head_dim > self.max_head_dim:
-            missing = f"head_dim={spec.head_dim} (at most {self.max_head_dim})"
-        elif spec.head_dim % self.head_dim_multiple:
-            missing = f"head_dim={spec.head_dim} (only multiples of {self.head_dim_multiple})"
-        if missing:
-            raise ConfigError(
-                f"the {self.engine} engine cannot run {config.architecture}: no {missing}; try --engine numpy"
-            )
-
-    def check_formats(self, config: ModelConfig, weights: Iterable[FormattedWeight]) -> None:
-        """Raise `ConfigError` naming engine, format and weight for the first weight that the engine cannot multiply."""
-        for weight in weights:
-            if self.formats is not None and weight.format.name not in self.formats:
-                raise ConfigError(
-                    f"the {self.engine} engine cannot multiply {weight.format.name} weights, which {weight.spec.owner} of "
-                    f"this {config.architecture} has (it multiplies {', '.join(sorted(self.formats))}); try --engine numpy"
-                )
+__all__ = ["CacheSize", "Executor", "Traced", "refuse_hidden_rows", "refuse_other_passes"]
 
 
 @dataclass(frozen=True, slots=True)

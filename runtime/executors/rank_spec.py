@@ -14,6 +14,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Topology
+from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
 from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
@@ -48,6 +49,11 @@ class RankSpec:
     def layers(self) -> range:
         """Global numbers of the blocks of this rank's stage."""
         return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
+
+    @property
+    def attention(self) -> dict[int, AttentionSpec]:
+        """What the attention of each of these layers is."""
+        return {layer: self.model.decode.attention(self.config, layer) for layer in self.layers}
 
     @property
     def declared(self) -> list[FormattedWeight]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import Activation, ModelConfig
-from phalanx.runtime.models import llama
-from phalanx.runtime.models.base import Model
+from phalanx.runtime.models import blocks, llama
+from phalanx.runtime.models.base import Family, Pass
 from phalanx.runtime.models.hf_config import ConfigReader
-from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
+from phalanx.runtime.models.llama import LlamaConfig
+from phalanx.runtime.ops import Ops, Tensor
 
 __all__ = ["GEMMA"]
 
 
-def read_fields(reader: ConfigReader) -> ModelConfig:
+def read_fields(reader: ConfigReader) -> LlamaConfig:
     """Read ``config.json`` of a ``GemmaForCausalLM``."""
     head_dim = reader.integer("head_dim", 256)
-    return ModelConfig(
+    return LlamaConfig(
         architecture="GemmaForCausalLM",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
@@ -30,7 +31,6 @@ def read_fields(reader: ConfigReader) -> ModelConfig:
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", True),
         attention_bias=reader.flag("attention_bias", False),
-        output_bias=reader.flag("attention_bias", False),
         **reader.common(),
     )
 
@@ -61,11 +61,9 @@ def block(
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps, weight_offset=1.0)
-    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, AttentionSpec.of(config))
-    x = ops.row_linear(x, f"{name}.output")
+    x = blocks.attention(ops, name, layer, x, llama.attention(config, layer))
     x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps, weight_offset=1.0)
-    x = ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), config.activation)
-    return ops.row_linear(x, f"{name}.down"), residual
+    return blocks.gated_mlp(ops, name, x, config.activation), residual
 
 
 def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -74,16 +72,15 @@ def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | No
     return ops.logits(x, "lm_head")
 
 
-GEMMA = Model(
+GEMMA = Family(
     architecture="GemmaForCausalLM",
     model_type="gemma",
     other_names=("GemmaModel",),
     read_fields=read_fields,
-    embed=embed,
-    block=block,
-    head=head,
-    embed_weights=llama.embed_weights,
-    block_weights=llama.block_weights,
-    head_weights=llama.head_weights,
+    passes={
+        "decode": Pass[LlamaConfig](
+            embed, block, head, llama.embed_weights, llama.block_weights, llama.head_weights, llama.attention
+        )
+    },
     ignored_tensors=llama.LLAMA.ignored_tensors,
 )

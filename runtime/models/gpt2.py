@@ -5,7 +5,16 @@ from __future__ import annotations
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, kv_head_shard, lm_head, token_table
+from phalanx.runtime.models import blocks
+from phalanx.runtime.models.base import (
+    Family,
+    Pass,
+    feed_forward_shard,
+    head_shard,
+    kv_head_shard,
+    lm_head,
+    token_table,
+)
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
@@ -35,11 +44,13 @@ def read_fields(reader: ConfigReader) -> ModelConfig:
         activation=reader.activation("activation_function", "gelu_new"),
         rope=None,
         tie_embeddings=reader.flag("tie_word_embeddings", True),
-        attention_bias=True,
-        output_bias=True,
-        mlp_bias=True,
         **reader.common(),
     )
+
+
+def attention(config: ModelConfig, layer: int) -> AttentionSpec:
+    """The same in every layer."""
+    return AttentionSpec.of(config)
 
 
 def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
@@ -53,11 +64,9 @@ def block(
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, AttentionSpec.of(config))
-    x = ops.row_linear(x, f"{name}.output")
+    x = blocks.attention(ops, name, layer, x, attention(config, layer))
     x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    x = ops.activation(ops.column_linear(x, f"{name}.up"), config.activation)
-    return ops.row_linear(x, f"{name}.down"), residual
+    return blocks.mlp(ops, name, x, config.activation), residual
 
 
 def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -128,17 +137,12 @@ def _qkv(config: ModelConfig, source: str, tail: tuple[int, ...]) -> tuple[Part,
     )
 
 
-GPT2 = Model(
+GPT2 = Family(
     architecture="GPT2LMHeadModel",
     model_type="gpt2",
     other_names=("GPT2Model",),
     read_fields=read_fields,
-    embed=embed,
-    block=block,
-    head=head,
-    embed_weights=embed_weights,
-    block_weights=block_weights,
-    head_weights=head_weights,
+    passes={"decode": Pass(embed, block, head, embed_weights, block_weights, head_weights, attention)},
     # Published checkpoints also hold causal masks, and tied ones sometimes a copy of the token table.
     ignored_tensors=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
 )

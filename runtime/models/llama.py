@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-from phalanx.checkpoints.spec import Part, WeightSpec
+from dataclasses import dataclass
+
+from phalanx.checkpoints.spec import WeightSpec
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.models.base import Model, feed_forward_shard, head_shard, lm_head, qkv_weight, token_table
+from phalanx.runtime.models import blocks, declarations
+from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, token_table
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["LLAMA", "block_weights"]
+__all__ = [
+    "LLAMA",
+    "LlamaConfig",
+    "block",
+    "block_weights",
+    "embed",
+    "embed_weights",
+    "head_weights",
+]
+
 
 TABLE = "model.embed_tokens.weight"
 
 
-def read_fields(reader: ConfigReader) -> ModelConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Which matrices have biases.
+
+    Attributes:
+        attention_bias: q, k, v and o.
+        mlp_bias: gate, up and down.
+    """
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+def read_fields(reader: ConfigReader) -> LlamaConfig:
     """Read ``config.json`` of a ``LlamaForCausalLM``."""
     head_dim = reader.head_dim()
     reader.refuse_unless("activation", "swiglu")  # a second name of the gated MLP in some checkpoints
-    return ModelConfig(
+    return LlamaConfig(
         architecture="LlamaForCausalLM",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
@@ -32,15 +57,24 @@ def read_fields(reader: ConfigReader) -> ModelConfig:
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("attention_bias", False),
-        output_bias=reader.flag("attention_bias", False),
         mlp_bias=reader.flag("mlp_bias", False),
         **reader.common(),
     )
 
 
+def attention(config: ModelConfig, layer: int) -> AttentionSpec:
+    """The same in every layer."""
+    return AttentionSpec.of(config)
+
+
 def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
     """Token rows: ``[T, D]``."""
     return ops.embedding("embed")
+
+
+def embed_weights(config: ModelConfig) -> list[WeightSpec]:
+    """The token table."""
+    return [WeightSpec("embed.weight", (token_table(config, TABLE),))]
 
 
 def block(
@@ -49,11 +83,25 @@ def block(
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, AttentionSpec.of(config))
-    x = ops.row_linear(x, f"{name}.output")
+    x = blocks.attention(ops, name, layer, x, attention(config, layer))
     x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    x = ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), config.activation)
-    return ops.row_linear(x, f"{name}.down"), residual
+    return blocks.gated_mlp(ops, name, x, config.activation), residual
+
+
+def block_weights(config: LlamaConfig, layer: int) -> list[WeightSpec]:
+    """Weights of one block."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    name, source = f"layers.{layer}", f"model.layers.{layer}"
+    q, k, v, o = (f"{source}.self_attn.{letter}_proj" for letter in "qkvo")
+    gate, up, down = (f"{source}.mlp.{kind}_proj" for kind in ("gate", "up", "down"))
+    return [
+        *declarations.norm(f"{name}.attention_norm", f"{source}.input_layernorm", d),
+        *declarations.qkv(config, f"{name}.qkv", (q, k, v), config.attention_bias),
+        *declarations.row_linear(f"{name}.output", o, (d, heads), head_shard(config, 1), config.attention_bias),
+        *declarations.norm(f"{name}.mlp_norm", f"{source}.post_attention_layernorm", d),
+        *declarations.gate_up(config, f"{name}.gate_up", (gate, up), config.mlp_bias),
+        *declarations.row_linear(f"{name}.down", down, (d, f), feed_forward_shard(config, 1), config.mlp_bias),
+    ]
 
 
 def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -62,56 +110,16 @@ def head(ops: Ops[Tensor], config: ModelConfig, x: Tensor, residual: Tensor | No
     return ops.logits(x, "lm_head")
 
 
-def embed_weights(config: ModelConfig) -> list[WeightSpec]:
-    """The token table."""
-    return [WeightSpec("embed.weight", (token_table(config, TABLE),))]
-
-
-def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
-    """Weights of one block; Gemma declares the same."""
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    name, source = f"layers.{layer}", f"model.layers.{layer}"
-    columns, rows = feed_forward_shard(config, 0), feed_forward_shard(config, 1)
-    mlp = f"{source}.mlp"
-    qkv = tuple(f"{source}.self_attn.{letter}_proj" for letter in "qkv")
-    specs = [
-        WeightSpec(f"{name}.attention_norm.weight", (Part(f"{source}.input_layernorm.weight", (d,)),)),
-        *qkv_weight(config, f"{name}.qkv", (qkv[0], qkv[1], qkv[2]), config.attention_bias),
-        WeightSpec(
-            f"{name}.output.weight", (Part(f"{source}.self_attn.o_proj.weight", (d, heads), head_shard(config, 1)),)
-        ),
-        WeightSpec(f"{name}.mlp_norm.weight", (Part(f"{source}.post_attention_layernorm.weight", (d,)),)),
-        WeightSpec(
-            f"{name}.gate_up.weight",
-            (Part(f"{mlp}.gate_proj.weight", (f, d), columns), Part(f"{mlp}.up_proj.weight", (f, d), columns)),
-        ),
-        WeightSpec(f"{name}.down.weight", (Part(f"{mlp}.down_proj.weight", (d, f), rows),)),
-    ]
-    if config.output_bias:
-        specs.append(WeightSpec(f"{name}.output.bias", (Part(f"{source}.self_attn.o_proj.bias", (d,)),)))
-    if config.mlp_bias:
-        gate_up = (Part(f"{mlp}.gate_proj.bias", (f,), columns), Part(f"{mlp}.up_proj.bias", (f,), columns))
-        specs.append(WeightSpec(f"{name}.gate_up.bias", gate_up))
-        specs.append(WeightSpec(f"{name}.down.bias", (Part(f"{mlp}.down_proj.bias", (d,)),)))
-    return specs
-
-
 def head_weights(config: ModelConfig) -> list[WeightSpec]:
-    """Final norm and LM head; the head is the token table itself where they are tied."""
-    norm = WeightSpec("final_norm.weight", (Part("model.norm.weight", (config.hidden_size,)),))
-    return [norm, lm_head(config, TABLE)]
+    """Final norm and LM head."""
+    return [*declarations.norm("final_norm", "model.norm", config.hidden_size), lm_head(config, TABLE)]
 
 
-LLAMA = Model(
+LLAMA = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     other_names=("LLaMAForCausalLM", "LlamaModel"),
     read_fields=read_fields,
-    embed=embed,
-    block=block,
-    head=head,
-    embed_weights=embed_weights,
-    block_weights=block_weights,
-    head_weights=head_weights,
+    passes={"decode": Pass[LlamaConfig](embed, block, head, embed_weights, block_weights, head_weights, attention)},
     ignored_tensors=(r"lm_head\.weight",),  # a copy of the token table, where they are tied
 )

@@ -37,7 +37,7 @@ def with_stored_head(model: Model, config: ModelConfig, source: TensorSource) ->
 
 
 def _head_part(model: Model, config: ModelConfig) -> Part:
-    return next(spec.parts[0] for spec in model.head_weights(config) if spec.name == "lm_head.weight")
+    return next(spec.parts[0] for spec in model.decode.head_weights(config) if spec.name == "lm_head.weight")
 
 
 def _equal(source: TensorSource, first: str, second: str) -> bool:

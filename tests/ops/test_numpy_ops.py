@@ -11,8 +11,9 @@ import pytest
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.sharding import Shard, Span
 from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.alibi import alibi_slopes
 from phalanx.runtime.config import ModelConfig, RopeConfig
-from phalanx.runtime.executors.numpy.attention import NumpyAttention, alibi_slopes
+from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads
 from phalanx.runtime.executors.weights import Weights
@@ -37,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def make_ops(
     weights: dict[str, np.ndarray], comm: Communicator | None = None, vocabulary: Span | None = None
 ) -> NumpyOps:
-    attention = NumpyAttention(model_config(), range(0), 1, 1, 0, 1, 1, THREADS)
+    attention = NumpyAttention({}, 1, 1, 0, 1, 1, THREADS)
     return NumpyOps(Weights.dense(weights), vocabulary or Span(0, 0, 0), comm or SelfCommunicator(), attention, THREADS)
 
 
@@ -177,8 +178,8 @@ class Sequences:
             if self.spec.soft_cap:
                 scores = self.spec.soft_cap * np.tanh(scores / self.spec.soft_cap)
             distance = np.arange(length)[:, None] - np.arange(length)[None]
-            if self.spec.alibi:
-                scores = scores - float(alibi_slopes(heads)[head]) * distance
+            if self.spec.alibi_slopes:
+                scores = scores - self.spec.alibi_slopes[head] * distance
             hidden = (distance < 0) | ((distance >= self.spec.window) if self.spec.window else False)
             scores = np.where(hidden, -np.inf, scores)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -200,7 +201,7 @@ SPECS = {
     "partial rope": {"rope": RopeConfig(theta=100.0, rotary_dim=4)},
     "window": {"window": 5},
     "soft cap": {"soft_cap": 1.5},
-    "alibi": {"alibi": True},
+    "alibi": {"alibi_slopes": alibi_slopes},
 }
 
 
@@ -208,11 +209,13 @@ SPECS = {
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (5, 1)])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_attention_in_mixed_chunks_equals_the_formula(name: str, heads: int, kv_heads: int, block_size: int) -> None:
-    fields = SPECS[name]
+    fields = dict(SPECS[name])
+    if "alibi_slopes" in fields:
+        fields["alibi_slopes"] = alibi_slopes(heads)
     config = model_config(heads, kv_heads, rope=fields.get("rope"))
     spec = AttentionSpec(heads, kv_heads, 6, 6**-0.5, **fields)
     sequences = Sequences(config, spec, [17, 16, 1, 23], block_size)
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, block_size, 0, 1, 64, THREADS)
+    attention = NumpyAttention({0: spec}, sequences.num_blocks, block_size, 0, 1, 64, THREADS)
     outputs = sequences.run(
         attention,
         [[(2, 1), (0, 5), (1, 16)], [(0, 1), (3, 20)], [(0, 11)], [(3, 1)], [(3, 2)]],
@@ -227,7 +230,7 @@ def test_many_decodes_at_once_equal_the_formula(kv_heads: int) -> None:
     config, spec = model_config(4, kv_heads), AttentionSpec(4, kv_heads, 6, 6**-0.5)
     lengths = [1 + (7 * index) % 40 for index in range(24)]
     sequences = Sequences(config, spec, lengths, 4)
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64, THREADS)
+    attention = NumpyAttention({0: spec}, sequences.num_blocks, 4, 0, 1, 64, THREADS)
     prefills = [[(index, length - 1) for index, length in enumerate(lengths) if length > 1]]
     prefills[0].sort(key=lambda chunk: chunk[1] > 1)
     outputs = sequences.run(attention, [*prefills, [(index, 1) for index in range(24)]])
@@ -239,7 +242,7 @@ def test_a_poisoned_sequence_does_not_reach_others_through_padding() -> None:
     config, spec = model_config(2, 2), AttentionSpec(2, 2, 6, 6**-0.5)
     sequences = Sequences(config, spec, [2 + index % 7 for index in range(20)], 4)
     sequences.qkv[0][:] = np.nan
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, 4, 0, 1, 64, THREADS)
+    attention = NumpyAttention({0: spec}, sequences.num_blocks, 4, 0, 1, 64, THREADS)
     steps = [
         sorted(((i, n - 1) for i, n in enumerate(sequences.lengths)), key=lambda c: c[1] > 1),
         [(i, 1) for i in range(20)],
@@ -254,7 +257,7 @@ def test_a_poisoned_sequence_does_not_reach_others_through_padding() -> None:
 def test_long_prompts_are_cut_into_tiles_that_see_all_their_history(window: int) -> None:
     config, spec = model_config(2, 1), AttentionSpec(2, 1, 6, 6**-0.5, window=window)
     sequences = Sequences(config, spec, [300, 129], 16, max_len=304)
-    attention = NumpyAttention(config, range(1), sequences.num_blocks, 16, 0, 1, 304, THREADS)
+    attention = NumpyAttention({0: spec}, sequences.num_blocks, 16, 0, 1, 304, THREADS)
     outputs = sequences.run(attention, [[(0, 17), (1, 129)], [(0, 283)]])
     for index, output in enumerate(outputs):
         close(output, sequences.expected(index), factor=4)

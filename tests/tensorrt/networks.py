@@ -12,7 +12,6 @@ import numpy as np
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, load_shard
 from phalanx.runtime.executors.tensorrt.engine_session import PassOutput, Wanted
@@ -22,8 +21,7 @@ from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
 from phalanx.runtime.executors.tensorrt.network import (
     NetworkShape,
     RankNetwork,
-    cache_names,
-    local_heads_of,
+    cache_shapes,
     write_network,
 )
 from phalanx.runtime.executors.tensorrt.passes import EnginePass
@@ -83,10 +81,8 @@ class InterpretedSession:
         self.logits: list[Array] = []
         self.wanted: list[Wanted] = []
         self._topology, self._pipeline, self._hidden_size = topology, pipeline, config.hidden_size
-        heads = local_heads_of(config, topology)
-        cache_shape = (shape.max_num_seqs, heads.num_kv_heads, shape.slot_length, heads.head_dim)
-        layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
-        self._caches = {name: np.zeros(cache_shape, np.float32) for name in cache_names(layers)}
+        slots = cache_shapes(written.request.model, config, topology, shape)
+        self._caches = {name: np.zeros((shape.max_num_seqs, *extents), np.float32) for name, extents in slots.items()}
 
     device = "interpreter"
 

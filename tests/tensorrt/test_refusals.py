@@ -25,9 +25,7 @@ from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory,
 from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
 from phalanx.runtime.executors.tensorrt.loading import check_sizes, find_engine
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
-from phalanx.runtime.executors.tensorrt.ops import TrtOps
 from phalanx.runtime.models import find_model
-from phalanx.runtime.ops import AttentionSpec
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 
@@ -147,14 +145,6 @@ def test_tensorrt_builds_for_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -
     library.check_targets(("9.0",))
     with pytest.raises(ConfigError, match=r"8\.9 is not this machine's GPU \(9\.0\).*build on the target machine"):
         library.check_targets(("8.9",))
-
-
-@pytest.mark.parametrize("feature", ["soft_cap", "alibi"])
-def test_attention_that_a_network_cannot_express_is_refused(feature: str) -> None:
-    spec = AttentionSpec(4, 4, 16, 0.25, **{feature: 50.0 if feature == "soft_cap" else True})
-    ops = TrtOps.__new__(TrtOps)
-    with pytest.raises(ConfigError, match=rf"cannot run this model: no {feature} .*use --engine cuda or numpy"):
-        ops.attention(None, "layers.0.attention", 0, spec)
 
 
 def test_engines_that_fit_are_found(directory: EngineDirectory) -> None:

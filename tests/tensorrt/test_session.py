@@ -34,7 +34,9 @@ def _open(path: Path, topology: Topology, comm: Communicator) -> tuple[DeviceSes
     engine = InterpretedEngine(written, tensor_group)
     loaded = LoadedEngine(written.library, BuildLog(), None, None, engine)
     groups = SessionGroups(HostGroup(tensor_group), HostGroup(pipeline))  # type: ignore[arg-type]
-    session = DeviceSession(loaded, written.request.config, topology, SHAPE, groups, Stream(), Stream())
+    session = DeviceSession(
+        loaded, written.request.model, written.request.config, topology, SHAPE, groups, Stream(), Stream()
+    )
     return session, engine, pipeline
 
 
@@ -110,7 +112,9 @@ def test_contexts_share_compiled_kernels_and_keep_them(tmp_path: Path, monkeypat
     loaded = LoadedEngine(library, BuildLog(), None, None, engine)
     loaded.kernel_cache, loaded.kernel_path = library.create_kernel_cache(engine, b"kept"), tmp_path / "x.kernels"
     groups = SessionGroups(HostGroup(SelfCommunicator()), HostGroup(SelfCommunicator()))  # type: ignore[arg-type]
-    session = DeviceSession(loaded, written.request.config, Topology(Layout()), SHAPE, groups, Stream(), Stream())
+    session = DeviceSession(
+        loaded, written.request.model, written.request.config, Topology(Layout()), SHAPE, groups, Stream(), Stream()
+    )
     configs = [context.config for context in engine.contexts]
     assert all(config is not None and config.cache is loaded.kernel_cache for config in configs)
     strategies = [config.dynamic_shapes_kernel_specialization_strategy for config in configs if config is not None]

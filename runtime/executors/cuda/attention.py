@@ -13,12 +13,10 @@ from phalanx.kernels.attention import AttentionDType, AttentionLimits, Attention
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.rotary import Fp8Pages, RotaryTables, rotary_kv_write
 from phalanx.kernels.step_update import StepArrays, StepKernels
-from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
-from phalanx.runtime.config import ModelConfig, RopeConfig
+from phalanx.runtime.attention import AttentionSpec, LocalHeads
+from phalanx.runtime.config import RopeConfig
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype
-from phalanx.runtime.executors.numpy.attention import alibi_slopes
-from phalanx.runtime.ops import AttentionSpec
 from phalanx.runtime.rope import rotary_table
 
 __all__ = ["CacheLayout", "CudaAttention"]
@@ -29,28 +27,23 @@ class CacheLayout:
     """One rank's share of the cache. Pages are ``[N, K local, P, C]``, keys and values apart, per layer.
 
     Attributes:
-        layers: global numbers of the blocks that this rank holds.
-        heads, kv_heads: query and key/value heads of this rank.
+        heads: this rank's share of each layer's heads, by the layer's number in the whole model.
         dtype: of queries and, without ``has_fp8_pages``, of pages.
     """
 
-    layers: range
-    heads: Span
-    kv_heads: Span
-    head_dim: int
+    heads: Mapping[int, LocalHeads]
     block_size: int
     dtype: AttentionDType
     has_fp8_pages: bool = False
 
     @classmethod
     def of(
-        cls, config: ModelConfig, layers: range, block_size: int, dtype: AttentionDType, rank: int, size: int,
+        cls, specs: Mapping[int, AttentionSpec], block_size: int, dtype: AttentionDType, rank: int, size: int,
         has_fp8_pages: bool = False,
     ) -> CacheLayout:  # fmt: skip
-        """The share of ``rank`` of ``size`` tensor-parallel ranks."""
-        heads = local_heads(config.num_heads, config.num_kv_heads, rank, size)
-        kv_heads = local_kv_heads(config.num_kv_heads, rank, size)
-        return cls(layers, heads, kv_heads, config.head_dim, block_size, dtype, has_fp8_pages)
+        """The share of ``rank`` of ``size`` tensor-parallel ranks; ``specs``: each layer's attention."""
+        heads = {layer: LocalHeads.of(spec, rank, size) for layer, spec in specs.items()}
+        return cls(heads, block_size, dtype, has_fp8_pages)
 
     @property
     def page_dtype(self) -> np.dtype[Any]:
@@ -60,21 +53,18 @@ class CacheLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers of this rank, keys and values."""
-        return 2 * len(self.layers) * self.layer_block_bytes
-
-    @property
-    def layer_block_bytes(self) -> int:
-        """Bytes of the keys of one block in one layer."""
-        return self.kv_heads.size * self.block_size * self.head_dim * self.page_dtype.itemsize
+        widths = sum(heads.num_kv_heads * heads.head_dim for heads in self.heads.values())
+        return 2 * widths * self.block_size * self.page_dtype.itemsize
 
     def allocate(self, num_blocks: int) -> dict[int, tuple[DeviceArray, DeviceArray]]:
         """Zeroed pages of every layer: ``{layer: (keys, values)}``. Zeros, because 0 * NaN would not be 0."""
         import cupy
 
-        shape = (num_blocks, self.kv_heads.size, self.block_size, self.head_dim)
-        return {
-            layer: (cupy.zeros(shape, self.page_dtype), cupy.zeros(shape, self.page_dtype)) for layer in self.layers
-        }
+        pages = {}
+        for layer, heads in self.heads.items():
+            shape = (num_blocks, heads.num_kv_heads, self.block_size, heads.head_dim)
+            pages[layer] = cupy.zeros(shape, self.page_dtype), cupy.zeros(shape, self.page_dtype)
+        return pages
 
 
 class CudaAttention:
@@ -132,34 +122,35 @@ class CudaAttention:
 
     def __call__(self, qkv: DeviceArray, layer: int, spec: AttentionSpec) -> DeviceArray:
         """``[T, (H + 2K) C local] -> [T, H C local]``; rotates queries in place in ``qkv``."""
-        kind = self._kinds.get(spec) or self._create(spec)
-        rows, (keys, values), fp8 = len(qkv), self._pages[layer], self._fp8.get(layer)
+        kind = self._kinds.get(spec) or self._create(spec, layer)
+        rows, heads, (keys, values) = len(qkv), self._layout.heads[layer], self._pages[layer]
+        fp8 = self._fp8.get(layer)
         kv_scales = None if fp8 is None else fp8.kv_scales
         rotary_kv_write(
             self._library, qkv, self._arrays.positions[:rows], self._arrays.slot_mapping[:rows], keys, values,
-            None if spec.rope is None else self._tables(spec.rope), num_heads=self._layout.heads.size, fp8=fp8,
+            None if spec.rope is None else self._tables(spec.rope), num_heads=heads.num_heads, fp8=fp8,
         )  # fmt: skip
         if spec not in self._split:
             self._split.add(spec)
             kind.split_work(self._step)
-        out = self._pool.array((rows, self._layout.heads.size * self._layout.head_dim), qkv.dtype)
+        out = self._pool.array((rows, heads.num_heads * heads.head_dim), qkv.dtype)
         kind.decode(qkv, keys, values, out, self._step, kv_scales)
         if self._has_prefill:
             kind.prefill(qkv, keys, values, out, self._step, kv_scales)
         return out
 
-    def _create(self, spec: AttentionSpec) -> PagedAttention:
+    def _create(self, spec: AttentionSpec, layer: int) -> PagedAttention:
         import cupy
 
-        layout = self._layout
+        heads = self._layout.heads[layer]
         shape = AttentionShape(
-            layout.heads.size, layout.kv_heads.size, layout.head_dim, layout.block_size, layout.dtype,
-            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-            has_fp8_pages=layout.has_fp8_pages,
+            heads.num_heads, heads.num_kv_heads, heads.head_dim, self._layout.block_size, self._layout.dtype,
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, causal=spec.causal,
+            has_fp8_pages=self._layout.has_fp8_pages,
         )  # fmt: skip
         slopes = None
-        if spec.alibi:
-            slopes = cupy.asarray(alibi_slopes(spec.num_heads)[layout.heads.start : layout.heads.stop])
+        if spec.alibi_slopes is not None:
+            slopes = cupy.asarray(np.array(spec.alibi_slopes[heads.heads.start : heads.heads.stop], np.float32))
         kind = PagedAttention(self._library, shape, self._limits, slopes)
         kind.bind(cupy.zeros(max(kind.workspace_bytes, 1), np.uint8))
         self._kinds[spec] = kind
@@ -171,5 +162,5 @@ class CudaAttention:
         if rope not in self._rotary:
             tables: Any = rotary_table(rope, self._limits.max_seq_len)
             cos, sin = (cupy.asarray(table.astype(np.float32)) for table in tables)
-            self._rotary[rope] = RotaryTables(cos, sin)
+            self._rotary[rope] = RotaryTables(cos, sin, rope.interleaved)
         return self._rotary[rope]

@@ -24,10 +24,10 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.all_reduce import PeerCommunicator
 from phalanx.runtime.executors.cuda.attention import CacheLayout, CudaAttention
-from phalanx.runtime.executors.cuda.executor import CAPABILITIES, CudaExecutor, CudaGroups
+from phalanx.runtime.executors.cuda.executor import CudaExecutor, CudaGroups
 from phalanx.runtime.executors.cuda.graphs import StepKey
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype
-from phalanx.runtime.executors.cuda.ops import CudaOps
+from phalanx.runtime.executors.cuda.ops import CAPABILITIES, CudaOps
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.sampler import CudaSampler
 from phalanx.runtime.executors.cuda.stage import CudaStage
@@ -55,7 +55,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
-    CAPABILITIES.check(spec.config, spec.dtype)
+    CAPABILITIES.check(spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, spec.declared)
     limits = _step_limits(spec)
     device, stream = select_device()
@@ -158,7 +158,7 @@ def _step_limits(spec: RankSpec) -> StepLimits:
 def _cache_layout(spec: RankSpec) -> CacheLayout:
     """This rank's share of the key/value cache."""
     return CacheLayout.of(
-        spec.config, spec.layers, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size,
+        spec.attention, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size,
         has_fp8_pages=spec.kv_scales is not None,
     )  # fmt: skip
 

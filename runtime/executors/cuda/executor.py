@@ -25,7 +25,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_hidden_rows, refuse_other_passes
+from phalanx.runtime.executors.base import CacheSize, refuse_hidden_rows, refuse_other_passes
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
@@ -38,11 +38,7 @@ from phalanx.runtime.sampling.fields import restricts_tokens
 from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "CudaExecutor"]
-
-CAPABILITIES = Capabilities(
-    "cuda", frozenset({"bfloat16", "float16", "float32"}), max_head_dim=256, head_dim_multiple=8
-)
+__all__ = ["CudaExecutor"]
 
 
 @dataclass(slots=True)

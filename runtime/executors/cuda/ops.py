@@ -22,6 +22,7 @@ from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
+from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities, Limit
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.deferred import Deferred, Rows, Write, quantized_rows
@@ -29,7 +30,7 @@ from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
 
-__all__ = ["CudaOps"]
+__all__ = ["CAPABILITIES", "CudaOps"]
 
 _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "silu": "silu",
@@ -37,6 +38,19 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "gelu": "gelu_erf",
     "relu": "relu",
 }
+
+
+CAPABILITIES = Capabilities(
+    engine="cuda",
+    dtypes=frozenset({"bfloat16", "float16", "float32"}),
+    features={
+        **ALL_ENGINES,
+        "attention.head_dim": Limit(at_most=256, multiple_of=8),
+        "attention.causal": ANY,
+        "attention.soft_cap": ANY,
+        "attention.alibi_slopes": ANY,
+    },
+)
 
 
 class CudaOps(Ops[DeviceArray]):
@@ -84,7 +98,6 @@ class CudaOps(Ops[DeviceArray]):
         self._logit_rows = rows
 
     def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
-        """See `Ops.embedding`."""
         table = self._weights.embedding(name)
         out = self._pool.array((self._num_rows, table.shape[1]), table.dtype)
         embedding(
@@ -94,17 +107,14 @@ class CudaOps(Ops[DeviceArray]):
         return self._group.all_reduce(out)
 
     def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.position_embedding`; in place."""
         x = self._values(x)
         add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights.embedding(name))
         return x
 
     def rms_norm(self, x: DeviceArray, name: str, eps: float, weight_offset: float = 0.0) -> DeviceArray:
-        """See `Ops.rms_norm`."""
         return self.add_rms_norm(x, None, name, eps, weight_offset)[0]
 
     def layer_norm(self, x: DeviceArray, name: str, eps: float) -> DeviceArray:
-        """See `Ops.layer_norm`."""
         return self.add_layer_norm(x, None, name, eps)[0]
 
     def add_rms_norm(
@@ -144,11 +154,9 @@ class CudaOps(Ops[DeviceArray]):
         return self._product(x, name, self._weights.linear(name).bias)
 
     def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.row_linear_partial`."""
         return self._product(x, name, None)
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.add_bias`; in place."""
         x = self._values(x)
         bias = self._weights.linear(name).bias
         if bias is not None:
@@ -156,7 +164,6 @@ class CudaOps(Ops[DeviceArray]):
         return x
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
-        """See `Ops.all_reduce`; in place."""
         return self._group.all_reduce(self._values(x))
 
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
@@ -166,7 +173,6 @@ class CudaOps(Ops[DeviceArray]):
         return super().row_linear(x, name)
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
-        """See `Ops.add`."""
         x, y = self._values(x), self._values(y)
         x, y = self._rows_of(x, y), self._rows_of(y, x)
         out = self._pool.array(x.shape, x.dtype)
@@ -174,14 +180,12 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
-        """See `Ops.activation`."""
         x = self._values(x)
         out = self._pool.array(x.shape, x.dtype)
         activation(self._library, x, out, _ACTIVATIONS[kind])
         return out
 
     def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
-        """See `Ops.gated_activation`."""
         x = self._values(x)
 
         def write(out: Any) -> None:
@@ -190,13 +194,12 @@ class CudaOps(Ops[DeviceArray]):
         return self._deferred(x, (len(x), x.shape[1] // 2), write, write)
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
-        """See `Ops.attention`."""
         out = self._attention(self._values(qkv), layer, spec)
         if layer == self._last_layer and self._num_kept:
             return self._gather(out, range(self._num_kept))
         return out
 
-    def logits(self, x: DeviceArray, name: str) -> DeviceArray:
+    def logits(self, x: DeviceArray, name: str, soft_cap: float = 0.0) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
         return self.column_linear(x if self._num_kept else self._gather(self._values(x), self._logit_rows), name)
 

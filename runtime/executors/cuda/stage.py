@@ -74,20 +74,14 @@ class CudaStage:
     def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
         self.step.update(key.num_rows, num_logit_rows)
         self.ops.bind(key.num_rows, key.has_prefill, num_kept)
-        if self.topology.is_first_stage:
-            x = self.model.embed(self.ops, self.config)
-        else:
-            x = self.hidden[: key.num_rows]
-        residual = None
-        for layer in self.layers:
-            x, residual = self.model.block(self.ops, self.config, layer, x, residual)
-        return x, residual
+        received = None if self.topology.is_first_stage else self.hidden[: key.num_rows]
+        return self.model.decode.run(self.ops, self.config, self.layers, received)
 
     def _sample(
         self, key: StepKey, x: DeviceArray, residual: DeviceArray | None, rows: range, layout: ResultLayout
     ) -> None:
         self.ops.bind_logits(rows)
-        logits = self.model.head(self.ops, self.config, x, residual)
+        logits = self.model.decode.head(self.ops, self.config, x, residual)
         views = layout.views(self.results).rows(rows)
         self.sampler.choose(logits, rows, key.filters, views.token_ids)
         self.step.store_tokens(views.token_ids, rows.start)

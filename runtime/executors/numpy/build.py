@@ -12,7 +12,8 @@ from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
-from phalanx.runtime.executors.numpy.executor import CAPABILITIES, NumpyExecutor
+from phalanx.runtime.executors.numpy.executor import NumpyExecutor
+from phalanx.runtime.executors.numpy.ops import CAPABILITIES
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weight
@@ -35,7 +36,7 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     config, options, topology = spec.config, spec.options, spec.topology
-    CAPABILITIES.check(config, spec.dtype)
+    CAPABILITIES.check(spec.model, config, spec.dtype)
     weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
     weights = weights.converted(lambda weight: _dequantized(_quantized(weight, spec.quantized)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
@@ -63,7 +64,7 @@ def _dequantized(weight: Weight[Array]) -> Weight[Array]:
 def _num_blocks(spec: RankSpec) -> int:
     """Blocks for max_num_seqs sequences of full length, within this rank's share of the available memory."""
     config, options = spec.config, spec.options
-    block_bytes = kv_block_bytes(config, len(spec.layers), spec.tp_rank, spec.tp_size, options.block_size, itemsize=4)
+    block_bytes = kv_block_bytes(spec.attention.values(), spec.tp_rank, spec.tp_size, options.block_size, itemsize=4)
     wanted = options.max_num_seqs * -(-longest_requested(config, options.max_model_len) // options.block_size)
     share = _available_bytes() * CACHE_FRACTION / spec.topology.layout.world_size
     return max(1, min(wanted, int(share // block_bytes)))

@@ -13,7 +13,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
-from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_other_passes
+from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
@@ -25,13 +25,10 @@ from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "NumpyExecutor"]
+__all__ = ["NumpyExecutor"]
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
-
-CAPABILITIES = Capabilities("numpy", frozenset({"float32", "bfloat16", "float16"}), formats=None)
-"""Weights are rounded to the type asked for; arithmetic is float32."""
 
 _HIDDEN_TAG, _RESULT_TAG = 1, 2
 
@@ -54,16 +51,17 @@ class NumpyExecutor:
         comm: Communicator, limits: StepLimits, num_kv_blocks: int,
         kv_scales: Mapping[int, Float32Array] | None = None,
     ) -> None:  # fmt: skip
-        self._model, self._config, self._topology = model, config, topology
+        self._config, self._topology = config, topology
         self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
         self._layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
         rank, size = topology.tp_rank, topology.layout.tp
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
         threads = Threads(thread_count())
+        self._pass = model.decode
+        specs = {layer: self._pass.attention(config, layer) for layer in self._layers}
         self._attention = NumpyAttention(
-            config, self._layers, num_kv_blocks, limits.block_size, rank, size, limits.max_model_len, threads,
-            kv_scales,
-        )  # fmt: skip
+            specs, num_kv_blocks, limits.block_size, rank, size, limits.max_model_len, threads, kv_scales
+        )
         self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
         self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
         self._results: deque[StepResult] = deque()
@@ -92,7 +90,8 @@ class NumpyExecutor:
         self._attention.copy_blocks(plan.copies)
         self._ops.bind(NumpyStep(plan.token_ids, plan.positions))
         self._attention.bind(plan, self._state)
-        x = self._run_blocks(self._enter_stage(plan))
+        x, residual = self._pass.run(self._ops, self._config, self._layers, self._receive(plan))
+        x = x if residual is None else self._ops.add(x, residual)
         if not self._topology.is_last_stage:
             self._pp.send(x, self._pp.rank + 1, _HIDDEN_TAG)
             if self._topology.is_leader:
@@ -116,20 +115,12 @@ class NumpyExecutor:
         self._tp.close()
         self._pp.close()
 
-    def _enter_stage(self, plan: StepPlan) -> Float32Array:
+    def _receive(self, plan: StepPlan) -> Float32Array | None:
+        """Hidden states of the previous stage, its residual added in; None on the first."""
         if self._topology.is_first_stage:
-            embedded: Float32Array = self._model.embed(self._ops, self._config)
-            return embedded
+            return None
         hidden = np.empty((plan.num_tokens, self._config.hidden_size), np.float32)
         return self._pp.recv(hidden, self._pp.rank - 1, _HIDDEN_TAG)
-
-    def _run_blocks(self, x: Float32Array) -> Float32Array:
-        """All blocks of the stage: ``[T, D]``, the residual added in."""
-        residual = None
-        for layer in self._layers:
-            x, residual = self._model.block(self._ops, self._config, layer, x, residual)
-        total: Float32Array = x if residual is None else x + residual
-        return total
 
     def _finish(self, plan: StepPlan, x: Float32Array) -> StepResult:
         """What the plan's rows ask for, on the last stage; equal on all its ranks."""
@@ -161,7 +152,7 @@ class NumpyExecutor:
         """``[H, D] -> [H, D]`` through the head, short of the output projection."""
         self._ops.stop_before_logits = True
         try:
-            hidden: Float32Array = self._model.head(self._ops, self._config, x, None)
+            hidden: Float32Array = self._pass.head(self._ops, self._config, x, None)
         finally:
             self._ops.stop_before_logits = False
         return hidden
@@ -170,7 +161,7 @@ class NumpyExecutor:
         """Most probable tokens without gathering logits: ``[Q, D] -> [Q]``; -1 where a row is not finite."""
         if not len(x):
             return np.empty(0, np.int32)
-        local: Float32Array = self._model.head(self._ops, self._config, x, None)
+        local: Float32Array = self._pass.head(self._ops, self._config, x, None)
         held = local[:, : self._vocabulary.stop - self._vocabulary.start]
         best = np.full((3, len(x)), -np.inf)
         best[2] = np.isfinite(held).all(axis=1)
@@ -186,7 +177,7 @@ class NumpyExecutor:
         """Logits over the whole vocabulary: ``[B, D] -> [B, V]``."""
         if not len(x):
             return np.empty((0, self._config.vocab_size), np.float32)
-        local: Float32Array = self._model.head(self._ops, self._config, x, None)
+        local: Float32Array = self._pass.head(self._ops, self._config, x, None)
         if self._tp.size == 1:
             return local[:, : self._config.vocab_size]
         gathered = self._tp.all_gather(local).swapaxes(0, 1).reshape(len(x), -1)

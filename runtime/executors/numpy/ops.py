@@ -12,18 +12,39 @@ from numpy.typing import NDArray
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.config import Activation
+from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.product import product
+from phalanx.runtime.executors.numpy.scores import normalise_heads
 from phalanx.runtime.executors.numpy.threads import Threads
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, Ops
 
-__all__ = ["NumpyOps", "NumpyStep"]
+__all__ = ["CAPABILITIES", "NumpyOps", "NumpyStep"]
 
 Float32Array = NDArray[np.float32]
 
 PIECE = 1 << 16
 """Elements that an element-by-element operation works on at a time: 256 KiB."""
+
+
+CAPABILITIES = Capabilities(
+    engine="numpy",
+    dtypes=frozenset({"float32", "bfloat16", "float16"}),
+    features={
+        **ALL_ENGINES,
+        "attention.causal": ANY,
+        "attention.cached": ANY,
+        "attention.soft_cap": ANY,
+        "attention.alibi_slopes": ANY,
+        "attention.head_norm": ANY,
+        "attention.head_norm.eps": ANY,
+        "attention.head_norm.weight_offset": ANY,
+        "logits.soft_cap": ANY,
+    },
+    formats=None,
+)
+"""Weights are rounded to the type asked for; arithmetic is float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +63,7 @@ class NumpyOps(Ops[Float32Array]):
         vocabulary: rows of the vocabulary that this rank holds.
         comm: the tensor-parallel group.
         attention: key/value cache and attention over it.
-        threads: what large products are shared by.
+        threads: pool that shares large products.
     """
 
     def __init__(
@@ -72,7 +93,6 @@ class NumpyOps(Ops[Float32Array]):
         return self._step
 
     def embedding(self, name: str, scale: float = 1.0) -> Float32Array:
-        """See `Ops.embedding`."""
         table = self._weights.embedding(name)
         if self._comm.size == 1:
             rows: Float32Array = table[self.step.token_ids]
@@ -84,12 +104,10 @@ class NumpyOps(Ops[Float32Array]):
         return rows if scale == 1.0 else rows * np.float32(scale)
 
     def position_embedding(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.position_embedding`."""
         positioned: Float32Array = x + self._weights.embedding(name)[self.step.positions]
         return positioned
 
     def rms_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
-        """See `Ops.rms_norm`."""
         weight, _ = self._weights.norm(name)
         mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
         inverse = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
@@ -98,7 +116,6 @@ class NumpyOps(Ops[Float32Array]):
         return normed
 
     def layer_norm(self, x: Float32Array, name: str, eps: float) -> Float32Array:
-        """See `Ops.layer_norm`."""
         centred: Float32Array = x - x.mean(axis=1, keepdims=True)
         variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
         centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
@@ -109,7 +126,6 @@ class NumpyOps(Ops[Float32Array]):
         return centred
 
     def column_linear(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.column_linear`."""
         y = self.row_linear_partial(x, name)
         bias = self._weights.linear(name).bias
         if bias is not None:
@@ -117,31 +133,25 @@ class NumpyOps(Ops[Float32Array]):
         return y
 
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.row_linear_partial`."""
         weight = self._weights.linear(name)
         return product(weight.format.round_input(x), weight.components["weight"], self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.add_bias`. Works in place: ``x`` is a fresh product here."""
         bias = self._weights.linear(name).bias
         if bias is not None:
             x += bias
         return x
 
     def all_reduce(self, x: Float32Array) -> Float32Array:
-        """See `Ops.all_reduce`."""
         return self._comm.all_reduce(x)
 
     def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
-        """See `Ops.add`."""
         return x + y
 
     def activation(self, x: Float32Array, kind: Activation) -> Float32Array:
-        """See `Ops.activation`."""
         return self._by_rows(_ACTIVATIONS[kind], x, x.shape[1])
 
     def gated_activation(self, x: Float32Array, kind: Activation) -> Float32Array:
-        """See `Ops.gated_activation`."""
         half = x.shape[1] // 2
 
         def gate(rows: Float32Array) -> Float32Array:
@@ -166,12 +176,24 @@ class NumpyOps(Ops[Float32Array]):
         return out
 
     def attention(self, qkv: Float32Array, name: str, layer: int, spec: AttentionSpec) -> Float32Array:
-        """See `Ops.attention`."""
+        if spec.head_norm is not None:
+            heads = self._attention.local_heads(spec)
+            packed = qkv.reshape(len(qkv), -1, heads.head_dim)
+            sides = (("query_norm", 0, heads.num_heads), ("key_norm", heads.num_heads, heads.num_kv_heads))
+            for side, first, count in sides:
+                weight = self._weights.array(f"{name}.{side}")
+                normalise_heads(packed[:, first : first + count], weight, spec.head_norm)
         return self._attention(qkv, layer, spec)
 
-    def logits(self, x: Float32Array, name: str) -> Float32Array:
-        """See `Ops.logits`; the executor passes only the rows that need them."""
-        return x if self.stop_before_logits else self.column_linear(x, name)
+    def logits(self, x: Float32Array, name: str, soft_cap: float = 0.0) -> Float32Array:
+        # The executor passes only the rows that need logits.
+        if self.stop_before_logits:
+            return x
+        rows = self.column_linear(x, name)
+        if soft_cap:
+            np.tanh(rows / np.float32(soft_cap), out=rows)
+            rows *= np.float32(soft_cap)
+        return rows
 
 
 def _silu(x: Float32Array) -> Float32Array:

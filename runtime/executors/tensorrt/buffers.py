@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,11 +11,11 @@ import numpy as np
 
 from phalanx.kernels.arena import ALIGNMENT_BYTES, Arena
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.cuda.memory import DeviceArray
-from phalanx.runtime.executors.tensorrt.network import NetworkShape, cache_names, local_heads_of
+from phalanx.runtime.executors.tensorrt.network import NetworkShape, cache_shapes
+from phalanx.runtime.models import Model
 
 __all__ = ["WORD_BYTES", "BufferSizes", "aligned", "allocate"]
 
@@ -26,6 +27,7 @@ WORD_BYTES = 4
 class BufferSizes:
     """Bytes and extents of one rank's buffers."""
 
+    model: Model
     config: ModelConfig
     topology: Topology
     shape: NetworkShape
@@ -41,16 +43,13 @@ class BufferSizes:
         return self.config.hidden_size * self.shape.numpy_dtype.itemsize
 
     @property
-    def caches(self) -> list[str]:
-        """Names of this stage's caches."""
-        layers = stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
-        return cache_names(layers)
+    def caches(self) -> dict[str, tuple[int, int, int]]:
+        """This stage's caches and the extents of one slot of each."""
+        return cache_shapes(self.model, self.config, self.topology, self.shape)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of one slot's keys, or values, in one layer."""
-        heads = local_heads_of(self.config, self.topology)
-        return heads.num_kv_heads * self.shape.slot_length * heads.head_dim * self.shape.numpy_dtype.itemsize
+    def slot_bytes(self, extents: tuple[int, int, int]) -> int:
+        """Of one slot of these extents."""
+        return math.prod(extents) * self.shape.numpy_dtype.itemsize
 
     @property
     def input_words(self) -> dict[str, int]:
@@ -70,7 +69,8 @@ class BufferSizes:
 
     def pieces(self, scratch_bytes: int) -> dict[str, int]:
         """Every buffer by name, in bytes."""
-        pieces = dict.fromkeys(self.caches, self.shape.max_num_seqs * self.slot_bytes)
+        num_slots = self.shape.max_num_seqs
+        pieces = {name: num_slots * self.slot_bytes(extents) for name, extents in self.caches.items()}
         pieces["inputs"] = sum(aligned(words * WORD_BYTES) for words in self.input_words.values())
         if not self.topology.is_first_stage:
             pieces["hidden"] = self.max_tokens * self.token_bytes

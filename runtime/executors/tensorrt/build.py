@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.rank_spec import RankSpec
-from phalanx.runtime.executors.tensorrt.executor import CAPABILITIES, TrtExecutor
+from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
 from phalanx.runtime.executors.tensorrt.loading import open_session
+from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
 
 __all__ = ["create_trt_executor"]
 
@@ -18,7 +19,7 @@ def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor, int]:
         ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
         CheckpointError: the checkpoint does not fit the model.
     """
-    CAPABILITIES.check(spec.config, spec.dtype)
+    CAPABILITIES.check(spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, spec.declared)
     if spec.options.quantize != "none" or spec.options.kv_cache_dtype == "fp8":
         raise ConfigError(

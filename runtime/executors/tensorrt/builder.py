@@ -25,6 +25,7 @@ from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
 from phalanx.runtime.executors.tensorrt.network import NetworkShape, RankNetwork, write_network
+from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
 from phalanx.runtime.executors.weights import Weights, load_stage
 from phalanx.runtime.models import Model
 
@@ -105,6 +106,7 @@ def build_engine(
         ExecutorError: TensorRT failed; the message gives what it logged.
     """
     start = time.perf_counter()
+    CAPABILITIES.check(request.model, request.config, request.shape.dtype)
     if progress is not None:
         progress("reading weights", 0, 0)
     weights = load_shard(request, source, topology)

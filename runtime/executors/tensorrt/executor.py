@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, Capabilities, refuse_hidden_rows, refuse_other_passes
+from phalanx.runtime.executors.base import CacheSize, refuse_hidden_rows, refuse_other_passes
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
@@ -24,12 +24,10 @@ from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CAPABILITIES", "TrtExecutor"]
+__all__ = ["TrtExecutor"]
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
-
-CAPABILITIES = Capabilities("tensorrt", frozenset({"float32", "bfloat16", "float16"}), soft_cap=False, alibi=False)
 
 _RESULT_TAG = 2
 

@@ -195,9 +195,11 @@ class Graph:
 
     # Decoder layers
 
-    def rotate(self, x: ITensor, cos: ITensor, sin: ITensor, positions: ITensor, rotary_dim: int) -> ITensor:
-        """Rotary embedding, halves paired, of ``[B, H, N, C]``; tables ``[positions, rotary_dim / 2]``."""
-        layer = _made(self.network.add_rotary_embedding(x, cos, sin, False, rotary_dim), "rotary embedding")
+    def rotate(
+        self, x: ITensor, cos: ITensor, sin: ITensor, positions: ITensor, rotary_dim: int, interleaved: bool
+    ) -> ITensor:  # fmt: skip
+        """Rotary embedding of ``[B, H, N, C]``, halves or neighbours paired; tables ``[positions, rotary_dim / 2]``."""
+        layer = _made(self.network.add_rotary_embedding(x, cos, sin, interleaved, rotary_dim), "rotary embedding")
         layer.set_input(3, positions)
         return layer.get_output(0)
 

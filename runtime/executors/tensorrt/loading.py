@@ -58,7 +58,7 @@ def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
         topology = spec.topology
         tensor, pipeline = (open_device_group(spec.comm, members) for members in (topology.tp_group, topology.pp_group))
         groups = SessionGroups(tensor, pipeline)
-        session = DeviceSession(loaded, spec.config, topology, request.shape, groups, device, stream)
+        session = DeviceSession(loaded, spec.model, spec.config, topology, request.shape, groups, device, stream)
     return session, request.shape
 
 

@@ -13,6 +13,7 @@ slot's memory, so nothing is padded and a chunk of any length writes exactly wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,12 +21,13 @@ import numpy as np
 
 from phalanx.checkpoints.dtypes import FLOAT_DTYPES, dtype_from_config
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import local_heads, local_kv_heads, stage_layers
+from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
+from phalanx.runtime.attention import LocalHeads
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
-from phalanx.runtime.executors.tensorrt.ops import LocalHeads, StepTensors, TrtOps
+from phalanx.runtime.executors.tensorrt.ops import StepTensors, TrtOps
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
@@ -37,8 +39,7 @@ __all__ = [
     "NetworkShape",
     "ProfileShapes",
     "RankNetwork",
-    "cache_names",
-    "local_heads_of",
+    "cache_shapes",
     "write_network",
 ]
 
@@ -109,19 +110,16 @@ class RankNetwork:
     profiles: tuple[ProfileShapes, ...]
 
 
-def local_heads_of(config: ModelConfig, topology: Topology) -> LocalHeads:
-    """Heads that one rank computes."""
-    rank, size = topology.tp_rank, topology.layout.tp
-    return LocalHeads(
-        local_heads(config.num_heads, config.num_kv_heads, rank, size).size,
-        local_kv_heads(config.num_kv_heads, rank, size).size,
-        config.head_dim,
-    )
-
-
-def cache_names(layers: range) -> list[str]:
-    """Cache inputs of a stage, keys before values; outputs end in ``.updated``."""
-    return [f"{kind}.{layer}" for layer in layers for kind in ("keys", "values")]
+def cache_shapes(
+    model: Model, config: ModelConfig, topology: Topology, shape: NetworkShape
+) -> dict[str, tuple[int, int, int]]:
+    """Cache inputs of a stage and the extents ``[K local, P, C]`` of one slot; their outputs end in ``.updated``."""
+    shapes = {}
+    for layer in stage_layers(config.num_layers, topology.layout.pp)[topology.stage]:
+        heads = LocalHeads.of(model.decode.attention(config, layer), topology.tp_rank, topology.layout.tp)
+        for kind in ("keys", "values"):
+            shapes[f"{kind}.{layer}"] = (heads.num_kv_heads, shape.slot_length, heads.head_dim)
+    return shapes
 
 
 def write_network(
@@ -139,16 +137,17 @@ def write_network(
         ExecutorError: TensorRT refused a layer.
     """
     layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
-    heads = local_heads_of(config, topology)
-    cache_shape = (heads.num_kv_heads, shape.slot_length, heads.head_dim)
-    token_ids, hidden, step = _step_inputs(graph, config, topology, shape)
-    caches = {name: graph.input(name, shape.numpy_dtype, (-1, *cache_shape)) for name in cache_names(layers)}
+    slots = cache_shapes(model, config, topology, shape)
+    hidden, step = _step_inputs(graph, config, topology, shape)
+    caches = {name: graph.input(name, shape.numpy_dtype, (-1, *extents)) for name, extents in slots.items()}
     ops = TrtOps(
         graph, weights, shape.numpy_dtype, vocabulary_shard().span(config.vocab_size, topology.tp_rank, topology.layout.tp),
-        heads, {layer: (caches[f"keys.{layer}"], caches[f"values.{layer}"]) for layer in layers}, step, topology.layout.tp,
+        {layer: (caches[f"keys.{layer}"], caches[f"values.{layer}"]) for layer in layers}, step, topology.tp_rank,
+        topology.layout.tp,
     )  # fmt: skip
-    x = model.embed(ops, config) if token_ids is not None else graph.reshape(hidden, (-1, config.hidden_size))
-    x = _run_blocks(model, config, ops, layers, x)
+    received = None if hidden is None else graph.reshape(hidden, (-1, config.hidden_size))
+    x, residual = model.decode.run(ops, config, layers, received)
+    x = x if residual is None else ops.add(x, residual)
     if topology.is_last_stage:
         _write_logits(graph, model, config, ops, x, topology.layout.tp)
     else:
@@ -156,12 +155,13 @@ def write_network(
     for layer, updated in ops.updated_caches.items():
         for kind, tensor in zip(("keys", "values"), updated, strict=True):
             graph.output(f"{kind}.{layer}.updated", tensor)
-    return RankNetwork(graph, _profiles(config, topology, shape, cache_names(layers), cache_shape))
+    return RankNetwork(graph, _profiles(config, topology, shape, slots))
 
 
 def _step_inputs(
     graph: Graph, config: ModelConfig, topology: Topology, shape: NetworkShape
-) -> tuple[ITensor | None, ITensor | None, StepTensors]:
+) -> tuple[ITensor | None, StepTensors]:
+    """What enters the stage, None on the first, and the step."""
     token_ids = hidden = None
     if topology.is_first_stage:
         token_ids = graph.input("token_ids", _INT32, (-1, -1))
@@ -169,20 +169,13 @@ def _step_inputs(
         hidden = graph.input("hidden", shape.numpy_dtype, (-1, -1, config.hidden_size))
     positions = graph.input("positions", _INT32, (-1, -1))
     write_indices = graph.input("write_indices", _INT32, (-1,))
-    return token_ids, hidden, StepTensors(token_ids, positions, write_indices, shape.slot_length)
-
-
-def _run_blocks(model: Model, config: ModelConfig, ops: TrtOps, layers: range, x: ITensor) -> ITensor:
-    residual = None
-    for layer in layers:
-        x, residual = model.block(ops, config, layer, x, residual)
-    return x if residual is None else ops.add(x, residual)
+    return hidden, StepTensors(token_ids, positions, write_indices, shape.slot_length)
 
 
 def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, x: ITensor, num_ranks: int) -> None:
     """Logits of the rows asked for, over the whole vocabulary on every rank, and the most probable token of each."""
     rows = graph.gather(x, graph.input("logit_rows", _INT32, (-1,)))
-    local = graph.cast(model.head(ops, config, rows, None), np.dtype(np.float32))
+    local = graph.cast(model.decode.head(ops, config, rows, None), np.dtype(np.float32))
     width = local.shape[1]
     if num_ranks > 1:
         stacked = graph.all_gather(local, num_ranks)
@@ -196,21 +189,17 @@ def _write_logits(graph: Graph, model: Model, config: ModelConfig, ops: TrtOps, 
 
 
 def _profiles(
-    config: ModelConfig,
-    topology: Topology,
-    shape: NetworkShape,
-    caches: list[str],
-    cache_shape: tuple[int, ...],
+    config: ModelConfig, topology: Topology, shape: NetworkShape, slots: Mapping[str, tuple[int, ...]]
 ) -> tuple[ProfileShapes, ...]:
     most, longest = shape.max_num_seqs, shape.max_prefill_tokens
     decode = ((1, max(1, most // 2), most), (1, 1, 1), (1, max(1, most // 2), most))
     prefill = ((1, 1, 1), (1, max(1, longest // 2), longest), (1, 1, shape.max_prefill_logit_rows))
-    return tuple(_profile(config, topology, *extents, caches, cache_shape) for extents in (decode, prefill))
+    return tuple(_profile(config, topology, *extents, slots) for extents in (decode, prefill))
 
 
 def _profile(
     config: ModelConfig, topology: Topology, seqs: tuple[int, ...], tokens: tuple[int, ...], rows: tuple[int, ...],
-    caches: list[str], cache_shape: tuple[int, ...],
+    slots: Mapping[str, tuple[int, ...]],
 ) -> ProfileShapes:  # fmt: skip
     def three(*shapes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         return shapes[0], shapes[1], shapes[2]
@@ -223,4 +212,4 @@ def _profile(
         shapes["hidden"] = three(*((*pair, config.hidden_size) for pair in grid))
     if topology.is_last_stage:
         shapes["logit_rows"] = three(*((n,) for n in rows))
-    return shapes | {name: three(*((n, *cache_shape) for n in seqs)) for name in caches}
+    return shapes | {name: three(*((n, *extents) for n in seqs)) for name, extents in slots.items()}

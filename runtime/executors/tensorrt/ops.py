@@ -14,22 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Span
+from phalanx.runtime.attention import AttentionSpec, LocalHeads
 from phalanx.runtime.config import Activation, RopeConfig
+from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
 from phalanx.runtime.executors.weights import Weights
-from phalanx.runtime.ops import AttentionSpec, Ops
+from phalanx.runtime.ops import Ops
 from phalanx.runtime.rope import rotary_table
 
-__all__ = ["LocalHeads", "StepTensors", "TrtOps"]
+__all__ = ["CAPABILITIES", "StepTensors", "TrtOps"]
 
 _FLOAT32 = np.dtype(np.float32)
 _ACTIVATIONS: Mapping[Activation, str] = {"gelu_tanh": "GELU_TANH", "gelu": "GELU_ERF", "relu": "RELU"}
 
 _HIDDEN = -60000.0
 """Added to the score of a position that must not be seen: within float16, and its exponential is 0 in every type."""
+
+
+CAPABILITIES = Capabilities(
+    engine="tensorrt",
+    dtypes=frozenset({"float32", "bfloat16", "float16"}),
+    features={**ALL_ENGINES, "logits.soft_cap": ANY},
+)
+"""TensorRT's attention layer has a mask, but neither a soft cap nor ALiBi's biases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +58,6 @@ class StepTensors:
     slot_length: int
 
 
-@dataclass(frozen=True, slots=True)
-class LocalHeads:
-    """Heads of this rank and their extent: H, K (both local) and C."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
 class TrtOps(Ops[ITensor]):
     """One rank's operations as layers of ``graph``.
 
@@ -66,29 +66,28 @@ class TrtOps(Ops[ITensor]):
         dtype: compute type.
         vocabulary: rows of the vocabulary that this rank holds.
         caches: layer -> (keys, values), network inputs ``[B, K, P, C]``; updated ones are left in `updated_caches`.
-        num_ranks: size of the tensor-parallel group.
+        rank, num_ranks: place in the tensor-parallel group.
     """
 
     def __init__(
-        self, graph: Graph, weights: Weights[Array], dtype: np.dtype[Any], vocabulary: Span, heads: LocalHeads,
-        caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, num_ranks: int,
+        self, graph: Graph, weights: Weights[Array], dtype: np.dtype[Any], vocabulary: Span,
+        caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, rank: int, num_ranks: int,
     ) -> None:  # fmt: skip
         self._graph, self._weights, self._dtype = graph, weights, dtype
-        self._vocabulary, self._heads, self._caches = vocabulary, heads, caches
-        self._step, self._num_ranks = step, num_ranks
+        self._vocabulary, self._caches = vocabulary, caches
+        self._step, self._rank, self._num_ranks = step, rank, num_ranks
         self.updated_caches: dict[int, tuple[ITensor, ITensor]] = {}
         shape = graph.shape(step.positions)
         self._num_seqs, self._seq_tokens = graph.extent(shape, 0), graph.extent(shape, 1)
         self._num_tokens = graph.binary("PROD", self._num_seqs, self._seq_tokens)
         self._flat_positions = graph.reshape(step.positions, (-1,))
-        self._shapes: dict[tuple[str, int], ITensor] = {}
+        self._shapes: dict[tuple[str, int, int], ITensor] = {}
         self._masks: dict[int, ITensor] = {}
         self._rotary: dict[RopeConfig, tuple[ITensor, ITensor]] = {}
 
     # Embeddings
 
     def embedding(self, name: str, scale: float = 1.0) -> ITensor:
-        """See `Ops.embedding`."""
         graph = self._graph
         assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
         ids = graph.reshape(self._step.token_ids, (-1,))
@@ -114,13 +113,11 @@ class TrtOps(Ops[ITensor]):
         return graph.select(graph.reshape(mine, (-1, 1)), rows, nothing)
 
     def position_embedding(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.position_embedding`."""
         return self.add(x, self._graph.gather(self._weight(name), self._flat_positions))
 
     # Norms
 
     def rms_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
-        """See `Ops.rms_norm`."""
         graph = self._graph
         weight = graph.cast(self._row(f"{name}.weight", self._weights.norm(name)[0]), _FLOAT32)
         if weight_offset:
@@ -133,7 +130,6 @@ class TrtOps(Ops[ITensor]):
         return self._in_float32(x, normalise)
 
     def layer_norm(self, x: ITensor, name: str, eps: float) -> ITensor:
-        """See `Ops.layer_norm`."""
         graph = self._graph
         weight, bias = self._weights.norm(name)
         bias = np.zeros_like(weight) if bias is None else bias
@@ -146,40 +142,39 @@ class TrtOps(Ops[ITensor]):
     # Matrix products
 
     def column_linear(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.column_linear`."""
         return self.add_bias(self.row_linear_partial(x, name), name)
 
     def row_linear_partial(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.row_linear_partial`."""
         return self._graph.matmul_transposed(x, self._weight(name))
 
     def add_bias(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.add_bias`."""
         bias = self._weights.linear(name).bias
         return x if bias is None else self.add(x, self._row(f"{name}.bias", bias))
 
     def all_reduce(self, x: ITensor) -> ITensor:
-        """See `Ops.all_reduce`."""
         return x if self._num_ranks == 1 else self._graph.all_reduce(x, self._num_ranks)
 
-    def logits(self, x: ITensor, name: str) -> ITensor:
-        """See `Ops.logits`; the network passes only the rows that need them."""
-        return self.column_linear(x, name)
+    def logits(self, x: ITensor, name: str, soft_cap: float = 0.0) -> ITensor:
+        # The network passes only the rows that need logits.
+        rows = self.column_linear(x, name)
+        if not soft_cap:
+            return rows
+        graph, cap = self._graph, self._graph.scalar(soft_cap, 2)
+        return self._in_float32(
+            rows, lambda x: graph.binary("PROD", graph.activation("TANH", graph.binary("DIV", x, cap)), cap)
+        )
 
     # Element by element
 
     def add(self, x: ITensor, y: ITensor) -> ITensor:
-        """See `Ops.add`."""
         return self._graph.binary("SUM", x, y)
 
     def activation(self, x: ITensor, kind: Activation) -> ITensor:
-        """See `Ops.activation`."""
         if kind == "silu":
             return self._graph.binary("PROD", x, self._graph.activation("SIGMOID", x))
         return self._graph.activation(_ACTIVATIONS[kind], x)
 
     def gated_activation(self, x: ITensor, kind: Activation) -> ITensor:
-        """See `Ops.gated_activation`."""
         width = x.shape[1] // 2
         gate, up = (self._columns(x, start, width) for start in (0, width))
         return self._graph.binary("PROD", self.activation(gate, kind), up)
@@ -187,16 +182,9 @@ class TrtOps(Ops[ITensor]):
     # Attention
 
     def attention(self, qkv: ITensor, name: str, layer: int, spec: AttentionSpec) -> ITensor:
-        """See `Ops.attention`.
-
-        Raises:
-            ConfigError: the network API has no layer for this kind of attention.
-        """
-        _check_expressible(spec)
-        graph, heads = self._graph, self._heads
-        query = self._split(qkv, 0, heads.num_heads)
-        key = self._split(qkv, heads.num_heads, heads.num_kv_heads)
-        value = self._split(qkv, heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
+        graph, heads = self._graph, LocalHeads.of(spec, self._rank, self._num_ranks)
+        counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+        query, key, value = self._split(qkv, counts, heads.head_dim)
         query = self._in_float32(
             query, lambda x: graph.binary("PROD", self._rotate(x, spec.rope), graph.scalar(spec.scale, 4))
         )
@@ -210,13 +198,17 @@ class TrtOps(Ops[ITensor]):
         attended = graph.attention(query, keys, values, self._mask(spec.window))
         return graph.merge_heads(attended, heads.num_heads * heads.head_dim)
 
-    def _split(self, qkv: ITensor, first_head: int, num_heads: int) -> ITensor:
-        """Some heads of the packed product: ``[T, (H + 2K) C] -> [B, n, N, C]``."""
-        dim = self._heads.head_dim
-        key = ("heads", num_heads)
-        if key not in self._shapes:
-            self._shapes[key] = self._graph.extents(self._num_seqs, self._seq_tokens, num_heads, dim)
-        return self._graph.split_heads(self._columns(qkv, first_head * dim, num_heads * dim), self._shapes[key])
+    def _split(self, qkv: ITensor, counts: tuple[int, ...], head_dim: int) -> list[ITensor]:
+        """The packed product by ``counts`` of heads: ``[T, (H + 2K) C] -> [B, n, N, C]`` each."""
+        parts, first = [], 0
+        for count in counts:
+            key = ("heads", count, head_dim)
+            if key not in self._shapes:
+                self._shapes[key] = self._graph.extents(self._num_seqs, self._seq_tokens, count, head_dim)
+            columns = self._columns(qkv, first * head_dim, count * head_dim)
+            parts.append(self._graph.split_heads(columns, self._shapes[key]))
+            first += count
+        return parts
 
     def _rotate(self, x: ITensor, rope: RopeConfig | None) -> ITensor:
         if rope is None:
@@ -224,7 +216,7 @@ class TrtOps(Ops[ITensor]):
         if rope not in self._rotary:
             cos, sin = rotary_table(rope, self._step.slot_length)
             self._rotary[rope] = (self._table(cos), self._table(sin))
-        return self._graph.rotate(x, *self._rotary[rope], self._step.positions, rope.rotary_dim)
+        return self._graph.rotate(x, *self._rotary[rope], self._step.positions, rope.rotary_dim, rope.interleaved)
 
     def _table(self, values: Array) -> ITensor:
         return self._graph.constant(np.ascontiguousarray(values, np.float32))
@@ -253,7 +245,7 @@ class TrtOps(Ops[ITensor]):
         return self._graph.weight(name, array, (1, array.size))
 
     def _columns(self, x: ITensor, start: int, width: int) -> ITensor:
-        key = ("columns", width)
+        key = ("columns", width, 0)
         if key not in self._shapes:
             self._shapes[key] = self._graph.extents(self._num_tokens, width)
         return self._graph.columns(x, start, self._shapes[key])
@@ -261,13 +253,3 @@ class TrtOps(Ops[ITensor]):
     def _in_float32(self, x: ITensor, compute: Callable[[ITensor], ITensor]) -> ITensor:
         """``compute`` in float32, the result in the compute type."""
         return self._graph.cast(compute(self._graph.cast(x, _FLOAT32)), self._dtype)
-
-
-def _check_expressible(spec: AttentionSpec) -> None:
-    features = {"soft_cap": bool(spec.soft_cap), "alibi": spec.alibi}
-    for feature, wanted in features.items():
-        if wanted:
-            raise ConfigError(
-                f"the tensorrt engine cannot run this model: no {feature} (TensorRT's attention layer has none); "
-                "use --engine cuda or numpy"
-            )

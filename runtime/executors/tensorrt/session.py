@@ -34,9 +34,9 @@ from phalanx.runtime.executors.tensorrt.network import (
     DECODE_PROFILE,
     PREFILL_PROFILE,
     NetworkShape,
-    local_heads_of,
 )
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, slot_buckets
+from phalanx.runtime.models import Model
 
 __all__ = ["DeviceSession", "LoadedEngine", "SessionGroups"]
 
@@ -95,13 +95,13 @@ class DeviceSession:
     """
 
     def __init__(
-        self, loaded: LoadedEngine, config: ModelConfig, topology: Topology, shape: NetworkShape, groups: SessionGroups,
-        device: Any, stream: Any,
+        self, loaded: LoadedEngine, model: Model, config: ModelConfig, topology: Topology, shape: NetworkShape,
+        groups: SessionGroups, device: Any, stream: Any,
     ) -> None:  # fmt: skip
         self._loaded, self._topology, self._groups = loaded, topology, groups
         self._device, self._stream = device, stream
         self._vocab_size = config.vocab_size
-        self._sizes = sizes = BufferSizes(config, topology, shape)
+        self._sizes = sizes = BufferSizes(model, config, topology, shape)
         pieces = sizes.pieces(loaded.engine.device_memory_size_v2)
         self._memory = allocate(pieces, shape)
         for name in sizes.caches:
@@ -179,10 +179,9 @@ class DeviceSession:
     def _bind_slots(self, context: Any, first_slot: int, num_slots: int) -> None:
         """Caches of consecutive slots, in and out at the same address."""
         sizes = self._sizes
-        heads = local_heads_of(sizes.config, sizes.topology)
-        shape = (num_slots, heads.num_kv_heads, sizes.shape.slot_length, heads.head_dim)
-        for name in sizes.caches:
-            address = self._memory[name].data.ptr + first_slot * sizes.slot_bytes
+        for name, extents in sizes.caches.items():
+            shape = (num_slots, *extents)
+            address = self._memory[name].data.ptr + first_slot * sizes.slot_bytes(extents)
             self._loaded.require(context.set_tensor_address(name, address), f"the address of {name}")
             self._loaded.require(
                 context.set_tensor_address(f"{name}.updated", address), f"the address of {name}.updated"

@@ -1,0 +1,112 @@
+"""What one attention of one layer is: declared by the family, the only source that executors build from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
+from phalanx.runtime.config import ModelConfig, RopeConfig
+
+__all__ = ["AttentionSpec", "HeadNorm", "LocalHeads"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Norm of each query and key head before rotation (Henry et al. 2020): RMSNorm over C.
+
+    Weights ``<attention>.query_norm`` and ``<attention>.key_norm``, ``[C]`` each, shared by all heads.
+
+    Attributes:
+        weight_offset: added to the weights, 1 for Gemma 3.
+    """
+
+    eps: float
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One kind of attention. Head counts are the model's, over all ranks.
+
+    A new variant is a field with a default: executors that do not list it refuse models that set it, by name and before
+    weights are read (`phalanx.runtime.executors.capabilities`).
+
+    Attributes:
+        scale: factor on the scores, usually ``head_dim ** -0.5``.
+        rope: rotary embedding of queries and keys; None = positions come from elsewhere.
+        window: a query sees this many positions, itself included; 0 = all before it.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0 = off (Gemma 2).
+        alibi_slopes: one for each query head; ``slope * distance`` is subtracted from its scores (Press et al. 2022).
+        head_norm: norm of query and key heads; None = none.
+        causal: a token sees its sequence up to itself; False = all of it, which must then be in one step (encoders).
+        cached: keys and values stay for later steps; False = they are used once (encoders).
+        keys: whose keys and values are read, the tokens' own or those of an encoder's output (cross attention).
+
+    Raises:
+        ConfigError: fields that contradict each other.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeConfig | None = None
+    window: int = 0
+    soft_cap: float = 0.0
+    alibi_slopes: tuple[float, ...] | None = None
+    head_norm: HeadNorm | None = None
+    causal: bool = True
+    cached: bool = True
+    keys: Literal["own", "encoder"] = "own"
+
+    def __post_init__(self) -> None:
+        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
+            raise ConfigError(
+                f"{len(self.alibi_slopes)} ALiBi slopes for num_heads={self.num_heads}; give one per head"
+            )
+        if self.window and not self.causal:
+            raise ConfigError(f"window={self.window} needs causal attention; use window=0 where causal=False")
+
+    @staticmethod
+    def of(config: ModelConfig) -> AttentionSpec:
+        """Causal attention with the model's own dimensions and the usual scale; a family replaces what differs."""
+        return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim**-0.5, config.rope)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHeads:
+    """One rank's share of an attention's heads.
+
+    Attributes:
+        heads, kv_heads: ranges of the model's query and key/value heads.
+        head_dim: C.
+    """
+
+    heads: Span
+    kv_heads: Span
+    head_dim: int
+
+    @staticmethod
+    def of(spec: AttentionSpec, rank: int, size: int) -> LocalHeads:
+        """The share of ``rank`` of ``size`` tensor-parallel ranks.
+
+        Raises:
+            ConfigError: the heads cannot be shared by ``size`` ranks.
+        """
+        return LocalHeads(
+            local_heads(spec.num_heads, spec.num_kv_heads, rank, size),
+            local_kv_heads(spec.num_kv_heads, rank, size),
+            spec.head_dim,
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """H local."""
+        return self.heads.size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K local."""
+        return self.kv_heads.size
