@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phalanx.checkpoints.config_files import demo_path, read_config, read_generation_config
+from phalanx.checkpoints.config_files import demo_path, read_config, read_generation_config, stored_dtype
 from phalanx.checkpoints.directory import DirectorySource
 from phalanx.checkpoints.dtypes import dtype_from_config
 from phalanx.checkpoints.dummy import DummySource
@@ -70,9 +70,7 @@ def open_checkpoint(path: Path | None, load_format: Literal["auto", "dummy"] = "
     is_split = load_format == "auto" and directory.has(MANIFEST_FILE)
     source: TensorSource
     if load_format == "dummy":
-        source = DummySource(
-            seed, dtype_from_config(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-        )
+        source = DummySource(seed, dtype_from_config(stored_dtype(config)))
     else:
         source = SplitSource(directory) if is_split else DirectorySource(directory)
     return Checkpoint(directory.path, config, generation_config, source, formats, is_split)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from phalanx.checkpoints.file_kinds import describe_directory
 from phalanx.checkpoints.files import ModelDirectory
-from phalanx.parallel.errors import CheckpointError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 
 __all__ = [
     "CONFIG_FILE",
@@ -19,6 +21,7 @@ __all__ = [
     "demo_path",
     "read_config",
     "read_generation_config",
+    "stored_dtype",
 ]
 
 CONFIG_FILE = "config.json"
@@ -45,6 +48,10 @@ COPIED_FILES = (
 """What a split takes over from the model directory, where it is there."""
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE_SPELLINGS: Mapping[str, str] = MappingProxyType({"float": "float32", "half": "float16"})
+
+
 def demo_path() -> Path:
     """Directory of the checkpoint that ships with Phalanx."""
     return Path(__file__).resolve().parent / "demo"
@@ -68,6 +75,23 @@ def read_generation_config(directory: ModelDirectory) -> dict[str, Any]:
         CheckpointError: it is no JSON object.
     """
     return directory.read_json(GENERATION_CONFIG_FILE) if directory.has(GENERATION_CONFIG_FILE) else {}
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """Return the type that weights are stored in: ``dtype``, else ``torch_dtype``, else float32; in any spelling of torch.
+
+    Raises:
+        ConfigError: another type, or no name of one.
+    """
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    value = config.get(key)
+    name = "float32" if value is None else value.removeprefix("torch.") if isinstance(value, str) else ""
+    name = _DTYPE_SPELLINGS.get(name, name)
+    if name not in _DTYPES:
+        raise ConfigError(
+            f"{key}={str(value)[:80]!r} in {CONFIG_FILE} is not supported; supported: {', '.join(_DTYPES)}"
+        )
+    return name
 
 
 def _without_config(directory: ModelDirectory) -> str:

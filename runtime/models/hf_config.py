@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict, get_args
+from typing import Any, TypedDict, cast
 
+from phalanx.checkpoints.config_files import stored_dtype
 from phalanx.checkpoints.formats import read_formats
 from phalanx.checkpoints.quantized import QUANTIZATION_KEYS
 from phalanx.parallel.errors import ConfigError
@@ -130,14 +131,9 @@ class ConfigReader:
 
     def common(self) -> _Common:
         """Return the fields that every family has: stored dtype and special tokens."""
-        new, old = self.value("dtype"), self.value("torch_dtype")
-        key, dtype = ("torch_dtype", old or "float32") if new is None else ("dtype", new)
-        supported: tuple[ComputeDType, ...] = get_args(ComputeDType)
-        name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-        if name not in supported:
-            raise ConfigError(f"{key}={shown(dtype)} in {FILE} is not supported; supported: {', '.join(supported)}")
+        self.read_keys |= {"dtype", "torch_dtype"}
         return {
-            "dtype": name,
+            "dtype": cast(ComputeDType, stored_dtype(self.raw)),
             "bos_token_id": optional_token_id("bos_token_id", self.value("bos_token_id"), FILE),
             "eos_token_ids": token_ids("eos_token_id", self.value("eos_token_id"), FILE),
         }

@@ -19,7 +19,7 @@ from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Index
 from phalanx.checkpoints.spec import Part, WeightSpec
-from phalanx.parallel.errors import CheckpointError
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.models import find_model
 from tests.support.checkpoints import CASES_BY_NAME
 
@@ -144,5 +144,5 @@ def load(
 
 def test_dummy_needs_config_only_and_refuses_an_unknown_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "int8"}')
-    with pytest.raises(CheckpointError, match="int8"):
+    with pytest.raises(ConfigError, match="int8"):
         open_checkpoint(tmp_path, "dummy", seed=0)

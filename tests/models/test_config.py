@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_end_tokens_may_be_one_several_or_none(eos: Any, ids: tuple[int, ...]) -
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_may_be_spelt_as_torch_prints_it(key: str, spelling: str) -> None:
     assert read(**{"torch_dtype": ..., key: spelling}).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("spelling", "dtype"), [("half", "float16"), ("torch.float", "float32"), (None, "float32")])
+def test_other_names_of_torch_for_a_dtype(spelling: str | None, dtype: str, tmp_path: Path) -> None:
+    assert read(torch_dtype=spelling).dtype == dtype
+    raw = {**CASES_BY_NAME["llama-plain"].config, "torch_dtype": spelling}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with LLM(tmp_path, engine="numpy", load_format="dummy") as llm:
+        assert len(llm.generate([3, 4], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
 
 def test_dtype_takes_precedence_over_torch_dtype() -> None:
