@@ -50,12 +50,6 @@ class CacheLayout:
         """What pages hold; codes are bytes."""
         return np.dtype(np.uint8) if self.has_fp8_pages else device_dtype(self.dtype)
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all layers of this rank, keys and values."""
-        widths = sum(heads.num_kv_heads * heads.head_dim for heads in self.heads.values())
-        return 2 * widths * self.block_size * self.page_dtype.itemsize
-
     def allocate(self, num_blocks: int) -> dict[int, tuple[DeviceArray, DeviceArray]]:
         """Zeroed pages of every layer: ``{layer: (keys, values)}``. Zeros, because 0 * NaN would not be 0."""
         import cupy

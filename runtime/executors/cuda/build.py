@@ -37,7 +37,7 @@ from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
-from phalanx.runtime.memory import RESERVE_BYTES, workspace_bytes
+from phalanx.runtime.memory import RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
@@ -229,7 +229,8 @@ def _num_blocks(spec: RankSpec) -> int:
     """Blocks of the cache: as asked for, else what is left on the rank that has least. *Collective.*"""
     import cupy
 
-    options, block_bytes = spec.options, _cache_layout(spec).block_bytes
+    options, itemsize = spec.options, _cache_layout(spec).page_dtype.itemsize
+    block_bytes = kv_block_bytes(spec.attention.values(), spec.tp_rank, spec.tp_size, options.block_size, itemsize)
     free, total = cupy.cuda.runtime.memGetInfo()
     usable = free - int((1.0 - options.gpu_memory_utilization) * total) - RESERVE_BYTES
     fitting = int(spec.comm.all_gather(np.array([max(usable, 0) // block_bytes])).min())
