@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -41,6 +42,10 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
         "merge_and_unload() of peft, then save_pretrained",
         "*.gguf": "a llama.cpp (GGUF) file; use the original model with *.safetensors",
         "*.ggml": "a llama.cpp (GGML) file; use the original model with *.safetensors",
+        "openvino_*": "an OpenVINO model; use the original model with *.safetensors",
+        "vocabulary.*": "a vocabulary of CTranslate2, whose weights cannot be read; use the original model with *.safetensors",
+        "*.aria2": "an unfinished download; download the model again",
+        "*.part": "an unfinished download; download the model again",
         "*.incomplete": "an unfinished download; download the model again",
         "pytorch_model*.bin": f"pickled PyTorch weights; {_PICKLED}",
         "*.bin": f"pickled PyTorch weights; {_PICKLED}",
@@ -49,6 +54,7 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
         "*.ckpt*": f"a training checkpoint; {_PICKLED}",
         "*.distcp": "a distributed training checkpoint; consolidate it and save the model as safetensors first",
         "*.h5": f"TensorFlow weights; {_PICKLED}",
+        "*.ot": f"weights for Rust; {_PICKLED}",
         "*.msgpack": f"Flax weights; {_PICKLED}",
         "*.nemo": "a NeMo archive; convert it to the Hugging Face layout first",
         "*.onnx": "an ONNX graph; use the original model with *.safetensors",
@@ -57,6 +63,9 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Patterns of file names, in the order in which they are looked for, and what such a file is."""
+
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state).*\.(bin|pt|pth|pkl)")
+"""What trainers save next to the weights."""
 
 
 def describe_content(head: bytes) -> str | None:
@@ -74,8 +83,9 @@ def describe_directory(names: Sequence[str]) -> str | None:
     Args:
         names: files of the directory, those in its subdirectories as ``sub/name``.
     """
+    weights = [name for name in names if not _NO_WEIGHTS.fullmatch(name.rpartition("/")[2])]
     for pattern, description in _DIRECTORIES.items():
-        for name in sorted(names, key=lambda name: ("/" in name, name)):
+        for name in sorted(weights, key=lambda name: ("/" in name, name)):
             if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern):
                 return f"{name!r} is {description}"
     return None

@@ -39,8 +39,8 @@ def find_model(name: str) -> Path | None:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether ``name`` has the form ``ORG/NAME``."""
-    return "/" in name and _NAME.fullmatch(name) is not None
+    """Whether ``name`` has the form ``ORG/NAME``, or ``NAME`` for the oldest models."""
+    return _NAME.fullmatch(name) is not None
 
 
 def snapshot_of(path: Path) -> Path | None:

@@ -101,7 +101,12 @@ class Tokenizer:
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The whole text of ``token_ids``, as a stream of them would give it. Unknown ids are empty."""
+        """Return the whole text of ``token_ids``. Unknown ids are empty.
+
+        Where the decoder works on whole texts, a stream of the same tokens may differ in what a later token changes.
+        """
+        if self._rules is None:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
 

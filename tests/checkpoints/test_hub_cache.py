@@ -53,7 +53,7 @@ def test_a_local_directory_of_that_name_takes_precedence(
         open_checkpoint(Path("org/name"))
 
 
-@pytest.mark.parametrize("name", ["org/other", "org/name.v2"])
+@pytest.mark.parametrize("name", ["org/other", "org/name.v2", "gpt2"])
 def test_a_model_that_is_not_there_is_refused_with_the_command_that_gets_it(name: str, cache: Path) -> None:
     with pytest.raises(CheckpointError, match=f"not in the Hugging Face cache .*`hf download {name}` gets it"):
         open_checkpoint(Path(name))

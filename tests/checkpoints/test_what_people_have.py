@@ -74,6 +74,10 @@ FORMATS = {
     "onnx/model.onnx": "ONNX",
     "weights.npz": "MLX",
     "global_step1/__0_0.distcp": "consolidate",
+    "openvino_model.bin": "OpenVINO",
+    "vocabulary.json": "CTranslate2",
+    "rust_model.ot": "Rust",
+    "model.safetensors.aria2": "unfinished download",
     "model.safetensors.incomplete": "unfinished download",
     "llama_float32_tp1_pp1_rank0.engine": "--engine-dir",
 }
@@ -90,6 +94,14 @@ def test_weights_in_another_format_are_named_with_the_way_out(name: str, with_co
         open_checkpoint(tmp_path)
     assert repr(name) in str(error.value)
     assert FORMATS[name] in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"])
+def test_what_a_trainer_leaves_is_not_taken_for_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GOOD_CONFIG))
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors$"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_model_in_a_subdirectory_is_pointed_out(tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ def test_token_bytes_of_one_token() -> None:
     [
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Replace("  ", " ")],
         [decoders.Fuse(), decoders.Replace("▁", " ")],
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Replace("fo", "FO"), decoders.Replace("e t", "E")],
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("h", "H")],
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.ByteFallback()],
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)],
