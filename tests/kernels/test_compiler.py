@@ -7,12 +7,13 @@ import pytest
 
 from phalanx.kernels import compiler
 from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin, load_source
+from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 from phalanx.parallel.errors import ConfigError, ExecutorError
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
 ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
-ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1}
+ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1, "SAMPLING_STRUCT": SAMPLING_STRUCT}
 SPECS = [
     ("embedding", ROW),
     ("position_embedding", ROW),
@@ -30,7 +31,7 @@ SPECS = [
     ),
     ("all_reduce", {"RANK": 0, "NUM_RANKS": 2, "NUM_THREADS": 128, "HAS_TAIL": 0}),
     ("all_reduce", {"RANK": 5, "NUM_RANKS": 8, "NUM_THREADS": 512, "HAS_TAIL": 1}),
-    ("local_argmax", {"VEC": 8, "NUM_THREADS": 256}),
+    ("local_argmax", {"VEC": 8, "NUM_THREADS": 256, "SAMPLING_STRUCT": SAMPLING_STRUCT}),
     ("merge_argmax", {"NUM_THREADS": 128}),
     ("sample_rows", ROWS),
     ("log_probabilities", ROWS),

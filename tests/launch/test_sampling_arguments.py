@@ -11,6 +11,7 @@ import pytest
 
 from phalanx.launch import generate
 from phalanx.launch.sampling_arguments import add_sampling_arguments, given_fields, sampling_params
+from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, SamplingParams
 
@@ -64,7 +65,7 @@ def lines(tmp_path: Path, *entries: Any) -> list[tuple[Any, SamplingParams]]:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     args = generate.build_parser().parse_args(["--input-file", str(path), "--top-k", "7", "--seed", "4"])
-    return list(zip(*generate._read_prompts(args), strict=True))
+    return list(zip(*generate._read_prompts(args, SelfCommunicator()), strict=True))
 
 
 def test_json_lines_override_flags_and_null_does_not(tmp_path: Path) -> None:
