@@ -7,8 +7,8 @@ import pytest
 
 from phalanx.kernels import compiler
 from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin, load_source
-from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 from phalanx.parallel.errors import ConfigError, ExecutorError
+from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
