@@ -39,11 +39,12 @@ class CheckpointError(PhalanxError, ValueError):
 
 
 class RequestError(PhalanxError, ValueError):
-    """One request is invalid; ``param`` names its field where there is one."""
+    """One request is invalid; ``param`` names its field, and ``code`` its kind as OpenAI's clients know it, if there is one."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class CapacityError(PhalanxError):

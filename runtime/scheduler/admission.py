@@ -10,6 +10,7 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
 from phalanx.runtime.sampling.fields import device_values
+from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
 
@@ -29,7 +30,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         number,
         request,
         token_ids,
-        seed=_draw_seed(config.seed, number) if params.seed is None else params.seed % 2**64,
+        seed=split_mix64(config.seed, number + 1) if params.seed is None else params.seed % 2**64,
         end_token_ids=_end_token_ids(request, config),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
     )
@@ -71,7 +72,9 @@ def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cac
         way_out, param = "shorten the prompt", "prompt"
     else:
         way_out, param = f"use max_tokens up to {limit - num_prompt} or a shorter prompt", "max_tokens"
-    raise RequestError(f"{asked} exceed {owner} of {limit} tokens; {way_out} (operator: {flags})", param)
+    raise RequestError(
+        f"{asked} exceed {owner} of {limit} tokens; {way_out} (operator: {flags})", param, "context_length_exceeded"
+    )
 
 
 def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:
@@ -84,11 +87,3 @@ def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]
                 "stop_token_ids",
             )
     return (*models, *own)
-
-
-def _draw_seed(seed: int, number: int) -> int:
-    """Element ``number`` of the SplitMix64 sequence that starts at ``seed`` (Steele, Lea, Flood 2014)."""
-    word = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
-    return word ^ (word >> 31)

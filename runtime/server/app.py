@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,17 +19,10 @@ from phalanx import __version__
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.gate import Gate
 from phalanx.runtime.server.link.engine_client import ServerState
-from phalanx.runtime.server.openai.chat import chat_job, render_messages
-from phalanx.runtime.server.openai.completions import completion_job
-from phalanx.runtime.server.openai.fields import checked_token_ids
+from phalanx.runtime.server.openai.encoding import encode, render
 from phalanx.runtime.server.openai.generation import GenerationJob
-from phalanx.runtime.server.openai.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    decode_body,
-)
+from phalanx.runtime.server.openai.parsing import Generation, conversation, parse_chat, parse_completion
+from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 
@@ -63,7 +56,7 @@ def build_app(services: Services, api_keys: Sequence[bytes]) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return Gate(app, services.client, api_keys)
+    return Gate(app, services.client, api_keys, services.settings.cors_origins)
 
 
 class Routes:
@@ -107,15 +100,11 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
-        arrival = time.monotonic()
-        body = decode_body(await read_body(request, self._services.settings), CompletionRequest)
-        return await self._generate(request, lambda held: completion_job(self._services, body, arrival, held))
+        return await self._generate(request, parse_completion)
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        arrival = time.monotonic()
-        body = decode_body(await read_body(request, self._services.settings), ChatRequest)
-        return await self._generate(request, lambda held: chat_job(self._services, body, arrival, held))
+        return await self._generate(request, parse_chat)
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of messages."""
@@ -126,7 +115,7 @@ class Routes:
             raise invalid("give either prompt or messages", "prompt")
         if body.prompt is None:
             chat = ChatRequest(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
-            text = await render_messages(services, chat)
+            text = await render(services, conversation(chat))
             token_ids = await services.encode(text, add_special_tokens=body.add_special_tokens is True)
         else:
             special = body.add_special_tokens is not False
@@ -140,9 +129,9 @@ class Routes:
         body = decode_body(await read_body(request, services.settings), DetokenizeRequest)
         services.check_model(body.model)
         tokenizer = services.need_tokenizer("tokens")
-        token_ids = checked_token_ids(body.tokens, services.model, "tokens")
+        services.check_token_ids(body.tokens, "tokens")
         text = await services.in_worker(
-            lambda: tokenizer.decode(token_ids, skip_special_tokens=body.skip_special_tokens)
+            lambda: tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
         )
         return json_response({"prompt": text})
 
@@ -157,7 +146,7 @@ class Routes:
         return error_response(error)
 
     async def on_client_gone(self, request: Request, error: Exception) -> Response:
-        """Nobody reads this; 499 shows in the log."""
+        """The client has left; 499 shows in the log."""
         return Response(status_code=499)
 
     async def on_http_exception(self, request: Request, error: Exception) -> Response:
@@ -181,11 +170,20 @@ class Routes:
             "max_model_len": self._services.model.max_model_len,
         }
 
-    async def _generate(self, request: Request, prepare: Callable[[ExitStack], Awaitable[GenerationJob]]) -> Response:
-        held = ExitStack()
+    async def _generate(self, request: Request, parse: Callable[[bytes], Generation]) -> Response:
+        """Parse, make room, encode, submit, answer."""
+        services, arrival = self._services, time.monotonic()
+        generation = parse(await read_body(request, services.settings))
+        services.check_model(generation.model)
+        with ExitStack() as held:
+            held.enter_context(services.client.admit(generation.num_answers))
+            prompts = await encode(services, generation)
+            answer = generation.answer(services.model_name, services.tokenizer)
+            job = GenerationJob(services, generation, arrival, ExitStack(), answer)
+            job.submit(prompts)
+            job.held = held.pop_all()
         try:
-            job = await prepare(held)
+            return await job.run(request)
         except BaseException:
-            held.close()
+            job.close()
             raise
-        return await job.run(request)

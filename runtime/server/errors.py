@@ -11,7 +11,7 @@ import msgspec
 
 from phalanx.parallel.errors import CapacityError, RequestError
 
-__all__ = ["ApiError", "invalid", "overloaded", "unavailable"]
+__all__ = ["ApiError", "from_request_error", "invalid", "overloaded", "unavailable"]
 
 _TYPES = MappingProxyType({401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"})
 
@@ -61,6 +61,6 @@ def unavailable(message: str, retry_after_seconds: int = 1) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"retry-after": str(retry_after_seconds)})
 
 
-def from_request_error(error: RequestError) -> ApiError:
+def from_request_error(error: RequestError, code: str | None = None) -> ApiError:
     """A value of the request is refused."""
-    return invalid(str(error), error.param)
+    return invalid(str(error), error.param, error.code or code)

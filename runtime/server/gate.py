@@ -11,10 +11,12 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phalanx.runtime.server.errors import ApiError, unavailable
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+from phalanx.runtime.server.web.cors import cors_headers, is_preflight
 from phalanx.runtime.server.web.http import error_response
 
 __all__ = ["Gate"]
@@ -26,9 +28,16 @@ _OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics"})
 
 
 class Gate:
-    """Pure ASGI middleware. Requests are logged by id, route, status and time, never by content."""
+    """Pure ASGI middleware. Requests are logged by id, route, status and time, never by content.
 
-    def __init__(self, app: ASGIApp, client: EngineClient, api_keys: Sequence[bytes]) -> None:
+    Args:
+        cors_origins: whose pages may ask from a browser.
+    """
+
+    def __init__(
+        self, app: ASGIApp, client: EngineClient, api_keys: Sequence[bytes], cors_origins: Sequence[str] = ()
+    ) -> None:
+        self._cors_origins = tuple(cors_origins)
         self._app = app
         self._client = client
         self._api_keys = tuple(api_keys)
@@ -39,23 +48,28 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers, started = Headers(scope=scope), time.monotonic()
-        request_id = _request_id(headers)
+        request_id, method = _request_id(headers), scope["method"]
+        more_headers = {"x-request-id": request_id, **cors_headers(method, headers, self._cors_origins)}
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update(more_headers)
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers)
-        answer = self._app if refusal is None else error_response(refusal)
+        answer: ASGIApp
+        if is_preflight(method, headers) and self._cors_origins:
+            answer = Response(status_code=204)
+        else:
+            refusal = self._refusal(scope["path"], headers)
+            answer = self._app if refusal is None else error_response(refusal)
         try:
             await answer(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started
-            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds)
+            _LOG.info("%s %s %s %d %.3fs", request_id, method, scope["path"], status, seconds)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         state = self._client.state
@@ -79,8 +93,18 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return False
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._api_keys]
+        sent = _utf8(given.strip().encode("latin-1"))
+        matches = [hmac.compare_digest(sent, key) for key in self._api_keys]
         return any(matches)
+
+
+def _utf8(sent: bytes) -> bytes:
+    """A key as the key file has it: most clients send the bytes of UTF-8, some those of Latin-1."""
+    try:
+        sent.decode()
+    except UnicodeDecodeError:
+        return sent.decode("latin-1").encode()
+    return sent
 
 
 def _request_id(headers: Headers) -> str:

@@ -77,7 +77,7 @@ async def _serve(
     from phalanx.runtime.server.link.engine_client import EngineClient
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
-    from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, QuietServer
+    from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, ConnectionLimits, QuietServer
 
     loop = asyncio.get_running_loop()
     metrics = Metrics()
@@ -91,7 +91,12 @@ async def _serve(
     services = Services(client, settings, metrics, workers)
     config = uvicorn.Config(
         build_app(services, api_keys),
-        http=BoundedH11Protocol.with_header_timeout(settings.header_timeout_seconds),
+        http=BoundedH11Protocol.with_limits(
+            ConnectionLimits(
+                settings.header_timeout_seconds,
+                lambda: settings.draining_unread_seconds if client.is_draining else settings.unread_seconds,
+            )
+        ),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -101,7 +106,7 @@ async def _serve(
         h11_max_incomplete_event_size=settings.max_header_bytes,
         limit_concurrency=settings.max_connections,
         backlog=BACKLOG,
-        timeout_keep_alive=30,
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
     )
     server = QuietServer(config, on_started)

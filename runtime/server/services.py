@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
@@ -67,13 +67,37 @@ class Services:
             raise invalid(f"{problem}; use /v1/completions", "messages")
         return tokenizer.chat_template
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a prompt, computed outside the event loop."""
-        tokenizer = self.need_tokenizer("prompt")
-        most = self.model.max_model_len * tokenizer.max_token_characters
-        return await self.in_worker(
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens, max_characters=most)
-        )
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Values of sampling fields that a request leaves out, as the checkpoint's author set them."""
+        return self.model.sampling_defaults
+
+    def check_token_ids(self, token_ids: Sequence[int], name: str) -> None:
+        """Raise 400 unless all ids are inside the vocabulary."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self.model.vocab_size:
+                raise invalid(f"{name} holds {token_id}; token ids are 0 to {self.model.vocab_size - 1}", name)
+
+    def check_characters(self, count: int, name: str) -> None:
+        """Raise 400 if so many characters cannot fit into the context, whatever they are."""
+        limit = self.model.max_model_len
+        most = limit * self.need_tokenizer(name).max_token_characters
+        if count > most:
+            raise invalid(
+                f"This model's maximum context length is {limit} tokens, which are at most {most} characters. However, you "
+                f"requested {count} characters. Please reduce the length of the {name}.",
+                name, "context_length_exceeded",
+            )  # fmt: skip
+
+    async def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a text, computed outside the event loop.
+
+        Raises:
+            ApiError: 400: no tokenizer; more characters than the context can hold, whatever they are.
+        """
+        tokenizer = self.need_tokenizer(name)
+        self.check_characters(len(text), name)
+        return await self.in_worker(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def in_worker(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` on a worker thread; `RequestError` becomes a 400."""
@@ -86,24 +110,3 @@ class Services:
         """Monotonic time at which a request that arrived at ``arrival`` must be over."""
         seconds = self.settings.request_timeout_seconds
         return None if seconds is None else arrival + seconds
-
-    def completion_budget(self, num_prompt_tokens: int, asked: int | None, param: str) -> int:
-        """How many tokens to generate: what was asked for, or what the context has room for.
-
-        Raises:
-            ApiError: 400 ``context_length_exceeded``.
-        """
-        room = self.model.max_model_len - num_prompt_tokens
-        if asked is not None and asked < 0:
-            raise invalid(f"{param}={asked} is negative; use 1 or more", param)
-        if num_prompt_tokens == 0:
-            raise invalid("the prompt is empty; give at least one token", "prompt")
-        if (asked or 0) > room or room < (0 if asked == 0 else 1):
-            wanted = "" if asked is None else f" and {param}={asked}"
-            raise invalid(
-                f"{num_prompt_tokens} prompt tokens{wanted} exceed this model's context of "
-                f"{self.model.max_model_len} tokens; shorten the prompt or ask for fewer tokens",
-                param if room > 0 else "prompt",
-                "context_length_exceeded",
-            )
-        return room if asked is None else asked

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 import msgspec
 
 from phalanx.parallel.errors import ConfigError
 
 __all__ = ["FrontendSettings"]
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
 class FrontendSettings(msgspec.Struct, frozen=True):
@@ -21,7 +25,12 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         api_key_file: one key per line; None = no key needed.
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = for ever.
+        cors_origins: origins whose pages may ask from a browser; ``*`` = any.
         stall_seconds: ``/health`` fails when no step has finished for so long while there is work.
+        keep_alive_seconds: how long an idle connection stays open: longer than the pools of proxies (60 to 90 s), so that they
+            close first and never send a request into a closing connection.
+        unread_seconds, draining_unread_seconds: how long a client that reads nothing of its answer keeps its connection; the
+            second while the server drains.
 
     Raises:
         ConfigError: a value is out of range, or the server would be open to other machines without a key.
@@ -34,12 +43,16 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 64 << 20
     max_body_chunks: int = 65_536
     max_header_bytes: int = 64 << 10
     header_timeout_seconds: float = 30.0
     body_timeout_seconds: float = 30.0
     max_connections: int = 8192
+    keep_alive_seconds: int = 120
+    unread_seconds: float = 30.0
+    draining_unread_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -49,6 +62,11 @@ class FrontendSettings(msgspec.Struct, frozen=True):
                 f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "
                 "or leave it out for no limit"
             )
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origin={origin} is not an origin; use https://HOST, http://HOST:PORT or * without a path"
+                )
         if not (self.api_key_file or self.insecure or is_loopback(self.host)):
             raise ConfigError(
                 f"--host={self.host} lets other machines in and there is no --api-key-file; give one, or say --insecure"

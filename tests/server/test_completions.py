@@ -182,7 +182,8 @@ def test_usage_comes_last_in_a_stream_when_asked_for(server: Server) -> None:
     events = server.stream(PATH, {"prompt": "ab", "max_tokens": 2, "stream_options": options})
     assert [bool(event["choices"]) for event in events] == [True, True, False]
     assert events[-1]["usage"]["total_tokens"] == 4
-    assert all("usage" not in event for event in events[:-1])
+    assert all(event["usage"] is None for event in events[:-1]), "as OpenAI does; clients read the field of every chunk"
+    assert all("usage" not in event for event in server.stream(PATH, {"prompt": "ab", "max_tokens": 2}))
 
 
 def test_continuous_usage_counts_up(server: Server) -> None:

@@ -115,7 +115,7 @@ class EngineBridge:
         try:
             self._engine.submit(request)
         except RequestError as error:
-            self._channel.send(Refused(request.request_id, "request", str(error), error.param))
+            self._channel.send(Refused(request.request_id, "request", str(error), error.param, error.code))
         except CapacityError as error:
             self._channel.send(
                 Refused(
@@ -143,17 +143,5 @@ class EngineBridge:
         if now < self._next_stats:
             return
         self._next_stats = now + STATS_SECONDS
-        stats = self._engine.stats()
-        self._channel.send(
-            Stats(
-                num_steps=self._engine.num_steps,
-                has_work=self._engine.has_work,
-                num_running=stats.num_running,
-                num_waiting=stats.num_waiting,
-                kv_blocks_used=stats.kv_blocks_used,
-                kv_blocks_total=stats.kv_blocks_total,
-                num_preemptions=stats.num_preemptions,
-                prefix_query_tokens=stats.prefix_query_tokens,
-                prefix_hit_tokens=stats.prefix_hit_tokens,
-            )
-        )
+        engine = self._engine
+        self._channel.send(Stats(engine.num_steps, engine.has_work, engine.stats()))

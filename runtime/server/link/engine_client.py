@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,6 +36,10 @@ from phalanx.runtime.server.link.messages import (
 __all__ = ["EngineClient", "GenerationGroup", "ServerState"]
 
 
+DELIVERY_SECONDS = 0.002
+"""How long readers are told of their tokens before others have the loop: /health must answer under any load."""
+
+
 class ServerState(enum.Enum):
     """Where the server is in its life."""
 
@@ -44,66 +49,95 @@ class ServerState(enum.Enum):
     FAILED = enum.auto()
 
 
+News = tuple[int, list[int] | TokenDelta]
+"""Index of a request in its group, and its plain next tokens or anything more than those."""
+
+
 class GenerationGroup:
-    """The engine requests of one HTTP request; their deltas arrive in one queue, marked by index."""
+    """The engine requests of one HTTP request; what happens to them is gathered in one list, marked by index.
+
+    Either `wait` is awaited, or `listen` names what is called whenever something has arrived.
+    """
 
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._request_ids = list(request_ids)
-        self._news: list[tuple[int, list[int] | TokenDelta]] = []
+        self._news: list[News] = []
         self._error: ApiError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
+        self._is_marked = False
 
     def put_token(self, index: int, token_id: int) -> None:
-        """A plain next token of one request; called by the client. What nobody fetches takes little memory."""
-        if self._news and self._news[-1][0] == index and isinstance(self._news[-1][1], list):
-            self._news[-1][1].append(token_id)
+        """Add a plain next token of one request; called by the client. Unread tokens are merged to bound memory."""
+        news = self._news
+        if news and news[-1][0] == index and isinstance(news[-1][1], list):
+            news[-1][1].append(token_id)
         else:
-            self._news.append((index, [token_id]))
-        self._wake()
+            news.append((index, [token_id]))
+        self._mark()
 
     def put(self, index: int, delta: TokenDelta) -> None:
-        """Other news of one request; called by the client."""
+        """Add anything else that happened to one request; called by the client."""
         self._news.append((index, delta))
-        self._wake()
+        self._mark()
 
     def fail(self, error: ApiError) -> None:
-        """The group cannot go on; called by the client."""
+        """End the group with an error; called by the client."""
         self._error = self._error or error
-        self._wake()
+        self._mark()
 
-    async def next(self) -> list[tuple[int, TokenDelta]]:
-        """Wait for news; everything that has arrived by then.
+    def notify(self) -> None:
+        """Tell the reader that something has arrived; called by the client once for all of it."""
+        self._is_marked = False
+        if self._listener is not None:
+            self._listener()
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call ``listener`` from now on whenever something has arrived, and once now if something is there; None = nobody."""
+        self._listener = listener
+        if listener is not None and (self._news or self._error is not None):
+            listener()
+
+    def take(self) -> list[News]:
+        """Everything that has arrived.
 
         Raises:
             ApiError: the engine refused a request of this group, or is gone; what came before was returned earlier.
         """
-        if not self._news and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
         news, self._news = self._news, []
-        if not news and self._error is not None:
+        if not news:
+            self.raise_error()
+        return news
+
+    def raise_error(self) -> None:
+        """Raise the ApiError that ended the group once everything before it was taken."""
+        if self._error is not None and not self._news:
             raise self._error
-        return [(index, self._as_delta(index, item)) for index, item in news]
+
+    async def wait(self) -> None:
+        """Wait until `take` has something to return or to raise."""
+        if not self._news and self._error is None:
+            arrived = asyncio.get_running_loop().create_future()
+            self.listen(lambda: None if arrived.done() else arrived.set_result(None))
+            try:
+                await arrived
+            finally:
+                self.listen(None)
 
     def cancel(self, index: int) -> None:
-        """End one request of the group; no news of it come any more."""
+        """End one request of the group. No further deltas are delivered for it."""
         self._client.cancel(self._request_ids[index])
 
     def close(self) -> None:
         """End what is still open."""
+        self._listener = None
         for request_id in self._request_ids:
             self._client.cancel(request_id)
 
-    def _as_delta(self, index: int, item: list[int] | TokenDelta) -> TokenDelta:
-        return TokenDelta(self._request_ids[index], tuple(item)) if isinstance(item, list) else item
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _mark(self) -> None:
+        if not self._is_marked:
+            self._is_marked = True
+            self._client.mark(self)
 
 
 class EngineClient(asyncio.Protocol):
@@ -132,6 +166,9 @@ class EngineClient(asyncio.Protocol):
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
         self._transport: asyncio.Transport | None = None
         self._open: dict[str, tuple[GenerationGroup, int]] = {}
+        self._marked: deque[GenerationGroup] = deque()
+        self._is_delivering = False
+        self._is_held = False
         self._num_submitted = 0
         self._num_admitted = 0
         self._last_progress = clock()
@@ -181,11 +218,23 @@ class EngineClient(asyncio.Protocol):
         if self._open.pop(request_id, None) is not None:
             self._send(Cancel(request_id))
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server waits for the last answers."""
+        return self.state is ServerState.DRAINING
+
     def serve(self) -> None:
         """From now on requests are answered."""
         if self.state is ServerState.STARTING:
             self.state = ServerState.SERVING
         self._send(FrontendReady())
+
+    def mark(self, group: GenerationGroup) -> None:
+        """Remember that a group has something to read; `_deliver` tells its reader."""
+        self._marked.append(group)
+        if not self._is_delivering:
+            self._is_delivering = True
+            asyncio.get_running_loop().call_soon(self._deliver)
 
     def send(self, message: FromFrontend) -> None:
         """Tell the engine's side something."""
@@ -219,6 +268,31 @@ class EngineClient(asyncio.Protocol):
         self._transport = None
         self._fail("its process is gone")
         self._on_gone()
+
+    def _deliver(self) -> None:
+        """Tell readers for a moment, then let others have the loop; the engine's messages wait until all readers were told.
+
+        So tokens that pile up meanwhile go out together, and the loop answers other requests in between.
+        """
+        end = time.perf_counter() + DELIVERY_SECONDS
+        marked = self._marked
+        while marked:
+            marked.popleft().notify()
+            if time.perf_counter() > end:
+                break
+        self._is_delivering = bool(marked)
+        if marked:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._hold_back(bool(marked))
+
+    def _hold_back(self, hold: bool) -> None:
+        if self._transport is None or hold == self._is_held:
+            return
+        self._is_held = hold
+        if hold:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
 
     def _take(self, message: ToFrontend) -> None:
         match message:
@@ -263,7 +337,7 @@ class EngineClient(asyncio.Protocol):
         if refused.reason == "capacity":
             entry[0].fail(overloaded(CapacityError(refused.message, refused.retry_after_seconds)))
         else:
-            entry[0].fail(invalid(refused.message, refused.param))
+            entry[0].fail(invalid(refused.message, refused.param, refused.code))
 
     def _fail(self, reason: str) -> None:
         if self.failure is None:

@@ -14,6 +14,7 @@ import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.request import Request, TokenDelta
+from phalanx.runtime.scheduler import SchedulerStats
 
 __all__ = [
     "Cancel",
@@ -72,12 +73,14 @@ class ModelInfo(msgspec.Struct, tag=True, frozen=True):
         vocab_size: token ids are below it.
         max_model_len: most tokens of one sequence, prompt and output.
         max_open_requests: most requests that run and wait at once.
+        sampling_defaults: values of sampling fields that a request leaves out, by their own names.
     """
 
     directory: str
     vocab_size: int
     max_model_len: int
     max_open_requests: int
+    sampling_defaults: dict[str, float | int] = {}
 
 
 class Deltas(msgspec.Struct, tag=True, frozen=True):
@@ -95,6 +98,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: Literal["request", "capacity"]
     message: str
     param: str | None = None
+    code: str | None = None
     retry_after_seconds: float = 1.0
 
 
@@ -104,17 +108,12 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     Attributes:
         num_steps: steps finished since the start.
         has_work: whether steps should be finishing now.
+        scheduler: the scheduler's own.
     """
 
     num_steps: int
     has_work: bool
-    num_running: int
-    num_waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    num_preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
+    scheduler: SchedulerStats
 
 
 class Draining(msgspec.Struct, tag=True, frozen=True):

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What completions and chat completions have in common: from prompts to an answer, whole or streamed."""
+"""From token ids to an answer, whole or streamed: what completions and chat completions have in common."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,79 +18,72 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.link.engine_client import GenerationGroup
-from phalanx.runtime.server.openai.fields import choice_params
-from phalanx.runtime.server.openai.protocol import StreamOptions
+from phalanx.runtime.server.openai.answer_format import AnswerFormat
+from phalanx.runtime.server.openai.chunks import ChunkWriter
+from phalanx.runtime.server.openai.encoding import choice_params
+from phalanx.runtime.server.openai.parsing import Generation
 from phalanx.runtime.server.services import Services
-from phalanx.runtime.server.web.http import EventStream, json_response, until_disconnect
+from phalanx.runtime.server.web.event_stream import EventStream, EventWriter
+from phalanx.runtime.server.web.http import json_response, until_disconnect
 
-__all__ = ["AnswerFormat", "GenerationJob"]
+__all__ = ["GenerationJob"]
 
-DONE = b"data: [DONE]\n\n"
+_LOG = logging.getLogger("phalanx.server")
 
-
-class AnswerFormat(Protocol):
-    """How one of the protocols writes an answer down."""
-
-    def opening(self, choice: Answer) -> list[dict[str, Any]]:
-        """Chunks of a stream before the first token of ``choice``."""
-        ...
-
-    def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
-        """Chunks of a stream for some tokens."""
-        ...
-
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk of a stream that was asked to include the usage."""
-        ...
-
-    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one piece; ``choice.events`` holds all events."""
-        ...
+HEADERS_SECONDS = 0.5
+"""How long a stream waits for its first token before its headers go out: until then a refusal of the engine has its own status."""
 
 
 @dataclass(slots=True)
 class GenerationJob:
-    """One HTTP request on its way through the engine. `run` answers it and releases everything it holds."""
+    """One HTTP request on its way through the engine. `run` answers it and releases everything it holds.
+
+    Attributes:
+        choices: the answers, those to one prompt in a row.
+        held: what is released when the request is over.
+    """
 
     services: Services
-    answer: AnswerFormat
+    generation: Generation
     arrival: float
-    stream: bool
-    stream_options: StreamOptions
     held: ExitStack
+    format: AnswerFormat
     choices: list[Answer] = field(default_factory=list)
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
     last_token: float | None = None
+    failed: Answer | None = None
 
-    def add_prompt(self, token_ids: tuple[int, ...], params: SamplingParams, num_choices: int) -> None:
-        """Ask for ``num_choices`` answers to one prompt."""
-        self.num_prompt_tokens += len(token_ids)
-        for number in range(num_choices):
-            self.choices.append(
-                Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
-            )
+    def submit(self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
+        """Ask the engine for ``generation.n`` answers to each prompt.
+
+        Raises:
+            ApiError: the engine is gone.
+        """
+        for token_ids, params in prompts:
+            self.num_prompt_tokens += len(token_ids)
+            for number in range(self.generation.n):
+                self.choices.append(
+                    Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
+                )
+        self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        self.group = self.services.client.submit(
+            [(choice.prompt_token_ids, choice.params) for choice in self.choices],
+            self.services.deadline(self.arrival),
+        )
 
     async def run(self, request: Request) -> Response:
-        """Submit, and answer; also when the client leaves or the engine stops.
+        """Answer, also when the client leaves or the engine stops.
 
         Raises:
             ApiError: nothing was sent yet and the request failed.
             ClientGone: the client left before anything was sent.
         """
-        try:
-            self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
-            self.group = self.services.client.submit(
-                [(choice.prompt_token_ids, choice.params) for choice in self.choices],
-                self.services.deadline(self.arrival),
-            )
-            if not self.stream:
-                return json_response(await until_disconnect(request.receive, self._collect()))
-            first = await until_disconnect(request.receive, self._next())
-        except BaseException:
-            self.close()
-            raise
-        return EventStream(self._events(first), self.close)
+        if not self.generation.stream:
+            return json_response(await until_disconnect(request.receive, self._collect()))
+        first = await until_disconnect(request.receive, self._first_events())
+        stream = GenerationStream(self, first)
+        return EventStream(stream.start, self.close)
 
     def close(self) -> None:
         """Cancel what still runs and make room for others."""
@@ -99,29 +93,92 @@ class GenerationJob:
             self._count()
         self.held.close()
 
-    async def _next(self) -> list[tuple[Answer, list[TokenEvent]]]:
-        """Wait for the engine; what became of which choice. An error shows after all that came before it."""
-        assert self.group is not None
-        news: list[tuple[Answer, list[TokenEvent]]] = []
-        while not news:
-            self._raise_failure()
-            for index, delta in await self.group.next():
-                choice = self.choices[index]
-                if choice.finish_reason is None and (events := self._take(choice, delta)):
-                    news.append((choice, events))
-        self._observe(news)
-        return news
+    def take(self) -> list[tuple[Answer, list[TokenEvent]]]:
+        """What became of which choice since the last call. An error shows after all that came before it.
 
-    def _take(self, choice: Answer, delta: TokenDelta) -> list[TokenEvent]:
+        Raises:
+            ApiError: a choice failed, or the engine is gone.
+        """
         assert self.group is not None
-        events = choice.take(delta)
-        if choice.stopped_by_text and delta.finish_reason is None:
+        self.raise_failure()
+        taken: list[tuple[Answer, list[TokenEvent]]] = []
+        for index, item in self.group.take():
+            choice = self.choices[index]
+            if choice.finish_reason is not None:
+                continue
+            if isinstance(item, list):
+                events = self._push(choice, item)
+            else:
+                events = choice.take(item)
+            self._cancel_if_stopped(choice, item)
+            if choice.finish_reason == "error":
+                self.failed = choice
+            elif events:
+                taken.append((choice, events))
+        if not taken:
+            self.raise_failure()
+        else:
+            self._observe(sum(event.token_id is not None for _, events in taken for event in events))
+        return taken
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended well."""
+        return all(choice.finish_reason not in (None, "error") for choice in self.choices)
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. What was cached counts once a prompt: for the first of its answers."""
+        completion = sum(choice.num_tokens for choice in self.choices)
+        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.generation.n])
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.num_prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _push(self, choice: Answer, token_ids: list[int]) -> list[TokenEvent]:
+        events = []
+        for token_id in token_ids:
+            text = choice.push(token_id)
+            events.append(TokenEvent(token_id, text, last=choice.finish_reason is not None))
+            if choice.finish_reason is not None:
+                break
+        return events
+
+    def _cancel_if_stopped(self, choice: Answer, item: list[int] | TokenDelta) -> None:
+        if choice.stopped_by_text and (isinstance(item, list) or item.finish_reason is None):
+            assert self.group is not None
             self.group.cancel(choice.index)
-        return events if choice.finish_reason != "error" else []
 
-    def _raise_failure(self) -> None:
-        failed = next((choice for choice in self.choices if choice.finish_reason == "error"), None)
+    async def _first_events(self) -> list[tuple[Answer, list[TokenEvent]]]:
+        """The first events of a stream; none when they take longer than the headers should."""
+        try:
+            async with asyncio.timeout(HEADERS_SECONDS):
+                return await self._next()
+        except TimeoutError:
+            return []
+
+    async def _next(self) -> list[tuple[Answer, list[TokenEvent]]]:
+        assert self.group is not None
+        while not (taken := self.take()):
+            await self.group.wait()
+        return taken
+
+    async def _collect(self) -> dict[str, Any]:
+        while not self.is_finished:
+            for choice, events in await self._next():
+                choice.events += events
+        answer = self.format.whole(self.choices, self.usage())
+        self.close()
+        return answer
+
+    def raise_failure(self) -> None:
+        """Raise ApiError if a choice failed or the group ended with an error, after all that came before."""
+        failed = self.failed
         if failed is None:
+            if self.group is not None:
+                self.group.raise_error()
             return
         deadline = self.services.deadline(self.arrival)
         no_retry = {"x-should-retry": "false"}
@@ -131,56 +188,11 @@ class GenerationJob:
             raise ApiError(408, message, code="request_timeout", headers=no_retry)
         raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
 
-    @property
-    def _unfinished(self) -> bool:
-        return any(choice.finish_reason in (None, "error") for choice in self.choices)
-
-    async def _collect(self) -> dict[str, Any]:
-        while self._unfinished:
-            for choice, events in await self._next():
-                choice.events += events
-        answer = self.answer.whole(self.choices, self._usage())
-        self.close()
-        return answer
-
-    async def _events(self, first: list[tuple[Answer, list[TokenEvent]]]) -> AsyncIterator[bytes]:
-        """The whole stream; one item holds all chunks that were ready together."""
-        try:
-            yield self._encode(
-                [chunk for choice in self.choices for chunk in self.answer.opening(choice)]
-            ) + self._encode_news(first)
-            while self._unfinished:
-                yield self._encode_news(await self._next())
-            if self.stream_options.include_usage:
-                yield _event(self.answer.usage_chunk(self._usage()))
-        except ApiError as error:
-            yield _event(error.body())
-        yield DONE
-
-    def _encode_news(self, news: list[tuple[Answer, list[TokenEvent]]]) -> bytes:
-        return b"".join(self._encode(self.answer.chunks(choice, events)) for choice, events in news)
-
-    def _encode(self, chunks: list[dict[str, Any]]) -> bytes:
-        if self.stream_options.continuous_usage_stats:
-            usage = self._usage()
-            chunks = [{**chunk, "usage": usage} for chunk in chunks]
-        return b"".join(map(_event, chunks))
-
-    def _usage(self) -> dict[str, Any]:
-        completion = sum(choice.num_tokens for choice in self.choices)
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.num_prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(c.num_cached_tokens for c in self.choices)},
-        }
-
-    def _observe(self, news: list[tuple[Answer, list[TokenEvent]]]) -> None:
-        now, metrics = time.monotonic(), self.services.metrics
-        num_tokens = sum(event.token_id is not None for _, events in news for event in events)
+    def _observe(self, num_tokens: int) -> None:
         if num_tokens == 0:
             return
-        metrics.generation_tokens.inc(num_tokens)
+        now, metrics = time.monotonic(), self.services.metrics
+        metrics.num_generated_tokens += num_tokens
         if self.last_token is None:
             metrics.first_token.observe(now - self.arrival)
         else:
@@ -194,5 +206,55 @@ class GenerationJob:
             metrics.finished.labels(choice.finish_reason or "cancelled").inc()
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+class GenerationStream:
+    """Writes a job's chunks as its tokens arrive, from the callback that brings them: no task has to wake for a token.
+
+    Args:
+        first: events that arrived before the headers went out.
+    """
+
+    def __init__(self, job: GenerationJob, first: list[tuple[Answer, list[TokenEvent]]]) -> None:
+        self._job, self._first = job, first
+        options = job.generation.stream_options
+        self._chunks = ChunkWriter(job.format, options, job.usage)
+        self._writer: EventWriter | None = None
+
+    def start(self, writer: EventWriter) -> None:
+        """The headers are out: write what is there, and the rest as it comes."""
+        self._writer = writer
+        writer.write(self._chunks.opening(self._job.choices))
+        self._write(self._first)
+        self._flush()
+        if self._job.group is not None and not writer.is_finished:
+            writer.on_writable(self._flush)
+            self._job.group.listen(self._flush)
+
+    def _flush(self) -> None:
+        """Write what has arrived, unless the client is behind: then it waits, merged, until the client has read."""
+        writer = self._writer
+        if writer is None or writer.is_finished or not writer.is_writable:
+            return
+        try:
+            self._write(self._job.take())
+            self._job.raise_failure()
+        except ApiError as error:
+            self._finish(self._chunks.event(error.body()))
+        except Exception:
+            _LOG.exception("a stream cannot be written")
+            self._finish(
+                self._chunks.event(ApiError(500, "internal error; see the server's log", code="internal_error").body())
+            )
+
+    def _write(self, taken: list[tuple[Answer, list[TokenEvent]]]) -> None:
+        assert self._writer is not None
+        data = b"".join([self._chunks.tokens(choice, events) for choice, events in taken])
+        if self._job.is_finished:
+            self._finish(data + self._chunks.usage())
+        elif data:
+            self._writer.write(data)
+
+    def _finish(self, data: bytes) -> None:
+        assert self._writer is not None
+        if self._job.group is not None:
+            self._job.group.listen(None)
+        self._writer.finish(data + self._chunks.done)

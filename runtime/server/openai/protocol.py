@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Request bodies of the OpenAI protocol, and what of it is refused by name.
 
-Every field that clients of OpenAI and vLLM are known to send is listed. One that Phalanx cannot honour is accepted only
-with a value that changes nothing; a field that nobody knows is refused: it is a misspelling more often than not.
+Every field that clients of OpenAI and vLLM are known to send is listed, here or in the table of sampling fields. One that
+Phalanx cannot honour is accepted only with a value that changes nothing; an unknown field is refused: it is a misspelling
+more often than not. In every optional field null means absent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from phalanx.runtime.server.errors import ApiError, invalid
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.request import MAX_LOGPROBS
+from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, read_fields
+from phalanx.runtime.sampling.rules import MAX_INT32, Rule, Whole
+from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 
 __all__ = [
     "ChatMessage",
@@ -26,9 +31,13 @@ __all__ = [
     "StreamOptions",
     "TokenizeRequest",
     "decode_body",
+    "decode_generation",
 ]
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+
+MAX_CHOICES = 128
+"""Most answers to one prompt; the server also limits the requests open at once."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,25 +49,14 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chat completions share. None = the default."""
+    """What completions and chat completions share, besides the sampling fields. None = the default."""
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    n: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    min_tokens: int | None = None
-    skip_special_tokens: bool = True
+    n: int = 1
     add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    stream: bool | None = None
+    return_token_ids: bool = False
+    stream: bool = False
     stream_options: StreamOptions | None = None
 
     # Accepted, and without effect on the answer
@@ -113,6 +111,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     content: Any = None
     name: str | None = None
 
+    annotations: Any = None
     audio: Any = None
     function_call: Any = None
     reasoning_content: Any = None
@@ -126,8 +125,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -170,6 +169,7 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "allowed_token_ids": (),
+        "annotations": ([],),
         "audio": (),
         "bad_words": ([],),
         "cache_salt": (),
@@ -217,24 +217,84 @@ _MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
 _PATH = re.compile(r"`\$\.?(\w*)")
 
 
+_COUNTS: Mapping[str, Rule] = MappingProxyType(
+    {
+        "n": Whole(1, MAX_CHOICES),
+        "best_of": Whole(1, MAX_CHOICES),
+        "max_tokens": Whole(0, MAX_INT32),
+        "max_completion_tokens": Whole(1, MAX_INT32),
+        "top_logprobs": Whole(0, MAX_LOGPROBS),
+    }
+)
+"""Whole numbers of the protocol that are not sampling fields."""
+
+
 def decode_body(body: bytes, kind: type[Body]) -> Body:
-    """Read a request body.
+    """Read a request body without sampling fields.
 
     Raises:
         ApiError: 400, naming the field: no JSON, a wrong type, an unknown field, or one that cannot be honoured.
     """
+    return _to_struct(_decode_object(body), kind)
+
+
+def decode_generation(body: bytes, kind: type[Body]) -> tuple[Body, dict[str, Any]]:
+    """Read a request body and, separately, its sampling fields, checked and by their own names.
+
+    Raises:
+        ApiError: as `decode_body`; a sampling field has the wrong type or is out of range.
+    """
+    fields = _decode_object(body)
+    counts = dict(_COUNTS) if kind is not CompletionRequest else {**_COUNTS, "logprobs": Whole(0, MAX_LOGPROBS)}
     try:
-        request = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _refused_field(str(error)) from None
+        sampling = read_fields(fields, "openai")
+        fields |= {
+            name: rule.check(name, fields[name]) for name, rule in counts.items() if fields.get(name) is not None
+        }
+    except RequestError as error:
+        raise from_request_error(error, "invalid_value") from None
+    rest = {name: value for name, value in fields.items() if name not in _SAMPLING_NAMES}
+    return _to_struct(rest, kind), sampling
+
+
+_SAMPLING_NAMES = frozenset(field.doors["openai"] for field in SAMPLING_FIELDS if "openai" in field.doors)
+
+
+def _decode_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise invalid("the body is nested too deeply", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise invalid("the body is not a JSON object; send one", code="invalid_type")
+    return fields
+
+
+def _to_struct(fields: dict[str, Any], kind: type[Body]) -> Body:
+    given = _without_null(fields)
+    for name in ("messages", "stream_options"):
+        if name in given:
+            given[name] = _without_null_inside(given[name])
+    try:
+        request = msgspec.convert(given, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refused_field(str(error)) from None
     _refuse_unsupported(request)
     for message in getattr(request, "messages", None) or ():
         _refuse_unsupported(message)
     return request
+
+
+def _without_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _without_null_inside(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_null(item) if isinstance(item, dict) else item for item in value]
+    return _without_null(value) if isinstance(value, dict) else value
 
 
 def _refused_field(reason: str) -> ApiError:

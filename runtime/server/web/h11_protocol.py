@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP/1.1, with a limit on how long a client may take to send its headers."""
+"""uvicorn's HTTP/1.1 with bounds: on silent clients, on clients that do not read, and with direct writing of event streams."""
 
 from __future__ import annotations
 
@@ -7,38 +7,154 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["BoundedH11Protocol", "QuietServer"]
+__all__ = ["BoundedH11Protocol", "ConnectionLimits", "QuietServer"]
+
+PROBE_SECONDS = (0.0, 0.01, 0.1, 1.0, 5.0)
+"""When a client that has closed its sending side is probed; the last again and again. What a client that has left answers to
+the first probe is seen at the second."""
+
+STALL_CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How long a client may take.
+
+    Attributes:
+        header_seconds: until its first request is there.
+        unread_seconds: without reading anything of an answer; asked whenever a client is behind.
+    """
+
+    header_seconds: float = 30.0
+    unread_seconds: Callable[[], float] = lambda: 30.0
 
 
 class BoundedH11Protocol(H11Protocol):
-    """Closes a connection whose first request is not there in time; uvicorn itself would wait for ever."""
+    """One connection. Application code finds it as ``scope["state"]["connection"]``.
 
-    header_timeout_seconds: ClassVar[float] = 30.0
+    * A connection whose first request is not there in time is closed; uvicorn itself would wait.
+    * A client that reads nothing for too long is cut off, so that it holds up neither its place nor a drain.
+    * A client that closes its sending side still gets its answer; one that has left altogether is found by probes.
+    """
+
+    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
 
     @classmethod
-    def with_header_timeout(cls, seconds: float) -> type[BoundedH11Protocol]:
-        """This class with another limit."""
-        return type(cls.__name__, (cls,), {"header_timeout_seconds": seconds})
+    def with_limits(cls, limits: ConnectionLimits) -> type[BoundedH11Protocol]:
+        """This class with other limits."""
+        return type(cls.__name__, (cls,), {"limits": limits})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
         super().connection_made(transport)
-        self._header_timer = self.loop.call_later(self.header_timeout_seconds, self._close_if_silent)
+        self.app_state = {**self.app_state, "connection": self}
+        self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_if_silent)
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._on_writable: Callable[[], None] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop it."""
-        self._header_timer.cancel()
+        for timer in (self._header_timer, self._stall_timer, self._probe_timer):
+            if timer is not None:
+                timer.cancel()
+        self._on_writable = None
         super().connection_lost(exc)
+
+    # Event streams
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client has read most of what was written."""
+        return not self.flow.write_paused
+
+    def write_body(self, data: bytes) -> None:
+        """Write a part of the body of an answer that has no length, as HTTP/1.1 frames it."""
+        if self.transport.is_closing():
+            return
+        if self.scope["http_version"] == "1.1":
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.transport.write(data)
+
+    def call_when_writable(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` whenever a client that was behind has caught up."""
+        self._on_writable = callback
+
+    # Clients that do not read
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._check_stall(self.transport.get_write_buffer_size(), 0.0)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        if self._on_writable is not None:
+            self._on_writable()
+
+    def _check_stall(self, unread: int, seconds: float) -> None:
+        """Cut the client off once it has read nothing for too long; ``unread`` bytes were left ``seconds`` after it last did."""
+        left = self.transport.get_write_buffer_size()
+        seconds = 0.0 if left < unread else seconds
+        if seconds >= self.limits.unread_seconds():
+            self.transport.abort()
+            return
+        again = seconds + STALL_CHECK_SECONDS
+        self._stall_timer = self.loop.call_later(STALL_CHECK_SECONDS, self._check_stall, left, again)
+
+    # Clients that have sent everything, or have left
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection while a whole request waits for its answer."""
+        cycle: Any = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete or self.scope["http_version"] != "1.1":
+            return False
+        self._probe(0)
+        return True
+
+    def _probe(self, number: int) -> None:
+        cycle: Any = self.cycle
+        if self.transport.is_closing():
+            return
+        if cycle.response_complete:
+            self.transport.close()
+            return
+        if number:
+            if not cycle.response_started:
+                self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+            elif self._on_writable is not None:
+                self.write_body(b":\n\n")
+        delay = PROBE_SECONDS[min(number, len(PROBE_SECONDS) - 1)]
+        self._probe_timer = self.loop.call_later(delay, self._probe, number + 1)
+
+    # Requests
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.scope is not None and not self.scope["path"].startswith("/"):
+            _strip_authority(self.scope)
 
     def _close_if_silent(self) -> None:
         cycle: Any = self.cycle
         if cycle is None and not self.transport.is_closing():
             self.transport.close()
+
+
+def _strip_authority(scope: Any) -> None:
+    """A target in absolute form, as a proxy sends it, names the same route as its path (RFC 9112, section 3.2.2)."""
+    target = urlsplit(scope["path"])
+    if target.scheme in ("http", "https") and target.netloc:
+        scope["path"] = target.path or "/"
+        scope["raw_path"] = scope["path"].encode()
 
 
 class QuietServer(uvicorn.Server):

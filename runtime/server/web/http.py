@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP parts that every route uses: bounded bodies, JSON answers, event streams, noticing that the client left."""
+"""HTTP parts that every route uses: bounded bodies, JSON answers, noticing that the client left."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import zlib
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.settings import FrontendSettings
 
-__all__ = ["ClientGone", "EventStream", "error_response", "json_response", "read_body", "until_disconnect"]
+__all__ = ["ClientGone", "error_response", "json_response", "read_body", "until_disconnect"]
 
 Result = TypeVar("Result")
 
@@ -35,18 +36,26 @@ def error_response(error: ApiError) -> Response:
 
 
 async def read_body(request: Request, settings: FrontendSettings) -> bytes:
-    """The whole body, counted as it arrives.
+    """The whole body, counted as it arrives, and decompressed.
 
     Raises:
-        ApiError: 413 when it is too large or in too many chunks, 408 when it takes too long.
+        ApiError: 413 when it is too large or in too many chunks, 408 when it takes too long, 415 when it is compressed in a way
+            that is not known, 400 when it cannot be decompressed.
         ClientGone: the connection closed before its end.
     """
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > 2 * settings.max_body_bytes:
         raise _too_large(settings)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in _WINDOW_BITS:
+        raise ApiError(
+            415, f"Content-Encoding {encoding!r} is not supported; use gzip, deflate or none", code="unsupported_encoding",
+            headers={"accept-encoding": "gzip, deflate", "connection": "close"},
+        )  # fmt: skip
     try:
         async with asyncio.timeout(settings.body_timeout_seconds):
-            return await _read_chunks(request.receive, settings)
+            body = await _read_chunks(request.receive, settings)
+        return body if encoding == "identity" else _decompressed(body, encoding, settings)
     except TimeoutError:
         seconds = f"{settings.body_timeout_seconds:g}"
         headers = {"connection": "close", "x-should-retry": "false"}
@@ -74,6 +83,25 @@ async def _read_chunks(receive: Receive, settings: FrontendSettings) -> bytes:
     if num_bytes > settings.max_body_bytes or num_chunks > settings.max_body_chunks:
         raise _too_large(settings)
     return b"".join(chunks)
+
+
+_WINDOW_BITS = {"identity": 0, "gzip": 31, "x-gzip": 31, "deflate": 47}
+
+
+def _decompressed(body: bytes, encoding: str, settings: FrontendSettings) -> bytes:
+    """The body as it was before compression; no more of it is made than the limit on bodies allows."""
+    stream = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        data = stream.decompress(body, settings.max_body_bytes + 1)
+    except zlib.error:
+        raise invalid(
+            f"the body is not valid {encoding}; send it as its Content-Encoding says", code="invalid_encoding"
+        ) from None
+    if len(data) > settings.max_body_bytes:
+        raise _too_large(settings)
+    if not stream.eof or stream.unused_data:
+        raise invalid(f"the body is not one whole {encoding} stream", code="invalid_encoding")
+    return data
 
 
 def _too_large(settings: FrontendSettings) -> ApiError:
@@ -104,34 +132,3 @@ async def until_disconnect(receive: Receive, work: Awaitable[Result]) -> Result:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-class EventStream(Response):
-    """Server-sent events: every item is sent at once; ``close`` is called however the stream ends."""
-
-    media_type = "text/event-stream"
-    charset = "utf-8"
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
-        self._events = events
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the events or the client are at their end."""
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await until_disconnect(receive, self._send_events(send))
-        except ClientGone:
-            return
-        finally:
-            self._close()
-
-    async def _send_events(self, send: Send) -> None:
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks of a stream as bytes. Of a plain token only the text is encoded: the rest was prepared with the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.server.openai.answer_format import AnswerFormat
+from phalanx.runtime.server.openai.protocol import StreamOptions
+
+__all__ = ["ChunkWriter"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ChunkWriter:
+    """Writes the chunks of one stream.
+
+    Args:
+        usage: tokens so far.
+    """
+
+    done: ClassVar[bytes] = b"data: [DONE]\n\n"
+
+    def __init__(self, format: AnswerFormat, options: StreamOptions, usage: Callable[[], dict[str, Any]]) -> None:
+        self._format, self._options, self._usage = format, options, usage
+        self._is_plain = format.has_plain_chunks and not options.continuous_usage_stats
+        self._prepared: dict[int, tuple[bytes, bytes]] = {}
+
+    def opening(self, choices: Sequence[Answer]) -> bytes:
+        """What comes before the first token."""
+        return self._encoded([chunk for choice in choices for chunk in self._format.opening(choice)])
+
+    def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
+        """One chunk a token, and what else the format writes at the start and end of an answer."""
+        prepared = self._prepared.get(choice.index)
+        if prepared is None:
+            data = self._encoded(self._format.chunks(choice, events))
+            if self._is_plain and choice.finish_reason is None:
+                self._prepared[choice.index] = self._prepare(choice)
+            return data
+        if choice.finish_reason is not None:
+            return self._encoded(self._format.chunks(choice, events))
+        before, after = prepared
+        if len(events) == 1:
+            return before + _encode(events[0].text) + after
+        return b"".join([before + _encode(event.text) + after for event in events])
+
+    def usage(self) -> bytes:
+        """The chunk with the counts, if the stream was asked to include it."""
+        return self.event(self._format.usage_chunk(self._usage())) if self._options.include_usage else b""
+
+    def event(self, value: dict[str, Any]) -> bytes:
+        """One server-sent event."""
+        return b"data: " + _encode(value) + b"\n\n"
+
+    def _encoded(self, chunks: list[dict[str, Any]]) -> bytes:
+        if self._options.continuous_usage_stats:
+            usage = self._usage()
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
+        elif self._options.include_usage:
+            chunks = [{**chunk, "usage": None} for chunk in chunks]
+        return b"".join(map(self.event, chunks))
+
+    def _prepare(self, choice: Answer) -> tuple[bytes, bytes]:
+        """What comes before and after the text of a plain token."""
+        mark = f"the text of choice {choice.index} comes here {id(self)}"
+        data = self._encoded(self._format.chunks(choice, [TokenEvent(0, mark)]))
+        before, after = data.split(_encode(mark))
+        return before, after

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parsed prompts to token ids and the engine's parameters, inside the limits of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.sampling.noise import split_mix64
+from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
+from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
+from phalanx.runtime.server.services import Services
+
+__all__ = ["choice_params", "encode", "render"]
+
+
+async def encode(services: Services, generation: Generation) -> list[tuple[tuple[int, ...], SamplingParams]]:
+    """Token ids and parameters of every prompt.
+
+    Raises:
+        ApiError: 400: a prompt cannot be read, a token id is outside the vocabulary, or the context is too short.
+    """
+    if generation.sampling.get("stop"):
+        services.need_tokenizer("stop")
+    services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
+    encoded = []
+    for prompt in generation.prompts:
+        token_ids = await _token_ids(services, generation, prompt)
+        encoded.append((token_ids, _params(services, generation, len(token_ids))))
+    return encoded
+
+
+async def render(services: Services, prompt: Conversation) -> str:
+    """The text of a conversation, as the checkpoint's template writes it.
+
+    Raises:
+        ApiError: 400: no template, or the template refuses the messages.
+    """
+    template = services.need_template()
+    return await services.in_worker(
+        lambda: template.render(
+            prompt.messages,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            options=prompt.options,
+        )
+    )
+
+
+def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
+    """Parameters of one of several choices: each draws its own tokens, repeatably where the request has a seed."""
+    if params.seed is None or choice == 0:
+        return params
+    return dataclasses.replace(params, seed=split_mix64(params.seed, choice))
+
+
+async def _token_ids(services: Services, generation: Generation, prompt: Prompt) -> tuple[int, ...]:
+    if isinstance(prompt, tuple):
+        services.check_token_ids(prompt, "prompt")
+        return prompt
+    if isinstance(prompt, str):
+        return await services.encode(prompt, add_special_tokens=generation.add_special_tokens)
+    services.check_characters(_num_characters(prompt), "messages")
+    text = await render(services, prompt)
+    return await services.encode(text, add_special_tokens=generation.add_special_tokens, name="messages")
+
+
+def _num_characters(prompt: Conversation) -> int:
+    """Characters of the messages' texts, which a template writes at least."""
+    contents = [message["content"] for message in prompt.messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    parts = [
+        part.get("text")
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+        if isinstance(part, dict)
+    ]
+    return sum(len(text) for text in (*texts, *parts) if isinstance(text, str))
+
+
+def _params(services: Services, generation: Generation, num_prompt: int) -> SamplingParams:
+    if num_prompt == 0:
+        raise invalid("the prompt is empty; give at least one token", "prompt")
+    max_tokens = _max_tokens(generation, num_prompt, services.model.max_model_len)
+    try:
+        return SamplingParams(**{**services.sampling_defaults, **generation.sampling, "max_tokens": max_tokens})
+    except RequestError as error:
+        raise from_request_error(error) from None
+
+
+def _max_tokens(generation: Generation, num_prompt: int, limit: int) -> int:
+    """How many tokens to generate: what was asked for, or else what the context has room for."""
+    room, asked = limit - num_prompt, generation.max_tokens
+    if asked is None:
+        if room < 1:
+            raise context_exceeded(limit, f"{num_prompt}", num_prompt, 0, "prompt")
+        return room if generation.default_max_tokens is None else min(room, generation.default_max_tokens)
+    if asked > room:
+        name = generation.max_tokens_name if room > 0 else "prompt"
+        raise context_exceeded(limit, f"{num_prompt + asked}", num_prompt, asked, name)
+    return asked
+
+
+def context_exceeded(limit: int, total: str, num_prompt: int, max_tokens: int, param: str) -> ApiError:
+    """The refusal in OpenAI's words, by which clients recognise it and shorten a conversation."""
+    return invalid(
+        f"This model's maximum context length is {limit} tokens. However, you requested {total} tokens "
+        f"({num_prompt} in the prompt, {max_tokens} for the completion). Please reduce the length of the prompt or completion.",
+        param,
+        "context_length_exceeded",
+    )

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the body of a request to what has to be generated: every check that needs neither the tokenizer nor the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.runtime.server.errors import invalid
+from phalanx.runtime.server.openai.answer_format import AnswerFormat
+from phalanx.runtime.server.openai.chat import ChatFormat
+from phalanx.runtime.server.openai.completions import CompletionFormat
+from phalanx.runtime.server.openai.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+    decode_generation,
+)
+from phalanx.runtime.text import Tokenizer
+
+__all__ = ["Conversation", "Generation", "Prompt", "conversation", "parse_chat", "parse_completion"]
+
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion; fewer if the context has room for fewer. A chat completion may fill the context."""
+
+ROLES = ("system", "developer", "user", "assistant")
+MAX_MESSAGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, as the checkpoint's template knows them, and how to render them."""
+
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    options: dict[str, Any] | None = None
+
+
+Prompt = str | tuple[int, ...] | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One parsed request.
+
+    Attributes:
+        model: name that the request asks for; None = any.
+        prompts: in order; each is answered ``n`` times.
+        sampling: sampling fields that were given, by the names of `SamplingParams`, less ``max_tokens``.
+        max_tokens: as asked for; None = ``default_max_tokens``.
+        max_tokens_name: what the request calls it.
+        default_max_tokens: None = all that the context has room for.
+        add_special_tokens: whether encoding adds them to texts.
+        answer: makes the writer of the answer from the model's name and its tokenizer.
+    """
+
+    model: str | None
+    prompts: Sequence[Prompt]
+    n: int
+    sampling: dict[str, Any]
+    max_tokens: int | None
+    max_tokens_name: str
+    default_max_tokens: int | None
+    add_special_tokens: bool
+    stream: bool
+    stream_options: StreamOptions
+    answer: Callable[[str, Tokenizer | None], AnswerFormat]
+
+    @property
+    def num_answers(self) -> int:
+        """Engine requests that it becomes."""
+        return len(self.prompts) * self.n
+
+
+def parse_completion(body: bytes) -> Generation:
+    """``POST /v1/completions``.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    request, sampling = decode_generation(body, CompletionRequest)
+    _check_stream_options(request)
+    if request.max_tokens == 0 and not request.echo:
+        raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
+    if request.best_of not in (None, request.n):
+        raise invalid(f"best_of={request.best_of} is not supported unless equal to n; leave it out", "best_of")
+    if request.logprobs is not None:
+        sampling |= {"logprobs": request.logprobs}
+        if request.echo:
+            sampling |= {"prompt_logprobs": request.logprobs}
+    prompts = _prompts(request)
+    return Generation(
+        model=request.model,
+        prompts=prompts,
+        n=request.n,
+        sampling=sampling,
+        max_tokens=request.max_tokens,
+        max_tokens_name="max_tokens",
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        add_special_tokens=request.add_special_tokens is not False,
+        stream=request.stream,
+        stream_options=request.stream_options or StreamOptions(),
+        answer=lambda name, tokenizer: CompletionFormat(name, tokenizer, request, prompts),
+    )
+
+
+def parse_chat(body: bytes) -> Generation:
+    """``POST /v1/chat/completions``.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    request, sampling = decode_generation(body, ChatRequest)
+    _check_stream_options(request)
+    if request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+    if request.logprobs:
+        sampling |= {"logprobs": request.top_logprobs}
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    if asked == 0:
+        raise invalid(f"{name}=0 asks for nothing; use at least 1", name)
+    return Generation(
+        model=request.model,
+        prompts=[conversation(request)],
+        n=request.n,
+        sampling=sampling,
+        max_tokens=asked,
+        max_tokens_name=name,
+        default_max_tokens=None,
+        add_special_tokens=request.add_special_tokens is True,
+        stream=request.stream,
+        stream_options=request.stream_options or StreamOptions(),
+        answer=lambda name, tokenizer: ChatFormat(name, tokenizer, request),
+    )
+
+
+def conversation(request: ChatRequest) -> Conversation:
+    """The messages of a request, checked.
+
+    Raises:
+        ApiError: 400: there are none or too many, or a role or a content is missing.
+    """
+    if not request.messages:
+        raise invalid("messages is empty; give at least one", "messages")
+    if len(request.messages) > MAX_MESSAGES:
+        raise invalid(f"{len(request.messages)} messages are too many; use at most {MAX_MESSAGES}", "messages")
+    for message in request.messages:
+        if message.role not in ROLES:
+            raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
+        if message.content is None:
+            raise invalid("a message has no content; give a text", "messages")
+    if request.continue_final_message and request.messages[-1].role != "assistant":
+        raise invalid("continue_final_message needs a last message of the assistant", "continue_final_message")
+    return Conversation(
+        [_template_message(message) for message in request.messages],
+        request.add_generation_prompt,
+        request.continue_final_message,
+        request.chat_template_kwargs,
+    )
+
+
+def _template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates know it; ``developer`` is the newer name of ``system``."""
+    role = "system" if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": message.content, **named}
+
+
+def _check_stream_options(request: GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream and request.stream_options != StreamOptions():
+        raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")
+
+
+def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
+    given = request.prompt
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise invalid("the prompt is empty; give at least one", "prompt")
+    kinds = {type(item) for item in given}
+    if kinds == {int}:
+        return [tuple(item for item in given if isinstance(item, int))]
+    if len(kinds) > 1:
+        raise invalid("prompt mixes texts and token ids; send them as separate requests", "prompt")
+    return [tuple(item) if isinstance(item, list) else item for item in given if not isinstance(item, int)]

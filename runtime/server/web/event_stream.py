@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Server-sent events, written to the connection by whoever has them, without waking a task for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from phalanx.runtime.server.web.http import ClientGone, until_disconnect
+
+__all__ = ["Connection", "EventStream", "EventWriter"]
+
+COMMENT_SECONDS = 10.0
+"""Longest silence of a stream. Proxies give up after 50 to 60 s without a byte; comments are no events."""
+
+_COMMENT = b": waiting\n\n"
+
+
+class Connection(Protocol):
+    """What `EventWriter` needs of the protocol that serves a connection."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client has read most of what was written."""
+        ...
+
+    def write_body(self, data: bytes) -> None:
+        """Write a part of the answer's body."""
+        ...
+
+    def call_when_writable(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` whenever the client has caught up."""
+        ...
+
+
+class EventWriter:
+    """Writes a stream's events.
+
+    Attributes:
+        is_finished: `finish` was called.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.create_future()
+        self._is_silent = True
+        self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._end.done()
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client has read most of what was written. If not, keep events back, so that they need less memory."""
+        return self._connection.is_writable
+
+    def write(self, data: bytes) -> None:
+        """Send one or more whole events now."""
+        if data:
+            self._connection.write_body(data)
+            self._is_silent = False
+
+    def finish(self, data: bytes) -> None:
+        """Send the last events."""
+        self.write(data)
+        if not self._end.done():
+            self._end.set_result(None)
+
+    def on_writable(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever a client that was behind has caught up."""
+        self._connection.call_when_writable(callback)
+
+    async def finished(self) -> None:
+        """Wait for `finish`."""
+        await self._end
+
+    def close(self) -> None:
+        """Stop writing comments and calling back."""
+        self._timer.cancel()
+        self._connection.call_when_writable(None)
+        if not self._end.done():
+            self._end.set_result(None)
+
+    def _break_silence(self) -> None:
+        if self._is_silent and self.is_writable:
+            self._connection.write_body(_COMMENT)
+        self._is_silent = True
+        self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
+
+
+class EventStream(Response):
+    """A stream of events: ``start`` gets the writer once the headers are out, ``close`` is called however the stream ends."""
+
+    media_type = "text/event-stream"
+    charset = "utf-8"
+
+    def __init__(self, start: Callable[[EventWriter], None], close: Callable[[], None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+        self._start = start
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the events or the client are at their end."""
+        connection: Any = scope["state"]["connection"]
+        writer = None
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            writer = EventWriter(connection)
+            self._start(writer)
+            await until_disconnect(receive, writer.finished())
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            return
+        finally:
+            if writer is not None:
+                writer.close()
+            self._close()
