@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,14 +180,25 @@ async def _send(client: httpx.AsyncClient, body: bytes) -> _Answer:
             if response.status_code != 200:
                 answer.error = _refusal(response.status_code, await response.aread())
                 return answer
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
+            async for line in _lines(response.aiter_bytes()):
+                if line.startswith(b"data: ") and line != b"data: [DONE]":
                     _take(answer, msgspec.json.decode(line[6:]))
     except (httpx.HTTPError, msgspec.DecodeError) as error:
         answer.error = f"{type(error).__name__}: {error}; look at the server's log"
     if not answer.arrivals and not answer.error:
         answer.error = "the stream ended without a token; look at the server's log"
     return answer
+
+
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines of an event stream: only CR and LF end one, not U+2028 and the like, which a text may hold."""
+    rest = b""
+    async for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    if rest:
+        yield rest
 
 
 def _take(answer: _Answer, event: dict[str, Any]) -> None:

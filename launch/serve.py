@@ -54,6 +54,10 @@ def build_parser() -> CommandParser:
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
+    server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
+                        help="let pages of this origin ask from a browser; * = any; repeatable")  # fmt: skip
+    server.add_argument("--no-generation-config", action="store_true",
+                        help="ignore the sampling defaults of generation_config.json")  # fmt: skip
     server.add_argument("--insecure", action="store_true", help="serve other machines without a key")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
@@ -125,6 +129,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
+        cors_origins=tuple(args.cors_origin),
     )
 
 
@@ -164,12 +169,33 @@ def _run_rank(
             follow(replica.control, replica.executor)
     else:
         with phase("serving"):
-            _lead(replica, frontend, announcement, queue, signals)
+            _lead(
+                replica, frontend, announcement, queue, signals, {} if args.no_generation_config else _defaults(replica)
+            )
     replica.executor.close()
 
 
+def _defaults(replica: Replica) -> dict[str, float | int]:
+    """Sampling defaults of the checkpoint. What a sampler does not have yet is said once and left out."""
+    from phalanx.runtime.sampling.fields import known_fields
+
+    defaults = replica.generation.sampling_defaults()
+    known = known_fields(defaults)
+    for name in sorted(set(defaults) - set(known)):
+        sys.stderr.write(
+            f"launch.serve: generation_config.json sets {name}={defaults[name]}, which is not supported yet: answers are "
+            "sampled without it\n"
+        )
+    return known
+
+
 def _lead(
-    replica: Replica, frontend: Frontend, announcement: Announcement, max_open_requests: int, signals: DrainSignals
+    replica: Replica,
+    frontend: Frontend,
+    announcement: Announcement,
+    max_open_requests: int,
+    signals: DrainSignals,
+    sampling_defaults: dict[str, float | int],
 ) -> None:
     from phalanx.runtime.server.link.bridge import EngineBridge
     from phalanx.runtime.server.link.messages import ModelInfo
@@ -177,7 +203,9 @@ def _lead(
     assert replica.engine is not None
     bridge = EngineBridge(replica.engine, frontend.channel)
     signals.on_drain(bridge.request_drain)
-    model = ModelInfo(str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests)
+    model = ModelInfo(
+        str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests, sampling_defaults
+    )
     bridge.run(model, lambda: announcement.publish(frontend.url))
     replica.engine.release()
 

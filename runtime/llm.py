@@ -23,6 +23,7 @@ from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
 from phalanx.runtime.replica import build_replica, phase
 from phalanx.runtime.request import RequestOutput, SamplingParams
+from phalanx.runtime.sampling.fields import known_fields
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["LLM", "Progress", "Prompt"]
@@ -71,6 +72,11 @@ class LLM:
         return self._replica.max_model_len
 
     @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses if no parameters are given: the defaults of ``generation_config.json``."""
+        return SamplingParams(**known_fields(self._replica.generation.sampling_defaults()))
+
+    @property
     def layout(self) -> Layout:
         """Sizes of the parallel axes."""
         return self._replica.options.layout
@@ -92,12 +98,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue every prompt; results in input order, on every rank. *Collective.*
 
+        Without ``sampling_params`` those of `default_sampling_params` are used.
+
         Raises:
             RequestError: a prompt or its parameters cannot run here. `run` returns the other prompts' results.
             ExecutorError: an earlier call broke the engine; make a new LLM.
         """
         listed = as_prompts(prompts)
-        params = one_for_each(sampling_params, len(listed), SamplingParams())
+        params = one_for_each(sampling_params, len(listed), self.default_sampling_params)
         outputs = self.run(listed, params)
         refused = next((output for output in outputs if output.finish_reason == "error"), None)
         if refused is not None:

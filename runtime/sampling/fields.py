@@ -26,6 +26,7 @@ __all__ = [
     "SamplingField",
     "SamplingParams",
     "device_values",
+    "known_fields",
     "read_fields",
     "restricts_tokens",
 ]
@@ -172,6 +173,12 @@ def read_fields(given: Mapping[str, Any], door: Door | None = None) -> dict[str,
         if name is not None and given.get(name) is not None:
             found[field.name] = field.rule.check(name, given[name])
     return found
+
+
+def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``given`` that are sampling fields."""
+    names = {field.name for field in SAMPLING_FIELDS}
+    return {name: value for name, value in given.items() if name in names}
 
 
 @dataclass(frozen=True, slots=True)

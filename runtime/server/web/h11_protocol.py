@@ -17,9 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["BoundedH11Protocol", "ConnectionLimits", "QuietServer"]
 
-PROBE_SECONDS = (0.0, 0.01, 0.1, 1.0, 5.0)
-"""When a client that has closed its sending side is probed; the last again and again. What a client that has left answers to
-the first probe is seen at the second."""
+PROBE_SECONDS = (0.2, 0.02, 1.0, 5.0)
+"""When a client that has closed its sending side is probed, each after the one before; the last again and again. What a client
+that has left answers to the first probe is seen at the second."""
 
 STALL_CHECK_SECONDS = 1.0
 
