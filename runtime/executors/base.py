@@ -11,7 +11,7 @@ from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CacheSize", "Executor", "Traced", "refuse_hidden_rows", "refuse_other_passes"]
+__all__ = ["CacheSize", "Executor", "Traced", "refuse_other_passes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,6 @@ def refuse_other_passes(plan: StepPlan) -> None:
     """Raise `ExecutorError` for a plan of another pass than decoding."""
     if plan.pass_id:
         raise ExecutorError(f"step {plan.step_id} is of pass {plan.pass_id}; this executor runs pass 0, decoding")
-
-
-def refuse_hidden_rows(plan: StepPlan, engine: str) -> None:
-    """Raise `ExecutorError` for a plan that asks for hidden states."""
-    if plan.num_logit_rows < len(plan.rows):
-        raise ExecutorError(f"step {plan.step_id} asks for hidden states, which the {engine} engine does not return")
 
 
 class Executor(Protocol):

@@ -16,6 +16,7 @@ from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.executors.base import Executor
+from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.step import ADMISSION, RowKind, StepPlan, StepResult
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
@@ -108,9 +109,9 @@ def test_a_copied_block_holds_what_its_source_held(checkpoint: Path, engine: str
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=["one-rank", "tp2pp2"])
-def test_hidden_states_are_what_the_output_projection_takes(checkpoint: Path, layout: Layout) -> None:
+def test_hidden_states_are_what_the_output_projection_takes(checkpoint: Path, engine: str, layout: Layout) -> None:
     def results(comm: Communicator) -> list[StepResult]:
-        with executor_of(checkpoint, "numpy", comm, layout) as executor:
+        with executor_of(checkpoint, engine, comm, layout) as executor:
             found = []
             for kinds in (RowKind.HIDDEN, RowKind.SCORE):
                 executor.execute(prefill(0, 20, kinds=kinds))
@@ -126,6 +127,15 @@ def test_hidden_states_are_what_the_output_projection_takes(checkpoint: Path, la
     np.testing.assert_allclose(logprobs[[0, 1], scored.token_ids], scored.logprobs, atol=1e-4)
 
 
+def test_rows_of_all_kinds_in_one_step(checkpoint: Path, engine: str) -> None:
+    kinds = int32(RowKind.SAMPLE, RowKind.SCORE, RowKind.SCORE, RowKind.HIDDEN)
+    with executor_of(checkpoint, engine) as executor:
+        sampled, hidden = run(executor, prefill(20)), run(executor, prefill(20, kinds=RowKind.HIDDEN))
+        mixed = run(executor, change(rows=int32(20, 3, 5, 20), kinds=kinds, targets=int32(-1, 7, 8, -1))(prefill(20)))
+    assert mixed.token_ids.tolist() == [sampled.token_ids[0], 7, 8]
+    np.testing.assert_allclose(mixed.hidden, hidden.hidden, atol=1e-4)
+
+
 def change(**changes: object) -> Callable[[StepPlan], StepPlan]:
     """The same step with other numbers."""
     names = ("seq_indices", "starts", "num_scheduled_tokens", "token_ids", "rows", "kinds", "targets")
@@ -137,12 +147,13 @@ def test_another_pass_is_refused(checkpoint: Path, engine: str) -> None:
         executor.execute(change(pass_id=1)(prefill(20)))
 
 
-def test_hidden_states_are_refused_where_they_are_missing(
+def test_more_hidden_states_than_fit_are_refused(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+    monkeypatch.setattr(ResultLayout, "most_words", staticmethod(lambda max_rows: max_rows))
     with (
         executor_of(checkpoint, "cuda") as executor,
-        pytest.raises(ExecutorError, match="hidden states, which the cuda"),
+        pytest.raises(ExecutorError, match="asks for 3 hidden states of 48"),
     ):
-        executor.execute(prefill(20, kinds=RowKind.HIDDEN))
+        executor.execute(prefill(1, 2, 20, kinds=RowKind.HIDDEN))

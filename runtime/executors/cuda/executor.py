@@ -25,7 +25,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, refuse_hidden_rows, refuse_other_passes
+from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
@@ -125,7 +125,6 @@ class CudaExecutor:
         *Collective over the replica.* Enqueues; waits only for a step ``depth`` + 1 before this one.
         """
         refuse_other_passes(plan)
-        refuse_hidden_rows(plan, "cuda")
         if self._timeline is not None:
             self._timeline.next_step()
         with self._device, self._stream, self._host_span("execute"):
@@ -134,9 +133,9 @@ class CudaExecutor:
             self._state.apply(plan)
             self._upload(plan, buffers)
             key = self._key(plan)
-            layout = ResultLayout(key.num_logit_rows, key.num_top)
+            layout = self._result_layout(plan, key)
             buffers.describe(plan, layout)
-            self._compute(plan, key)
+            self._compute(plan, key, layout)
             self._return_results(buffers, layout)
             buffers.end.record(self._stream)
         if self.topology.is_leader:
@@ -221,7 +220,7 @@ class CudaExecutor:
             self._attention.copy_blocks(self._stage.step, len(plan.copies))
 
     def _key(self, plan: StepPlan) -> StepKey:
-        limits, num_logit_rows = self._limits, len(plan.rows)
+        limits, num_logit_rows = self._limits, plan.num_logit_rows
         sampling = self._state.sampling_of(plan)
         num_scored, num_top = self._state.logprob_shape(plan)
         if num_logit_rows and not self._runs_in_parts(plan):
@@ -235,15 +234,27 @@ class CudaExecutor:
         )
 
     def _runs_in_parts(self, plan: StepPlan) -> bool:
-        """Whether the step scores rows or samples more than one of a sequence: too many rows, or too varied, for graphs."""
+        """Whether rows do more than sample one token of each sequence: too many of them, or too varied, for graphs."""
         return len(plan.rows) > min(plan.num_sampled, self._limits.max_num_seqs)
 
-    def _compute(self, plan: StepPlan, key: StepKey) -> None:
+    def _result_layout(self, plan: StepPlan, key: StepKey) -> ResultLayout:
+        num_hidden, stage = len(plan.rows) - plan.num_logit_rows, self._stage
+        if not num_hidden:
+            return ResultLayout(key.num_logit_rows, key.num_top)
+        layout = ResultLayout(key.num_logit_rows, key.num_top, num_hidden, stage.config.hidden_size, stage.hidden.dtype)
+        if layout.num_words > ResultLayout.most_words(self._limits.max_logit_rows):
+            raise ExecutorError(
+                f"step {plan.step_id} asks for {num_hidden} hidden states of {stage.config.hidden_size} elements, which are more "
+                "than its result has room for; ask for fewer at once"
+            )
+        return layout
+
+    def _compute(self, plan: StepPlan, key: StepKey, layout: ResultLayout) -> None:
         if not self._runs_in_parts(plan):
             self._run(key)
             return
         self._receive_hidden(key)
-        self._send_hidden(self._stage.run_in_parts(key, plan.num_sampled))
+        self._send_hidden(self._stage.run_in_parts(key, plan.num_sampled, layout))
 
     def _run(self, key: StepKey) -> None:
         self._receive_hidden(key)

@@ -78,7 +78,7 @@ class CudaOps(Ops[DeviceArray]):
         self._last_layer = num_layers - 1
         self._num_rows = 0
         self._num_kept = 0
-        self._logit_rows = range(0)
+        self._logit_rows, self._stops_before_logits = range(0), False
         self._matrices: dict[str, DeviceArray | QuantizedRows] = {}
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
         self._pending: Deferred | None = None
@@ -93,9 +93,12 @@ class CudaOps(Ops[DeviceArray]):
         self._attention.begin(has_prefill)
         self._num_rows, self._num_kept = num_rows, num_kept
 
-    def bind_logits(self, rows: range) -> None:
-        """Which of the step's rows with logits the next `logits` computes, as a range of `StepArrays.logit_rows`."""
-        self._logit_rows = rows
+    def bind_logits(self, rows: range, stop_before: bool = False) -> None:
+        """Which of the step's rows the next `logits` computes, as a range of `StepArrays.logit_rows`.
+
+        ``stop_before``: it returns what it would have multiplied, so that the head gives hidden states.
+        """
+        self._logit_rows, self._stops_before_logits = rows, stop_before
 
     def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
         table = self._weights.embedding(name)
@@ -201,7 +204,8 @@ class CudaOps(Ops[DeviceArray]):
 
     def logits(self, x: DeviceArray, name: str, soft_cap: float = 0.0) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
-        return self.column_linear(x if self._num_kept else self._gather(self._values(x), self._logit_rows), name)
+        rows = x if self._num_kept else self._gather(self._values(x), self._logit_rows)
+        return rows if self._stops_before_logits else self.column_linear(rows, name)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         weight = self._matrix(name)

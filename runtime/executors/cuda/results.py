@@ -30,10 +30,16 @@ class ResultViews:
 
 @dataclass(frozen=True, slots=True)
 class ResultLayout:
-    """``num_rows`` tokens; unless ``num_top`` is -1, their log-probabilities and ``num_top`` alternatives of each."""
+    """``num_rows`` tokens; unless ``num_top`` is -1, their log-probabilities and ``num_top`` alternatives of each.
+
+    Then ``num_hidden`` hidden states of ``hidden_size`` elements of ``hidden_dtype``.
+    """
 
     num_rows: int
     num_top: int = -1
+    num_hidden: int = 0
+    hidden_size: int = 0
+    hidden_dtype: np.dtype[Any] = np.dtype(np.float32)
 
     @staticmethod
     def most_words(max_rows: int) -> int:
@@ -43,7 +49,21 @@ class ResultLayout:
     @property
     def num_words(self) -> int:
         """Length of the buffer."""
+        return self._row_words + self._hidden_words
+
+    @property
+    def _row_words(self) -> int:
         return self.num_rows * (1 if self.num_top < 0 else 2 + 2 * self.num_top)
+
+    @property
+    def _hidden_words(self) -> int:
+        return -(-self.num_hidden * self.hidden_size * self.hidden_dtype.itemsize // 4)
+
+    def hidden_bytes(self, buffer: Any) -> Any:
+        """``[H, bytes]`` hidden states in a flat int32 array, NumPy's or CuPy's."""
+        row_bytes = self.hidden_size * self.hidden_dtype.itemsize
+        part = buffer[self._row_words : self.num_words].view(np.uint8)
+        return part[: self.num_hidden * row_bytes].reshape(self.num_hidden, row_bytes)
 
     def views(self, buffer: Any) -> ResultViews:
         """Cut a flat int32 array, NumPy's or CuPy's."""
@@ -62,7 +82,10 @@ class ResultLayout:
     def result(self, step_id: int, num_rows: int, buffer: Any) -> StepResult:
         """Copies of the first ``num_rows`` rows from pinned memory; the others are padding."""
         views = self.views(buffer).rows(range(num_rows))
-        tokens = views.token_ids.copy()
-        if self.num_top < 0:
-            return StepResult(step_id, tokens)
-        return StepResult(step_id, tokens, views.logprobs.copy(), views.top_ids.copy(), views.top_logprobs.copy())
+        result = StepResult(step_id, views.token_ids.copy())
+        if self.num_top >= 0:
+            result.logprobs = views.logprobs.copy()
+            result.top_ids, result.top_logprobs = views.top_ids.copy(), views.top_logprobs.copy()
+        if self.num_hidden:
+            result.hidden = self.hidden_bytes(buffer).view(self.hidden_dtype).astype(np.float32)
+        return result

@@ -45,7 +45,7 @@ class StepBuffers:
     def describe(self, plan: StepPlan, layout: ResultLayout) -> None:
         """Remember what the result will mean."""
         self.in_use = True
-        self.step_id, self.num_rows = plan.step_id, len(plan.rows)
+        self.step_id, self.num_rows = plan.step_id, plan.num_logit_rows
         self.layout = layout
 
     def read(self) -> StepResult:

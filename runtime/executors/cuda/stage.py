@@ -57,10 +57,10 @@ class CudaStage:
             self._sample(key, x, residual, range(key.num_logit_rows), ResultLayout(key.num_logit_rows, key.num_top))
         return None
 
-    def run_in_parts(self, key: StepKey, num_sampled: int) -> DeviceArray | None:
-        """Like `run` for a step with more rows of logits than are held at once, of which ``num_sampled`` sample."""
+    def run_in_parts(self, key: StepKey, num_sampled: int, layout: ResultLayout) -> DeviceArray | None:
+        """Like `run` for any rows: ``num_sampled`` that sample, then those that score, then hidden states."""
         total = key.num_logit_rows
-        x, residual = self._blocks(key, total, num_kept=0)
+        x, residual = self._blocks(key, total + layout.num_hidden, num_kept=0)
         if residual is not None:
             x = self.ops.add(x, residual)
         if not self.topology.is_last_stage:
@@ -68,8 +68,17 @@ class CudaStage:
         most = max(LOGIT_ROWS, len(self.arrays.seq_indices))
         starts = [*range(0, num_sampled, most), *range(num_sampled, total, LOGIT_ROWS), total]
         for start, stop in zip(starts[:-1], starts[1:], strict=True):
-            self._sample(key, x, None, range(start, stop), ResultLayout(total, key.num_top))
+            self._sample(key, x, None, range(start, stop), layout)
+        for start in range(0, layout.num_hidden, LOGIT_ROWS):
+            self._store_hidden(x, range(start, min(start + LOGIT_ROWS, layout.num_hidden)), layout)
         return None
+
+    def _store_hidden(self, x: DeviceArray, rows: range, layout: ResultLayout) -> None:
+        """What the output projection would take; ``rows`` of those that ask for it."""
+        first = layout.num_rows
+        self.ops.bind_logits(range(first + rows.start, first + rows.stop), stop_before=True)
+        hidden = self.model.decode.head(self.ops, self.config, x, None)
+        layout.hidden_bytes(self.results)[rows.start : rows.stop] = hidden.view("uint8")
 
     def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
         self.step.update(key.num_rows, num_logit_rows)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.executors.base import CacheSize, refuse_hidden_rows, refuse_other_passes
+from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
@@ -140,6 +140,7 @@ class _ResultBuilder:
 def _refuse_what_is_missing(plan: StepPlan) -> None:
     """Raise `ExecutorError` for what engines of linear caches do not have."""
     refuse_other_passes(plan)
-    refuse_hidden_rows(plan, "tensorrt")
+    if plan.num_logit_rows < len(plan.rows):
+        raise ExecutorError(f"step {plan.step_id} asks for hidden states, which the tensorrt engine does not return")
     if len(plan.copies):
         raise ExecutorError(f"step {plan.step_id} copies cache blocks, but the tensorrt engine's slots share none")
