@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,12 @@ from phalanx.checkpoints.encoding import Block
 from phalanx.checkpoints.formats import DENSE, FormatPlan, components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
-from phalanx.checkpoints.source import Buffer, Index, TensorInfo, index_shape
+from phalanx.checkpoints.source import Index, index_shape
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.checkpoints.split_plan import SplitJob, plan_ranks
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
+from tests.support.memory_source import MemorySource
 
 Array = np.ndarray[Any, Any]
 
@@ -51,22 +51,6 @@ def _expand(stored: Array, axis: int, block: Block) -> Array:
     offset = (places % block.values).astype(np.int32)
     shape = (-1, 1) if axis == 0 else (1, -1)
     return stored.take(element, axis=axis) * np.int32(10) + offset.reshape(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Tensors in memory."""
-
-    tensors: dict[str, Array]
-
-    def names(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(self.tensors[name].shape, "I32")
-
-    def read(self, name: str, index: Index, buffer: Buffer | None = None) -> Array:
-        return np.ascontiguousarray(self.tensors[name][index])
 
 
 blocks = st.sampled_from([Block(), Block(1, 4), Block(1, 8), Block(3, 8), Block(2, 2)])
@@ -112,7 +96,7 @@ def test_every_rank_gets_the_slices_of_the_decoded_whole(parts: tuple[Part, ...]
     whole = first.encoding.decode(stored.T if first.transposed else stored)[: first.source_rows, : first.shape[1]]
     for rank in range(size):
         sink = NumpySink(rounding="BF16", chunk_bytes=chunk_bytes)
-        load_weights(Memory({"w": stored}), [WeightSpec("x.codes", parts, "I32")], rank, size, sink)
+        load_weights(MemorySource({"w": stored}), [WeightSpec("x.codes", parts, "I32")], rank, size, sink)
         expected = []
         for part in parts:
             rows, columns = (part.span(axis, rank, size) for axis in (0, 1))
@@ -124,7 +108,7 @@ def test_every_rank_gets_the_slices_of_the_decoded_whole(parts: tuple[Part, ...]
 @given(parts=parts(), size=st.integers(1, 4))
 def test_a_split_holds_every_stored_element_as_often_as_planned(parts: tuple[Part, ...], size: int) -> None:
     stages = ([WeightSpec("x.codes", parts, "I32")],)
-    source = Memory({"w": stored_tensor(parts[0])})
+    source = MemorySource({"w": stored_tensor(parts[0])})
     _, ranks = plan_ranks(source, SplitJob("test", stages, size))
     boxes: dict[str, list[Index]] = defaultdict(list)
     for rank in ranks:
@@ -138,13 +122,13 @@ def test_a_rank_finds_all_it_reads_in_its_own_file_of_a_split(parts: tuple[Part,
     rank %= size
     stored = stored_tensor(parts[0])
     specs = [WeightSpec("x.codes", parts, "I32")]
-    _, ranks = plan_ranks(Memory({"w": stored}), SplitJob("test", (specs,), size))
+    _, ranks = plan_ranks(MemorySource({"w": stored}), SplitJob("test", (specs,), size))
     held = np.full(stored.shape, -1, np.int32)
     for piece in ranks[rank].pieces:
         held[piece.box] = stored[piece.box]
     sinks = NumpySink(), NumpySink()
     for tensor, sink in zip((stored, held), sinks, strict=True):
-        load_weights(Memory({"w": tensor}), specs, rank, size, sink)
+        load_weights(MemorySource({"w": tensor}), specs, rank, size, sink)
     np.testing.assert_array_equal(sinks[1].weights["x.codes"], sinks[0].weights["x.codes"])
 
 
@@ -154,7 +138,7 @@ def test_shared_elements_are_planned_once() -> None:
     parts = tuple(Part("s", (8, 1), Shard(0), first_row=first, source_rows=24, encoding=scale) for first in (0, 8, 16))
     stages = ([WeightSpec("qkv.scale", parts, "I32")],)
     assert planned_copies(stages, 4) == {"s": {4: 1}}
-    _, ranks = plan_ranks(Memory({"s": np.zeros((1, 1), np.int32)}), SplitJob("test", stages, 4))
+    _, ranks = plan_ranks(MemorySource({"s": np.zeros((1, 1), np.int32)}), SplitJob("test", stages, 4))
     assert [[index_shape(piece.box) for piece in rank.pieces] for rank in ranks] == [[(1, 1)]] * 4
 
 

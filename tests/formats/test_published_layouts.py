@@ -20,32 +20,15 @@ from phalanx.checkpoints.encoding import Block
 from phalanx.checkpoints.formats import Format, FormatPlan, components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
-from phalanx.checkpoints.source import Buffer, Index, TensorInfo
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.checkpoints.split_plan import SplitJob, plan_ranks
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
+from tests.support.memory_source import MemorySource
 
 Array = np.ndarray[Any, Any]
-NAMES = {"int32": "I32", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of AutoAWQ's word holds column 8c + AWQ_ORDER[i]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Tensors in memory."""
-
-    tensors: dict[str, Array]
-
-    def names(self) -> Any:
-        return self.tensors.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(self.tensors[name].shape, NAMES[self.tensors[name].dtype.name])
-
-    def read(self, name: str, index: Index, buffer: Buffer | None = None) -> Array:
-        return np.ascontiguousarray(self.tensors[name][index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +272,7 @@ def test_every_rank_gets_its_values_and_a_split_is_covered(
     chosen, stored, expected = case(name, extents, np.random.default_rng(len(name)))
     shard = None if axis is None else Shard(axis, what="units")
     (weight,) = format_weights([WeightSpec("x.weight", (Part("w", extents, shard),))], FormatPlan(lambda _: chosen))
-    source = Memory(stored)
+    source = MemorySource(stored)
     if axis is not None and math.ceil(extents[axis] / chosen.units(weight.spec.parts[0])[axis]) < size:
         with pytest.raises(ConfigError, match=f"cannot be shared by tp_size={size}"):
             [load_weights(source, weight.components, rank, size, NumpySink()) for rank in range(size)]
@@ -319,7 +302,7 @@ def test_merged_parts_keep_their_own_scales(size: int) -> None:
     weights = format_weights([spec], FormatPlan(lambda _: PerTensor()))
     for rank in range(size):
         sink = NumpySink()
-        load_weights(Memory(stored), components_of(weights), rank, size, sink)
+        load_weights(MemorySource(stored), components_of(weights), rank, size, sink)
         rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
         expected = np.concatenate(
             [codes[name][rows].astype(np.float32) * np.float32(factors[name]) for name in factors]
