@@ -48,12 +48,12 @@ class BlockPlanner:
 
     @property
     def block_size(self) -> int:
-        """P."""
+        """P, tokens per block."""
         return self._block_size
 
     @property
     def num_blocks(self) -> int:
-        """N."""
+        """N, blocks of the cache."""
         return self._pool.num_blocks
 
     @property
@@ -130,7 +130,7 @@ class BlockPlanner:
             return False
         if len(growing):
             index = self._num_held[growing]
-            # Distinct: who starts takes at least one block of its own, so a sequence's last block is no other's last.
+            # Distinct: every start takes at least one fresh block, so no two sequences have the same last block.
             blocks = self._pool.take_following(self._tables[growing, index - 1])
             self._tables[growing, index] = blocks
             self._num_held[growing] += 1

@@ -33,7 +33,7 @@ class BlockPool:
 
     @property
     def num_blocks(self) -> int:
-        """N."""
+        """N, blocks of the cache."""
         return len(self._references)
 
     @property

@@ -27,7 +27,7 @@ class SlotPlanner:
 
     @property
     def num_blocks(self) -> int:
-        """Slots."""
+        """How many slots there are."""
         return len(self._used)
 
     @property
@@ -37,7 +37,7 @@ class SlotPlanner:
 
     @property
     def max_num_seqs(self) -> int:
-        """Slots."""
+        """How many sequences can run at once: one per slot."""
         return len(self._used)
 
     @property

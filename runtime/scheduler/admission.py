@@ -1,4 +1,4 @@
-"""From a request to a sequence: what is refused at the door, and what ranks learn when it starts."""
+"""Validate a request at submission; build its admission record."""
 
 from __future__ import annotations
 

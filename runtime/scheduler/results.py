@@ -18,7 +18,7 @@ GOES_ON, STOP, LENGTH, NOT_FINITE = range(4)
 def outcomes(
     table: SequenceTable, seq_indices: SeqIndexArray, token_ids: Int32Array, lengths: Int32Array
 ) -> NDArray[np.int8]:
-    """``[S]`` what a sampled token means; an end token goes before the length limit."""
+    """``[S]`` what a sampled token means; an end token takes precedence over the length limit."""
     codes = np.where(lengths >= table.target_length[seq_indices], np.int8(LENGTH), np.int8(GOES_ON))
     ends = np.zeros(len(seq_indices), np.bool_)
     for end_ids in table.end_ids:

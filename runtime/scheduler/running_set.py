@@ -122,7 +122,7 @@ class RunningSet:
         self._table.remove(seq_index)
 
     def discard(self, sequence: Sequence) -> None:
-        """Free row and blocks of a running sequence whose numbers are broken; nobody shares what it left."""
+        """Free row and blocks of a running sequence whose numbers are broken; what it left is never shared."""
         self._cache.discard(sequence.seq_index)
         self._table.remove(sequence.seq_index)
 
@@ -229,7 +229,8 @@ class RunningSet:
     def _preempt(self, seq_index: int) -> None:
         """Take a sequence's row and blocks; all its tokens, generated ones too, will be computed again.
 
-        It cannot come back in the same plan, and so they do not take turns: it would need the blocks that it gave.
+        It is not admitted again in the same plan (it would need the blocks that it just freed), so two sequences cannot evict
+        each other forever.
         """
         sequence = self._table.sequences[seq_index]
         assert sequence is not None, "a sequence alone always fits: larger ones were refused"

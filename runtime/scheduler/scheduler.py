@@ -87,7 +87,7 @@ class Scheduler:
         return sequence.number
 
     def cancel(self, request_id: str, now: float) -> None:
-        """End a request with finish reason ``cancelled``, at any moment of its life; unknown ids pass."""
+        """End a request with finish reason ``cancelled``, at any moment of its life; unknown ids are ignored."""
         self._end_overdue(now)
         sequence = self._sequences.get(request_id)
         if sequence is not None:
@@ -230,7 +230,7 @@ class Scheduler:
             self._end(sequence, "error", "the deadline passed; allow more time (--request-timeout) or ask for less")
 
     def _fail(self, sequence: Sequence) -> None:
-        """End a sequence whose numbers are broken, and let nobody share what it left in the cache."""
+        """End a sequence whose numbers are broken, and never share what it left in the cache."""
         position = int(self._table.num_known[sequence.seq_index])
         self._running.discard(sequence)
         self._end(

@@ -57,7 +57,7 @@ class Deadlines:
         return len(self._heap)
 
     def add(self, deadline: float, sequence: Sequence) -> None:
-        """Watch a sequence."""
+        """Watch the deadline of a sequence, in monotonic seconds."""
         if len(self._heap) >= self._prune_at:
             self._heap = [entry for entry in self._heap if not entry[2].has_ended]
             heapq.heapify(self._heap)

@@ -104,12 +104,12 @@ class StepPlan:
 
     @property
     def num_seqs(self) -> int:
-        """S."""
+        """S, sequences of the step."""
         return len(self.seq_indices)
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, tokens of the step."""
         return len(self.token_ids)
 
     @property

@@ -2,7 +2,7 @@
 
 A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,
 positions and cache slots from it and from what each sequence sampled last; the model; the sampler; an asynchronous copy of
-the tokens back. The host waits for the device only in `CudaExecutor.collect`, one step behind, and where it would write
+the tokens back. The host waits for the device only in `CudaExecutor.collect`, one step late, and where it would write
 to pinned memory that a step in flight still reads; so planning overlaps with computing.
 
 Pipeline stages hand hidden states over by NCCL on the stream that computes. Only the leader's host needs the tokens, so
