@@ -43,6 +43,8 @@ class Shard:
         pad_to: every rank's extent is rounded up to a multiple of this, zeros at the end, so that any number of ranks
             works (vocabulary). 0: no padding.
         has_short_last: the last unit may be shorter than the others (688 columns in quantisation groups of 128).
+        start, whole: the axis is a piece, from unit ``start`` on, of ``whole`` units that are split together (one head of a
+            matrix that a checkpoint stores head by head); a rank may then hold none of it. 0: the axis is all there is.
         what: the field's name for the units, used in errors.
     """
 
@@ -53,6 +55,8 @@ class Shard:
     pad_to: int = 0
     what: str = "units"
     has_short_last: bool = False
+    start: int = 0
+    whole: int = 0
 
     def span(self, extent: int, rank: int, size: int) -> Span:
         """Range of an axis of ``extent`` that ``rank`` of ``size`` holds.
@@ -67,11 +71,15 @@ class Shard:
             units += 1
         elif rest:
             raise ConfigError(f"extent {extent} is not a multiple of the unit {self.unit} ({self.what})")
-        start, stop = self._grouped(units, rank, size) if self.groups else _even(units, rank, size)
-        if start == stop and units:
+        total = self.whole or units
+        start, stop = self._grouped(total, rank, size) if self.groups else _even(total, rank, size)
+        if start == stop and total:
             raise ConfigError(
-                f"{units} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {units}"
+                f"{total} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {total}"
             )
+        if self.whole:
+            start = min(max(start - self.start, 0), units)
+            stop = max(min(stop - self.start, units), start)
         start, stop = start * self.unit, min(stop * self.unit, extent)
         return Span(start, stop, stop - start)
 

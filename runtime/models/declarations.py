@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import feed_forward_shard, head_shard, kv_head_shard
 
-__all__ = ["column_linear", "gate_up", "norm", "qkv", "row_linear"]
+__all__ = [
+    "also_without",
+    "column_linear",
+    "experts",
+    "fused_qkv",
+    "gate_up",
+    "norm",
+    "qkv",
+    "row_linear",
+]
 
 
 def norm(name: str, source: str, size: int, bias: bool = False) -> list[WeightSpec]:
@@ -39,6 +51,28 @@ def qkv(config: ModelConfig, name: str, sources: tuple[str, str, str], bias: boo
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
 
 
+def fused_qkv(config: ModelConfig, name: str, source: str, bias: bool = False) -> list[WeightSpec]:
+    """One matrix (and bias) that keeps the rows of each key/value head together, ``[K, H / K + 2, C]`` with the group's
+    queries, then its key, then its value (GPT-NeoX, BLOOM), as ours: ``[(H + 2K) C, D]``, a part for each piece."""
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    group = heads // kv_heads
+
+    def pieces(kind: str, first: int, count: int, shard: Shard, tail: tuple[int, ...]) -> Iterator[Part]:
+        for number in range(kv_heads):
+            yield Part(
+                f"{source}.{kind}", (count * dim, *tail), replace(shard, start=number * count, whole=kv_heads * count),
+                first_row=(number * (group + 2) + first) * dim, source_rows=(heads + 2 * kv_heads) * dim,
+            )  # fmt: skip
+
+    def parts(kind: str, *tail: int) -> tuple[Part, ...]:
+        queries, keys = head_shard(config, 0), kv_head_shard(config)
+        rows = ((0, group, queries), (group, 1, keys), (group + 1, 1, keys))
+        return tuple(part for first, count, shard in rows for part in pieces(kind, first, count, shard, tail))
+
+    specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
+    return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
+
+
 def gate_up(config: ModelConfig, name: str, sources: tuple[str, str], bias: bool = False) -> list[WeightSpec]:
     """Gate and up matrices as one (and bias): ``[2F, D]``, gate first."""
     shard = feed_forward_shard(config, 0)
@@ -48,6 +82,35 @@ def gate_up(config: ModelConfig, name: str, sources: tuple[str, str], bias: bool
 
     specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
+
+
+def experts(
+    config: ModelConfig, name: str, router: str, source: str, names: tuple[str, str, str], num_experts: int
+) -> list[WeightSpec]:
+    """Router, and each expert's matrices one below the other, as `phalanx.runtime.ops.Ops.experts` takes them.
+
+    Every rank holds a share of each expert's F columns. ``names``: gate, up and down below ``<source>.<number>``.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    gate, up, down = ([f"{source}.{expert}.{kind}.weight" for expert in range(num_experts)] for kind in names)
+    pairs = (tensor for pair in zip(gate, up, strict=True) for tensor in pair)
+    columns, rows = feed_forward_shard(config, 0), feed_forward_shard(config, 1)
+    return [
+        WeightSpec(f"{name}.router.weight", (Part(f"{router}.weight", (num_experts, d)),)),
+        WeightSpec(f"{name}.gate_up.weight", tuple(Part(tensor, (f, d), columns) for tensor in pairs)),
+        WeightSpec(f"{name}.down.weight", tuple(Part(tensor, (d, f), rows) for tensor in down)),
+    ]
+
+
+def also_without(prefix: str, specs: list[WeightSpec]) -> list[WeightSpec]:
+    """The same weights, found under names without ``prefix``, too, as files of the base model have them."""
+
+    def renamed(part: Part) -> Part:
+        if not part.source.startswith(prefix):
+            return part
+        return replace(part, aliases=(*part.aliases, part.source.removeprefix(prefix)))
+
+    return [replace(spec, parts=tuple(map(renamed, spec.parts))) for spec in specs]
 
 
 def _qkv_rows(config: ModelConfig) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, cast
 
 from phalanx.checkpoints.config_files import stored_dtype
@@ -85,6 +85,28 @@ class ConfigReader:
             limit = f"below {minimum}" if value < minimum else f"above {LARGEST_SIZE}"
             raise ConfigError(f"{name}={shown(value)} in {FILE} is {limit}; the file is damaged")
         return value
+
+    def nullable(self, name: str, default: int) -> int:
+        """Return a whole number; absent means ``default``, null means 0 (``sliding_window``)."""
+        is_null = name in self.raw and self.raw[name] is None
+        self.read_keys.add(name)
+        return 0 if is_null else self.integer(name, default)
+
+    def nullable_number(self, name: str, default: float) -> float:
+        """Return a finite number; absent means ``default``, null means 0 (soft caps)."""
+        is_null = name in self.raw and self.raw[name] is None
+        self.read_keys.add(name)
+        return 0.0 if is_null else self.number(name, default)
+
+    def windows(self, num_layers: int, window: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+        """Return each layer's window, 0 = none: by ``layer_types`` where the file has it, else by the family's rule ``slides``."""
+        kinds = self.value("layer_types")
+        if kinds is None:
+            return tuple(window if slides(layer) else 0 for layer in range(num_layers))
+        known = {"sliding_attention": window, "full_attention": 0}
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+            raise ConfigError(f"layer_types={shown(kinds)} in {FILE} is not one of {', '.join(known)} for each layer")
+        return tuple(known[kind] for kind in kinds)
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite number; absent or null means ``default``, without which the field is required."""

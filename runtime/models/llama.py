@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.runtime.config import ModelConfig
@@ -16,6 +17,7 @@ __all__ = [
     "LlamaConfig",
     "block",
     "block_weights",
+    "decoder_fields",
     "embed",
     "embed_weights",
     "head_weights",
@@ -44,22 +46,30 @@ def read_fields(reader: ConfigReader) -> LlamaConfig:
     reader.refuse_unless("activation", "swiglu")  # a second name of the gated MLP in some checkpoints
     return LlamaConfig(
         architecture="LlamaForCausalLM",
-        vocab_size=reader.integer("vocab_size"),
-        hidden_size=reader.integer("hidden_size"),
-        num_layers=reader.integer("num_hidden_layers"),
-        num_heads=reader.integer("num_attention_heads"),
-        num_kv_heads=reader.integer("num_key_value_heads", reader.integer("num_attention_heads")),
-        head_dim=head_dim,
-        intermediate_size=reader.integer("intermediate_size"),
-        max_positions=reader.integer("max_position_embeddings", 2048),
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        **decoder_fields(reader, head_dim, max_positions=2048, norm_eps=1e-6),
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("attention_bias", False),
         mlp_bias=reader.flag("mlp_bias", False),
-        **reader.common(),
     )
+
+
+def decoder_fields(reader: ConfigReader, head_dim: int, *, max_positions: int, norm_eps: float) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that Llama and its many relatives call alike, with a family's own defaults."""
+    num_heads = reader.integer("num_attention_heads")
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size"),
+        "num_layers": reader.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": reader.integer("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "intermediate_size": reader.integer("intermediate_size"),
+        "max_positions": reader.integer("max_position_embeddings", max_positions),
+        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        **reader.common(),
+    }
 
 
 def attention(config: ModelConfig, layer: int) -> AttentionSpec:

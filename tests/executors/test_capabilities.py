@@ -165,6 +165,27 @@ def test_the_numpy_engine_runs_every_family(case: CheckpointCase) -> None:
     NUMPY.check(model, model.read_config(case.config), "float32")
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "name", "feature"),
+    [
+        (CUDA, "mixtral-plain", "experts"),
+        (CUDA, "qwen3-plain", "attention.head_norm"),
+        (CUDA, "gemma2-caps", "logits.soft_cap=6.0"),
+        (TENSORRT, "mixtral-plain", "experts"),
+        (TENSORRT, "qwen3-plain", "attention.head_norm"),
+        (TENSORRT, "gemma2-caps", "attention.soft_cap=4.0"),
+        (TENSORRT, "bloom-plain", "attention.alibi_slopes"),
+    ],
+)
+def test_families_that_an_engine_lacks_something_for_are_refused_by_name(
+    capabilities: Capabilities, name: str, feature: str
+) -> None:
+    model = find_model(CASES_BY_NAME[name].config)
+    message = rf"the {capabilities.engine} engine cannot run {model.architecture}: {feature}.* is not supported"
+    with pytest.raises(ConfigError, match=message):
+        capabilities.check(model, model.read_config(CASES_BY_NAME[name].config), "float32")
+
+
 def test_contradictory_fields_are_refused() -> None:
     spec = AttentionSpec(4, 2, 8, 0.5)
     with pytest.raises(ConfigError, match="3 ALiBi slopes for num_heads=4"):

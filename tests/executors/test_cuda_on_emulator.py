@@ -36,6 +36,7 @@ CASES = [
     CASES_BY_NAME["gemma-one-kv-head"],
 ]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads")
 
 
 @pytest.fixture
@@ -74,6 +75,12 @@ def test_tokens_and_logprobs_equal_the_numpy_engines(
     assert expected.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
     assert_close_logprobs(output.prompt_logprobs[1:], expected.prompt_logprobs[1:])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_other_families_equal_the_numpy_engine(name: str, tp: int, tmp_path: Path, device: None) -> None:
+    test_tokens_and_logprobs_equal_the_numpy_engines(CASES_BY_NAME[name], tp, 1, tmp_path, None)
 
 
 def assert_close_logprobs(actual: Sequence[Logprob | None], expected: Sequence[Logprob | None]) -> None:

@@ -77,3 +77,22 @@ def test_stages_cover_all_layers_in_order(layers: int, stages: int) -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_layers=3 cannot fill pp_size=4"):
         stage_layers(3, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("copy", [False, True])
+def test_pieces_of_a_whole_are_split_as_the_whole_is(size: int, copy: bool) -> None:
+    groups = {4: 4, 6: 2}.get(size, 6)
+    units, unit = 12, 5
+    whole = Shard(0, unit=unit, groups=groups, copy=copy)
+    for rank in range(size):
+        expected = whole.span(units * unit, rank, size)
+        held = [
+            index * unit + row
+            for index in range(units)
+            for piece in [
+                Shard(0, unit=unit, groups=groups, copy=copy, start=index, whole=units).span(unit, rank, size)
+            ]
+            for row in range(piece.start, piece.stop)
+        ]
+        assert held == list(range(expected.start, expected.stop))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,49 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 
+
+def _like_llama(family: str, architecture: str, name: str, **fields: Any) -> CheckpointCase:
+    """A family that calls its dimensions what Llama does."""
+    config = {
+        "architectures": [architecture], "model_type": family, "vocab_size": 101, "hidden_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "head_dim": 16,
+        "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"{family}-{name}", {**config, **fields})
+
+
+def _neox(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": 101, "hidden_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128,
+        "hidden_act": "gelu", "rotary_pct": 0.25, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"gpt_neox-{name}", {**config, **fields})
+
+
+def _gptj(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["GPTJForCausalLM"], "model_type": "gptj", "vocab_size": 107, "n_embd": 64, "n_layer": 3,
+        "n_head": 4, "n_positions": 128, "rotary_dim": 8, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": False, "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"gptj-{name}", {**config, **fields})
+
+
+def _bloom(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 103, "hidden_size": 64,
+        "n_layer": 3, "n_head": 4, "seq_length": 128, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"bloom-{name}", {**config, **fields})
+
+
+_FEW = ((1, 1), (2, 3), (4, 1))
+"""Layouts of the second and third configuration of a family."""
+
+_WITHOUT_TP4 = tuple((tp, pp) for tp in (1, 2) for pp in (1, 2, 3))
+"""Layouts of six heads that each have their own keys, which four ranks cannot share."""
+
 CASES = (
     _llama("plain"),
     _llama("grouped-heads", num_key_value_heads=2, num_attention_heads=6, head_dim=16),
@@ -74,6 +117,48 @@ CASES = (
     _gemma("one-kv-head"),
     _gemma("several-kv-heads", num_key_value_heads=4, head_dim=16, vocab_size=131, intermediate_size=90),
     _gemma("wide-heads-bfloat16", "bfloat16", head_dim=256),
+    _like_llama("mistral", "MistralForCausalLM", "window", sliding_window=7),
+    replace(
+        _like_llama("mistral", "MistralForCausalLM", "no-window", sliding_window=None, num_key_value_heads=1),
+        layouts=_FEW,
+    ),
+    _like_llama(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "caps",
+        sliding_window=5,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=6.0,
+    ),
+    replace(
+        _like_llama(
+            "gemma2", "Gemma2ForCausalLM", "no-caps", attn_logit_softcapping=None, final_logit_softcapping=None
+        ),
+        layouts=_FEW,
+    ),
+    _like_llama("qwen3", "Qwen3ForCausalLM", "plain", tie_word_embeddings=True),
+    _like_llama(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "windows",
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+        attention_bias=True,
+    ),
+    _like_llama("mixtral", "MixtralForCausalLM", "plain", num_local_experts=5, num_experts_per_tok=2),
+    _neox("parallel"),
+    replace(
+        _neox(
+            "serial-no-bias", use_parallel_residual=False, attention_bias=False, hidden_act="gelu_fast", rotary_pct=1.0
+        ),
+        layouts=_FEW,
+    ),
+    _gptj("plain"),
+    replace(_gptj("all-rotary", rotary_dim=16, n_inner=80), layouts=_FEW),
+    _bloom("plain"),
+    replace(_bloom("six-heads", n_head=6, hidden_size=96, tie_word_embeddings=False), layouts=_WITHOUT_TP4),
 )
 CASES_BY_NAME = {case.name: case for case in CASES}
 

@@ -15,10 +15,10 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.product import product
-from phalanx.runtime.executors.numpy.scores import normalise_heads
+from phalanx.runtime.executors.numpy.scores import normalise_heads, softmax
 from phalanx.runtime.executors.numpy.threads import Threads
 from phalanx.runtime.executors.weights import Weights
-from phalanx.runtime.ops import AttentionSpec, Ops
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
 
 __all__ = ["CAPABILITIES", "NumpyOps", "NumpyStep"]
 
@@ -41,6 +41,11 @@ CAPABILITIES = Capabilities(
         "attention.head_norm.eps": ANY,
         "attention.head_norm.weight_offset": ANY,
         "logits.soft_cap": ANY,
+        "experts": ANY,
+        "experts.num_experts": ANY,
+        "experts.top_k": ANY,
+        "experts.activation": ANY,
+        "experts.renormalise": ANY,
     },
     formats=None,
 )
@@ -160,6 +165,24 @@ class NumpyOps(Ops[Float32Array]):
             return gated
 
         return self._by_rows(gate, x, half)
+
+    def experts(self, x: Float32Array, name: str, spec: ExpertsSpec) -> Float32Array:
+        probabilities = self.column_linear(x, f"{name}.router")
+        softmax(probabilities)
+        chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, : spec.top_k]
+        shares = np.take_along_axis(probabilities, chosen, axis=1)
+        if spec.renormalise:
+            shares /= shares.sum(axis=1, keepdims=True)
+        gate_up, down = (
+            np.split(self._weights.array(f"{name}.{kind}"), spec.num_experts) for kind in ("gate_up", "down")
+        )
+        out = np.zeros_like(x)
+        for expert in range(spec.num_experts):
+            rows, places = np.nonzero(chosen == expert)
+            if len(rows):
+                hidden = self.gated_activation(product(x[rows], gate_up[expert], self._threads), spec.activation)
+                out[rows] += shares[rows, places, None] * product(hidden, down[expert], self._threads)
+        return out
 
     def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:
         """``function`` of each row, ``[T, D] -> [T, width]``, in pieces that stay in a core's cache."""

@@ -1,0 +1,63 @@
+"""Mistral (Jiang et al. 2023): Llama's block; in version 0.1 each token sees a window of the tokens before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from phalanx.runtime.models import blocks, llama
+from phalanx.runtime.models.base import Family, Pass
+from phalanx.runtime.models.hf_config import ConfigReader
+from phalanx.runtime.models.llama import LlamaConfig
+from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
+
+__all__ = ["MISTRAL", "MistralConfig", "attention"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MistralConfig(LlamaConfig):
+    """``window``: positions that a token sees, itself included; 0 = all before it."""
+
+    window: int = 0
+
+
+def read_fields(reader: ConfigReader) -> MistralConfig:
+    """Read ``config.json`` of a ``MistralForCausalLM``."""
+    head_dim = reader.head_dim()
+    return MistralConfig(
+        architecture="MistralForCausalLM",
+        **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-6),
+        activation=reader.activation("hidden_act", "silu"),
+        rope=reader.rope(head_dim),
+        tie_embeddings=reader.flag("tie_word_embeddings", False),
+        window=reader.nullable("sliding_window", 4096),
+    )
+
+
+def attention(config: MistralConfig, layer: int) -> AttentionSpec:
+    """The same window in every layer."""
+    return replace(AttentionSpec.of(config), window=config.window)
+
+
+def block(
+    ops: Ops[Tensor], config: MistralConfig, layer: int, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One decoder block."""
+    name = f"layers.{layer}"
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
+    x = blocks.attention(ops, name, layer, x, attention(config, layer))
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
+    return blocks.gated_mlp(ops, name, x, config.activation), residual
+
+
+MISTRAL = Family(
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    other_names=("MistralModel",),
+    read_fields=read_fields,
+    passes={
+        "decode": Pass[MistralConfig](
+            llama.embed, block, llama.head, llama.embed_weights, llama.block_weights, llama.head_weights, attention
+        )
+    },
+    ignored_tensors=llama.LLAMA.ignored_tensors,
+)
