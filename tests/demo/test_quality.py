@@ -21,6 +21,7 @@ from phalanx.launch.eval import evaluate
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
+from phalanx.runtime.executors.numpy.scores import AttentionKind
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 
@@ -127,7 +128,7 @@ def test_disturbed_rotary_base_or_norm_epsilon_is_caught(
 def test_missing_causal_mask_is_caught(
     reference: dict[str, Any], held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(NumpyAttention, "_shape_scores", lambda *arguments: None)
+    monkeypatch.setattr(AttentionKind, "shape_scores", lambda *arguments: None)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_quality(reference, held_out)
 
@@ -135,12 +136,12 @@ def test_missing_causal_mask_is_caught(
 def test_mask_that_hides_the_token_itself_is_caught(
     reference: dict[str, Any], held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = NumpyAttention._shape_scores
+    right = AttentionKind.shape_scores
 
-    def strict(self: NumpyAttention, scores: Any, queries: Any, keys: Any, spec: Any) -> None:
-        right(self, scores, np.maximum(queries - 1, 0), keys, spec)
+    def strict(self: AttentionKind, scores: Any, queries: Any, keys: Any, last: Any) -> None:
+        right(self, scores, np.maximum(queries - 1, 0), keys, last)
 
-    monkeypatch.setattr(NumpyAttention, "_shape_scores", strict)
+    monkeypatch.setattr(AttentionKind, "shape_scores", strict)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_quality(reference, held_out)
 
