@@ -189,12 +189,13 @@ def use_of(model: Model, config: ModelConfig) -> ModelUse:
         ConfigError: see `ShapeOps`; or a layer's attention is not the one that its family declares for it.
     """
     ops = ShapeOps({spec.name: _whole_shape(spec) for spec in model.weights(config)})
+    declared: set[AttentionSpec] = set()
     for each in model.passes.values():
         x, residual = each.run(ops, config, each.layers(config))
         each.head(ops, config, x, residual)
-        declared = {spec for layer in each.layers(config) for spec in each.specs(config, layer)}
-        if undeclared := set(ops.use.attention.values()) - declared:
-            raise ConfigError(f"the model's layers use {undeclared.pop()}, which its family does not declare")
+        declared |= {spec for layer in each.layers(config) for spec in each.specs(config, layer)}
+    if undeclared := set(ops.use.attention.values()) - declared:
+        raise ConfigError(f"the model's layers use {undeclared.pop()}, which its family does not declare")
     return ops.use
 
 

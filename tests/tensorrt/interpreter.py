@@ -130,6 +130,7 @@ class NetworkInterpreter:
         operations: dict[str, Callable[[Array], Array]] = {
             "SIGMOID": lambda x: 1 / (1 + np.exp(-x)),
             "RELU": lambda x: np.maximum(x, 0),
+            "TANH": np.tanh,
             "GELU_TANH": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
             "GELU_ERF": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
         }

@@ -1,0 +1,214 @@
+"""Each operation on every executor against float64 NumPy; once with the arguments that it owns poisoned after the call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.runtime.alibi import alibi_slopes
+from phalanx.runtime.attention import AttentionSpec, HeadNorm
+from phalanx.runtime.config import RopeConfig
+from tests.ops.executors import EXECUTORS, Executor, attend, open_executor
+
+Array = np.ndarray[Any, Any]
+RANDOM = np.random.default_rng(5)
+ROWS, WIDTH = 7, 24
+
+
+def normal(*shape: int) -> Array:
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+X, Y = normal(ROWS, WIDTH), normal(ROWS, WIDTH)
+WEIGHTS: Mapping[str, Array] = {
+    "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
+    "m.weight": normal(17, WIDTH), "m.bias": normal(17), "e.weight": normal(50, WIDTH), "b.bias": normal(WIDTH),
+    "b.weight": normal(WIDTH, 8),
+}  # fmt: skip
+WIDE = {name: array.astype(np.float64) for name, array in WEIGHTS.items()}
+POSITIONS = (8, 0, 4, 49, 1, 1, 30)
+
+
+def rms(x: Array, offset: float = 0.0) -> Array:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (WIDE["n.weight"] + offset)
+
+
+def layer(x: Array) -> Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * WIDE["n.weight"] + WIDE["n.bias"]
+
+
+def product(x: Array, name: str = "l") -> Array:
+    return x @ WIDE[f"{name}.weight"].T
+
+
+def gelu(x: Array) -> Array:
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+# name: the operation, its formula in float64, how many tensors it takes
+OPERATIONS: dict[str, tuple[Any, Any, int]] = {
+    "embedding": (lambda o: o.embedding("e"), lambda: WIDE["e.weight"][list(POSITIONS)], 0),
+    "embedding scaled": (lambda o: o.embedding("e", 2.5), lambda: 2.5 * WIDE["e.weight"][list(POSITIONS)], 0),
+    "position_embedding": (
+        lambda o, x: o.position_embedding(x, "e"), lambda x: x + WIDE["e.weight"][list(POSITIONS)], 1,
+    ),
+    "rms_norm": (lambda o, x: o.rms_norm(x, "n", 1e-3), rms, 1),
+    "rms_norm offset": (lambda o, x: o.rms_norm(x, "n", 1e-3, 1.0), lambda x: rms(x, 1.0), 1),
+    "layer_norm": (lambda o, x: o.layer_norm(x, "n", 1e-3), layer, 1),
+    "add_rms_norm": (lambda o, x, y: o.add_rms_norm(x, y, "n", 1e-3), lambda x, y: (rms(x + y), x + y), 2),
+    "add_layer_norm": (lambda o, x, y: o.add_layer_norm(x, y, "n", 1e-3), lambda x, y: (layer(x + y), x + y), 2),
+    "column_linear": (lambda o, x: o.column_linear(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
+    "linear": (lambda o, x: o.linear(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
+    "row_linear": (lambda o, x: o.row_linear(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
+    "row_linear_partial": (lambda o, x: o.row_linear_partial(x, "l"), product, 1),
+    "row_linear_pair": (
+        lambda o, x, y: o.row_linear_pair(x, "l", y, "m"),
+        lambda x, y: product(x) + product(y, "m") + WIDE["l.bias"] + WIDE["m.bias"], 2,
+    ),
+    "add_bias": (lambda o, x: o.add_bias(x, "b"), lambda x: x + WIDE["b.bias"], 1),
+    "all_reduce": (lambda o, x: o.all_reduce(x), lambda x: x, 1),
+    "add": (lambda o, x, y: o.add(x, y), lambda x, y: x + y, 2),
+    "logits": (lambda o, x: o.logits(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
+    "logits capped": (
+        lambda o, x: o.logits(x, "l", soft_cap=3.0), lambda x: 3 * np.tanh((product(x) + WIDE["l.bias"]) / 3), 1,
+    ),
+    **{
+        f"activation {kind}": (lambda o, x, kind=kind: o.activation(x, kind), function, 1)
+        for kind, function in ACTIVATIONS.items()
+    },
+    **{
+        f"gated_activation {kind}": (
+            lambda o, x, kind=kind: o.gated_activation(x, kind),
+            lambda x, function=function: function(x[:, : WIDTH // 2]) * x[:, WIDTH // 2 :], 1,
+        )
+        for kind, function in ACTIVATIONS.items()
+    },
+}  # fmt: skip
+REFUSED = {("cuda", "logits capped")}
+"""What an engine does not list: see ``CAPABILITIES``."""
+
+NOTHING_TO_DO = {("tensorrt", "all_reduce")}
+"""A network of one rank would have its input as output."""
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Executor:
+    return open_executor(request.param, monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+
+
+@pytest.mark.parametrize("poisons", [False, True], ids=["kept", "poisoned"])
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_equals_float64(
+    name: str, rows: int, poisons: bool, executor: Executor, request: pytest.FixtureRequest
+) -> None:
+    if (request.node.callspec.params["executor"], name) in REFUSED:
+        pytest.skip("the engine refuses models that use it")
+    if (request.node.callspec.params["executor"], name) in NOTHING_TO_DO:
+        pytest.skip("one rank sums nothing")
+    if rows < ROWS and "embedding" in name:
+        pytest.skip("as many rows as the step has tokens")
+    compute, formula, num_tensors = OPERATIONS[name]
+    tensors = [tensor[:rows] for tensor in (X, Y)[:num_tensors]]
+    results = executor.run(compute, WEIGHTS, tensors, poisons, POSITIONS if "embedding" in name else ())
+    expected = formula(*(tensor.astype(np.float64) for tensor in tensors))
+    for result, wanted in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+
+
+READERS = ("rms_norm", "layer_norm", "column_linear", "linear", "row_linear_partial", "logits")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_products_and_norms_only_read(name: str, executor: Executor, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["executor"] == "tensorrt":
+        pytest.skip("tensors of a network cannot be overwritten")
+    compute, _, _ = OPERATIONS[name]
+    _, unchanged = executor.run(lambda ops, x: (compute(ops, x), x), WEIGHTS, [X])
+    np.testing.assert_array_equal(unchanged, X)
+
+
+SPEC = AttentionSpec(4, 2, 16, 0.25)
+SPECS = {
+    "plain": SPEC,
+    "one key/value head": replace(SPEC, num_heads=5, num_kv_heads=1),
+    "scale": replace(SPEC, scale=0.4),
+    "rope": replace(SPEC, rope=RopeConfig(theta=100.0, rotary_dim=16)),
+    "part of the head": replace(SPEC, rope=RopeConfig(theta=100.0, rotary_dim=8)),
+    "interleaved": replace(SPEC, rope=RopeConfig(theta=100.0, rotary_dim=8, interleaved=True)),
+    "window": replace(SPEC, window=5),
+    "soft cap": replace(SPEC, soft_cap=1.5),
+    "alibi": replace(SPEC, num_heads=6, alibi_slopes=alibi_slopes(6)),
+    "not causal": replace(SPEC, causal=False),
+    "not cached": replace(SPEC, causal=False, cached=False),
+    "head norm": replace(SPEC, head_norm=HeadNorm(1e-3, 0.5), rope=RopeConfig(theta=100.0, rotary_dim=16)),
+}
+ATTENTION_WEIGHTS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
+NUMPY_ONLY = {"not cached", "head norm"}
+LENGTHS = (1, 17, 23)
+
+
+def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
+    heads, kv_heads, length = spec.num_heads, spec.num_kv_heads, len(qkv)
+    packed = qkv.astype(np.float64).reshape(length, heads + 2 * kv_heads, spec.head_dim)
+    q, k, v = np.split(packed, [heads, heads + kv_heads], axis=1)
+    if spec.head_norm is not None:
+        q, k = (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.head_norm.eps)
+            * (ATTENTION_WEIGHTS[f"a.{side}_norm.weight"] + spec.head_norm.weight_offset)
+            for x, side in ((q, "query"), (k, "key"))
+        )  # fmt: skip
+    if spec.rope is not None:
+        q, k = (rotated(x, spec.rope) for x in (q, k))
+    k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
+    scores = np.einsum("qhc,khc->hqk", q, k) * spec.scale
+    if spec.soft_cap:
+        scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    if spec.alibi_slopes:
+        scores -= np.array(spec.alibi_slopes)[:, None, None] * distance
+    if spec.causal:
+        scores = np.where((distance < 0) | ((distance >= spec.window) & (spec.window > 0)), -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khc->qhc", weights / weights.sum(-1, keepdims=True), v).reshape(length, -1)
+
+
+def rotated(x: Array, rope: RopeConfig) -> Array:
+    """As complex numbers: pair i turns by position x theta^(-2 i / rotary_dim)."""
+    half = rope.rotary_dim // 2
+    turns = np.outer(np.arange(len(x)), rope.theta ** (-np.arange(half) * 2 / rope.rotary_dim))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rope.interleaved else (slice(half), slice(half, 2 * half))
+    )
+    pairs, out = (x[..., first] + 1j * x[..., second]) * np.exp(1j * turns)[:, None], x.copy()
+    out[..., first], out[..., second] = pairs.real, pairs.imag
+    return out
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_attention_equals_float64(name: str, executor: Executor, request: pytest.FixtureRequest) -> None:
+    engine, spec = request.node.callspec.params["executor"], SPECS[name]
+    if engine == "tensorrt":
+        pytest.skip("its caches are network inputs: tests/tensorrt/test_numbers.py")
+    if engine != "numpy" and name in NUMPY_ONLY:
+        pytest.skip("the engine refuses models that use it")
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    qkv = [normal(length, width) for length in LENGTHS]
+    whole = [[(0, 1), (1, 17), (2, 23)]]
+    chunked = [[(0, 1), (1, 9), (2, 20)], [(1, 7)], [(1, 1), (2, 3)]]
+    steps = chunked if spec.causal else whole
+    for result, rows in zip(attend(executor, spec, ATTENTION_WEIGHTS, qkv, steps), qkv, strict=True):
+        np.testing.assert_allclose(result, expected_attention(spec, rows), rtol=0, atol=2e-5)
