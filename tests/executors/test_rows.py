@@ -18,6 +18,7 @@ from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.replica import build_replica
+from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.step import ADMISSION, RowKind, StepPlan, StepResult
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
@@ -157,3 +158,33 @@ def test_more_hidden_states_than_fit_are_refused(
         pytest.raises(ExecutorError, match="asks for 3 hidden states of 48"),
     ):
         executor.execute(prefill(1, 2, 20, kinds=RowKind.HIDDEN))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5])
+def test_answers_to_one_prompt_are_those_that_each_would_get_alone(
+    checkpoint: Path, engine: str, max_tokens: int
+) -> None:
+    """The prompt is computed once; the tokens are those of requests that share nothing."""
+    options = EngineConfig(
+        engine=engine, block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=32, num_kv_blocks=16
+    )
+    replica = build_replica(checkpoint, options, SelfCommunicator())
+    assert replica.engine is not None
+
+    def generate(forks: bool) -> dict[str, list[int]]:
+        assert replica.engine is not None
+        for index in range(3):
+            params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=index, ignore_eos=True)
+            first, salt = ("0", "") if forks and index else (None, "" if forks else f"salt {index}")
+            replica.engine.submit(Request(str(index), tuple(PROMPT.tolist()), params, None, first, salt))
+        tokens: dict[str, list[int]] = {str(index): [] for index in range(3)}
+        while replica.engine.has_work:
+            for delta in replica.engine.step():
+                tokens[delta.request_id] += delta.token_ids
+        return tokens
+
+    alone = generate(forks=False)
+    num_hits = replica.engine.stats().prefix_hit_tokens
+    assert generate(forks=True) == alone
+    assert replica.engine.stats().prefix_hit_tokens - num_hits == 2 * (len(PROMPT) - 1)
+    replica.executor.close()
