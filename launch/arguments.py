@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CommandParser",
     "add_engine_arguments",
+    "add_model_argument",
     "add_model_arguments",
     "add_parallel_arguments",
     "engine_config",
@@ -33,25 +34,55 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
                            help=f"{what}-parallel size")  # fmt: skip
 
 
+class _Model(argparse.Action):
+    """Takes the model from the flag or from the word, once."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if values is None or values == argparse.SUPPRESS:
+            return
+        given = getattr(namespace, "model", None)
+        if given is not None and given != Path(values):
+            if isinstance(parser, CommandParser) and parser.is_from_settings(self):
+                return  # the command line wins
+            parser.error(f"two models, {given} and {values}; give one")
+        namespace.model = Path(values)
+
+
+def add_model_argument(parser: argparse._ActionsContainer, text: str) -> None:
+    """``--model DIR``, or ``DIR`` as a word of its own."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, action=_Model, help="the same as --model MODEL"
+    )
+    parser.add_argument("--model", action=_Model, metavar="DIR", help=text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, in which type, on which engine."""
     from phalanx.runtime.executors.registry import ENGINES
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, metavar="DIR",
-                       help="Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)")  # fmt: skip
+    add_model_argument(
+        group,
+        "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
+    )
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                       help="compute type; auto: the checkpoint's own")  # fmt: skip
     group.add_argument("--quantize", choices=("none", "fp8"), default="none",
                        help="fp8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
     group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
                        help="auto: as the checkpoint says, else the compute type")  # fmt: skip
-    group.add_argument("--engine", choices=("auto", *ENGINES), default="auto")
+    group.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what computes; auto: cuda where a GPU and CuPy are, else numpy",
+    )
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
                        help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of random weights, and of requests without one")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +98,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-batched-tokens", type=int, default=None, metavar="N", help="most tokens in one step")
     group.add_argument("--block-size", type=int, default=None, metavar="TOKENS", help="tokens in one cache block")
     group.add_argument("--num-kv-blocks", type=int, default=None, metavar="N", help="cache blocks (default: what fits)")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="FRACTION")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.90,
+        metavar="FRACTION",
+        help="share of the GPU memory that may be used",
+    )
     group.add_argument("--max-queued-requests", type=int, default=None, metavar="N", help="most requests that wait")
     group.add_argument("--no-prefix-caching", action="store_true", help="do not share cache blocks between requests")
 

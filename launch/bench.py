@@ -54,20 +54,22 @@ def build_parser() -> CommandParser:
         add_parallel_arguments(measured)
         add_engine_arguments(measured)
     served = modes.add_parser("serve", help="load against an OpenAI-compatible server")
-    served.add_argument("--url", required=True, metavar="http://HOST:PORT")
+    served.add_argument("--url", required=True, metavar="http://HOST:PORT", help="address of the server")
     served.add_argument("--served-model-name", metavar="NAME", help="default: the first model that the server lists")
     served.add_argument("--api-key-file", type=Path, metavar="FILE", help="first line is sent as the bearer token")
     served.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="requests in flight at once")
     served.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="prompt token ids are below this")
-    served.add_argument("--seed", type=int, default=0)
+    served.add_argument("--seed", type=int, default=0, help="of random weights, and of requests without one")
     _add_load_arguments(served, default_prompts=64)
     return parser
 
 
 def _add_load_arguments(parser: argparse.ArgumentParser, default_prompts: int) -> None:
-    parser.add_argument("--input-len", type=int, default=128, metavar="TOKENS")
-    parser.add_argument("--output-len", type=int, default=128, metavar="TOKENS")
-    parser.add_argument("--num-prompts", type=int, default=default_prompts, metavar="N")
+    parser.add_argument("--input-len", type=int, default=128, metavar="TOKENS", help="length of each prompt")
+    parser.add_argument(
+        "--output-len", type=int, default=128, metavar="TOKENS", help="tokens generated for each prompt"
+    )
+    parser.add_argument("--num-prompts", type=int, default=default_prompts, metavar="N", help="number of requests")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
 
 

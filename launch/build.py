@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, own_arguments, run_command
+from phalanx.launch.arguments import CommandParser, add_model_argument, own_arguments, run_command
 from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ def build_parser() -> CommandParser:
         "to build them side by side.",
     )
     parser.add_argument("--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead")
-    parser.add_argument("--model", type=Path, metavar="DIR",
-                        help="Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)")  # fmt: skip
+    add_model_argument(
+        parser,
+        "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
+    )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                         help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of dummy weights")
@@ -39,7 +41,12 @@ def build_parser() -> CommandParser:
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
                             help=f"{long}-parallel size (default 1)")  # fmt: skip
     parser.add_argument("--rank", type=int, metavar="R", help="build only this rank's engine (default: all)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute type; auto: the checkpoint's own",
+    )
     _add_size_arguments(parser)
     parser.add_argument("--target-compute-capability", type=_capabilities, metavar="8.0,8.9",
                         help="GPUs to build for (default: the one here)")  # fmt: skip

@@ -78,7 +78,7 @@ class CommandParser(argparse.ArgumentParser):
             UsageError: a flag or a value is wrong, wherever it came from.
         """
         self._settings = settings
-        for parser in self._subparsers_by_name().values():
+        for parser in self.modes().values():
             parser._settings = settings
         args: argparse.Namespace = self.parse_args(settings.words)
         return args
@@ -91,7 +91,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
-        added = [] if self._subparsers_by_name() else list(self._words_from_settings(words))
+        added = [] if self.modes() else list(self._words_from_settings(words))
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*words[:end], *added, *words[end:]], namespace)
 
@@ -105,11 +105,16 @@ class CommandParser(argparse.ArgumentParser):
         if launch_info().rank == 0:
             super().print_help(file)
 
+    def is_from_settings(self, action: argparse.Action) -> bool:
+        """Whether a flag's value comes from the environment or the file."""
+        return "/".join(action.option_strings) in self._origins
+
     def flags(self) -> dict[str, argparse.Action]:
         """Every long flag, with its action."""
         return {flag: action for action in self._actions for flag in action.option_strings if flag.startswith("--")}
 
-    def _subparsers_by_name(self) -> dict[str, CommandParser]:
+    def modes(self) -> dict[str, CommandParser]:
+        """Parsers of the words that come first, as in ``bench throughput``; empty for a command without modes."""
         choices = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return dict(choices[0]) if choices else {}
 
@@ -120,7 +125,7 @@ class CommandParser(argparse.ArgumentParser):
         return f"{dashed}{equals}{value}" if word.startswith("--") and dashed in self.flags() else word
 
     def _suggestion(self, rest: Sequence[str]) -> str:
-        known = [flag for parser in (self, *self._subparsers_by_name().values()) for flag in parser.flags()]
+        known = [flag for parser in (self, *self.modes().values()) for flag in parser.flags()]
         word = next((word for word in rest if word.startswith("-")), "").partition("=")[0].replace("_", "-")
         close = [flag for flag in known if len(word) > 3 and flag.startswith(word)]
         close += difflib.get_close_matches(word, known, n=1)

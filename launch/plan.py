@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phalanx.launch.arguments import CommandParser, own_arguments, run_command
+from phalanx.launch.arguments import CommandParser, add_model_argument, own_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
@@ -28,10 +27,23 @@ def build_parser() -> CommandParser:
         prog="launch.plan",
         description="Memory per rank and how many sequences fit. Needs config.json only: no GPU, no MPI, no weights.",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="directory with config.json (default: the demo)")
+    add_model_argument(parser, "directory with config.json (default: the demo)")
     for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data")):
-        parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+        parser.add_argument(
+            f"--{long}-parallel-size",
+            f"--{short}",
+            dest=short,
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"{long}-parallel size",
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute type; auto: the checkpoint's own",
+    )
     parser.add_argument("--quantize", choices=("none", "fp8"), default="none", help="as launch.serve")
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
@@ -39,14 +51,20 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted"
     )
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="FRACTION")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.90,
+        metavar="FRACTION",
+        help="share of the GPU memory that may be used",
+    )
     parser.add_argument(
         "--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)"
     )
     parser.add_argument("--max-num-seqs", type=int, default=GPU_MAX_NUM_SEQS, metavar="N",
                         help=f"most sequences at once (default {GPU_MAX_NUM_SEQS})")  # fmt: skip
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N")
-    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="most tokens in one step")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens in one cache block")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

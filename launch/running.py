@@ -116,6 +116,10 @@ def _leave_with(error: BaseException) -> NoReturn:
         _leave(2, abort=_report_mistake(error))
     if isinstance(error, SystemExit) and _is_agreed(error):
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+    if isinstance(error, MemoryError):
+        notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        size = "use smaller --num-kv-blocks, --max-num-seqs, --block-size or --max-num-batched-tokens; launch.plan shows sizes"
+        _leave(2, abort=_report_mistake(ConfigError(f"not enough memory{notes}: {error}; {size}")))
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         sys.stderr.write(f"phalanx: {error.filename or 'the output'} cannot be written: {error.strerror}; make room\n")
         _leave(1, abort=True)

@@ -26,6 +26,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.start_block import describe, host_names, start_block
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
+_DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -80,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         door.slam(f"{type(error).__name__}: {error}")
         raise
     door.close()
+    if world.rank == 0:
+        sys.stderr.write("phalanx: ended, every request was answered\n")
     return 0
 
 
@@ -163,15 +167,15 @@ def _run_rank(
         raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
     queue = config.max_queued_requests + config.max_num_seqs
+    hosts = host_names(world)
     replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world)
     if frontend is None or announcement is None:
         with phase("executing steps"):
             follow(replica.control, replica.executor)
     else:
         with phase("serving"):
-            _lead(
-                replica, frontend, announcement, queue, signals, {} if args.no_generation_config else _defaults(replica)
-            )
+            defaults = {} if args.no_generation_config else _defaults(replica)
+            _lead(replica, frontend, announcement, hosts, queue, signals, defaults)
     replica.executor.close()
 
 
@@ -193,6 +197,7 @@ def _lead(
     replica: Replica,
     frontend: Frontend,
     announcement: Announcement,
+    hosts: str,
     max_open_requests: int,
     signals: DrainSignals,
     sampling_defaults: dict[str, float | int],
@@ -203,10 +208,21 @@ def _lead(
     assert replica.engine is not None
     bridge = EngineBridge(replica.engine, frontend.channel)
     signals.on_drain(bridge.request_drain)
+    about = describe(replica, announcement.model, hosts)
     model = ModelInfo(
-        str(replica.directory), replica.config.vocab_size, replica.max_model_len, max_open_requests, sampling_defaults
+        str(replica.directory),
+        replica.config.vocab_size,
+        replica.max_model_len,
+        max_open_requests,
+        sampling_defaults,
+        about,
     )
-    bridge.run(model, lambda: announcement.publish(frontend.url))
+
+    def on_ready() -> None:
+        sys.stderr.write(start_block(about, frontend.url, announcement.model))
+        announcement.publish(frontend.url)
+
+    bridge.run(model, on_ready)
     replica.engine.release()
 
 
@@ -241,6 +257,8 @@ class DrainSignals:
         self._interrupts += number == signal.SIGINT
         if number == signal.SIGINT and (self._interrupts > 1 or self._drain is None):
             raise KeyboardInterrupt
+        if not self._requested:
+            os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
         self._requested = True
         if self._drain is not None:
             self._drain()

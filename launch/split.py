@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, job_arguments, run_command
+from phalanx.launch.arguments import CommandParser, add_model_argument, job_arguments, run_command
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -27,8 +27,7 @@ def build_parser() -> CommandParser:
         description="Write one safetensors file per rank and a manifest. The result loads at any valid layout. "
         "Under mpirun, ranks share the work.",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR",
-                        help="Hugging Face directory or an earlier split (default: the demo checkpoint)")  # fmt: skip
+    add_model_argument(parser, "Hugging Face directory or an earlier split (default: the demo checkpoint)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     for short, long in (("tp", "tensor"), ("pp", "pipeline")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",

@@ -34,7 +34,12 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--tensor-parallel-size", "--tp", dest="tp", type=int, default=1, metavar="N", help="shapes of one of N ranks"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute type; auto: the checkpoint's own",
+    )
     parser.add_argument("--tokens", default=_TOKENS, metavar="LIST", help=f"tokens in a step (default {_TOKENS})")
     parser.add_argument("--again", action="store_true", help="measure again what has been measured before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

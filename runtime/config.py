@@ -134,6 +134,10 @@ GPU_MAX_NUM_SEQS = 1024
 """A GPU multiplies 64 rows in the time of one; the cache, not this number, should decide how many sequences run."""
 
 
+LARGEST_SIZE = 2**31 - 1
+"""Plans of steps hold 32-bit numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the operator chooses; sizes in tokens, sequences, blocks.
@@ -183,6 +187,11 @@ class EngineConfig:
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{_flag(name)}={getattr(self, name)} is below {minimum}; use at least {minimum}")
+        for name in (*minimums, "max_model_len", "num_kv_blocks"):
+            if (getattr(self, name) or 0) > LARGEST_SIZE:
+                raise ConfigError(
+                    f"{_flag(name)}={getattr(self, name)} is beyond {LARGEST_SIZE}, the largest number in a step"
+                )
         for name in ("max_model_len", "num_kv_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:

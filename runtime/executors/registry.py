@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from phalanx.runtime.executors.base import Executor
     from phalanx.runtime.executors.rank_spec import RankSpec
 
-__all__ = ["ENGINES", "EngineEntry", "choose_engine", "create_executor", "with_default_sizes"]
+__all__ = ["ENGINES", "EngineEntry", "choose_engine", "create_executor", "engine_reason", "with_default_sizes"]
 
 DEFAULT_MAX_NUM_SEQS = EngineConfig().max_num_seqs
 
@@ -77,6 +77,19 @@ def choose_engine(requested: str) -> str:
     from phalanx.kernels.device import gpu_is_available
 
     return "cuda" if gpu_is_available() else "numpy"
+
+
+def engine_reason(requested: str) -> str:
+    """Why `choose_engine` chose what it chose, for people."""
+    if requested != "auto":
+        return "asked for"
+    from phalanx.kernels.device import driver_is_installed, gpu_is_available
+
+    if gpu_is_available():
+        return "a GPU and CuPy are here"
+    if driver_is_installed():
+        return "there is an NVIDIA driver, but CuPy is missing or sees no GPU; python -m launch.doctor says more"
+    return "there is no NVIDIA driver here"
 
 
 def with_default_sizes(options: Mapping[str, Any]) -> dict[str, Any]:

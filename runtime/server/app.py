@@ -39,6 +39,7 @@ def build_app(services: Services, api_keys: Sequence[bytes]) -> ASGIApp:
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/version", routes.version),
+            Route("/server_info", routes.server_info),
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{model:path}", routes.model),
@@ -82,6 +83,10 @@ class Routes:
     async def version(self, request: Request) -> Response:
         """The version of Phalanx."""
         return json_response({"version": __version__})
+
+    async def server_info(self, request: Request) -> Response:
+        """What runs here: model, engine and why, layout, hosts, cache."""
+        return json_response({"version": __version__, **self._services.model.about})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""

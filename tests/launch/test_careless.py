@@ -88,7 +88,7 @@ MISTAKES = (
             ("num_kv_heads=4 cannot be shared by tp_size=3", "use a tp_size"), ranks=3),
     Mistake("more pipeline stages than layers", f"{TINY} --pp 4 {IDS}", ("num_layers=3", "pp_size=4", "at most 3"), ranks=4),
     Mistake("`--dp 0`", f"--dp 0 {IDS}", ("data-parallel-size=0 is below 1", "use 1")),
-    Mistake("a misspelt flag", f"{IDS} --max-token 4", ("unrecognized arguments: --max-token 4; did you mean --max-tokens?",)),
+    Mistake("a misspelt flag", f"{IDS} --max-token 4", ("unrecognized arguments: --max-token; did you mean --max-tokens?",)),
     Mistake("a flag that does not exist", f"{IDS} --speed fast", ("--speed", "launch.generate --help")),
     Mistake("a command that does not exist", "frobnicate", ("'frobnicate' is not a command", "use one of: serve"), command="main"),
     Mistake("no prompt at all", TINY, ("no prompt", "--input-file"), ranks=0),

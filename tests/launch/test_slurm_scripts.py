@@ -143,7 +143,7 @@ def test_servers_say_where_they_are_and_drain(name: str, job: dict[str, str], tm
     )
     with process:
         assert process.stderr is not None
-        ready = process.stderr.readline()
+        ready = next(line for line in process.stderr if line.startswith("READY"))
         found = json.loads(endpoint.read_text())
         process.send_signal(signal.SIGUSR1)
         assert process.wait(30) == 0

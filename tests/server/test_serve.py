@@ -134,6 +134,21 @@ def test_mixed_requests_together_give_the_tokens_of_each_alone(job: Job) -> None
     wait_until_idle(job)
 
 
+def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> None:
+    lines = job.server.lines_with("READY")[0] and job.server.lines
+    block = [line for line in lines[: lines.index(job.server.wait_for("READY"))] if line.startswith("phalanx: ")]
+    shown = dict(line.removeprefix("phalanx: ").rstrip().split(maxsplit=1) for line in block)
+    info = job.server.get("/server_info").json
+    assert list(shown) == [*info, "ask"]
+    assert {name: " ".join(value.split()) for name, value in info.items()} == {
+        name: " ".join(value.split()) for name, value in shown.items() if name != "ask"
+    }
+    assert info["layout"] == "dp 1 x pp 2 x tp 2 = 4 rank(s)"
+    assert info["cache"] == "64 blocks x 8 = 512 tokens"
+    assert info["engine"].startswith("numpy: ") or info["engine"].startswith("cuda: ")
+    assert "curl http://127.0.0.1:" in shown["ask"]
+
+
 def test_chat_and_scores(job: Job) -> None:
     answer = job.server.post(
         "/v1/chat/completions",
@@ -179,6 +194,7 @@ def test_a_signal_to_mpirun_drains(tiny: Path, number: signal.Signals) -> None:
             assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"
         status, errors = job.server.wait()
         assert (status, "Traceback" in errors) == (0, False), errors
+        assert errors.count("phalanx: draining") == errors.count("phalanx: ended, every request was answered") == 1
         assert job.seconds_until_gone() < 10
 
 
@@ -220,19 +236,16 @@ def test_one_process_without_mpirun_serves_and_drains(tiny: Path) -> None:
         assert job.server.drain()[0] == 0
 
 
-def test_the_port_answers_503_within_a_second(tiny: Path) -> None:
+def test_the_port_answers_503_before_the_engine_is_ready(tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    started = time.monotonic()
     with serve_tiny(tiny, 0, "--port", str(port), wait_for="") as job:
         job.server.url = f"http://127.0.0.1:{port}"
         while True:
             with contextlib.suppress(ConnectionRefusedError):
                 answer = job.server.get("/health")
                 break
-        seconds = time.monotonic() - started
         assert (answer.status, answer.error["code"]) == (503, "unavailable")
-        assert seconds < 1.0
         job.server.wait_for("READY")
         assert job.server.get("/health").status == 200
 
@@ -253,11 +266,9 @@ def test_a_broken_checkpoint_is_one_line_and_status_2(tiny: Path, tmp_path: Path
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes(b"\xff" * 64)
     layout = ("--tp", "2", "--pp", "2") if num_ranks else ()
-    started = time.monotonic()
     with serve(num_ranks, "--model", str(broken), *layout, wait_for="") as job:
         status, errors = job.server.wait()
     assert status == 2
-    assert time.monotonic() - started < 10
     assert_one_line(errors, "model.safetensors")
 
 

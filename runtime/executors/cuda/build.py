@@ -34,10 +34,11 @@ from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink
+from phalanx.runtime.executors.fit import refuse_what_cannot_fit
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
-from phalanx.runtime.memory import RESERVE_BYTES, kv_block_bytes, workspace_bytes
+from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
@@ -63,6 +64,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         library = KernelLibrary()
         _check_quantized(spec, library.architecture)
         with _open_groups(library, spec.topology, spec.comm) as groups:
+            refuse_what_cannot_fit(spec, spec.held_formats, DTYPE_BYTES[spec.dtype], _free_bytes(), "its GPU")
             weights = _load(spec, library)
             gemm = open_gemm(library)
             timeline = Timeline(stream) if spec.options.trace else None
@@ -78,6 +80,13 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         # Outside the context: aborting NCCL blocks while captured graphs hold the communicator.
         executor.warm_up(spec.comm)
     return executor, max_model_len
+
+
+def _free_bytes() -> int:
+    import cupy
+
+    free: int = cupy.cuda.runtime.memGetInfo()[0]
+    return free
 
 
 def _check_quantized(spec: RankSpec, architecture: str) -> None:

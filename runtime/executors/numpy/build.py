@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.formats import ALL_DENSE, DENSE
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
+from phalanx.parallel.launcher import launch_info
+from phalanx.runtime.executors.fit import available_host_bytes, refuse_what_cannot_fit
 from phalanx.runtime.executors.numpy.executor import NumpyExecutor
 from phalanx.runtime.executors.numpy.ops import CAPABILITIES
 from phalanx.runtime.executors.rank_spec import RankSpec
@@ -37,6 +39,8 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     """
     config, options, topology = spec.config, spec.options, spec.topology
     CAPABILITIES.check(spec.model, config, spec.dtype)
+    share = available_host_bytes() // launch_info().local_size
+    refuse_what_cannot_fit(spec, ALL_DENSE, 4, share, "this host")  # whatever the format, the products are of float32
     weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
     weights = weights.converted(lambda weight: _dequantized(_quantized(weight, spec.quantized)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)

@@ -74,6 +74,7 @@ class ModelInfo(msgspec.Struct, tag=True, frozen=True):
         max_model_len: most tokens of one sequence, prompt and output.
         max_open_requests: most requests that run and wait at once.
         sampling_defaults: values of sampling fields that a request leaves out, by their own names.
+        about: what ``/server_info`` shows, in words.
     """
 
     directory: str
@@ -81,6 +82,7 @@ class ModelInfo(msgspec.Struct, tag=True, frozen=True):
     max_model_len: int
     max_open_requests: int
     sampling_defaults: dict[str, float | int] = {}
+    about: dict[str, str] = {}
 
 
 class Deltas(msgspec.Struct, tag=True, frozen=True):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -40,6 +41,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                f"--host {host} is no address of this machine: {error.strerror}; use 127.0.0.1, 0.0.0.0 or one that `ip addr` lists"
+            ) from None
         raise ConfigError(
             f"--port {port} on {host} cannot be opened: {error.strerror}; "
             "choose another with --port, or 0 for any free one"

@@ -1,0 +1,55 @@
+"""What a server says before READY, and again at ``/server_info``: what runs here, how, and why so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import phalanx
+
+if TYPE_CHECKING:
+    from phalanx.parallel.communicator import Communicator
+    from phalanx.runtime.replica import Replica
+
+__all__ = ["describe", "host_names", "start_block"]
+
+
+def host_names(world: Communicator) -> str:
+    """Hosts with their numbers of ranks, such as ``node1 (4), node2 (4)``. *Collective.*"""
+    import socket
+
+    from phalanx.parallel.communicator import gather_bytes
+
+    names = Counter(name.decode() for name in gather_bytes(world, socket.gethostname().encode()))
+    return ", ".join(f"{name} ({count})" for name, count in names.items())
+
+
+def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
+    """Names and values, in the order in which they are shown."""
+    from phalanx.runtime.executors.registry import choose_engine, engine_reason
+
+    options, config, cache = replica.options, replica.config, replica.executor.cache
+    layout = options.layout
+    return {
+        "version": phalanx.__version__,
+        "model": f"{model} from {replica.directory}",
+        "architecture": f"{config.architecture}, {config.num_layers} layers, vocabulary of {config.vocab_size:,}",
+        "engine": f"{choose_engine(options.engine)}: {engine_reason(options.engine)}",
+        "device": replica.executor.device,
+        "dtype": config.compute_dtype(options.dtype),
+        "layout": f"dp {layout.dp} x pp {layout.pp} x tp {layout.tp} = {layout.world_size} rank(s)",
+        "hosts": hosts,
+        "context": f"{replica.max_model_len:,} tokens",
+        "cache": f"{cache.num_blocks:,} {'blocks' if cache.kind == 'paged' else 'slots'} x {cache.block_size} = "
+        f"{cache.num_blocks * cache.block_size:,} tokens",
+        "sequences": f"{options.max_num_seqs:,} at once",
+    }
+
+
+def start_block(facts: dict[str, str], url: str, model: str) -> str:
+    """Lines for people, the last one a command that asks the server something."""
+    width = max(map(len, facts))
+    lines = [f"phalanx: {name:<{width}}  {value}" for name, value in facts.items()]
+    body = f'{{"model": "{model}", "prompt": [1, 2, 3], "max_tokens": 16}}'
+    ask = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    return "\n".join([*lines, f"phalanx: {'ask':<{width}}  {ask}", ""])
