@@ -60,7 +60,7 @@ class Format(Protocol):
         """
         ...
 
-    def round_input(self, x: Array) -> Array:
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
         """What a product with this weight takes for its input ``[T, in]``: float32, quantised and back where it is."""
         ...
 
@@ -83,7 +83,7 @@ class Dense:
         """The weight itself."""
         return components["weight"]
 
-    def round_input(self, x: Array) -> Array:
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
         """The input itself."""
         return x
 
@@ -98,10 +98,12 @@ class FormatPlan:
     Attributes:
         choose: format of a matrix, by the source modules of its parts. Biases and norms are always dense.
         ignored_tensors: regular expressions (full match) of tensors that the formats store but do not need.
+        has_kv_scales: the checkpoint promises scales of an fp8 key/value cache (`phalanx.checkpoints.quantization.kv_scales`).
     """
 
     choose: Callable[[WeightSpec], Format]
     ignored_tensors: tuple[str, ...] = ()
+    has_kv_scales: bool = False
 
 
 ALL_DENSE = FormatPlan(lambda spec: DENSE)
@@ -173,7 +175,7 @@ def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[st
 
 
 FORMAT_READERS: Mapping[str, Callable[[Mapping[str, Any]], FormatPlan]] = MappingProxyType({})
-"""``quant_method`` of ``config.json`` -> what reads its ``quantization_config``."""
+"""``quant_method`` of ``config.json`` -> what reads its ``quantization_config``, besides the readers of this package."""
 
 
 def read_formats(config: Mapping[str, Any]) -> FormatPlan:
@@ -187,7 +189,9 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
         return ALL_DENSE
     section = config.get("quantization_config") or config.get("compression_config")
     fields: dict[str, Any] = section if isinstance(section, dict) else {}
-    reader = FORMAT_READERS.get(str(fields.get("quant_method")))
+    from phalanx.checkpoints.quantization.readers import READERS
+
+    reader = {**READERS, **FORMAT_READERS}.get(str(fields.get("quant_method")))
     if reader is None:
         raise ConfigError(f"{description}; it cannot be loaded: use the unquantised checkpoint")
     return reader(fields)

@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.checkpoints.config_files import demo_path, read_config
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.formats import read_formats
-    from phalanx.checkpoints.quantization.row_codes import held_formats
+    from phalanx.checkpoints.quantization.held import held_formats
     from phalanx.runtime.memory import plan_memory
     from phalanx.runtime.models.registry import find_model
 
@@ -97,13 +97,15 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     options = _options(args, config)
     assert options.max_model_len is not None
     dtype = config.compute_dtype(options.dtype)
+    stored = read_formats(raw)
+    has_fp8_cache = options.kv_cache_dtype == "fp8" or (options.kv_cache_dtype == "auto" and stored.has_kv_scales)
     ranks = plan_memory(
         model,
         config,
         options.layout,
         dtype,
-        formats=held_formats(read_formats(raw), options.quantize),
-        kv_itemsize=1 if options.kv_cache_dtype == "fp8" else None,
+        formats=held_formats(stored, options.quantize),
+        kv_itemsize=1 if has_fp8_cache else None,
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,

@@ -6,11 +6,12 @@ ranks cut rows and columns anywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from phalanx.checkpoints.formats import Format, FormatPlan
+from phalanx.checkpoints.quantization.encodings import Scales
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
@@ -18,32 +19,59 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.quantization.numbers import CodeKind
     from phalanx.checkpoints.source import Array
 
-__all__ = ["FP8_ROWS", "RowCodes", "held_formats", "quantized_while_loading"]
+__all__ = ["FP8_ROWS", "RowCodes"]
 
 
 @dataclass(frozen=True, slots=True)
 class RowCodes:
-    """Codes ``[out, in]`` and float32 scales ``[out]``; inputs get codes of the same kind with a scale for each token."""
+    """Codes ``[out, in]`` and float32 scales ``[out]``; inputs get codes of the same kind with a scale for each token.
+
+    Attributes:
+        kind: of codes, of weights and inputs.
+        scale: suffix of the stored scale.
+        scale_of: what a stored scale belongs to: each row, or the whole tensor.
+        input: ``tokens``: a scale for each token as it comes; ``static``: the checkpoint's own for all of them;
+            ``plain``: inputs are not quantised.
+        input_ceiling: bound on the magnitudes that make a token's scale.
+    """
 
     kind: CodeKind
+    scale: str = "weight_scale"
+    scale_of: Literal["row", "tensor"] = "row"
+    input: Literal["tokens", "static", "plain"] = "tokens"
+    input_ceiling: float = math.inf
 
     @property
     def name(self) -> str:
         """``fp8 rows x tokens``."""
-        return f"{self.kind} rows x tokens"
+        ceiling = "" if self.input_ceiling == math.inf else f" up to {self.input_ceiling:g}"
+        return f"{self.kind} rows" if self.input == "plain" else f"{self.kind} rows x {self.input}{ceiling}"
 
     def units(self, part: Part) -> tuple[int, ...]:
         """Any cut."""
         return (1,) * len(part.shape)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """``codes`` and ``scale``, as they are held after quantising a float weight."""
-        rows = tuple(_rows_of(part) for part in spec.parts)
+        """``codes``, ``scale`` and, for static inputs, ``input_scale`` ``[parts]``."""
         stored = {"fp8": "F8_E4M3", "int8": "I8"}[self.kind]
-        return (
+        result = [
             WeightSpec(f"{spec.owner}.codes", spec.parts, dtype=stored),
-            WeightSpec(f"{spec.owner}.scale", rows, dtype="F32"),
-        )
+            WeightSpec(f"{spec.owner}.scale", tuple(map(self._scale_part, spec.parts)), dtype="F32"),
+        ]
+        if self.input == "static":
+            inputs = tuple(Part(f"{_module(part)}.input_scale", (1,), encoding=Scales()) for part in spec.parts)
+            result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32"))
+        return tuple(result)
+
+    def _scale_part(self, part: Part) -> Part:
+        if part.transposed:
+            raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
+        shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
+        rows = part.source_extents[0] if self.scale_of == "tensor" else 1
+        return Part(
+            f"{_module(part)}.{self.scale}", part.shape[:1], shard,
+            first_row=part.first_row, source_rows=part.source_rows, encoding=Scales(rows),
+        )  # fmt: skip
 
     def quantize(self, weight: Array) -> dict[str, Array]:
         """Components of float values ``[out, in]``, which may be one rank's share."""
@@ -58,37 +86,21 @@ class RowCodes:
 
         return dequantize(Codes(components["codes"], components["scale"][:, None]))
 
-    def round_input(self, x: Array) -> Array:
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
         """The float32 values that the codes of ``x`` ``[T, in]`` stand for."""
-        from phalanx.checkpoints.quantization.numbers import dequantize, quantize_rows
+        from phalanx.checkpoints.quantization.numbers import dequantize, quantize_rows, quantize_static
 
-        return dequantize(quantize_rows(x, self.kind))
+        if self.input == "plain":
+            return x
+        if self.input == "static":
+            # Parts of a merged weight see one input: the largest of their scales keeps the range of all of them.
+            return dequantize(quantize_static(x, float(components["input_scale"].max()), self.kind))
+        return dequantize(quantize_rows(x, self.kind, self.input_ceiling))
 
 
 FP8_ROWS = RowCodes("fp8")
+"""What ``--quantize fp8`` makes."""
 
 
-def quantized_while_loading(spec: WeightSpec) -> bool:
-    """Whether ``--quantize`` applies: matrices of layers that are split over ranks.
-
-    Embeddings, the head, and small replicated matrices (routers) stay as they are.
-    """
-    return len(spec.parts[0].shape) == 2 and spec.owner.startswith("layers.") and all(part.shard for part in spec.parts)
-
-
-def held_formats(stored: FormatPlan, quantize: Literal["none", "fp8"]) -> FormatPlan:
-    """Formats in memory of a checkpoint whose formats are ``stored``, after ``--quantize``; for planning memory."""
-    if quantize == "none":
-        return stored
-
-    def choose(spec: WeightSpec) -> Format:
-        return FP8_ROWS if quantized_while_loading(spec) else stored.choose(spec)
-
-    return FormatPlan(choose, stored.ignored_tensors)
-
-
-def _rows_of(part: Part) -> Part:
-    if part.shard is not None and part.shard.axis > 1:
-        raise ConfigError(f"{part.source} is split along axis {part.shard.axis}; rows have two")
-    shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
-    return Part(part.source, part.shape[:1], shard, first_row=part.first_row, source_rows=part.source_rows)
+def _module(part: Part) -> str:
+    return part.source.removesuffix(".weight")

@@ -23,14 +23,15 @@ __device__ __forceinline__ unsigned e4m3_bits(float value) {
     bits += 0x7ffffu + (bits >> 20 & 1u);
     return sign | ((bits >> 20) - (120u << 3));  // the exponent's bias goes from 127 to 7
 }
+#endif
 
+// Exact.
 __device__ __forceinline__ float e4m3_value(unsigned code) {
     const unsigned sign = (code & 0x80u) << 24, magnitude = code & 0x7fu;
     if (magnitude == 0x7fu) return __uint_as_float(sign | 0x7fc00000u);
     // As a float32 of the same digits, 120 exponents too low; the product is exact for subnormals too.
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 20) * 1.329227995784916e36f));
 }
-#endif
 
 // Two neighbours to two bytes, `low` in the lower one.
 __device__ __forceinline__ unsigned short e4m3_pair(float low, float high) {

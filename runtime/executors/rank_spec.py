@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
-from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes, held_formats, quantized_while_loading
+from phalanx.checkpoints.quantization.held import held_formats, quantized_while_loading
+from phalanx.checkpoints.quantization.kv_scales import read_kv_scales
+from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
+from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
@@ -88,16 +91,28 @@ class RankSpec:
 
         Raises:
             ConfigError: the cache's type is neither fp8 nor the compute type.
+            CheckpointError: the checkpoint promises scales that it lacks.
         """
         wanted = self.options.kv_cache_dtype
         if wanted not in ("auto", "fp8", self.dtype):
             raise ConfigError(
                 f"--kv-cache-dtype={wanted} is neither fp8 nor the compute type {self.dtype}; use one of these"
             )
-        if wanted != "fp8":
+        calibrated = self.checkpoint.formats.has_kv_scales
+        if wanted not in ("auto", "fp8") or (wanted == "auto" and not calibrated):
             return None
-        heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size).size
-        return {layer: np.ones((2, heads), np.float32) for layer in self.layers}
+        heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size)
+        if not calibrated:
+            return {layer: np.ones((2, heads.size), np.float32) for layer in self.layers}
+        modules = {weight.spec.owner: _attention_module(weight.spec) for weight in self.declared}
+        return {
+            layer: np.ascontiguousarray(
+                read_kv_scales(self.checkpoint.source, modules[f"layers.{layer}.qkv"], self.config.num_kv_heads)[
+                    :, heads.start : heads.stop
+                ]
+            )
+            for layer in self.layers
+        }
 
     def load(self, sink: CollectingSink[Array]) -> Weights[Array]:
         """Load this rank's weights into ``sink``. Raises as `load_stage`."""
@@ -113,3 +128,8 @@ class RankSpec:
     def tp_size(self) -> int:
         """Ranks of the tensor-parallel group."""
         return self.topology.layout.tp
+
+
+def _attention_module(spec: WeightSpec) -> str:
+    """``model.layers.3.self_attn`` of the weight that is read from its ``q_proj``."""
+    return spec.parts[0].source.removesuffix(".weight").rpartition(".")[0]

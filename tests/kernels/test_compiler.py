@@ -21,6 +21,7 @@ SPECS = [
     ("add_bias", ROW),
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 0, "HAS_BIAS": 0, "QUANTIZED": 1}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),
+    ("dequantize", {"FP8": 1, "HAS_ZERO": 1, "NUM_THREADS": 256}),
     ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1}),
     ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2}),
     ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf", "HAS_BIAS": 1}),

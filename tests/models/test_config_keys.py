@@ -241,9 +241,9 @@ def test_an_empty_quantization_config_says_nothing(value: Any) -> None:
     [
         ("quantization_config", {"quant_method": "bitnet", "quantization_mode": "online"}, "bitnet"),
         ("quantization_config", {"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bits=4"),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "hqq", "bits": 4}, "hqq"),
         ("quantization_config", {"quant_algo": "NVFP4"}, "NVFP4"),
-        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("compression_config", {"quant_method": "aqlm"}, "aqlm"),
         ("quantization", {"group_size": 64, "bits": 4}, "bits=4"),
         ("quantization_config", "fp8", "fp8"),
     ],

@@ -105,7 +105,7 @@ class ToyFormat:
             shard = replace(shard, unit=shard.unit // self.group, has_short_last=False)
         return replace(part, source=_stored(part, "scales"), shape=shape, shard=shard, encoding=Widened())
 
-    def round_input(self, x: Array) -> Array:
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
         return x
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.formats import format_weights
+from phalanx.checkpoints.quantization.held import is_weight_only
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
@@ -33,7 +34,7 @@ from phalanx.runtime.executors.cuda.sampler import CudaSampler
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
-from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink
+from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink, dequantized
 from phalanx.runtime.executors.fit import refuse_what_cannot_fit
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
@@ -57,7 +58,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(spec.config, spec.declared)
+    CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if not is_weight_only(one.format)])
     limits = _step_limits(spec)
     device, stream = select_device()
     with device, stream:
@@ -174,7 +175,7 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
     if not spec.quantized:
-        return spec.load(CudaSink(spec.dtype, library))
+        return dequantized(spec.load(CudaSink(spec.dtype, library)), spec.dtype, library)
     sink = QuantizingSink(spec.dtype, library, spec.quantized)
     return sink.quantized(spec.load(sink))
 

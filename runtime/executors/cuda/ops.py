@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
@@ -50,6 +51,7 @@ CAPABILITIES = Capabilities(
         "attention.soft_cap": ANY,
         "attention.alibi_slopes": ANY,
     },
+    formats=frozenset({DENSE.name, FP8_ROWS.name}),
 )
 
 

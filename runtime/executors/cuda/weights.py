@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
+from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.quantization.group_codes import GroupCodes
+from phalanx.checkpoints.quantization.held import is_weight_only
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
+from phalanx.kernels.dequantize import dequantize
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
 from phalanx.kernels.quantize import QuantizedRows, quantize_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
 from phalanx.runtime.executors.weights import Weight, Weights
 
-__all__ = ["CudaSink", "QuantizingSink"]
+__all__ = ["CudaSink", "QuantizingSink", "dequantized"]
 
 _CHUNK_BYTES = 32 << 20
 
@@ -110,6 +114,25 @@ class CudaSink:
             mean=dummy.mean,
             width=dummy.width,
         )
+
+
+def dequantized(weights: Weights[DeviceArray], dtype: str, library: Library) -> Weights[DeviceArray]:
+    """Weight-only formats as plain values in the compute type: they load and are exact, but take the memory of floats."""
+    import cupy
+
+    def convert(weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
+        chosen, parts = weight.format, weight.components
+        if not is_weight_only(chosen):
+            return weight
+        codes, scale = parts["codes"], parts["scale"]
+        cut = chosen.cut if isinstance(chosen, GroupCodes) else 0
+        values = cupy.empty(codes.shape, device_dtype(dtype))
+        dequantize(
+            library, codes, scale.reshape(len(codes), -1), parts.get("zero"), values, group=cut or codes.shape[1]
+        )
+        return replace(weight, format=DENSE, components={"weight": values})
+
+    return weights.converted(convert)
 
 
 class QuantizingSink(CudaSink):

@@ -62,7 +62,8 @@ def _dequantized(weight: Weight[Array]) -> Weight[Array]:
     """The same weight as float32 values: a processor multiplies nothing faster than that. Inputs follow the format."""
     if weight.format == DENSE:
         return weight
-    return replace(weight, components={"weight": weight.format.dequantize(weight.components)})
+    rest = {name: array for name, array in weight.components.items() if name == "input_scale"}
+    return replace(weight, components={**rest, "weight": weight.format.dequantize(weight.components)})
 
 
 def _num_blocks(spec: RankSpec) -> int:

@@ -139,7 +139,7 @@ class NumpyOps(Ops[Float32Array]):
 
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         weight = self._weights.linear(name)
-        return product(weight.format.round_input(x), weight.components["weight"], self._threads)
+        return product(weight.format.round_input(x, weight.components), weight.components["weight"], self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
         bias = self._weights.linear(name).bias

@@ -1,0 +1,80 @@
+"""How quantised checkpoints pack codes, scales and zero points into tensors.
+
+Sources: compressed-tensors ``compressors/quantized_compressors/pack_quantized.py``; AutoAWQ ``utils/packing_utils.py``; AutoGPTQ
+``nn_modules/qlinear/qlinear_cuda_old.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from phalanx.checkpoints.encoding import Block
+
+if TYPE_CHECKING:
+    from phalanx.checkpoints.source import Array
+
+__all__ = ["AWQ_ORDER", "PackedWords", "Scales"]
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Nibble i of a word holds value ``AWQ_ORDER[i]`` of its eight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """One float for ``rows`` rows and ``columns`` columns of scales, widened to float32; axes as declared, ``[O]`` or ``[O, G]``."""
+
+    rows: int = 1
+    columns: int = 1
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32", "F16", "BF16"})
+
+    def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
+        """A stored scale repeats along both axes."""
+        return (Block(1, self.rows), Block(1, self.columns))[: len(extents)]
+
+    def decode(self, stored: Array) -> Array:
+        """Exact: every float format widens to float32."""
+        import numpy as np
+
+        wide: Array = np.repeat(stored.astype(np.float32), self.rows, axis=0)
+        return wide if wide.ndim == 1 else np.repeat(wide, self.columns, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWords:
+    """Unsigned codes of ``bits`` bits in 32-bit words, element j of a word at bits ``bits * j``.
+
+    Attributes:
+        axis: along which values are packed, in ``[out, in]`` orientation.
+        offset: subtracted, so that 8-bit codes fit int8 too.
+        added: added before, modulo ``2 ** bits`` (GPTQ v1 stores zero points less one).
+        order: place of each element of a word among its values; empty = in order.
+    """
+
+    bits: int
+    axis: int
+    offset: int = 0
+    added: int = 0
+    order: tuple[int, ...] = ()
+    dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})
+
+    def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
+        """A word along the packed axis."""
+        word = Block(1, 32 // self.bits)
+        return (word, Block()) if self.axis == 0 else (Block(), word)
+
+    def decode(self, stored: Array) -> Array:
+        """int8 codes."""
+        import numpy as np
+
+        per_word, mask = 32 // self.bits, (1 << self.bits) - 1
+        shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(self.bits)
+        if self.order:
+            shifts = shifts[np.argsort(self.order)]
+        fields = (stored.astype(np.uint32)[..., None] >> shifts) & np.uint32(mask)
+        codes = ((fields.astype(np.int32) + self.added) & mask) - self.offset
+        if self.axis == 0:
+            codes = codes.transpose(0, 2, 1)
+        rows, columns = stored.shape
+        shape = (rows * per_word, columns) if self.axis == 0 else (rows, columns * per_word)
+        return codes.reshape(shape).astype(np.int8)

@@ -1,0 +1,153 @@
+"""Codes with a scale, and perhaps a zero point, for each row and group of columns: ``w = (code - zero) * scale``.
+
+The canonical form of every weight-only format and of 8-bit blocks: codes ``[O, I]`` int8 or e4m3, scale ``[O, G]`` float32, zero
+``[O, G]`` int8, G groups of columns, the last one possibly short. Whatever the file holds (packed words, blocks of rows, one scale
+for everything) maps to it exactly, so merged weights and any cut of rows need no rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from phalanx.checkpoints.encoding import Encoding
+from phalanx.checkpoints.quantization.encodings import Scales
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from phalanx.checkpoints.source import Array
+
+__all__ = ["GroupCodes", "Stored"]
+
+SMALLEST_GROUP = 32
+"""Groups that heads cut into smaller pieces than this would take more memory for scales than for codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a file keeps the pieces of a module.
+
+    Attributes:
+        codes, scale, zero: suffixes of the tensors' names; ``zero`` "" = there is none, codes are symmetric.
+        codes_encoding, zero_encoding: how they are packed; None = one element for each code.
+        dtype: of codes in memory, I8 or F8_E4M3.
+        transposed: tensors are ``[in, out]``.
+        block_rows: rows that share a scale.
+    """
+
+    codes: str
+    scale: str
+    zero: str = ""
+    codes_encoding: Encoding | None = None
+    zero_encoding: Encoding | None = None
+    dtype: str = "I8"
+    transposed: bool = False
+    block_rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCodes:
+    """One scheme.
+
+    Attributes:
+        label: what reports and refusals call it: ``int4``, ``fp8 blocks``.
+        group: columns that share a scale in the file; 0 = the whole row.
+        cut: columns that share a scale in memory, a divisor of ``group``: smaller where heads decide the cuts.
+        input: how inputs are quantised: not at all, or like the weight's groups.
+    """
+
+    label: str
+    stored: Stored
+    group: int
+    cut: int = 0
+    input: Literal["plain", "fp8 groups"] = "plain"
+
+    @property
+    def name(self) -> str:
+        """``int4 in groups of 128``."""
+        return f"{self.label} in groups of {self.group}" if self.group else f"{self.label} by rows"
+
+    def for_weight(self, spec: WeightSpec) -> GroupCodes:
+        """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128.
+
+        Raises:
+            ConfigError: the pieces would be too small to be worth it.
+        """
+        cut = self.group
+        for part in spec.parts:
+            if part.shard is not None and part.shard.axis == 1 and part.shard.groups and self.group:
+                cut = math.gcd(cut, part.shard.unit)
+        if cut < min(self.group, SMALLEST_GROUP):
+            raise ConfigError(
+                f"{spec.name}: heads cut its quantisation groups of {self.group} columns into pieces of {cut}, below "
+                f"{SMALLEST_GROUP}; use a checkpoint with other groups"
+            )
+        return replace(self, cut=cut)
+
+    def units(self, part: Part) -> tuple[int, ...]:
+        """Columns in whole pieces of groups."""
+        return 1, max(self.cut, 1)
+
+    def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """``codes``, ``scale`` and, unless symmetric, ``zero``."""
+        stored = self.stored
+        codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
+        scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
+        result = [
+            WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype),
+            WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32"),
+        ]
+        if stored.zero:
+            zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
+            result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8"))
+        return tuple(result)
+
+    def dequantize(self, components: Mapping[str, Array]) -> Array:
+        """``[O, I]`` float32; exact, because codes, zero points and stored scales have few digits."""
+        import numpy as np
+
+        codes = components["codes"]
+        values: Array = codes.astype(np.float32)
+        if "zero" in components:
+            values -= self._spread(components["zero"].astype(np.float32), codes.shape[1])
+        values *= self._spread(components["scale"], codes.shape[1])
+        return values
+
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
+        """Itself, or the values of its codes."""
+        from phalanx.checkpoints.quantization.numbers import dequantize, quantize_groups
+
+        return x if self.input == "plain" else dequantize(quantize_groups(x, self.group), self.group)
+
+    def _spread(self, groups: Array, columns: int) -> Array:
+        import numpy as np
+
+        return np.repeat(groups, self.cut, axis=1)[:, :columns] if self.cut else groups
+
+    def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
+        if part.transposed:
+            raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
+        source, *aliases = (f"{name.removesuffix('.weight')}.{suffix}" for name in (part.source, *part.aliases))
+        return replace(
+            part, source=source, aliases=tuple(aliases), encoding=encoding, transposed=self.stored.transposed
+        )
+
+    def _group_part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
+        """Of ``[O, G]`` values. Zero points are packed along rows and so never repeat along them."""
+        columns = -(-part.shape[1] // self.cut) if self.cut else 1
+        shard = part.shard
+        if shard is not None and shard.axis == 1:
+            unit = shard.unit // self.cut if self.cut else 0
+            shard = replace(shard, unit=unit, has_short_last=bool(columns % unit)) if unit else None
+        repeats = self.group // self.cut if self.cut else 1
+        if encoding is None:
+            encoding = Scales(self.stored.block_rows, repeats)
+        elif repeats > 1:
+            raise ConfigError(
+                f"{part.source}: heads cut its quantisation groups; zero points of such groups cannot be read"
+            )
+        whole = replace(self._part(part, suffix, encoding), shape=(part.shape[0], columns), shard=shard)
+        return whole

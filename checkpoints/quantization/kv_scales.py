@@ -1,0 +1,54 @@
+"""Scales of an fp8 key/value cache, which checkpoints that were calibrated for one bring along.
+
+Found under the names that compressed-tensors, vLLM and ModelOpt have given them; a scheme that is promised without scales is an
+error, because scales of one could saturate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.checkpoints.source import TensorSource
+from phalanx.parallel.errors import CheckpointError
+
+__all__ = ["read_kv_scales"]
+
+_NAMES = {
+    "key": ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale"),
+    "value": ("v_scale", "attn.v_scale", "v_proj.v_scale", "v_proj.output_scale", "kv_scale"),
+}
+
+
+def read_kv_scales(source: TensorSource, attention: str, num_kv_heads: int) -> NDArray[np.float32]:
+    """``[2, num_kv_heads]``: what codes of keys and of values are multiplied by, for every head of the model.
+
+    Args:
+        attention: module of a layer, ``model.layers.3.self_attn``.
+
+    Raises:
+        CheckpointError: a scale is missing, or no scale.
+    """
+    present = set(source.names())
+    return np.stack([_read(source, attention, kind, names, present, num_kv_heads) for kind, names in _NAMES.items()])
+
+
+def _read(
+    source: TensorSource, attention: str, kind: str, names: Sequence[str], present: set[str], num_kv_heads: int
+) -> NDArray[np.float32]:
+    name = next((full for one in names if (full := f"{attention}.{one}") in present), None)
+    if name is None:
+        raise CheckpointError(
+            f"quantization_config in config.json promises an fp8 key/value cache, but {attention} has no {kind} scale (looked for "
+            f"{', '.join(names)}); use a calibrated checkpoint, or remove kv_cache_scheme from config.json"
+        )
+    info = source.info(name)
+    stored = source.read(name, info.whole).astype(np.float32).reshape(-1)
+    if len(stored) not in (1, num_kv_heads) or not (np.isfinite(stored) & (stored > 0)).all():
+        raise CheckpointError(
+            f"tensor {name!r} holds {stored[:4].tolist()}; a scale of an fp8 cache is one positive number, or one for each of "
+            f"{num_kv_heads} heads"
+        )
+    return np.broadcast_to(stored, (num_kv_heads,))

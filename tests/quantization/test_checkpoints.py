@@ -1,0 +1,300 @@
+"""Quantised checkpoints as other tools write them: exact on load, at any layout, refused by name where they are not loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors.weights import Weights, load_stage
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.models import find_model
+from phalanx.runtime.request import RequestOutput, SamplingParams
+from tests.checkpoints.splitting import split
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
+from tests.support.fake_cupy import install_fake_device
+
+from . import writers
+
+Array = np.ndarray[Any, Any]
+LLAMA = CASES_BY_NAME["llama-grouped-heads"]
+CASE = CheckpointCase(
+    "llama-odd",
+    {**LLAMA.config, "hidden_size": 64, "intermediate_size": 240, "num_attention_heads": 4, "num_key_value_heads": 2,
+     "head_dim": 32, "num_hidden_layers": 2},
+)  # fmt: skip
+"""240 inner columns: 3.75 groups of 64, 15 of 16."""
+
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def _int(bits: int, group: int, symmetric: bool) -> tuple[Any, dict[str, Any]]:
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group" if group else "channel",
+        "group_size": group or None,
+    }
+    return writers.compressed_int(bits, group, symmetric), writers.compressed_section(weights, "pack-quantized")
+
+
+def _gptq(bits: int, group: int, symmetric: bool, v1: bool) -> tuple[Any, dict[str, Any]]:
+    form = "gptq" if v1 else "gptq_v2"
+    section = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group or -1,
+        "sym": symmetric,
+        "desc_act": False,
+        "checkpoint_format": form,
+    }
+    return writers.gptq(bits, group, symmetric, v1), section
+
+
+WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ct-w4-g64": _int(4, 64, True),  # heads of 32 halve the groups
+    "ct-w4-g16-asymmetric": _int(4, 16, False),
+    "ct-w8-channel": _int(8, 0, True),
+    "ct-w8-g16-asymmetric": _int(8, 16, False),
+    "gptq-4-v1": _gptq(4, 16, False, True),
+    "gptq-4-v2": _gptq(4, 16, False, False),
+    "gptq-8-v1": _gptq(8, 16, False, True),
+    "gptq-4-row-symmetric": _gptq(4, 0, True, True),
+    "awq": (
+        writers.awq(16),
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
+    ),
+    "ct-fp8-weight-only": (
+        writers.fp8("channel"),
+        writers.compressed_section({**FLOAT8, "strategy": "channel"}, "float-quantized"),
+    ),
+}
+WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ct-fp8-channel": (writers.fp8("channel", dtype=writers.ml_dtypes.bfloat16), writers.compressed_section({**FLOAT8, "strategy": "channel"}, "float-quantized", TOKENS)),
+    "ct-fp8-tensor": (writers.fp8("tensor"), writers.compressed_section({**FLOAT8, "strategy": "tensor"}, "float-quantized", TOKENS)),
+    "ct-fp8-static": (writers.fp8("tensor", input_scale=0.02), writers.compressed_section({**FLOAT8, "strategy": "tensor"}, "float-quantized", STATIC)),
+    "ct-int8": (writers.int8, writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**TOKENS, "type": "int"})),
+    "hf-fp8-blocks": (writers.fp8("block", "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic"}),
+    "fbgemm": (writers.fp8("channel"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "modelopt-fp8": (writers.fp8("tensor", input_scale=0.02), {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+}  # fmt: skip
+ALL = WEIGHT_ONLY | WITH_INPUTS
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quantised")
+    write_checkpoint(CASE, root / "dense")
+    return root
+
+
+def written(root: Path, name: str) -> tuple[Path, Path]:
+    paths = root / name / "quantised", root / name / "twin"
+    if not paths[0].exists():
+        module, section = ALL[name]
+        writers.write(root / "dense", *paths, module, section)
+    return paths
+
+
+def load(path: Path, tp: int, rank: int) -> Weights[Array]:
+    with open_checkpoint(path) as checkpoint:
+        model = find_model(checkpoint.config)
+        config = model.read_config(checkpoint.config)
+        return load_stage(
+            checkpoint.source, model, config, checkpoint.formats, Topology(Layout(tp=tp), rank), NumpySink()
+        )
+
+
+def generate(path: Path, tp: int = 1, pp: int = 1, engine: str = "numpy", **options: Any) -> RequestOutput:
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+
+    def rank(comm: Communicator) -> RequestOutput:
+        with LLM(
+            path,
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            comm=comm,
+            engine=engine,
+            block_size=16,
+            num_kv_blocks=16,
+            max_num_seqs=3,
+            max_num_batched_tokens=8,
+            **options,
+        ) as llm:
+            return llm.generate([(5, 17, 3, 99, 42, 8, 61)], params)[0]
+
+    return run_ranks(tp * pp, rank)[0]
+
+
+def logprobs(output: RequestOutput) -> Array:
+    assert output.prompt_logprobs is not None
+    return np.array([one.logprob for one in output.prompt_logprobs if one is not None])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", ALL)
+def test_dequantised_weights_equal_the_twins_bit_for_bit(root: Path, name: str, tp: int) -> None:
+    quantised, twin = written(root, name)
+    for rank in range(tp):
+        weights, expected = load(quantised, tp, rank), {one.name: one for one in load(twin, tp, rank).values()}
+        spans = {one.name: one for one in weights.values()}
+        assert spans.keys() == expected.keys()
+        for weight in weights.values():
+            if tp > 1 and weight.name.endswith(("gate_up", "down")):
+                continue  # groups of down move these cuts; logits compare them
+            values = weight.format.dequantize(weight.components)
+            np.testing.assert_array_equal(values, expected[weight.name].components["weight"], err_msg=weight.name)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_checkpoints_compute_what_their_twins_do(root: Path, name: str, tp: int, pp: int) -> None:
+    quantised, twin = written(root, name)
+    output, expected = generate(quantised, tp, pp), generate(twin)
+    assert output.token_ids == expected.token_ids
+    np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=5e-5)
+
+
+@pytest.mark.parametrize("name", WITH_INPUTS)
+def test_quantised_inputs_do_what_their_definition_says(root: Path, name: str) -> None:
+    quantised, twin = written(root, name)
+    plain, quantised_logprobs = logprobs(generate(twin)), logprobs(generate(quantised))
+    assert 0 < np.abs(plain - quantised_logprobs).mean() < 0.4
+    staged = logprobs(generate(quantised, 1, 2))
+    np.testing.assert_allclose(staged, quantised_logprobs, atol=5e-5)
+    # Scales of rows of inputs are those of a rank's columns: other codes, no other quality.
+    split_over_ranks = logprobs(generate(quantised, 2, 1))
+    assert np.abs(split_over_ranks - plain).mean() < 0.4
+
+
+@pytest.mark.parametrize("name", ["ct-w4-g16-asymmetric", "gptq-4-v1", "awq", "ct-fp8-tensor", "hf-fp8-blocks"])
+def test_splits_hold_the_same_values(root: Path, name: str, tmp_path: Path) -> None:
+    quantised, _ = written(root, name)
+    expected = generate(quantised, 2)
+    split(quantised, tmp_path / "split", 2, 1)
+    output = generate(tmp_path / "split", 2)
+    np.testing.assert_array_equal(logprobs(output), logprobs(expected))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["ct-w4-g64", "ct-w4-g16-asymmetric", "gptq-8-v1", "awq", "ct-fp8-weight-only"])
+def test_the_cuda_engine_computes_weight_only_checkpoints_as_plain_values(
+    root: Path, device: None, name: str, tp: int
+) -> None:
+    quantised, twin = written(root, name)
+    output, expected = generate(quantised, tp, engine="cuda", dtype="float32"), generate(twin)
+    np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ct-fp8-channel", "ct-fp8-tensor"])
+def test_the_cuda_engine_multiplies_fp8_checkpoints(root: Path, device: None, name: str) -> None:
+    quantised, twin = written(root, name)
+    expected, plain = logprobs(generate(quantised)), logprobs(generate(twin))
+    output = logprobs(generate(quantised, engine="cuda", dtype="float32"))
+    assert np.abs(output - expected).max() < 0.05 * np.abs(plain - expected).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("ct-int8", "int8 rows x tokens"), ("ct-fp8-static", "fp8 rows x static"), ("hf-fp8-blocks", "fp8 blocks in groups of 16"),
+     ("fbgemm", "fp8 rows x tokens up to 1200")],
+)  # fmt: skip
+def test_the_cuda_engine_names_the_schemes_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:
+    with pytest.raises(ConfigError, match=f"the cuda engine cannot multiply {scheme} weights"):
+        generate(written(root, name)[0], engine="cuda", dtype="float16")
+
+
+SCALES = {
+    f"model.layers.{layer}.self_attn.{kind}_scale": np.array([0.01], np.float32) for layer in range(2) for kind in "kv"
+}
+KV_SECTION = {**writers.compressed_section({**FLOAT8, "strategy": "channel"}, "float-quantized", TOKENS), "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}}  # fmt: skip
+
+
+def test_scales_of_the_cache_are_read_and_used(root: Path, tmp_path: Path) -> None:
+    writers.write(root / "dense", tmp_path / "kv", tmp_path / "twin", writers.fp8("channel"), KV_SECTION, SCALES)
+    with_cache, without = logprobs(generate(tmp_path / "kv")), logprobs(generate(written(root, "fbgemm")[0]))
+    assert 0 < np.abs(with_cache - without).mean() < 0.4
+    scale_of_one = logprobs(generate(written(root, "fbgemm")[0], kv_cache_dtype="fp8"))
+    assert not np.array_equal(with_cache, scale_of_one)
+    tiny = {name: scale * 1e-4 for name, scale in SCALES.items()}
+    writers.write(root / "dense", tmp_path / "tiny", tmp_path / "twin-2", writers.fp8("channel"), KV_SECTION, tiny)
+    assert np.abs(logprobs(generate(tmp_path / "tiny")) - without).mean() > 3 * np.abs(with_cache - without).mean()
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [({}, "promises an fp8 key/value cache, but model.layers.0.self_attn has no key scale"),
+     ({**SCALES, "model.layers.1.self_attn.v_scale": np.array([0.0], np.float32)}, r"v_scale' holds \[0.0\]"),
+     ({**SCALES, "model.layers.1.self_attn.v_scale": np.array([np.nan], np.float32)}, r"v_scale' holds \[nan\]")],
+)  # fmt: skip
+def test_scales_of_the_cache_that_are_missing_or_useless_are_an_error(
+    root: Path, tmp_path: Path, scales: dict[str, Array], message: str
+) -> None:
+    writers.write(root / "dense", tmp_path / "kv", tmp_path / "twin", writers.fp8("channel"), KV_SECTION, scales)
+    with pytest.raises(CheckpointError, match=message):
+        generate(tmp_path / "kv")
+
+
+def changed(path: Path, target: Path, section: dict[str, Any]) -> Path:
+    target.mkdir()
+    config = json.loads((path / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    shutil.copy(path / "model.safetensors", target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
+     ({"quant_method": "torchao"}, "quant_method='torchao'"),
+     ({"quant_method": "compressed-tensors"}, "compressed-tensors without config_groups"),
+     ({"quant_method": "mxfp4"}, "quant_method='mxfp4'"),
+     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt quant_algo='NVFP4' cannot be loaded"),
+     ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "gptq bits=3 .* use 4 or 8 bits"),
+     ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "gptq desc_act=true cannot be loaded"),
+     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version='gemv'"),
+     (writers.compressed_section({**INT8, "num_bits": 2, "strategy": "group"}, "pack-quantized"), "num_bits=2"),
+     (writers.compressed_section({**FLOAT8, "num_bits": 4, "strategy": "tensor_group"}, "nvfp4-pack-quantized"), "nvfp4-pack"),
+     (writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**TOKENS, "symmetric": False}), "asymmetric activations"),
+     ({**KV_SECTION, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity format='sparse-24-bitmask'")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_not_loaded_is_refused_by_name(
+    root: Path, tmp_path: Path, section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        generate(changed(root / "dense", tmp_path / "changed", section))
+
+
+def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:
+    quantised, _ = written(root, "fbgemm")
+    section = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "down_proj"]}
+    with pytest.raises(CheckpointError, match=r"down_proj.weight(_scale)?'"):
+        generate(changed(quantised, tmp_path / "wrong", section))
+
+
+def test_parts_of_one_product_need_one_scheme(root: Path, tmp_path: Path) -> None:
+    quantised, _ = written(root, "fbgemm")
+    section = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "up_proj"]}
+    with pytest.raises(ConfigError, match=r"gate_proj, model.layers.0.mlp.up_proj, which are computed as one product"):
+        generate(changed(quantised, tmp_path / "mixed", section))

@@ -1,0 +1,45 @@
+"""Golden words: literal stored words and the codes that the formats' own packers mean by them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords, Scales
+
+
+def word(value: int) -> np.ndarray:
+    return np.array([[value]], np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "stored", "codes"),
+    [
+        # compressed-tensors: code + 8, in order along inputs.
+        (PackedWords(4, 1, offset=8), 0x76543210, [-8, -7, -6, -5, -4, -3, -2, -1]),
+        (PackedWords(4, 1, offset=8), 0xFEDCBA98, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (PackedWords(8, 1, offset=128), 0xFF807F00, [-128, -1, 0, 127]),
+        # AutoAWQ: nibble i is column [0, 2, 4, 6, 1, 3, 5, 7][i], nothing subtracted.
+        (PackedWords(4, 0, order=AWQ_ORDER), 0x75316420, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (PackedWords(4, 0, order=AWQ_ORDER), 0xFEDCBA98, [8, 12, 9, 13, 10, 14, 11, 15]),
+        # GPTQ v1: zero points are stored less one; symmetric ones are 0x77777777, and 15 means 0.
+        (PackedWords(4, 0, offset=8, added=1), 0x77777777, [0] * 8),
+        (PackedWords(4, 0, offset=8, added=1), 0xF0000000, [-7, -7, -7, -7, -7, -7, -7, -8]),
+        (PackedWords(8, 0, offset=128, added=1), 0xFF7F0001, [-126, -127, 0, -128]),
+        # GPTQ v2: as they are.
+        (PackedWords(4, 0, offset=8), 0x88888888, [0] * 8),
+    ],
+)
+def test_words_hold_the_codes_that_their_packers_meant(encoding: PackedWords, stored: int, codes: list[int]) -> None:
+    decoded = encoding.decode(word(stored))
+    assert decoded.dtype == np.int8
+    assert decoded.reshape(-1).tolist() == codes
+    assert decoded.shape == ((len(codes), 1) if encoding.axis == 0 else (1, len(codes)))
+
+
+def test_scales_widen_exactly_and_repeat() -> None:
+    stored = np.array([[0.1, 0.2], [0.3, 0.4]], np.float16)
+    decoded = Scales(rows=2, columns=3).decode(stored)
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded, np.repeat(np.repeat(stored.astype(np.float32), 2, 0), 3, 1))
+    assert Scales(rows=3).decode(np.array([0.5], np.float32)).tolist() == [0.5] * 3

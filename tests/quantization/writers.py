@@ -1,0 +1,158 @@
+"""Quantised checkpoints in the formats of other tools, written from a float one, and float twins with the values they stand for.
+
+The packers here follow the formats' definitions with Python integers and know nothing of the code that reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+Array = np.ndarray[Any, Any]
+Written = tuple[dict[str, Array], Array]
+"""Tensors of a module by suffix, and the float32 values that they stand for."""
+
+E4M3 = ml_dtypes.float8_e4m3fn
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def write(dense: Path, quantised: Path, twin: Path, module: Callable[[Array], Written], section: dict[str, Any],
+          extra: dict[str, Array] | None = None) -> None:  # fmt: skip
+    """``module`` quantises the matrices of layers; everything else is copied."""
+    stored: dict[str, Array] = dict(extra or {})
+    values: dict[str, Array] = {}
+    for name, array in load_file(dense / "model.safetensors").items():
+        if array.ndim == 2 and ".layers." in name:
+            tensors, values[name] = module(array)
+            stored |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        else:
+            stored[name] = values[name] = array
+    config = json.loads((dense / "config.json").read_text())
+    for path, tensors, more in ((quantised, stored, {"quantization_config": section}), (twin, values, {})):
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(config | more))
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path / "model.safetensors")
+
+
+def pack(codes: Array, bits: int, order: tuple[int, ...] | None = None) -> Array:
+    """Unsigned codes ``[..., n]`` to ``[..., ceil(n / per word)]`` int32; element ``order[i]`` of each word at bits ``bits * i``."""
+    each = 32 // bits
+    words = []
+    for row in codes.reshape(-1, codes.shape[-1]).tolist():
+        row = row + [0] * (-len(row) % each)
+        for first in range(0, len(row), each):
+            places = order or tuple(range(each))
+            words.append(sum(int(row[first + place]) << bits * i for i, place in enumerate(places)))
+    return np.array(words, np.uint32).view(np.int32).reshape(*codes.shape[:-1], -1)
+
+
+def grouped(w: Array, bits: int, group: int, symmetric: bool, scale_dtype: Any) -> tuple[Array, Array, Array]:
+    """Unsigned codes ``[O, I]``, scales and zero points ``[O, G]``; the last group may be short."""
+    half, top = 1 << (bits - 1), (1 << bits) - 1
+    columns = [slice(first, first + group) for first in range(0, w.shape[1], group)] if group else [slice(None)]
+    codes, scales, zeros = np.empty(w.shape, np.int64), [], []
+    for part in columns:
+        low, high = w[:, part].min(1), w[:, part].max(1)
+        scale = (np.maximum(-low, high) / (half - 0.5) if symmetric else (high - low) / top).astype(scale_dtype)
+        wide = scale.astype(np.float32)
+        zero = np.full(len(w), half) if symmetric else np.clip(np.rint(-low / wide), 0, top)
+        codes[:, part] = np.clip(np.rint(w[:, part] / wide[:, None]) + zero[:, None], 0, top)
+        scales.append(scale)
+        zeros.append(zero.astype(np.int64))
+    return codes, np.stack(scales, 1), np.stack(zeros, 1)
+
+
+def values_of(codes: Array, scales: Array, zeros: Array, group: int) -> Array:
+    """``(code - zero) * scale`` in float64, which float32 holds exactly."""
+    wide = [
+        np.repeat(one.astype(np.float64), group or codes.shape[1], axis=1)[:, : codes.shape[1]]
+        for one in (zeros, scales)
+    ]
+    return ((codes - wide[0]) * wide[1]).astype(np.float32)
+
+
+def compressed_int(bits: int, group: int, symmetric: bool) -> Callable[[Array], Written]:
+    def module(w: Array) -> Written:
+        codes, scales, zeros = grouped(w, bits, group, symmetric, ml_dtypes.bfloat16)
+        tensors = {
+            "weight_packed": pack(codes, bits),
+            "weight_scale": scales,
+            "weight_shape": np.array(w.shape, np.int64),
+        }
+        if not symmetric:
+            tensors["weight_zero_point"] = pack(zeros.T, bits).T
+        return tensors, values_of(codes, scales, zeros, group)
+
+    return module
+
+
+def compressed_section(
+    weights: dict[str, Any], layout: str, inputs: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        **more,
+    }
+
+
+def gptq(bits: int, group: int, symmetric: bool, v1: bool) -> Callable[[Array], Written]:
+    def module(w: Array) -> Written:
+        codes, scales, zeros = grouped(w, bits, group, symmetric, np.float16)
+        stored = (zeros - int(v1)) % (1 << bits)
+        columns = w.shape[1]
+        tensors = {
+            "qweight": pack(codes, bits).T, "qzeros": pack(stored.T, bits), "scales": scales.T,
+            "g_idx": (np.arange(columns) // (group or columns)).astype(np.int32),
+        }  # fmt: skip
+        return tensors, values_of(codes, scales, zeros, group)
+
+    return module
+
+
+def awq(group: int) -> Callable[[Array], Written]:
+    def module(w: Array) -> Written:
+        codes, scales, zeros = grouped(w, 4, group, False, np.float16)
+        tensors = {"qweight": pack(codes.T, 4, AWQ_ORDER), "qzeros": pack(zeros.T, 4, AWQ_ORDER), "scales": scales.T}
+        return tensors, values_of(codes, scales, zeros, group)
+
+    return module
+
+
+def fp8(
+    strategy: str, suffix: str = "weight_scale", dtype: Any = np.float32, input_scale: float | None = None
+) -> Callable[[Array], Written]:
+    """``strategy``: ``tensor``, ``channel``, or ``block`` of 32 x 16."""
+
+    def module(w: Array) -> Written:
+        rows, columns = {"tensor": w.shape, "channel": (1, w.shape[1]), "block": (32, 16)}[strategy]
+        scales = np.empty((-(-w.shape[0] // rows), -(-w.shape[1] // columns)), dtype)
+        codes = np.empty(w.shape, E4M3)
+        values = np.empty(w.shape, np.float32)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+                scales[i, j] = np.abs(w[block]).max() / 448
+                codes[block] = np.clip(w[block] / np.float32(scales[i, j]), -448, 448).astype(E4M3)
+                values[block] = codes[block].astype(np.float32) * np.float32(scales[i, j])
+        tensors: dict[str, Array] = {"weight": codes, suffix: scales.reshape(1) if strategy == "tensor" else scales}
+        if input_scale is not None:
+            tensors["input_scale"] = np.array([input_scale], np.float32)
+        return tensors, values
+
+    return module
+
+
+def int8(w: Array) -> Written:
+    scale = np.abs(w).max(1, keepdims=True) / np.float32(127.5)
+    codes = np.clip(np.rint(w / scale), -128, 127).astype(np.int8)
+    return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale
