@@ -36,7 +36,8 @@ CASES = [
     CASES_BY_NAME["gemma-one-kv-head"],
 ]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads")
+OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads",
+                  "gemma2-caps", "qwen3-windows")  # fmt: skip
 
 
 @pytest.fixture

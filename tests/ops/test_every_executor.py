@@ -97,9 +97,6 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
         for kind, function in ACTIVATIONS.items()
     },
 }  # fmt: skip
-REFUSED = {("cuda", "logits capped")}
-"""What an engine does not list: see ``CAPABILITIES``."""
-
 NOTHING_TO_DO = {("tensorrt", "all_reduce")}
 """A network of one rank would have its input as output."""
 
@@ -115,8 +112,6 @@ def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_operation_equals_float64(
     name: str, rows: int, poisons: bool, executor: Executor, request: pytest.FixtureRequest
 ) -> None:
-    if (request.node.callspec.params["executor"], name) in REFUSED:
-        pytest.skip("the engine refuses models that use it")
     if (request.node.callspec.params["executor"], name) in NOTHING_TO_DO:
         pytest.skip("one rank sums nothing")
     if rows < ROWS and "embedding" in name:
@@ -157,7 +152,7 @@ SPECS = {
     "head norm": replace(SPEC, head_norm=HeadNorm(1e-3, 0.5), rope=RopeConfig(theta=100.0, rotary_dim=16)),
 }
 ATTENTION_WEIGHTS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
-NUMPY_ONLY = {"not cached", "head norm"}
+NUMPY_ONLY = {"not cached"}
 LENGTHS = (1, 17, 23)
 
 

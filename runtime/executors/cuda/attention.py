@@ -94,6 +94,10 @@ class CudaAttention:
             arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices, arrays.block_tables, arrays.num_seqs_and_decodes
         )  # fmt: skip
 
+    def local_heads(self, layer: int) -> LocalHeads:
+        """This rank's share of a layer's heads."""
+        return self._layout.heads[layer]
+
     def allocate(self, num_blocks: int) -> None:
         """Replace the pages by ``num_blocks`` of them. Graphs captured before must not be replayed any more."""
         self._pages.clear()

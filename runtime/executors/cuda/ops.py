@@ -15,10 +15,12 @@ from phalanx.kernels.activation import ActivationName, activation, gated_activat
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
 from phalanx.kernels.gemm import Gemm
+from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
+from phalanx.kernels.soft_cap import soft_cap as cap_logits
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
@@ -50,6 +52,10 @@ CAPABILITIES = Capabilities(
         "attention.causal": ANY,
         "attention.soft_cap": ANY,
         "attention.alibi_slopes": ANY,
+        "attention.head_norm": ANY,
+        "attention.head_norm.eps": ANY,
+        "attention.head_norm.weight_offset": ANY,
+        "logits.soft_cap": ANY,
     },
     formats=frozenset({DENSE.name, FP8_ROWS.name}),
 )
@@ -199,7 +205,15 @@ class CudaOps(Ops[DeviceArray]):
         return self._deferred(x, (len(x), x.shape[1] // 2), write, write)
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
-        out = self._attention(self._values(qkv), layer, spec)
+        qkv = self._values(qkv)
+        if spec.head_norm is not None:
+            heads = self._attention.local_heads(layer)
+            head_norm(
+                self._library, qkv, self._weights.array(f"{name}.query_norm"), self._weights.array(f"{name}.key_norm"),
+                num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, epsilon=spec.head_norm.eps,
+                weight_offset=spec.head_norm.weight_offset,
+            )  # fmt: skip
+        out = self._attention(qkv, layer, spec)
         if layer == self._last_layer and self._num_kept:
             return self._gather(out, range(self._num_kept))
         return out
@@ -207,7 +221,12 @@ class CudaOps(Ops[DeviceArray]):
     def logits(self, x: DeviceArray, name: str, soft_cap: float = 0.0) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
         rows = x if self._num_kept else self._gather(self._values(x), self._logit_rows)
-        return rows if self._stops_before_logits else self.column_linear(rows, name)
+        if self._stops_before_logits:
+            return rows
+        logits = self.column_linear(rows, name)
+        if soft_cap:
+            cap_logits(self._library, logits, soft_cap)
+        return logits
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         weight = self._matrix(name)
