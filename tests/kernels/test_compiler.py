@@ -19,6 +19,8 @@ SPECS = [
     ("position_embedding", ROW),
     ("gather_rows", ROW),
     ("add_bias", ROW),
+    ("head_norm", {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "NUM_THREADS": 128}),
+    ("soft_cap", {"VEC": 8, "NUM_THREADS": 256}),
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 0, "HAS_BIAS": 0, "QUANTIZED": 1}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_ROW_BIAS": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),
     ("dequantize", {"FP8": 1, "HAS_ZERO": 1, "NUM_THREADS": 256}),
