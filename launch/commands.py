@@ -10,6 +10,7 @@ COMMANDS = {
     "eval": "loss and perplexity of a checkpoint on a text file",
     "bench": "throughput and latency",
     "split": "write one weight shard per rank",
+    "quantize": "write a float checkpoint as fp8, int8 or 4-bit weights",
     "build": "build TensorRT engines, one per rank",
     "plan": "memory per rank and how many sequences fit",
     "tune": "show or refresh the GEMM tuning cache of this GPU",

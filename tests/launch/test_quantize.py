@@ -1,0 +1,73 @@
+"""``launch.quantize``: what it writes loads, stands for what was reported, and careless calls are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.sinks import NumpySink
+from phalanx.launch.quantize import main
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors.weights import load_stage
+from phalanx.runtime.models import find_model
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+BOUNDS = {"fp8": 0.03, "int8": 0.012, "w8a16": 0.012, "w4a16": 0.12}
+"""Relative error of a normal weight: half a step of 4, 8 and 8, and 4 bits, some of it lost to the largest value."""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path_factory.mktemp("dense"))
+
+
+@pytest.mark.parametrize("scheme", BOUNDS)
+def test_what_it_writes_loads_and_is_near_the_original(dense: Path, scheme: str, tmp_path: Path) -> None:
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    group = ["--group-size", "8"] if scheme == "w4a16" else []
+    assert (
+        main(["--model", str(dense), "--output", str(output), "--scheme", scheme, "--report", str(report), *group]) == 0
+    )
+    original = load_file(dense / "model.safetensors")
+    with open_checkpoint(output) as checkpoint:
+        model = find_model(checkpoint.config)
+        config = model.read_config(checkpoint.config)
+        sink = NumpySink()
+        weights = load_stage(checkpoint.source, model, config, checkpoint.formats, Topology(Layout(), 0), sink)
+    down = weights.linear("layers.0.down")
+    values, expected = down.format.dequantize(down.components), original["model.layers.0.mlp.down_proj.weight"]
+    error = float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
+    assert 0 < error < BOUNDS[scheme]
+    reported = json.loads(report.read_text())["errors"]
+    assert reported["model.layers.0.mlp.down_proj.weight"] == pytest.approx(error, rel=1e-5)
+    assert len(reported) == 7 * config.num_layers
+    embed = original["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(weights.embedding("embed")[: len(embed)], embed)
+
+
+def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists; remove it or choose another name"):
+        main(["--model", str(dense), "--output", str(tmp_path), "--scheme", "fp8"])
+    with pytest.raises(ConfigError, match="--group-size=128 does not divide the 88 columns"):
+        main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16"])
+    with pytest.raises(ConfigError, match="--group-size=16 does not fit --scheme=fp8"):
+        main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "fp8", "--group-size", "16"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_modules_that_compressed_tensors_lacks_are_refused(tmp_path: Path) -> None:
+    gpt2 = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match="stored transposed, or several matrices in one"):
+        main(["--model", str(gpt2), "--output", str(tmp_path / "out"), "--scheme", "fp8"])
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Path) -> None:
+    main(["--model", str(dense), "--output", str(tmp_path / "once"), "--scheme", "fp8"])
+    with pytest.raises(ConfigError, match="--model is quantised already"):
+        main(["--model", str(tmp_path / "once"), "--output", str(tmp_path / "twice"), "--scheme", "fp8"])
