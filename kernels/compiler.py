@@ -156,7 +156,7 @@ def _nvrtc() -> Any:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise ConfigError(
-            f"NVRTC's bindings cannot be imported ({error}); install phalanx-llm[cuda13] or [cuda12], or use --engine numpy"
+            f"NVRTC's bindings cannot be imported ({error}); pip install -e '.[cuda13]' or '.[cuda12]' in Phalanx's checkout, or use --engine numpy"
         ) from error
     return nvrtc
 
@@ -174,7 +174,9 @@ def _nvrtc_version() -> str:
     try:
         major, minor = _check(nvrtc, nvrtc.nvrtcVersion())
     except RuntimeError as error:  # the bindings' own error when libnvrtc cannot be found
-        raise ConfigError(f"libnvrtc cannot be loaded ({error}); install phalanx-llm[cuda13] or [cuda12]") from error
+        raise ConfigError(
+            f"libnvrtc cannot be loaded ({error}); pip install -e '.[cuda13]' or '.[cuda12]' in Phalanx's checkout"
+        ) from error
     return f"{major}.{minor}"
 
 

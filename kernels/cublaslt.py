@@ -96,7 +96,7 @@ class CublasLt:
             from nvmath.bindings import cublasLt
         except ImportError as error:
             raise ConfigError(
-                f"cuBLASLt's bindings cannot be imported ({error}); install phalanx-llm[cuda13] or [cuda12]"
+                f"cuBLASLt's bindings cannot be imported ({error}); pip install -e '.[cuda13]' or '.[cuda12]' in Phalanx's checkout"
             ) from error
         self._lt = cublasLt
         self._workspace = workspace

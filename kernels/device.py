@@ -60,8 +60,8 @@ def visible_gpus() -> tuple[Gpu, ...]:
         gpus = tuple(_describe(runtime, index) for index in range(runtime.getDeviceCount()))
     except Exception as error:
         raise ConfigError(
-            f"no GPU can be used ({' '.join(str(error).split())}); install phalanx-llm[cuda13] (driver 580 or later) or "
-            "[cuda12], and see that nvidia-smi lists a GPU"
+            f"no GPU can be used ({' '.join(str(error).split())}); pip install -e '.[cuda13]' (driver 580 or later) "
+            "or '.[cuda12]' in Phalanx's checkout, and see that nvidia-smi lists a GPU"
         ) from error
     if not gpus:
         raise ConfigError("CUDA sees no GPU; look at CUDA_VISIBLE_DEVICES, or ask the scheduler for GPUs")

@@ -48,6 +48,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
 
 
+EXPECTED_SKIPS = {
+    "slow": "run with -m slow",
+    "no NVIDIA GPU": "run by tests/gpu/run_gpu.sh on a machine with one",
+    "torch": "installed and run by .ci/run",
+    "transformers": "installed and run by .ci/run",
+    "TensorRT": "installed and run by .ci/run",
+    "tensorrt": "installed and run by .ci/run",
+    "Open MPI": "run by .ci/run with Open MPI",
+    "GPU": "of machines with another number of GPUs",
+}
+"""Words of a reason, and what runs such a test. A skip for another reason is one to look at."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end what was skipped and whether that is expected."""
+    counts: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        known = next(
+            (f"expected, {way}" for word, way in EXPECTED_SKIPS.items() if word in reason), f"NOT EXPECTED: {reason}"
+        )
+        counts[known] = counts.get(known, 0) + 1
+    for known, count in sorted(counts.items()):
+        terminalreporter.write_line(f"skipped {count}: {known}")
+
+
 def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[object], report: pytest.TestReport) -> None:
     """Under mpirun, end every rank on the first failure: the others would wait for this one for ever."""
     from phalanx.parallel.mpi_comm import abort_world

@@ -44,7 +44,11 @@ def _own_checks(own: Gpu, gpus: tuple[Gpu, ...]) -> list[Check]:
         attempt("peer access", lambda: _peer_access(gpus), otherwise="warn"),
         _compiler(own.compute_capability),
         attempt("kernels", lambda: _runs(own.index), fix="look at nvidia-smi and dmesg for faults of this GPU"),
-        attempt("cuBLASLt", lambda: _cublaslt(own.index), fix="pip install 'phalanx-llm[cuda13]' or '[cuda12]'"),
+        attempt(
+            "cuBLASLt",
+            lambda: _cublaslt(own.index),
+            fix="pip install -e '.[cuda13]' or '.[cuda12]' in Phalanx's checkout",
+        ),
         attempt("NCCL", _nccl),
     ]
 

@@ -19,9 +19,9 @@ OLDEST_PYTHON = (3, 11)
 SHARED_BYTES_PER_RANK = 64 << 20
 """What MPI and NCCL take of /dev/shm for one rank, generously; Docker gives 64 MiB to all of them."""
 BYTES_PER_RANK = 1 << 30
-_INSTALL = "pip install phalanx-llm (from a checkout: pip install -e .)"
+_INSTALL = "pip install -e . in Phalanx's checkout"
 _BASE = (
-    "mpi4py", "numpy", "safetensors", "ml_dtypes", "msgspec", "tokenizers", "jinja2", "starlette", "uvicorn", "h11",
+    "mpi4py", "numpy", "ml_dtypes", "msgspec", "tokenizers", "jinja2", "starlette", "uvicorn", "h11",
     "prometheus-client", "rich",
 )  # fmt: skip
 _OPTIONAL = (

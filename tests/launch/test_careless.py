@@ -138,6 +138,7 @@ MISTAKES = (
 )  # fmt: skip
 
 ELSEWHERE = {
+    "Ctrl-C on the server under Open MPI": "tests/server/test_serve.py::test_an_interrupted_open_mpi_ends_with_an_error",
     "`--output` names a file that exists": "tests/launch/test_results.py::test_a_file_that_is_there_is_not_overwritten",
     "`--resume` with other prompts": "tests/launch/test_results.py::test_a_run_that_was_interrupted_goes_on",
     "an output file that cannot be written": "tests/launch/test_results.py::test_an_output_that_cannot_be_written_is_found_before_the_work",

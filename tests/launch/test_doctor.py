@@ -241,8 +241,8 @@ def host_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Check]
 
 
 def test_a_driver_without_cupy_fails_with_what_to_install(host_with: Callable[..., dict[str, Check]]) -> None:
-    checks = host_with(error="no GPU can be used (No module named 'cupy'); install phalanx-llm[cuda13]")
-    expected = Check("GPUs", "fail", "no GPU can be used (No module named 'cupy')", "install phalanx-llm[cuda13]")
+    checks = host_with(error="no GPU can be used (No module named 'cupy'); pip install -e '.[cuda13]'")
+    expected = Check("GPUs", "fail", "no GPU can be used (No module named 'cupy')", "pip install -e '.[cuda13]'")
     assert checks == {"GPUs": expected}
     assert [check.status for check in engine_checks([expected])] == ["ok", "fail", "fail"]
 

@@ -198,6 +198,18 @@ def test_a_signal_to_mpirun_drains(tiny: Path, number: signal.Signals) -> None:
         assert job.seconds_until_gone() < 10
 
 
+def test_an_interrupted_open_mpi_ends_with_an_error(tiny: Path) -> None:
+    if not is_open_mpi():
+        pytest.skip("of Open MPI's mpirun only")
+    with serve_tiny(tiny) as job:
+        stream = job.server.open_stream(PATH, LONG)
+        job.server.process.send_signal(signal.SIGINT)
+        assert "error" in events(stream)[-1]
+        status, errors = job.server.wait()
+        assert status != 0
+        assert "Traceback" not in errors
+
+
 def assert_killing_a_rank_ends_everything(job: Job, rank: int) -> None:
     streams = [job.server.open_stream(PATH, LONG) for _ in range(8)]
     os.kill(job.rank(rank), signal.SIGKILL)

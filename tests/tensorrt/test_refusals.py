@@ -80,7 +80,7 @@ def _module(version: str) -> Any:
 
 def test_no_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     _importing(monkeypatch, {})
-    with pytest.raises(ConfigError, match=r"none is installed; install one: pip install 'phalanx-llm\[tensorrt\]'"):
+    with pytest.raises(ConfigError, match=r"none is installed; install one: pip install -e '\.\[tensorrt\]'"):
         load_tensorrt()
 
 

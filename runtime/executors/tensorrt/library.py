@@ -52,7 +52,7 @@ _DATA_TYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.int64): "INT64",
 }
 _INSTALL = (
-    "install one: pip install 'phalanx-llm[tensorrt]' (data centre GPUs) or 'phalanx-llm[tensorrt-rtx]' (RTX GPUs)"
+    "install one: pip install -e '.[tensorrt]' (data centre GPUs) or '.[tensorrt-rtx]' (RTX GPUs) in Phalanx's checkout"
 )
 
 
