@@ -101,9 +101,9 @@ def _check_load(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | None:
     from phalanx.parallel.errors import ConfigError
-    from phalanx.runtime.engine import follow
-    from phalanx.runtime.executors.base import Traced
-    from phalanx.runtime.executors.registry import choose_engine
+    from phalanx.parallel.liveness.judge import Limits
+    from phalanx.parallel.liveness.progress import RankProgress
+    from phalanx.parallel.liveness.watch import RankWatch
     from phalanx.runtime.replica import build_replica
 
     args.max_queued_requests = args.max_queued_requests or args.num_prompts
@@ -111,17 +111,27 @@ def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | 
     options = dataclasses.replace(engine_config(args, world.size), trace=args.trace is not None)
     if options.layout.dp > 1:
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
-    replica = build_replica(args.model, options, world)
+    progress = RankProgress()
+    with RankWatch(world, progress, Limits()):
+        return _measure_on_ranks(args, build_replica(args.model, options, world, progress))
+
+
+def _measure_on_ranks(args: argparse.Namespace, replica: Replica) -> dict[str, Any] | None:
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.engine import follow
+    from phalanx.runtime.executors.base import Traced
+    from phalanx.runtime.executors.registry import choose_engine
+
     executor = replica.executor
     if args.trace is not None and not isinstance(executor, Traced):
-        engine = choose_engine(options.engine)
+        engine = choose_engine(replica.options.engine)
         raise ConfigError(f"--trace: the {engine} engine records no timeline; use --engine cuda")
     report = None
     if replica.engine is not None:
         report = _median(_run(args, replica))
         replica.engine.release()
     else:
-        follow(replica.control, executor)
+        follow(replica.control, executor, replica.progress)
     if isinstance(executor, Traced) and args.trace is not None:
         executor.write_trace(args.trace, replica.group)
     executor.close()

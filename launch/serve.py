@@ -32,6 +32,8 @@ from phalanx.parallel.launcher import launch_info
 
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
+    from phalanx.parallel.liveness.progress import RankProgress
+    from phalanx.parallel.liveness.watch import RankWatch
     from phalanx.runtime.replica import Replica
     from phalanx.runtime.server.link.frontend import Frontend
     from phalanx.runtime.server.settings import FrontendSettings
@@ -40,6 +42,8 @@ __all__ = ["main"]
 
 HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
 _DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
+STALLED_HEALTH_SECONDS = 60.0
+"""``/health`` fails after so long without a finished step, though the job may go on."""
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -53,6 +57,10 @@ def build_parser() -> CommandParser:
     server.add_argument("--served-model-name", nargs="+", metavar="NAME",
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
     server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
+    server.add_argument("--stall-timeout", type=float, default=300.0, metavar="SECONDS",
+                        help="a step longer than that ends the job (default 300); so does a silent rank after at most 30")  # fmt: skip
+    server.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS",
+                        help="longest that the ranks may take until they are ready (default 1800)")  # fmt: skip
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
@@ -77,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not before: a signal that only some ranks act on while MPI starts would leave the others waiting there.
         signals = DrainSignals()
         signals.catch() if world.rank == 0 else signals.ignore()
-        _run_rank(args, world, door.frontend, door.announcement, signals)
+        progress = _progress()
+        with _watch(args, world, progress, door):
+            _run_rank(args, world, progress, door, signals)
     except BaseException as error:
         door.slam(f"{type(error).__name__}: {error}")
         raise
@@ -114,6 +124,18 @@ class _Door:
         if self.frontend is not None:
             self.frontend.stop()
 
+    def say_failed(self, reason: str) -> None:
+        """Tell open requests why they get no answer, from any thread; the process ends next."""
+        if self.announcement is not None:
+            self.announcement.withdraw()
+        if self.frontend is not None:
+            self.frontend.tell_failed(reason)
+
+    def say_trouble(self, reason: str | None) -> None:
+        """Have ``/health`` fail for this reason, or no longer, from any thread."""
+        if self.frontend is not None:
+            self.frontend.tell_trouble(reason)
+
     def slam(self, reason: str) -> None:
         """Tell open requests why they get no answer."""
         if self.announcement is not None:
@@ -133,6 +155,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
+        stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
         cors_origins=tuple(args.cors_origin),
     )
 
@@ -152,15 +175,11 @@ def _same_code() -> dict[str, str]:
 
 
 def _run_rank(
-    args: argparse.Namespace,
-    world: Communicator,
-    frontend: Frontend | None,
-    announcement: Announcement | None,
-    signals: DrainSignals,
+    args: argparse.Namespace, world: Communicator, progress: RankProgress, door: _Door, signals: DrainSignals
 ) -> None:
     """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
     from phalanx.runtime.engine import follow
-    from phalanx.runtime.replica import build_replica, phase
+    from phalanx.runtime.replica import build_replica
 
     config = engine_config(args, world.size)
     if config.layout.dp > 1:
@@ -168,15 +187,31 @@ def _run_rank(
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
     queue = config.max_queued_requests + config.max_num_seqs
     hosts = host_names(world)
-    replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world)
-    if frontend is None or announcement is None:
-        with phase("executing steps"):
-            follow(replica.control, replica.executor)
+    replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress)
+    if world.rank:
+        with progress.phase("executing steps"):
+            follow(replica.control, replica.executor, progress)
     else:
-        with phase("serving"):
+        with progress.phase("serving"):
             defaults = {} if args.no_generation_config else _defaults(replica)
-            _lead(replica, frontend, announcement, hosts, queue, signals, defaults)
+            _lead(replica, door, hosts, queue, signals, defaults)
     replica.executor.close()
+
+
+def _progress() -> RankProgress:
+    from phalanx.parallel.liveness.progress import RankProgress
+
+    return RankProgress()
+
+
+def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress, door: _Door) -> RankWatch:
+    """Notice a lost or stuck rank from here on; clients are told before the processes end. *Collective.*"""
+    from phalanx.kernels.compiler import cache_directory
+    from phalanx.parallel.liveness.judge import Limits
+    from phalanx.parallel.liveness.watch import RankWatch
+
+    limits = Limits(step=args.stall_timeout, start=args.start_timeout)
+    return RankWatch(world, progress, limits, door.say_failed, door.say_trouble, cache_directory() / "failures")
 
 
 def _defaults(replica: Replica) -> dict[str, float | int]:
@@ -195,8 +230,7 @@ def _defaults(replica: Replica) -> dict[str, float | int]:
 
 def _lead(
     replica: Replica,
-    frontend: Frontend,
-    announcement: Announcement,
+    door: _Door,
     hosts: str,
     max_open_requests: int,
     signals: DrainSignals,
@@ -205,7 +239,10 @@ def _lead(
     from phalanx.runtime.server.link.bridge import EngineBridge
     from phalanx.runtime.server.link.messages import ModelInfo
 
+    frontend, announcement = door.frontend, door.announcement
     assert replica.engine is not None
+    assert frontend is not None
+    assert announcement is not None
     bridge = EngineBridge(replica.engine, frontend.channel)
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts)

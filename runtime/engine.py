@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.parallel.liveness.progress import RankProgress
 from phalanx.runtime.control import ControlChannel, OrderKind
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.request import Request, TokenDelta
@@ -28,12 +29,14 @@ class Engine:
     scheduler plans, then collects the oldest. Requests may be submitted and cancelled between any two steps.
 
     Attributes:
+        progress: told of every step that begins and ends.
         clock: monotonic seconds.
     """
 
     scheduler: Scheduler
     executor: Executor
     control: ControlChannel
+    progress: RankProgress = field(default_factory=RankProgress)
     clock: Callable[[], float] = time.monotonic
     in_flight: int = 0
     num_steps: int = 0
@@ -66,6 +69,7 @@ class Engine:
         if self.in_flight:
             result = self.executor.collect()
             self.in_flight -= 1
+            self.progress.end_step(self.in_flight)
             self.num_steps += 1
             self.scheduler.apply(result, self.clock())
         return self.scheduler.take_batches()
@@ -78,6 +82,7 @@ class Engine:
             self._execute(plan)
 
     def _execute(self, plan: StepPlan) -> None:
+        self.progress.begin_step(plan.step_id)
         self.control.send(OrderKind.PLAN, plan.words)
         _execute(self.executor, plan)
         self.in_flight += 1
@@ -91,10 +96,17 @@ class Engine:
         self.control.send(OrderKind.STOP)
 
 
-def follow(control: ControlChannel, executor: Executor) -> None:
+def follow(control: ControlChannel, executor: Executor, progress: RankProgress) -> None:
     """Every other rank: carry out the leader's orders until it says stop. *Collective with `Engine.release`.*"""
+
+    def execute(words: Int32Array) -> None:
+        plan = StepPlan.unpack(words)
+        progress.begin_step(plan.step_id)
+        _execute(executor, plan)
+        progress.end_step(0)
+
     handlers: dict[OrderKind, Callable[[Int32Array], None]] = {
-        OrderKind.PLAN: lambda words: _execute(executor, StepPlan.unpack(words)),
+        OrderKind.PLAN: execute,
     }
     while (order := control.receive()).kind != OrderKind.STOP:
         handlers[order.kind](order.words)

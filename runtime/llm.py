@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +17,16 @@ import numpy as np
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import EndedElsewhereError, ExecutorError, RequestError
-from phalanx.parallel.mpi_comm import world_communicator
+from phalanx.parallel.liveness.judge import Limits
+from phalanx.parallel.liveness.progress import RankProgress
+from phalanx.parallel.liveness.watch import RankWatch
+from phalanx.parallel.mpi_comm import abort_world, world_communicator
 from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import follow
 from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
-from phalanx.runtime.replica import build_replica, phase
+from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from phalanx.runtime.sampling.fields import known_fields
 from phalanx.runtime.text import Tokenizer
@@ -58,9 +63,14 @@ class LLM:
         **options: Any,
     ) -> None:
         world = world_communicator() if comm is None else comm
+        progress = RankProgress()
+        self._watch = None
+        if comm is None and world.size > 1:
+            self._watch = RankWatch(world, progress, Limits())
+            atexit.register(self._leave)
         layout = resolve_layout(world.size, tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
         config = EngineConfig(layout=layout, **with_default_sizes({"max_queued_requests": 1 << 30, **options}))
-        self._replica = build_replica(None if model is None else Path(model), config, world)
+        self._replica = build_replica(None if model is None else Path(model), config, world, progress)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)
         self._closed = False
         self._failure: str | None = None
@@ -132,13 +142,13 @@ class LLM:
         replica, outcome = self._replica, _Outcome()
         interruption: BaseException | None = None
         if replica.engine is None:
-            with self._unusable_after_failure(), phase("executing steps"):
-                follow(replica.control, replica.executor)
+            with self._unusable_after_failure(), replica.progress.phase("executing steps"):
+                follow(replica.control, replica.executor, replica.progress)
         else:
             mine = range(replica.topology.replica, len(prompts), replica.options.layout.dp)
             run = OfflineRun(replica.engine, self.tokenizer, self._ids, progress, on_output)
             try:
-                with phase("generating"):
+                with replica.progress.phase("generating"):
                     outcome.outputs = run((index, prompts[index], params[index]) for index in mine)
             except BaseException as error:
                 if run.engine_failed:
@@ -157,6 +167,7 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._replica.executor.close()
+            self._leave()
 
     def __enter__(self) -> LLM:
         return self
@@ -166,6 +177,21 @@ class LLM:
     ) -> None:
         if error is None:
             self.close()
+        elif self._watch is not None:
+            self._watch.__exit__(kind, error, trace)
+
+    def _leave(self) -> None:
+        """Tell the other ranks that this one makes no more calls; at the end of a script that failed, end them all."""
+        if self._watch is None:
+            return
+        atexit.unregister(self._leave)
+        watch, self._watch = self._watch, None
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            watch.close()
+            return
+        watch.fail(error)
+        abort_world(1)
 
     @contextmanager
     def _unusable_after_failure(self) -> Iterator[None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.liveness.progress import RankProgress
+from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.control import ControlChannel
@@ -24,7 +24,7 @@ from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 from phalanx.runtime.text import tokenizer_end_token
 
-__all__ = ["Replica", "build_replica", "phase"]
+__all__ = ["Replica", "build_replica"]
 
 
 @dataclass(slots=True)
@@ -38,6 +38,7 @@ class Replica:
     topology: Topology
     world: Communicator
     group: Communicator
+    progress: RankProgress
     executor: Executor
     control: ControlChannel
     max_model_len: int
@@ -49,15 +50,19 @@ class Replica:
         return self.checkpoint.path
 
 
-def build_replica(model: Path | None, options: EngineConfig, world: Communicator) -> Replica:
-    """Load this rank's shard and join its replica. *Collective over all ranks.*
+def build_replica(
+    model: Path | None, options: EngineConfig, world: Communicator, progress: RankProgress | None = None
+) -> Replica:
+    """Load this rank's shard and join its replica; ``progress`` shows how far it is. *Collective over all ranks.*
 
     Raises:
         ConfigError: the layout, the engine or a size does not fit the model or this machine.
         CheckpointError: the checkpoint is missing or broken.
     """
+    progress = progress or RankProgress()
+    world = WatchedCommunicator(world, progress)
     topology = Topology(options.layout, world.rank)
-    with phase("opening the checkpoint"):
+    with progress.phase("opening the checkpoint"):
         checkpoint = open_checkpoint(model, options.load_format, options.seed)
         family = find_model(checkpoint.config)
         generation = GenerationConfig.read(checkpoint.generation_config)
@@ -66,7 +71,7 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
         config = with_stored_head(family, config, checkpoint.source)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
-    with phase("loading weights"):
+    with progress.phase("loading weights"):
         executor, max_model_len = create_executor(spec)
     control = ControlChannel(group)
     engine = None
@@ -86,20 +91,12 @@ def build_replica(model: Path | None, options: EngineConfig, world: Communicator
             ),
             _planner(executor.cache, options, max_model_len),
         )
-        engine = Engine(scheduler, executor, control)
+        engine = Engine(scheduler, executor, control, progress)
+    progress.wait()
     return Replica(
-        checkpoint, config, generation, options, topology, world, group, executor, control, max_model_len, engine
+        checkpoint, config, generation, options, topology, world, group, progress, executor, control, max_model_len,
+        engine,
     )  # fmt: skip
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Say in an error's notes what this rank was doing."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while {name}")
-        raise
 
 
 def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> CachePlanner:

@@ -67,10 +67,12 @@ class Routes:
         self._services = services
 
     async def health(self, request: Request) -> Response:
-        """200 while steps make progress."""
+        """200 while steps make progress, or the engine is idle, and every rank answers."""
         services, client = self._services, self._services.client
         if client.state is ServerState.FAILED:
             raise ApiError(503, f"the engine stopped: {client.failure}", code="engine_failed")
+        if client.trouble is not None:
+            raise ApiError(503, client.trouble, code="engine_stalled")
         silent = client.seconds_without_progress()
         if silent > services.settings.stall_seconds:
             raise ApiError(503, f"no step has finished for {silent:.0f} s", code="engine_stalled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 
 import msgspec
@@ -18,7 +19,7 @@ _READ_BYTES = 1 << 18
 
 
 class FrontendChannel:
-    """Messages to and from the HTTP process. Used by one thread."""
+    """Messages to and from the HTTP process. One thread receives; any may send, as the one that watches the ranks does."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -26,6 +27,7 @@ class FrontendChannel:
         self._frames = FrameDecoder()
         self._decoder = msgspec.msgpack.Decoder(FromFrontend)
         self._unsent = bytearray()
+        self._sending = threading.Lock()
 
     def send(self, message: ToFrontend) -> None:
         """Send now what the socket takes, keep the rest for the next call of `send` or `receive`.
@@ -33,7 +35,9 @@ class FrontendChannel:
         Raises:
             CommunicatorError: the HTTP process is gone.
         """
-        self._unsent += encode_frame(message)
+        data = encode_frame(message)
+        with self._sending:
+            self._unsent += data
         self._flush()
 
     def receive(self, timeout_seconds: float) -> list[FromFrontend]:
@@ -79,9 +83,10 @@ class FrontendChannel:
 
     def _flush(self) -> None:
         try:
-            while self._unsent:
-                sent = self._sock.send(self._unsent)
-                del self._unsent[:sent]
+            with self._sending:
+                while self._unsent:
+                    sent = self._sock.send(self._unsent)
+                    del self._unsent[:sent]
         except BlockingIOError:
             pass
         except OSError as error:

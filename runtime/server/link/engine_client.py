@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from phalanx.runtime.server.link.messages import (
     Stop,
     Submit,
     ToFrontend,
+    Trouble,
     encode_frame,
 )
 
@@ -38,6 +40,8 @@ __all__ = ["EngineClient", "GenerationGroup", "ServerState"]
 
 DELIVERY_SECONDS = 0.002
 """How long readers are told of their tokens before others have the loop: /health must answer under any load."""
+
+_LOG = logging.getLogger("phalanx.server")
 
 
 class ServerState(enum.Enum):
@@ -148,6 +152,7 @@ class EngineClient(asyncio.Protocol):
         model: what the engine said about the model, None before it is ready.
         stats: the latest counts, None before the first.
         failure: why the state is FAILED.
+        trouble: which rank does not answer at the moment; None = all do.
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class EngineClient(asyncio.Protocol):
         self.model: ModelInfo | None = None
         self.stats: Stats | None = None
         self.failure: str | None = None
+        self.trouble: str | None = None
         self._load_model, self._on_gone, self._on_stats, self._clock = load_model, on_gone, on_stats, clock
         self._frames = FrameDecoder()
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
@@ -266,7 +272,7 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Rank 0 is gone."""
         self._transport = None
-        self._fail("its process is gone")
+        self._fail("rank 0 has ended without a message")
         self._on_gone()
 
     def _deliver(self) -> None:
@@ -308,6 +314,8 @@ class EngineClient(asyncio.Protocol):
             case Draining():
                 self.state = ServerState.DRAINING
                 self._report_drained()
+            case Trouble(text):
+                self.trouble = text
             case Failed(text):
                 self._fail(text)
             case Stop():
@@ -343,6 +351,7 @@ class EngineClient(asyncio.Protocol):
         if self.failure is None:
             self.failure = reason
             self.state = ServerState.FAILED
+            _LOG.error("the engine stopped: %s", reason)
         for group, _ in self._open.values():
             group.fail(self.failed())
         self._open.clear()

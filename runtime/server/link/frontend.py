@@ -13,7 +13,7 @@ import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.server.link.channel import FrontendChannel
-from phalanx.runtime.server.link.messages import Failed, Stop
+from phalanx.runtime.server.link.messages import Failed, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import answer_early, bind
@@ -67,11 +67,20 @@ class Frontend:
         answer_early(listener, started)
         return cls(url, process, FrontendChannel(ours))
 
-    def abandon(self, reason: str) -> None:
-        """The engine failed: let the process tell its clients and exit by itself; waits for a moment at most."""
+    def tell_failed(self, reason: str) -> None:
+        """Have every open request end with this error. May be called by any thread; waits for a moment at most."""
         with contextlib.suppress(CommunicatorError):
             self.channel.send(Failed(reason))
             self.channel.flush(0.5)
+
+    def tell_trouble(self, reason: str | None) -> None:
+        """Have ``/health`` fail for this reason, or no longer. May be called by any thread."""
+        with contextlib.suppress(CommunicatorError):
+            self.channel.send(Trouble(reason))
+
+    def abandon(self, reason: str) -> None:
+        """The engine failed: let the process tell its clients and exit by itself; waits for a moment at most."""
+        self.tell_failed(reason)
         self.channel.close()
 
     def stop(self) -> None:

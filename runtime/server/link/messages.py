@@ -6,13 +6,11 @@ The socket pair is private to the two processes, and both ends decode into exact
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
-from phalanx.parallel.errors import CommunicatorError
+from phalanx.parallel.frames import FrameDecoder, frame
 from phalanx.runtime.request import Request, TokenDelta
 from phalanx.runtime.scheduler import SchedulerStats
 
@@ -32,11 +30,9 @@ __all__ = [
     "Stop",
     "Submit",
     "ToFrontend",
+    "Trouble",
     "encode_frame",
 ]
-
-MAX_FRAME_BYTES = 1 << 30
-_LENGTH = struct.Struct("<I")
 
 
 class FrontendRefused(msgspec.Struct, tag=True, frozen=True):
@@ -128,41 +124,20 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
+class Trouble(msgspec.Struct, tag=True, frozen=True):
+    """A rank does not answer, though no limit is reached yet: ``/health`` fails for this reason. None = all is well."""
+
+    message: str | None
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
 FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained
-ToFrontend = ModelInfo | Deltas | Refused | Stats | Draining | Failed | Stop
+ToFrontend = ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 
 def encode_frame(message: FromFrontend | ToFrontend) -> bytes:
     """One message with its length in front."""
-    body = msgspec.msgpack.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class FrameDecoder:
-    """Cuts a byte stream into the bodies of its messages."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies completed by ``data``.
-
-        Raises:
-            CommunicatorError: a length that no message of ours has; the stream is out of step.
-        """
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
-            if length > MAX_FRAME_BYTES:
-                raise CommunicatorError(f"a message claims {length} bytes; at most {MAX_FRAME_BYTES} are sent")
-            end = start + _LENGTH.size + length
-            if len(self._buffer) < end:
-                break
-            yield bytes(memoryview(self._buffer)[start + _LENGTH.size : end])
-            start = end
-        del self._buffer[:start]
+    return frame(msgspec.msgpack.encode(message))

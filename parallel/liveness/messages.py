@@ -1,0 +1,50 @@
+"""What ranks tell each other about their lives: typed MessagePack over the connections of `links`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from phalanx.parallel.frames import frame
+from phalanx.parallel.liveness.progress import Stamp
+
+__all__ = ["End", "Failure", "Leaving", "Message", "StackRequest", "Stacks", "encode"]
+
+
+class Failure(msgspec.Struct, frozen=True, tag=True):
+    """This rank has failed: sent before it aborts the job.
+
+    Attributes:
+        text: how, in one line.
+        trace: the traceback.
+    """
+
+    text: str
+    trace: str
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """This rank has done its work; its connection may close from now on."""
+
+
+class StackRequest(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 asks what every thread is executing."""
+
+
+class Stacks(msgspec.Struct, frozen=True, tag=True):
+    """The answer."""
+
+    text: str
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 has said why the job ends; leave with this status."""
+
+    status: int
+
+
+Message = Stamp | Failure | Leaving | StackRequest | Stacks | End
+
+
+def encode(message: Message) -> bytes:
+    """One message with its length in front."""
+    return frame(msgspec.msgpack.encode(message))

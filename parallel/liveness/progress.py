@@ -1,0 +1,86 @@
+"""What a rank is doing: written by the thread that does it, read by the one that watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Activity", "RankProgress", "Stamp"]
+
+Activity = Literal["starting", "waiting", "stepping"]
+"""``starting`` and ``stepping`` must end within their limits; ``waiting`` may last."""
+
+
+class Stamp(msgspec.Struct, frozen=True, tag=True):
+    """One moment of a rank.
+
+    Attributes:
+        phase: what it is doing, in words.
+        step: the last step that it began; -1 = none yet.
+        collective: the collective that it is in; empty = none.
+        num_collectives: collectives begun since the start.
+        seconds: since this activity began or its last step ended.
+    """
+
+    activity: Activity = "starting"
+    phase: str = "starting"
+    step: int = -1
+    collective: str = ""
+    num_collectives: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        step = f", step {self.step}" if self.step >= 0 else ""
+        where = f", in {self.collective} (collective {self.num_collectives})" if self.collective else ""
+        return f"{self.phase}{step}{where}, for {self.seconds:.1f} s"
+
+
+class RankProgress:
+    """The state behind a rank's stamps. Writers pay for a few attribute stores."""
+
+    __slots__ = ("_clock", "_since", "activity", "collective", "current_phase", "num_collectives", "step")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = clock()
+        self.activity: Activity = "starting"
+        self.current_phase = "starting"
+        self.step = -1
+        self.collective = ""
+        self.num_collectives = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say what this rank is doing, in stamps and in the notes of an error."""
+        outer, self.current_phase = self.current_phase, name
+        self._since = self._clock()
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"while {name}")
+            raise
+        self.current_phase = outer
+
+    def begin_step(self, step: int) -> None:
+        """A step starts; with others in flight, the limit still counts from the last one that ended."""
+        self.step = step
+        if self.activity != "stepping":
+            self.activity, self._since = "stepping", self._clock()
+
+    def end_step(self, num_in_flight: int) -> None:
+        """A step has ended; without another in flight this rank waits for work."""
+        self.activity = "stepping" if num_in_flight else "waiting"
+        self._since = self._clock()
+
+    def wait(self) -> None:
+        """This rank is ready and has nothing to do."""
+        self.end_step(0)
+
+    def stamp(self) -> Stamp:
+        """This moment; called by the thread that watches."""
+        seconds = self._clock() - self._since
+        return Stamp(self.activity, self.current_phase, self.step, self.collective, self.num_collectives, seconds)

@@ -1,0 +1,291 @@
+"""The thread that watches: stamps to rank 0 twice a second, and the end of the job when a rank is lost or stuck.
+
+A process that ends closes its connections at once, whatever ended it; one that is stopped, or whose host or network is
+gone, falls silent. Neither MPI nor launchers promise to notice either: under ``srun --mpi=pmi2`` a dead rank takes 30 s.
+The thread calls nothing of MPI and ends the process by itself, because the main thread may be in a collective that
+never returns.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from phalanx.parallel.communicator import Communicator, gather_bytes
+from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
+from phalanx.parallel.liveness import judge
+from phalanx.parallel.liveness.judge import Limits, RankState
+from phalanx.parallel.liveness.links import Link, connect_ranks
+from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, StackRequest, Stacks
+from phalanx.parallel.liveness.progress import RankProgress, Stamp
+
+__all__ = ["RankWatch"]
+
+STAMP_SECONDS = 0.5
+LATE_SECONDS = 2.0
+"""When this thread itself comes later than that, the whole job was suspended or starved: silence does not count."""
+STACKS_SECONDS = 1.0
+"""How long rank 0 waits for the stacks of ranks that still answer."""
+TELL_SECONDS = 0.5
+ANSWER_SECONDS = 3.0
+"""How long a failed rank waits for rank 0 to report it before it does so itself."""
+SPEAKER_SECONDS = 0.3
+"""How long ranks above 1 stay when rank 0 is lost: launchers end rank 1, who speaks then, with the first that leaves."""
+KEPT_REPORTS = 20
+_STACK_LINES = 24
+_ENDED_ELSEWHERE = (ConfigError, CheckpointError, RequestError, EndedElsewhereError, KeyboardInterrupt)
+"""Most such mistakes are found by every rank, and an interrupt is not a failure: `launch.running` ends the job if need be."""
+
+
+class RankWatch:
+    """Watches from construction (*collective*) until `close`, or as a context around everything that ranks do together.
+
+    Args:
+        world: all ranks, raw: the watch's own collectives do not show in stamps.
+        progress: what this rank is doing.
+        on_failure: on rank 0, told the verdict before the process ends; runs in the watching thread.
+        on_trouble: on rank 0, told when a rank falls silent, and None when all answer again; runs in the same thread.
+        report_directory: where the whole report is kept as a file; None = nowhere.
+    """
+
+    def __init__(
+        self,
+        world: Communicator,
+        progress: RankProgress,
+        limits: Limits,
+        on_failure: Callable[[str], None] = lambda _: None,
+        on_trouble: Callable[[str | None], None] = lambda _: None,
+        report_directory: Path | None = None,
+    ) -> None:
+        self._rank, self._progress, self._limits = world.rank, progress, limits
+        self._on_failure, self._on_trouble, self._directory = on_failure, on_trouble, report_directory
+        names = [name.decode() for name in gather_bytes(world, f"{socket.gethostname()}, pid {os.getpid()}".encode())]
+        self._links, reason = connect_ranks(world)
+        if reason is not None and world.rank == 0:
+            _say(f"phalanx: ranks do not watch each other: {reason}; a lost rank is noticed by the launcher alone")
+        self._states = {rank: RankState(rank, names[rank]) for rank in (world.rank, *self._links)}
+        self._heard = dict.fromkeys(self._links, time.monotonic())
+        self._left_at: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._closing = self._failure_told = False
+        self._trouble: str | None = None
+        self._end_at: tuple[float, int, str] | None = None
+        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
+
+    def __enter__(self) -> RankWatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, _ENDED_ELSEWHERE):
+            self.close()
+        else:
+            self.fail(error)
+
+    def close(self) -> None:
+        """This rank has done its work; the others may end, too."""
+        self._closing = True
+        self._send_all(Leaving())
+
+    def fail(self, error: BaseException) -> None:
+        """Let rank 0 report why this rank ends the job; returns on rank 0 itself, or when rank 0 does not answer."""
+        self._closing = True
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        text = f"failed{notes}: {type(error).__name__}: {error}"
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        self._send_all(Failure(text, trace))
+        if self._rank:
+            self._flush(TELL_SECONDS)
+            time.sleep(ANSWER_SECONDS)  # rank 0's answer ends this process
+        else:
+            self._states[0].stacks = trace
+            self._keep(judge.report(f"{self._states[0]} {text}", self._states_at(time.monotonic())))
+
+    def end_by(self, seconds: float, status: int, reason: str) -> None:
+        """End every rank with ``status`` unless this one has ended within ``seconds``. May be called by a signal handler."""
+        self._end_at = time.monotonic() + seconds, status, reason
+
+    def end_now(self, status: int) -> NoReturn:
+        """End every rank with ``status`` at once, in silence."""
+        self._send_all(End(status))
+        os._exit(status)
+
+    # The watching thread
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        for link in self._links.values():
+            poll.register(link.sock, select.POLLIN)
+        due = time.monotonic()
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll(max(0.0, due - time.monotonic()) * 1e3)}
+            for link in [link for link in self._links.values() if link.sock.fileno() in ready]:
+                if not self._read(link):
+                    poll.unregister(link.sock)
+                    del self._links[link.rank]
+            now = time.monotonic()
+            if now >= due:
+                self._forgive(now - due)
+                due = now + STAMP_SECONDS
+                self._send_all(self._progress.stamp(), droppable=True)
+                self._judge(now)
+
+    def _forgive(self, late: float) -> None:
+        if late > LATE_SECONDS:
+            self._heard = {rank: heard + late for rank, heard in self._heard.items()}
+
+    def _read(self, link: Link) -> bool:
+        """Take what has come; False when the connection has ended and may."""
+        messages = link.receive()
+        if messages is None:
+            self._lost(link.rank)
+            return False
+        self._heard[link.rank] = time.monotonic()
+        for message in messages:
+            self._take(self._states[link.rank], message)
+        return True
+
+    def _take(self, state: RankState, message: Message) -> None:
+        match message:
+            case Stamp():
+                state.stamp = message
+            case Failure():
+                self._failed(state, message)
+            case Leaving():
+                self._left_at[state.rank] = time.monotonic()
+            case StackRequest():
+                self._send_all(Stacks(_stacks()))
+            case Stacks(text):
+                state.stacks = text
+            case End(status):
+                os._exit(status)
+
+    def _failed(self, state: RankState, failure: Failure) -> None:
+        """Rank 0 reports it; elsewhere it is rank 0 that has failed, and that reports itself before it aborts the job."""
+        self._closing = self._failure_told = True
+        if self._rank == 0:
+            state.stacks = failure.trace
+            self._end_job(f"{state} {failure.text}")
+
+    def _lost(self, rank: int) -> None:
+        state = self._states[rank]
+        if self._failure_told:
+            os._exit(1)
+        if self._closing or (rank in self._left_at and self._progress.activity == "waiting"):
+            return
+        self._end_job(f"{state} has ended (last: {state.stamp})")
+
+    def _judge(self, now: float) -> None:
+        states = self._states_at(now)
+        if self._end_at is not None and now > self._end_at[0]:
+            self._end_job(self._end_at[2], self._end_at[1])
+        if self._closing:
+            return
+        verdict = judge.silent_rank(states, self._limits)
+        if verdict is None and self._rank == 0:
+            verdict = judge.stalled_rank(states, self._limits)
+        if verdict is not None:
+            self._end_job(verdict)
+        trouble = judge.trouble(states)
+        if self._rank == 0 and trouble != self._trouble:
+            self._trouble = trouble
+            self._on_trouble(trouble)
+
+    def _states_at(self, now: float) -> list[RankState]:
+        own = self._states[self._rank]
+        own.stamp = self._progress.stamp()
+        for rank, heard in self._heard.items():
+            self._states[rank].silent = now - heard
+        for rank, left_at in self._left_at.items():
+            self._states[rank].left = now - left_at
+        return sorted(self._states.values(), key=lambda state: state.rank)
+
+    def _end_job(self, verdict: str, status: int = 1) -> NoReturn:
+        """Say why, tell clients, and end this process; the others follow when their connections close.
+
+        The line comes first: some launchers kill every rank within milliseconds of the first death.
+        """
+        if self._rank <= 1:  # rank 0 speaks for all; when it is the lost one, rank 1 does
+            _say(f"phalanx: {verdict}")
+        else:
+            time.sleep(SPEAKER_SECONDS)
+        if self._rank == 0:
+            self._on_failure(verdict)
+            self._send_all(StackRequest())
+            states = self._collect_stacks()
+            text = judge.report(verdict, states)
+            _say("\n".join(text.splitlines()[1:]))
+            self._keep(text)
+            self._send_all(End(status))
+        os._exit(status)
+
+    def _collect_stacks(self) -> list[RankState]:
+        self._states[self._rank].stacks = _stacks()
+        deadline = time.monotonic() + STACKS_SECONDS
+        waiting = {link.sock.fileno(): link for link in self._links.values() if not self._states[link.rank].stacks}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            readable, _, _ = select.select(list(waiting), [], [], left)
+            for descriptor in readable:
+                link = waiting[descriptor]
+                messages = link.receive()
+                for message in messages or ():
+                    if isinstance(message, Stacks):
+                        self._states[link.rank].stacks = message.text
+                if messages is None or self._states[link.rank].stacks:
+                    del waiting[descriptor]
+        return self._states_at(time.monotonic())
+
+    def _keep(self, text: str) -> None:
+        if self._directory is None:
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            when = time.strftime("%Y-%m-%dT%H-%M-%S")
+            path = self._directory / f"{when}-{socket.gethostname()}-{os.getpid()}.txt"
+            path.write_text(text + "\n")
+            for old in sorted(self._directory.glob("*.txt"))[:-KEPT_REPORTS]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            _say(f"phalanx: the report could not be kept in {self._directory}: {error.strerror}")
+        else:
+            _say(f"phalanx: this report is kept in {path}")
+
+    def _flush(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            while not all(link.flush() for link in self._links.values()) and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+    def _send_all(self, message: Message, droppable: bool = False) -> None:
+        with self._lock:
+            for link in list(self._links.values()):
+                try:
+                    link.send(message, droppable)
+                except OSError:  # its end shows when it is read
+                    continue
+
+
+def _stacks() -> str:
+    """What the threads of this process other than this one are executing, innermost call last."""
+    frames = sys._current_frames()
+    texts = []
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.ident in frames:
+            lines = "".join(traceback.format_stack(frames[thread.ident])).splitlines()
+            texts += [f"thread {thread.name}:", *lines[-_STACK_LINES:]]
+    return "\n".join(texts)
+
+
+def _say(text: str) -> None:
+    """In one write, so that lines of several ranks do not mix."""
+    os.write(sys.stderr.fileno(), f"{text}\n".encode())
