@@ -23,9 +23,10 @@ from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from tests.gpu.test_attention_shapes import mixed
-from tests.gpu.test_executor import CASES, checkpoint, prompts
+from tests.gpu.test_executor import CASES, prompts
 from tests.kernels.attention_case import check, shape_of
 from tests.kernels.devices import CudaDevice, has_gpu
+from tests.support.checkpoints import CheckpointCase, write_checkpoint
 
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("nvmath")
@@ -113,7 +114,8 @@ def test_attention_over_fp8_pages_with_window_cap_and_slopes(device: CudaDevice,
 @pytest.mark.parametrize("name", ["llama", "llama-128", "gemma"])
 def test_log_probabilities_follow_the_numpy_engine(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Nearer to the quantised NumPy engine than that is to the float one: bfloat16 moves some codes to their neighbours."""
-    directory = checkpoint(name, "bfloat16", tmp_path)
+    config = {**CASES[name], "intermediate_size": 192, "torch_dtype": "bfloat16"}  # multiples of 16 and of 64
+    directory = write_checkpoint(CheckpointCase(name, config, "bfloat16"), tmp_path)
     requests = prompts(CASES[name]["vocab_size"])
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
 
