@@ -61,6 +61,8 @@ def build_parser() -> CommandParser:
                         help="a step longer than that ends the job (default 300); so does a silent rank after at most 30")  # fmt: skip
     server.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS",
                         help="longest that the ranks may take until they are ready (default 1800)")  # fmt: skip
+    server.add_argument("--shutdown-timeout", type=float, default=25.0, metavar="SECONDS",
+                        help="longest that open requests may take to end after a signal (default 25, below Slurm's KillWait)")  # fmt: skip
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals = DrainSignals()
         signals.catch() if world.rank == 0 else signals.ignore()
         progress = _progress()
-        with _watch(args, world, progress, door):
+        with _watch(args, world, progress, door) as watch:
+            signals.end_with(watch, args.shutdown_timeout)
             _run_rank(args, world, progress, door, signals)
     except BaseException as error:
         door.slam(f"{type(error).__name__}: {error}")
@@ -264,15 +267,18 @@ def _lead(
 
 
 class DrainSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered; a second Ctrl-C ends it at once.
+    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered, or after a limit; a second one at once.
+
+    While ranks still load, SIGTERM and SIGUSR1 end the job with status 0: no request was accepted.
 
     Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
     """
 
     def __init__(self) -> None:
         self._drain: Callable[[], None] | None = None
-        self._requested = False
-        self._interrupts = 0
+        self._watch: RankWatch | None = None
+        self._limit = 0.0
+        self._num_signals = 0
 
     def ignore(self) -> None:
         """On ranks other than 0."""
@@ -287,18 +293,30 @@ class DrainSignals:
     def on_drain(self, drain: Callable[[], None]) -> None:
         """What to do from now on; done at once when a signal came earlier."""
         self._drain = drain
-        if self._requested:
-            drain()
+        if self._num_signals:
+            self._start_drain()
+
+    def end_with(self, watch: RankWatch, limit_seconds: float) -> None:
+        """Who ends the ranks when requests take longer than the limit, or are not waited for."""
+        self._watch, self._limit = watch, limit_seconds
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if number == signal.SIGINT and (self._interrupts > 1 or self._drain is None):
+        self._num_signals += 1
+        if self._watch is None or (number == signal.SIGINT and (self._num_signals > 1 or self._drain is None)):
             raise KeyboardInterrupt
-        if not self._requested:
+        if self._num_signals > 1:
+            self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
+        elif self._drain is None:
+            self._watch.end_by(0.0, 0, "told to end while ranks load")
+        else:
             os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
-        self._requested = True
-        if self._drain is not None:
-            self._drain()
+            self._start_drain()
+
+    def _start_drain(self) -> None:
+        assert self._drain is not None
+        assert self._watch is not None
+        self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
+        self._drain()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ rank calls MPI.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -33,6 +34,7 @@ __all__ = [
 _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
+_MPICH_SEGMENT = "/dev/shm/mpich_shm_"
 _MPICH_FAMILY = ("MPICH", "MPICH2", "MVAPICH", "MVAPICH2", "Intel MPI")
 
 
@@ -119,7 +121,18 @@ def world_communicator() -> Communicator:
         raise ConfigError(_mismatch(info, "MPI sees 1"))
     if world.Get_size() == 1:
         return SelfCommunicator()
-    return MpiCommunicator(world.Dup())
+    own = world.Dup()
+    own.Barrier()  # every rank has mapped the shared memory of its host
+    _unlink_shared_memory()
+    return MpiCommunicator(own)
+
+
+def _unlink_shared_memory() -> None:
+    """Have the kernel remove MPICH's segments with the last rank: a job that is killed would leave them in /dev/shm."""
+    for path in _mapped_files():
+        if path.startswith(_MPICH_SEGMENT):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 @dataclass(frozen=True, slots=True)

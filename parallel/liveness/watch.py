@@ -31,6 +31,8 @@ from phalanx.parallel.liveness.progress import RankProgress, Stamp
 __all__ = ["RankWatch"]
 
 STAMP_SECONDS = 0.5
+FAILED = 1
+"""Exit status of a job that ends with a report."""
 LATE_SECONDS = 2.0
 """When this thread itself comes later than that, the whole job was suspended or starved: silence does not count."""
 STACKS_SECONDS = 1.0
@@ -94,7 +96,7 @@ class RankWatch:
 
     def close(self) -> None:
         """This rank has done its work; the others may end, too."""
-        self._closing = True
+        self._closing, self._end_at = True, None
         self._send_all(Leaving())
 
     def fail(self, error: BaseException) -> None:
@@ -114,11 +116,6 @@ class RankWatch:
     def end_by(self, seconds: float, status: int, reason: str) -> None:
         """End every rank with ``status`` unless this one has ended within ``seconds``. May be called by a signal handler."""
         self._end_at = time.monotonic() + seconds, status, reason
-
-    def end_now(self, status: int) -> NoReturn:
-        """End every rank with ``status`` at once, in silence."""
-        self._send_all(End(status))
-        os._exit(status)
 
     # The watching thread
 
@@ -210,7 +207,7 @@ class RankWatch:
             self._states[rank].left = now - left_at
         return sorted(self._states.values(), key=lambda state: state.rank)
 
-    def _end_job(self, verdict: str, status: int = 1) -> NoReturn:
+    def _end_job(self, verdict: str, status: int = FAILED) -> NoReturn:
         """Say why, tell clients, and end this process; the others follow when their connections close.
 
         The line comes first: some launchers kill every rank within milliseconds of the first death.
@@ -221,13 +218,16 @@ class RankWatch:
             time.sleep(SPEAKER_SECONDS)
         if self._rank == 0:
             self._on_failure(verdict)
-            self._send_all(StackRequest())
-            states = self._collect_stacks()
-            text = judge.report(verdict, states)
-            _say("\n".join(text.splitlines()[1:]))
-            self._keep(text)
+            if status == FAILED:
+                self._report(verdict)
             self._send_all(End(status))
         os._exit(status)
+
+    def _report(self, verdict: str) -> None:
+        self._send_all(StackRequest())
+        text = judge.report(verdict, self._collect_stacks())
+        _say("\n".join(text.splitlines()[1:]))
+        self._keep(text)
 
     def _collect_stacks(self) -> list[RankState]:
         self._states[self._rank].stacks = _stacks()

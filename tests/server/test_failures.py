@@ -13,6 +13,18 @@ from .test_serve import LONG, serve_tiny, tiny
 
 __all__ = ["tiny"]
 
+SLOW_LOADING = """
+import sys, time
+class SlowImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == "phalanx.runtime.replica":
+            sys.stderr.write("LOADING\\n")
+            sys.stderr.flush()
+            time.sleep(60)
+sys.meta_path.insert(0, SlowImport())
+"""
+"""Runs when Python starts: loading then takes a minute."""
+
 
 @pytest.fixture(autouse=True)
 def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -78,3 +90,43 @@ def test_a_killed_rank_ends_the_job_and_is_reported(tiny: Path, rank: int) -> No
         status, errors = job.server.wait()
         assert status != 0
         assert "has ended" in errors
+
+
+def test_a_drain_beyond_its_limit_ends_with_an_error(tiny: Path) -> None:
+    with serve_tiny(tiny, 4, "--shutdown-timeout", "0.01") as job:
+        streams = [job.server.open_stream("/v1/completions", LONG | {"n": 8}) for _ in range(2)]
+        os.kill(job.rank(0), signal.SIGTERM)
+        for stream in streams:
+            assert "--shutdown-timeout=0.01" in events(stream)[-1]["error"]["message"]
+        assert job.server.wait()[0] == 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_second_signal_ends_the_server_at_once(tiny: Path, number: signal.Signals, expected: int) -> None:
+    with serve_tiny(tiny, 0) as job:
+        stream = job.server.open_stream("/v1/completions", LONG | {"n": 16})
+        for _ in range(2):
+            os.kill(job.server.process.pid, number)
+            job.server.lines_with("draining")
+        assert events(stream)[-1]["error"]["code"] == "engine_failed"
+        assert job.server.wait()[0] == expected
+
+
+@pytest.mark.parametrize("num_ranks", [0, 2])
+def test_a_signal_while_ranks_load_ends_the_job_without_ready(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_LOADING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with serve_tiny(tiny, num_ranks, wait_for="LOADING") as job:
+        os.kill(job.rank(0) if num_ranks else job.server.process.pid, signal.SIGTERM)
+        status, errors = job.server.wait()
+        assert "READY" not in errors
+        assert status == 0, errors
+
+
+def test_no_shared_memory_of_mpich_outlives_a_killed_job(tiny: Path) -> None:
+    with serve_tiny(tiny) as job:
+        mapped = Path(f"/proc/{job.rank(1)}/maps").read_text().splitlines()
+        segments = [line for line in mapped if "/dev/shm/mpich_shm_" in line]
+        assert all(line.endswith("(deleted)") for line in segments), segments
