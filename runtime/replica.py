@@ -11,6 +11,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.liveness.progress import RankProgress
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
 from phalanx.parallel.topology import Topology
+from phalanx.runtime.agreement import check_ranks_agree
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.engine import Engine
@@ -56,7 +57,7 @@ def build_replica(
     """Load this rank's shard and join its replica; ``progress`` shows how far it is. *Collective over all ranks.*
 
     Raises:
-        ConfigError: the layout, the engine or a size does not fit the model or this machine.
+        ConfigError: ranks differ in what must be the same; the layout, the engine or a size does not fit the model or this machine.
         CheckpointError: the checkpoint is missing or broken.
     """
     progress = progress or RankProgress()
@@ -69,6 +70,8 @@ def build_replica(
         end_token = tokenizer_end_token(checkpoint.path)
         config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
         config = with_stored_head(family, config, checkpoint.source)
+    with progress.phase("comparing ranks"):
+        check_ranks_agree(checkpoint, options, world)
     group = world.split(topology.replica_group)
     spec = RankSpec(family, config, checkpoint, options, topology, group)
     with progress.phase("loading weights"):
