@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 faults
 
 setup: $(BIN)/.installed
 
@@ -44,3 +44,6 @@ test-1: setup
 
 test-2 test-3 test-4 test-8: test-%: setup
 	tests/run_mpi.sh $*
+
+faults: setup
+	PHALANX_FAULT_ROUNDS=100 PHALANX_FAULT_SEED=$${PHALANX_FAULT_SEED:-2026} python -m pytest -q tests/server/test_random_faults.py
