@@ -35,5 +35,6 @@ setup(
         "phalanx.kernels": ["*.cu"],
         "phalanx.kernels.include": ["*.cuh"],
         "phalanx.checkpoints.demo": ["*"],
+        "phalanx.runtime.server.web": ["page.html"],
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,24 +18,34 @@ from starlette.types import ASGIApp
 from phalanx import __version__
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.gate import Gate
+from phalanx.runtime.server.kserve.inference import Inference
+from phalanx.runtime.server.kserve.routes import v2_routes
 from phalanx.runtime.server.link.engine_client import ServerState
-from phalanx.runtime.server.openai.encoding import encode, render
-from phalanx.runtime.server.openai.generation import GenerationJob
-from phalanx.runtime.server.openai.parsing import Generation, conversation, parse_chat, parse_completion
+from phalanx.runtime.server.openai.encoding import render
+from phalanx.runtime.server.openai.generation import respond, start_job
+from phalanx.runtime.server.openai.parsing import ApiGeneration, conversation, parse_chat, parse_completion
 from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 
 __all__ = ["build_app"]
 
+PAGE = Path(__file__).parent / "web" / "page.html"
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:",
+    "cache-control": "no-cache",
+}
+"""The page is one file and asks nobody but this server."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(services: Services, api_keys: Sequence[bytes]) -> ASGIApp:
+def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes]) -> ASGIApp:
     """The whole HTTP side as one ASGI application."""
     routes = Routes(services)
     app = Starlette(
         routes=[
+            Route("/", routes.page),
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/version", routes.version),
@@ -48,6 +58,7 @@ def build_app(services: Services, api_keys: Sequence[bytes]) -> ASGIApp:
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/tokenizer_info", routes.tokenizer_info),
+            *v2_routes(inference),
         ],
         exception_handlers={
             ApiError: routes.on_api_error,
@@ -65,6 +76,10 @@ class Routes:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+
+    async def page(self, request: Request) -> Response:
+        """A page to try the model and watch the server."""
+        return Response(PAGE.read_bytes(), media_type="text/html", headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """200 while steps make progress, or the engine is idle, and every rank answers."""
@@ -150,7 +165,7 @@ class Routes:
         """A request that is refused or failed."""
         assert isinstance(error, ApiError)
         self._services.metrics.refused.labels(str(error.status)).inc()
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def on_client_gone(self, request: Request, error: Exception) -> Response:
         """The client has left; 499 shows in the log."""
@@ -162,11 +177,13 @@ class Routes:
         message = f"{request.method} {request.url.path}: {error.detail}"
         codes = {404: "route_not_found", 405: "method_not_allowed"}
         headers = dict(error.headers or {})
-        return error_response(ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers))
+        refused = ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers)
+        return error_response(refused, request.url.path)
 
     async def on_bug(self, request: Request, error: Exception) -> Response:
         """An error of ours; the traceback goes to the log."""
-        return error_response(ApiError(500, "internal error; see the server's log", code="internal_error"))
+        bug = ApiError(500, "internal error; see the server's log", code="internal_error")
+        return error_response(bug, request.url.path)
 
     def _model_card(self, name: str) -> dict[str, Any]:
         return {
@@ -177,20 +194,14 @@ class Routes:
             "max_model_len": self._services.model.max_model_len,
         }
 
-    async def _generate(self, request: Request, parse: Callable[[bytes], Generation]) -> Response:
+    async def _generate(self, request: Request, parse: Callable[[bytes], ApiGeneration]) -> Response:
         """Parse, make room, encode, submit, answer."""
         services, arrival = self._services, time.monotonic()
         generation = parse(await read_body(request, services.settings))
         services.check_model(generation.model)
-        with ExitStack() as held:
-            held.enter_context(services.client.admit(generation.num_answers))
-            prompts = await encode(services, generation)
-            answer = generation.answer(services.model_name, services.tokenizer)
-            job = GenerationJob(services, generation, arrival, ExitStack(), answer)
-            job.submit(prompts)
-            job.held = held.pop_all()
+        job = await start_job(services, [generation], arrival)
         try:
-            return await job.run(request)
+            return await respond(job, generation, request)
         except BaseException:
             job.close()
             raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as the OpenAI protocol shows them: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors as the protocols show them: OpenAI's ``{"error": {"message", "type", "param", "code"}}``, KServe's ``{"error": "message"}``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from phalanx.parallel.errors import CapacityError, RequestError
 __all__ = ["ApiError", "from_request_error", "invalid", "overloaded", "unavailable"]
 
 _TYPES = MappingProxyType({401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"})
+
+_TRITON_STATUS = MappingProxyType({408: 503, 413: 400, 415: 400, 422: 400, 429: 503})
+"""Triton answers UNAVAILABLE with 503 and INVALID_ARG with 400."""
 
 
 class ApiError(Exception):
@@ -42,6 +45,12 @@ class ApiError(Exception):
     def encoded(self) -> bytes:
         """`body` as JSON."""
         return msgspec.json.encode(self.body())
+
+    def for_path(self, path: str) -> tuple[int, bytes]:
+        """Status and body in the form of the protocol that owns ``path``."""
+        if path == "/v2" or path.startswith("/v2/"):
+            return _TRITON_STATUS.get(self.status, self.status), msgspec.json.encode({"error": str(self)})
+        return self.status, self.encoded()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phalanx.runtime.server.errors import ApiError, unavailable
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+from phalanx.runtime.server.web.api_keys import has_key
 from phalanx.runtime.server.web.cors import cors_headers, is_preflight
 from phalanx.runtime.server.web.http import error_response
 
@@ -23,8 +23,8 @@ __all__ = ["Gate"]
 
 _LOG = logging.getLogger("phalanx.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_OPEN_WITHOUT_KEY = frozenset({"/health"})
-_OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics"})
+_OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+_OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live"})
 
 
 class Gate:
@@ -64,7 +64,7 @@ class Gate:
             answer = Response(status_code=204)
         else:
             refusal = self._refusal(scope["path"], headers)
-            answer = self._app if refusal is None else error_response(refusal)
+            answer = self._app if refusal is None else error_response(refusal, scope["path"])
         try:
             await answer(scope, receive, send_with_id)
         finally:
@@ -75,36 +75,18 @@ class Gate:
         state = self._client.state
         if state is ServerState.STARTING:
             return unavailable("the server is starting; try again in a moment")
-        if path not in _OPEN_WITHOUT_KEY and not self._has_key(headers):
-            challenge = {"www-authenticate": "Bearer"}
+        if path not in _OPEN_WITHOUT_KEY and not has_key(headers.get("authorization", ""), self._api_keys):
+            # Only at the page: a browser asks for the key once, as a password, and sends it from then on.
+            challenge = 'Basic realm="API key as password", charset="UTF-8"' if path == "/" else "Bearer"
             return ApiError(
                 401, "no valid API key; send one as 'Authorization: Bearer KEY'", code="invalid_api_key",
-                headers=challenge,
+                headers={"www-authenticate": challenge},
             )  # fmt: skip
         if state is ServerState.DRAINING and path not in _OPEN_WHILE_DRAINING:
             return unavailable("the server is shutting down; ask another one, or try again later", 5)
         if state is ServerState.FAILED and path not in _OPEN_WHILE_DRAINING:
             return unavailable(f"the engine stopped: {self._client.failure}", 5)
         return None
-
-    def _has_key(self, headers: Headers) -> bool:
-        if not self._api_keys:
-            return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return False
-        sent = _utf8(given.strip().encode("latin-1"))
-        matches = [hmac.compare_digest(sent, key) for key in self._api_keys]
-        return any(matches)
-
-
-def _utf8(sent: bytes) -> bytes:
-    """A key as the key file has it: most clients send the bytes of UTF-8, some those of Latin-1."""
-    try:
-        sent.decode()
-    except UnicodeDecodeError:
-        return sent.decode("latin-1").encode()
-    return sent
 
 
 def _request_id(headers: Headers) -> str:

@@ -74,6 +74,7 @@ async def _serve(
     import uvicorn
 
     from phalanx.runtime.server.app import build_app
+    from phalanx.runtime.server.kserve.inference import Inference
     from phalanx.runtime.server.link.engine_client import EngineClient
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
@@ -89,8 +90,9 @@ async def _serve(
     )
     workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
     services = Services(client, settings, metrics, workers)
+    inference = Inference(services)
     config = uvicorn.Config(
-        build_app(services, api_keys),
+        build_app(services, inference, api_keys),
         http=BoundedH11Protocol.with_limits(
             ConnectionLimits(
                 settings.header_timeout_seconds,

@@ -238,12 +238,12 @@ def test_a_zero_character_in_a_prompt_is_a_character(server: Server) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/v1", 404),
         ("GET", "/v1/completions/", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/models/", 404),
-        ("POST", "/v2/models/stub/infer", 404),
+        ("POST", "/v1/models/stub/infer", 405),
         ("GET", "/../etc/passwd", 404),
         ("GET", "/%00", 404),
         ("GET", COMPLETIONS, 405),

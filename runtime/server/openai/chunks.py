@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
 from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.answer_format import AnswerFormat
 from phalanx.runtime.server.openai.protocol import StreamOptions
 
@@ -24,7 +25,7 @@ class ChunkWriter:
         usage: tokens so far.
     """
 
-    done: ClassVar[bytes] = b"data: [DONE]\n\n"
+    done: bytes = b"data: [DONE]\n\n"
 
     def __init__(self, format: AnswerFormat, options: StreamOptions, usage: Callable[[], dict[str, Any]]) -> None:
         self._format, self._options, self._usage = format, options, usage
@@ -53,6 +54,10 @@ class ChunkWriter:
     def usage(self) -> bytes:
         """The chunk with the counts, if the stream was asked to include it."""
         return self.event(self._format.usage_chunk(self._usage())) if self._options.include_usage else b""
+
+    def error(self, error: ApiError) -> bytes:
+        """The event that says why a stream ends early."""
+        return self.event(error.body())
 
     def event(self, value: dict[str, Any]) -> bytes:
         """One server-sent event."""

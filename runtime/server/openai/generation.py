@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From token ids to an answer, whole or streamed: what completions and chat completions have in common."""
+"""From token ids to an answer, whole or streamed: what all protocols have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,15 +18,14 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.link.engine_client import GenerationGroup
-from phalanx.runtime.server.openai.answer_format import AnswerFormat
 from phalanx.runtime.server.openai.chunks import ChunkWriter
-from phalanx.runtime.server.openai.encoding import choice_params
-from phalanx.runtime.server.openai.parsing import Generation
+from phalanx.runtime.server.openai.encoding import choice_params, encode
+from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.event_stream import EventStream, EventWriter
 from phalanx.runtime.server.web.http import json_response, until_disconnect
 
-__all__ = ["GenerationJob"]
+__all__ = ["GenerationJob", "respond", "start_job", "stream_response"]
 
 _LOG = logging.getLogger("phalanx.server")
 
@@ -36,18 +35,18 @@ HEADERS_SECONDS = 0.5
 
 @dataclass(slots=True)
 class GenerationJob:
-    """One HTTP request on its way through the engine. `run` answers it and releases everything it holds.
+    """One request on its way through the engine; `close` releases everything that it holds.
 
     Attributes:
+        n: answers to each prompt.
         choices: the answers, those to one prompt in a row.
         held: what is released when the request is over.
     """
 
     services: Services
-    generation: Generation
+    n: int
     arrival: float
-    held: ExitStack
-    format: AnswerFormat
+    held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
@@ -55,14 +54,14 @@ class GenerationJob:
     failed: Answer | None = None
 
     def submit(self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
-        """Ask the engine for ``generation.n`` answers to each prompt.
+        """Ask the engine for ``n`` answers to each prompt.
 
         Raises:
             ApiError: the engine is gone.
         """
         for token_ids, params in prompts:
             self.num_prompt_tokens += len(token_ids)
-            for number in range(self.generation.n):
+            for number in range(self.n):
                 self.choices.append(
                     Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
                 )
@@ -71,19 +70,6 @@ class GenerationJob:
             [(choice.prompt_token_ids, choice.params) for choice in self.choices],
             self.services.deadline(self.arrival),
         )
-
-    async def run(self, request: Request) -> Response:
-        """Answer, also when the client leaves or the engine stops.
-
-        Raises:
-            ApiError: nothing was sent yet and the request failed.
-            ClientGone: the client left before anything was sent.
-        """
-        if not self.generation.stream:
-            return json_response(await until_disconnect(request.receive, self._collect()))
-        first = await until_disconnect(request.receive, self._first_events())
-        stream = GenerationStream(self, first)
-        return EventStream(stream.start, self.close)
 
     def close(self) -> None:
         """Cancel what still runs and make room for others."""
@@ -129,7 +115,7 @@ class GenerationJob:
     def usage(self) -> dict[str, Any]:
         """Tokens so far. What was cached counts once a prompt: for the first of its answers."""
         completion = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.generation.n])
+        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.n])
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": completion,
@@ -151,27 +137,27 @@ class GenerationJob:
             assert self.group is not None
             self.group.cancel(choice.index)
 
-    async def _first_events(self) -> list[tuple[Answer, list[TokenEvent]]]:
-        """The first events of a stream; none when they take longer than the headers should."""
-        try:
-            async with asyncio.timeout(HEADERS_SECONDS):
-                return await self._next()
-        except TimeoutError:
-            return []
+    async def next(self) -> list[tuple[Answer, list[TokenEvent]]]:
+        """Wait until `take` returns something, or raises.
 
-    async def _next(self) -> list[tuple[Answer, list[TokenEvent]]]:
+        Raises:
+            ApiError: a choice failed, or the engine is gone.
+        """
         assert self.group is not None
         while not (taken := self.take()):
             await self.group.wait()
         return taken
 
-    async def _collect(self) -> dict[str, Any]:
+    async def collect(self) -> list[Answer]:
+        """Wait for the ends of all answers and return them with their events.
+
+        Raises:
+            ApiError: one of them failed, or the engine is gone.
+        """
         while not self.is_finished:
-            for choice, events in await self._next():
+            for choice, events in await self.next():
                 choice.events += events
-        answer = self.format.whole(self.choices, self.usage())
-        self.close()
-        return answer
+        return self.choices
 
     def raise_failure(self) -> None:
         """Raise ApiError if a choice failed or the group ended with an error, after all that came before."""
@@ -206,6 +192,86 @@ class GenerationJob:
             metrics.finished.labels(choice.finish_reason or "cancelled").inc()
 
 
+async def start_job(services: Services, generations: Sequence[Generation], arrival: float) -> GenerationJob:
+    """Make room, encode and submit. All ``generations`` ask for the same number of answers. The job must be closed.
+
+    Raises:
+        ApiError: no room, a prompt that cannot be encoded, or an engine that is gone.
+    """
+    with ExitStack() as held:
+        held.enter_context(services.client.admit(sum(generation.num_answers for generation in generations)))
+        prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
+        job = GenerationJob(services, generations[0].n, arrival)
+        job.submit(prompts)
+        job.held = held.pop_all()
+    return job
+
+
+async def respond(job: GenerationJob, generation: ApiGeneration, request: Request) -> Response:
+    """Answer, also when the client leaves or the engine stops. Closes the job unless the response does later.
+
+    Raises:
+        ApiError: nothing was sent yet and the request failed.
+        ClientGone: the client left before anything was sent.
+    """
+    answer = generation.answer(job.services.model_name, job.services.tokenizer)
+    if generation.stream:
+        chunks = ChunkWriter(answer, generation.stream_options, job.usage)
+        return await stream_response(job, chunks, request)
+    choices = await until_disconnect(request.receive, job.collect())
+    whole = answer.whole(choices, job.usage())
+    job.close()
+    return json_response(whole)
+
+
+async def stream_response(job: GenerationJob, chunks: StreamChunks, request: Request) -> Response:
+    """A stream of events as ``chunks`` writes them.
+
+    Raises:
+        ApiError: the request failed before its first token, and soon.
+        ClientGone: the client left before anything was sent.
+    """
+    first = await until_disconnect(request.receive, _first_events(job))
+    stream = GenerationStream(job, chunks, first)
+    return EventStream(stream.start, job.close)
+
+
+async def _first_events(job: GenerationJob) -> list[tuple[Answer, list[TokenEvent]]]:
+    """The first events of a stream; none when they take longer than the headers should."""
+    try:
+        async with asyncio.timeout(HEADERS_SECONDS):
+            return await job.next()
+    except TimeoutError:
+        return []
+
+
+class StreamChunks(Protocol):
+    """How a protocol writes a stream's events.
+
+    Attributes:
+        done: what follows the last event.
+    """
+
+    @property
+    def done(self) -> bytes: ...
+
+    def opening(self, choices: Sequence[Answer]) -> bytes:
+        """What comes before the first token."""
+        ...
+
+    def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
+        """Some tokens of one answer."""
+        ...
+
+    def usage(self) -> bytes:
+        """What comes after the last token."""
+        ...
+
+    def error(self, error: ApiError) -> bytes:
+        """Why the stream ends early."""
+        ...
+
+
 class GenerationStream:
     """Writes a job's chunks as its tokens arrive, from the callback that brings them: no task has to wake for a token.
 
@@ -213,10 +279,8 @@ class GenerationStream:
         first: events that arrived before the headers went out.
     """
 
-    def __init__(self, job: GenerationJob, first: list[tuple[Answer, list[TokenEvent]]]) -> None:
-        self._job, self._first = job, first
-        options = job.generation.stream_options
-        self._chunks = ChunkWriter(job.format, options, job.usage)
+    def __init__(self, job: GenerationJob, chunks: StreamChunks, first: list[tuple[Answer, list[TokenEvent]]]) -> None:
+        self._job, self._chunks, self._first = job, chunks, first
         self._writer: EventWriter | None = None
 
     def start(self, writer: EventWriter) -> None:
@@ -238,11 +302,11 @@ class GenerationStream:
             self._write(self._job.take())
             self._job.raise_failure()
         except ApiError as error:
-            self._finish(self._chunks.event(error.body()))
+            self._finish(self._chunks.error(error))
         except Exception:
             _LOG.exception("a stream cannot be written")
             self._finish(
-                self._chunks.event(ApiError(500, "internal error; see the server's log", code="internal_error").body())
+                self._chunks.error(ApiError(500, "internal error; see the server's log", code="internal_error"))
             )
 
     def _write(self, taken: list[tuple[Answer, list[TokenEvent]]]) -> None:

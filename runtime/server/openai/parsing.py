@@ -21,7 +21,7 @@ from phalanx.runtime.server.openai.protocol import (
 )
 from phalanx.runtime.text import Tokenizer
 
-__all__ = ["Conversation", "Generation", "Prompt", "conversation", "parse_chat", "parse_completion"]
+__all__ = ["ApiGeneration", "Conversation", "Generation", "Prompt", "conversation", "parse_chat", "parse_completion"]
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; fewer if the context has room for fewer. A chat completion may fill the context."""
@@ -55,7 +55,6 @@ class Generation:
         max_tokens_name: what the request calls it.
         default_max_tokens: None = all that the context has room for.
         add_special_tokens: whether encoding adds them to texts.
-        answer: makes the writer of the answer from the model's name and its tokenizer.
     """
 
     model: str | None
@@ -66,9 +65,6 @@ class Generation:
     max_tokens_name: str
     default_max_tokens: int | None
     add_special_tokens: bool
-    stream: bool
-    stream_options: StreamOptions
-    answer: Callable[[str, Tokenizer | None], AnswerFormat]
 
     @property
     def num_answers(self) -> int:
@@ -76,7 +72,20 @@ class Generation:
         return len(self.prompts) * self.n
 
 
-def parse_completion(body: bytes) -> Generation:
+@dataclass(frozen=True, slots=True)
+class ApiGeneration(Generation):
+    """A parsed request of the OpenAI protocol.
+
+    Attributes:
+        answer: makes the writer of the answer from the model's name and its tokenizer.
+    """
+
+    stream: bool
+    stream_options: StreamOptions
+    answer: Callable[[str, Tokenizer | None], AnswerFormat]
+
+
+def parse_completion(body: bytes) -> ApiGeneration:
     """``POST /v1/completions``.
 
     Raises:
@@ -93,7 +102,7 @@ def parse_completion(body: bytes) -> Generation:
         if request.echo:
             sampling |= {"prompt_logprobs": request.logprobs}
     prompts = _prompts(request)
-    return Generation(
+    return ApiGeneration(
         model=request.model,
         prompts=prompts,
         n=request.n,
@@ -108,7 +117,7 @@ def parse_completion(body: bytes) -> Generation:
     )
 
 
-def parse_chat(body: bytes) -> Generation:
+def parse_chat(body: bytes) -> ApiGeneration:
     """``POST /v1/chat/completions``.
 
     Raises:
@@ -124,7 +133,7 @@ def parse_chat(body: bytes) -> Generation:
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if asked == 0:
         raise invalid(f"{name}=0 asks for nothing; use at least 1", name)
-    return Generation(
+    return ApiGeneration(
         model=request.model,
         prompts=[conversation(request)],
         n=request.n,

@@ -30,9 +30,10 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    """An error object with its status and headers."""
-    return Response(error.encoded(), error.status, error.headers, media_type="application/json")
+def error_response(error: ApiError, path: str) -> Response:
+    """An error object with its status and headers, in the form of the protocol that owns ``path``."""
+    status, body = error.for_path(path)
+    return Response(body, status, error.headers, media_type="application/json")
 
 
 async def read_body(request: Request, settings: FrontendSettings) -> bytes:
