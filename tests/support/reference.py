@@ -43,7 +43,9 @@ def transformers_reference(case: CheckpointCase, directory: Path, device: str = 
     from transformers import AutoModelForCausalLM
 
     write_checkpoint(case, directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+    # Not SDPA: some releases leave the soft caps of Gemma 2 out of it.
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = model.eval().to(device)
     token_ids = torch.tensor([prompt_token_ids(case)], device=device)
     with torch.no_grad():
         logits = model(token_ids).logits[0].float().cpu().numpy()
