@@ -36,7 +36,7 @@ def shipped(name: str) -> bool:
         is_below = kind == "recursive-include" and name.startswith(words[0] + "/")
         if is_below and any(fnmatch(Path(name).name, pattern) for pattern in words[1:]):
             return True
-    return name.startswith("checkpoints/demo/") or name in ("pyproject.toml", "setup.py")
+    return name.startswith("checkpoints/demo/") or name in ("MANIFEST.in", "pyproject.toml", "setup.py")
 
 
 def test_the_source_distribution_holds_every_file() -> None:
