@@ -35,6 +35,8 @@ _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
 _MPICH_SEGMENT = "/dev/shm/mpich_shm_"
+_FAILED_TAG = 4711
+"""Of messages on the world communicator itself; everything else goes over duplicates of it."""
 _MPICH_FAMILY = ("MPICH", "MPICH2", "MVAPICH", "MVAPICH2", "Intel MPI")
 
 
@@ -184,9 +186,14 @@ def all_ranks_failed(timeout_seconds: float = 2.0) -> bool:
     """
     if not _join():
         return True
-    request = _mpi().COMM_WORLD.Ibarrier()
+    world = _mpi().COMM_WORLD
+    others = [rank for rank in range(world.Get_size()) if rank != world.Get_rank()]
+    # Messages of their own, not a collective: it could be matched with one that the other ranks are in.
+    heard = np.zeros(world.Get_size(), np.uint8)
+    requests = [world.Irecv([heard[rank : rank + 1], 1, _mpi().BYTE], rank, _FAILED_TAG) for rank in others]
+    requests += [world.Isend([np.ones(1, np.uint8), 1, _mpi().BYTE], rank, _FAILED_TAG) for rank in others]
     deadline = time.monotonic() + timeout_seconds
-    while not request.Test():
+    while not _mpi().Request.Testall(requests):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.005)
