@@ -22,8 +22,9 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
-from phalanx.launch.bench_report import summary
+from phalanx.launch.bench_report import summary, table
 from phalanx.launch.progress import Progress
+from phalanx.launch.sharing import check_writable
 from phalanx.launch.version import installed_versions
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; prints one JSON object on standard output of rank 0. 1 when requests failed."""
     args, world = job_arguments(build_parser(), argv)
     _check_load(args)
+    if args.json is not None:
+        check_writable(world, "--json", args.json)
     if args.mode == "serve":
         from phalanx.launch.bench_serve import run_serve
 
@@ -95,8 +98,6 @@ def _check_load(args: argparse.Namespace) -> None:
     for name in ("input_len", "output_len", "num_prompts", "num_iters"):
         if getattr(args, name, 1) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} is below 1; use at least 1")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ConfigError(f"--json {args.json}: its directory does not exist; make it first")
 
 
 def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | None:
@@ -243,6 +244,7 @@ def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
     import msgspec
 
     encoded = msgspec.json.encode(report)
+    sys.stderr.write(table(report))
     print(encoded.decode())
     if args.json is not None:
         args.json.write_bytes(msgspec.json.format(encoded) + b"\n")

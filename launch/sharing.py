@@ -12,7 +12,7 @@ from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
 
-__all__ = ["STANDARD_INPUT", "agree", "read_input", "read_text"]
+__all__ = ["STANDARD_INPUT", "agree", "check_writable", "read_input", "read_text"]
 
 STANDARD_INPUT = Path("-")
 _FOUND, _MISTAKE = b"+", b"-"
@@ -39,6 +39,26 @@ def agree(world: Communicator, produce: Callable[[], bytes]) -> bytes:
     if message[:1] == _MISTAKE:
         raise ConfigError(message[1:].decode())
     return message[1:]
+
+
+def check_writable(world: Communicator, flag: str, path: Path) -> None:
+    """Find out before the work whether rank 0 can write ``path``; what it holds stays. *Collective.*
+
+    Raises:
+        ConfigError: it cannot.
+    """
+
+    def probe() -> bytes:
+        is_new = not path.exists()
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from None
+        if is_new:
+            path.unlink()
+        return b""
+
+    agree(world, probe)
 
 
 def read_input(world: Communicator, flag: str, path: Path) -> bytes:
