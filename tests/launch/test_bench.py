@@ -109,7 +109,7 @@ def test_load_on_a_server_counts_what_the_server_generated(server: Server, tmp_p
         (["--max-concurrency", "0"], "--max-concurrency=0 is below 1"),
         (["--num-prompts", "0"], "--num-prompts=0 is below 1"),
         (["--api-key-file", "/nowhere/key"], "/nowhere/key cannot be read"),
-        (["--json", "/nowhere/result.json"], "directory does not exist"),
+        (["--json", "/nowhere/result.json"], "cannot be written: No such file"),
         (["--url", "http://127.0.0.1:9"], "start a server"),
         (["--url", "127.0.0.1:9"], "http://HOST:PORT"),
     ],
