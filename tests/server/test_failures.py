@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .jobs import is_open_mpi
 from .test_lifecycle import events
 from .test_serve import LONG, serve_tiny, tiny
 
@@ -122,7 +123,8 @@ def test_a_signal_while_ranks_load_ends_the_job_without_ready(
         os.kill(job.rank(0) if num_ranks else job.server.process.pid, signal.SIGTERM)
         status, errors = job.server.wait()
         assert "READY" not in errors
-        assert status == 0, errors
+        # Open MPI's launcher calls every end without MPI_Finalize a failure, and ranks that load cannot all come to it.
+        assert status == (1 if num_ranks and is_open_mpi() else 0), errors
 
 
 def test_no_shared_memory_of_mpich_outlives_a_killed_job(tiny: Path) -> None:
