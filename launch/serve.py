@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -44,16 +45,18 @@ HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
 _DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
 STALLED_HEALTH_SECONDS = 60.0
 """``/health`` fails after so long without a finished step, though the job may go on."""
+GRPC_PORT = 8001
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def build_parser() -> CommandParser:
     """Flags as in INTERFACES."""
-    parser = CommandParser(prog="launch.serve", description="Answer HTTP requests (OpenAI protocol).")
+    parser = CommandParser(prog="launch.serve", description="Answer requests (OpenAI and Triton protocols).")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     server.add_argument("--port", type=int, default=8000, help="0 = any free one; see the READY line")
-    server.add_argument("--grpc-port", type=int, metavar="PORT", help="not served yet; accepted with a note")
+    server.add_argument("--grpc-port", type=int, metavar="PORT",
+                        help="Triton's gRPC protocol (default: 8001; with --port 0, none); 0 = any free one")  # fmt: skip
     server.add_argument("--served-model-name", nargs="+", metavar="NAME",
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
     server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
@@ -115,10 +118,10 @@ class _Door:
         from phalanx.runtime.server.link.frontend import Frontend
 
         settings = _frontend_settings(args)
-        if args.grpc_port is not None:
-            sys.stderr.write(f"launch.serve: gRPC is not served yet; --grpc-port {args.grpc_port} has no effect\n")
         self.announcement = Announcement(settings.model_names[0], args.endpoint_file)
         self.frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
+        if self.frontend.grpc_port is not None:
+            sys.stderr.write(f"phalanx: gRPC on {settings.host}:{self.frontend.grpc_port}\n")
 
     def close(self) -> None:
         """All requests are answered."""
@@ -154,6 +157,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
     return FrontendSettings(
         host=args.host,
         port=args.port,
+        grpc_port=_grpc_port(args),
         model_names=tuple(args.served_model_name or (name,)),
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
         insecure=args.insecure,
@@ -161,6 +165,28 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
         cors_origins=tuple(args.cors_origin),
     )
+
+
+def _grpc_port(args: argparse.Namespace) -> int | None:
+    """Where gRPC is served. Asked for, it must work; otherwise the server starts without it and says so.
+
+    Raises:
+        ConfigError: ``--grpc-port`` is given, and the port or the libraries are not there.
+    """
+    from phalanx.runtime.server.web.listener import free_port
+
+    given, port = args.grpc_port, GRPC_PORT if args.grpc_port is None else args.grpc_port
+    if given is None and args.port == 0:
+        return None
+    try:
+        if not (find_spec("grpc") and find_spec("tritonclient")):
+            raise ConfigError(f"--grpc-port {port} needs grpcio and tritonclient; pip install 'tritonclient[grpc]'")
+        return port if given == 0 else free_port(args.host, port)
+    except ConfigError as error:
+        if given is not None:
+            raise
+        sys.stderr.write(f"phalanx: serving without gRPC: {error}\n")
+        return None
 
 
 def _die_with_launcher() -> None:

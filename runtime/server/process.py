@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from phalanx.parallel.errors import CheckpointError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
@@ -113,8 +113,24 @@ async def _serve(
     )
     server = QuietServer(config, on_started)
     await loop.connect_accepted_socket(lambda: client, channel)
+    grpc_server = await _start_grpc(inference, api_keys, settings)
     await server.serve(sockets=[listener])
+    if grpc_server is not None:
+        await grpc_server.stop(LAST_ANSWERS_SECONDS)
     workers.shutdown(wait=False, cancel_futures=True)
+
+
+async def _start_grpc(inference: Any, api_keys: Sequence[bytes], settings: FrontendSettings) -> Any:
+    """The gRPC server, if there is to be one; rank 0 is told if its port was taken meanwhile."""
+    if settings.grpc_port is None:
+        return None
+    from phalanx.runtime.server.kserve.grpc_door import start_grpc
+
+    try:
+        return await start_grpc(inference, api_keys, settings)
+    except ConfigError as error:
+        inference.services.client.send(FrontendRefused(str(error)))
+        return None
 
 
 async def _load(services: Any, model: ModelInfo) -> None:

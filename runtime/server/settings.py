@@ -21,6 +21,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         port: 0 = any free one.
+        grpc_port: where Triton's gRPC protocol is served; None = nowhere.
         model_names: under which requests may ask for the model; the first one is shown.
         api_key_file: one key per line; None = no key needed.
         insecure: serve other machines without a key.
@@ -38,6 +39,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     model_names: tuple[str, ...] = ("phalanx",)
     api_key_file: str | None = None
     insecure: bool = False
@@ -57,6 +59,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port={self.port} is no TCP port; use 0 (any free one) to 65535")
+        if self.grpc_port is not None and (not 0 <= self.grpc_port <= 65_535 or self.grpc_port == self.port != 0):
+            raise ConfigError(
+                f"--grpc-port={self.grpc_port} is no TCP port, or the same as --port; use 0 (any free one) to 65535"
+            )
         if self.request_timeout_seconds is not None and not 0 < self.request_timeout_seconds < 1e9:
             raise ConfigError(
                 f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "

@@ -152,6 +152,7 @@ def main() -> int:
     except ConfigError as error:
         say(str(error))
         return 2
+    say(f"GRPC {frontend.grpc_port}")
     say(f"BOUND {frontend.url}")
     time.sleep(options.start_seconds)
     bridge = EngineBridge(StubEngine(options), frontend.channel)

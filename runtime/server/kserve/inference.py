@@ -119,21 +119,22 @@ class Inference:
             finally:
                 job.close()
 
-    async def stream(self, contract: ModelContract, rows: Sequence[Row]) -> AsyncIterator[list[Tensor]]:
-        """The outputs of each response: what is new, if the request asks to stream, and else everything at once.
+    async def stream(self, contract: ModelContract, rows: Sequence[Row]) -> AsyncIterator[tuple[list[Tensor], bool]]:
+        """The outputs of each response, and whether it is the last: what is new, if the request asks to stream, else everything at once.
 
         Raises:
             ApiError: the request is refused or failed.
         """
         query = None if contract.name in _TEXT_MODELS else self.parse(contract, rows)
         if query is None or not query.stream:
-            yield await self.run(contract, rows)
+            yield await self.run(contract, rows), True
             return
         with self.statistics[contract.name].measure(len(rows)):
             job = await self.start(query)
             try:
                 while not job.is_finished:
-                    for choice, events in await job.next():
-                        yield piece(contract, query, choice, events)
+                    taken = await job.next()
+                    for index, (choice, events) in enumerate(taken, 1):
+                        yield piece(contract, query, choice, events), job.is_finished and index == len(taken)
             finally:
                 job.close()

@@ -16,7 +16,7 @@ from phalanx.runtime.server.link.channel import FrontendChannel
 from phalanx.runtime.server.link.messages import Failed, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
-from phalanx.runtime.server.web.listener import answer_early, bind
+from phalanx.runtime.server.web.listener import answer_early, bind, free_port
 
 __all__ = ["Frontend"]
 
@@ -28,11 +28,15 @@ class Frontend:
 
     Attributes:
         url: where it listens.
+        grpc_port: where it serves gRPC; None = nowhere.
         channel: messages to and from it.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes], channel: FrontendChannel) -> None:
+    def __init__(
+        self, url: str, process: subprocess.Popen[bytes], channel: FrontendChannel, grpc_port: int | None = None
+    ) -> None:
         self.url = url
+        self.grpc_port = grpc_port
         self.channel = channel
         self._process = process
 
@@ -49,6 +53,8 @@ class Frontend:
             ConfigError: the port or the key file cannot be had.
         """
         read_api_keys(settings.api_key_file)
+        if settings.grpc_port is not None:
+            settings = msgspec.structs.replace(settings, grpc_port=free_port(settings.host, settings.grpc_port))
         listener = bind(settings.host, settings.port)
         url = _url(settings.host, listener.getsockname()[1])
         ours, theirs = socket.socketpair()
@@ -65,7 +71,7 @@ class Frontend:
         theirs.close()
         os.close(starting)
         answer_early(listener, started)
-        return cls(url, process, FrontendChannel(ours))
+        return cls(url, process, FrontendChannel(ours), settings.grpc_port)
 
     def tell_failed(self, reason: str) -> None:
         """Have every open request end with this error. May be called by any thread; waits for a moment at most."""

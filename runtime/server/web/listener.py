@@ -12,7 +12,7 @@ import threading
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["answer_early", "bind"]
+__all__ = ["answer_early", "bind", "free_port"]
 
 BACKLOG = 2048
 CLIENT_SECONDS = 0.5
@@ -50,6 +50,24 @@ def bind(host: str, port: int) -> socket.socket:
             "choose another with --port, or 0 for any free one"
         ) from None
     return listener
+
+
+def free_port(host: str, port: int) -> int:
+    """``port``, or any free one for 0, which another process can open now.
+
+    Raises:
+        ConfigError: it is in use, or not ours to open.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "ports go up to 65535"
+        raise ConfigError(
+            f"--grpc-port {port} on {host} cannot be opened: {reason}; choose another, or 0 for any free one"
+        ) from None
 
 
 def answer_early(listener: socket.socket, started: int) -> None:

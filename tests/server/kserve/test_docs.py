@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.servers import Server
+from tests.server.servers import Server, stub_server
 
 pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 
@@ -21,6 +21,7 @@ EXAMPLES = re.findall(r"```(bash|python)\n(.*?)```", DOCUMENT, re.DOTALL)
 
 def run(server: Server, command: list[str], example: str) -> list[str]:
     code = example.replace("localhost:8000", server.url.removeprefix("http://"))
+    code = code.replace("localhost:8001", f"127.0.0.1:{server.wait_for('GRPC').split()[1]}")
     done = subprocess.run([*command, code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -45,3 +46,10 @@ def test_curl_examples(server: Server) -> None:
 def test_the_http_client_example(server: Server) -> None:
     (example,) = examples("python", "tritonclient.http")
     assert run(server, [sys.executable, "-c"], example) == ["def main(def main"]
+
+
+def test_the_grpc_client_example(model_directory: Path) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
+    (example,) = examples("python", "tritonclient.grpc")
+    with stub_server(model_directory, {"grpc_port": 0}) as server:
+        assert run(server, [sys.executable, "-c"], example) == ["def main(def main", "def main"]

@@ -1,0 +1,113 @@
+"""Triton's clients against a whole job of two ranks that serves the demo checkpoint; and how gRPC is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.server.jobs import Job, serve
+
+httpclient = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
+aiohttp = pytest.importorskip("tritonclient.http.aio", reason="aiohttp is not installed")
+aiogrpc = pytest.importorskip("tritonclient.grpc.aio", reason="tritonclient[grpc] is not installed")
+
+PROMPT = "def main("
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[Job]:
+    with serve(2, "--grpc-port", "0") as running:
+        yield running
+
+
+def grpc_address(job: Job) -> str:
+    return job.server.lines_with("gRPC on ")[0].split()[-1]
+
+
+def http_address(job: Job) -> str:
+    return job.server.url.removeprefix("http://")
+
+
+def expected(job: Job) -> str:
+    """What the OpenAI door answers, prompt included."""
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "echo": True}
+    return str(job.server.post("/v1/completions", body).json["choices"][0]["text"])
+
+
+def inputs(kind: Any) -> list[Any]:
+    text = kind.InferInput("text_input", [1, 1], "BYTES")
+    text.set_data_from_numpy(np.array([[PROMPT]], object))
+    count = kind.InferInput("max_tokens", [1, 1], "INT32")
+    count.set_data_from_numpy(np.array([[8]], np.int32))
+    return [text, count]
+
+
+def first_text(result: Any) -> str:
+    return str(result.as_numpy("text_output")[0].decode())
+
+
+def test_the_published_client_of_the_tensorrt_llm_backend(job: Job) -> None:
+    """Its inputs, types and shapes: UINT32 lengths, and empty words for none."""
+
+    def prepare_tensor(name: str, array: Any) -> Any:
+        made = httpclient.InferInput(name, array.shape, httpclient_type(array.dtype))
+        made.set_data_from_numpy(array)
+        return made
+
+    from tritonclient.utils import np_to_triton_dtype as httpclient_type
+
+    request = [
+        prepare_tensor("text_input", np.array([[PROMPT]]).astype(object)),
+        prepare_tensor("max_tokens", np.array([[8]]).astype(np.uint32)),
+        prepare_tensor("bad_words", np.array([[""]], dtype=object)),
+        prepare_tensor("stop_words", np.array([[""]], dtype=object)),
+    ]
+    with httpclient.InferenceServerClient(http_address(job)) as client:
+        assert first_text(client.infer("ensemble", request)) == expected(job)
+
+
+def test_http_and_grpc_agree_with_the_openai_door(job: Job) -> None:
+    with httpclient.InferenceServerClient(http_address(job)) as client:
+        assert first_text(client.infer("ensemble", inputs(httpclient))) == expected(job)
+    with grpcclient.InferenceServerClient(grpc_address(job)) as client:
+        assert first_text(client.infer("ensemble", inputs(grpcclient))) == expected(job)
+
+
+def test_the_asynchronous_clients(job: Job) -> None:
+    async def ask() -> list[str]:
+        async with aiohttp.InferenceServerClient(http_address(job)) as client:
+            over_http = await client.infer("ensemble", inputs(httpclient))
+        async with aiogrpc.InferenceServerClient(grpc_address(job)) as client:
+            over_grpc = await client.infer("ensemble", inputs(grpcclient))
+        return [first_text(over_http), first_text(over_grpc)]
+
+    assert asyncio.run(ask()) == [expected(job)] * 2
+
+
+def test_a_grpc_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with serve(0, "--grpc-port", str(port), wait_for="") as refused:
+            status, text = refused.server.wait()
+    assert status == 2
+    assert f"--grpc-port {port} on 127.0.0.1 cannot be opened: Address already in use" in text
+
+
+def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch import serve as command
+    from phalanx.parallel.errors import ConfigError
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    arguments = command.build_parser().parse_args(["--grpc-port", "9001"])
+    with pytest.raises(ConfigError, match=r"pip install 'tritonclient\[grpc\]'"):
+        command._grpc_port(arguments)
+    assert command._grpc_port(command.build_parser().parse_args([])) is None
+    assert "serving without gRPC: --grpc-port 8001 needs grpcio" in capsys.readouterr().err
