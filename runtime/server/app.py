@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -27,16 +26,10 @@ from phalanx.runtime.server.openai.parsing import ApiGeneration, conversation, p
 from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
+from phalanx.runtime.server.web.page import page_response
 
 __all__ = ["build_app"]
 
-PAGE = Path(__file__).parent / "web" / "page.html"
-PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; img-src data:",
-    "cache-control": "no-cache",
-}
-"""The page is one file and asks nobody but this server."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -79,7 +72,7 @@ class Routes:
 
     async def page(self, request: Request) -> Response:
         """A page to try the model and watch the server."""
-        return Response(PAGE.read_bytes(), media_type="text/html", headers=PAGE_HEADERS)
+        return page_response()
 
     async def health(self, request: Request) -> Response:
         """200 while steps make progress, or the engine is idle, and every rank answers."""
