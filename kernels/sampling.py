@@ -21,7 +21,16 @@ from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name, vector
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["MAX_TOP", "RowParameters", "local_argmax", "log_probabilities", "merge_argmax", "num_splits", "sample_rows"]
+__all__ = [
+    "MAX_TOP",
+    "RowParameters",
+    "bias_logits",
+    "local_argmax",
+    "log_probabilities",
+    "merge_argmax",
+    "num_splits",
+    "sample_rows",
+]
 
 MAX_TOP = 1024
 """Most alternatives that ``log_probabilities`` reports a row."""
@@ -30,6 +39,8 @@ _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128
 _ROW_THREADS = 512
 _BLOCKS_PER_MULTIPROCESSOR = 4
+_BIAS_THREADS = 256
+_BIAS_SLICE = 8192  # columns of a block
 _CLUSTERS = (8, 2)
 _ROWS_PER_MULTIPROCESSOR = 2  # blocks of _ROW_THREADS that are resident at once
 
@@ -42,7 +53,7 @@ class RowParameters:
         records: [S, W] int32, the bits of one admission record a row.
         positions: [S] int32, of the token to be sampled: what makes the noise new at every step.
         struct: the members of a record in CUDA C. The kernels use ``temperature`` (0 = greedy), ``seed_low``, ``seed_high``,
-            ``top_k`` (0 = all tokens), ``top_p`` (1 = all tokens) and ``min_p`` (0 = all tokens).
+            ``top_k`` (0 = all tokens), ``top_p`` (1 = all tokens), ``min_p`` (0 = all tokens), ``seq_index`` and ``num_biases``.
     """
 
     records: Array
@@ -53,6 +64,33 @@ class RowParameters:
         """Raise ExecutorError unless there are ``num_rows`` records and positions."""
         require("records", self.records, (num_rows, self.records.shape[1]), "int32")
         require("positions", self.positions, (num_rows,), "int32")
+
+
+def bias_logits(
+    library: Library, logits: Array, parameters: RowParameters, biases: Array, out: Array, *, vocab_start: int
+) -> None:
+    """``out`` = ``logits`` with the token biases of each row's sequence that are still in force.
+
+    logits [S, V_local] are those of tokens from ``vocab_start`` on; biases [sequences, N, 3] int32, the bits of token, bias
+    and first position without it, of which a record's ``num_biases`` count; out [S, V_local] float32.
+    """
+    num_rows, part_size = logits.shape
+    require("logits", logits, (num_rows, part_size), logits)
+    require("biases", biases, (*biases.shape[:2], 3), "int32")
+    require("out", out, (num_rows, part_size), "float32")
+    parameters.check(num_rows)
+    kernel = library.function(
+        "bias_logits",
+        "bias_logits",
+        SCALAR=scalar_name(logits),
+        VEC=vector_width(logits, part_size),
+        NUM_THREADS=_BIAS_THREADS,
+        SLICE=_BIAS_SLICE,
+        SAMPLING_STRUCT=parameters.struct,
+    )
+    sizes = (np.int32(part_size), np.int32(vocab_start), np.int32(biases.shape[1]))
+    rows = (parameters.records, parameters.positions)
+    kernel((ceil_div(part_size, _BIAS_SLICE), num_rows), (_BIAS_THREADS,), (logits, *rows, biases, out, *sizes))
 
 
 def num_splits(library: Library, num_rows: int, part_size: int) -> int:

@@ -4,7 +4,7 @@
 //
 // The plan is int32 words in the layout of phalanx.runtime.step.STEP_LAYOUT, from which the defines AT_* (index of a header
 // word) and *_WORDS (words of an entry) are made; phalanx.runtime.step.StepPlan says what its parts mean.
-// apply_plan (one block): block tables and sampling parameters take over the plan's changes;
+// apply_plan (one block): block tables, sampling parameters and token biases take over the plan's changes;
 //     cu_seqlens [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = the plan's rows that sample, then those that score, then -1;
 //     and for each of these rows: row_seq_indices, row_positions = sequence and position of the token to sample (-1 where
@@ -21,7 +21,7 @@
 //     sequence that sample are neighbours.
 // Reference: StepPlan.cu_seqlens, positions, sampling_seqs, sampled_positions and BatchState.apply in NumPy, exactly.
 
-static_assert(NEW_BLOCKS_WORDS == 4 && COPIES_WORDS == 3, "entries of phalanx.runtime.step.STEP_LAYOUT");
+static_assert(NEW_BLOCKS_WORDS == 4 && COPIES_WORDS == 3 && BIASES_WORDS == 5, "entries of phalanx.runtime.step.STEP_LAYOUT");
 
 // What the samplers read, one element for each row with logits; `sampling` has ADMISSIONS_WORDS of them.
 struct Rows {
@@ -82,10 +82,10 @@ __device__ __forceinline__ void fill_row(const Rows& rows, int at, int position,
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* cu_seqlens, int* __restrict__ seq_lens,
+apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ biases, int* cu_seqlens, int* __restrict__ seq_lens,
            int* __restrict__ seq_indices, int* __restrict__ num_seqs_and_decodes, int* __restrict__ logit_rows,
            int* row_seq_indices, int* row_positions, int* row_targets, int* row_sampling, int max_num_seqs,
-           int max_blocks_per_seq, int num_logit_rows) {
+           int max_blocks_per_seq, int max_biases, int num_logit_rows) {
     const Plan plan = {words};
     const int num_seqs = plan.number(AT_NUM_SEQS), num_decodes = plan.number(AT_NUM_DECODES);
     const Rows outputs = {row_seq_indices, row_positions, row_targets, row_sampling};
@@ -97,6 +97,12 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
     for (int i = threadIdx.x; i < plan.number(AT_NUM_ADMISSIONS) * ADMISSIONS_WORDS; i += NUM_THREADS) {
         const int* admission = plan.section(AT_ADMISSIONS_AT) + i / ADMISSIONS_WORDS * ADMISSIONS_WORDS;
         sampling[admission[0] * ADMISSIONS_WORDS + i % ADMISSIONS_WORDS] = admission[i % ADMISSIONS_WORDS];
+    }
+    for (int i = threadIdx.x; i < plan.number(AT_NUM_BIASES); i += NUM_THREADS) {
+        const int* entry = plan.section(AT_BIASES_AT) + BIASES_WORDS * i;  // sequence, index, and the bias's three words
+        int* const bias = biases + 3 * (static_cast<long long>(entry[0]) * max_biases + entry[1]);
+#pragma unroll
+        for (int word = 0; word < 3; ++word) bias[word] = entry[2 + word];
     }
 
     const int* const starts = plan.section(AT_STARTS_AT);

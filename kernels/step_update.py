@@ -38,6 +38,7 @@ class StepArrays:
         plan: ``[W]`` the packed plan of the step.
         block_tables: ``[max_num_seqs, blocks per sequence]`` block ids.
         sampling: ``[max_num_seqs, A]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
+        biases: ``[max_num_seqs, N, 3]`` token biases, bits of `phalanx.runtime.step.TOKEN_BIAS`.
         last_tokens: ``[max_num_seqs]`` what each sequence sampled last.
         cu_seqlens: ``[S + 1]`` first row of each sequence.
         seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
@@ -52,6 +53,7 @@ class StepArrays:
     plan: DeviceArray
     block_tables: DeviceArray
     sampling: DeviceArray
+    biases: DeviceArray
     last_tokens: DeviceArray
     cu_seqlens: DeviceArray
     seq_lens: DeviceArray
@@ -77,6 +79,7 @@ class StepArrays:
         max_blocks_per_seq: int,
         max_plan_words: int,
         admission_words: int,
+        max_biases: int,
     ) -> StepArrays:
         """Take every array from ``array(name, shape, dtype)``, for example an arena's method."""
         seqs, tokens, rows = (max_num_seqs,), (max_num_tokens,), (max_logit_rows,)
@@ -84,6 +87,7 @@ class StepArrays:
             "plan": (max_plan_words,),
             "block_tables": (max_num_seqs, max_blocks_per_seq),
             "sampling": (max_num_seqs, admission_words),
+            "biases": (max_num_seqs, max_biases, 3),
             "last_tokens": seqs,
             "cu_seqlens": (max_num_seqs + 1,),
             "seq_lens": seqs,
@@ -119,9 +123,10 @@ class StepKernels:
             (1,),
             (_NUM_THREADS,),
             (
-                arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices,
-                arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions,
-                arrays.row_targets, arrays.row_sampling, max_num_seqs, max_blocks_per_seq, np.int32(num_logit_rows),
+                arrays.plan, arrays.block_tables, arrays.sampling, arrays.biases, arrays.cu_seqlens, arrays.seq_lens,
+                arrays.seq_indices, arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions,
+                arrays.row_targets, arrays.row_sampling, max_num_seqs, max_blocks_per_seq,
+                np.int32(arrays.biases.shape[1]), np.int32(num_logit_rows),
             ),
         )  # fmt: skip
         self._kernel("fill_tokens")(

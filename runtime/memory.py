@@ -21,6 +21,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
 
 __all__ = [
+    "BIASED_ROWS",
     "DTYPE_BYTES",
     "LOGIT_ROWS",
     "RESERVE_BYTES",
@@ -40,6 +41,9 @@ WEIGHT_PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 LOGIT_ROWS = 256
 """Rows of logits that are scored, or gathered from all tensor-parallel ranks, at once; bounds memory at large vocabularies."""
+
+BIASED_ROWS = 32
+"""Rows whose logits are copied at once to add token biases; in float32, and gathered like others."""
 
 RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
@@ -170,6 +174,8 @@ def workspace_bytes(
     logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]
+    if place.is_last_stage:
+        logit_rows += -(-BIASED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
 
     def of_layer(layer: int) -> int:

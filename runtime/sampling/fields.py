@@ -109,7 +109,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField("stop_token_ids", (), TokenIds(most=64), {"openai": "stop_token_ids"}),
     SamplingField("ignore_eos", False, Flag(), {"openai": "ignore_eos"}, ("", "generate past the end token")),
     SamplingField(
-        "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end counts before this many tokens")
+        "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end before this many tokens")
     ),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
@@ -127,9 +127,11 @@ _DEVICE_FIELDS = tuple((field, field.device) for field in SAMPLING_FIELDS if fie
 DEVICE_COLUMNS: tuple[tuple[str, str], ...] = (
     ("seq_index", "<i4"),
     *((device.name, device.format) for _, device in _DEVICE_FIELDS),
+    ("num_biases", "<i4"),
     ("seed", "<u8"),
 )
-"""The admission record: names and NumPy types. A sequence's seed is always there, drawn where the request has none."""
+"""The admission record: names and NumPy types. Always there: how many token biases the sequence has (`sampling.biases`), and
+its seed, drawn where the request has none."""
 
 _C_DECLARATIONS = {
     "<i4": "int {0};",
@@ -142,7 +144,7 @@ SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format
 
 
 def device_values(params: SamplingParams, vocab_size: int) -> tuple[Any, ...]:
-    """The columns of an admission record between the sequence's index and its seed."""
+    """The columns of an admission record between the sequence's index and its number of biases."""
     return tuple(
         value if device.encode is None else device.encode(value, vocab_size)
         for field, device in _DEVICE_FIELDS
@@ -195,7 +197,7 @@ class SamplingParams:
         stop: texts that end the generation; left out of the text unless ``include_stop``.
         stop_token_ids: tokens that end it, besides the model's own end tokens.
         ignore_eos: generate past the model's end tokens.
-        min_tokens: no end token counts before this many tokens.
+        min_tokens: no end token is chosen, and no stop text counts, before this many tokens.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.

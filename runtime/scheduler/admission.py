@@ -9,12 +9,13 @@ import numpy as np
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
+from phalanx.runtime.sampling.biases import token_biases
 from phalanx.runtime.sampling.fields import device_values
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
 
-__all__ = ["admission_row", "make_sequence"]
+__all__ = ["admission_row", "bias_rows", "make_sequence"]
 
 
 def make_sequence(request: Request, number: int, config: SchedulerConfig, cache: CachePlanner) -> Sequence:
@@ -26,19 +27,27 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
     params = request.params
     token_ids = _prompt_array(request, config.vocab_size)
     _check_length(len(token_ids), params.max_tokens, config, cache)
+    end_token_ids = _end_token_ids(request, config)
     return Sequence(
         number,
         request,
         token_ids,
         seed=split_mix64(config.seed, number + 1) if params.seed is None else params.seed % 2**64,
-        end_token_ids=_end_token_ids(request, config),
+        end_token_ids=end_token_ids,
+        biases=token_biases(params, len(token_ids), end_token_ids),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
     )
 
 
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
-    return (seq_index, *device_values(sequence.request.params, vocab_size), sequence.seed)
+    values = device_values(sequence.request.params, vocab_size)
+    return (seq_index, *values, len(sequence.biases), sequence.seed)
+
+
+def bias_rows(sequence: Sequence, seq_index: int) -> list[tuple[Any, ...]]:
+    """The `TOKEN_BIAS_ENTRY` rows of a sequence; the same whenever it is admitted again."""
+    return [(seq_index, index, bias) for index, bias in enumerate(sequence.biases)]
 
 
 def _prompt_array(request: Request, vocab_size: int) -> Int32Array:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.scheduler.running_set import Selection
 from phalanx.runtime.scheduler.sequences import Int32Array, Int64Array, SeqIndexArray, SequenceTable
-from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, RowKind, StepPlan
+from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, TOKEN_BIAS_ENTRY, RowKind, StepPlan
 
 __all__ = ["CacheChanges", "PlannedStep", "ScoredSpan", "build_plan"]
 
@@ -69,6 +69,7 @@ def build_plan(
         new_blocks=changes.new_blocks,
         copies=changes.copies,
         admissions=np.array(selection.admissions, ADMISSION),
+        biases=np.array(selection.biases, TOKEN_BIAS_ENTRY),
         num_alternatives=max((_num_alternatives(table, span) for _, span in scored), default=0),
     )
     sampling_indices = seq_indices[sampling]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.runtime.kv_cache import CachePlanner
-from phalanx.runtime.scheduler.admission import admission_row
+from phalanx.runtime.scheduler.admission import admission_row, bias_rows
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.scheduler.sequences import PromptGroup, SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig
@@ -25,11 +25,13 @@ class Selection:
         decodes: ``[S]`` sequences that compute one token.
         chunks: (seq_index, tokens) of prompts, and of what is computed again after a preemption.
         admissions: rows of `ADMISSION` for sequences that start.
+        biases: rows of `TOKEN_BIAS_ENTRY` for them.
     """
 
     decodes: SeqIndexArray
     chunks: list[tuple[int, int]] = field(default_factory=list)
     admissions: list[tuple[Any, ...]] = field(default_factory=list)
+    biases: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +74,9 @@ class RunningSet:
         if self._config.step_times is not None and self._is_full(num_in_flight):
             return Selection(np.empty(0, np.intp))
         selection = Selection(self._choose_decodes())
-        selection.admissions += [self._admission(heir) for heir in self._heirs if heir.seq_index >= 0]
+        for heir in self._heirs:
+            if heir.seq_index >= 0:
+                self._add_admission(selection, heir)
         self._add_chunks(selection)
         self._admit(selection)
         if selection.num_tokens:
@@ -187,14 +191,15 @@ class RunningSet:
             self._table.add(sequence, num_cached)
             count = min(sequence.num_to_compute - num_cached, budget)
             selection.chunks.append((sequence.seq_index, count))
-            selection.admissions.append(self._admission(sequence))
+            self._add_admission(selection, sequence)
             budget -= count
             num_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
         for sequence in started:
             self._waiting.discard(sequence)
 
-    def _admission(self, sequence: Sequence) -> tuple[Any, ...]:
-        return admission_row(sequence, sequence.seq_index, self._config.vocab_size)
+    def _add_admission(self, selection: Selection, sequence: Sequence) -> None:
+        selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
+        selection.biases += bias_rows(sequence, sequence.seq_index)
 
     def _waits_for_prompt(self, sequence: Sequence) -> bool:
         leader = sequence.leader

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob, Request
+from phalanx.runtime.sampling.biases import TokenBias
 
 __all__ = ["PromptGroup", "SeqIndexArray", "Sequence", "SequenceTable"]
 
@@ -41,6 +42,7 @@ class Sequence:
         token_ids: prompt, and after a preemption what was generated until then.
         seed: of its sampling noise.
         end_token_ids: tokens that end it.
+        biases: its token biases.
         keys: prefix keys of the full blocks of known tokens.
         seq_index: row of `SequenceTable`; -1 while it waits.
         num_cached_tokens: prompt tokens that its first admission found in the cache.
@@ -54,6 +56,7 @@ class Sequence:
     token_ids: Int32Array
     seed: int
     end_token_ids: tuple[int, ...]
+    biases: list[TokenBias] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     seq_index: int = -1
     num_cached_tokens: int = -1
@@ -105,7 +108,7 @@ class SequenceTable:
         num_computed: positions that plans cover, those in flight included.
         num_pending: sampled tokens in flight.
         num_prompt, target_length: see `Sequence`.
-        min_length: no end token num_scheduled_tokens up to this length.
+        min_length: no end token counts up to this length.
         end_ids: ``[W, max_num_seqs]`` tokens that end the sequence.
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.runtime.step.layout import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, RowKind
+from phalanx.runtime.step.layout import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, TOKEN_BIAS, TOKEN_BIAS_ENTRY, RowKind
 from phalanx.runtime.step.limits import StepLimits
 from phalanx.runtime.step.plan import StepPlan
 from phalanx.runtime.step.result import StepResult
@@ -12,6 +12,8 @@ __all__ = [
     "ADMISSION",
     "PENDING_TOKEN",
     "STEP_LAYOUT",
+    "TOKEN_BIAS",
+    "TOKEN_BIAS_ENTRY",
     "BatchState",
     "RowKind",
     "StepLimits",

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.sampling.fields import DEVICE_COLUMNS
 
-__all__ = ["ADMISSION", "PENDING_TOKEN", "STEP_LAYOUT", "Int32Array", "RowKind", "Section", "StepLayout"]
+__all__ = [
+    "ADMISSION",
+    "PENDING_TOKEN",
+    "STEP_LAYOUT",
+    "TOKEN_BIAS",
+    "TOKEN_BIAS_ENTRY",
+    "Int32Array",
+    "RowKind",
+    "Section",
+    "StepLayout",
+]
 
 Int32Array = NDArray[np.int32]
 
@@ -24,7 +34,13 @@ PENDING_TOKEN = -1
 
 ADMISSION = np.dtype(list(DEVICE_COLUMNS))
 """Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; num_logprobs -1 = none, 0 = the chosen token
-only."""
+only; num_biases entries of the sequence's list of token biases count."""
+
+TOKEN_BIAS = np.dtype([("token", "<i4"), ("bias", "<f4"), ("until", "<i4")])
+"""A number added to one token's logit while the position to be sampled is below ``until``. See `sampling.biases`."""
+
+TOKEN_BIAS_ENTRY = np.dtype([("seq_index", "<i4"), ("index", "<i4"), ("bias", TOKEN_BIAS)])
+"""A `TOKEN_BIAS` and where it goes: which sequence, and which place in its list."""
 
 
 class RowKind(IntEnum):
@@ -112,6 +128,7 @@ STEP_LAYOUT = StepLayout(
         Section("new_blocks", "num_new_blocks", 4),
         Section("copies", "num_copies", 3),
         Section("admissions", "num_admissions", ADMISSION.itemsize // 4),
+        Section("biases", "num_biases", TOKEN_BIAS_ENTRY.itemsize // 4),
     ),
 )
 """The layout of `StepPlan`, whose attributes say what the sections hold."""

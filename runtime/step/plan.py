@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.runtime.step.layout import ADMISSION, STEP_LAYOUT, Int32Array, RowKind
+from phalanx.runtime.step.layout import ADMISSION, STEP_LAYOUT, TOKEN_BIAS_ENTRY, Int32Array, RowKind
 
 __all__ = ["StepPlan"]
 
 _NO_BLOCKS, _NO_COPIES = np.empty((0, 4), np.int32), np.empty((0, 3), np.int32)
-_NO_ADMISSIONS = np.empty(0, ADMISSION)
+_NO_ADMISSIONS, _NO_BIASES = np.empty(0, ADMISSION), np.empty(0, TOKEN_BIAS_ENTRY)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +43,7 @@ class StepPlan:
         copies: ``[K, 3]`` (cache group, from block, to block), copied in all layers before the step. No block is both
             source and destination, and a destination occurs once.
         admissions: ``[A]`` of `ADMISSION`, applied before the step.
+        biases: ``[N]`` of `TOKEN_BIAS_ENTRY`, token biases of admitted sequences, applied before the step.
     """
 
     words: Int32Array
@@ -60,6 +61,7 @@ class StepPlan:
     new_blocks: Int32Array
     copies: Int32Array
     admissions: NDArray[np.void]
+    biases: NDArray[np.void]
 
     @classmethod
     def pack(
@@ -76,6 +78,7 @@ class StepPlan:
         new_blocks: Int32Array = _NO_BLOCKS,
         copies: Int32Array = _NO_COPIES,
         admissions: NDArray[np.void] = _NO_ADMISSIONS,
+        biases: NDArray[np.void] = _NO_BIASES,
         pass_id: int = 0,
         num_alternatives: int = 0,
     ) -> StepPlan:
@@ -86,7 +89,7 @@ class StepPlan:
             seq_indices, starts, num_scheduled_tokens, token_ids, rows,
             np.zeros(num_rows, np.int32) if kinds is None else kinds,
             np.full(num_rows, -1, np.int32) if targets is None else targets,
-            new_blocks, copies, admissions,
+            new_blocks, copies, admissions, biases,
         )  # fmt: skip
         return cls.unpack(STEP_LAYOUT.pack((step_id, pass_id, num_decodes, num_alternatives), tables))
 
@@ -94,12 +97,12 @@ class StepPlan:
     def unpack(cls, words: Int32Array) -> StepPlan:
         """Read a packed plan; the result aliases ``words``."""
         (step_id, pass_id, num_decodes, num_alternatives, *_), tables = STEP_LAYOUT.unpack(words)
-        seq_indices, starts, num_scheduled_tokens, token_ids, rows, kinds, targets, new_blocks, copies, admissions = (
-            tables
-        )
+        seq_indices, starts, num_scheduled_tokens, token_ids, rows, kinds, targets, *changes = tables
+        new_blocks, copies, admissions, biases = changes
         return cls(
             words, step_id, pass_id, num_decodes, num_alternatives, seq_indices, starts, num_scheduled_tokens, token_ids,
             rows, kinds, targets, new_blocks.reshape(-1, 4), copies.reshape(-1, 3), admissions.view(ADMISSION),
+            biases.view(TOKEN_BIAS_ENTRY),
         )  # fmt: skip
 
     @property

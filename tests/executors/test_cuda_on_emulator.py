@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import defaultdict
@@ -108,6 +109,22 @@ def test_sampled_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path
         expected = generate(directory, 1, 1, prompts, params, engine="numpy")
         outputs = generate(directory, tp, pp, prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_tokens_with_biases_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path, device: None) -> None:
+    case = CASES_BY_NAME["llama-grouped-heads"]
+    directory = write_checkpoint(case, tmp_path)
+    prompt = prompt_token_ids(case)
+    prompts = [prompt, prompt[:7], prompt[3:4], prompt[5:], prompt[2:9]]
+    plain = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    ends = generate(directory, 1, 1, prompts, plain, engine="numpy")[0].token_ids
+    for fields in ({"logprobs": 2}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.9, "seed": 3, "top_k": 9}):
+        params = dataclasses.replace(plain, min_tokens=5, stop_token_ids=ends, **fields)
+        expected = generate(directory, 1, 1, prompts, params, engine="numpy")
+        outputs = generate(directory, tp, pp, prompts, params)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+        assert not set(ends) & {token for output in outputs for token in output.token_ids[:5]}
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 2)])

@@ -63,7 +63,7 @@ def prefill(*rows: int, kinds: RowKind = RowKind.SAMPLE, num_logprobs: int = 2) 
     return StepPlan.pack(
         0, int32(0), int32(0), int32(len(PROMPT)), PROMPT, int32(*rows), np.full(len(rows), kinds, np.int32), targets,
         new_blocks=int32(0, 0, 0, 5, 0, 0, 1, 3).reshape(-1, 4),
-        admissions=np.array([(0, 0.0, 0, 1.0, 0.0, num_logprobs, 0)], ADMISSION), num_alternatives=2,
+        admissions=np.array([(0, 0.0, 0, 1.0, 0.0, num_logprobs, 0, 0)], ADMISSION), num_alternatives=2,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_a_copied_block_holds_what_its_source_held(checkpoint: Path, engine: str
         fork = StepPlan.pack(
             1, int32(0, 1), int32(21, 21), int32(1, 1), int32(11, 12), int32(0, 1),
             new_blocks=int32(0, 1, 0, 5, 0, 1, 1, 7).reshape(-1, 4), copies=int32(0, 3, 7).reshape(-1, 3),
-            admissions=np.array([(1, 0.0, 0, 1.0, 0.0, 2, 0)], ADMISSION),
+            admissions=np.array([(1, 0.0, 0, 1.0, 0.0, 2, 0, 0)], ADMISSION),
         )  # fmt: skip
         forked = run(executor, fork)
         expected = []

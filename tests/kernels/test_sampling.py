@@ -5,6 +5,7 @@ import pytest
 
 from phalanx.kernels.sampling import (
     RowParameters,
+    bias_logits,
     local_argmax,
     log_probabilities,
     merge_argmax,
@@ -13,7 +14,7 @@ from phalanx.kernels.sampling import (
 )
 from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
-from phalanx.runtime.step import ADMISSION
+from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 
 from .devices import DTYPES
 
@@ -85,6 +86,32 @@ def parameters(device, rows):
     positions = np.array([row[-1] for row in rows], np.int32)
     words = records.view(np.int32).reshape(len(rows), -1)
     return RowParameters(device.put(words), device.put(positions), SAMPLING_STRUCT)
+
+
+@pytest.mark.parametrize("part_size", [1003, 8208, 20000])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_normal, dtype, part_size):
+    logits, vocab_start = random_normal(dtype, 4, part_size), 500
+    last = vocab_start + part_size - 1
+    biases = np.zeros((3, 5), TOKEN_BIAS)
+    biases[1] = [(499, 1, 99), (500, 2.5, 99), (last, -1e30, 8), (last + 1, 1, 99), (700, 4, 99)]
+    biases[2, :3] = [(600, -100, 7), (600, -1e30, 8), (600, 7, 6)]
+    records = np.zeros(4, ADMISSION)
+    records["seq_index"], records["num_biases"], positions = (
+        [1, 0, 2, 1],
+        [4, 0, 3, 5],
+        np.array([7, 7, 7, 8], np.int32),
+    )
+    expected = logits.astype(np.float32)
+    expected[[0, 3], 0] += np.float32(2.5)
+    expected[0, -1] += np.float32(-1e30)
+    expected[2, 100] += np.float32(-1e30)
+    expected[3, 200] += np.float32(4)
+    rows = RowParameters(device.put(records.view(np.int32).reshape(4, -1)), device.put(positions), SAMPLING_STRUCT)
+    out = device.poisoned(logits.shape, np.float32)
+    words = device.put(biases.view(np.int32).reshape(3, 5, 3))
+    bias_logits(device.library, device.put(logits), rows, words, out, vocab_start=vocab_start)
+    np.testing.assert_array_equal(device.get(out), expected)
 
 
 def padded_parts(logits, num_parts, part_size):

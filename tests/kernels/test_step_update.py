@@ -3,9 +3,10 @@ import pytest
 
 from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.errors import ExecutorError
-from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, BatchState, RowKind, StepPlan
+from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, TOKEN_BIAS_ENTRY, BatchState, RowKind, StepPlan
 
 BLOCK_SIZE, SEQS, BLOCKS_PER_SEQ, TOKENS = 4, 9, 6, 40
+MAX_BIASES = 3
 
 
 def step_kernels(device, max_num_seqs=SEQS, max_num_tokens=TOKENS, max_blocks_per_seq=BLOCKS_PER_SEQ) -> StepKernels:
@@ -18,15 +19,24 @@ def step_kernels(device, max_num_seqs=SEQS, max_num_tokens=TOKENS, max_blocks_pe
         max_blocks_per_seq=max_blocks_per_seq,
         max_plan_words=STEP_LAYOUT.most_words(
             num_seqs=max_num_seqs, num_tokens=max_num_tokens, num_rows=rows, num_new_blocks=rows,
-            num_copies=max_num_seqs, num_admissions=max_num_seqs,
+            num_copies=max_num_seqs, num_admissions=max_num_seqs, num_biases=max_num_seqs * MAX_BIASES,
         ),
-        admission_words=ADMISSION.itemsize // 4,
+        admission_words=ADMISSION.itemsize // 4, max_biases=MAX_BIASES,
     )  # fmt: skip
     return StepKernels(device.library, arrays, BLOCK_SIZE, STEP_LAYOUT.defines)
 
 
 def admission(seq_index: int, **values: float) -> tuple[object, ...]:
-    row = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_logprobs": -1, "seed": 0, **values}
+    row = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "num_logprobs": -1,
+        "num_biases": 0,
+        "seed": 0,
+        **values,
+    }
     return (seq_index, *row.values())
 
 
@@ -95,6 +105,23 @@ def test_rows_carry_their_sequences_sampling_parameters(device):
     np.testing.assert_array_equal(records["temperature"], np.float32([2, 0, 0.5, 0.5, 0, 0, 0]))
     np.testing.assert_array_equal(records[[0, 2, 3]], plan.admissions[[1, 0, 0]])
     np.testing.assert_array_equal(records[[1, 4, 5, 6]], np.zeros(4, ADMISSION))
+
+
+def test_token_biases_of_admitted_sequences_replace_those_of_earlier_ones(device):
+    plan, state, step = mixed_plan(), BatchState.empty(SEQS, BLOCKS_PER_SEQ), step_kernels(device)
+    for tokens in ((5, 6, 7), (8, 9)):
+        entries = [(2, index, (token, -0.5 * token, 10 + token)) for index, token in enumerate(tokens)]
+        entries += [(8, 0, (tokens[0], 1.0, 3))]
+        plan = StepPlan.pack(
+            3, plan.seq_indices, plan.starts, plan.num_scheduled_tokens, plan.token_ids, plan.rows[:4],
+            biases=np.array(entries, TOKEN_BIAS_ENTRY),
+        )  # fmt: skip
+        arrays = load(device, step, plan)
+        step.update(TOKENS, 7)
+        state.apply(plan)
+        expected = state.biases[:, :MAX_BIASES].copy().view(np.int32).reshape(SEQS, MAX_BIASES, 3)
+        np.testing.assert_array_equal(device.get(arrays.biases), expected)
+    assert state.biases["token"][2, :4].tolist() == [8, 9, 7, 0]
 
 
 def test_last_sampled_tokens_reach_their_sequences_and_scored_rows_get_their_targets(device):

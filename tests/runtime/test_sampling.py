@@ -14,7 +14,7 @@ NUM_DRAWS = 4_000
 def params(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
 ) -> np.ndarray:
-    return np.array([(0, temperature, top_k, top_p, min_p, -1, seed)], ADMISSION)
+    return np.array([(0, temperature, top_k, top_p, min_p, -1, 0, seed)], ADMISSION)
 
 
 def draw(logits: np.ndarray, **fields: float) -> np.ndarray:

@@ -82,7 +82,7 @@ def test_a_float_without_a_fraction_is_a_whole_number(value: Any) -> None:
     "value", [1e-5 - 1e-9, 1e-9, 1e-30, 3e-38, 1e-38, 1e-39, 1e-42, 1.4e-45, 1e-60, 5e-324, 0.0, -0.0]
 )
 def test_temperatures_next_to_zero_are_greedy(value: float) -> None:
-    record = np.array([(0, *device_values(SamplingParams(temperature=value), 100), 1)], ADMISSION)
+    record = np.array([(0, *device_values(SamplingParams(temperature=value), 100), 0, 1)], ADMISSION)
     assert record["temperature"] == 0
 
 
@@ -135,5 +135,5 @@ def test_the_struct_in_c_has_the_words_of_the_record() -> None:
      ({"top_p": 0.0}, True), ({"min_p": 0.1}, True), ({"top_k": 5, "temperature": 0.0}, False), ({"logprobs": 3}, False)],
 )  # fmt: skip
 def test_which_records_need_a_whole_row_of_logits(fields: dict[str, Any], restricts: bool) -> None:
-    records = np.array([(0, *device_values(SamplingParams(**fields), 100), 1)] * 2, ADMISSION)
+    records = np.array([(0, *device_values(SamplingParams(**fields), 100), 0, 1)] * 2, ADMISSION)
     assert restricts_tokens(records).tolist() == [restricts, restricts]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, BatchState, RowKind, StepPlan, StepResult
+from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, TOKEN_BIAS_ENTRY, BatchState, RowKind, StepPlan, StepResult
 
 
 def int32(*values: int) -> np.ndarray:
@@ -32,13 +32,15 @@ def plans(draw: st.DrawFn) -> StepPlan:
     admissions = np.zeros(draw(st.integers(0, 2)), ADMISSION)
     admissions["seed"], admissions["seq_index"] = draw(st.integers(0, 2**64 - 1)), np.arange(len(admissions))
     admissions["num_logprobs"] = draw(st.integers(-1, 3))
+    biases = np.zeros(draw(st.integers(0, 3)), TOKEN_BIAS_ENTRY)
+    biases["bias"] = (7, draw(st.floats(-100, 100, width=32)), 9)
     new_blocks = np.arange(4 * num_blocks, dtype=np.int32).reshape(-1, 4) % 8
     new_blocks[:, 0] = 0
     return StepPlan.pack(
         draw(st.integers(0, 2**31 - 1)), int32(*seq_indices), int32(*starts), int32(*num_scheduled_tokens),
         np.arange(sum(num_scheduled_tokens), dtype=np.int32), int32(*itertools.chain(*rows)), int32(*kinds), int32(*kinds),
         new_blocks=new_blocks, copies=np.arange(3 * num_copies, dtype=np.int32).reshape(-1, 3), admissions=admissions,
-        pass_id=draw(st.integers(0, 2)), num_alternatives=draw(st.integers(0, 20)),
+        biases=biases, pass_id=draw(st.integers(0, 2)), num_alternatives=draw(st.integers(0, 20)),
     )  # fmt: skip
 
 
@@ -65,7 +67,15 @@ def test_layout_says_where_everything_lies() -> None:
     assert words[start : start + 3] == [7, 8, 9]
     start = words[at["AT_COPIES_AT"]]
     assert words[start : start + at["COPIES_WORDS"]] == [0, 4, 6]
-    sizes = {"num_seqs": 2, "num_tokens": 3, "num_rows": 2, "num_new_blocks": 0, "num_copies": 1, "num_admissions": 0}
+    sizes = {
+        "num_seqs": 2,
+        "num_tokens": 3,
+        "num_rows": 2,
+        "num_new_blocks": 0,
+        "num_copies": 1,
+        "num_admissions": 0,
+        "num_biases": 0,
+    }
     assert len(words) == STEP_LAYOUT.most_words(**sizes)
 
 
@@ -109,7 +119,7 @@ def test_result_survives_packing_and_has_the_announced_size(plan: StepPlan, coun
 
 def test_state_takes_over_blocks_and_parameters() -> None:
     state = BatchState.empty(4, 4)
-    admissions = np.array([(3, 0.5, 7, 0.9, 0.1, 2, 2**63 + 1)], ADMISSION)
+    admissions = np.array([(3, 0.5, 7, 0.9, 0.1, 2, 0, 2**63 + 1)], ADMISSION)
     state.apply(
         StepPlan.pack(
             0, int32(3), int32(0), int32(1), int32(9), int32(0),

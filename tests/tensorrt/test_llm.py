@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,9 @@ def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
     params = [
         SamplingParams(max_tokens=9, temperature=0.9 if index % 2 else 0.0, seed=index, logprobs=2)
         for index in range(len(prompts))
+    ]
+    params[::3] = [
+        dataclasses.replace(one, min_tokens=6, stop_token_ids=tuple(range(3, 60)), logprobs=None) for one in params[::3]
     ]
 
     def body(engine: str, comm: Communicator) -> list[tuple[list[int], str | None]]:

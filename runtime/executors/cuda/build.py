@@ -41,6 +41,7 @@ from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "select_device"]
@@ -202,6 +203,7 @@ def _stage(
         max_blocks_per_seq=limits.blocks_per_seq,
         max_plan_words=limits.max_plan_words,
         admission_words=ADMISSION.itemsize // 4,
+        max_biases=MAX_TOKEN_BIASES,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool, spec.kv_scales)

@@ -230,6 +230,7 @@ class CudaExecutor:
             num_logit_rows=num_logit_rows,
             has_prefill=plan.num_decodes < plan.num_seqs,
             filters=bool(restricts_tokens(sampling).any()),
+            biases=bool(sampling["num_biases"].any()),
             num_top=num_top if num_scored else -1,
         )
 

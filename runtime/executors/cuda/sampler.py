@@ -12,7 +12,7 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
-from phalanx.runtime.memory import LOGIT_ROWS
+from phalanx.runtime.memory import BIASED_ROWS, LOGIT_ROWS
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 
 __all__ = ["CudaSampler"]
@@ -37,12 +37,33 @@ class CudaSampler:
         self._library, self._vocabulary, self._vocab_size = library, vocabulary, vocab_size
         self._group, self._arrays, self._pool = group, arrays, pool
 
-    def choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
+    def choose(self, logits: DeviceArray, rows: range, filters: bool, biases: bool, token_ids: DeviceArray) -> None:
         """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32.
 
-        A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p.
+        A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p; ``biases``: some row
+        has token biases. ``logits`` stay as they are.
         *Collective.* Enqueues on the current stream; does not wait.
         """
+        if not biases:
+            self._choose(logits, rows, filters, token_ids)
+            return
+        for start in range(0, len(rows), BIASED_ROWS):
+            some = slice(start, min(start + BIASED_ROWS, len(rows)))
+            self._choose(self._biased(logits[some], rows[some]), rows[some], filters, token_ids[some])
+
+    def _biased(self, logits: DeviceArray, rows: range) -> DeviceArray:
+        biased = self._pool.array(logits.shape, "float32")
+        sampling.bias_logits(
+            self._library,
+            logits,
+            self._parameters(rows),
+            self._arrays.biases,
+            biased,
+            vocab_start=self._vocabulary.start,
+        )
+        return biased
+
+    def _choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
         if not filters:
             self._choose_best(logits, self._parameters(rows), token_ids)
             return

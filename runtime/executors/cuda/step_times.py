@@ -62,7 +62,7 @@ def decoding_step(num_seqs: int) -> StepPlan:
     """The first ``num_seqs`` sequences compute and sample a token each, greedily."""
     seq_indices, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
     greedy = device_values(SamplingParams(temperature=0.0), 1)
-    admissions = np.array([(index, *greedy, 0) for index in seq_indices.tolist()], ADMISSION)
+    admissions = np.array([(index, *greedy, 0, 0) for index in seq_indices.tolist()], ADMISSION)
     return StepPlan.pack(0, seq_indices, zeros, ones, zeros, seq_indices, admissions=admissions)
 
 

@@ -21,6 +21,7 @@ from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.sampling.biases import add_biases
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
@@ -134,10 +135,12 @@ class NumpyExecutor:
         """Tokens of the rows that sample, and log-probabilities if any are wanted."""
         sampling, rows = self._state.sampling_of(plan), plan.rows[: plan.num_sampled]
         num_scored, count = self._state.logprob_shape(plan)
-        if self._tp.size > 1 and not num_scored and not (sampling["temperature"] > 0).any():
+        needs_rows = num_scored or (sampling["temperature"] > 0).any() or sampling["num_biases"].any()
+        if self._tp.size > 1 and not needs_rows:
             return StepResult(plan.step_id, self._greedy(x[rows]))
         logits = self._logits(x[rows])
-        tokens = sample(logits, sampling, plan.sampled_positions)
+        positions = plan.sampled_positions
+        tokens = sample(add_biases(logits, sampling, positions, self._state.biases), sampling, positions)
         if not num_scored:
             return StepResult(plan.step_id, tokens)
         parts = [_score(logits, np.maximum(tokens, 0), count)]

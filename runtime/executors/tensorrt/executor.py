@@ -20,6 +20,7 @@ from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
+from phalanx.runtime.sampling.biases import add_biases
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
 from phalanx.runtime.step import BatchState, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
@@ -102,7 +103,7 @@ class _ResultBuilder:
     """Tokens and log-probabilities of one step, filled in pass by pass."""
 
     def __init__(self, plan: StepPlan, state: BatchState) -> None:
-        self._sampling, self._positions = state.sampling_of(plan), plan.sampled_positions
+        self._sampling, self._positions, self._biases = state.sampling_of(plan), plan.sampled_positions, state.biases
         rows, count = state.logprob_shape(plan)
         self.result = StepResult(
             plan.step_id, plan.targets.copy(), np.empty(rows, np.float32),
@@ -113,15 +114,17 @@ class _ResultBuilder:
         """What the pass's rows need."""
         if not len(engine_pass.rows):
             return "nothing"
-        is_greedy = (self._sampling["temperature"][self._sampled(engine_pass)] <= 0).all()
-        return "tokens" if is_greedy and not len(self.result.logprobs) else "logits"
+        sampling = self._sampling[self._sampled(engine_pass)]
+        needs_logits = (sampling["temperature"] > 0).any() or sampling["num_biases"].any()
+        return "logits" if needs_logits or len(self.result.logprobs) else "tokens"
 
     def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
         """Choose the tokens of one pass and score what is asked for."""
         rows, sampled, logits = engine_pass.rows, self._sampled(engine_pass), output.logits
         tokens = output.token_ids[: len(sampled)]
         if logits is not None:
-            tokens = sample(logits[: len(sampled)], self._sampling[sampled], self._positions[sampled])
+            sampling, positions = self._sampling[sampled], self._positions[sampled]
+            tokens = sample(add_biases(logits[: len(sampled)], sampling, positions, self._biases), sampling, positions)
         self.result.token_ids[sampled] = tokens
         if logits is not None and len(self.result.logprobs):
             self._score(rows, logits[: len(rows)])

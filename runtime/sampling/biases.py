@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token biases: numbers that are added to the logits of single tokens before one is chosen.
+
+Fields that make tokens more or less likely by themselves (end tokens before ``min_tokens``) become one list a
+sequence, built when it is admitted. Ranks keep the lists, so a step in steady decoding carries nothing of them. Log-probabilities
+stay those of the model: biases change the choice alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.fields import SamplingParams
+
+__all__ = ["BAN", "MAX_TOKEN_BIASES", "TokenBias", "add_biases", "token_biases"]
+
+TokenBias = tuple[int, float, int]
+"""Token, bias, and the position from which on it no longer counts."""
+
+MAX_TOKEN_BIASES = 256
+"""Most entries of one sequence's list; bounds what ranks keep and what a plan carries."""
+
+BAN = -1e30
+"""The bias of a token that must not be chosen. Finite, so that a logit that is not finite still shows; divided by the lowest
+temperature it fits a float32. A banned token is chosen only where all are banned."""
+
+
+def token_biases(params: SamplingParams, num_prompt: int, end_token_ids: tuple[int, ...]) -> list[TokenBias]:
+    """The list of one sequence; a token that occurs twice gets the sum.
+
+    Raises:
+        RequestError: it has more than `MAX_TOKEN_BIASES` entries.
+    """
+    until = num_prompt + params.min_tokens
+    entries = [(token, BAN, until) for token in dict.fromkeys(end_token_ids)] if params.min_tokens else []
+    if len(entries) > MAX_TOKEN_BIASES:
+        raise RequestError(
+            f"min_tokens with {len(entries)} end tokens needs as many token biases; use at most {MAX_TOKEN_BIASES}",
+            "min_tokens",
+        )
+    return entries
+
+
+def add_biases(
+    logits: NDArray[np.float32], sampling: NDArray[np.void], positions: NDArray[np.int32], biases: NDArray[np.void]
+) -> NDArray[np.float32]:
+    """``logits [Q, V]`` with the biases of each row's sequence; the argument itself where no row has any.
+
+    Args:
+        sampling: ``[Q]`` records of `phalanx.runtime.step.ADMISSION`.
+        positions: ``[Q]`` position that the new token takes in its sequence.
+        biases: ``[max_num_seqs, MAX_TOKEN_BIASES]`` of `phalanx.runtime.step.TOKEN_BIAS`.
+    """
+    rows = np.flatnonzero(sampling["num_biases"])
+    if not len(rows):
+        return logits
+    biased = logits.copy()
+    for row in rows:
+        entries = biases[sampling["seq_index"][row], : sampling["num_biases"][row]]
+        entries = entries[positions[row] < entries["until"]]
+        np.add.at(biased[row], entries["token"], entries["bias"])
+    return biased
