@@ -12,6 +12,7 @@ from phalanx.kernels.gemv import GemvShape, gemv, gemv_takes
 from phalanx.kernels.gemv8 import gemv8, gemv8_takes
 from phalanx.kernels.library import Library
 from phalanx.kernels.quantize import QuantizedRows, require_codes
+from phalanx.kernels.rows import add_bias
 from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
 from phalanx.parallel.errors import ExecutorError
 
@@ -95,6 +96,11 @@ class Gemm:
         """
         operands = Operands(x, weight, out, bias)
         problem = problem_of(operands, has_gelu, accumulate)
+        if bias is not None and problem.has_scales and not _suits_gemv(problem):
+            # cuBLASLt adds a bias to scaled codes for some shapes only (not for 257 x 96 x 14336).
+            self(x, weight, out)
+            add_bias(self._library, out, bias)
+            return
         self.run(problem, self.choice(problem), operands)
 
     def choice(self, problem: GemmProblem) -> GemmChoice:
@@ -109,7 +115,8 @@ class Gemm:
 
         With scales for a few more tokens, where cuBLASLt's outer-vector kernels take twice the time of the weight's bytes.
         """
-        if problem.num_tokens <= (_MOST_GUESSED_TOKENS if problem.has_scales else 1) and _suits_gemv(problem):
+        most = _MOST_GUESSED_TOKENS if problem.has_scales else 1
+        if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
             return GemvShape()
         return self.cublaslt.algorithms(problem, 1)[0]
 
@@ -168,7 +175,9 @@ class Gemm:
 
     def candidates(self, problem: GemmProblem, gemv_shapes: tuple[GemvShape, ...]) -> list[Algorithm | GemvShape]:
         """Everything worth timing: cuBLASLt's suggestions, best guess first, then gemv's shapes where they apply."""
-        algorithms: list[Algorithm | GemvShape] = [*self.cublaslt.algorithms(problem, 16)]
+        algorithms: list[Algorithm | GemvShape] = []
+        if not _needs_gemv(problem):
+            algorithms += self.cublaslt.algorithms(problem, 16)
         if _suits_gemv(problem):
             algorithms += gemv_shapes
         return algorithms
@@ -176,6 +185,11 @@ class Gemm:
     def close(self) -> None:
         """Give cuBLASLt's handles back. Nothing may be in flight."""
         self.cublaslt.close()
+
+
+def _needs_gemv(problem: GemmProblem) -> bool:
+    """Whether cuBLASLt may have no kernel: scaled codes with a bias."""
+    return problem.has_scales and problem.has_bias
 
 
 def _suits_gemv(problem: GemmProblem) -> bool:

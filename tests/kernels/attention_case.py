@@ -188,4 +188,6 @@ def check(case: Case, device: KernelDevice) -> None:
     on_device = DeviceCase(case, device)
     on_device.launch()
     error = on_device.largest_error()
-    assert error < TOLERANCE[case.shape.dtype], f"error {error:.2e} of sum(p |v|)"
+    # Over fp8 pages queries times the scale are rounded to float16, too, which moves scores, and with them probabilities.
+    tolerance = TOLERANCE[case.shape.dtype] * (2 if case.shape.has_fp8_pages else 1)
+    assert error < tolerance, f"error {error:.2e} of sum(p |v|)"
