@@ -97,6 +97,39 @@ def _bloom(name: str, **fields: Any) -> CheckpointCase:
     return CheckpointCase(f"bloom-{name}", {**config, **fields})
 
 
+def _opt(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 101, "hidden_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 100, "max_position_embeddings": 128,
+        "bos_token_id": 2, "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"opt-{name}", {**config, **fields}, layouts=_BOTH)
+
+
+def _falcon(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "vocab_size": 101, "hidden_size": 96,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"falcon-{name}", {**config, **fields}, layouts=_BOTH)
+
+
+def _bigcode(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["GPTBigCodeForCausalLM"], "model_type": "gpt_bigcode", "vocab_size": 101, "n_embd": 64,
+        "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 96, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    return CheckpointCase(f"gpt_bigcode-{name}", {**config, **fields}, layouts=_BOTH)
+
+
+_BOTH = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
+"""Each axis, both, and more ranks than some have key/value heads."""
+
+_THREE = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1))
+"""Layouts of six heads that each have their own keys."""
+
 _FEW = ((1, 1), (2, 3), (4, 1))
 """Layouts of the second and third configuration of a family."""
 
@@ -159,6 +192,42 @@ CASES = (
     replace(_gptj("all-rotary", rotary_dim=16, n_inner=80), layouts=_FEW),
     _bloom("plain"),
     replace(_bloom("six-heads", n_head=6, hidden_size=96, tie_word_embeddings=False), layouts=_WITHOUT_TP4),
+    _opt("plain"),
+    replace(
+        _opt("narrow-norm-last", do_layer_norm_before=False, word_embed_proj_dim=32, tie_word_embeddings=False),
+        layouts=_FEW,
+    ),
+    replace(_opt("no-bias", enable_bias=False, activation_function="gelu"), layouts=_FEW),
+    _falcon("one-kv-head"),
+    _falcon("two-norms", new_decoder_architecture=True, num_kv_heads=2),
+    replace(
+        _falcon("one-norm", new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
+        layouts=((1, 1), (1, 2), (3, 1)),
+    ),
+    replace(
+        _falcon("alibi", multi_query=False, parallel_attn=False, bias=True, alibi=True, ffn_hidden_size=104),
+        layouts=_THREE,
+    ),
+    _bigcode("one-kv-head"),
+    replace(_bigcode("own-keys", multi_query=False), layouts=_FEW),
+    replace(_like_llama("starcoder2", "Starcoder2ForCausalLM", "window", sliding_window=6), layouts=_BOTH),
+    replace(
+        _like_llama("starcoder2", "Starcoder2ForCausalLM", "no-bias", use_bias=False, tie_word_embeddings=False),
+        layouts=_FEW,
+    ),
+    replace(_like_llama("phi", "PhiForCausalLM", "plain", hidden_size=64), layouts=_BOTH),
+    replace(
+        _like_llama(
+            "phi",
+            "PhiForCausalLM",
+            "own-keys",
+            hidden_size=80,
+            head_dim=20,
+            num_key_value_heads=4,
+            partial_rotary_factor=0.4,
+        ),
+        layouts=_FEW,
+    ),
 )
 CASES_BY_NAME = {case.name: case for case in CASES}
 
