@@ -50,7 +50,7 @@ def test_text_streams_onto_the_page_and_stop_ends_it(model_directory: Path, tmp_
         tab.type("#prompt", "abc")
         tab.value("document.querySelector('#send').click()")
         shown = tab.until("document.querySelector('article .answer').textContent")
-        assert "abcabc".startswith(shown[:6]) or shown.startswith("abcabc")
+        assert ("abc" * 67).startswith(shown)
         tab.value("document.querySelector('#stop').click()")
         tab.until("document.querySelector('article .note').textContent === 'stopped'")
         server.wait_for("CANCELLED")

@@ -279,3 +279,34 @@ def test_the_asynchronous_client(grpc_server: Server) -> None:
             return whole, "".join(pieces)
 
     assert asyncio.run(talk()) == ("ababa", "aba")
+
+
+def test_messages_beyond_the_limit_are_refused(model_directory: Path) -> None:
+    with (
+        stub_server(model_directory, {"grpc_port": 0, "max_body_bytes": 100_000}) as server,
+        grpcclient.InferenceServerClient(address(server)) as client,
+    ):
+        with pytest.raises(grpcclient.InferenceServerException, match="RESOURCE_EXHAUSTED"):
+            client.infer("ensemble", text_inputs("a" * 200_000))
+        assert text_of(client.infer("ensemble", text_inputs("ab"))) == "ababa"
+
+
+def test_a_drain_finishes_open_calls_and_refuses_new_ones(model_directory: Path) -> None:
+    with (
+        stub_server(model_directory, {"grpc_port": 0}, step_seconds=0.01) as server,
+        grpcclient.InferenceServerClient(address(server)) as client,
+    ):
+        arrived: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: arrived.put(error or result))
+        client.async_stream_infer("ensemble", text_inputs("ab", 100, stream=True))
+        results = [arrived.get(timeout=30)]
+        server.process.terminate()
+        while client.is_server_ready():
+            pass
+        with pytest.raises(grpcclient.InferenceServerException, match="UNAVAILABLE"):
+            client.infer("ensemble", text_inputs("ab"))
+        while not is_final(results[-1]):
+            results.append(arrived.get(timeout=30))
+        client.stop_stream()
+        assert "".join(map(text_of, results)) == "ab" * 50
+        assert server.wait()[0] == 0

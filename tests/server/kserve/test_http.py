@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,14 @@ def test_keys_cover_everything_but_health(model_directory: Path, tmp_path: Path)
         for path in ("/v2", "/v2/models/ensemble", "/v2/models/stats"):
             assert "no valid API key" in refusal(server.get(path), 401)
             assert server.get(path, Authorization="Bearer secret").status == 200
+        model = "/v2/models/ensemble"
+        for path in (model, f"{model}/versions/1"):
+            for route in ("", "/ready", "/config", "/stats"):
+                refusal(server.get(path + route), 401)
+            for route in ("/infer", "/generate", "/generate_stream"):
+                refusal(server.post(path + route, {}), 401)
+        for route in ("index", "models/ensemble/load", "models/ensemble/unload"):
+            refusal(server.post(f"/v2/repository/{route}", {}), 401)
 
 
 def test_a_full_queue_is_unavailable(model_directory: Path) -> None:
@@ -382,3 +391,21 @@ def test_a_body_that_grows_beyond_the_limit_is_refused(server: Server) -> None:
     bomb = gzip.compress(b" " * 10_000_000)
     answer = server.request("POST", "/v2/models/ensemble/infer", bomb, {"Content-Encoding": "gzip"})
     assert "exceeds 100000 bytes" in refusal(answer)
+
+
+def test_a_hundred_threads_of_all_three_routes_get_their_own_answers(model_directory: Path) -> None:
+    with stub_server(model_directory, {}, max_open_requests=512) as server:
+
+        def ask(number: int) -> tuple[str, str]:
+            prompt = f"{number:03}"
+            if number % 3 == 0:
+                return prompt, generate(server, text_input=prompt, max_tokens=30).json["text_output"]
+            if number % 3 == 1:
+                made = events(generate(server, "generate_stream", text_input=prompt, max_tokens=30, stream=True))
+                return prompt, prompt + "".join(event["text_output"] for event in made)
+            with httpclient.InferenceServerClient(server.url.removeprefix("http://")) as client:
+                return prompt, client.infer("ensemble", text_inputs([prompt], 30)).as_numpy("text_output")[0].decode()
+
+        with ThreadPoolExecutor(100) as threads:
+            answers = list(threads.map(ask, range(300)))
+    assert all(text == prompt * 11 for prompt, text in answers)
