@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token biases: numbers that are added to the logits of single tokens before one is chosen.
 
-Fields that make tokens more or less likely by themselves (end tokens before ``min_tokens``) become one list a
+Fields that make tokens more or less likely by themselves (``logit_bias``, end tokens before ``min_tokens``) become one list a
 sequence, built when it is admitted. Ranks keep the lists, so a step in steady decoding carries nothing of them. Log-probabilities
 stay those of the model: biases change the choice alone.
 """
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.fields import SamplingParams
+from phalanx.runtime.sampling.rules import MAX_INT32
 
 __all__ = ["BAN", "MAX_TOKEN_BIASES", "TokenBias", "add_biases", "token_biases"]
 
@@ -34,10 +35,12 @@ def token_biases(params: SamplingParams, num_prompt: int, end_token_ids: tuple[i
         RequestError: it has more than `MAX_TOKEN_BIASES` entries.
     """
     until = num_prompt + params.min_tokens
-    entries = [(token, BAN, until) for token in dict.fromkeys(end_token_ids)] if params.min_tokens else []
+    banned = [(token, BAN, until) for token in dict.fromkeys(end_token_ids)] if params.min_tokens else []
+    entries = [*banned, *((token, bias, MAX_INT32) for token, bias in params.logit_bias)]
     if len(entries) > MAX_TOKEN_BIASES:
         raise RequestError(
-            f"min_tokens with {len(entries)} end tokens needs as many token biases; use at most {MAX_TOKEN_BIASES}",
+            f"min_tokens with {len(banned)} end tokens and logit_bias of {len(params.logit_bias)} need as many token biases; "
+            f"use at most {MAX_TOKEN_BIASES}",
             "min_tokens",
         )
     return entries

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, Whole
+from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, TokenNumbers, Whole
 
 __all__ = [
     "DEVICE_COLUMNS",
@@ -111,6 +111,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField(
         "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end before this many tokens")
     ),
+    SamplingField("logit_bias", (), TokenNumbers(128, Real(-100.0, 100.0)), {"openai": "logit_bias"}),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
     SamplingField(
@@ -198,6 +199,7 @@ class SamplingParams:
         stop_token_ids: tokens that end it, besides the model's own end tokens.
         ignore_eos: generate past the model's end tokens.
         min_tokens: no end token is chosen, and no stop text counts, before this many tokens.
+        logit_bias: tokens and numbers from -100 to 100 that are added to their logits before one is chosen; a mapping or pairs.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
@@ -217,6 +219,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None

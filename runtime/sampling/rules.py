@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from phalanx.parallel.errors import RequestError
 
-__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "Whole"]
+__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "TokenNumbers", "Whole"]
 
 MAX_INT32 = 2**31 - 1
 
@@ -128,6 +129,27 @@ class TokenIds:
                     name,
                 )
         return tuple(map(int, listed))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNumbers:
+    """A number for each of some tokens: a mapping, whose keys may be texts as in JSON, or pairs; becomes pairs."""
+
+    most: int
+    number: Real
+
+    def check(self, name: str, value: Any) -> tuple[tuple[int, float], ...]:
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        if not isinstance(pairs, (list, tuple)) or any(
+            not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs
+        ):
+            raise RequestError(f"{name}={shown(value)} does not map token ids to numbers", name)
+        if len(pairs) > self.most:
+            raise RequestError(f"{name} holds {len(pairs)} tokens; use at most {self.most}", name)
+        keys = [int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key for key, _ in pairs]
+        tokens = TokenIds(self.most).check(name, keys)
+        numbers = [self.number.check(name, number) for _, number in pairs]
+        return tuple(zip(tokens, numbers, strict=True))
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,12 @@ def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cac
 def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:
     own = request.params.stop_token_ids
     models = () if request.params.ignore_eos else config.eos_token_ids
-    for token in own:
-        if not 0 <= token < config.vocab_size:
-            raise RequestError(
-                f"stop_token_ids holds {token}; ids of this model go from 0 to {config.vocab_size - 1}",
-                "stop_token_ids",
-            )
+    _check_vocabulary("stop_token_ids", own, config.vocab_size)
+    _check_vocabulary("logit_bias", [token for token, _ in request.params.logit_bias], config.vocab_size)
     return (*models, *own)
+
+
+def _check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"{name} holds {token}; ids of this model go from 0 to {vocab_size - 1}", name)

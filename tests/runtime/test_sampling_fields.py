@@ -21,11 +21,18 @@ from phalanx.runtime.sampling.fields import (
     read_fields,
     restricts_tokens,
 )
-from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, Whole
+from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, TokenNumbers, Whole
 from phalanx.runtime.step import ADMISSION
 
 NAMES = [field.name for field in SAMPLING_FIELDS]
-TYPES: dict[type[Rule], type] = {Whole: int, Real: float, Flag: bool, Texts: tuple, TokenIds: tuple}
+TYPES: dict[type[Rule], type] = {
+    Whole: int,
+    Real: float,
+    Flag: bool,
+    Texts: tuple,
+    TokenIds: tuple,
+    TokenNumbers: tuple,
+}
 ODD_VALUES: list[Any] = [
     True, False, 0, 1, -1, 2, 2.0, 2.5, -0.0, 1e-38, 1e-45, 1e-300, 1e30, 1e300, math.nan, math.inf, -math.inf, 10**400, -(10**400),
     2**31, 2**63, 2**64, "", "2", "x", "\ud800", b"x", [], [None], [""], ["x", 1], ["\udfff"], [1], [1.5], [True], [-1], [2**31],

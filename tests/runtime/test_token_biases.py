@@ -63,8 +63,31 @@ def test_before_min_tokens_the_best_token_that_ends_nothing_is_chosen(directory:
         assert entry.token_id == entry.top[0][0]
 
 
+def test_logit_bias_moves_the_choice_to_what_the_biased_logits_say(directory: Path) -> None:
+    (plain,) = generate(directory, [PROMPT], GREEDY)
+    assert plain.logprobs is not None
+    first = plain.logprobs[0]
+    (best, highest), (second, lower) = first.top[:2]
+    for bias, chosen in [(highest - lower + 0.01, second), (highest - lower - 0.01, best), (-100.0, best)]:
+        (output,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={str(second): bias}))
+        assert output.logprobs is not None
+        assert output.token_ids[0] == chosen
+        assert output.logprobs[0].top == first.top, "log-probabilities are the model's"
+    (banned,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={best: -100}))
+    assert best not in banned.token_ids
+
+
+def test_logit_bias_beyond_the_vocabulary_is_refused(directory: Path) -> None:
+    with pytest.raises(RequestError, match="logit_bias holds 101; ids of this model go from 0 to 100"):
+        generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={101: 1}))
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("fields", [{}, {"logprobs": None}, {"temperature": 0.9, "seed": 4, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"logit_bias": {5: 3.5, 61: -100, 17: 2}}, {"logprobs": None}, {"temperature": 0.9, "seed": 4, "top_p": 0.9}],
+    ids=str,
+)
 def test_biased_tokens_are_equal_in_every_layout(directory: Path, tp: int, pp: int, fields: dict[str, Any]) -> None:
     params = dataclasses.replace(min_tokens_params(directory), **fields)
     prompts = [PROMPT, PROMPT[:7], PROMPT[5:]]

@@ -80,7 +80,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     guided_regex: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
-    logit_bias: Any = None
     logits_processors: Any = None
     presence_penalty: Any = None
     priority: Any = None
@@ -185,7 +184,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "guided_regex": (),
         "kv_transfer_params": (),
         "length_penalty": (1,),
-        "logit_bias": ({},),
         "logits_processors": ([],),
         "modalities": (["text"],),
         "prediction": (),
