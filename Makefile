@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 faults
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-launchers faults
 
 setup: $(BIN)/.installed
 
@@ -44,6 +44,11 @@ test-1: setup
 
 test-2 test-3 test-4 test-8: test-%: setup
 	tests/run_mpi.sh $*
+
+# Signals and missing ranks at every moment of every command, with whichever MPI is installed.
+test-launchers: setup
+	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
+		tests/launch/test_user_files.py tests/server/test_failures.py tests/parallel/test_scripts.py
 
 faults: setup
 	PHALANX_FAULT_ROUNDS=100 PHALANX_FAULT_SEED=$${PHALANX_FAULT_SEED:-2026} python -m pytest -q tests/server/test_random_faults.py

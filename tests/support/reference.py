@@ -43,8 +43,9 @@ def transformers_reference(case: CheckpointCase, directory: Path, device: str = 
     from transformers import AutoModelForCausalLM
 
     write_checkpoint(case, directory)
-    # Not SDPA: some releases leave the soft caps of Gemma 2 out of it.
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    # Some releases leave the soft caps of Gemma 2 out of SDPA.
+    attention = "eager" if case.config.get("attn_logit_softcapping") else None
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
     model = model.eval().to(device)
     token_ids = torch.tensor([prompt_token_ids(case)], device=device)
     with torch.no_grad():
