@@ -8,6 +8,7 @@ never returns.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -38,6 +39,8 @@ LATE_SECONDS = 2.0
 STACKS_SECONDS = 1.0
 """How long rank 0 waits for the stacks of ranks that still answer."""
 TELL_SECONDS = 0.5
+SAY_SECONDS = 1.0
+"""How long a full pipe may hold up the end of the job."""
 ANSWER_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to report it before it does so itself."""
 SPEAKER_SECONDS = 0.3
@@ -81,7 +84,7 @@ class RankWatch:
         self._closing = self._failure_told = False
         self._trouble: str | None = None
         self._end_at: tuple[float, int, str] | None = None
-        threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
+        threading.Thread(target=self._watch_or_end, name="rank watch", daemon=True).start()
 
     def __enter__(self) -> RankWatch:
         return self
@@ -118,6 +121,13 @@ class RankWatch:
         self._end_at = time.monotonic() + seconds, status, reason
 
     # The watching thread
+
+    def _watch_or_end(self) -> None:
+        """A job that nothing watches any more must not go on."""
+        try:
+            self._watch()
+        finally:
+            os._exit(FAILED)
 
     def _watch(self) -> None:
         poll = select.poll()
@@ -287,5 +297,9 @@ def _stacks() -> str:
 
 
 def _say(text: str) -> None:
-    """In one write, so that lines of several ranks do not mix."""
-    os.write(sys.stderr.fileno(), f"{text}\n".encode())
+    """In one write, so that lines of several ranks do not mix; left out when the reader is gone."""
+    descriptor = sys.stderr.fileno()
+    with contextlib.suppress(OSError):
+        _, writable, _ = select.select([], [descriptor], [], SAY_SECONDS)
+        if writable:
+            os.write(descriptor, f"{text}\n".encode())
