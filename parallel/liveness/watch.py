@@ -243,9 +243,11 @@ class RankWatch:
         self._states[self._rank].stacks = _stacks()
         deadline = time.monotonic() + STACKS_SECONDS
         waiting = {link.sock.fileno(): link for link in self._links.values() if not self._states[link.rank].stacks}
+        poll = select.poll()  # takes any descriptor, unlike select
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
         while waiting and (left := deadline - time.monotonic()) > 0:
-            readable, _, _ = select.select(list(waiting), [], [], left)
-            for descriptor in readable:
+            for descriptor, _ in poll.poll(left * 1000):
                 link = waiting[descriptor]
                 messages = link.receive()
                 for message in messages or ():
@@ -253,6 +255,7 @@ class RankWatch:
                         self._states[link.rank].stacks = message.text
                 if messages is None or self._states[link.rank].stacks:
                     del waiting[descriptor]
+                    poll.unregister(descriptor)
         return self._states_at(time.monotonic())
 
     def _keep(self, text: str) -> None:

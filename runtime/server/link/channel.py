@@ -46,11 +46,10 @@ class FrontendChannel:
         Raises:
             CommunicatorError: the HTTP process is gone.
         """
-        writers = [self._sock] if self._unsent else []
-        readable, writable, _ = select.select([self._sock], writers, [], timeout_seconds)
-        if writable:
+        events = self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout_seconds)
+        if events & select.POLLOUT:
             self._flush()
-        return self._read() if readable else []
+        return self._read() if events & ~select.POLLOUT else []
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything is sent; False when time ran out or the HTTP process is gone."""
@@ -60,7 +59,7 @@ class FrontendChannel:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                select.select([], [self._sock], [], left)
+                self._wait(select.POLLOUT, left)
                 self._flush()
         except CommunicatorError:
             return False
@@ -69,6 +68,13 @@ class FrontendChannel:
     def close(self) -> None:
         """Close this end, which ends the HTTP process."""
         self._sock.close()
+
+    def _wait(self, events: int, timeout_seconds: float) -> int:
+        """Which of ``events`` the socket is ready for, or that it failed; 0 when time ran out. Unlike select, for any descriptor."""
+        poll = select.poll()
+        poll.register(self._sock, events)
+        ready = poll.poll(max(0.0, timeout_seconds) * 1000)
+        return ready[0][1] if ready else 0
 
     def _read(self) -> list[FromFrontend]:
         try:
