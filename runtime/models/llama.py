@@ -39,6 +39,11 @@ class LlamaConfig(ModelConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
 
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.attention_bias
+
 
 def read_fields(reader: ConfigReader) -> LlamaConfig:
     """Read ``config.json`` of a ``LlamaForCausalLM``."""
@@ -107,7 +112,7 @@ def block_weights(config: LlamaConfig, layer: int) -> list[WeightSpec]:
     return [
         *declarations.norm(f"{name}.attention_norm", f"{source}.input_layernorm", d),
         *declarations.qkv(config, f"{name}.qkv", (q, k, v), config.attention_bias),
-        *declarations.row_linear(f"{name}.output", o, (d, heads), head_shard(config, 1), config.attention_bias),
+        *declarations.row_linear(f"{name}.output", o, (d, heads), head_shard(config, 1), config.output_bias),
         *declarations.norm(f"{name}.mlp_norm", f"{source}.post_attention_layernorm", d),
         *declarations.gate_up(config, f"{name}.gate_up", (gate, up), config.mlp_bias),
         *declarations.row_linear(f"{name}.down", down, (d, f), feed_forward_shard(config, 1), config.mlp_bias),

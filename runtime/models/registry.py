@@ -21,6 +21,7 @@ from phalanx.runtime.models.mistral import MISTRAL
 from phalanx.runtime.models.mixtral import MIXTRAL
 from phalanx.runtime.models.opt import OPT
 from phalanx.runtime.models.phi import PHI
+from phalanx.runtime.models.qwen2 import QWEN2
 from phalanx.runtime.models.qwen3 import QWEN3
 from phalanx.runtime.models.starcoder2 import STARCODER2
 from phalanx.runtime.token_fields import shown
@@ -28,7 +29,7 @@ from phalanx.runtime.token_fields import shown
 __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
-    LLAMA, GPT2, GEMMA, GEMMA2, MISTRAL, MIXTRAL, QWEN3, GPT_NEOX, GPTJ, BLOOM,
+    LLAMA, GPT2, GEMMA, GEMMA2, MISTRAL, MIXTRAL, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
     OPT, FALCON, GPT_BIGCODE, STARCODER2, PHI,
 )  # fmt: skip
 

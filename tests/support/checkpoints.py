@@ -170,6 +170,19 @@ CASES = (
         ),
         layouts=_FEW,
     ),
+    replace(_like_llama("qwen2", "Qwen2ForCausalLM", "plain", tie_word_embeddings=True, hidden_size=64), layouts=_BOTH),
+    replace(
+        _like_llama(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            "windows",
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=1,
+            hidden_size=64,
+        ),
+        layouts=_FEW,
+    ),
     _like_llama("qwen3", "Qwen3ForCausalLM", "plain", tie_word_embeddings=True),
     _like_llama(
         "qwen3",
