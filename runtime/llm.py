@@ -211,7 +211,7 @@ class LLM:
             encoded = msgspec.msgpack.encode(outcome) if world.rank == leader else b""
             size = world.broadcast(np.array([len(encoded)], np.int64), leader)
             data = np.frombuffer(encoded, np.uint8).copy() if world.rank == leader else np.empty(size[0], np.uint8)
-            outcomes.append(msgspec.msgpack.decode(world.broadcast(data, leader).tobytes(), type=_Outcome))
+            outcomes.append(_OUTCOMES.decode(world.broadcast(data, leader).tobytes()))
         return outcomes
 
 
@@ -221,6 +221,10 @@ class _Outcome:
 
     outputs: list[RequestOutput] = field(default_factory=list)
     error: str | None = None
+
+
+_OUTCOMES = msgspec.msgpack.Decoder(_Outcome)
+"""Made once: ranks that are threads must not describe the type to msgspec at the same time."""
 
 
 def _all_outputs(outcomes: Sequence[_Outcome], count: int) -> list[RequestOutput]:

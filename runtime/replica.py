@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,19 +64,20 @@ def build_replica(
     progress = progress or RankProgress()
     world = WatchedCommunicator(world, progress)
     topology = Topology(options.layout, world.rank)
-    with progress.phase("opening the checkpoint"):
-        checkpoint = open_checkpoint(model, options.load_format, options.seed)
-        family = find_model(checkpoint.config)
-        generation = GenerationConfig.read(checkpoint.generation_config)
-        end_token = tokenizer_end_token(checkpoint.path)
-        config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
-        config = with_stored_head(family, config, checkpoint.source)
-    with progress.phase("comparing ranks"):
-        check_ranks_agree(checkpoint, options, world)
-    group = world.split(topology.replica_group)
-    spec = RankSpec(family, config, checkpoint, options, topology, group)
-    with progress.phase("loading weights"):
-        executor, max_model_len = create_executor(spec)
+    with ExitStack() as files:
+        with progress.phase("opening the checkpoint"):
+            checkpoint = files.enter_context(open_checkpoint(model, options.load_format, options.seed))
+            family = find_model(checkpoint.config)
+            generation = GenerationConfig.read(checkpoint.generation_config)
+            end_token = tokenizer_end_token(checkpoint.path)
+            config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
+            config = with_stored_head(family, config, checkpoint.source)
+        with progress.phase("comparing ranks"):
+            check_ranks_agree(checkpoint, options, world)
+        group = world.split(topology.replica_group)
+        spec = RankSpec(family, config, checkpoint, options, topology, group)
+        with progress.phase("loading weights"):
+            executor, max_model_len = create_executor(spec)
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:

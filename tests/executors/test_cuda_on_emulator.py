@@ -39,7 +39,7 @@ CASES = [
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads",
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
-                  "gpt_bigcode-one-kv-head", "phi-plain")  # fmt: skip
+                  "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain")  # fmt: skip
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def load(directory: Path, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_kv_blocks": 1 << 40}, "1099511627776 blocks of .* do not fit"),
+        ({"num_kv_blocks": (1 << 31) - 1}, "2147483647 blocks of .* do not fit"),
         ({"num_kv_blocks": 1, "max_model_len": 17}, "--max-model-len=17 does not fit the cache"),
     ],
 )
@@ -281,7 +281,9 @@ def test_a_group_that_cannot_be_opened_closes_those_before_it_and_what_goes_wron
     monkeypatch.setattr(HostGroup, "abort", cannot_abort)
     with pytest.raises(ConfigError, match="NCCL cannot be loaded"):
         load(write_checkpoint(CASES[0], tmp_path), num_kv_blocks=20)
-    assert list(group_ends.values()) == [["abort", "close"]] * 4
+    # The first rank to fail ends the others, some of them before they open a group.
+    assert group_ends
+    assert all(ends == ["abort", "close"] for ends in group_ends.values())
 
 
 def test_an_engine_closes_each_group_once(tmp_path: Path, group_ends: dict[HostGroup, list[str]]) -> None:

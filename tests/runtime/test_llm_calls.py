@@ -13,7 +13,7 @@ import pytest
 
 from phalanx import LLM, SamplingParams
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ExecutorError, RequestError
+from phalanx.parallel.errors import ConfigError, ExecutorError, RequestError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.interrupts import HeldInterrupts
 from phalanx.runtime.request import RequestOutput, TokenDelta
@@ -190,3 +190,15 @@ def test_what_is_not_sampling_params_is_refused_by_name(llm: LLM, expected: Requ
     with pytest.raises(RequestError, match="sampling_params"):
         llm.generate(["import"], params)
     assert_still_good(llm, expected)
+
+
+def test_a_closed_llm_leaves_no_file_open() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    LLM(engine="numpy", num_kv_blocks=20).close()
+    before = descriptors()
+    LLM(engine="numpy", num_kv_blocks=20).close()
+    with pytest.raises(ConfigError, match="max-model-len"):
+        LLM(engine="numpy", num_kv_blocks=1, max_model_len=2048)
+    assert descriptors() == before

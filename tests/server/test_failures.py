@@ -105,7 +105,7 @@ def test_a_drain_beyond_its_limit_ends_with_an_error(tiny: Path) -> None:
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_second_signal_ends_the_server_at_once(tiny: Path, number: signal.Signals, expected: int) -> None:
     with serve_tiny(tiny, 0) as job:
-        stream = job.server.open_stream("/v1/completions", LONG | {"n": 16})
+        stream = job.server.open_stream("/v1/completions", LONG | {"n": 128})
         for _ in range(2):
             os.kill(job.server.process.pid, number)
             job.server.lines_with("draining")
@@ -123,8 +123,10 @@ def test_a_signal_while_ranks_load_ends_the_job_without_ready(
         os.kill(job.rank(0) if num_ranks else job.server.process.pid, signal.SIGTERM)
         status, errors = job.server.wait()
         assert "READY" not in errors
-        # Open MPI's launcher calls every end without MPI_Finalize a failure, and ranks that load cannot all come to it.
-        assert status == (1 if num_ranks and is_open_mpi() else 0), errors
+        # Ranks that load cannot all come to MPI_Finalize. Open MPI's launcher calls every end without it a failure; MPICH's reports 0,
+        # or 9 where it was faster to end the second rank than that rank itself.
+        expected = (0,) if not num_ranks else (1,) if is_open_mpi() else (0, 9)
+        assert status in expected, errors
 
 
 def test_no_shared_memory_of_mpich_outlives_a_killed_job(tiny: Path) -> None:
