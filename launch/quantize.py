@@ -21,7 +21,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="launch.quantize",
         description="Quantise the matrices of a float checkpoint's layers by rounding to nearest, one at a time. The result is in "
-        "compressed-tensors and loads here, in transformers and in vLLM.",
+        "compressed-tensors, the format of transformers and vLLM, and loads here; loading it there has not been tried.",
     )
     add_model_argument(parser, "Hugging Face directory with float weights (default: the demo checkpoint)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
