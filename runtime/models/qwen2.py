@@ -10,7 +10,7 @@ from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["QWEN2"]
+__all__ = ["QWEN2", "layer_windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +27,23 @@ class Qwen2Config(LlamaConfig):
 
 
 def read_fields(reader: ConfigReader) -> Qwen2Config:
-    """Read ``config.json`` of a ``Qwen2ForCausalLM``. ``sliding_window`` counts only with ``use_sliding_window``."""
-    head_dim, num_layers = reader.head_dim(), reader.integer("num_hidden_layers")
-    slides, first = reader.flag("use_sliding_window", False), reader.integer("max_window_layers", 28, minimum=0)
-    window = reader.nullable("sliding_window", 4096)
+    """Read ``config.json`` of a ``Qwen2ForCausalLM``."""
+    head_dim = reader.head_dim()
     return Qwen2Config(
         architecture="Qwen2ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=32768, norm_eps=1e-6),
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
-        windows=reader.windows(num_layers, window if slides else 0, lambda layer: layer >= first),
+        windows=layer_windows(reader),
     )
+
+
+def layer_windows(reader: ConfigReader) -> tuple[int, ...]:
+    """The window of each layer, 0 = none. ``sliding_window`` counts only with ``use_sliding_window``, from a layer on."""
+    slides, first = reader.flag("use_sliding_window", False), reader.integer("max_window_layers", 28, minimum=0)
+    window = reader.nullable("sliding_window", 4096)
+    return reader.windows(reader.integer("num_hidden_layers"), window if slides else 0, lambda layer: layer >= first)
 
 
 def attention(config: Qwen2Config, layer: int) -> AttentionSpec:

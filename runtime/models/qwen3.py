@@ -10,6 +10,7 @@ from phalanx.runtime.models import blocks, declarations, llama
 from phalanx.runtime.models.base import Family, Pass
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
+from phalanx.runtime.models.qwen2 import layer_windows
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
 __all__ = ["QWEN3"]
@@ -23,10 +24,8 @@ class Qwen3Config(LlamaConfig):
 
 
 def read_fields(reader: ConfigReader) -> Qwen3Config:
-    """Read ``config.json`` of a ``Qwen3ForCausalLM``. ``sliding_window`` counts only with ``use_sliding_window``."""
-    head_dim, num_layers = reader.integer("head_dim", 128), reader.integer("num_hidden_layers")
-    slides, first = reader.flag("use_sliding_window", False), reader.integer("max_window_layers", 28, minimum=0)
-    window = reader.nullable("sliding_window", 4096)
+    """Read ``config.json`` of a ``Qwen3ForCausalLM``."""
+    head_dim = reader.integer("head_dim", 128)
     return Qwen3Config(
         architecture="Qwen3ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=32768, norm_eps=1e-6),
@@ -34,7 +33,7 @@ def read_fields(reader: ConfigReader) -> Qwen3Config:
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("attention_bias", False),
-        windows=reader.windows(num_layers, window if slides else 0, lambda layer: layer >= first),
+        windows=layer_windows(reader),
     )
 
 
