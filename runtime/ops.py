@@ -75,7 +75,7 @@ class Ops(ABC, Generic[Tensor]):
 
     @abstractmethod
     def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        """``(x - mean) / sqrt(var + eps) * weight + bias`` over D (Ba et al. 2016)."""
+        """``(x - mean) / sqrt(var + eps) * weight + bias`` over D (Ba et al. 2016); the bias where one is declared."""
 
     @abstractmethod
     def column_linear(self, x: Tensor, name: str) -> Tensor:

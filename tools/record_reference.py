@@ -1,23 +1,25 @@
-"""Record what transformers computes for the small checkpoints of the tests: ``python -m tools.record_reference``.
+"""Record what transformers computes for the small checkpoints of the tests: ``python -m tools.record_reference [NAME ...]``.
 
 Needs torch and transformers; the tests read the files that this writes, so they run without either.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from tests.support.checkpoints import CASES
+from tests.support.checkpoints import CASES, CASES_BY_NAME
 from tests.support.reference import FOLDER, transformers_reference
 
 
 def main() -> None:
-    """Write one ``.npz`` for each case."""
+    """Write one ``.npz`` for each case, or for those named."""
     FOLDER.mkdir(exist_ok=True)
-    for case in CASES:
+    names = sys.argv[1:] or [case.name for case in CASES]
+    for case in (CASES_BY_NAME[name] for name in names):
         with tempfile.TemporaryDirectory() as directory:
             reference = transformers_reference(case, Path(directory))
         np.savez_compressed(FOLDER / f"{case.name}.npz", logits=reference.logits, greedy=np.array(reference.greedy))

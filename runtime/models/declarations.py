@@ -19,6 +19,8 @@ __all__ = [
     "norm",
     "qkv",
     "row_linear",
+    "stacked_gate_up",
+    "stacked_qkv",
 ]
 
 
@@ -73,12 +75,41 @@ def fused_qkv(config: ModelConfig, name: str, source: str, bias: bool = False) -
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
 
 
+def stacked_qkv(config: ModelConfig, name: str, source: str, bias: bool = False) -> list[WeightSpec]:
+    """One matrix (and bias) of a checkpoint with the rows of all queries, then keys, then values: ``[(H + 2K) C, D]``."""
+    sizes = _qkv_rows(config)
+    starts = (0, sizes[0], sizes[0] + sizes[1])
+
+    def parts(kind: str, *tail: int) -> tuple[Part, ...]:
+        layout = zip(sizes, starts, _qkv_shards(config), strict=True)
+        return tuple(
+            Part(f"{source}.{kind}", (rows, *tail), shard, first_row=start, source_rows=sum(sizes))
+            for rows, start, shard in layout
+        )
+
+    specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
+    return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
+
+
 def gate_up(config: ModelConfig, name: str, sources: tuple[str, str], bias: bool = False) -> list[WeightSpec]:
     """Gate and up matrices as one (and bias): ``[2F, D]``, gate first."""
     shard = feed_forward_shard(config, 0)
 
     def parts(kind: str, *tail: int) -> tuple[Part, ...]:
         return tuple(Part(f"{source}.{kind}", (config.intermediate_size, *tail), shard) for source in sources)
+
+    specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
+    return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
+
+
+def stacked_gate_up(config: ModelConfig, name: str, source: str, bias: bool = False) -> list[WeightSpec]:
+    """One matrix (and bias) of a checkpoint with the rows of the gate, then of up: ``[2F, D]``."""
+    size, shard = config.intermediate_size, feed_forward_shard(config, 0)
+
+    def parts(kind: str, *tail: int) -> tuple[Part, ...]:
+        return tuple(
+            Part(f"{source}.{kind}", (size, *tail), shard, first_row=start, source_rows=2 * size) for start in (0, size)
+        )
 
     specs = [WeightSpec(f"{name}.weight", parts("weight", config.hidden_size))]
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])

@@ -19,6 +19,7 @@ from phalanx.runtime.models.gptj import GPTJ
 from phalanx.runtime.models.llama import LLAMA
 from phalanx.runtime.models.mistral import MISTRAL
 from phalanx.runtime.models.mixtral import MIXTRAL
+from phalanx.runtime.models.mpt import MPT
 from phalanx.runtime.models.opt import OPT
 from phalanx.runtime.models.phi import PHI
 from phalanx.runtime.models.qwen2 import QWEN2
@@ -30,7 +31,7 @@ __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
     LLAMA, GPT2, GEMMA, GEMMA2, MISTRAL, MIXTRAL, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
-    OPT, FALCON, GPT_BIGCODE, STARCODER2, PHI,
+    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI,
 )  # fmt: skip
 
 MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for model in _FAMILIES})

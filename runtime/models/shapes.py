@@ -84,8 +84,8 @@ class ShapeOps(Ops[Shape]):
 
     def layer_norm(self, x: Shape, name: str, eps: float) -> Shape:
         self._record("layer_norm")
-        for kind in ("weight", "bias"):
-            self._take(x, self._weight(f"{name}.{kind}")[0], name)
+        self._take(x, self._weight(f"{name}.weight")[0], name)
+        self._bias(x, name)
         return x
 
     def column_linear(self, x: Shape, name: str) -> Shape:

@@ -174,6 +174,7 @@ def test_the_numpy_engine_runs_every_family(case: CheckpointCase) -> None:
         (TENSORRT, "gemma2-caps", "attention.soft_cap=4.0"),
         (TENSORRT, "bloom-plain", "attention.alibi_slopes"),
         (TENSORRT, "falcon-alibi", "attention.alibi_slopes"),
+        (TENSORRT, "mpt-scaled", "attention.alibi_slopes"),
     ],
 )
 def test_families_that_an_engine_lacks_something_for_are_refused_by_name(

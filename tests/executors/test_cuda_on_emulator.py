@@ -41,6 +41,9 @@ OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bia
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
                   "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain")  # fmt: skip
 
+MORE_FAMILIES = ("mpt-flat-biases",)
+"""On two ranks alone: what one rank does differently, the others show."""
+
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
@@ -80,8 +83,9 @@ def test_tokens_and_logprobs_equal_the_numpy_engines(
     assert_close_logprobs(output.prompt_logprobs[1:], expected.prompt_logprobs[1:])
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", OTHER_FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tp"), [*((name, tp) for name in OTHER_FAMILIES for tp in (1, 2)), *((name, 2) for name in MORE_FAMILIES)]
+)
 def test_other_families_equal_the_numpy_engine(name: str, tp: int, tmp_path: Path, device: None) -> None:
     test_tokens_and_logprobs_equal_the_numpy_engines(CASES_BY_NAME[name], tp, 1, tmp_path, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,12 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from .checkpoint_case import CheckpointCase
+from .decoder_cases import DECODERS
+
 __all__ = ["CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointCase:
-    """A named configuration; ``config`` is what goes into ``config.json``."""
-
-    name: str
-    config: dict[str, Any]
-    dtype: str = "float32"
-    layouts: tuple[tuple[int, int], ...] = field(default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)))
 
 
 def _llama(name: str, dtype: str = "float32", **fields: Any) -> CheckpointCase:
@@ -241,6 +234,7 @@ CASES = (
         ),
         layouts=_FEW,
     ),
+    *DECODERS,
 )
 CASES_BY_NAME = {case.name: case for case in CASES}
 

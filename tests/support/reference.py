@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .checkpoints import CheckpointCase, write_checkpoint
+from .oracles import load_oracle
 
 __all__ = ["PROMPT_LENGTH", "Reference", "load_reference", "prompt_token_ids", "transformers_reference"]
 
@@ -40,13 +40,8 @@ def load_reference(case: CheckpointCase) -> Reference:
 def transformers_reference(case: CheckpointCase, directory: Path, device: str = "cpu") -> Reference:
     """Compute the values with transformers, in float32, on a device of torch."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    write_checkpoint(case, directory)
-    # Some releases leave the soft caps of Gemma 2 out of SDPA.
-    attention = "eager" if case.config.get("attn_logit_softcapping") else None
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
-    model = model.eval().to(device)
+    model = load_oracle(case, write_checkpoint(case, directory)).to(device)
     token_ids = torch.tensor([prompt_token_ids(case)], device=device)
     with torch.no_grad():
         logits = model(token_ids).logits[0].float().cpu().numpy()

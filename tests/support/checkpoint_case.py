@@ -1,0 +1,18 @@
+"""One small checkpoint of the tests, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["CheckpointCase"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCase:
+    """A named configuration; ``config`` is what goes into ``config.json``."""
+
+    name: str
+    config: dict[str, Any]
+    dtype: str = "float32"
+    layouts: tuple[tuple[int, int], ...] = field(default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)))
