@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from phalanx.runtime.executors.tensorrt.library import TensorRT
 
 __all__ = ["main"]
+
+_LOG = logging.getLogger("phalanx.build")
 
 
 def build_parser() -> CommandParser:
@@ -92,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = EngineDirectory.of(args.output, checkpoint.path)
         identity = identify(checkpoint, request, layout, library)
         if stale := directory.prepare(identity):
-            sys.stderr.write(f"removed {len(stale)} engine(s) of an earlier build from {args.output}\n")
-        sys.stderr.write(_plan_line(request, library))
+            _LOG.info("removed %d engine(s) of an earlier build from %s", len(stale), args.output)
+        _LOG.info(_plan_line(request, library))
         for topology in ranks:
             path = directory.engine(identity, topology.rank)
             with Progress(path.name, None, "steps") as progress:
                 report = build_engine(
                     library, request, checkpoint.source, topology, path, directory.timing_cache, _shown(progress, path)
                 )
-            sys.stderr.write(_report_line(path, report))
+            _LOG.info(_report_line(path, report))
             sys.stdout.write(f"{path}\n")
     return 0
 
@@ -144,7 +147,7 @@ def _plan_line(request: BuildRequest, library: TensorRT) -> str:
     return (
         f"{request.config.architecture} {shape.dtype} with {library.name} for compute capability {', '.join(request.targets)}: "
         f"{shape.max_num_seqs} sequences of up to {shape.max_model_len} tokens, prompt chunks of up to "
-        f"{shape.max_prefill_tokens}\n"
+        f"{shape.max_prefill_tokens}"
     )
 
 
@@ -152,7 +155,7 @@ def _report_line(path: Path, report: BuildReport) -> str:
     return (
         f"{path.name}: {report.num_layers} layers, shard {report.shard_bytes / 1e9:.3f} GB read in {report.load_seconds:.1f} s, "
         f"built in {report.build_seconds:.1f} s, engine {report.engine_bytes / 1e9:.3f} GB, "
-        f"peak host memory {report.peak_bytes / 1e9:.2f} GB\n"
+        f"peak host memory {report.peak_bytes / 1e9:.2f} GB"
     )
 
 

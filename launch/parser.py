@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 from phalanx.launch.settings import Settings, variable_name
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
+from phalanx.runtime.logs import LOG_FORMATS, LOG_LEVELS, LogFormat, LogLevel, configure
 
-__all__ = ["CommandParser", "UsageError"]
+__all__ = ["CommandParser", "UsageError", "log_format", "log_level"]
 
 _YES_NO = {
     "1": True,
@@ -28,6 +29,18 @@ _YES_NO = {
     "": False,
 }
 _ONLY_ON_THE_COMMAND_LINE = ("--help", "--version", "--config")
+
+
+def log_level(args: argparse.Namespace) -> LogLevel:
+    """``--log-level``."""
+    level: LogLevel = getattr(args, "log_level", "info")
+    return level
+
+
+def log_format(args: argparse.Namespace) -> LogFormat:
+    """``--log-format``."""
+    chosen: LogFormat = getattr(args, "log_format", "text")
+    return chosen
 
 
 class UsageError(ConfigError):
@@ -65,6 +78,12 @@ class CommandParser(argparse.ArgumentParser):
         self._origins: dict[str, str] = {}
         self.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
         self.add_argument("--config", metavar="FILE", help="YAML, TOML or JSON file with flags as keys")
+        # Without a default here: that of a mode, as in `bench throughput`, would replace what its command was given.
+        self.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS,
+                          help="what standard error shows from this level on; warning: neither progress nor the start block nor "
+                          "requests (default: info)")  # fmt: skip
+        self.add_argument("--log-format", choices=LOG_FORMATS, default=argparse.SUPPRESS,
+                          help="lines for people, or JSON objects for machines (default: text)")  # fmt: skip
 
     @property
     def command(self) -> str:
@@ -81,6 +100,7 @@ class CommandParser(argparse.ArgumentParser):
         for parser in self.modes().values():
             parser._settings = settings
         args: argparse.Namespace = self.parse_args(settings.words)
+        configure(log_level(args), log_format(args))
         return args
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -6,13 +6,17 @@ nothing.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from phalanx.runtime.logs import fields, is_json
+
 __all__ = ["Progress"]
 
+_LOG = logging.getLogger("phalanx.progress")
 QUIET_SECONDS = 5.0
 LINE_SECONDS = 10.0
 LINE_FRACTION = 0.1
@@ -45,7 +49,7 @@ class Progress:
         self._last_line, self._last_done = self._started, 0
 
     def __enter__(self) -> Progress:
-        if self._shown and self._stream.isatty():
+        if self._shown and _LOG.isEnabledFor(logging.INFO) and self._stream.isatty() and not is_json():
             self._bar, self._task = _rich_bar(self._stream, self._what, self._total, self._unit)
             self._bar.start()
         return self
@@ -67,8 +71,7 @@ class Progress:
             self._bar.update(self._task, completed=done, total=total, description=what)
         elif self._shown and self._is_due():
             self._last_line, self._last_done = self._clock(), done
-            self._stream.write(self._line() + "\n")
-            self._stream.flush()
+            _LOG.info(self._line(), extra=fields(work=self._what, done=done, total=total, unit=self._unit))
 
     def _is_due(self) -> bool:
         now = self._clock()
@@ -81,7 +84,7 @@ class Progress:
         seconds = self._clock() - self._started
         amount = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
         percent = f" ({100 * self._done // self._total} %)" if self._total else ""
-        return f"phalanx: {self._what}: {amount} {self._unit}{percent}, {seconds:.0f} s"
+        return f"{self._what}: {amount} {self._unit}{percent}, {seconds:.0f} s"
 
 
 def _rich_bar(stream: TextIO, what: str, total: int | None, unit: str) -> tuple[Any, Any]:

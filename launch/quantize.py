@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import CommandParser, add_model_argument, job_arguments, run_command
+from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["main"]
+
+_LOG = logging.getLogger("phalanx.quantize")
 
 
 def build_parser() -> CommandParser:
@@ -48,22 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme = Scheme(args.scheme, group_size)
     with open_checkpoint(args.model) as checkpoint:
         chosen = _matrices(checkpoint)
-        done = 0
-
-        def progress(name: str) -> None:
-            nonlocal done
-            done += name in chosen
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{done}/{len(chosen)} matrices")
-
-        errors = write_quantized(
-            checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, args.output, progress
-        )  # fmt: skip
+        with Progress("quantizing", len(chosen), "matrices") as progress:
+            errors = write_quantized(
+                checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, args.output,
+                lambda name: progress.advance(name in chosen),
+            )  # fmt: skip
     largest = max(errors, key=errors.__getitem__)
-    sys.stderr.write(
-        f"{args.output}: {len(errors)} matrices as {args.scheme}; relative error {sum(errors.values()) / len(errors):.4f} on "
-        f"average, {errors[largest]:.4f} at most ({largest})\n"
-    )
+    _LOG.info(
+        "%s: %d matrices as %s; relative error %.4f on average, %.4f at most (%s)",
+        args.output, len(errors), args.scheme, sum(errors.values()) / len(errors), errors[largest], largest,
+    )  # fmt: skip
     if args.report is not None:
         args.report.write_text(
             json.dumps({"scheme": args.scheme, "group_size": group_size, "errors": errors}, indent=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -27,9 +28,11 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.parser import log_format, log_level
 from phalanx.launch.start_block import describe, host_names, start_block
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
+from phalanx.runtime.logs import fields
 
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_LOG = logging.getLogger("phalanx.serve")
 HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
 _DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
 STALLED_HEALTH_SECONDS = 60.0
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     door.close()
     if world.rank == 0:
-        sys.stderr.write("phalanx: ended, every request was answered\n")
+        _LOG.info("ended, every request was answered")
     return 0
 
 
@@ -121,7 +125,7 @@ class _Door:
         self.announcement = Announcement(settings.model_names[0], args.endpoint_file)
         self.frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
         if self.frontend.grpc_port is not None:
-            sys.stderr.write(f"phalanx: gRPC on {settings.host}:{self.frontend.grpc_port}\n")
+            _LOG.info("gRPC on %s:%d", settings.host, self.frontend.grpc_port)
 
     def close(self) -> None:
         """All requests are answered."""
@@ -164,6 +168,8 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         request_timeout_seconds=args.request_timeout,
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
         cors_origins=tuple(args.cors_origin),
+        log_level=log_level(args),
+        log_format=log_format(args),
     )
 
 
@@ -185,7 +191,7 @@ def _grpc_port(args: argparse.Namespace) -> int | None:
     except ConfigError as error:
         if given is not None:
             raise
-        sys.stderr.write(f"phalanx: serving without gRPC: {error}\n")
+        _LOG.warning("serving without gRPC: %s", error)
         return None
 
 
@@ -250,10 +256,10 @@ def _defaults(replica: Replica) -> dict[str, float | int]:
     defaults = replica.generation.sampling_defaults()
     known = known_fields(defaults)
     for name in sorted(set(defaults) - set(known)):
-        sys.stderr.write(
-            f"launch.serve: generation_config.json sets {name}={defaults[name]}, which is not supported yet: answers are "
-            "sampled without it\n"
-        )
+        _LOG.warning(
+            "generation_config.json sets %s=%s, which is not supported yet: answers are sampled without it",
+            name, defaults[name],
+        )  # fmt: skip
     return known
 
 
@@ -285,7 +291,7 @@ def _lead(
     )
 
     def on_ready() -> None:
-        sys.stderr.write(start_block(about, frontend.url, announcement.model))
+        _LOG.info(start_block(about, frontend.url, announcement.model), extra=fields(**about))
         announcement.publish(frontend.url)
 
     bridge.run(model, on_ready)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_LOG = logging.getLogger("phalanx.split")
 _STORED = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -79,12 +80,10 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
 
 def _report(report: SplitReport, output: Path, seconds: float) -> None:
     if report.replaced_leftovers:
-        sys.stderr.write(f"replaced what an interrupted split had left in {output}.partial\n")
+        _LOG.info("replaced what an interrupted split had left in %s.partial", output)
     gigabytes = report.num_bytes / 1e9
     speed = gigabytes / seconds
-    sys.stderr.write(
-        f"{output}: {report.num_files} file(s), {gigabytes:.3f} GB in {seconds:.1f} s ({speed:.2f} GB/s)\n"
-    )
+    _LOG.info("%s: %d file(s), %.3f GB in %.1f s (%.2f GB/s)", output, report.num_files, gigabytes, seconds, speed)
 
 
 def _threads() -> int:

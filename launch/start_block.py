@@ -49,7 +49,7 @@ def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
 def start_block(facts: dict[str, str], url: str, model: str) -> str:
     """Lines for people, the last one a command that asks the server something."""
     width = max(map(len, facts))
-    lines = [f"phalanx: {name:<{width}}  {value}" for name, value in facts.items()]
+    lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     body = f'{{"model": "{model}", "prompt": [1, 2, 3], "max_tokens": 16}}'
     ask = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
-    return "\n".join([*lines, f"phalanx: {'ask':<{width}}  {ask}", ""])
+    return "\n".join([*lines, f"{'ask':<{width}}  {ask}"])

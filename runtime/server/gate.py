@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phalanx.runtime.logs import fields
 from phalanx.runtime.server.errors import ApiError, unavailable
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.web.api_keys import has_key
@@ -23,6 +24,8 @@ __all__ = ["Gate"]
 
 _LOG = logging.getLogger("phalanx.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PROBES = frozenset({"/health", "/metrics", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
+"""Asked every few seconds by machines: logged at the level ``debug`` only."""
 _OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 _OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live"})
 
@@ -69,7 +72,13 @@ class Gate:
             await answer(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started
-            _LOG.info("%s %s %s %d %.3fs", request_id, method, scope["path"], status, seconds)
+            _LOG.log(
+                logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
+                "%s %s %s %d %.3fs", request_id, method, scope["path"], status, seconds,
+                extra=fields(
+                    request_id=request_id, method=method, path=scope["path"], status=status, seconds=round(seconds, 6)
+                ),
+            )  # fmt: skip
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         state = self._client.state

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tie_to_parent()
     channel, listener, starting, encoded = sys.argv[1:] if arguments is None else arguments
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
-    log = start_logging(sys.stderr)
+    log = start_logging(sys.stderr, settings.log_level, settings.log_format)
     _raise_descriptor_limit()
     api_keys = read_api_keys(settings.api_key_file)
     sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))

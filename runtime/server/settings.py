@@ -9,6 +9,7 @@ import re
 import msgspec
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.logs import LogFormat, LogLevel
 
 __all__ = ["FrontendSettings"]
 
@@ -27,6 +28,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = for ever.
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
+        log_level, log_format: of the log on standard error; requests are logged at ``info``, probes at ``debug``.
         stall_seconds: ``/health`` fails when no step has finished for so long while there is work.
         keep_alive_seconds: how long an idle connection stays open: longer than the pools of proxies (60 to 90 s), so that they
             close first and never send a request into a closing connection.
@@ -46,6 +48,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     max_body_bytes: int = 64 << 20
     max_body_chunks: int = 65_536
     max_header_bytes: int = 64 << 10

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.session import DeviceSession, LoadedEngine, SessionGroups
 
 __all__ = ["check_sizes", "find_engine", "open_session", "refit"]
+
+_LOG = logging.getLogger("phalanx.tensorrt")
 
 
 def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
@@ -85,7 +87,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
     spec.comm.barrier()
     if not engine.exists():
         if spec.comm.rank == 0:
-            sys.stderr.write(f"building TensorRT engines in {directory.path}; later starts will find them there\n")
+            _LOG.info("building TensorRT engines in %s; later starts will find them there", directory.path)
         place = Topology(topology.layout, rank)
         build_engine(library, request, spec.checkpoint.source, place, engine, directory.timing_cache)
     return engine, request

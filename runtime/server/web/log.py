@@ -9,6 +9,8 @@ import logging.handlers
 import queue
 from typing import TextIO
 
+from phalanx.runtime.logs import LogFormat, LogLevel, formatter
+
 __all__ = ["start_logging"]
 
 MAX_WAITING_LINES = 10_000
@@ -20,14 +22,14 @@ class _DroppingHandler(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
 
 
-def start_logging(stream: TextIO) -> logging.handlers.QueueListener:
-    """Send this process's log, from INFO on, to ``stream``; `stop` the result to write what still waits."""
+def start_logging(stream: TextIO, level: LogLevel, log_format: LogFormat) -> logging.handlers.QueueListener:
+    """Send this process's log, from ``level`` on, to ``stream``; `stop` the result to write what still waits."""
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
     writer = logging.StreamHandler(stream)
-    writer.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    writer.setFormatter(formatter(log_format, logging.Formatter("%(asctime)s %(name)s %(message)s")))
     listener = logging.handlers.QueueListener(waiting, writer)
     listener.start()
     root = logging.getLogger()
     root.addHandler(_DroppingHandler(waiting))
-    root.setLevel(logging.INFO)
+    root.setLevel(level.upper())
     return listener
