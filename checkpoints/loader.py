@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -86,11 +86,13 @@ def load_weights(
     sink: WeightSink[Destination],
     ignored: Sequence[str] = (),
     all_specs: Sequence[WeightSpec] | None = None,
+    on_loaded: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Load what ``tp_rank`` of ``tp_size`` holds of ``specs`` (its pipeline stage) into ``sink``.
 
     Every tensor is accounted for first: what ``all_specs`` (the whole model, all stages; default ``specs``) declares must
     be in ``source``, and what is in ``source`` must be declared or match a regular expression of ``ignored``.
+    ``on_loaded`` is told how many of how many weights are loaded.
 
     Raises:
         CheckpointError: a tensor is missing, unused, of another shape or of a format that weights cannot have.
@@ -102,7 +104,7 @@ def load_weights(
         all_specs = [decoded(spec) for spec in all_specs]
     stored_names = resolve(source, all_specs, ignored)
     groups, bytes_read = distinct(specs), 0
-    for group in groups:
+    for number, group in enumerate(groups, 1):
         names, shape = tuple(spec.name for spec in group), group[0].local_shape(tp_rank, tp_size)
         destination = sink.allocate(names, shape, group[0].dtype)
         first_row = 0
@@ -111,6 +113,8 @@ def load_weights(
             for piece in cut(part, source.info(name), first_row, tp_rank, tp_size, sink.chunk_bytes):
                 bytes_read += _load_piece(source, name, piece, sink, destination)
             first_row += part.span(0, tp_rank, tp_size).size
+        if on_loaded is not None:
+            on_loaded(number, len(groups))
     return LoadReport(len(groups), bytes_read, time.perf_counter() - start)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,16 @@ _BLOCK_BYTES = 1 << 20
 
 
 def write_rank_files(
-    source: TensorSource, ranks: Sequence[PlannedRank], files: Sequence[FileLayout], path: Path, threads: int
+    source: TensorSource,
+    ranks: Sequence[PlannedRank],
+    files: Sequence[FileLayout],
+    path: Path,
+    threads: int,
+    on_written: Callable[[int, int], None],
 ) -> list[RankFile]:
     """Write the files of ``ranks`` into the directory ``path``; returns their entries of the manifest.
+
+    ``on_written`` is told how many of how many pieces are written.
 
     Raises:
         CheckpointError: ``source`` cannot be read or converted.
@@ -38,7 +45,7 @@ def write_rank_files(
     """
     with ExitStack() as descriptors:
         jobs = [_start_file(source, rank, file, path, descriptors) for rank, file in zip(ranks, files, strict=True)]
-        pieces = _run(jobs, threads)
+        pieces = _run(jobs, threads, on_written)
     return [_entry(*each) for each in zip(ranks, files, pieces, strict=True)]
 
 
@@ -53,7 +60,9 @@ def _start_file(
     return [partial(_write_piece, source, piece, descriptor, offset) for piece, offset in pairs]
 
 
-def _run(jobs: Sequence[Sequence[_Job]], threads: int) -> list[tuple[Piece, ...]]:
+def _run(
+    jobs: Sequence[Sequence[_Job]], threads: int, on_written: Callable[[int, int], None]
+) -> list[tuple[Piece, ...]]:
     """Results of all jobs; those of different files in turn, because writers of one file wait for each other."""
     with ThreadPoolExecutor(threads) as pool:
         futures: list[list[Future[Piece]]] = [[] for _ in jobs]
@@ -62,11 +71,12 @@ def _run(jobs: Sequence[Sequence[_Job]], threads: int) -> list[tuple[Piece, ...]
                 if job is not None:
                     submitted.append(pool.submit(job))
         try:
-            finished, _ = wait(itertools.chain(*futures), return_when=FIRST_EXCEPTION)
+            total = sum(map(len, futures))
+            for number, future in enumerate(as_completed(itertools.chain(*futures)), 1):
+                future.result()
+                on_written(number, total)
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C the rest need not be written
-    for future in finished:
-        future.result()  # raises what failed, before a cancelled one below would
     return [tuple(future.result() for future in submitted) for submitted in futures]
 
 

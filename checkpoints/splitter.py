@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,14 @@ def split_checkpoint(
     output: Path,
     comm: Communicator,
     threads: int = 1,
+    on_written: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> SplitReport:
     """Write ``source`` as a split at ``output``. *Collective over ``comm``.*
 
     Args:
         directory: where configuration and tokenizer files are copied from.
         threads: how many pieces this rank copies at once.
+        on_written: told how many of how many pieces this rank has written.
 
     Raises:
         ConfigError: ``output`` exists or cannot be written, or the model cannot be split so.
@@ -89,7 +91,8 @@ def split_checkpoint(
             _check_space(unfinished.path, sum(file.num_bytes for file in files))
         comm.barrier()
         mine = slice(comm.rank, None, comm.size)
-        entries = _gather(write_rank_files(source, ranks[mine], files[mine], unfinished.path, threads), comm)
+        written = write_rank_files(source, ranks[mine], files[mine], unfinished.path, threads, on_written)
+        entries = _gather(written, comm)
         if is_first:
             _copy_files(directory, unfinished.path, job.dtype)
             _write_manifest(_manifest(infos, stored_names, job, entries), unfinished.path)

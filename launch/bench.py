@@ -23,6 +23,7 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.bench_report import summary, table
+from phalanx.launch.loading import start_progress
 from phalanx.launch.progress import Progress
 from phalanx.launch.sharing import check_writable
 from phalanx.launch.version import installed_versions
@@ -114,7 +115,9 @@ def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | 
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
     progress = RankProgress()
     with RankWatch(world, progress, Limits()):
-        return _measure_on_ranks(args, build_replica(args.model, options, world, progress))
+        with start_progress(world.rank == 0) as on_phase, progress.reporting(on_phase):
+            replica = build_replica(args.model, options, world, progress)
+        return _measure_on_ranks(args, replica)
 
 
 def _measure_on_ranks(args: argparse.Namespace, replica: Replica) -> dict[str, Any] | None:

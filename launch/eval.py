@@ -15,10 +15,10 @@ from phalanx.launch.arguments import (
     add_engine_arguments,
     add_model_arguments,
     add_parallel_arguments,
-    engine_options,
     job_arguments,
     run_command,
 )
+from phalanx.launch.loading import start_llm
 from phalanx.launch.progress import Progress
 from phalanx.launch.sharing import read_text
 
@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, world = job_arguments(build_parser(), argv)
     text = read_text(world, "--text", args.text)
 
-    from phalanx.runtime.llm import LLM
-
-    with LLM(args.model, comm=world, **engine_options(args)) as llm:
+    with start_llm(args, world) as llm:
         context = llm.max_model_len if args.context is None else args.context
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()

@@ -17,10 +17,10 @@ from phalanx.launch.arguments import (
     add_engine_arguments,
     add_model_arguments,
     add_parallel_arguments,
-    engine_options,
     job_arguments,
     run_command,
 )
+from phalanx.launch.loading import start_llm
 from phalanx.launch.progress import Progress
 from phalanx.launch.results import InOrder, ResultFile, check_same_prompts, to_json
 from phalanx.launch.sampling_arguments import add_sampling_arguments, given_fields, sampling_params
@@ -67,15 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, world = job_arguments(parser, argv)
     _check(parser, args)
 
-    from phalanx.runtime.llm import LLM
-
     prompts, params = _read_prompts(args, world)
     if args.stream and len(prompts) > 1:
         parser.error(
             f"--stream shows one prompt, there are {len(prompts)}; leave it out: results appear as they finish"
         )
     file, done = _open_output(args, world)
-    with LLM(args.model, comm=world, **engine_options(args)) as llm:
+    with start_llm(args, world) as llm:
         if args.output is not None:
             agree(world, lambda: _same_prompts(args.output, done, llm, prompts))
         outputs = _generate(args, llm, prompts, params, file, done)

@@ -82,6 +82,8 @@ class Progress:
 
     def _line(self) -> str:
         seconds = self._clock() - self._started
+        if self._total is None and not self._done:
+            return f"{self._what}, {seconds:.0f} s"
         amount = f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"
         percent = f" ({100 * self._done // self._total} %)" if self._total else ""
         return f"{self._what}: {amount} {self._unit}{percent}, {seconds:.0f} s"

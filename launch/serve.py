@@ -28,6 +28,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.loading import start_progress
 from phalanx.launch.parser import log_format, log_level
 from phalanx.launch.start_block import describe, host_names, start_block
 from phalanx.parallel.errors import ConfigError
@@ -141,6 +142,11 @@ class _Door:
         if self.frontend is not None:
             self.frontend.tell_failed(reason)
 
+    def say_phase(self, phase: str) -> None:
+        """What requests that come before the engine is ready are told."""
+        if self.frontend is not None:
+            self.frontend.tell_phase(phase)
+
     def say_trouble(self, reason: str | None) -> None:
         """Have ``/health`` fail for this reason, or no longer, from any thread."""
         if self.frontend is not None:
@@ -222,7 +228,8 @@ def _run_rank(
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
     queue = config.max_queued_requests + config.max_num_seqs
     hosts = host_names(world)
-    replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress)
+    with start_progress(world.rank == 0, door.say_phase) as on_phase, progress.reporting(on_phase):
+        replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress)
     if world.rank:
         with progress.phase("executing steps"):
             follow(replica.control, replica.executor, progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import CommandParser, add_model_argument, job_arguments, run_command
+from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_checkpoint(args.model) as checkpoint:
         job = _job(checkpoint, Layout(tp=args.tp, pp=args.pp), args.dtype)
         directory = ModelDirectory.at(checkpoint.path)
-        report = split_checkpoint(checkpoint.source, directory, job, args.output, comm, _threads())
+        # Ranks have equal shares, so the first one's shows how far all are.
+        with Progress("splitting", None, "pieces", shown=comm.rank == 0) as progress:
+            report = split_checkpoint(
+                checkpoint.source, directory, job, args.output, comm, _threads(),
+                lambda done, total: progress.show(done, total, "splitting"),
+            )  # fmt: skip
     if comm.rank == 0:
         _report(report, args.output, time.perf_counter() - start)
     comm.close()

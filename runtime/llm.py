@@ -45,6 +45,7 @@ class LLM:
             None = the demo checkpoint.
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: the layout; by default all ranks are tensor-parallel.
         comm: the job's ranks; by default those of MPI.
+        on_phase: told what this rank does while it starts, and how much of it is done: ``(phase, done, total)``.
         options: further fields of `EngineConfig` (engine, dtype, max_num_seqs, ...).
 
     Raises:
@@ -60,6 +61,7 @@ class LLM:
         pipeline_parallel_size: int | None = None,
         data_parallel_size: int | None = None,
         comm: Communicator | None = None,
+        on_phase: Callable[[str, int, int | None], None] | None = None,
         **options: Any,
     ) -> None:
         world = world_communicator() if comm is None else comm
@@ -70,7 +72,8 @@ class LLM:
             atexit.register(self._leave)
         layout = resolve_layout(world.size, tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
         config = EngineConfig(layout=layout, **with_default_sizes({"max_queued_requests": 1 << 30, **options}))
-        self._replica = build_replica(None if model is None else Path(model), config, world, progress)
+        with progress.reporting(on_phase):
+            self._replica = build_replica(None if model is None else Path(model), config, world, progress)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)
         self._closed = False
         self._failure: str | None = None

@@ -5,12 +5,13 @@ The ``READY`` line, mistakes in the command line and reports of failures are alw
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, get_args
 
 __all__ = ["LOG_FORMATS", "LOG_LEVELS", "LogFormat", "LogLevel", "configure", "fields", "formatter", "is_json"]
 
@@ -41,6 +42,15 @@ class PrefixedLines(logging.Formatter):
         return "\n".join(f"phalanx: {line}" for line in super().format(record).splitlines())
 
 
+class _StandardError(logging.Handler):
+    """Writes to what is standard error at the moment, and flushes: a launcher reads it through a pipe."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+
+
 def fields(**values: Any) -> Mapping[str, Any]:
     """Values for machines, to be passed as ``extra`` of a log call; text lines do not show them."""
     return {"fields": values}
@@ -51,14 +61,13 @@ def formatter(log_format: LogFormat, text: logging.Formatter) -> logging.Formatt
     return JsonLines() if log_format == "json" else text
 
 
-def configure(level: LogLevel, log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Send this process's messages from ``level`` on to ``stream`` (default: standard error)."""
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+def configure(level: LogLevel, log_format: LogFormat) -> None:
+    """Send this process's messages from ``level`` on to standard error."""
+    handler = _StandardError()
     handler.setFormatter(formatter(log_format, PrefixedLines()))
     logger = logging.getLogger("phalanx")
     logger.handlers = [handler]
     logger.setLevel(level.upper())
-    logger.propagate = False
 
 
 def is_json() -> bool:

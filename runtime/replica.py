@@ -75,7 +75,7 @@ def build_replica(
         with progress.phase("comparing ranks"):
             check_ranks_agree(checkpoint, options, world)
         group = world.split(topology.replica_group)
-        spec = RankSpec(family, config, checkpoint, options, topology, group)
+        spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
         with progress.phase("loading weights"):
             executor, max_model_len = create_executor(spec)
     control = ControlChannel(group)

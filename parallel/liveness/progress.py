@@ -15,6 +15,9 @@ Activity = Literal["starting", "waiting", "stepping"]
 """``starting`` and ``stepping`` must end within their limits; ``waiting`` may last."""
 
 
+OnPhase = Callable[[str, int, int | None], None]
+
+
 class Stamp(msgspec.Struct, frozen=True, tag=True):
     """One moment of a rank.
 
@@ -42,10 +45,11 @@ class Stamp(msgspec.Struct, frozen=True, tag=True):
 class RankProgress:
     """The state behind a rank's stamps. Writers pay for a few attribute stores."""
 
-    __slots__ = ("_clock", "_since", "activity", "collective", "current_phase", "num_collectives", "step")
+    __slots__ = ("_clock", "_on_phase", "_since", "activity", "collective", "current_phase", "num_collectives", "step")
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._on_phase: OnPhase | None = None
         self._since = clock()
         self.activity: Activity = "starting"
         self.current_phase = "starting"
@@ -58,12 +62,29 @@ class RankProgress:
         """Say what this rank is doing, in stamps and in the notes of an error."""
         outer, self.current_phase = self.current_phase, name
         self._since = self._clock()
+        self._tell(0, None)
         try:
             yield
         except Exception as error:
             error.add_note(f"while {name}")
             raise
         self.current_phase = outer
+
+    @contextmanager
+    def reporting(self, on_phase: OnPhase | None) -> Iterator[None]:
+        """Meanwhile tell ``on_phase`` what this rank does, and how much of it is done: ``(phase, done, total)``.
+
+        A phase begins with 0 of None.
+        """
+        self._on_phase = on_phase
+        try:
+            yield
+        finally:
+            self._on_phase = None
+
+    def advance(self, done: int, total: int) -> None:
+        """``done`` of the ``total`` pieces of this phase are done."""
+        self._tell(done, total)
 
     def begin_step(self, step: int) -> None:
         """A step starts; with others in flight, the limit still counts from the last one that ended."""
@@ -79,6 +100,10 @@ class RankProgress:
     def wait(self) -> None:
         """This rank is ready and has nothing to do."""
         self.end_step(0)
+
+    def _tell(self, done: int, total: int | None) -> None:
+        if self._on_phase is not None:
+            self._on_phase(self.current_phase, done, total)
 
     def stamp(self) -> Stamp:
         """This moment; called by the thread that watches."""

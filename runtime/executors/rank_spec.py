@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.liveness.progress import RankProgress
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.attention import AttentionSpec
@@ -34,6 +35,7 @@ class RankSpec:
         options: what the operator chose.
         topology: this rank's place in the world.
         comm: all ranks of the replica, in order.
+        progress: told how many of how many weights are loaded.
     """
 
     model: Model
@@ -42,6 +44,7 @@ class RankSpec:
     options: EngineConfig
     topology: Topology
     comm: Communicator
+    progress: RankProgress = field(default_factory=RankProgress)
 
     @property
     def dtype(self) -> ComputeDType:
@@ -117,7 +120,9 @@ class RankSpec:
     def load(self, sink: CollectingSink[Array]) -> Weights[Array]:
         """Load this rank's weights into ``sink``. Raises as `load_stage`."""
         checkpoint = self.checkpoint
-        return load_stage(checkpoint.source, self.model, self.config, checkpoint.formats, self.topology, sink)
+        return load_stage(
+            checkpoint.source, self.model, self.config, checkpoint.formats, self.topology, sink, self.progress.advance
+        )  # fmt: skip
 
     @property
     def tp_rank(self) -> int:

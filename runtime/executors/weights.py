@@ -158,8 +158,11 @@ def load_stage(
     formats: FormatPlan,
     topology: Topology,
     sink: CollectingSink[Array],
+    on_loaded: Callable[[int, int], None] | None = None,
 ) -> Weights[Array]:
     """Load one rank's share of its stage into ``sink``, after accounting for every tensor of the whole model.
+
+    ``on_loaded`` is told how many of how many weights are loaded.
 
     Raises:
         CheckpointError: weights are missing, superfluous, of the wrong shape or in another format than declared.
@@ -168,6 +171,6 @@ def load_stage(
     everything = components_of(format_weights(model.weights(config), formats))
     ignored = (*model.ignored_tensors, *formats.ignored_tensors)
     load_weights(
-        source, components_of(declared), topology.tp_rank, topology.layout.tp, sink, ignored, everything
+        source, components_of(declared), topology.tp_rank, topology.layout.tp, sink, ignored, everything, on_loaded
     )  # fmt: skip
     return Weights.of(declared, sink.weights)

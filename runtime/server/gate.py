@@ -83,7 +83,8 @@ class Gate:
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         state = self._client.state
         if state is ServerState.STARTING:
-            return unavailable("the server is starting; try again in a moment")
+            phase = f" ({self._client.phase})" if self._client.phase else ""
+            return unavailable(f"the server is starting{phase}; try again in a moment")
         if path not in _OPEN_WITHOUT_KEY and not has_key(headers.get("authorization", ""), self._api_keys):
             # Only at the page: a browser asks for the key once, as a password, and sends it from then on.
             challenge = 'Basic realm="API key as password", charset="UTF-8"' if path == "/" else "Bearer"

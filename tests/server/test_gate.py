@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.server.gate import Gate
+from phalanx.runtime.server.link.engine_client import EngineClient
+from phalanx.runtime.server.link.messages import Phase, encode_frame
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 
@@ -116,3 +123,56 @@ def test_help_needs_no_server() -> None:
 
     with start([sys.executable, "-m", "launch.serve", "--help"]) as server:
         assert server.wait()[0] == 0
+
+
+def test_probes_are_logged_at_debug_only(model_directory: Path) -> None:
+    with stub_server(model_directory, {}) as server:
+        server.get("/health")
+        server.get("/metrics")
+        server.get("/v1/models")
+        server.lines_with("/v1/models")
+        assert not [line for line in server.lines if "/health" in line or "/metrics" in line]
+
+
+def test_log_level_debug_shows_probes_and_warning_shows_no_request(model_directory: Path) -> None:
+    with stub_server(model_directory, {"log_level": "debug"}) as server:
+        server.get("/health")
+        assert len(server.lines_with("GET /health 200")) == 1
+    with stub_server(model_directory, {"log_level": "warning"}) as server:
+        server.get("/v1/models")
+    _, said = server.wait()
+    assert "/v1/models" not in said
+
+
+def test_json_logs_have_a_field_for_each_value_and_no_content(model_directory: Path) -> None:
+    with stub_server(model_directory, {"log_format": "json"}) as server:
+        server.post("/v1/completions", {"prompt": "a secret", "max_tokens": 1}, **{"X-Request-Id": "mine"})
+        (line,) = server.lines_with("/v1/completions")
+    entry = json.loads(line)
+    expected = {"level": "info", "request_id": "mine", "method": "POST", "path": "/v1/completions", "status": 200}
+    assert expected.items() <= entry.items()
+    assert entry["seconds"] >= 0
+    assert "secret" not in line
+
+
+def test_a_request_before_the_engine_is_ready_learns_what_it_waits_for() -> None:
+    """As rank 0 tells it: the phase, and how much of it is done."""
+    client = EngineClient(load_model=lambda _: None, on_gone=lambda: None, on_stats=lambda _: None)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(dict(message))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def ask() -> None:
+        await Gate(Response(), client, ())(
+            {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}, receive, send
+        )
+
+    client.data_received(encode_frame(Phase("loading weights, 41 %")))
+    asyncio.run(ask())
+    assert sent[0]["status"] == 503
+    message = json.loads(sent[1]["body"])["error"]["message"]
+    assert message == "the server is starting (loading weights, 41 %); try again in a moment"

@@ -26,6 +26,7 @@ from phalanx.runtime.server.link.messages import (
     FromFrontend,
     FrontendReady,
     ModelInfo,
+    Phase,
     Refused,
     Stats,
     Stop,
@@ -152,6 +153,7 @@ class EngineClient(asyncio.Protocol):
         model: what the engine said about the model, None before it is ready.
         stats: the latest counts, None before the first.
         failure: why the state is FAILED.
+        phase: what rank 0 does before it is ready, in words; empty until it says so.
         trouble: which rank does not answer at the moment; None = all do.
     """
 
@@ -166,6 +168,7 @@ class EngineClient(asyncio.Protocol):
         self.model: ModelInfo | None = None
         self.stats: Stats | None = None
         self.failure: str | None = None
+        self.phase = ""
         self.trouble: str | None = None
         self._load_model, self._on_gone, self._on_stats, self._clock = load_model, on_gone, on_stats, clock
         self._frames = FrameDecoder()
@@ -314,6 +317,8 @@ class EngineClient(asyncio.Protocol):
             case Draining():
                 self.state = ServerState.DRAINING
                 self._report_drained()
+            case Phase(text):
+                self.phase = text
             case Trouble(text):
                 self.trouble = text
             case Failed(text):

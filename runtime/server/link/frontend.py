@@ -13,7 +13,7 @@ import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.server.link.channel import FrontendChannel
-from phalanx.runtime.server.link.messages import Failed, Stop, Trouble
+from phalanx.runtime.server.link.messages import Failed, Phase, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import answer_early, bind, free_port
@@ -78,6 +78,11 @@ class Frontend:
         with contextlib.suppress(CommunicatorError):
             self.channel.send(Failed(reason))
             self.channel.flush(0.5)
+
+    def tell_phase(self, text: str) -> None:
+        """Have requests that come before the engine is ready be refused with these words."""
+        with contextlib.suppress(CommunicatorError):
+            self.channel.send(Phase(text))
 
     def tell_trouble(self, reason: str | None) -> None:
         """Have ``/health`` fail for this reason, or no longer. May be called by any thread."""

@@ -25,6 +25,7 @@ __all__ = [
     "FrontendReady",
     "FrontendRefused",
     "ModelInfo",
+    "Phase",
     "Refused",
     "Stats",
     "Stop",
@@ -59,6 +60,12 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 
 class Drained(msgspec.Struct, tag=True, frozen=True):
     """After `Draining`: the last answer has been given."""
+
+
+class Phase(msgspec.Struct, tag=True, frozen=True):
+    """What rank 0 does before it is ready, in words: ``loading weights, 41 %``."""
+
+    text: str
 
 
 class ModelInfo(msgspec.Struct, tag=True, frozen=True):
@@ -135,7 +142,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 
 
 FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained
-ToFrontend = ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
+ToFrontend = Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 
 def encode_frame(message: FromFrontend | ToFrontend) -> bytes:
