@@ -14,6 +14,7 @@ import jinja2
 from phalanx.parallel.errors import CheckpointError, RequestError
 from phalanx.runtime.text.content import walks_content
 from phalanx.runtime.text.sandbox import LimitExceeded, Sandbox
+from phalanx.runtime.text.tool_calls.detection import detect_form, shows_tool_calls, takes_tools
 
 __all__ = ["TEMPLATE_OPTIONS", "ChatTemplate", "message_text"]
 
@@ -34,11 +35,17 @@ class ChatTemplate:
     Attributes:
         special_tokens: what it may name (``bos_token``, ``eos_token``, ...).
         walks_parts: whether it goes through the parts of a content itself; others get the parts as one text.
+        takes_tools: whether it shows the model the functions that it may call.
+        shows_tool_calls: whether it writes the calls of earlier turns.
+        tool_call_form: the form of calls that it teaches (a key of `TOOL_CALL_FORMS`); None if that is not certain.
     """
 
     code: CodeType
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     walks_parts: bool = False
+    takes_tools: bool = False
+    shows_tool_calls: bool = False
+    tool_call_form: str | None = None
 
     @classmethod
     def compile(cls, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
@@ -49,7 +56,15 @@ class ChatTemplate:
         """
         try:
             sandbox = Sandbox()
-            return cls(sandbox.compile(source), dict(special_tokens), walks_content(sandbox.parse(source)))
+            tree = sandbox.parse(source)
+            return cls(
+                sandbox.compile(source),
+                dict(special_tokens),
+                walks_parts=walks_content(tree),
+                takes_tools=takes_tools(tree),
+                shows_tool_calls=shows_tool_calls(tree),
+                tool_call_form=detect_form(source),
+            )
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template cannot be compiled: {error}; correct chat_template") from error
 
@@ -57,15 +72,17 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, Any] | None = None,
         max_seconds: float = MAX_RENDER_SECONDS,
         max_characters: int = MAX_RENDERED_CHARACTERS,
     ) -> str:
-        """The prompt text for ``messages``: mappings with ``role`` and ``content`` (see `message_text`).
+        """Return the prompt text for ``messages``: mappings with ``role`` and ``content`` (see `message_text`).
 
-        May compute for up to ``max_seconds``: call it outside an event loop.
+        ``tools`` describes functions as the OpenAI protocol does; the arguments of ``tool_calls`` in messages are objects, as
+        transformers passes them. May compute for up to ``max_seconds``: call it outside an event loop.
 
         Raises:
             RequestError: the template refuses the messages, or they exceed the time or size limit.
@@ -78,7 +95,7 @@ class ChatTemplate:
             conversation = _with_marker(conversation)
         sandbox = Sandbox(time.monotonic() + max_seconds, max_characters)
         variables = {
-            **self.special_tokens, **options, "messages": conversation, "tools": None, "documents": None,
+            **self.special_tokens, **options, "messages": conversation, "tools": tools, "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }  # fmt: skip
         text = _run(sandbox, self.code, variables, max_characters)

@@ -54,6 +54,53 @@ def test_text_equals_that_of_transformers(
         assert text == expected
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Today's <weather> é",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "default": None}}},
+        },
+    }
+]
+CALL = {"id": "a1B2c3D4e", "type": "function", "function": {"name": "weather", "arguments": {"city": "Tromsø"}}}
+WITH_CALLS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "How is it?"}],
+    [
+        {"role": "user", "content": "How is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "-3", "tool_call_id": "a1B2c3D4e"},
+    ],
+    [
+        {"role": "user", "content": "How is it?"},
+        {"role": "assistant", "content": "Both.", "tool_calls": [CALL, CALL]},
+        {"role": "user", "content": "So?"},
+    ],
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("conversation", WITH_CALLS)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+@pytest.mark.parametrize("name", chat_templates.WITH_TOOLS)
+def test_tools_and_calls_are_written_as_transformers_writes_them(
+    name: str, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = chat_templates.WITH_TOOLS[name]
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made.byte_fallback(), bos_token="<s>", eos_token="</s>", chat_template=source
+    )
+    try:
+        expected = reference.apply_chat_template(conversation, tools=tools, tokenize=False, add_generation_prompt=True)
+    except Exception:
+        with pytest.raises(RequestError):
+            render(source, conversation, tools=tools)
+        return
+    assert render(source, conversation, tools=tools) == expected
+
+
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 WALKS = [
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"

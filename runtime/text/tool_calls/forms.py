@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which models write tool calls, under the names that vLLM's ``--tool-call-parser`` has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+
+from phalanx.runtime.text.tool_calls.json_call import JsonValue
+from phalanx.runtime.text.tool_calls.reader import ToolCallReader
+
+__all__ = ["TOOL_CALL_FORMS", "tool_call_reader"]
+
+
+class HermesReader(ToolCallReader):
+    """``<tool_call>{"name": "f", "arguments": {...}}</tool_call>``, repeated: Hermes 2 Pro, Qwen 2.5, Qwen 3."""
+
+    def _first_step(self) -> Callable[[], bool]:
+        return self._text
+
+    def _text(self) -> bool:
+        return self._find_marker("<tool_call>", self._read_call)
+
+    def _after_call(self) -> bool:
+        """Drop the end tag and the spaces around it; a model may forget it before the next call."""
+        if not self._skip_spaces():
+            return False
+        tag = "</tool_call>"
+        if tag.startswith(self._buffer) and self._buffer != tag:
+            return False
+        self._buffer = self._buffer.removeprefix(tag)
+        self._step = self._between
+        return True
+
+    def _between(self) -> bool:
+        if not self._skip_spaces():
+            return False
+        self._step = self._text
+        return True
+
+
+class LlamaReader(ToolCallReader):
+    """``{"name": "f", "parameters": {...}}`` as the whole answer, several with ``;`` between them: Llama 3.1 to 3.3.
+
+    ``<|python_tag|>`` may come first. There is no other mark, so only an object that names one of the functions is a call.
+    """
+
+    def _first_step(self) -> Callable[[], bool]:
+        return self._start
+
+    def _start(self) -> bool:
+        tag = "<|python_tag|>"
+        begun = self._buffer.lstrip()
+        if not begun or (tag.startswith(begun) and begun != tag):
+            return False
+        rest = begun.removeprefix(tag).lstrip()
+        if rest.startswith("{"):
+            self._raw, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
+            self._step = self._read_call
+            return True
+        if not rest:
+            return False
+        self._step = self._plain
+        return True
+
+    def _plain(self) -> bool:
+        self._add_text(self._buffer)
+        self._buffer = ""
+        return False
+
+    def _not_a_call(self) -> None:
+        super()._not_a_call()
+        self._step = self._plain
+
+    def _is_callable(self, name: str) -> bool:
+        return name in self._names
+
+    def _after_call(self) -> bool:
+        if not self._skip_spaces():
+            return False
+        self._is_named = False
+        separator = self._buffer[0] if self._buffer[0] in ";," else ""
+        rest = self._buffer[len(separator) :].lstrip()
+        if not rest:
+            self._is_named = True  # a separator at the end is no text
+            return False
+        if rest.startswith("{"):
+            self._raw, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
+            self._step = self._read_call
+        else:
+            self._step = self._plain
+        return True
+
+
+class MistralReader(ToolCallReader):
+    """``[TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]``, or from tokenizer version 11 on ``[TOOL_CALLS]f[ARGS]{...}``, repeated."""
+
+    def _first_step(self) -> Callable[[], bool]:
+        return self._text
+
+    def _text(self) -> bool:
+        return self._find_marker("[TOOL_CALLS]", self._head)
+
+    def _head(self) -> bool:
+        """A list of calls, or a function's name."""
+        stripped = self._buffer.lstrip()
+        if not stripped:
+            return False
+        self._raw += self._buffer[: len(self._buffer) - len(stripped)]
+        self._buffer = stripped
+        if stripped.startswith("["):
+            self._raw, self._buffer, self._step = self._raw + "[", stripped[1:], self._read_call
+        else:
+            self._step = self._named_head
+        return True
+
+    def _named_head(self) -> bool:
+        """``f``, ``[CALL_ID]...`` in some versions, ``[ARGS]``; the arguments' bracket ends all that."""
+        head, bracket, rest = self._buffer.partition("{")
+        if not bracket:
+            return False
+        name = head.partition("[CALL_ID]")[0].partition("[ARGS]")[0].strip()
+        if not name or any(character.isspace() for character in name):
+            self._not_a_call()
+            return True
+        self._begin_call(name)
+        self._raw, self._buffer, self._value = "", bracket + rest, JsonValue()
+        self._step = self._named_arguments
+        return True
+
+    def _named_arguments(self) -> bool:
+        used, ended = self._value.push(self._buffer)
+        self._add_arguments(self._buffer[:used])
+        self._buffer = self._buffer[used:]
+        if ended:
+            self._step = self._between
+        return ended
+
+    def _after_call(self) -> bool:
+        if not self._skip_spaces():
+            return False
+        mark, self._buffer = self._buffer[0], self._buffer[1:]
+        if mark == ",":
+            self._is_named, self._raw, self._step = False, mark, self._read_call
+        else:
+            self._buffer = self._buffer if mark == "]" else mark + self._buffer
+            self._step = self._between
+        return True
+
+    def _between(self) -> bool:
+        if not self._skip_spaces():
+            return False
+        self._step = self._text
+        return True
+
+
+TOOL_CALL_FORMS: Mapping[str, type[ToolCallReader]] = MappingProxyType(
+    {"hermes": HermesReader, "llama3_json": LlamaReader, "mistral": MistralReader}
+)
+
+
+def tool_call_reader(form: str, names: Collection[str], *, parallel: bool = True) -> ToolCallReader:
+    """Return a reader of one answer's calls in ``form``, a key of `TOOL_CALL_FORMS`."""
+    return TOOL_CALL_FORMS[form](names, parallel=parallel)

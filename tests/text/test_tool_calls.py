@@ -1,0 +1,162 @@
+"""Tool calls are found in a growing answer, wherever tokens begin and end, and what is no call stays text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phalanx.runtime.server.settings import TOOL_CALL_PARSERS
+from phalanx.runtime.text.tool_calls import (
+    TOOL_CALL_FORMS,
+    detect_form,
+    shows_tool_calls,
+    takes_tools,
+    tool_call_reader,
+)
+
+from . import chat_templates
+
+NAMES = ("weather", "add")
+Calls = list[tuple[str, str]]
+
+CASES: list[tuple[str, str, str, Calls]] = [
+    ("hermes", "Just text.", "Just text.", []),
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>', "",
+     [("weather", '{"city": "Oslo"}')]),
+    ("hermes", 'Let me see.\n\n<tool_call>{"arguments": {"a": [1, {"b": "}"}]}, "name": "add"}</tool_call>', "Let me see.",
+     [("add", '{"a": [1, {"b": "}"}]}')]),
+    ("hermes", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "weather", "arguments": '
+     '{"city": "a \\"b\\" \\\\"}}\n</tool_call>', "", [("add", "{}"), ("weather", '{"city": "a \\"b\\" \\\\"}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "add"}</tool_call> done', "done", [("add", "{}")]),
+    ("hermes", '<tool_call>{"id": 7, "name": "add", "arguments": {"a": null}}</tool_call>', "", [("add", '{"a": null}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1', "", [("add", '{"a": 1')]),
+    ("hermes", "<tool_call>\nno JSON\n</tool_call>", "<tool_call>\nno JSON\n</tool_call>", []),
+    ("hermes", '<tool_call>{"nam', '<tool_call>{"nam', []),
+    ("hermes", "a < b <tool", "a < b <tool", []),
+    ("hermes", "ends with spaces \n", "ends with spaces \n", []),
+    ("llama3_json", "It is 5 degrees.", "It is 5 degrees.", []),
+    ("llama3_json", '{"name": "weather", "parameters": {"city": "Oslo"}}', "", [("weather", '{"city": "Oslo"}')]),
+    ("llama3_json", '<|python_tag|>{"name": "add", "parameters": {"a": 1}}; {"name": "add", "parameters": {"a": 2}}', "",
+     [("add", '{"a": 1}'), ("add", '{"a": 2}')]),
+    ("llama3_json", '{"name": "Ada", "parameters": {"born": 1815}}', '{"name": "Ada", "parameters": {"born": 1815}}', []),
+    ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
+    ("llama3_json", '<|python_tag|>print(1)', "<|python_tag|>print(1)", []),
+    ("llama3_json", 'Use {"name": "add", "parameters": {}}.', 'Use {"name": "add", "parameters": {}}.', []),
+    ("llama3_json", "<|python_tag|>", "<|python_tag|>", []),
+    ("mistral", "Bonjour [1]", "Bonjour [1]", []),
+    ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "add", "arguments": {"a": 1}}]', "",
+     [("weather", '{"city": "Oslo"}'), ("add", '{"a": 1}')]),
+    ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {}}]', "", [("add", "{}")]),
+    ("mistral", 'Sure.[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}[TOOL_CALLS]add[CALL_ID]123456789[ARGS]{"a": {"b": 2}}', "Sure.",
+     [("weather", '{"city": "Oslo"}'), ("add", '{"a": {"b": 2}}')]),
+    ("mistral", '[TOOL_CALLS]add{"a": 1}', "", [("add", '{"a": 1}')]),
+    ("mistral", "[TOOL_CALLS] [1, 2]", "[TOOL_CALLS] [1, 2]", []),
+    ("mistral", "[TOOL_CALLS]not a name {", "[TOOL_CALLS]not a name {", []),
+]  # fmt: skip
+
+
+def read(form: str, tokens: list[str], **options: bool) -> tuple[str, Calls]:
+    reader = tool_call_reader(form, NAMES, **options)
+    pieces = [piece for token in tokens for piece in reader.push(token)] + reader.finish()
+    text, names, arguments = "", list[str](), list[str]()
+    for piece in pieces:
+        if piece.call is None:
+            text += piece.text
+        elif piece.name is not None:
+            assert piece.call == len(names)
+            names.append(piece.name)
+            arguments.append(piece.text)
+        else:
+            arguments[piece.call] += piece.text
+    assert reader.num_calls == len(names)
+    return text, list(zip(names, arguments, strict=True))
+
+
+@pytest.mark.parametrize(("form", "answer", "text", "calls"), CASES)
+def test_calls_and_text_of_an_answer(form: str, answer: str, text: str, calls: Calls) -> None:
+    assert read(form, [answer]) == (text, calls)
+    assert read(form, list(answer)) == (text, calls)
+
+
+@given(st.data())
+def test_where_tokens_end_does_not_matter(data: st.DataObject) -> None:
+    form, answer, text, calls = data.draw(st.sampled_from(CASES))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)))) | {0, len(answer)})
+    assert read(form, [answer[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]) == (text, calls)
+
+
+@given(st.sampled_from(sorted(TOOL_CALL_FORMS)), st.text('<tool_call>/{}[]":,;\\ abTOOL_CALLS|python', max_size=60))
+def test_no_text_is_lost_unless_a_call_is_found(form: str, answer: str) -> None:
+    text, calls = read(form, list(answer))
+    assert calls or text == answer
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=3), st.booleans(), st.sampled_from([None, 2]))
+def test_any_arguments_come_through_unchanged(
+    arguments: dict[str, object], ascii_only: bool, indent: int | None
+) -> None:
+    def dump(value: object) -> str:
+        return json.dumps(value, ensure_ascii=ascii_only, indent=indent)
+
+    written = {
+        "hermes": "<tool_call>" + dump({"name": "add", "arguments": arguments}) + "</tool_call>",
+        "llama3_json": dump({"name": "add", "parameters": arguments}),
+        "mistral": "[TOOL_CALLS]" + dump([{"name": "add", "arguments": arguments}]),
+    }
+    for form, answer in written.items():
+        text, [(name, found)] = read(form, list(answer))
+        assert (text, name, json.loads(found)) == ("", "add", arguments)
+
+
+def test_arguments_stream_before_the_call_ends() -> None:
+    reader = tool_call_reader("hermes", NAMES)
+    assert [piece.name for piece in reader.push('<tool_call>{"name": "add", "arg')] == ["add"]
+    assert [piece.text for piece in reader.push('uments": {"a": 1, "b"')] == ['{"a": 1, "b"']
+
+
+@pytest.mark.parametrize("form", sorted(TOOL_CALL_FORMS))
+def test_without_parallel_calls_only_the_first_counts(form: str) -> None:
+    answer = next(answer for kind, answer, _, calls in CASES if kind == form and len(calls) == 2)
+    assert read(form, [answer], parallel=False) == ("", read(form, [answer])[1][:1])
+
+
+def test_the_operator_can_choose_every_form() -> None:
+    assert set(TOOL_CALL_PARSERS) == {"auto", "none", *TOOL_CALL_FORMS}
+
+
+@pytest.mark.parametrize("name", chat_templates.WITH_TOOLS)
+def test_forms_are_recognised_by_what_templates_teach(name: str) -> None:
+    source = chat_templates.WITH_TOOLS[name]
+    tree = ImmutableSandboxedEnvironment().parse(source)
+    assert (takes_tools(tree), shows_tool_calls(tree)) == (True, True)
+    assert detect_form(source) == name.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages }}",
+        "{{ tools }} <tool_call>\n<function=f>\n<parameter=x>",
+        "{{ tools }} <tool_call>{function-name}\n<arg_key>",
+        "{{ tools }} [TOOL_CALLS] <tool_call>{\"name\": ",
+    ],
+)  # fmt: skip
+def test_other_forms_are_not_mistaken_for_known_ones(source: str) -> None:
+    assert detect_form(source) is None
+
+
+def test_templates_without_tools_are_recognised() -> None:
+    tree = ImmutableSandboxedEnvironment().parse(chat_templates.CHATML)
+    assert (takes_tools(tree), shows_tool_calls(tree)) == (False, False)
