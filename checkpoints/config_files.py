@@ -18,6 +18,7 @@ __all__ = [
     "GENERATION_CONFIG_FILE",
     "TEMPLATE_FILE",
     "TEMPLATE_FOLDER",
+    "TOOL_TEMPLATE",
     "demo_path",
     "read_config",
     "read_generation_config",
@@ -29,6 +30,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT_TEMPLATE = "default.jinja"
+TOOL_TEMPLATE = "tool_use.jinja"
 
 COPIED_FILES = (
     CONFIG_FILE,

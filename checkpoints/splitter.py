@@ -25,6 +25,7 @@ from phalanx.checkpoints.config_files import (
     DEFAULT_TEMPLATE,
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
+    TOOL_TEMPLATE,
 )
 from phalanx.checkpoints.coverage import planned_copies, verify_coverage
 from phalanx.checkpoints.files import ModelDirectory
@@ -174,8 +175,9 @@ def _copy_files(directory: ModelDirectory, path: Path, dtype: str | None) -> Non
             data = directory.read(name, 1 << 30)
             (path / name).write_bytes(_with_dtype(directory, dtype) if dtype and name == CONFIG_FILE else data)
     templates = directory.subdirectory(TEMPLATE_FOLDER)
-    if templates.has(DEFAULT_TEMPLATE) and not (path / TEMPLATE_FILE).exists():  # a split has no subdirectories
-        (path / TEMPLATE_FILE).write_bytes(templates.read(DEFAULT_TEMPLATE))
+    for name, copy in ((DEFAULT_TEMPLATE, TEMPLATE_FILE), (TOOL_TEMPLATE, TOOL_TEMPLATE)):
+        if templates.has(name) and not (path / copy).exists():  # a split has no subdirectories
+            (path / copy).write_bytes(templates.read(name))
 
 
 def _with_dtype(directory: ModelDirectory, dtype: str) -> bytes:

@@ -32,6 +32,7 @@ class Tokenizer:
         vocab_size: one more than the largest token id.
         special_tokens: texts of the named special tokens, for chat templates.
         chat_template: the checkpoint's template, or None.
+        tool_template: the template for requests with tools: a second one called ``tool_use``, or the same.
         chat_problem: why there is no template, or it cannot be used; None where there is one.
         max_token_characters: length of the longest token; a prompt of n tokens has at most n times as many.
     """
@@ -42,6 +43,7 @@ class Tokenizer:
         special_tokens: dict[str, str],
         chat_template: ChatTemplate | None,
         chat_problem: str | None = None,
+        tool_template: ChatTemplate | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -57,6 +59,7 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self.chat_template = chat_template
         self.chat_problem = chat_problem
+        self.tool_template = tool_template or chat_template
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
@@ -76,13 +79,10 @@ class Tokenizer:
             for name, text in files.special_tokens.items()
             if name not in files.defaults or text in vocabulary
         }
-        template, problem = None, files.template.problem
-        if files.template.text is not None:
-            try:
-                template = ChatTemplate.compile(files.template.text, special_tokens)
-            except CheckpointError as error:
-                problem = str(error)
-        return cls(backend, special_tokens, template, problem)
+        template, problem = _compiled(files.template.text, special_tokens)
+        tool_template, tool_problem = _compiled(files.template.tool_text, special_tokens)
+        problem = files.template.problem or problem or tool_problem
+        return cls(backend, special_tokens, template, problem, tool_template)
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, max_characters: int | None = None
@@ -161,6 +161,14 @@ class Tokenizer:
             if not first:
                 self._known_bytes[token_id] = data
         return data
+
+
+def _compiled(text: str | None, special_tokens: dict[str, str]) -> tuple[ChatTemplate | None, str | None]:
+    """The template, or why it cannot be used."""
+    try:
+        return (None if text is None else ChatTemplate.compile(text, special_tokens)), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _decoding_rules(backend: tokenizers.Tokenizer) -> DecodingRules | None:

@@ -461,9 +461,11 @@ def test_cases_cover_every_family() -> None:
     assert families == set(MODELS)
 
 
-def test_a_template_in_a_subdirectory_is_taken_over(tmp_path: Path) -> None:
+def test_templates_in_a_subdirectory_are_taken_over(tmp_path: Path) -> None:
     source = write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")
     (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (source / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
     split(source, tmp_path / "split", 1, 1)
     assert (tmp_path / "split" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "split" / "tool_use.jinja").read_text() == "{{ tools }}"

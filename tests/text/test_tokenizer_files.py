@@ -248,6 +248,26 @@ def test_template_files_take_precedence_in_one_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "place", ["tokenizer_config.json", "additional_chat_templates/tool_use.jinja", "tool_use.jinja"]
+)
+def test_a_second_template_may_be_for_tools(place: str, tmp_path: Path) -> None:
+    named = {"default": "plain", "tool_use": "with tools"}
+    config = {"chat_template": named if place == "tokenizer_config.json" else "plain"}
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("with tools")
+    tokenizer = load(tmp_path, made.byte_level(), config)
+    assert tokenizer.chat_template is not None
+    assert tokenizer.tool_template is not None
+    assert tokenizer.chat_template.render(MESSAGES) == "plain"
+    assert tokenizer.tool_template.render(MESSAGES) == "with tools"
+
+
+def test_one_template_serves_requests_with_tools_too(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, made.byte_level(), {"chat_template": "plain"})
+    assert tokenizer.tool_template is tokenizer.chat_template is not None
+
+
+@pytest.mark.parametrize(
     ("value", "reason"),
     [
         ("{% for m in messages %}", "cannot be compiled"),
