@@ -129,10 +129,14 @@ class Routes:
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
         if body.prompt is None:
-            chat = ChatRequest(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
+            chat = ChatRequest(
+                messages=body.messages or [], tools=body.tools, add_generation_prompt=body.add_generation_prompt
+            )
             text = await render(services, conversation(chat))
             token_ids = await services.encode(text, add_special_tokens=body.add_special_tokens is True)
         else:
+            if body.tools:
+                raise invalid("tools need messages; leave them out, or use messages", "tools")
             special = body.add_special_tokens is not False
             token_ids = await services.encode(body.prompt, add_special_tokens=special)
         limit = services.model.max_model_len

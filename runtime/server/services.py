@@ -59,13 +59,30 @@ class Services:
             raise invalid(f"the checkpoint has no tokenizer.json, so {param} cannot be text; use token ids", param)
         return self.tokenizer
 
-    def need_template(self) -> ChatTemplate:
-        """The chat template, or 400 where the checkpoint has none."""
+    def need_template(self, *, for_tools: bool = False) -> ChatTemplate:
+        """Return the chat template; raise 400 if the checkpoint has none, or none that shows tools to the model."""
         tokenizer = self.need_tokenizer("messages")
-        if tokenizer.chat_template is None:
+        template = tokenizer.tool_template if for_tools else tokenizer.chat_template
+        if template is None:
             problem = tokenizer.chat_problem or "this checkpoint has no chat template"
             raise invalid(f"{problem}; use /v1/completions", "messages")
-        return tokenizer.chat_template
+        if for_tools and not template.takes_tools:
+            raise invalid("the chat template of this checkpoint does not take tools; leave them out", "tools")
+        if for_tools and self.tool_call_form is None:
+            raise invalid(
+                "this server does not know how the model writes tool calls; leave tools out, or start it with --tool-call-parser",
+                "tools",
+            )
+        return template
+
+    @property
+    def tool_call_form(self) -> str | None:
+        """The form in which the model writes tool calls, a key of `TOOL_CALL_FORMS`; None if it is not known."""
+        chosen = self.settings.tool_call_parser
+        if chosen != "auto":
+            return None if chosen == "none" else chosen
+        template = None if self.tokenizer is None else self.tokenizer.tool_template
+        return None if template is None else template.tool_call_form
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:

@@ -11,7 +11,10 @@ import msgspec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.logs import LogFormat, LogLevel
 
-__all__ = ["FrontendSettings"]
+__all__ = ["TOOL_CALL_PARSERS", "FrontendSettings"]
+
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "none")
+"""The forms of tool calls that can be read; ``auto`` takes the one that the chat template teaches."""
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
@@ -27,6 +30,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         api_key_file: one key per line; None = no key needed.
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = for ever.
+        tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
         log_level, log_format: of the log on standard error; requests are logged at ``info``, probes at ``debug``.
         stall_seconds: ``/health`` fails when no step has finished for so long while there is work.
@@ -47,6 +51,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
+    tool_call_parser: str = "auto"
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -71,6 +76,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
             raise ConfigError(
                 f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "
                 "or leave it out for no limit"
+            )
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            raise ConfigError(
+                f"--tool-call-parser={self.tool_call_parser} is not known; use one of {', '.join(TOOL_CALL_PARSERS)}"
             )
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):

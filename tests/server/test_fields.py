@@ -34,7 +34,6 @@ WITHOUT_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "request_id",
-    "parallel_tool_calls",
     "content",
 }
 

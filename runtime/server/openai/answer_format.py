@@ -4,11 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.text import Tokenizer
 
-__all__ = ["AnswerFormat"]
+__all__ = ["AnswerFormat", "Served"]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the form of an answer depends on besides the request.
+
+    Attributes:
+        model_name: the name that answers carry.
+        tool_call_form: how the model writes tool calls, a key of `TOOL_CALL_FORMS`; None if it is not known.
+    """
+
+    model_name: str
+    tokenizer: Tokenizer | None
+    tool_call_form: str | None = None
 
 
 class AnswerFormat(Protocol):

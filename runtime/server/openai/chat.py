@@ -5,32 +5,40 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.logprobs import chat_logprob
 from phalanx.runtime.server.openai.protocol import ChatRequest
-from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
+from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader, tool_call_reader
 
 __all__ = ["ChatFormat"]
 
 
 @dataclass(slots=True)
 class ChatFormat:
-    """Writes ``chat.completion`` objects; see `AnswerFormat`."""
+    """Writes ``chat.completion`` objects; see `AnswerFormat`.
 
-    model_name: str
-    tokenizer: Tokenizer | None
+    Attributes:
+        tools: what the model may call; None = text only.
+        readers: of tool calls, one for each answer.
+    """
+
+    served: Served
     request: ChatRequest
+    tools: ToolUse | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
+    readers: dict[int, ToolCallReader] = field(default_factory=dict)
 
     @property
     def has_plain_chunks(self) -> bool:
         """Whether chunks differ in their text only."""
-        return not (self.request.logprobs or self.request.return_token_ids)
+        return not (self.request.logprobs or self.request.return_token_ids or self.tools)
 
     def opening(self, choice: Answer) -> list[dict[str, Any]]:
         """The role."""
@@ -39,9 +47,9 @@ class ChatFormat:
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         """One chunk a token, then an empty one with the reason for the end."""
         chunks = [
-            self._chunk(choice, {"content": event.text}, [event])
+            self._chunk(choice, self._delta(choice, event), [event])
             for event in events
-            if event.token_id is not None or event.text
+            if event.token_id is not None or event.text or (event.last and self.tools)
         ]
         if events and events[-1].last:
             chunks.append(self._chunk(choice, {}, last=True))
@@ -54,16 +62,58 @@ class ChatFormat:
         entries = [
             {
                 "index": choice.index,
-                "message": {
-                    "role": "assistant",
-                    "content": "".join(event.text for event in choice.events),
-                    "refusal": None,
-                },
+                "message": self._message(choice),
                 **self._details(choice, choice.events, last=True),
             }
             for choice in choices
         ]
         return {**self._object("chat.completion", entries), "usage": usage}
+
+    def _delta(self, choice: Answer, event: TokenEvent) -> dict[str, Any]:
+        if self.tools is None:
+            return {"content": event.text}
+        return self._merged(self._pieces(choice, event.text, last=event.last), "index")
+
+    def _message(self, choice: Answer) -> dict[str, Any]:
+        text = "".join(event.text for event in choice.events)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if self.tools is not None:
+            merged = self._merged(self._pieces(choice, text, last=True))
+            message |= {"content": merged.get("content", None if "tool_calls" in merged else ""), **merged}
+        return message
+
+    def _pieces(self, choice: Answer, text: str, *, last: bool) -> list[CallPiece]:
+        reader = self._reader(choice)
+        return reader.push(text) + (reader.finish() if last else [])
+
+    def _reader(self, choice: Answer) -> ToolCallReader:
+        reader = self.readers.get(choice.index)
+        if reader is None:
+            assert self.tools is not None
+            assert self.served.tool_call_form is not None
+            reader = tool_call_reader(self.served.tool_call_form, self.tools.names, parallel=self.tools.parallel)
+            self.readers[choice.index] = reader
+        return reader
+
+    def _merged(self, pieces: Iterable[CallPiece], *numbered: str) -> dict[str, Any]:
+        """Text and calls of some pieces as members of a message or a delta."""
+        text, calls = "", dict[int, dict[str, Any]]()
+        for piece in pieces:
+            if piece.call is None:
+                text += piece.text
+                continue
+            call = calls.setdefault(piece.call, {**dict.fromkeys(numbered, piece.call), "function": {"arguments": ""}})
+            if piece.name is not None:
+                call |= {"id": new_call_id(self.served.tool_call_form), "type": "function"}
+                call["function"] = {"name": piece.name, "arguments": ""}
+            call["function"]["arguments"] += piece.text
+        merged: dict[str, Any] = {"content": text} if text else {}
+        return merged | ({"tool_calls": list(calls.values())} if calls else {})
+
+    def _finish_reason(self, choice: Answer) -> str | None:
+        reader = self.readers.get(choice.index)
+        called = reader is not None and reader.num_calls > 0
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     def _chunk(
         self, choice: Answer, delta: dict[str, Any], events: Sequence[TokenEvent] = (), *, last: bool = False
@@ -75,12 +125,12 @@ class ChatFormat:
         logprobs = None
         if self.request.logprobs and events:
             logprobs = {
-                "content": [chat_logprob(self.tokenizer, e.logprob) for e in events if e.logprob is not None],
+                "content": [chat_logprob(self.served.tokenizer, e.logprob) for e in events if e.logprob is not None],
                 "refusal": None,
             }
         details: dict[str, Any] = {
             "logprobs": logprobs,
-            "finish_reason": choice.finish_reason if last else None,
+            "finish_reason": self._finish_reason(choice) if last else None,
         }
         if last:
             details["stop_reason"] = choice.stop_reason
@@ -93,6 +143,6 @@ class ChatFormat:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model_name,
+            "model": self.served.model_name,
             "choices": choices,
         }

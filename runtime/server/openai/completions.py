@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.logprobs import CompletionLogprobs
 from phalanx.runtime.server.openai.protocol import CompletionRequest
 from phalanx.runtime.text import Tokenizer
@@ -24,14 +25,18 @@ Prompt = str | tuple[int, ...]
 class CompletionFormat:
     """Writes ``text_completion`` objects; see `AnswerFormat`."""
 
-    model_name: str
-    tokenizer: Tokenizer | None
+    served: Served
     request: CompletionRequest
     prompts: Sequence[Prompt]
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
     echoed: set[int] = field(default_factory=set)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer; None if it has none."""
+        return self.served.tokenizer
 
     @property
     def has_plain_chunks(self) -> bool:
@@ -61,7 +66,7 @@ class CompletionFormat:
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
-            "model": self.model_name,
+            "model": self.served.model_name,
             "choices": choices,
         }
 

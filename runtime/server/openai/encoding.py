@@ -32,15 +32,19 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
 
 
 async def render(services: Services, prompt: Conversation) -> str:
-    """The text of a conversation, as the checkpoint's template writes it.
+    """Return the text of a conversation, as the checkpoint's template writes it.
 
     Raises:
-        ApiError: 400: no template, or the template refuses the messages.
+        ApiError: 400: no template, one that does not know tools, or one that refuses the messages.
     """
-    template = services.need_template()
+    tools = prompt.tools
+    template = services.need_template(for_tools=tools is not None)
+    if not template.shows_tool_calls and any("tool_calls" in message for message in prompt.messages):
+        raise invalid("the chat template of this checkpoint does not show tool_calls; leave them out", "messages")
     return await services.in_worker(
         lambda: template.render(
             prompt.messages,
+            tools=None if tools is None else tools.described,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
             options=prompt.options,

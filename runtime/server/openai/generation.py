@@ -18,6 +18,7 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.link.engine_client import GenerationGroup
+from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.chunks import ChunkWriter
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
@@ -214,7 +215,8 @@ async def respond(job: GenerationJob, generation: ApiGeneration, request: Reques
         ApiError: nothing was sent yet and the request failed.
         ClientGone: the client left before anything was sent.
     """
-    answer = generation.answer(job.services.model_name, job.services.tokenizer)
+    services = job.services
+    answer = generation.answer(Served(services.model_name, services.tokenizer, services.tool_call_form))
     if generation.stream:
         chunks = ChunkWriter(answer, generation.stream_options, job.usage)
         return await stream_response(job, chunks, request)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
-from phalanx.runtime.server.openai.answer_format import AnswerFormat
+from phalanx.runtime.server.openai.answer_format import AnswerFormat, Served
 from phalanx.runtime.server.openai.chat import ChatFormat
 from phalanx.runtime.server.openai.completions import CompletionFormat
 from phalanx.runtime.server.openai.protocol import (
@@ -19,25 +19,26 @@ from phalanx.runtime.server.openai.protocol import (
     StreamOptions,
     decode_generation,
 )
-from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.server.openai.tools import ToolUse, template_call, tool_use
 
 __all__ = ["ApiGeneration", "Conversation", "Generation", "Prompt", "conversation", "parse_chat", "parse_completion"]
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; fewer if the context has room for fewer. A chat completion may fill the context."""
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, as the checkpoint's template knows them, and how to render them."""
+    """Messages and tools, as the checkpoint's template knows them, and how to render them."""
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     options: dict[str, Any] | None = None
+    tools: ToolUse | None = None
 
 
 Prompt = str | tuple[int, ...] | Conversation
@@ -77,12 +78,12 @@ class ApiGeneration(Generation):
     """A parsed request of the OpenAI protocol.
 
     Attributes:
-        answer: makes the writer of the answer from the model's name and its tokenizer.
+        answer: makes the writer of the answer.
     """
 
     stream: bool
     stream_options: StreamOptions
-    answer: Callable[[str, Tokenizer | None], AnswerFormat]
+    answer: Callable[[Served], AnswerFormat]
 
 
 def parse_completion(body: bytes) -> ApiGeneration:
@@ -113,7 +114,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is not False,
         stream=request.stream,
         stream_options=request.stream_options or StreamOptions(),
-        answer=lambda name, tokenizer: CompletionFormat(name, tokenizer, request, prompts),
+        answer=lambda served: CompletionFormat(served, request, prompts),
     )
 
 
@@ -129,13 +130,16 @@ def parse_chat(body: bytes) -> ApiGeneration:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
     if request.logprobs:
         sampling |= {"logprobs": request.top_logprobs}
+    prompt = conversation(request)
+    if prompt.tools is not None:
+        sampling.setdefault("skip_special_tokens", False)  # some forms mark a call with a special token
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if asked == 0:
         raise invalid(f"{name}=0 asks for nothing; use at least 1", name)
     return ApiGeneration(
         model=request.model,
-        prompts=[conversation(request)],
+        prompts=[prompt],
         n=request.n,
         sampling=sampling,
         max_tokens=asked,
@@ -144,25 +148,22 @@ def parse_chat(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is True,
         stream=request.stream,
         stream_options=request.stream_options or StreamOptions(),
-        answer=lambda name, tokenizer: ChatFormat(name, tokenizer, request),
+        answer=lambda served: ChatFormat(served, request, prompt.tools),
     )
 
 
 def conversation(request: ChatRequest) -> Conversation:
-    """The messages of a request, checked.
+    """Return the messages and tools of a request, checked.
 
     Raises:
-        ApiError: 400: there are none or too many, or a role or a content is missing.
+        ApiError: 400: there are no messages or too many, or a role, a content or a tool is missing.
     """
     if not request.messages:
         raise invalid("messages is empty; give at least one", "messages")
     if len(request.messages) > MAX_MESSAGES:
         raise invalid(f"{len(request.messages)} messages are too many; use at most {MAX_MESSAGES}", "messages")
     for message in request.messages:
-        if message.role not in ROLES:
-            raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
-        if message.content is None:
-            raise invalid("a message has no content; give a text", "messages")
+        _check_message(message)
     if request.continue_final_message and request.messages[-1].role != "assistant":
         raise invalid("continue_final_message needs a last message of the assistant", "continue_final_message")
     return Conversation(
@@ -170,14 +171,32 @@ def conversation(request: ChatRequest) -> Conversation:
         request.add_generation_prompt,
         request.continue_final_message,
         request.chat_template_kwargs,
+        tool_use(request.tools or (), request.tool_choice, request.parallel_tool_calls),
     )
+
+
+def _check_message(message: ChatMessage) -> None:
+    if message.role not in ROLES:
+        raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
+    if message.content is None and not message.tool_calls:
+        raise invalid("a message has no content; give a text", "messages")
+    if message.tool_calls and message.role != "assistant":
+        raise invalid(f"a message of role {message.role!r} has tool_calls; only the assistant's may", "messages")
+    if (message.tool_call_id is not None) != (message.role == "tool"):
+        raise invalid("tool_call_id belongs to messages of role 'tool', which need one", "messages")
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
     """A message as templates know it; ``developer`` is the newer name of ``system``."""
     role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": message.content, **named}
+    known: dict[str, Any] = {"role": role, "content": message.content}
+    if message.name is not None:
+        known["name"] = message.name
+    if message.tool_calls:
+        known["tool_calls"] = [template_call(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        known["tool_call_id"] = message.tool_call_id
+    return known
 
 
 def _check_stream_options(request: GenerationRequest) -> None:

@@ -21,6 +21,7 @@ from phalanx.runtime.request import MAX_LOGPROBS
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, read_fields
 from phalanx.runtime.sampling.rules import MAX_INT32, Rule, Whole
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
+from phalanx.runtime.server.openai.tools import Tool, ToolCall, ToolChoice
 
 __all__ = [
     "ChatMessage",
@@ -109,14 +110,14 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: Any = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
     reasoning_content: Any = None
     refusal: Any = None
-    tool_call_id: Any = None
-    tool_calls: Any = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -130,7 +131,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
-    parallel_tool_calls: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     audio: Any = None
     chat_template: Any = None
@@ -141,8 +144,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -155,6 +156,7 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
+    tools: list[Tool] | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -198,10 +200,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "spaces_between_special_tokens": (True,),
         "structured_outputs": (),
         "suffix": ("",),
-        "tool_call_id": (),
-        "tool_calls": ([],),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
         "verbosity": ("medium",),
@@ -272,7 +270,7 @@ def _decode_object(body: bytes) -> dict[str, Any]:
 
 def _to_struct(fields: dict[str, Any], kind: type[Body]) -> Body:
     given = _without_null(fields)
-    for name in ("messages", "stream_options"):
+    for name in ("messages", "stream_options", "tools"):
         if name in given:
             given[name] = _without_null_inside(given[name])
     try:
