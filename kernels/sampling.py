@@ -24,7 +24,8 @@ from phalanx.parallel.errors import ExecutorError
 __all__ = [
     "MAX_TOP",
     "RowParameters",
-    "bias_logits",
+    "TokenCache",
+    "adjust_logits",
     "local_argmax",
     "log_probabilities",
     "merge_argmax",
@@ -39,8 +40,8 @@ _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128
 _ROW_THREADS = 512
 _BLOCKS_PER_MULTIPROCESSOR = 4
-_BIAS_THREADS = 256
-_BIAS_SLICE = 8192  # columns of a block
+_ADJUST_THREADS = 256
+_ADJUST_SLICE = 8192  # columns of a block
 _CLUSTERS = (8, 2)
 _ROWS_PER_MULTIPROCESSOR = 2  # blocks of _ROW_THREADS that are resident at once
 
@@ -53,7 +54,8 @@ class RowParameters:
         records: [S, W] int32, the bits of one admission record a row.
         positions: [S] int32, of the token to be sampled: what makes the noise new at every step.
         struct: the members of a record in CUDA C. The kernels use ``temperature`` (0 = greedy), ``seed_low``, ``seed_high``,
-            ``top_k`` (0 = all tokens), ``top_p`` (1 = all tokens), ``min_p`` (0 = all tokens), ``seq_index`` and ``num_biases``.
+            ``top_k`` (0 = all tokens), ``top_p`` (1 = all tokens), ``min_p`` (0 = all tokens), ``repetition_penalty``,
+            ``presence_penalty``, ``frequency_penalty`` (0 = none), ``seq_index``, ``num_prompt`` and ``num_biases``.
     """
 
     records: Array
@@ -66,31 +68,49 @@ class RowParameters:
         require("positions", self.positions, (num_rows,), "int32")
 
 
-def bias_logits(
-    library: Library, logits: Array, parameters: RowParameters, biases: Array, out: Array, *, vocab_start: int
-) -> None:
-    """``out`` = ``logits`` with the token biases of each row's sequence that are still in force.
+@dataclass(frozen=True, slots=True)
+class TokenCache:
+    """Where the tokens of each sequence are; device arrays of int32.
+
+    Attributes:
+        block_tables: [sequences, blocks per sequence] block ids.
+        token_ids: [N, P], the token at each position of a block.
+    """
+
+    block_tables: Array
+    token_ids: Array
+
+
+def adjust_logits(
+    library: Library, logits: Array, parameters: RowParameters, biases: Array, cache: TokenCache, out: Array, *,
+    vocab_start: int,
+) -> None:  # fmt: skip
+    """``out`` = ``logits`` with the token biases of each row's sequence that still count, and its penalties.
 
     logits [S, V_local] are those of tokens from ``vocab_start`` on; biases [sequences, N, 3] int32, the bits of token, bias
-    and first position without it, of which a record's ``num_biases`` count; out [S, V_local] float32.
+    and first position without it, of which a record's ``num_biases`` count; ``cache`` holds the tokens before each row's
+    position; out [S, V_local] float32.
     """
     num_rows, part_size = logits.shape
     require("logits", logits, (num_rows, part_size), logits)
     require("biases", biases, (*biases.shape[:2], 3), "int32")
+    require("block_tables", cache.block_tables, (biases.shape[0], cache.block_tables.shape[1]), "int32")
+    require("token_ids", cache.token_ids, cache.token_ids.shape[:2], "int32")
     require("out", out, (num_rows, part_size), "float32")
     parameters.check(num_rows)
     kernel = library.function(
-        "bias_logits",
-        "bias_logits",
+        "adjust_logits",
+        "adjust_logits",
         SCALAR=scalar_name(logits),
         VEC=vector_width(logits, part_size),
-        NUM_THREADS=_BIAS_THREADS,
-        SLICE=_BIAS_SLICE,
+        NUM_THREADS=_ADJUST_THREADS,
+        SLICE=_ADJUST_SLICE,
         SAMPLING_STRUCT=parameters.struct,
     )
-    sizes = (np.int32(part_size), np.int32(vocab_start), np.int32(biases.shape[1]))
-    rows = (parameters.records, parameters.positions)
-    kernel((ceil_div(part_size, _BIAS_SLICE), num_rows), (_BIAS_THREADS,), (logits, *rows, biases, out, *sizes))
+    sizes = (part_size, vocab_start, biases.shape[1], cache.block_tables.shape[1], cache.token_ids.shape[1])
+    arrays = (logits, parameters.records, parameters.positions, biases, cache.block_tables, cache.token_ids, out)
+    grid = (ceil_div(part_size, _ADJUST_SLICE), num_rows)
+    kernel(grid, (_ADJUST_THREADS,), (*arrays, *map(np.int32, sizes)))
 
 
 def num_splits(library: Library, num_rows: int, part_size: int) -> int:

@@ -11,7 +11,7 @@
 //     nothing is); row_targets = token whose log-probability is wanted, -1 elsewhere; row_sampling = its sequence's admission
 //     record, whose first word is the sequence (all bits 0, which is greedy, where nothing is sampled).
 // fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
-//     position 0, slot -1 (nothing is written to the cache for them).
+//     position 0, slot -1 (nothing is written to the cache for them); cached_tokens [N, P] = the token at each row's slot.
 // store_tokens (one thread a row): last_tokens[seq_index] = token_ids[row] of the sequence's last row; rows that sample
 //     nothing get their target instead, so that token_ids then names the token of every row whose log-probability may be
 //     wanted.
@@ -146,7 +146,7 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables, const int* __restrict__ cu_seqlens,
             const int* __restrict__ last_tokens, int* __restrict__ token_ids, int* __restrict__ positions,
-            int* __restrict__ slot_mapping, int max_blocks_per_seq, int num_rows) {
+            int* __restrict__ slot_mapping, int* __restrict__ cached_tokens, int max_blocks_per_seq, int num_rows) {
     const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
     if (row >= num_rows) return;
     const Plan plan = {words};
@@ -160,10 +160,13 @@ fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables,
     const int seq_index = plan.section(AT_SEQ_INDICES_AT)[sequence];
     const int position = plan.section(AT_STARTS_AT)[sequence] + row - cu_seqlens[sequence];
     const int token = plan.section(AT_TOKEN_IDS_AT)[row];
-    token_ids[row] = token == PENDING_TOKEN ? last_tokens[seq_index] : token;
-    positions[row] = position;
+    const int known = token == PENDING_TOKEN ? last_tokens[seq_index] : token;
     const int block = block_tables[static_cast<long long>(seq_index) * max_blocks_per_seq + position / BLOCK_SIZE];
-    slot_mapping[row] = block * BLOCK_SIZE + position % BLOCK_SIZE;
+    const int slot = block * BLOCK_SIZE + position % BLOCK_SIZE;
+    token_ids[row] = known;
+    positions[row] = position;
+    slot_mapping[row] = slot;
+    cached_tokens[slot] = known;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)

@@ -28,9 +28,9 @@ _MOST_COPY_BLOCKS = 64
 """Thread blocks for one copy: a page of 128 tokens and 8 heads of 128 is 256 KiB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepArrays:
-    """Device arrays, int32 unless said, whose addresses stay put.
+    """Device arrays, int32 unless said, whose addresses stay put; `hold_tokens` alone replaces one.
 
     T and S are the most tokens and sequences that a step can hold; B is the most rows with logits.
 
@@ -40,6 +40,7 @@ class StepArrays:
         sampling: ``[max_num_seqs, A]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
         biases: ``[max_num_seqs, N, 3]`` token biases, bits of `phalanx.runtime.step.TOKEN_BIAS`.
         last_tokens: ``[max_num_seqs]`` what each sequence sampled last.
+        cached_tokens: ``[N, P]`` token of each position of the key/value cache's blocks.
         cu_seqlens: ``[S + 1]`` first row of each sequence.
         seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
         num_seqs_and_decodes: ``[2]`` sequences, and how many of them have one token.
@@ -55,6 +56,7 @@ class StepArrays:
     sampling: DeviceArray
     biases: DeviceArray
     last_tokens: DeviceArray
+    cached_tokens: DeviceArray
     cu_seqlens: DeviceArray
     seq_lens: DeviceArray
     seq_indices: DeviceArray
@@ -80,6 +82,7 @@ class StepArrays:
         max_plan_words: int,
         admission_words: int,
         max_biases: int,
+        block_size: int,
     ) -> StepArrays:
         """Take every array from ``array(name, shape, dtype)``, for example an arena's method."""
         seqs, tokens, rows = (max_num_seqs,), (max_num_tokens,), (max_logit_rows,)
@@ -89,6 +92,7 @@ class StepArrays:
             "sampling": (max_num_seqs, admission_words),
             "biases": (max_num_seqs, max_biases, 3),
             "last_tokens": seqs,
+            "cached_tokens": (1, block_size),
             "cu_seqlens": (max_num_seqs + 1,),
             "seq_lens": seqs,
             "seq_indices": seqs,
@@ -98,6 +102,10 @@ class StepArrays:
             "row_sampling": (max_logit_rows, admission_words),
         }
         return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
+
+    def hold_tokens(self, cached_tokens: DeviceArray) -> None:
+        """Take an array for the blocks of a whole cache. Graphs captured before must not be replayed any more."""
+        self.cached_tokens = cached_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +142,7 @@ class StepKernels:
             (_NUM_THREADS,),
             (
                 arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.last_tokens, arrays.token_ids,
-                arrays.positions, arrays.slot_mapping, max_blocks_per_seq, np.int32(num_rows),
+                arrays.positions, arrays.slot_mapping, arrays.cached_tokens, max_blocks_per_seq, np.int32(num_rows),
             ),
         )  # fmt: skip
 

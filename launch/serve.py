@@ -239,7 +239,7 @@ def _run_rank(
             follow(replica.control, replica.executor, progress)
     else:
         with progress.phase("serving"):
-            defaults = {} if args.no_generation_config else _defaults(replica)
+            defaults = {} if args.no_generation_config else replica.generation.sampling_defaults()
             _lead(replica, door, hosts, queue, signals, defaults)
     replica.executor.close()
 
@@ -258,20 +258,6 @@ def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress
 
     limits = Limits(step=args.stall_timeout, start=args.start_timeout)
     return RankWatch(world, progress, limits, door.say_failed, door.say_trouble, cache_directory() / "failures")
-
-
-def _defaults(replica: Replica) -> dict[str, float | int]:
-    """Sampling defaults of the checkpoint. What a sampler does not have yet is said once and left out."""
-    from phalanx.runtime.sampling.fields import known_fields
-
-    defaults = replica.generation.sampling_defaults()
-    known = known_fields(defaults)
-    for name in sorted(set(defaults) - set(known)):
-        _LOG.warning(
-            "generation_config.json sets %s=%s, which is not supported yet: answers are sampled without it",
-            name, defaults[name],
-        )  # fmt: skip
-    return known
 
 
 def _lead(

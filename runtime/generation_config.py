@@ -90,10 +90,10 @@ class GenerationConfig:
             top_k=_whole(raw, "top_k", -1),
             top_p=_number(raw, "top_p", 0.0, 1.0) or None,
             min_p=_number(raw, "min_p", 0.0, 1.0),
-            repetition_penalty=_number(raw, "repetition_penalty", 0.0, 1000.0) or None,
+            repetition_penalty=_number(raw, "repetition_penalty", 0.001, 1000.0),
         )
 
-    def sampling_defaults(self) -> dict[str, float | int]:
+    def sampling_defaults(self) -> dict[str, Any]:
         """What a request inherits, by field name of `SamplingParams`; only what the file sets."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return {name: value for name in names if (value := getattr(self, name)) is not None}

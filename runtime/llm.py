@@ -28,7 +28,6 @@ from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import RequestOutput, SamplingParams
-from phalanx.runtime.sampling.fields import known_fields
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["LLM", "Progress", "Prompt"]
@@ -87,7 +86,7 @@ class LLM:
     @property
     def default_sampling_params(self) -> SamplingParams:
         """What `generate` uses if no parameters are given: the defaults of ``generation_config.json``."""
-        return SamplingParams(**known_fields(self._replica.generation.sampling_defaults()))
+        return SamplingParams(**self._replica.generation.sampling_defaults())
 
     @property
     def layout(self) -> Layout:

@@ -21,7 +21,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
 
 __all__ = [
-    "BIASED_ROWS",
+    "ADJUSTED_ROWS",
     "DTYPE_BYTES",
     "LOGIT_ROWS",
     "RESERVE_BYTES",
@@ -42,8 +42,11 @@ WEIGHT_PARTS = ("embedding", "attention", "mlp", "norms", "head")
 LOGIT_ROWS = 256
 """Rows of logits that are scored, or gathered from all tensor-parallel ranks, at once; bounds memory at large vocabularies."""
 
-BIASED_ROWS = 32
-"""Rows whose logits are copied at once to add token biases; in float32, and gathered like others."""
+ADJUSTED_ROWS = 32
+"""Rows whose logits are copied at once for token biases and penalties; in float32, and gathered like others."""
+
+TOKEN_ID_BYTES = 4
+"""Of each position in the cache, for the tokens themselves, which penalties count."""
 
 RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
@@ -62,7 +65,7 @@ class RankMemory:
         workspace: activations of the largest step, logits included, and the state of the batch.
         communication: buffers for the hidden states that come from the stage before, and for the all-reduce among
             tensor-parallel ranks of one host.
-        kv_block_bytes: one block over all layers of the stage, keys and values.
+        kv_block_bytes: one block over all layers of the stage: keys, values and token ids.
     """
 
     rank: int
@@ -154,9 +157,9 @@ def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, i
 
 
 def kv_block_bytes(specs: Iterable[AttentionSpec], tp_rank: int, tp_size: int, block_size: int, itemsize: int) -> int:
-    """Bytes of one block of the cache: keys and values of ``block_size`` tokens, local heads, in layers of these ``specs``."""
+    """Bytes of one block of the cache: ids of ``block_size`` tokens, their keys and values of local heads in layers of ``specs``."""
     widths = (local_kv_heads(spec.num_kv_heads, tp_rank, tp_size).size * spec.head_dim for spec in specs if spec.cached)
-    return 2 * sum(widths) * block_size * itemsize
+    return (2 * sum(widths) * itemsize + TOKEN_ID_BYTES) * block_size
 
 
 def workspace_bytes(
@@ -175,7 +178,7 @@ def workspace_bytes(
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]
     if place.is_last_stage:
-        logit_rows += -(-BIASED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
+        logit_rows += -(-ADJUSTED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
 
     def of_layer(layer: int) -> int:

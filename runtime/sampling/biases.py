@@ -46,22 +46,12 @@ def token_biases(params: SamplingParams, num_prompt: int, end_token_ids: tuple[i
     return entries
 
 
-def add_biases(
-    logits: NDArray[np.float32], sampling: NDArray[np.void], positions: NDArray[np.int32], biases: NDArray[np.void]
-) -> NDArray[np.float32]:
-    """``logits [Q, V]`` with the biases of each row's sequence; the argument itself where no row has any.
+def add_biases(logits: NDArray[np.float32], biases: NDArray[np.void], position: int) -> None:
+    """Add the biases that still count at ``position`` to one row of logits, in place.
 
     Args:
-        sampling: ``[Q]`` records of `phalanx.runtime.step.ADMISSION`.
-        positions: ``[Q]`` position that the new token takes in its sequence.
-        biases: ``[max_num_seqs, MAX_TOKEN_BIASES]`` of `phalanx.runtime.step.TOKEN_BIAS`.
+        logits: ``[V]``
+        biases: of `phalanx.runtime.step.TOKEN_BIAS`, the list of the row's sequence.
     """
-    rows = np.flatnonzero(sampling["num_biases"])
-    if not len(rows):
-        return logits
-    biased = logits.copy()
-    for row in rows:
-        entries = biases[sampling["seq_index"][row], : sampling["num_biases"][row]]
-        entries = entries[positions[row] < entries["until"]]
-        np.add.at(biased[row], entries["token"], entries["bias"])
-    return biased
+    entries = biases[position < biases["until"]]
+    np.add.at(logits, entries["token"], entries["bias"])

@@ -25,8 +25,8 @@ __all__ = [
     "Door",
     "SamplingField",
     "SamplingParams",
+    "adjusts_logits",
     "device_values",
-    "known_fields",
     "read_fields",
     "restricts_tokens",
 ]
@@ -49,12 +49,14 @@ class DeviceColumn:
         format: NumPy's name of its type there: ``<f4``, ``<i4`` or ``<u8``.
         encode: from the field's value and the vocabulary's size to the record's value; None = as it is.
         restricts: whether a value (or an array of them) leaves tokens out, which needs a whole row of logits; None = never.
+        adjusts: whether a value other than 0 changes logits before a token is chosen.
     """
 
     name: str
     format: str
     encode: Callable[[Any, int], Any] | None = None
     restricts: Callable[[Any], Any] | None = None
+    adjusts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,21 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
         ("P", "then drop tokens below P times the largest probability"),
         DeviceColumn("min_p", "<f4", None, lambda value: value > 0),
     ),
+    SamplingField(
+        "repetition_penalty", 1.0, Real(0.001, 1000.0), _same("repetition_penalty"),
+        ("R", "divide positive logits of tokens of prompt and output by R, multiply negative ones by it"),
+        DeviceColumn("repetition_penalty", "<f4", lambda value, _: 0.0 if value == 1 else value, adjusts=True),
+    ),
+    SamplingField(
+        "presence_penalty", 0.0, Real(-2.0, 2.0), _same("presence_penalty"),
+        ("P", "subtract P from logits of tokens that were generated"),
+        DeviceColumn("presence_penalty", "<f4", adjusts=True),
+    ),
+    SamplingField(
+        "frequency_penalty", 0.0, Real(-2.0, 2.0), _same("frequency_penalty"),
+        ("F", "subtract F from a token's logit for each time that it was generated"),
+        DeviceColumn("frequency_penalty", "<f4", adjusts=True),
+    ),
     SamplingField("seed", None, Whole(-(2**63), 2**64 - 1), _same("seed")),
     SamplingField(
         "stop", (), Texts(most=16, most_characters=1024), {"openai": "stop", "triton": "stop_words"},
@@ -128,11 +145,12 @@ _DEVICE_FIELDS = tuple((field, field.device) for field in SAMPLING_FIELDS if fie
 DEVICE_COLUMNS: tuple[tuple[str, str], ...] = (
     ("seq_index", "<i4"),
     *((device.name, device.format) for _, device in _DEVICE_FIELDS),
+    ("num_prompt", "<i4"),
     ("num_biases", "<i4"),
     ("seed", "<u8"),
 )
-"""The admission record: names and NumPy types. Always there: how many token biases the sequence has (`sampling.biases`), and
-its seed, drawn where the request has none."""
+"""The admission record: names and NumPy types; all bits 0 is greedy and changes no logit. Always there: tokens of the prompt, how
+many token biases the sequence has (`sampling.biases`), and its seed, drawn where the request has none."""
 
 _C_DECLARATIONS = {
     "<i4": "int {0};",
@@ -145,7 +163,7 @@ SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format
 
 
 def device_values(params: SamplingParams, vocab_size: int) -> tuple[Any, ...]:
-    """The columns of an admission record between the sequence's index and its number of biases."""
+    """The columns of an admission record between the sequence's index and its number of prompt tokens."""
     return tuple(
         value if device.encode is None else device.encode(value, vocab_size)
         for field, device in _DEVICE_FIELDS
@@ -160,6 +178,15 @@ def restricts_tokens(records: Any) -> Any:
         if device.restricts is not None:
             found = found | device.restricts(records[device.name])
     return found & (records["temperature"] > 0)
+
+
+def adjusts_logits(records: Any) -> Any:
+    """Which records change logits before a token is chosen (token biases, penalties): a boolean for each, or one for one."""
+    found: Any = records["num_biases"] != 0
+    for _, device in _DEVICE_FIELDS:
+        if device.adjusts:
+            found = found | (records[device.name] != 0)
+    return found
 
 
 def read_fields(given: Mapping[str, Any], door: Door | None = None) -> dict[str, Any]:
@@ -178,12 +205,6 @@ def read_fields(given: Mapping[str, Any], door: Door | None = None) -> dict[str,
     return found
 
 
-def known_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``given`` that are sampling fields."""
-    names = {field.name for field in SAMPLING_FIELDS}
-    return {name: value for name, value in given.items() if name in names}
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to stop. None in any field means its default.
@@ -194,6 +215,9 @@ class SamplingParams:
         top_k: keep the k most probable tokens; 0 or -1 = all.
         top_p: then keep the smallest set whose probability reaches p; 0 keeps the most probable token only.
         min_p: then drop tokens below ``min_p`` times the largest probability.
+        repetition_penalty: logits of tokens that occur in prompt or output are divided by it where positive, else multiplied.
+        presence_penalty: subtracted from the logits of tokens that occur in the output.
+        frequency_penalty: subtracted from them once for each time that they occur there.
         seed: same seed, same tokens, whatever else runs and in any layout; None = drawn by the engine.
         stop: texts that end the generation; left out of the text unless ``include_stop``.
         stop_token_ids: tokens that end it, besides the model's own end tokens.
@@ -214,6 +238,9 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -43,7 +43,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
     values = device_values(sequence.request.params, vocab_size)
-    return (seq_index, *values, len(sequence.biases), sequence.seed)
+    return (seq_index, *values, sequence.num_prompt, len(sequence.biases), sequence.seed)
 
 
 def bias_rows(sequence: Sequence, seq_index: int) -> list[tuple[Any, ...]]:

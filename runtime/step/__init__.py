@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phalanx.runtime.step.history import TokenHistory
 from phalanx.runtime.step.layout import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, TOKEN_BIAS, TOKEN_BIAS_ENTRY, RowKind
 from phalanx.runtime.step.limits import StepLimits
 from phalanx.runtime.step.plan import StepPlan
@@ -19,4 +20,5 @@ __all__ = [
     "StepLimits",
     "StepPlan",
     "StepResult",
+    "TokenHistory",
 ]

@@ -33,8 +33,8 @@ PENDING_TOKEN = -1
 """In `StepPlan.token_ids`: the token that this sequence sampled last, which the leader has not seen yet."""
 
 ADMISSION = np.dtype(list(DEVICE_COLUMNS))
-"""Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; num_logprobs -1 = none, 0 = the chosen token
-only; num_biases entries of the sequence's list of token biases count."""
+"""Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; penalties 0 = none; num_logprobs -1 = none, 0 =
+the chosen token only; num_biases entries of the sequence's list of token biases count."""
 
 TOKEN_BIAS = np.dtype([("token", "<i4"), ("bias", "<f4"), ("until", "<i4")])
 """A number added to one token's logit while the position to be sampled is below ``until``. See `sampling.biases`."""

@@ -51,7 +51,7 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 
 
 def generate(
-    directory: Path, tp: int, pp: int, prompts: list[tuple[int, ...]], params: SamplingParams, engine: str = "cuda"
+    directory: Path, tp: int, pp: int, prompts: list[tuple[int, ...]], params: Any, engine: str = "cuda"
 ) -> list[RequestOutput]:
     def rank(comm: Communicator) -> list[RequestOutput]:
         with LLM(
@@ -130,6 +130,30 @@ def test_tokens_with_biases_equal_the_numpy_engines(tp: int, pp: int, tmp_path: 
         outputs = generate(directory, tp, pp, prompts, params)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
         assert not set(ends) & {token for output in outputs for token in output.token_ids[:5]}
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_penalised_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path, device: None) -> None:
+    """Prompts share a prefix, come in chunks and run next to one without penalties; twice, so that blocks are used again."""
+    case = CASES_BY_NAME["llama-grouped-heads"]
+    directory = write_checkpoint(case, tmp_path)
+    prompt = prompt_token_ids(case)
+    prompts = [prompt * 2, prompt[:7], prompt * 2 + prompt[:3], prompt[5:], prompt[2:9]] * 2
+    plain = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+    params = [
+        dataclasses.replace(plain, **fields)
+        for fields in (
+            {"repetition_penalty": 1.7},
+            {"presence_penalty": 1.0, "frequency_penalty": 0.4, "logprobs": 2},
+            {"repetition_penalty": 0.7, "frequency_penalty": 1.4, "temperature": 0.9, "seed": 3},
+            {},
+            {"repetition_penalty": 1.3, "temperature": 0.9, "seed": 5, "top_k": 9, "logit_bias": {7: 3.0}},
+        )
+    ] * 2
+    expected = generate(directory, 1, 1, prompts, params, engine="numpy")
+    outputs = generate(directory, tp, pp, prompts, params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert any(output.num_cached_tokens for output in outputs)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 2)])

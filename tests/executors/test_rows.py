@@ -19,9 +19,10 @@ from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import Request, SamplingParams
-from phalanx.runtime.step import ADMISSION, RowKind, StepPlan, StepResult
+from phalanx.runtime.step import RowKind, StepPlan, StepResult
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
+from tests.support.records import admission
 
 CASE = CheckpointCase("gpt2-heads-of-8", {**CASES_BY_NAME["gpt2-plain"].config, "n_head": 6})
 BLOCK_SIZE = 16
@@ -63,7 +64,7 @@ def prefill(*rows: int, kinds: RowKind = RowKind.SAMPLE, num_logprobs: int = 2) 
     return StepPlan.pack(
         0, int32(0), int32(0), int32(len(PROMPT)), PROMPT, int32(*rows), np.full(len(rows), kinds, np.int32), targets,
         new_blocks=int32(0, 0, 0, 5, 0, 0, 1, 3).reshape(-1, 4),
-        admissions=np.array([(0, 0.0, 0, 1.0, 0.0, num_logprobs, 0, 0)], ADMISSION), num_alternatives=2,
+        admissions=admission(num_logprobs=num_logprobs), num_alternatives=2,
     )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_a_copied_block_holds_what_its_source_held(checkpoint: Path, engine: str
         fork = StepPlan.pack(
             1, int32(0, 1), int32(21, 21), int32(1, 1), int32(11, 12), int32(0, 1),
             new_blocks=int32(0, 1, 0, 5, 0, 1, 1, 7).reshape(-1, 4), copies=int32(0, 3, 7).reshape(-1, 3),
-            admissions=np.array([(1, 0.0, 0, 1.0, 0.0, 2, 0, 0)], ADMISSION),
+            admissions=admission(seq_index=1, num_logprobs=2),
         )  # fmt: skip
         forked = run(executor, fork)
         expected = []

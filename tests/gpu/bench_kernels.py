@@ -150,7 +150,7 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
 
     def parameters(temperature: float, top_k: int, top_p: float) -> sampling.RowParameters:
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        records = np.array([(row, *device_values(params, vocab_size), 0, 7) for row in range(num_rows)], ADMISSION)
+        records = np.array([(row, *device_values(params, vocab_size), 1, 0, 7) for row in range(num_rows)], ADMISSION)
         words = bench.integers(records.view(np.int32).reshape(num_rows, -1))
         return sampling.RowParameters(words, bench.integers(np.arange(num_rows)), SAMPLING_STRUCT)
 

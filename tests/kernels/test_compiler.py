@@ -34,7 +34,7 @@ SPECS = [
     ),
     ("all_reduce", {"RANK": 0, "NUM_RANKS": 2, "NUM_THREADS": 128, "HAS_TAIL": 0}),
     ("all_reduce", {"RANK": 5, "NUM_RANKS": 8, "NUM_THREADS": 512, "HAS_TAIL": 1}),
-    ("bias_logits", {"VEC": 8, "NUM_THREADS": 256, "SLICE": 8192, "SAMPLING_STRUCT": SAMPLING_STRUCT}),
+    ("adjust_logits", {"VEC": 8, "NUM_THREADS": 256, "SLICE": 8192, "SAMPLING_STRUCT": SAMPLING_STRUCT}),
     ("local_argmax", {"VEC": 8, "NUM_THREADS": 256, "SAMPLING_STRUCT": SAMPLING_STRUCT}),
     ("merge_argmax", {"NUM_THREADS": 128}),
     ("sample_rows", ROWS),

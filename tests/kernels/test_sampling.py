@@ -5,7 +5,8 @@ import pytest
 
 from phalanx.kernels.sampling import (
     RowParameters,
-    bias_logits,
+    TokenCache,
+    adjust_logits,
     local_argmax,
     log_probabilities,
     merge_argmax,
@@ -110,8 +111,56 @@ def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_
     rows = RowParameters(device.put(records.view(np.int32).reshape(4, -1)), device.put(positions), SAMPLING_STRUCT)
     out = device.poisoned(logits.shape, np.float32)
     words = device.put(biases.view(np.int32).reshape(3, 5, 3))
-    bias_logits(device.library, device.put(logits), rows, words, out, vocab_start=vocab_start)
+    cache = TokenCache(device.put(np.zeros((3, 1), np.int32)), device.put(np.full((1, 16), 600, np.int32)))
+    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
     np.testing.assert_array_equal(device.get(out), expected)
+
+
+def penalised(row, vocab_start, prompt, output, repetition, presence, frequency):
+    """In float64, token by token: repetition (CTRL, over prompt and output), then frequency, then presence (OpenAI, over the output)."""
+    result = row.astype(np.float64)
+    for column in range(len(row)):
+        token = vocab_start + column
+        if token in prompt or token in output:
+            result[column] *= repetition if result[column] <= 0 else 1 / repetition
+        result[column] -= frequency * output.count(token) + presence * (token in output)
+    return result
+
+
+@pytest.mark.parametrize("part_size", [1003, 8208, 20000])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_penalties_count_the_tokens_of_each_rows_sequence(device, random_normal, dtype, part_size):
+    """Two sequences whose blocks lie anywhere; tokens that this rank does not hold, and blocks' tails, count for nothing."""
+    logits, vocab_start, block_size = random_normal(dtype, 5, part_size), 500, 16
+    rng = np.random.default_rng(part_size)
+    tokens = rng.choice([3, 500, 501, 900, 1400, vocab_start + part_size - 1, vocab_start + part_size], (2, 64))
+    tables = np.array([[5, 2, 7, 0], [1, 6, 3, 4]], np.int32)
+    cached = np.full((8, block_size), 777, np.int32)
+    cached[tables] = tokens.reshape(2, 4, block_size)
+    rules = [(1.3, 0.0, 0.0), (1.0, 0.7, 0.0), (1.0, 0.0, -0.4), (0.6, 1.5, 0.25), (1.0, 0.0, 0.0)]
+    records, biases = np.zeros(5, ADMISSION), np.zeros((2, 2), TOKEN_BIAS)
+    records["seq_index"], positions, num_prompt = (
+        [0, 1, 0, 1, 1],
+        np.array([41, 64, 7, 33, 20], np.int32),
+        [17, 1, 7, 20, 5],
+    )
+    records["num_prompt"] = num_prompt
+    for name, values in zip(("repetition", "presence", "frequency"), zip(*rules, strict=True), strict=True):
+        records[f"{name}_penalty"] = [0 if (name, value) == ("repetition", 1.0) else value for value in values]
+    records["num_biases"][3], biases[1, 0] = 1, (500, 9.0, 99)
+    expected = logits.astype(np.float64)
+    expected[3, 0] += 9  # before the penalties
+    for row, sequence in enumerate(records["seq_index"]):
+        known = tokens[sequence, : positions[row]].tolist()
+        prompt, output = known[: num_prompt[row]], known[num_prompt[row] :]
+        expected[row] = penalised(expected[row], vocab_start, prompt, output, *rules[row])
+    rows = RowParameters(device.put(records.view(np.int32).reshape(5, -1)), device.put(positions), SAMPLING_STRUCT)
+    out = device.poisoned(logits.shape, np.float32)
+    cache = TokenCache(device.put(tables), device.put(cached))
+    words = device.put(biases.view(np.int32).reshape(2, 2, 3))
+    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
+    np.testing.assert_allclose(device.get(out), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(device.get(out)[4], logits[4].astype(np.float32))
 
 
 def padded_parts(logits, num_parts, part_size):

@@ -7,6 +7,7 @@ from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, STEP_LAYOUT, TOKEN_BI
 
 BLOCK_SIZE, SEQS, BLOCKS_PER_SEQ, TOKENS = 4, 9, 6, 40
 MAX_BIASES = 3
+BLOCKS = 5000
 
 
 def step_kernels(device, max_num_seqs=SEQS, max_num_tokens=TOKENS, max_blocks_per_seq=BLOCKS_PER_SEQ) -> StepKernels:
@@ -21,8 +22,9 @@ def step_kernels(device, max_num_seqs=SEQS, max_num_tokens=TOKENS, max_blocks_pe
             num_seqs=max_num_seqs, num_tokens=max_num_tokens, num_rows=rows, num_new_blocks=rows,
             num_copies=max_num_seqs, num_admissions=max_num_seqs, num_biases=max_num_seqs * MAX_BIASES,
         ),
-        admission_words=ADMISSION.itemsize // 4, max_biases=MAX_BIASES,
+        admission_words=ADMISSION.itemsize // 4, max_biases=MAX_BIASES, block_size=BLOCK_SIZE,
     )  # fmt: skip
+    arrays.hold_tokens(device.put(np.zeros((BLOCKS, BLOCK_SIZE), np.int32)))
     return StepKernels(device.library, arrays, BLOCK_SIZE, STEP_LAYOUT.defines)
 
 
@@ -32,7 +34,11 @@ def admission(seq_index: int, **values: float) -> tuple[object, ...]:
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "repetition_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "num_logprobs": -1,
+        "num_prompt": 1,
         "num_biases": 0,
         "seed": 0,
         **values,
@@ -88,6 +94,9 @@ def test_step_arrays_equal_the_plans_own_properties(device, num_rows, num_logit_
     np.testing.assert_array_equal(device.get(arrays.slot_mapping)[:num_rows], [*expected, *[-1] * (num_rows - total)])
     tokens = device.get(arrays.token_ids)[:num_rows]
     np.testing.assert_array_equal(tokens, [104, *plan.token_ids[1:], *[0] * (num_rows - total)])
+    cached = np.zeros(BLOCKS * BLOCK_SIZE, np.int32)
+    cached[expected] = tokens[:total]
+    np.testing.assert_array_equal(device.get(arrays.cached_tokens).reshape(-1), cached)
     padding = [-1] * (num_logit_rows - rows)
     np.testing.assert_array_equal(device.get(arrays.logit_rows)[:num_logit_rows], [*plan.rows, *padding])
     np.testing.assert_array_equal(device.get(arrays.row_targets)[:num_logit_rows], [*plan.targets, *padding])

@@ -115,7 +115,7 @@ class CudaExecutor(Executor):
         arrays = StepArrays.allocate(
             lambda _name, shape, dtype: self.cupy.zeros(shape, dtype), max_num_seqs=MOST_SEQS, max_num_tokens=MOST_TOKENS,
             max_logit_rows=MOST_TOKENS, max_blocks_per_seq=BLOCKS_PER_SEQ, max_plan_words=1024, admission_words=16,
-            max_biases=4,
+            max_biases=4, block_size=BLOCK_SIZE,
         )  # fmt: skip
         layout = CacheLayout.of(specs, BLOCK_SIZE, "float32", 0, 1)
         limits = AttentionLimits(MOST_SEQS, MOST_TOKENS, BLOCK_SIZE * BLOCKS_PER_SEQ)

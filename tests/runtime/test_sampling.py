@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from phalanx.runtime.sampling.reference import gumbel_noise, log_softmax, philox, sample, top_logprobs
-from phalanx.runtime.step import ADMISSION
+
+from ..support.records import admission
 
 NUM_DRAWS = 4_000
 
@@ -14,7 +15,7 @@ NUM_DRAWS = 4_000
 def params(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 1
 ) -> np.ndarray:
-    return np.array([(0, temperature, top_k, top_p, min_p, -1, 0, seed)], ADMISSION)
+    return admission(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
 
 
 def draw(logits: np.ndarray, **fields: float) -> np.ndarray:

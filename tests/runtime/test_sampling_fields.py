@@ -17,12 +17,13 @@ from phalanx.runtime.sampling.fields import (
     SAMPLING_FIELDS,
     SAMPLING_STRUCT,
     SamplingParams,
-    device_values,
     read_fields,
     restricts_tokens,
 )
 from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, TokenNumbers, Whole
 from phalanx.runtime.step import ADMISSION
+
+from ..support.records import admission
 
 NAMES = [field.name for field in SAMPLING_FIELDS]
 TYPES: dict[type[Rule], type] = {
@@ -89,11 +90,13 @@ def test_a_float_without_a_fraction_is_a_whole_number(value: Any) -> None:
     "value", [1e-5 - 1e-9, 1e-9, 1e-30, 3e-38, 1e-38, 1e-39, 1e-42, 1.4e-45, 1e-60, 5e-324, 0.0, -0.0]
 )
 def test_temperatures_next_to_zero_are_greedy(value: float) -> None:
-    record = np.array([(0, *device_values(SamplingParams(temperature=value), 100), 0, 1)], ADMISSION)
+    record = admission(SamplingParams(temperature=value), 100)
     assert record["temperature"] == 0
 
 
-@pytest.mark.parametrize("name", [field.name for field in SAMPLING_FIELDS if isinstance(field.rule, Real)])
+@pytest.mark.parametrize(
+    "name", [field.name for field in SAMPLING_FIELDS if isinstance(field.rule, Real) and field.rule.low <= 0]
+)
 def test_floats_that_a_float32_cannot_hold_normally_count_as_zero(name: str) -> None:
     tiny = np.finfo(np.float32).tiny
     assert getattr(SamplingParams(**{name: float(tiny) / 2}), name) == 0.0
@@ -142,5 +145,5 @@ def test_the_struct_in_c_has_the_words_of_the_record() -> None:
      ({"top_p": 0.0}, True), ({"min_p": 0.1}, True), ({"top_k": 5, "temperature": 0.0}, False), ({"logprobs": 3}, False)],
 )  # fmt: skip
 def test_which_records_need_a_whole_row_of_logits(fields: dict[str, Any], restricts: bool) -> None:
-    records = np.array([(0, *device_values(SamplingParams(**fields), 100), 0, 1)] * 2, ADMISSION)
+    records = np.repeat(admission(SamplingParams(**fields), 100), 2)
     assert restricts_tokens(records).tolist() == [restricts, restricts]

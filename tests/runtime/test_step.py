@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, TOKEN_BIAS_ENTRY, BatchState, RowKind, StepPlan, StepResult
 
+from ..support.records import admission
+
 
 def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
@@ -119,7 +121,7 @@ def test_result_survives_packing_and_has_the_announced_size(plan: StepPlan, coun
 
 def test_state_takes_over_blocks_and_parameters() -> None:
     state = BatchState.empty(4, 4)
-    admissions = np.array([(3, 0.5, 7, 0.9, 0.1, 2, 0, 2**63 + 1)], ADMISSION)
+    admissions = admission(seq_index=3, temperature=0.5, top_k=7, repetition_penalty=1.5, num_prompt=9, seed=2**63 + 1)
     state.apply(
         StepPlan.pack(
             0, int32(3), int32(0), int32(1), int32(9), int32(0),

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import RequestOutput
-from phalanx.runtime.sampling.biases import BAN, MAX_TOKEN_BIASES, add_biases, token_biases
+from phalanx.runtime.sampling.adjust import adjust_logits
+from phalanx.runtime.sampling.biases import BAN, MAX_TOKEN_BIASES, token_biases
 from phalanx.runtime.sampling.fields import SamplingParams
 from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 
@@ -104,13 +106,17 @@ def test_neither_batches_nor_preemptions_change_biased_tokens(directory: Path) -
         assert [output.token_ids for output in outputs] == alone
 
 
+def no_history(seq_index: int, length: int) -> NDArray[np.int32]:
+    raise AssertionError("biases need no history")
+
+
 def test_a_row_without_biases_in_force_keeps_its_logits() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 9)).astype(np.float32)
     records, biases = np.zeros(3, ADMISSION), np.zeros((2, MAX_TOKEN_BIASES), TOKEN_BIAS)
-    assert add_biases(logits, records, np.zeros(3, np.int32), biases) is logits
+    assert adjust_logits(logits, records, np.zeros(3, np.int32), biases, no_history) is logits
     records["seq_index"], records["num_biases"] = [0, 1, 1], [0, 2, 2]
     biases[1, :2] = [(4, BAN, 5), (4, 3.0, 9)]
-    biased = add_biases(logits, records, np.array([1, 5, 9], np.int32), biases)
+    biased = adjust_logits(logits, records, np.array([1, 5, 9], np.int32), biases, no_history)
     expected = logits.copy()
     expected[1, 4] += 3
     np.testing.assert_array_equal(biased, expected)

@@ -83,11 +83,12 @@ def test_fields_become_sampling_fields_by_their_own_names() -> None:
     parsed = generation(
         temperature=0.5, top_k=1000, top_p=0.9, min_p=0.1, seed=7, stop="x", stop_token_ids=[5], ignore_eos=True, min_tokens=2,
         include_stop_str_in_output=True, skip_special_tokens=False, logprobs=3, echo=True, max_tokens=9,
-        logit_bias={"7": -1.5},
+        logit_bias={"7": -1.5}, repetition_penalty=1.2, presence_penalty=-2, frequency_penalty=0.5,
     )  # fmt: skip
     assert SamplingParams(**parsed.sampling, max_tokens=9) == SamplingParams(
         max_tokens=9, temperature=0.5, top_k=1000, top_p=0.9, min_p=0.1, seed=7, stop=("x",), stop_token_ids=(5,), ignore_eos=True,
         min_tokens=2, include_stop=True, skip_special_tokens=False, logprobs=3, prompt_logprobs=3, logit_bias=((7, -1.5),),
+        repetition_penalty=1.2, presence_penalty=-2.0, frequency_penalty=0.5,
     )  # fmt: skip
     assert parsed.max_tokens == 9
 
@@ -147,7 +148,7 @@ def test_neutral_values_ask_for_nothing(fields: dict[str, Any]) -> None:
         SamplingParams(**generation(**fields).sampling)
 
 
-WRONG: list[Any] = [{"a": 1}, [{"a": 1}], 2.5, -(10**30), "x" * 2000]
+WRONG: list[Any] = [{"a": 1}, [{"a": 1}], 2000.5, -(10**30), "x" * 2000]
 
 
 @pytest.mark.parametrize("name", [*OPENAI_NAMES, "max_tokens", "n", "best_of", "logprobs", "echo", "stream"])

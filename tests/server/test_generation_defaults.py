@@ -50,8 +50,8 @@ def test_llm_without_parameters_uses_them_and_given_parameters_are_taken_as_they
         json.dumps({"temperature": 0.0, "top_k": 3, "repetition_penalty": 1.1})
     )
     with LLM(directory, engine="numpy") as llm:
-        assert llm.default_sampling_params == SamplingParams(temperature=0.0, top_k=3)
+        assert llm.default_sampling_params == SamplingParams(temperature=0.0, top_k=3, repetition_penalty=1.1)
         assert (
             llm.generate(["import"])[0].token_ids
-            == llm.generate(["import"], SamplingParams(temperature=0.0))[0].token_ids
+            == llm.generate(["import"], SamplingParams(temperature=0.0, repetition_penalty=1.1))[0].token_ids
         )

@@ -53,6 +53,10 @@ def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
     params[::3] = [
         dataclasses.replace(one, min_tokens=6, stop_token_ids=tuple(range(3, 60)), logprobs=None) for one in params[::3]
     ]
+    params[1::3] = [
+        dataclasses.replace(one, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
+        for one in params[1::3]
+    ]
 
     def body(engine: str, comm: Communicator) -> list[tuple[list[int], str | None]]:
         sizes = {"tensor_parallel_size": layout.tp, "pipeline_parallel_size": layout.pp} if comm.size > 1 else {}

@@ -58,6 +58,8 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
+    import cupy
+
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if not is_weight_only(one.format)])
     limits = _step_limits(spec)
@@ -78,6 +80,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
             num_blocks = _num_blocks(spec)
             max_model_len = longest_sequence(spec.config, spec.options, num_blocks)
             attention.allocate(num_blocks)
+            stage.arrays.hold_tokens(cupy.zeros((num_blocks, limits.block_size), np.int32))
             executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
         # Outside the context: aborting NCCL blocks while captured graphs hold the communicator.
         executor.warm_up(spec.comm)
@@ -204,6 +207,7 @@ def _stage(
         max_plan_words=limits.max_plan_words,
         admission_words=ADMISSION.itemsize // 4,
         max_biases=MAX_TOKEN_BIASES,
+        block_size=limits.block_size,
     )
     attention_limits = AttentionLimits(limits.max_num_seqs, limits.max_num_tokens, limits.max_model_len)
     attention = CudaAttention(library, _cache_layout(spec), attention_limits, arrays, pool, spec.kv_scales)

@@ -34,7 +34,7 @@ from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
-from phalanx.runtime.sampling.fields import restricts_tokens
+from phalanx.runtime.sampling.fields import adjusts_logits, restricts_tokens
 from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
@@ -218,6 +218,7 @@ class CudaExecutor:
         upload(self._stage.arrays.plan, buffers.plan_words[: len(words)], self._stream)
         if len(plan.copies):
             self._attention.copy_blocks(self._stage.step, len(plan.copies))
+            self._stage.step.copy_blocks(self._stage.arrays.cached_tokens, len(plan.copies))
 
     def _key(self, plan: StepPlan) -> StepKey:
         limits, num_logit_rows = self._limits, plan.num_logit_rows
@@ -230,7 +231,7 @@ class CudaExecutor:
             num_logit_rows=num_logit_rows,
             has_prefill=plan.num_decodes < plan.num_seqs,
             filters=bool(restricts_tokens(sampling).any()),
-            biases=bool(sampling["num_biases"].any()),
+            adjusts=bool(adjusts_logits(sampling).any()),
             num_top=num_top if num_scored else -1,
         )
 

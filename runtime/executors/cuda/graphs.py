@@ -29,7 +29,7 @@ class StepKey:
         num_logit_rows: rows that sample a token, rounded up; 0 = the step ends without logits.
         has_prefill: some sequence computes several tokens.
         filters: some row samples with top-k, top-p or min-p.
-        biases: some row that samples has token biases.
+        adjusts: some row that samples has token biases or penalties.
         num_top: alternatives whose log-probabilities are wanted; -1 = no log-probabilities.
     """
 
@@ -37,7 +37,7 @@ class StepKey:
     num_logit_rows: int
     has_prefill: bool
     filters: bool = False
-    biases: bool = False
+    adjusts: bool = False
     num_top: int = -1
 
 

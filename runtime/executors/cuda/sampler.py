@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from phalanx.kernels import sampling
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.sampling import RowParameters
+from phalanx.kernels.sampling import RowParameters, TokenCache
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
-from phalanx.runtime.memory import BIASED_ROWS, LOGIT_ROWS
+from phalanx.runtime.memory import ADJUSTED_ROWS, LOGIT_ROWS
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 
 __all__ = ["CudaSampler"]
@@ -37,31 +37,27 @@ class CudaSampler:
         self._library, self._vocabulary, self._vocab_size = library, vocabulary, vocab_size
         self._group, self._arrays, self._pool = group, arrays, pool
 
-    def choose(self, logits: DeviceArray, rows: range, filters: bool, biases: bool, token_ids: DeviceArray) -> None:
+    def choose(self, logits: DeviceArray, rows: range, filters: bool, adjusts: bool, token_ids: DeviceArray) -> None:
         """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32.
 
-        A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p; ``biases``: some row
-        has token biases. ``logits`` stay as they are.
+        A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p; ``adjusts``: some row
+        has token biases or penalties. ``logits`` stay as they are.
         *Collective.* Enqueues on the current stream; does not wait.
         """
-        if not biases:
+        if not adjusts:
             self._choose(logits, rows, filters, token_ids)
             return
-        for start in range(0, len(rows), BIASED_ROWS):
-            some = slice(start, min(start + BIASED_ROWS, len(rows)))
-            self._choose(self._biased(logits[some], rows[some]), rows[some], filters, token_ids[some])
+        for start in range(0, len(rows), ADJUSTED_ROWS):
+            some = slice(start, min(start + ADJUSTED_ROWS, len(rows)))
+            self._choose(self._adjusted(logits[some], rows[some]), rows[some], filters, token_ids[some])
 
-    def _biased(self, logits: DeviceArray, rows: range) -> DeviceArray:
-        biased = self._pool.array(logits.shape, "float32")
-        sampling.bias_logits(
-            self._library,
-            logits,
-            self._parameters(rows),
-            self._arrays.biases,
-            biased,
-            vocab_start=self._vocabulary.start,
-        )
-        return biased
+    def _adjusted(self, logits: DeviceArray, rows: range) -> DeviceArray:
+        adjusted, arrays = self._pool.array(logits.shape, "float32"), self._arrays
+        sampling.adjust_logits(
+            self._library, logits, self._parameters(rows), arrays.biases,
+            TokenCache(arrays.block_tables, arrays.cached_tokens), adjusted, vocab_start=self._vocabulary.start,
+        )  # fmt: skip
+        return adjusted
 
     def _choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
         if not filters:

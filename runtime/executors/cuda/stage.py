@@ -92,7 +92,7 @@ class CudaStage:
         self.ops.bind_logits(rows)
         logits = self.model.decode.head(self.ops, self.config, x, residual)
         views = layout.views(self.results).rows(rows)
-        self.sampler.choose(logits, rows, key.filters, key.biases, views.token_ids)
+        self.sampler.choose(logits, rows, key.filters, key.adjusts, views.token_ids)
         self.step.store_tokens(views.token_ids, rows.start)
         if key.num_top >= 0:
             self.sampler.score(logits, views.token_ids, views.logprobs, views.top_ids, views.top_logprobs)

@@ -9,7 +9,6 @@ import numpy as np
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.topology import Topology
-from phalanx.runtime.sampling.fields import SamplingParams, device_values
 from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 from phalanx.runtime.step.times import StepTimes
 
@@ -61,8 +60,8 @@ def measure_step_times(executor: TimedExecutor, max_num_seqs: int, comm: Communi
 def decoding_step(num_seqs: int) -> StepPlan:
     """The first ``num_seqs`` sequences compute and sample a token each, greedily."""
     seq_indices, ones, zeros = np.arange(num_seqs, dtype=np.int32), *(np.full(num_seqs, i, np.int32) for i in (1, 0))
-    greedy = device_values(SamplingParams(temperature=0.0), 1)
-    admissions = np.array([(index, *greedy, 0, 0) for index in seq_indices.tolist()], ADMISSION)
+    admissions = np.zeros(num_seqs, ADMISSION)  # which is greedy
+    admissions["seq_index"], admissions["num_logprobs"] = seq_indices, -1
     return StepPlan.pack(0, seq_indices, zeros, ones, zeros, seq_indices, admissions=admissions)
 
 

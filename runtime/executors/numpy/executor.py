@@ -21,9 +21,10 @@ from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
-from phalanx.runtime.sampling.biases import add_biases
+from phalanx.runtime.sampling.adjust import adjust_logits
+from phalanx.runtime.sampling.fields import adjusts_logits
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
-from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
+from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult, TokenHistory
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
 __all__ = ["NumpyExecutor"]
@@ -65,6 +66,7 @@ class NumpyExecutor:
         )
         self._ops = NumpyOps(weights, self._vocabulary, self._tp, self._attention, threads)
         self._state = BatchState.empty(limits.max_num_seqs, limits.blocks_per_seq)
+        self._history = TokenHistory(self._state, num_kv_blocks, limits.block_size)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
         self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
@@ -88,6 +90,7 @@ class NumpyExecutor:
         """Compute this rank's stage of ``plan`` and hand the result on. *Collective over the replica.*"""
         refuse_other_passes(plan)
         self._state.apply(plan)
+        self._history.apply(plan)
         self._attention.copy_blocks(plan.copies)
         self._ops.bind(NumpyStep(plan.token_ids, plan.positions))
         self._attention.bind(plan, self._state)
@@ -135,12 +138,13 @@ class NumpyExecutor:
         """Tokens of the rows that sample, and log-probabilities if any are wanted."""
         sampling, rows = self._state.sampling_of(plan), plan.rows[: plan.num_sampled]
         num_scored, count = self._state.logprob_shape(plan)
-        needs_rows = num_scored or (sampling["temperature"] > 0).any() or sampling["num_biases"].any()
+        needs_rows = num_scored or (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any()
         if self._tp.size > 1 and not needs_rows:
             return StepResult(plan.step_id, self._greedy(x[rows]))
         logits = self._logits(x[rows])
         positions = plan.sampled_positions
-        tokens = sample(add_biases(logits, sampling, positions, self._state.biases), sampling, positions)
+        adjusted = adjust_logits(logits, sampling, positions, self._state.biases, self._history.tokens)
+        tokens = sample(adjusted, sampling, positions)
         if not num_scored:
             return StepResult(plan.step_id, tokens)
         parts = [_score(logits, np.maximum(tokens, 0), count)]

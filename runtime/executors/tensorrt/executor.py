@@ -20,9 +20,10 @@ from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
-from phalanx.runtime.sampling.biases import add_biases
+from phalanx.runtime.sampling.adjust import adjust_logits
+from phalanx.runtime.sampling.fields import adjusts_logits
 from phalanx.runtime.sampling.reference import log_softmax, sample, top_logprobs
-from phalanx.runtime.step import BatchState, StepPlan, StepResult
+from phalanx.runtime.step import BatchState, StepPlan, StepResult, TokenHistory
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
 __all__ = ["TrtExecutor"]
@@ -50,6 +51,7 @@ class TrtExecutor:
         self.cache = CacheSize("slots", shape.max_num_seqs, shape.max_model_len)
         self._translator = StepTranslator(shape)
         self._state = BatchState.empty(shape.max_num_seqs, 1)
+        self._history = TokenHistory(self._state, shape.max_num_seqs, shape.max_model_len)
         self._chooses = topology.is_last_stage and topology.tp_rank == 0
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
@@ -73,7 +75,8 @@ class TrtExecutor:
         """Compute this rank's stage of ``plan``. *Collective over the replica.*"""
         _refuse_what_is_missing(plan)
         self._state.apply(plan)
-        builder = _ResultBuilder(plan, self._state) if self._chooses else None
+        self._history.apply(plan)
+        builder = _ResultBuilder(plan, self._state, self._history) if self._chooses else None
         for engine_pass in self._translator.passes(plan):
             output = self._session.run(engine_pass, builder.wanted(engine_pass) if builder else "nothing")
             if builder and output:
@@ -102,8 +105,9 @@ class TrtExecutor:
 class _ResultBuilder:
     """Tokens and log-probabilities of one step, filled in pass by pass."""
 
-    def __init__(self, plan: StepPlan, state: BatchState) -> None:
+    def __init__(self, plan: StepPlan, state: BatchState, history: TokenHistory) -> None:
         self._sampling, self._positions, self._biases = state.sampling_of(plan), plan.sampled_positions, state.biases
+        self._history = history
         rows, count = state.logprob_shape(plan)
         self.result = StepResult(
             plan.step_id, plan.targets.copy(), np.empty(rows, np.float32),
@@ -115,7 +119,7 @@ class _ResultBuilder:
         if not len(engine_pass.rows):
             return "nothing"
         sampling = self._sampling[self._sampled(engine_pass)]
-        needs_logits = (sampling["temperature"] > 0).any() or sampling["num_biases"].any()
+        needs_logits = (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any()
         return "logits" if needs_logits or len(self.result.logprobs) else "tokens"
 
     def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
@@ -124,7 +128,10 @@ class _ResultBuilder:
         tokens = output.token_ids[: len(sampled)]
         if logits is not None:
             sampling, positions = self._sampling[sampled], self._positions[sampled]
-            tokens = sample(add_biases(logits[: len(sampled)], sampling, positions, self._biases), sampling, positions)
+            adjusted = adjust_logits(
+                logits[: len(sampled)], sampling, positions, self._biases, self._history.tokens
+            )  # fmt: skip
+            tokens = sample(adjusted, sampling, positions)
         self.result.token_ids[sampled] = tokens
         if logits is not None and len(self.result.logprobs):
             self._score(rows, logits[: len(rows)])

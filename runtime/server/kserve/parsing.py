@@ -67,12 +67,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "beam_width": (1,),
         "embedding_bias_weights": (0,),
-        "frequency_penalty": (0,),
         "lora_task_id": (0,),
-        "presence_penalty": (0,),
         "prompt_table_extra_id": (0,),
         "prompt_vocab_size": (0,),
-        "repetition_penalty": (1,),
         "stop": (False,),
     }
 )

@@ -74,7 +74,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     allowed_token_ids: Any = None
     bad_words: Any = None
     cache_salt: Any = None
-    frequency_penalty: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
     guided_json: Any = None
@@ -82,10 +81,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
-    presence_penalty: Any = None
     priority: Any = None
     prompt_logprobs: Any = None
-    repetition_penalty: Any = None
     response_format: Any = None
     spaces_between_special_tokens: Any = None
     structured_outputs: Any = None
@@ -177,7 +174,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "chat_template": (),
         "documents": ([],),
         "echo": (False,),
-        "frequency_penalty": (0,),
         "function_call": ("none",),
         "functions": ([],),
         "guided_choice": (),
@@ -189,13 +185,11 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "logits_processors": ([],),
         "modalities": (["text"],),
         "prediction": (),
-        "presence_penalty": (0,),
         "priority": (0,),
         "prompt_logprobs": (),
         "reasoning_content": ("",),
         "reasoning_effort": (),
         "refusal": ("",),
-        "repetition_penalty": (1,),
         "response_format": ({"type": "text"},),
         "spaces_between_special_tokens": (True,),
         "structured_outputs": (),

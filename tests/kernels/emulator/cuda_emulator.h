@@ -183,6 +183,12 @@ T atomicAdd(T* address, T value) {
     return before;
 }
 
+inline unsigned int atomicOr(unsigned int* address, unsigned int value) {
+    const unsigned int before = *address;
+    *address |= value;
+    return before;
+}
+
 inline unsigned int __umulhi(unsigned int a, unsigned int b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline unsigned int __float2uint_rn(float x) { return static_cast<unsigned int>(rintf(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }

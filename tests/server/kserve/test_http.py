@@ -238,7 +238,7 @@ def test_the_benchmark_form_of_sglang(server: Server) -> None:
     ("fields", "message"),
     [
         ({"beam_width": 2}, "beam_width is not supported"),
-        ({"repetition_penalty": 1.5}, "repetition_penalty is not supported"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is out of range"),
         ({"bad_words": "no"}, "bad_words is not supported"),
         ({"return_context_logits": True}, "return_context_logits is not supported"),
         ({"lora_task_id": 3}, "lora_task_id is not supported"),
