@@ -12,28 +12,10 @@
 // Reference: x @ weight.T in float64.
 #include "activation.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
+#include "weight_stream.cuh"
 
-constexpr int LANE_ELEMENTS = 8;                     // 16 bytes
-constexpr int CHUNK = 4 * LANE_ELEMENTS;             // k range of one step of a warp: two mma
-constexpr int TILE = 8;                              // weight rows of one mma
 constexpr int STRIDE = NUM_WARPS * CHUNK;            // between a warp's steps
 constexpr int ROWS = (GATED ? 1 : ROW_BLOCKS) * TILE;  // outputs of a block
-
-struct Words {
-    uint32 at[4];
-};
-
-__device__ __forceinline__ Words words(uint4 bits) { return {{bits.x, bits.y, bits.z, bits.w}}; }
-
-__device__ __forceinline__ void multiply(float (&sum)[4], const Words& low, const Words& high, const Words& weight) {
-#pragma unroll
-    for (int half = 0; half < 4; half += 2) {
-        const uint32 a[4] = {low.at[half], high.at[half], low.at[half + 1], high.at[half + 1]};
-        const uint32 b[2] = {weight.at[half], weight.at[half + 1]};
-        mma_16x8x16(sum, a, b, scalar());
-    }
-}
 
 __device__ __forceinline__ Words load_tokens(const scalar* x, int token, int num_tokens, int in_features, int k) {
     if (token >= num_tokens) return {};

@@ -19,6 +19,8 @@ from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
+from phalanx.runtime.models.shapes import use_of
+from phalanx.runtime.ops import ExpertsSpec
 
 __all__ = [
     "ADJUSTED_ROWS",
@@ -54,6 +56,7 @@ RESERVE_BYTES = 1 << 30
 ALIGNMENT_BYTES = 256
 _STEP_WORDS_PER_SEQUENCE = 32
 _STEP_WORDS_PER_TOKEN = 16
+_ROUTING_WORDS = 10  # 16-bit: id, share, place in the order and its inverse, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +183,14 @@ def workspace_bytes(
     if place.is_last_stage:
         logit_rows += -(-ADJUSTED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
+    experts = use_of(model, config).experts
 
     def of_layer(layer: int) -> int:
         weights = format_weights(model.decode.block_weights(config, layer), formats)
         specs = [weight.spec for weight in weights]
         quantized = [weight.spec for weight in weights if weight.format != DENSE]
         return activation_bytes(
-            specs, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
+            specs, experts, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
         ) + _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
 
     return max(map(of_layer, layers))
@@ -194,6 +198,7 @@ def workspace_bytes(
 
 def activation_bytes(
     block_specs: Iterable[WeightSpec],
+    experts: Mapping[str, ExpertsSpec],
     hidden_size: int,
     vocab_rows: int,
     num_tokens: int,
@@ -205,13 +210,27 @@ def activation_bytes(
     """Room for one step: every matrix of a block with its input and output alive at once, the residual stream, the logits.
 
     An upper bound: a block never holds all of them together. Rows that need logits count twice, because the last block goes
-    on with them alone. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place in the tensor-parallel group.
+    on with them alone. A token passes through the ``top_k`` experts that it takes, of those of the layer: ``experts`` says by
+    name which matrices are a stack of them. ``vocab_rows`` is V local; ``rank`` of ``size`` is the place in the
+    tensor-parallel group.
     """
-    matrices = [shape for spec in block_specs if len(shape := spec.local_shape(rank, size)) == 2]
+    matrices = [_row_widths(spec, experts, rank, size) for spec in block_specs if len(spec.parts[0].shape) == 2]
     per_token = sum(out + inner for out, inner in matrices) + 4 * hidden_size
     pieces = 6 * len(matrices) + 32
     logits = num_logit_rows * (vocab_rows + hidden_size)
     return ((num_tokens + num_logit_rows) * per_token + logits) * itemsize + pieces * ALIGNMENT_BYTES
+
+
+def _row_widths(spec: WeightSpec, experts: Mapping[str, ExpertsSpec], rank: int, size: int) -> tuple[int, int]:
+    """Values that a token has after and before a product; routing words count as values."""
+    out, inner = spec.local_shape(rank, size)
+    owner, _, matrix = spec.owner.rpartition(".")
+    if owner not in experts:
+        return out, inner
+    mixture = experts[owner]
+    if matrix == "router":
+        return 2 * mixture.num_experts, _ROUTING_WORDS * mixture.top_k
+    return mixture.top_k * -(-out // mixture.num_experts), mixture.top_k * inner
 
 
 def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int) -> int:

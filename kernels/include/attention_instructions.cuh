@@ -145,6 +145,11 @@ __device__ __forceinline__ void group_barrier(int id, int threads) {
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// All groups but the last `LATEST` have landed.
+template <int LATEST>
+__device__ __forceinline__ void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
+}
 
 // A flag that orders other memory across blocks: what came before the store is seen after a load that sees it.
 __device__ __forceinline__ void store_release(int* flag, int value) {

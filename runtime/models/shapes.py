@@ -39,11 +39,13 @@ class ModelUse:
         features: each once, in the order of first use.
         weights: names of weights, in that order.
         attention: spec of each attention by its name.
+        experts: spec of each mixture of experts by its name.
     """
 
     features: dict[Feature, None] = field(default_factory=dict)
     weights: dict[str, None] = field(default_factory=dict)
     attention: dict[str, AttentionSpec] = field(default_factory=dict)
+    experts: dict[str, ExpertsSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class ShapeOps(Ops[Shape]):
 
     def experts(self, x: Shape, name: str, spec: ExpertsSpec) -> Shape:
         self._record("experts", spec=spec)
+        self.use.experts[name] = spec
         self._product(x, f"{name}.router")
         gate_up, down = (self._weight(f"{name}.{kind}.weight") for kind in ("gate_up", "down"))
         self._take(x, gate_up[1], name)

@@ -168,7 +168,6 @@ def test_the_numpy_engine_runs_every_family(case: CheckpointCase) -> None:
 @pytest.mark.parametrize(
     ("capabilities", "name", "feature"),
     [
-        (CUDA, "mixtral-plain", "experts"),
         (TENSORRT, "mixtral-plain", "experts"),
         (TENSORRT, "qwen3-plain", "attention.head_norm"),
         (TENSORRT, "gemma2-caps", "attention.soft_cap=4.0"),

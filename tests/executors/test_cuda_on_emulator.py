@@ -39,7 +39,7 @@ CASES = [
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads",
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
-                  "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain")  # fmt: skip
+                  "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain", "mixtral-plain")  # fmt: skip
 
 MORE_FAMILIES = ("mpt-flat-biases",)
 """On two ranks alone: what one rank does differently, the others show."""

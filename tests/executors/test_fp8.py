@@ -88,6 +88,13 @@ def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: P
         generate(write_checkpoint(narrow, tmp_path), "cuda", tp=2, quantize="fp8", dtype="float16")
 
 
+def test_experts_are_multiplied_as_plain_values_only(tmp_path: Path, device: None) -> None:
+    directory = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path)
+    with pytest.raises(ConfigError, match=r"layers\.0\.experts\.gate_up: the cuda engine multiplies experts as plain"):
+        generate(directory, "cuda", quantize="fp8", dtype="float16")
+    assert generate(directory, "numpy", quantize="fp8").token_ids
+
+
 def test_devices_without_fp8_products_are_refused(
     directory: Path, device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

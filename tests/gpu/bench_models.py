@@ -66,6 +66,9 @@ FLOAT_CASES = {
     "llama-2-70b-tp4": Case("llama-2-70b", 128, 2048, tp=4),
     "llama-2-70b-pp4": Case("llama-2-70b", 128, 2048, pp=4),
     "llama-2-70b-tp4-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=4),
+    "mixtral-8x7b-tp2": Case("mixtral-8x7b", 128, 2048, tp=2),
+    "mixtral-8x7b-tp2-2048": Case("mixtral-8x7b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=8192, tp=2),
+    "mixtral-8x7b-tp2-one": Case("mixtral-8x7b", 128, 2, max_num_seqs=1, tp=2),
     "llama-2-70b-tp8": Case("llama-2-70b", 128, 2048, tp=8),
     "llama-2-70b-tp4-pp2": Case("llama-2-70b", 128, 2048, tp=4, pp=2),
     "llama-2-70b-tp2-pp4": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, tp=2, pp=4),
@@ -73,9 +76,11 @@ FLOAT_CASES = {
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
 }
 CASES = FLOAT_CASES | {
-    f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in FLOAT_CASES.items()
+    f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8")
+    for name, case in FLOAT_CASES.items()
+    if "mixtral" not in name
 }
-"""Every case as it is, and with fp8 weights, activations and cache."""
+"""Every case as it is, and but for experts with fp8 weights, activations and cache."""
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:

@@ -75,7 +75,10 @@ for step in "${@:-${STEPS[@]}}"; do
                 llama-3-8b-fp8 llama-3-8b llama-3-8b-2048-fp8 llama-3-8b-2048 llama-3-8b-one-fp8 llama-3-8b-one
             ;;
         allreduce) run allreduce on_all_gpus "$PYTHON" tests/gpu/bench_all_reduce.py --json "$OUT/all_reduce.json" ;;
-        kernels) run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json" ;;
+        kernels)
+            run bench_kernels "$PYTHON" tests/gpu/bench_kernels.py --json "$OUT/bench_kernels.json"
+            run bench_experts "$PYTHON" tests/gpu/bench_experts.py --json "$OUT/bench_experts.json"
+            ;;
         models) run models "$PYTHON" -m tests.gpu.bench_models --out "$OUT" ;;
         *) echo "unknown step $step; there are ${STEPS[*]}" >&2; exit 2 ;;
     esac

@@ -14,6 +14,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 
 ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
 ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1, "SAMPLING_STRUCT": SAMPLING_STRUCT}
+EXPERTS = {"GATED": 1, "ACTIVATION": "silu", "GATHERS": 1, "TOP_K": 2}
 SPECS = [
     ("embedding", ROW),
     ("position_embedding", ROW),
@@ -49,6 +50,15 @@ SPECS = [
         {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "PREFETCH_BYTES": 4096, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
          "ACCUMULATE": 0},
     ),
+    (
+        "experts_route",
+        {"NUM_EXPERTS": 128, "TOP_K": 8, "RENORMALISE": 1, "FEATURES": 2048, "VEC": 8, "TOKENS": 8, "FIRST": 0,
+         "NUM_LOCAL": 128, "ROWS": 64},
+    ),
+    ("experts_combine", {"FEATURES": 2048, "VEC": 8, "NUM_THREADS": 256, "TOP_K": 8}),
+    ("experts_stream", EXPERTS | {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4}),
+    ("experts_plain", EXPERTS | {"WARPS": 4, "ROWS": 16, "VEC": 8}),
+    ("experts_tiles", EXPERTS | {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98432, "BFLOAT16": 0, "KV_FP8": 0}),
 ]  # fmt: skip
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 SMALL = KernelSpec.of("add_bias", {"SCALAR": "float", "HIDDEN_SIZE": 32, "VEC": 4, "NUM_THREADS": 32})

@@ -13,6 +13,7 @@ import pytest
 from phalanx.runtime.alibi import alibi_slopes
 from phalanx.runtime.attention import AttentionSpec, HeadNorm
 from phalanx.runtime.config import RopeConfig
+from phalanx.runtime.ops import ExpertsSpec
 from tests.ops.executors import EXECUTORS, Executor, attend, open_executor
 
 Array = np.ndarray[Any, Any]
@@ -28,7 +29,8 @@ X, Y = normal(ROWS, WIDTH), normal(ROWS, WIDTH)
 WEIGHTS: Mapping[str, Array] = {
     "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
     "m.weight": normal(17, WIDTH), "m.bias": normal(17), "e.weight": normal(50, WIDTH), "b.bias": normal(WIDTH),
-    "b.weight": normal(WIDTH, 8),
+    "b.weight": normal(WIDTH, 8), "x.router.weight": normal(5, WIDTH), "x.gate_up.weight": normal(5 * 2 * 9, WIDTH),
+    "x.down.weight": normal(5 * WIDTH, 9),
 }  # fmt: skip
 WIDE = {name: array.astype(np.float64) for name, array in WEIGHTS.items()}
 POSITIONS = (8, 0, 4, 49, 1, 1, 30)
@@ -49,6 +51,20 @@ def product(x: Array, name: str = "l") -> Array:
 
 def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def mixture(x: Array, renormalise: bool) -> Array:
+    """Three of five experts for each token."""
+    out = np.zeros_like(x)
+    gate_up, down = (np.split(WIDE[f"x.{kind}.weight"], 5) for kind in ("gate_up", "down"))
+    for row, logits in zip(range(len(x)), product(x, "x.router"), strict=True):
+        chances = np.exp(logits) / np.exp(logits).sum()
+        chosen = np.argsort(-chances)[:3]
+        for expert in chosen:
+            gate, up = np.split(gate_up[expert] @ x[row], 2)
+            share = chances[expert] / (chances[chosen].sum() if renormalise else 1)
+            out[row] += share * (down[expert] @ (ACTIVATIONS["silu"](gate) * up))
+    return out
 
 
 ACTIVATIONS = {
@@ -86,6 +102,13 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
         lambda o, x: o.logits(x, "l", soft_cap=3.0), lambda x: 3 * np.tanh((product(x) + WIDE["l.bias"]) / 3), 1,
     ),
     **{
+        f"experts {name}": (
+            lambda o, x, renormalise=renormalise: o.experts(x, "x", ExpertsSpec(5, 3, "silu", renormalise)),
+            lambda x, renormalise=renormalise: mixture(x, renormalise), 1,
+        )
+        for name, renormalise in (("renormalised", True), ("not renormalised", False))
+    },
+    **{
         f"activation {kind}": (lambda o, x, kind=kind: o.activation(x, kind), function, 1)
         for kind, function in ACTIVATIONS.items()
     },
@@ -99,6 +122,8 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
 }  # fmt: skip
 NOTHING_TO_DO = {("tensorrt", "all_reduce")}
 """A network of one rank would have its input as output."""
+REFUSED = {("tensorrt", "experts renormalised"), ("tensorrt", "experts not renormalised")}
+"""Models that use it are refused (tests/executors/test_capabilities.py)."""
 
 
 @pytest.fixture(params=EXECUTORS)
@@ -114,6 +139,8 @@ def test_operation_equals_float64(
 ) -> None:
     if (request.node.callspec.params["executor"], name) in NOTHING_TO_DO:
         pytest.skip("one rank sums nothing")
+    if (request.node.callspec.params["executor"], name) in REFUSED:
+        pytest.skip("the engine refuses models that use it")
     if rows < ROWS and "embedding" in name:
         pytest.skip("as many rows as the step has tokens")
     compute, formula, num_tensors = OPERATIONS[name]
@@ -124,7 +151,7 @@ def test_operation_equals_float64(
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
 
 
-READERS = ("rms_norm", "layer_norm", "column_linear", "linear", "row_linear_partial", "logits")
+READERS = ("rms_norm", "layer_norm", "column_linear", "linear", "row_linear_partial", "experts renormalised", "logits")
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -41,6 +41,7 @@ from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
@@ -95,7 +96,7 @@ def _free_bytes() -> int:
 
 
 def _check_quantized(spec: RankSpec, architecture: str) -> None:
-    """Refuse products of codes on devices without them, or of sizes that, on any rank, 8-bit kernels do not take."""
+    """Refuse products of codes that the device or the kernels lack: experts', and sizes that, on any rank, they do not take."""
     quantized = [
         weight
         for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
@@ -105,6 +106,13 @@ def _check_quantized(spec: RankSpec, architecture: str) -> None:
         raise ConfigError(
             f"{quantized[0].format.name} products need compute capability 8.9; this GPU has {architecture}: leave --quantize out"
         )
+    experts = use_of(spec.model, spec.config).experts
+    for weight in quantized:
+        if weight.spec.owner.rpartition(".")[0] in experts:
+            raise ConfigError(
+                f"{weight.spec.owner}: the cuda engine multiplies experts as plain values, not as {weight.format.name}; "
+                "leave --quantize out, or use --engine numpy"
+            )
     for weight, rank in product(quantized, range(spec.tp_size)):
         shape = weight.spec.local_shape(rank, spec.tp_size)
         if any(extent % _CODE_ALIGNMENT for extent in shape):

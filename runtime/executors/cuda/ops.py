@@ -14,6 +14,7 @@ from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
+from phalanx.kernels.experts import MAX_CHOICES, MAX_EXPERTS, ExpertRows, Routing, combine, grouped_product, route
 from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
@@ -31,7 +32,7 @@ from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.deferred import Deferred, Rows, Write, quantized_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
-from phalanx.runtime.ops import AttentionSpec, Ops
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
 
 __all__ = ["CAPABILITIES", "CudaOps"]
 
@@ -56,6 +57,11 @@ CAPABILITIES = Capabilities(
         "attention.head_norm.eps": ANY,
         "attention.head_norm.weight_offset": ANY,
         "logits.soft_cap": ANY,
+        "experts": ANY,
+        "experts.num_experts": Limit(at_most=MAX_EXPERTS),
+        "experts.top_k": Limit(at_most=MAX_CHOICES),
+        "experts.activation": ANY,
+        "experts.renormalise": ANY,
     },
     formats=frozenset({DENSE.name, FP8_ROWS.name}),
 )
@@ -204,6 +210,23 @@ class CudaOps(Ops[DeviceArray]):
 
         return self._deferred(x, (len(x), x.shape[1] // 2), write, write)
 
+    def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
+        x = self._values(x)
+        router, gate_up, down = (self._weights.array(f"{name}.{kind}") for kind in ("router", "gate_up", "down"))
+        routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, range(spec.num_experts))
+        rows = ExpertRows.allocate(self._pool.array, len(x), routing, x.dtype.itemsize)
+        route(self._library, x, router, self._row_marks(len(x)), routing, rows)
+        num_pairs = len(x) * spec.top_k
+        hidden = self._pool.array((num_pairs, down.shape[1]), x.dtype)
+        grouped_product(
+            self._library, x, gate_up, hidden, routing, rows, gathers=True, activation=_ACTIVATIONS[spec.activation]
+        )
+        products = self._pool.array((num_pairs, x.shape[1]), x.dtype)
+        grouped_product(self._library, hidden, down, products, routing, rows)
+        out = self._pool.array(x.shape, x.dtype)
+        combine(self._library, products, rows, out)
+        return out
+
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         qkv = self._values(qkv)
         if spec.head_norm is not None:
@@ -279,6 +302,11 @@ class CudaOps(Ops[DeviceArray]):
         if x is None or len(x) <= len(other):
             return x
         return self._gather(x, range(len(other)))
+
+    def _row_marks(self, num_rows: int) -> DeviceArray:
+        """``[num_rows]``, negative at padding rows: of the whole step, or of the rows kept after the last attention."""
+        arrays = self._arrays
+        return (arrays.slot_mapping if num_rows == self._num_rows else arrays.logit_rows)[:num_rows]
 
     def _gather(self, x: DeviceArray, rows: range) -> DeviceArray:
         """The rows of ``x`` that some of the step's rows with logits are."""

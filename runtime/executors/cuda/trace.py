@@ -22,7 +22,7 @@ from phalanx.parallel.hosts import host_ids
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.cuda.ops import CudaOps
-from phalanx.runtime.ops import AttentionSpec
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec
 
 __all__ = ["Category", "Timeline", "TracedOps", "write_chrome_trace"]
 
@@ -124,6 +124,10 @@ class TracedOps(CudaOps):
         """See `CudaOps.attention`."""
         with self._timeline.device(name, "attention"):
             return super().attention(qkv, name, layer, spec)
+
+    def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
+        with self._timeline.device(name, "GEMM"):
+            return super().experts(x, name, spec)
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
         """See `CudaOps.all_reduce`."""

@@ -173,15 +173,15 @@ class NumpyOps(Ops[Float32Array]):
         shares = np.take_along_axis(probabilities, chosen, axis=1)
         if spec.renormalise:
             shares /= shares.sum(axis=1, keepdims=True)
-        gate_up, down = (
-            np.split(self._weights.array(f"{name}.{kind}"), spec.num_experts) for kind in ("gate_up", "down")
-        )
-        out = np.zeros_like(x)
+        gate_up, down = (self._weights.linear(f"{name}.{kind}") for kind in ("gate_up", "down"))
+        gates, downs = (np.split(one.components["weight"], spec.num_experts) for one in (gate_up, down))
+        x, out = gate_up.format.round_input(x, gate_up.components), np.zeros_like(x)
         for expert in range(spec.num_experts):
             rows, places = np.nonzero(chosen == expert)
             if len(rows):
-                hidden = self.gated_activation(product(x[rows], gate_up[expert], self._threads), spec.activation)
-                out[rows] += shares[rows, places, None] * product(hidden, down[expert], self._threads)
+                hidden = self.gated_activation(product(x[rows], gates[expert], self._threads), spec.activation)
+                hidden = down.format.round_input(hidden, down.components)
+                out[rows] += shares[rows, places, None] * product(hidden, downs[expert], self._threads)
         return out
 
     def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:

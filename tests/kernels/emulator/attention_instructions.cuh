@@ -130,6 +130,8 @@ inline void copy_16_bytes(unsigned destination, const void* source, bool valid) 
 }
 inline void commit_copies() {}
 inline void wait_for_copies() {}
+template <int>
+inline void wait_for_copies_but() {}
 
 struct Mbarrier {
     short expected, pending;
