@@ -1,12 +1,12 @@
 """Checksums of chunks of a file, cheap enough to be taken whenever weights are copied or read.
 
-A chunk is laid out in rows of 512 little-endian 64-bit words (4 KiB, zeros behind the end); its rows and its columns are summed
+A chunk is laid out in rows of 512 little-endian 64-bit words (4 KiB, zeros after the end); its rows and its columns are summed
 modulo 2^64, and the sums, with the chunk's length, are digested by BLAKE2b to 64 bits. Each word counts in one row and one
 column: changes to fewer than four words always show in the sums, and so do blocks that are zeroed, shifted or swapped (a product
 code; Elias 1954). It is not proof against somebody who wants to deceive. NumPy takes both sums several times faster than zlib
 takes a CRC-32, so that copying stays the larger part of the work.
 
-Chunks are what a partial read verifies: whoever needs some bytes reads and checks the chunks that hold them.
+Chunks are what a partial read verifies: a reader of some bytes reads and checks the chunks that hold them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The JSON files beside the weights. Imports nothing heavy: the memory planner needs only this."""
+"""The JSON files next to the weights. Imports nothing heavy: the memory planner needs only this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof that a split holds everything: each element of each source tensor, as often as the declaration plans.
+"""The proof that a split holds everything: each element of each source tensor, in as many copies as declared.
 
 The plan comes from the declared `Shard` alone (`planned_copies`), the count from the index ranges in the manifest; neither uses
 the other's arithmetic.

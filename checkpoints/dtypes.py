@@ -54,7 +54,7 @@ def numpy_dtype(name: str, tensor: str) -> np.dtype[Any]:
     """
     if name not in NUMPY_DTYPES:
         raise CheckpointError(
-            f"tensor {tensor!r} is stored as {name}, which weights cannot be; convert it to one of {', '.join(PLAIN_DTYPES)}"
+            f"tensor {tensor!r} is stored as {name}, which is not a weight dtype; convert it to one of {', '.join(PLAIN_DTYPES)}"
         )
     return NUMPY_DTYPES[name]
 

@@ -53,7 +53,7 @@ class ModelDirectory:
             raise CheckpointError(_not_a_directory(path, root.exists()))
         if root.name.endswith(PARTIAL_SUFFIX):
             raise CheckpointError(
-                f"{str(path)!r} is what an interrupted split left; remove it and run launch.split again"
+                f"{str(path)!r} was left by an interrupted split; remove it and run launch.split again"
             )
         return ModelDirectory(path, root)
 

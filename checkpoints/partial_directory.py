@@ -87,7 +87,9 @@ class PartialDirectory:
         names = os.listdir(self.path)
         if foreign := [name for name in names if not self._is_ours(name)]:
             self._release()
-            raise ConfigError(f"{str(self.path)!r} holds {foreign[0]!r}, which no split wrote; remove that directory")
+            raise ConfigError(
+                f"{str(self.path)!r} holds {foreign[0]!r}, which launch.split did not write; remove that directory"
+            )
         for name in names:
             os.unlink(self.path / name)
         return bool(names)

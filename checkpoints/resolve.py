@@ -37,8 +37,8 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     if missing := [name for name, stored in found.items() if stored is None]:
         _refuse_quantized(present, is_plain)
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json calls for: {list_names(missing)}; "
-            "a shard is missing, or config.json is of another model"
+            f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json requires: {list_names(missing)}; "
+            "a shard is missing, or config.json belongs to another model"
         )
     stored_names = {name: stored for name, stored in found.items() if stored is not None}
     _check_unused(present.difference(stored_names.values()), ignored, is_plain)
@@ -90,7 +90,7 @@ def _check_unused(unused: set[str], ignored: Sequence[str], is_plain: bool) -> N
         _refuse_quantized(extra, is_plain)
         raise CheckpointError(
             f"the checkpoint holds {len(extra)} tensor(s) that the model does not use: {list_names(extra)}; "
-            "config.json is of another model, or the model has a feature that is not supported"
+            "config.json belongs to another model, or the model has a feature that is not supported"
         )
 
 
@@ -107,8 +107,8 @@ def _check_tensor(source: TensorSource, name: str, part: Part, dtype: str | None
     info = source.info(name)
     if not _shapes_agree(info.shape, part):
         raise CheckpointError(
-            f"tensor {name!r} has shape {list(info.shape)}, but config.json calls for {list(part.stored_shape)}; "
-            "config.json is of another model"
+            f"tensor {name!r} has shape {list(info.shape)}, but config.json requires {list(part.stored_shape)}; "
+            "config.json belongs to another model"
         )
     if part.encoding is None and dtype is None:
         _check_plain(info.dtype, name)
@@ -116,7 +116,7 @@ def _check_tensor(source: TensorSource, name: str, part: Part, dtype: str | None
     accepted = {dtype} if part.encoding is None else part.encoding.dtypes
     if info.dtype not in accepted:
         raise CheckpointError(
-            f"tensor {name!r} is stored as {info.dtype}, but its quantisation scheme calls for "
+            f"tensor {name!r} is stored as {info.dtype}, but its quantisation scheme requires "
             f"{' or '.join(sorted(map(str, accepted)))}; config.json describes another scheme"
         )
 
@@ -130,10 +130,10 @@ def _shapes_agree(shape: tuple[int, ...], part: Part) -> bool:
 def _check_plain(dtype: str, name: str) -> None:
     if dtype.startswith("F8"):
         raise CheckpointError(
-            f"tensor {name!r} is stored as {dtype}, but config.json names no quantisation scheme that says by what to scale it; "
+            f"tensor {name!r} is stored as {dtype}, but config.json names no quantisation scheme with its scales; "
             "use the unquantised checkpoint"
         )
     if dtype not in PLAIN_DTYPES:
         raise CheckpointError(
-            f"tensor {name!r} is stored as {dtype}, which weights cannot be; convert it to one of {', '.join(PLAIN_DTYPES)}"
+            f"tensor {name!r} is stored as {dtype}, which is not a weight dtype; convert it to one of {', '.join(PLAIN_DTYPES)}"
         )

@@ -128,7 +128,7 @@ class SafetensorsFile:
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{_METADATA} of {file!r} does not hold texts only; the file is damaged")
+        raise CheckpointError(f"{_METADATA} of {file!r} holds values that are not strings; the file is damaged")
     return value
 
 

@@ -119,7 +119,7 @@ def _allocate_on_device(num_bytes: int) -> DeviceBytes:
     except (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
         free, total = cupy.cuda.runtime.memGetInfo()
         raise ConfigError(
-            f"{num_bytes:,} bytes of device memory are not to be had: {free:,} of {total:,} are free; "
+            f"{num_bytes:,} bytes of device memory cannot be allocated: {free:,} of {total:,} are free; "
             "lower --gpu-memory-utilization or stop what else runs on this GPU"
         ) from error
     return cupy.ndarray((num_bytes,), dtype=np.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))

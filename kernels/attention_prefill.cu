@@ -9,7 +9,7 @@
 //
 // What is odd:
 // - Page numbers are read two tiles ahead, by a few threads, through shared memory: a copy never waits for a table lookup.
-// - Rows past the sequence's last token repeat its position, so they compute finite values that nobody stores.
+// - Rows past the sequence's last token repeat its position, so they compute finite values that are never stored.
 // - Tiles that every row of a warp sees in full skip the mask.
 //
 // Reference: Dao, "FlashAttention-2" (2023). Needs sm_80; attention_prefill_wgmma.cu is the Hopper version. Parameters:
@@ -187,7 +187,7 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
     rows.begin(p, work);
     for (int tile = work.begin; tile < work.end; ++tile) {
         wait_for_copies();
-        __syncthreads();  // this tile is here, and nobody reads the other stage or its page numbers any more
+        __syncthreads();  // this tile has arrived; all threads are done with the other stage and its page numbers
         if (tile == work.begin) rows.load_query(shared);
         if (tile + 1 < work.end) copy_tile(p, work, shared, tile + 1);
         commit_copies();

@@ -112,7 +112,7 @@ class PrefillTiling:
 
     @classmethod
     def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
-        """Hopper's own kernel where it has the head dim, else the portable one with the largest tile that fits."""
+        """Hopper's kernel for the head sizes that it supports, else the portable one with the largest tile that fits."""
         limit = shared_bytes_per_multiprocessor(architecture) - _RESERVED_BYTES
         if architecture == "sm_90a" and head_dim in (64, 128, 256):
             return cls._wgmma(head_dim, limit)

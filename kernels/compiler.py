@@ -203,7 +203,7 @@ def _log(nvrtc: Any, program: Any) -> str:
 
 
 def _toolkit_includes() -> list[Path]:
-    """Folders that hold ``cuda_fp16.h``: NVIDIA's wheels beside us, then an installed toolkit."""
+    """Folders that hold ``cuda_fp16.h``: NVIDIA's wheels in this environment, then an installed toolkit."""
     import site
 
     packages = {Path(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}

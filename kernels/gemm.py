@@ -22,7 +22,7 @@ WORKSPACE_BYTES = 64 << 20
 """Device memory for cuBLASLt's split-k partial sums; more than its algorithms ask for at model shapes."""
 
 MOST_BORROWED_TOKENS = 256
-"""Up to here a problem without a timing of its own takes that of the next larger number of tokens."""
+"""Up to here a problem that was not timed takes the timing of the next larger number of tokens."""
 
 
 _MOST_GUESSED_TOKENS = 8

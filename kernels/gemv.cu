@@ -49,7 +49,7 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
         row[block] = weight + static_cast<int64>(output + (GATED ? block * out_features : 0)) * in_features;
     }
 
-    // The weights are nobody's output: the first of them are under way before the previous kernel has ended.
+    // Weights do not depend on the previous kernel: start loading them before it finishes.
     let_next_start();
     int k = warp * CHUNK + member * LANE_ELEMENTS;
     Streamed streamed;

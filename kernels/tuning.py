@@ -27,7 +27,7 @@ class GemmChoice:
     Attributes:
         kernel: a cuBLASLt algorithm, or how gemv cuts the work.
         microseconds: measured time of one call; 0 = not measured.
-        first_microseconds: of cuBLASLt's first suggestion, measured beside it.
+        first_microseconds: of cuBLASLt's first suggestion, measured in the same run.
     """
 
     kernel: Algorithm | GemvShape
@@ -88,7 +88,7 @@ class GemmTimings:
         return sorted(self._choices.items())
 
     def add(self, choices: Mapping[GemmProblem, GemmChoice]) -> None:
-        """Take over ``choices`` and write them to the file, beside what other ranks wrote meanwhile."""
+        """Take over ``choices`` and write them to the file, together with what other ranks wrote meanwhile."""
         new = {problem.key: choice for problem, choice in choices.items()}
         if self.path is None:
             self._choices |= new

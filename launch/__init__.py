@@ -1,6 +1,6 @@
 """Commands: ``python -m launch.<command>``.
 
-From a checkout that is not installed, ``phalanx`` is not importable; the folders beside this one are then mapped into
+From a checkout that is not installed, ``phalanx`` is not importable; the sibling folders are then mapped into
 it exactly as ``setup.py`` would.
 """
 

@@ -49,7 +49,7 @@ class _Model(argparse.Action):
 
 
 def add_model_argument(parser: argparse._ActionsContainer, text: str) -> None:
-    """``--model DIR``, or ``DIR`` as a word of its own."""
+    """``--model DIR``, or ``DIR`` as a positional argument."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, action=_Model, help="the same as --model MODEL"
     )

@@ -93,7 +93,7 @@ def _client(args: argparse.Namespace) -> httpx.AsyncClient:
             trust_env=False,
         )
     except httpx.InvalidURL as error:
-        raise ConfigError(f"--url {args.url} is no address ({error}); use http://HOST:PORT") from None
+        raise ConfigError(f"--url {args.url} is not a valid address ({error}); use http://HOST:PORT") from None
 
 
 def _read_key(path: Path | None) -> str:
@@ -109,7 +109,7 @@ async def _model(client: httpx.AsyncClient, args: argparse.Namespace) -> str:
     """The name to ask for; the first question to the server, so it also finds out whether there is one.
 
     Raises:
-        ConfigError: nobody answers, or no OpenAI-compatible server does.
+        ConfigError: the address does not answer, or is not an OpenAI-compatible server.
     """
     try:
         response = await client.get("/v1/models")

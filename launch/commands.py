@@ -15,5 +15,5 @@ COMMANDS = {
     "plan": "memory per rank and how many sequences fit",
     "tune": "show or refresh the GEMM tuning cache of this GPU",
     "completion": "a script that completes commands and flags in your shell",
-    "doctor": "what works on this machine, with the fix beside each failure",
+    "doctor": "what works on this machine, with a fix for each failure",
 }

@@ -1,4 +1,4 @@
-"""``python -m launch.doctor``: what works on this machine or allocation, with the fix beside each failure."""
+"""``python -m launch.doctor``: what works on this machine or allocation, with a fix for each failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_parser() -> CommandParser:
     """``--json`` and ``--timeout``."""
     parser = CommandParser(
         prog="launch.doctor",
-        description="What works here, one line a check, with the fix beside each failure. Start it the way you will start "
+        description="What works here, one line a check, with a fix for each failure. Start it the way you will start "
         "the server (mpirun, srun) to check all ranks. Exit status 0 when at least one engine is ready, 1 when none is.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

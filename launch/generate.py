@@ -236,7 +236,7 @@ def _take_prompt(entry: dict[str, Any], place: int) -> Prompt:
     if isinstance(text, str) and token_ids is None:
         return text
     if text is not None or not isinstance(token_ids, list):
-        raise RequestError(f'prompt {place}: give either "prompt" (a text) or "prompt_token_ids" (a list of numbers)')
+        raise RequestError(f'prompt {place}: give either "prompt" (a string) or "prompt_token_ids" (a list of numbers)')
     try:
         return TokenIds(most=MAX_INT32).check("prompt_token_ids", token_ids)
     except RequestError as error:

@@ -206,7 +206,7 @@ def _grpc_port(args: argparse.Namespace) -> int | None:
 
 
 def _die_with_launcher() -> None:
-    """Open MPI's ranks would stay for ever when mpirun is killed: idle ones do not notice."""
+    """End this rank when its launcher dies. Open MPI's ranks would stay forever: idle ones do not notice."""
     from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
     signal_when_parent_dies(signal.SIGKILL)

@@ -91,7 +91,7 @@ def _load(path: Path) -> Any:
         raise ConfigError(f"{_CONFIG} {path} is not UTF-8 (byte {error.start}); convert it first") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{_CONFIG} {path} is not TOML: {error}; correct the file") from None
-    raise ConfigError(f"{_CONFIG} {path} is of no known kind; name it .yaml, .yml, .json or .toml")
+    raise ConfigError(f"{_CONFIG} {path} has an unknown suffix; name it .yaml, .yml, .json or .toml")
 
 
 def _load_yaml(text: str, path: Path) -> Any:

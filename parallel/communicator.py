@@ -89,11 +89,11 @@ class SelfCommunicator:
         return array
 
     def send(self, array: Array, dest: int, tag: int = 0) -> None:
-        """There is nobody to send to."""
+        """Raise: a group of one has no peer to send to."""
         raise AssertionError("a group of one rank cannot send")
 
     def recv(self, array: Array, source: int, tag: int = 0) -> Array:
-        """There is nobody to receive from."""
+        """Raise: a group of one has no peer to receive from."""
         raise AssertionError("a group of one rank cannot receive")
 
     def barrier(self) -> None:

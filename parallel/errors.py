@@ -4,7 +4,7 @@
     ├── ConfigError        (also ValueError)    the operator: a flag, a layout, a missing library; exit status 2
     ├── CheckpointError    (also ValueError)    the operator: a file on disk is missing, broken or not supported; exit status 2
     ├── RequestError       (also ValueError)    the client: a field of one request; HTTP 400
-    ├── CapacityError                           nobody, try later: queue full, draining; HTTP 429 or 503
+    ├── CapacityError                           transient, retry later: queue full, draining; HTTP 429 or 503
     ├── ExecutorError                           a bug or a device fault: the engine stops
     │   └── EndedElsewhereError                 another rank's doing: it says why
     └── CommunicatorError                       a rank or a link is gone: the engine stops

@@ -1,7 +1,7 @@
 """Device arrays between ranks: NCCL communicators made over a host communicator.
 
 Everything is enqueued on the current CuPy stream and can be captured in a CUDA graph. NCCL reports a lost peer or link
-asynchronously, so whoever waits for the device polls `NcclCommunicator.check` meanwhile; a collective that can no
+asynchronously, so code that waits for the device polls `NcclCommunicator.check` meanwhile; a collective that can no
 longer finish is ended by `abort`.
 """
 
@@ -97,11 +97,11 @@ class SelfDeviceCommunicator:
         return array[None]
 
     def send(self, array: DeviceArray, dest: int) -> None:
-        """There is nobody to send to."""
+        """Raise: a group of one has no peer to send to."""
         raise AssertionError("a group of one rank cannot send")
 
     def recv(self, array: DeviceArray, source: int) -> DeviceArray:
-        """There is nobody to receive from."""
+        """Raise: a group of one has no peer to receive from."""
         raise AssertionError("a group of one rank cannot receive")
 
     def check(self) -> None:
@@ -269,7 +269,7 @@ def _abort(groups: Sequence[DeviceCommunicator], drop_graphs: Callable[[], None]
     """End what is in flight, or this process.
 
     NCCL's abort waits, inside a call that keeps Python from running, until no captured graph refers to the group; and graphs
-    that wait on the device behind another group end only with that one. The watchdog needs no Python.
+    that are queued on the device after another group's end only with that one. The watchdog needs no Python.
     """
     sys.stderr.write(f"phalanx: {error}; ending what is in flight\n")
     sys.stderr.flush()

@@ -97,7 +97,7 @@ class ThreadCommunicator:
             except queue.Empty:
                 waited += 0.1
                 if self._group.failed.is_set() or waited > TIMEOUT_SECONDS:
-                    raise CommunicatorError(f"rank {self.rank} waited in vain for rank {source}") from None
+                    raise CommunicatorError(f"rank {self.rank} timed out waiting for rank {source}") from None
 
     def barrier(self) -> None:
         """Wait for every rank. *Collective.*"""

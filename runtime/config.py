@@ -69,7 +69,7 @@ class RopeConfig:
 class ModelConfig:
     """A model's dimensions in the field's terms (D, H, K, C, F, V of the shape legend in `phalanx.runtime.ops`).
 
-    What only one family needs is a field of its own subclass, in its own file; executors see these fields only, and take
+    What only one family needs is a field of that family's subclass, in its file; executors see these fields only, and take
     heads, rotary embedding and all else about attention from the layers' `AttentionSpec`.
 
     Raises:

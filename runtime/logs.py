@@ -46,7 +46,7 @@ class _StandardError(logging.Handler):
     """Writes to what is standard error at the moment, and flushes: a launcher reads it through a pipe."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
 

@@ -141,7 +141,7 @@ def as_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, dict)) or not isinstance(prompts, Iterable):
         raise RequestError(
-            f"prompts={shown(prompts)} is neither a text, nor token ids, nor a list of prompts", "prompt"
+            f"prompts={shown(prompts)} is neither a string, nor token ids, nor a list of prompts", "prompt"
         )
     listed: list[Any] = list(prompts)
     return [listed] if listed and all(isinstance(item, (int, float, np.number)) for item in listed) else listed

@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[object], report: pytest.TestReport) -> None:
-    """Under mpirun, end every rank on the first failure: the others would wait for this one for ever."""
+    """Under mpirun, end every rank on the first failure: the others would wait for this one forever."""
     from phalanx.parallel.mpi_comm import abort_world
 
     info = launch_info()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Words that arrive from another GPU without a flag beside them: memory holds ABSENT until the word itself is there, so a
+// Words that arrive from another GPU without a flag: memory holds ABSENT until the word itself is there, so a
 // reader needs no order between two words, no fence, and no store of 16 bytes to arrive in one piece. The idea is the LL
 // protocol of NCCL and the one-shot all-reduce of TensorRT-LLM. ABSENT is a NaN (or two) in every type that is sent.
 //

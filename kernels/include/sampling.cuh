@@ -34,7 +34,7 @@ struct Words4 {
     uint32 at[4];
 };
 
-// Philox4x32-10 (Salmon et al. 2011) at counter (quad, position, 0, 0). A function of its own: it is called from
+// Philox4x32-10 (Salmon et al. 2011) at counter (quad, position, 0, 0). A separate function: it is called from
 // unrolled loops.
 __device__ __noinline__ Words4 philox(uint64 seed, int position, int quad) {
     uint32 c0 = quad, c1 = position, c2 = 0, c3 = 0;

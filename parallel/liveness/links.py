@@ -1,7 +1,7 @@
 """One connection from every rank to rank 0, which the kernel closes when a process ends, whatever ended it.
 
 Where one host holds all ranks, rank 0 listens on an abstract Unix socket. Otherwise it listens on TCP until every rank has
-connected, a matter of milliseconds, and turns away whoever does not know the token that MPI has broadcast.
+connected, a matter of milliseconds, and refuses peers that do not know the token that MPI has broadcast.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def token_table(config: ModelConfig, source: str, head: str = "lm_head.weight") 
 
 
 def lm_head(config: ModelConfig, table: str, head: str = "lm_head.weight") -> WeightSpec:
-    """LM head ``[V, D]``: the token table ``table`` itself where they are tied, else a matrix of its own."""
+    """LM head ``[V, D]``: the token table ``table`` itself where they are tied, else a separate matrix."""
     if config.tie_embeddings:
         return WeightSpec("lm_head.weight", (token_table(config, table, head),))
     return WeightSpec("lm_head.weight", (Part(head, (config.vocab_size, config.hidden_size), vocabulary_shard()),))

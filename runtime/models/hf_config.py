@@ -202,5 +202,5 @@ class ConfigReader:
     def _required(self, name: str, default: Any) -> Any:
         value = self.value(name, default)
         if value is None:
-            raise ConfigError(f"{name} is missing from {FILE}; the file is damaged or of another architecture")
+            raise ConfigError(f"{name} is missing from {FILE}; the file is damaged or belongs to another architecture")
         return value

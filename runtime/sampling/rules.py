@@ -90,19 +90,19 @@ class Texts:
     def check(self, name: str, value: Any) -> tuple[str, ...]:
         texts = (value,) if isinstance(value, str) else value
         if not isinstance(texts, (list, tuple)):
-            raise RequestError(f"{name}={shown(value)} is neither a text nor a list of texts", name)
+            raise RequestError(f"{name}={shown(value)} is neither a string nor a list of strings", name)
         if len(texts) > self.most:
             raise RequestError(f"{name} holds {len(texts)} texts; use at most {self.most}", name)
         return tuple(self._check_one(name, text) for text in texts)
 
     def _check_one(self, name: str, text: Any) -> str:
         if not isinstance(text, str):
-            raise RequestError(f"{name} holds {shown(text)}, which is not a text", name)
+            raise RequestError(f"{name} holds {shown(text)}, which is not a string", name)
         if not text:
-            raise RequestError(f"{name} holds an empty text, which would match at once; leave it out", name)
+            raise RequestError(f"{name} holds an empty string, which would match at once; leave it out", name)
         if len(text) > self.most_characters:
             raise RequestError(
-                f"{name} holds a text of {len(text)} characters; use at most {self.most_characters}", name
+                f"{name} holds a string of {len(text)} characters; use at most {self.most_characters}", name
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RequestError(f"{name} holds {shown(text)}, which is not valid Unicode (a lone surrogate)", name)

@@ -73,8 +73,8 @@ class Scheduler:
         sequence = make_sequence(request, self._num_submitted, self._config, self._cache)
         if len(self._waiting) >= self._config.max_queued_requests:
             raise CapacityError(
-                f"{len(self._waiting)} requests wait, max_queued_requests is "
-                f"{self._config.max_queued_requests}; try again later"
+                f"{len(self._waiting)} requests are waiting, the most that --max-queued-requests="
+                f"{self._config.max_queued_requests} allows; try again later"
             )
         self._join_group(sequence)
         self._num_submitted += 1

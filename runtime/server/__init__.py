@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP side: a process of its own beside rank 0, joined to the engine by a socket pair."""
+"""The HTTP side: a separate process next to rank 0, joined to the engine by a socket pair."""

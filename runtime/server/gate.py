@@ -93,7 +93,7 @@ class Gate:
                 headers={"www-authenticate": challenge},
             )  # fmt: skip
         if state is ServerState.DRAINING and path not in _OPEN_WHILE_DRAINING:
-            return unavailable("the server is shutting down; ask another one, or try again later", 5)
+            return unavailable("the server is shutting down; use another one, or try again later", 5)
         if state is ServerState.FAILED and path not in _OPEN_WHILE_DRAINING:
             return unavailable(f"the engine stopped: {self._client.failure}", 5)
         return None

@@ -29,7 +29,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         model_names: under which requests may ask for the model; the first one is shown.
         api_key_file: one key per line; None = no key needed.
         insecure: serve other machines without a key.
-        request_timeout_seconds: longest that one request may take; None = for ever.
+        request_timeout_seconds: longest that one request may take; None = no limit.
         tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
         log_level, log_format: of the log on standard error; requests are logged at ``info``, probes at ``debug``.
@@ -67,10 +67,10 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"--port={self.port} is no TCP port; use 0 (any free one) to 65535")
+            raise ConfigError(f"--port={self.port} is not a valid TCP port; use 0 (any free one) to 65535")
         if self.grpc_port is not None and (not 0 <= self.grpc_port <= 65_535 or self.grpc_port == self.port != 0):
             raise ConfigError(
-                f"--grpc-port={self.grpc_port} is no TCP port, or the same as --port; use 0 (any free one) to 65535"
+                f"--grpc-port={self.grpc_port} is not a valid TCP port, or the same as --port; use 0 (any free one) to 65535"
             )
         if self.request_timeout_seconds is not None and not 0 < self.request_timeout_seconds < 1e9:
             raise ConfigError(

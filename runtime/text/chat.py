@@ -121,7 +121,7 @@ def message_parts(content: Any) -> str | list[dict[str, str]] | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise RequestError(f"content is a {type(content).__name__}; use a text or a list of text parts", "messages")
+        raise RequestError(f"content is a {type(content).__name__}; use a string or a list of text parts", "messages")
     return [{"type": "text", "text": _part_text(part)} for part in content]
 
 
@@ -158,7 +158,7 @@ def _run(sandbox: Sandbox, code: CodeType, variables: dict[str, Any], max_charac
                 raise LimitExceeded(f"it writes more than {max_characters} characters")
             pieces.append(piece)
     except LimitExceeded as error:
-        raise RequestError(f"the chat template gave up on these messages: {error}", "messages") from error
+        raise RequestError(f"the chat template failed on these messages: {error}", "messages") from error
     except (
         jinja2.TemplateError,
         ArithmeticError,

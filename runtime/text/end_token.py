@@ -31,7 +31,7 @@ class _Tokenizer(msgspec.Struct):
 
 
 def tokenizer_end_token(path: Path) -> int | None:
-    """Return the id of ``eos_token``; None without a tokenizer, or where it has none.
+    """Return the id of ``eos_token``; None without a tokenizer, or if it has no such token.
 
     Raises:
         CheckpointError: a tokenizer file is broken.

@@ -2,7 +2,7 @@
 """The jinja2 environment of chat templates: what transformers offers them, inside time and size limits.
 
 A template comes with the checkpoint, never from a request; the limits keep an unlucky pair of template and
-messages from holding a worker for ever.
+messages from blocking a worker forever.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GenerationBlock(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block's content, in a scope of its own."""
+        """The block's content, in its own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)

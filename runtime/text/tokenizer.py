@@ -97,7 +97,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RequestError("prompt holds a lone surrogate, which is no Unicode text; remove it", "prompt") from None
+            raise RequestError(
+                "prompt holds a lone surrogate, which is not valid Unicode; remove it", "prompt"
+            ) from None
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

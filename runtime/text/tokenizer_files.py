@@ -114,9 +114,7 @@ def _text(key: str, value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if key in NAMED_TOKENS:
-        raise CheckpointError(
-            f"{key}={shown(value)} in {CONFIG_FILE} is not a token's text; correct it or remove the key"
-        )
+        raise CheckpointError(f"{key}={shown(value)} in {CONFIG_FILE} is not a string; correct it or remove the key")
     return None
 
 
@@ -164,7 +162,7 @@ def _extra_tokens(fields: Mapping[str, Any]) -> tuple[AddedToken, ...]:
         described = {"content": entry} if isinstance(entry, str) else entry
         if not (isinstance(described, dict) and isinstance(described.get("content"), str)):
             raise CheckpointError(
-                f"additional_special_tokens in {CONFIG_FILE} lists {shown(entry)}, which is no token; correct it"
+                f"additional_special_tokens in {CONFIG_FILE} lists {shown(entry)}, which is not a token; correct it"
             )
         tokens.append(_described({**described, "special": True}, None))
     return tuple(tokens)

@@ -137,7 +137,7 @@ def test_tensors_that_the_family_ignores_may_be_there(tmp_path: Path) -> None:
 def test_wrong_shape_is_named_with_what_was_expected(tmp_path: Path) -> None:
     path = write_checkpoint(LLAMA, tmp_path)
     change(path, model__norm__weight=np.zeros(47, np.float32))
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' has shape \[47\].* calls for \[48\]"):
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' has shape \[47\].* requires \[48\]"):
         load(path)
 
 

@@ -209,7 +209,7 @@ def test_a_group_that_heads_would_cut_is_refused(checkpoints: tuple[Path, Path],
     [
         ("model.layers.0.mlp.up_proj.gain", None, r"lacks 1 of .*'model\.layers\.0\.mlp\.up_proj\.gain'"),
         ("model.layers.0.mlp.up_proj.codes", np.zeros((88, 6), np.uint8), r"stored as U8, but its quantisation .* I32"),
-        ("model.layers.0.mlp.up_proj.scales", np.zeros((88, 4), np.float16), r"shape \[88, 4\].* calls for \[88, 3\]"),
+        ("model.layers.0.mlp.up_proj.scales", np.zeros((88, 4), np.float16), r"shape \[88, 4\].* requires \[88, 3\]"),
     ],
 )
 def test_damaged_components_are_named(

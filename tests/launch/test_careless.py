@@ -124,7 +124,7 @@ MISTAKES = (
     Mistake("a misspelt field in an input file", f"{TINY} --input-file {{}}/lines", ("unknown field 'heat'", "known: max_tokens, temperature"),
             prepare=write("lines", '{"prompt_token_ids": [5], "heat": 1}\n'), ranks=0),
     Mistake("an empty input file", f"{TINY} --input-file {{}}/lines", ("holds no prompt", "write lines like"), prepare=write("lines", ""), ranks=0),
-    Mistake("`--engine cuda` without a GPU", f"{IDS} --engine cuda", ("the cuda engine finds no GPU", "use --engine numpy")),
+    Mistake("`--engine cuda` without a GPU", f"{IDS} --engine cuda", ("the cuda engine found no GPU", "use --engine numpy")),
     Mistake("`--engine tensorrt` without a GPU", f"{IDS} --engine tensorrt", ("--engine tensorrt",)),
     Mistake("`--max-model-len` beyond the model's positions", f"{TINY} {IDS} --max-model-len 129", ("--max-model-len=129", "128 positions", "at most 128"), ranks=0),
     Mistake("a cache that cannot hold one sequence", f"{TINY} {IDS} --num-kv-blocks 1 --max-model-len 64",

@@ -100,7 +100,7 @@ def test_a_table_named_after_a_command_is_for_that_command(name: str, text: str,
         ("a.toml", "seed =", "is not TOML"),
         ("a.yaml", "a: [", "is not YAML"),
         ("a.yaml", "- a", "is not a table"),
-        ("a.ini", "", "is of no known kind; name it .yaml"),
+        ("a.ini", "", "has an unknown suffix; name it .yaml"),
     ],
 )
 def test_a_broken_configuration_is_one_line(name: str, text: str, said: str, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_wrong_host_is_one_line_about_the_host(host: str) -> None:
     result = run("serve", "--insecure", "--port", "0", "--host", host)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-    assert f"--host {host} is no address of this machine" in result.stderr
+    assert f"--host {host} is not an address of this machine" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

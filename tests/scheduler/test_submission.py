@@ -58,7 +58,9 @@ def test_full_queue_is_refused_until_there_is_room() -> None:
     scheduler = make_scheduler(max_queued_requests=2, max_num_seqs=1)
     scheduler.submit(make_request("a"), 0.0)
     scheduler.submit(make_request("b"), 0.0)
-    with pytest.raises(CapacityError, match="2 requests wait, max_queued_requests is 2; try again later"):
+    with pytest.raises(
+        CapacityError, match="2 requests are waiting, the most that --max-queued-requests=2 allows; try again later"
+    ):
         scheduler.submit(make_request("c"), 0.0)
     plan_step(scheduler)
     scheduler.submit(make_request("c"), 0.0)

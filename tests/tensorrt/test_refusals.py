@@ -221,9 +221,9 @@ def test_a_new_build_removes_what_it_makes_stale_and_nothing_else(directory: Eng
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (EngineConfig(max_num_seqs=5), r"--max-num-seqs=5 is beyond the 4 .*use --max-num-seqs 4"),
-        (EngineConfig(max_num_seqs=4, max_model_len=65), r"--max-model-len=65 is beyond the 64"),
-        (EngineConfig(max_num_seqs=4, dtype="float16"), r"built for dtype=float32, but float16 is asked for"),
+        (EngineConfig(max_num_seqs=5), r"--max-num-seqs=5 exceeds the 4 .*use --max-num-seqs 4"),
+        (EngineConfig(max_num_seqs=4, max_model_len=65), r"--max-model-len=65 exceeds the 64"),
+        (EngineConfig(max_num_seqs=4, dtype="float16"), r"built for dtype=float32, but float16 was requested"),
     ],
 )
 def test_options_beyond_the_engines_are_refused(options: EngineConfig, message: str) -> None:

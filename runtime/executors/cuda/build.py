@@ -134,7 +134,7 @@ def select_device() -> tuple[Any, Any]:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
         raise ConfigError(
-            f"the cuda engine finds no GPU ({error}); see that nvidia-smi lists one and install the extra [cuda13] in Phalanx's checkout (pip install -e '.[cuda13]'), or use --engine numpy"
+            f"the cuda engine found no GPU ({error}); see that nvidia-smi lists one and install the extra [cuda13] in Phalanx's checkout (pip install -e '.[cuda13]'), or use --engine numpy"
         ) from error
     local_rank = launch_info().local_rank
     if count > 1 and local_rank >= count:

@@ -70,7 +70,7 @@ CAPABILITIES = Capabilities(
 class CudaOps(Ops[DeviceArray]):
     """One rank's operations; `bind` sets the sizes of the step, whose contents the kernels read on the device.
 
-    Behind the last block's attention a token no longer meets another, so only rows that need logits go on from there:
+    After the last block's attention tokens no longer interact, so only rows that need logits are computed further:
     of a 2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
 
     With quantised weights norms and gated activations return `Deferred`: the product that follows makes them as codes, any
@@ -100,7 +100,7 @@ class CudaOps(Ops[DeviceArray]):
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
         """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
 
-        ``num_kept``: go on with this many of the step's rows with logits behind the last attention; 0 = with all rows.
+        ``num_kept``: rows with logits that are computed after the last attention; 0 = all rows.
         """
         self._pending = None
         self._pool.reset()
@@ -298,7 +298,7 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def _rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
-        """``x`` with the rows that ``other`` has: those kept, where ``other`` comes from behind the last attention."""
+        """``x`` with the rows that ``other`` has: those kept, where ``other`` was computed after the last attention."""
         if x is None or len(x) <= len(other):
             return x
         return self._gather(x, range(len(other)))

@@ -26,7 +26,7 @@ class CudaSampler:
 
     Args:
         vocabulary: rows of the vocabulary that this rank holds.
-        vocab_size: V; columns behind it are padding.
+        vocab_size: V; columns after it are padding.
         group: the tensor-parallel group.
     """
 

@@ -48,7 +48,7 @@ class CudaStage:
 
         Enqueues; does not wait.
         """
-        rows = max(key.num_logit_rows, 1)  # one padding row where nobody needs logits
+        rows = max(key.num_logit_rows, 1)  # one padding row if no row needs logits
         narrows = self.topology.is_last_stage and rows < key.num_rows
         x, residual = self._blocks(key, rows, num_kept=rows if narrows else 0)
         if not self.topology.is_last_stage:

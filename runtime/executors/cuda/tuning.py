@@ -19,7 +19,7 @@ def tune_products(gemm: Gemm, stage: CudaStage, sizes: list[int], max_logit_rows
     """Time what steps of ``sizes`` tokens multiply, unless that was done before. *Collective.*
 
     Steps without sequences pose the problems. The first rank of a host times; the others take its results over and add
-    what only they need. Run it before memory is given to the cache: it makes operands of its own.
+    what only they need. Run it before memory is given to the cache: it allocates its own operands.
     """
     import cupy
 

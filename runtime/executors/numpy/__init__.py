@@ -1,1 +1,1 @@
-"""The NumPy executor: the reference for every other, and the one that needs no GPU."""
+"""The NumPy executor: the reference for the others; needs no GPU."""

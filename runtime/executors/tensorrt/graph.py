@@ -225,7 +225,7 @@ class Graph:
         layer = self.network.add_dist_collective(x, kind, reduction, -1, list(range(num_ranks)))
         layer = _made(layer, operation)
         layer.num_ranks = num_ranks
-        layer.metadata = operation  # the layer does not tell its operation; whoever reads the network finds it here
+        layer.metadata = operation  # the layer does not expose its operation; readers of the network find it here
         return layer.get_output(0)
 
 

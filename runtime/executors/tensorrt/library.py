@@ -117,7 +117,7 @@ class TensorRT:
         """Softmax attention with ``mask`` ``[B, 1, N, P]`` added to the scores: ``[B, H, N, C]``.
 
         Key/value lengths and causal kinds (11.x) are left out on purpose: with a cache of fixed length, fused kernels of 11.1
-        and 11.2 were seen to read behind the length or to refuse the fourth input (NVIDIA/TensorRT-Model-Connect #1035,
+        and 11.2 were seen to read past the length or to refuse the fourth input (NVIDIA/TensorRT-Model-Connect #1035,
         #1048). A mask means the same in every release; an added one, because a boolean one does not build in RTX 1.7
         where no fused kernel fits the head size and only one layer uses it. Then the builder uses several kernels.
         """

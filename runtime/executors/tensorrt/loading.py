@@ -116,7 +116,7 @@ def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape)
     dtype = config.compute_dtype(options.dtype)
     if dtype != shape.dtype:
         raise ConfigError(
-            f"the engines were built for dtype={shape.dtype}, but {dtype} is asked for; use --dtype {shape.dtype}, or build "
+            f"the engines were built for dtype={shape.dtype}, but {dtype} was requested; use --dtype {shape.dtype}, or build "
             "them again with python -m launch.build"
         )
     for name, value in (("max_num_seqs", options.max_num_seqs), ("max_model_len", options.max_model_len or 1)):
@@ -124,7 +124,7 @@ def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape)
         if value > limit:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{flag}={value} is beyond the {limit} that the engines were built for; use {flag} {limit}, or build them "
+                f"{flag}={value} exceeds the {limit} that the engines were built for; use {flag} {limit}, or build them "
                 "again with python -m launch.build"
             )
 

@@ -46,7 +46,7 @@ class StepTensors:
     """The inputs of a network that stand for the step.
 
     Attributes:
-        token_ids: ``[B, N]`` int32; None behind the first pipeline stage.
+        token_ids: ``[B, N]`` int32; None after the first pipeline stage.
         positions: ``[B, N]`` int32.
         write_indices: ``[B]`` int32, where each sequence's new keys and values go in its slot.
         slot_length: positions that a slot holds.

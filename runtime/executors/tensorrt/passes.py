@@ -2,7 +2,7 @@
 """From a step plan to passes through an engine: one decode pass over slots, then one prefill pass per piece of a prompt chunk.
 
 A decode pass computes the slots ``0..B-1``, because the caches' batch axis is memory order; a slot in between that has nothing
-to decode computes a token that nobody reads, at the position that its next real token will overwrite.
+to decode computes a token that is never read, at the position that its next real token will overwrite.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine on a GPU: memory, contexts, communicators and CUDA graphs of one rank. See `EngineSession`.
 
-Each number of decoding slots has a context of its own, with fixed shapes and addresses, because a captured graph refers to
+Each number of decoding slots has its own context, with fixed shapes and addresses, because a captured graph refers to
 what its context held; prefill has one, bound anew to the slot of each chunk. All share one block of scratch memory, since passes
 run one after the other on one stream. This module has not run on a GPU (docs/tensorrt.md says how it can).
 """

@@ -136,7 +136,7 @@ class _Door:
         if client.state is ServerState.STARTING:
             raise unavailable("the server is starting; try again in a moment")
         if client.state is ServerState.DRAINING:
-            raise unavailable("the server is shutting down; ask another one, or try again later")
+            raise unavailable("the server is shutting down; use another one, or try again later")
         if client.state is ServerState.FAILED:
             raise unavailable(f"the engine stopped: {client.failure}")
 

@@ -53,7 +53,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
-    """End this request; nobody waits for it any more."""
+    """End this request; its client is gone."""
 
     request_id: str
 

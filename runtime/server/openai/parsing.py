@@ -179,7 +179,7 @@ def _check_message(message: ChatMessage) -> None:
     if message.role not in ROLES:
         raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
     if message.content is None and not message.tool_calls:
-        raise invalid("a message has no content; give a text", "messages")
+        raise invalid("a message has no content; give a string", "messages")
     if message.tool_calls and message.role != "assistant":
         raise invalid(f"a message of role {message.role!r} has tool_calls; only the assistant's may", "messages")
     if (message.tool_call_id is not None) != (message.role == "tool"):
@@ -214,5 +214,5 @@ def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
     if kinds == {int}:
         return [tuple(item for item in given if isinstance(item, int))]
     if len(kinds) > 1:
-        raise invalid("prompt mixes texts and token ids; send them as separate requests", "prompt")
+        raise invalid("prompt mixes strings and token ids; send them as separate requests", "prompt")
     return [tuple(item) if isinstance(item, list) else item for item in given if not isinstance(item, int)]

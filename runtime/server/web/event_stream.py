@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Server-sent events, written to the connection by whoever has them, without waking a task for each."""
+"""Server-sent events, written to the connection directly, without waking a task for each."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class EventWriter:
             self._end.set_result(None)
 
     def on_writable(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` whenever a client that was behind has caught up."""
+        """Call ``callback`` whenever a slow client has caught up."""
         self._connection.call_when_writable(callback)
 
     async def finished(self) -> None:

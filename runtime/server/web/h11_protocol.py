@@ -30,7 +30,7 @@ class ConnectionLimits:
 
     Attributes:
         header_seconds: until its first request is there.
-        unread_seconds: without reading anything of an answer; asked whenever a client is behind.
+        unread_seconds: without reading anything of an answer; asked whenever a client reads too slowly.
     """
 
     header_seconds: float = 30.0
@@ -83,7 +83,7 @@ class BoundedH11Protocol(H11Protocol):
         self.transport.write(data)
 
     def call_when_writable(self, callback: Callable[[], None] | None) -> None:
-        """Call ``callback`` whenever a client that was behind has caught up."""
+        """Call ``callback`` whenever a slow client has caught up."""
         self._on_writable = callback
 
     # Clients that do not read

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """The client closed its connection; nobody reads an answer any more."""
+    """The client closed its connection; an answer could not be delivered."""
 
 
 def json_response(value: Any, status: int = 200) -> Response:

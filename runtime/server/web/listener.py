@@ -43,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(
-                f"--host {host} is no address of this machine: {error.strerror}; use 127.0.0.1, 0.0.0.0 or one that `ip addr` lists"
+                f"--host {host} is not an address of this machine: {error.strerror}; use 127.0.0.1, 0.0.0.0 or one that `ip addr` lists"
             ) from None
         raise ConfigError(
             f"--port {port} on {host} cannot be opened: {error.strerror}; "

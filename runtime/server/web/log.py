@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logging that never holds up the event loop: a thread writes, and what nobody reads in time is dropped."""
+"""Logging that never holds up the event loop: a thread writes, and lines beyond its queue are dropped."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page at ``/``: one file, which asks nobody but this server."""
+"""The page at ``/``: one file, without outside resources."""
 
 from __future__ import annotations
 
