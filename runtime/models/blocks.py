@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from phalanx.runtime.config import Activation
+from phalanx.runtime.config import Activation, ModelConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["attention", "gated_mlp", "mlp"]
+__all__ = ["attention", "gated_mlp", "mlp", "pre_norm", "sandwich"]
 
 
 def attention(ops: Ops[Tensor], name: str, layer: int, x: Tensor, spec: AttentionSpec) -> Tensor:
@@ -22,3 +22,27 @@ def mlp(ops: Ops[Tensor], name: str, x: Tensor, kind: Activation) -> Tensor:
 def gated_mlp(ops: Ops[Tensor], name: str, x: Tensor, kind: Activation) -> Tensor:
     """Gated feed-forward part (Shazeer 2020): ``[T, D] -> [T, D]``; weights ``<name>.gate_up`` and ``<name>.down``."""
     return ops.row_linear(ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), kind), f"{name}.down")
+
+
+def pre_norm(
+    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Llama's block with another attention: RMSNorm before each half; weights ``<layer>.attention_norm``, ``.mlp_norm``."""
+    name = f"layers.{layer}"
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
+    x = attention(ops, name, layer, x, spec)
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
+    return gated_mlp(ops, name, x, config.activation), residual
+
+
+def sandwich(
+    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None, spec: AttentionSpec,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMSNorm before and after each half; the later ones' weights are ``<layer>.attention_post_norm``, ``.mlp_post_norm``."""
+    name, eps = f"layers.{layer}", config.norm_eps
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", eps, weight_offset)
+    x = ops.rms_norm(attention(ops, name, layer, x, spec), f"{name}.attention_post_norm", eps, weight_offset)
+    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", eps, weight_offset)
+    x = gated_mlp(ops, name, x, config.activation)
+    return ops.rms_norm(x, f"{name}.mlp_post_norm", eps, weight_offset), residual

@@ -11,7 +11,7 @@ from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["GEMMA2"]
+__all__ = ["GEMMA2", "Gemma2Config", "attention", "block_weights", "head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ def read_fields(reader: ConfigReader) -> Gemma2Config:
     reader.ignore("cache_implementation", "hidden_act")
     return Gemma2Config(
         architecture="Gemma2ForCausalLM",
-        **llama.decoder_fields(reader, head_dim, max_positions=8192, norm_eps=1e-6),
+        **llama.decoder_fields(reader, head_dim, max_positions=8192, norm_eps=1e-6, num_kv_heads=4),
         activation=reader.activation("hidden_activation", "gelu_pytorch_tanh"),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", True),
@@ -62,13 +62,7 @@ def block(
     ops: Ops[Tensor], config: Gemma2Config, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One decoder block."""
-    name, eps = f"layers.{layer}", config.norm_eps
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", eps, weight_offset=1.0)
-    x = blocks.attention(ops, name, layer, x, attention(config, layer))
-    x = ops.rms_norm(x, f"{name}.attention_post_norm", eps, weight_offset=1.0)
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", eps, weight_offset=1.0)
-    x = blocks.gated_mlp(ops, name, x, config.activation)
-    return ops.rms_norm(x, f"{name}.mlp_post_norm", eps, weight_offset=1.0), residual
+    return blocks.sandwich(ops, config, layer, x, residual, attention(config, layer), weight_offset=1.0)
 
 
 def block_weights(config: Gemma2Config, layer: int) -> list[WeightSpec]:

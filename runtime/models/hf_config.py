@@ -167,6 +167,7 @@ class ConfigReader:
         theta: float = 10000.0,
         partial: float | None = None,
         layer_type: str | None = None,
+        is_scaled: bool = True,
         theta_key: str = "rope_theta",
         partial_key: str = "partial_rotary_factor",
     ) -> RopeConfig:
@@ -178,11 +179,13 @@ class ConfigReader:
             partial: the family's default share of a head that is rotated; None for a family that always rotates all of it, which
                 refuses any other share.
             layer_type: which entry applies where ``rope_parameters`` holds one for each kind of layer.
+            is_scaled: whether ``rope_scaling`` applies; False for kinds of layers that it leaves alone.
             theta_key, partial_key: names of the two fields at the top level (GPT-NeoX: ``rotary_emb_base``, ``rotary_pct``).
         """
         self.read_keys.update(ROPE_KEYS)
         fields = RopeFields(self.value(theta_key, theta), self.value(partial_key), partial, partial_key)
-        return read_rope(self.raw, head_dim, fields, layer_type)
+        raw = self.raw if is_scaled else {key: value for key, value in self.raw.items() if key != "rope_scaling"}
+        return read_rope(raw, head_dim, fields, layer_type)
 
     def finish(self, architecture: str) -> None:
         """Refuse every key that was never read, is not known to be harmless, and asks for something."""

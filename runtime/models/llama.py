@@ -60,19 +60,25 @@ def read_fields(reader: ConfigReader) -> LlamaConfig:
     )
 
 
-def decoder_fields(reader: ConfigReader, head_dim: int, *, max_positions: int, norm_eps: float) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that Llama and its many relatives call alike, with a family's own defaults."""
+def decoder_fields(
+    reader: ConfigReader, head_dim: int, *, max_positions: int, norm_eps: float, num_kv_heads: int = 0,
+    eps_key: str = "rms_norm_eps",
+) -> dict[str, Any]:  # fmt: skip
+    """Return the fields of `ModelConfig` that Llama and its many relatives call alike, with a family's own defaults.
+
+    ``num_kv_heads``: where the file does not say; 0 = as many as query heads, as null means for all.
+    """
     num_heads = reader.integer("num_attention_heads")
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": reader.integer("hidden_size"),
         "num_layers": reader.integer("num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": reader.integer("num_key_value_heads", num_heads),
+        "num_kv_heads": reader.nullable("num_key_value_heads", num_kv_heads or num_heads) or num_heads,
         "head_dim": head_dim,
         "intermediate_size": reader.integer("intermediate_size"),
         "max_positions": reader.integer("max_position_embeddings", max_positions),
-        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "norm_eps": reader.number(eps_key, norm_eps),
         **reader.common(),
     }
 

@@ -10,7 +10,7 @@ from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["MISTRAL", "MistralConfig", "attention"]
+__all__ = ["MISTRAL", "MistralConfig", "attention", "block"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
     head_dim = reader.head_dim()
     return MistralConfig(
         architecture="MistralForCausalLM",
-        **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-6),
+        **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-6, num_kv_heads=8),
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),

@@ -27,7 +27,7 @@ def read_fields(reader: ConfigReader) -> MixtralConfig:
     head_dim = reader.head_dim()
     return MixtralConfig(
         architecture="MixtralForCausalLM",
-        **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-5),
+        **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-5, num_kv_heads=8),
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim, theta=1e6),
         tie_embeddings=reader.flag("tie_word_embeddings", False),

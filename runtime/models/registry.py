@@ -9,29 +9,37 @@ from typing import Any
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.models.base import Model
 from phalanx.runtime.models.bloom import BLOOM
+from phalanx.runtime.models.chatglm import CHATGLM
 from phalanx.runtime.models.falcon import FALCON
 from phalanx.runtime.models.gemma import GEMMA
 from phalanx.runtime.models.gemma2 import GEMMA2
+from phalanx.runtime.models.gemma3 import GEMMA3
+from phalanx.runtime.models.glm import GLM
+from phalanx.runtime.models.glm4 import GLM4
 from phalanx.runtime.models.gpt2 import GPT2
 from phalanx.runtime.models.gpt_bigcode import GPT_BIGCODE
 from phalanx.runtime.models.gpt_neox import GPT_NEOX
 from phalanx.runtime.models.gptj import GPTJ
+from phalanx.runtime.models.internlm2 import INTERNLM2
 from phalanx.runtime.models.llama import LLAMA
 from phalanx.runtime.models.mistral import MISTRAL
 from phalanx.runtime.models.mixtral import MIXTRAL
 from phalanx.runtime.models.mpt import MPT
 from phalanx.runtime.models.opt import OPT
 from phalanx.runtime.models.phi import PHI
+from phalanx.runtime.models.phi3 import PHI3
+from phalanx.runtime.models.qwen import QWEN
 from phalanx.runtime.models.qwen2 import QWEN2
 from phalanx.runtime.models.qwen3 import QWEN3
+from phalanx.runtime.models.smollm3 import SMOLLM3
 from phalanx.runtime.models.starcoder2 import STARCODER2
 from phalanx.runtime.token_fields import shown
 
 __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
-    LLAMA, GPT2, GEMMA, GEMMA2, MISTRAL, MIXTRAL, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
-    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI,
+    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
+    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, CHATGLM, GLM, GLM4, SMOLLM3,
 )  # fmt: skip
 
 MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for model in _FAMILIES})

@@ -93,6 +93,10 @@ def _winning_fields(raw: Mapping[str, Any], family: RopeFields) -> dict[str, Any
     scaling, parameters = (_fields(raw, name) for name in ("rope_scaling", "rope_parameters"))
     if not scaling:
         return parameters
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError(
+            "rope_scaling in config.json stands next to rope_parameters for each kind of layer; remove one of the two"
+        )
     usual = family.default_partial if family.partial is None else family.partial
     outside = {"rope_theta": family.theta, "partial_rotary_factor": 1.0 if usual is None else usual}
     for name, default in outside.items():

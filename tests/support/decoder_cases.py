@@ -16,6 +16,21 @@ SIX_HEADS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1))
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
 
 
+FEW = ((1, 1), (2, 3), (4, 1))
+"""Layouts of a family's further configurations."""
+
+
+def _case(family: str, architecture: str, name: str, layouts: Any = TWO_KV_HEADS, **fields: Any) -> CheckpointCase:
+    """A family that calls its dimensions what Llama does; a field that is ... is left out."""
+    config = {
+        "architectures": [architecture], "model_type": family, "vocab_size": 101, "hidden_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80,
+        "max_position_embeddings": 128, **_SPECIAL, **fields,
+    }  # fmt: skip
+    given = {key: value for key, value in config.items() if value is not ...}
+    return CheckpointCase(f"{family.removesuffix('_text')}-{name}", given, layouts=layouts)
+
+
 def _mpt(name: str, **attention: Any) -> CheckpointCase:
     config = {
         "architectures": ["MPTForCausalLM"], "model_type": "mpt", "vocab_size": 101, "d_model": 96, "n_heads": 6,
@@ -24,7 +39,62 @@ def _mpt(name: str, **attention: Any) -> CheckpointCase:
     return CheckpointCase(f"mpt-{name}", config, layouts=SIX_HEADS)
 
 
+def _chatglm(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["ChatGLMModel"], "model_type": "chatglm", "padded_vocab_size": 101, "vocab_size": 101,
+        "hidden_size": 48, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 16, "multi_query_attention": True,
+        "multi_query_group_num": 2, "ffn_hidden_size": 80, "seq_length": 128, "layernorm_epsilon": 1e-5,
+        "add_bias_linear": False, "add_qkv_bias": True, **_SPECIAL, **fields,
+    }  # fmt: skip
+    return CheckpointCase(f"chatglm-{name}", config, layouts=TWO_KV_HEADS)
+
+
+def _qwen(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": 101, "hidden_size": 96,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "kv_channels": 16, "intermediate_size": 160,
+        "seq_length": 128, "rotary_emb_base": 10000, "rotary_pct": 1.0, "no_bias": True, **_SPECIAL, **fields,
+    }  # fmt: skip
+    return CheckpointCase(f"qwen-{name}", config, layouts=SIX_HEADS)
+
+
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 DECODERS = (
     _mpt("scaled", softmax_scale=0.2),
     _mpt("flat-biases", alibi_bias_max=4, alibi=True),
-)
+    _case(
+        "gemma3_text", "Gemma3ForCausalLM", "windows", num_hidden_layers=4, head_dim=16, sliding_window=5,
+        sliding_window_pattern=3, query_pre_attn_scalar=24, rope_theta=1e6, rope_local_base_freq=1e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    _case(
+        "gemma3_text", "Gemma3ForCausalLM", "version-5-spelling", FEW, head_dim=16, sliding_window=6,
+        layer_types=["full_attention", "sliding_attention", "full_attention"], query_pre_attn_scalar=16,
+        rope_parameters=_GEMMA3_ROPE,
+    ),
+    _case("phi3", "Phi3ForCausalLM", "window", sliding_window=5, pad_token_id=0),
+    _case(
+        "phi3", "Phi3ForCausalLM", "partial", FEW, partial_rotary_factor=0.75, tie_word_embeddings=True, pad_token_id=0,
+        hidden_size=96, num_attention_heads=4, num_key_value_heads=4,
+    ),
+    _case("internlm2", "InternLM2ForCausalLM", "plain", bias=False, num_attention_heads=8, hidden_size=128),
+    _case("internlm2", "InternLM2ForCausalLM", "biases", FEW, num_key_value_heads=1, rope_scaling={"type": "dynamic", "factor": 2.0}),
+    _case("glm", "GlmForCausalLM", "plain", head_dim=16, rope_theta=1e4, pad_token_id=0),
+    _case(
+        "glm", "GlmForCausalLM", "no-bias", FEW, head_dim=24, attention_bias=False, partial_rotary_factor=1.0,
+        num_key_value_heads=..., pad_token_id=0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    ),
+    _case("glm4", "Glm4ForCausalLM", "plain", head_dim=16, attention_bias=False, pad_token_id=0),
+    _chatglm("groups", rope_ratio=50),
+    _chatglm("own-keys", multi_query_attention=False, add_bias_linear=True),
+    _qwen("plain"),
+    _case("smollm3", "SmolLM3ForCausalLM", "plain", num_hidden_layers=4, pad_token_id=0),
+    _case(
+        "smollm3", "SmolLM3ForCausalLM", "windows", FEW, no_rope_layers=[1, 0, 0], use_sliding_window=True,
+        sliding_window=5, attention_bias=True, tie_word_embeddings=False, pad_token_id=0,
+    ),
+)  # fmt: skip

@@ -40,4 +40,119 @@ def _mpt(case: CheckpointCase, directory: Path) -> Model:
     return model
 
 
-_OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {"MPTForCausalLM": _mpt}
+def _internlm2(case: CheckpointCase, directory: Path) -> Model:
+    """Llama, once the rows of each key/value head's group are apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = case.config
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    group, head_dim = heads // kv_heads, c["hidden_size"] // heads
+    names = {"attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+             "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "tok_embeddings": "embed_tokens", "output.weight": "lm_head.weight"}  # fmt: skip
+    tensors = {}
+    for name, value in _tensors(directory).items():
+        if "wqkv" not in name:
+            tensors[_renamed(name, names)] = value
+            continue
+        rows = value.reshape(kv_heads, group + 2, head_dim, *value.shape[1:])
+        sides = (rows[:, :group], rows[:, group], rows[:, group + 1])
+        for letter, side in zip("qkv", sides, strict=True):
+            tensors[name.replace("attention.wqkv", f"self_attn.{letter}_proj")] = side.reshape(-1, *value.shape[1:])
+    config = _fields(c, attention_bias=c.get("bias", True))
+    if (config.get("rope_scaling") or {}).get("type") == "dynamic":  # equal up to the trained length
+        del config["rope_scaling"]
+    return _filled(LlamaForCausalLM(LlamaConfig(**config)), tensors)
+
+
+def _chatglm(case: CheckpointCase, directory: Path) -> Model:
+    """transformers' own GLM, which is made from such files by renaming."""
+    from transformers import GlmConfig, GlmForCausalLM
+
+    c = case.config
+    heads, head_dim = c["num_attention_heads"], c["kv_channels"]
+    groups = c["multi_query_group_num"] if c["multi_query_attention"] else heads
+    names = {"transformer.encoder.": "model.", "transformer.embedding.word_embeddings": "model.embed_tokens",
+             "transformer.output_layer": "lm_head", "self_attention.dense": "self_attn.o_proj",
+             "mlp.dense_h_to_4h": "mlp.gate_up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+             "final_layernorm": "norm"}  # fmt: skip
+    tensors = {}
+    for name, value in _tensors(directory).items():
+        if "query_key_value" not in name:
+            tensors[_renamed(name, names)] = value
+            continue
+        if groups == heads:
+            sides = value.reshape(heads, 3, head_dim, *value.shape[1:]).swapaxes(0, 1)
+        else:
+            sides = value.split([heads * head_dim, groups * head_dim, groups * head_dim])
+        for letter, side in zip("qkv", sides, strict=True):
+            new = _renamed(name, names).replace("self_attention.query_key_value", f"self_attn.{letter}_proj")
+            tensors[new] = side.reshape(-1, *value.shape[1:])
+    config = GlmConfig(
+        vocab_size=c["padded_vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["ffn_hidden_size"],
+        num_hidden_layers=c["num_layers"], num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim,
+        rms_norm_eps=c["layernorm_epsilon"], rope_theta=10000.0 * c.get("rope_ratio", 1), pad_token_id=0,
+        attention_bias=c["add_qkv_bias"] or c["add_bias_linear"], max_position_embeddings=c["seq_length"],
+    )  # fmt: skip
+    return _filled(GlmForCausalLM(config), tensors)
+
+
+def _qwen(case: CheckpointCase, directory: Path) -> Model:
+    """Qwen 2, which has the same block."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = {"transformer.h.": "model.layers.", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+             "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+             "mlp.w2": "mlp.gate_proj", "mlp.w1": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}  # fmt: skip
+    tensors = {}
+    for name, value in _tensors(directory).items():
+        new = _renamed(name, names)
+        if "c_attn" not in name:
+            tensors[new] = value
+            continue
+        for letter, side in zip("qkv", value.chunk(3), strict=True):
+            tensors[new.replace("attn.c_attn", f"self_attn.{letter}_proj")] = side
+    c = case.config
+    config = _fields(
+        c,
+        num_key_value_heads=c["num_attention_heads"],
+        intermediate_size=c["intermediate_size"] // 2,
+        rms_norm_eps=1e-6,
+    )
+    return _filled(Qwen2ForCausalLM(Qwen2Config(**config)), tensors)
+
+
+def _tensors(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _fields(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Those of a file, without what names its class."""
+    return {key: value for key, value in config.items() if key not in ("architectures", "model_type")} | changes
+
+
+def _filled(model: Model, tensors: dict[str, Any]) -> Model:
+    """``model`` in float32 with exactly these tensors, biases that its class has no switch for among them."""
+    import torch
+
+    for name in tensors.keys() - model.state_dict().keys():
+        if name.endswith(".bias"):
+            model.get_submodule(name.removesuffix(".bias")).bias = torch.nn.Parameter(tensors[name])
+    model.float().load_state_dict(tensors)
+    return model
+
+
+_OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
+    "MPTForCausalLM": _mpt,
+    "InternLM2ForCausalLM": _internlm2,
+    "ChatGLMModel": _chatglm,
+    "QWenLMHeadModel": _qwen,
+}
