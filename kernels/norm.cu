@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Residual add and normalisation in one pass over the row, which stays in registers:
-//     sum = x + row_bias + residual, rounded to storage and written back to residual;
+//     sum = x + residual, rounded to storage and written back to residual;
 //     out = (sum - mean) * rsqrt(variance + epsilon) * (weight_offset + weight) + bias.
 // RMSNorm has no mean and no bias, and takes the mean square for the variance. Without a residual nothing is written
-// back. Shapes: x, residual, out [T, D]; row_bias, weight, bias [D]. out may be x. One block a row.
-// Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_ROW_BIAS, HAS_BIAS.
+// back. Shapes: x, residual, out [T, D]; weight, bias [D]. out may be x. One block a row.
+// Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_BIAS.
 //     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh.
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
 // Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
@@ -16,7 +16,7 @@
 constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_bias, const scalar* __restrict__ weight,
+residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weight,
      const scalar* __restrict__ bias, scalar* out, unsigned char* __restrict__ codes,
      float* __restrict__ scale, float epsilon, float weight_offset) {
     let_next_start();
@@ -29,13 +29,12 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ row_
         const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
         if (at >= HIDDEN_SIZE) continue;
         load(x + row + at, value[chunk]);
-        if constexpr (HAS_ROW_BIAS || HAS_RESIDUAL) {
-            float addend[VEC] = {}, other[VEC] = {};
-            if constexpr (HAS_ROW_BIAS) load(row_bias + at, addend);
-            if constexpr (HAS_RESIDUAL) load(residual + row + at, other);
+        if constexpr (HAS_RESIDUAL) {
+            float addend[VEC];
+            load(residual + row + at, addend);
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) value[chunk][i] = rounded(value[chunk][i] + addend[i] + other[i]);
-            if constexpr (HAS_RESIDUAL) store(residual + row + at, value[chunk]);
+            for (int i = 0; i < VEC; ++i) value[chunk][i] = rounded(value[chunk][i] + addend[i]);
+            store(residual + row + at, value[chunk]);
         }
 #pragma unroll
         for (int i = 0; i < VEC; ++i) total += LAYER_NORM ? value[chunk][i] : value[chunk][i] * value[chunk][i];

@@ -24,15 +24,13 @@ def rms_norm(
     epsilon: float,
     weight_offset: float = 0.0,
     residual: Array | None = None,
-    row_bias: Array | None = None,
 ) -> None:
-    """``out = h / sqrt(mean(h**2) + epsilon) * (weight_offset + weight)`` with ``h = x + row_bias + residual``.
+    """``out = h / sqrt(mean(h**2) + epsilon) * (weight_offset + weight)`` with ``h = x + residual``.
 
     x, out [T, D] (out may be x); weight [D]. ``residual`` [T, D] receives h, rounded to its dtype, and the norm is
-    taken of that. ``row_bias`` [D] is the bias of a row-parallel projection, added once after its all-reduce.
-    `QuantizedRows` for ``out`` receive the codes of what would have been stored.
+    taken of that. `QuantizedRows` for ``out`` receive the codes of what would have been stored.
     """
-    _norm(library, x, weight, out, epsilon, weight_offset, residual, row_bias, None, is_layer_norm=False)
+    _norm(library, x, weight, out, epsilon, weight_offset, residual, None, is_layer_norm=False)
 
 
 def layer_norm(
@@ -44,13 +42,12 @@ def layer_norm(
     *,
     epsilon: float,
     residual: Array | None = None,
-    row_bias: Array | None = None,
 ) -> None:
-    """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias`` with ``h = x + row_bias + residual``.
+    """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias`` with ``h = x + residual``.
 
-    Shapes and the treatment of ``residual`` and ``row_bias`` as in ``rms_norm``; bias [D].
+    Shapes and the treatment of ``residual`` as in ``rms_norm``; bias [D].
     """
-    _norm(library, x, weight, out, epsilon, 0.0, residual, row_bias, bias, is_layer_norm=True)
+    _norm(library, x, weight, out, epsilon, 0.0, residual, bias, is_layer_norm=True)
 
 
 def _norm(
@@ -61,7 +58,6 @@ def _norm(
     epsilon: float,
     weight_offset: float,
     residual: Array | None,
-    row_bias: Array | None,
     bias: Array | None,
     *,
     is_layer_norm: bool,
@@ -78,7 +74,7 @@ def _norm(
     for name, rows in (("x", x), ("out", dense), ("residual", residual)):
         if rows is not None:
             require(name, rows, (num_tokens, hidden_size), x)
-    for name, vector in (("weight", weight), ("row_bias", row_bias), ("bias", bias)):
+    for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             require(name, vector, (hidden_size,), x)
     width = vector_width(x, hidden_size)
@@ -92,12 +88,11 @@ def _norm(
         NUM_THREADS=num_threads,
         LAYER_NORM=int(is_layer_norm),
         HAS_RESIDUAL=int(residual is not None),
-        HAS_ROW_BIAS=int(row_bias is not None),
         HAS_BIAS=int(bias is not None),
         QUANTIZED=QUANTIZED_DEFINES[codes.kind if codes else None],
     )
     written = (dense, codes.codes if codes else None, codes.scale if codes else None)
-    arguments = (x, residual, row_bias, weight, bias, *written, np.float32(epsilon), np.float32(weight_offset))
+    arguments = (x, residual, weight, bias, *written, np.float32(epsilon), np.float32(weight_offset))
     kernel((num_tokens,), (num_threads,), arguments)
 
 

@@ -56,14 +56,13 @@ def rotary_kv_write(
     rotary: RotaryTables | None,
     *,
     num_heads: int,
-    write_key_back: bool = False,
     fp8: Fp8Pages | None = None,
 ) -> None:
     """Rotate the queries of ``qkv`` in place; put rotated keys, and values, into their page slots.
 
     qkv [T, (H + 2K) * C] = [queries | keys | values]; positions, slot_mapping [T] int32 (slot = block * P + offset;
     negative = padding row, left alone); pages [N, K, P, C]. Without ``rotary`` only the write happens.
-    ``write_key_back`` leaves the rotated keys in qkv too. A position must be a row of the tables. With ``fp8`` pages are
+    A position must be a row of the tables. With ``fp8`` pages are
     bytes and receive codes.
     """
     num_tokens = qkv.shape[0]
@@ -89,7 +88,6 @@ def rotary_kv_write(
         BLOCK_SIZE=block_size,
         VEC=width,
         INTERLEAVED=int(rotary is not None and rotary.is_interleaved),
-        WRITE_KEY_BACK=int(write_key_back),
         KV_FP8=int(fp8 is not None),
         NUM_THREADS=_NUM_THREADS,
     )

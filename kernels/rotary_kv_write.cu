@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // After the qkv projection: rotate queries and keys by their positions and put keys and values into the KV pages.
-// Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values] (queries rotated in place; keys too with WRITE_KEY_BACK);
+// Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values] (queries rotated in place);
 //     cos, sin [max_positions, R / 2] float32; positions, slot_mapping [T] int32; pages [N, K, P, C].
 //     With KV_FP8 pages are e4m3 bytes: code = x / scale, where x is what a 16-bit page would hold; kv_scales [2, K] float32, of
 //     keys and of values; saturated [1] int counts values beyond the largest code.
 //     A slot is block * P + offset; a negative slot marks a padding row, which is left alone.
 // Half style (Llama, GPT-NeoX) pairs (i, i + R/2); INTERLEAVED (GPT-J) pairs (2i, 2i + 1). Channels from R on pass.
 // Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), ROTARY_DIM (R; 0 = no rotation), BLOCK_SIZE (P), VEC,
-//     INTERLEAVED, WRITE_KEY_BACK, KV_FP8, NUM_THREADS. VEC divides C, R / 2 and C - R.
+//     INTERLEAVED, KV_FP8, NUM_THREADS. VEC divides C, R / 2 and C - R.
 // One thread an item: a pair of vectors to rotate, or one vector to copy.
 // Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
 #include "dtype.cuh"
@@ -130,7 +130,7 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
             load(row + head * HEAD_DIM + b, second);
             rotate(*reinterpret_cast<const Angles*>(cos_table + angle),
                    *reinterpret_cast<const Angles*>(sin_table + angle), first, second);
-            if (head < NUM_HEADS || WRITE_KEY_BACK) {
+            if (head < NUM_HEADS) {
                 store(row + head * HEAD_DIM + a, first);
                 store(row + head * HEAD_DIM + b, second);
             }
