@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP process of ``launch.serve``, which starts it; not a command for users."""
+"""An HTTP process of ``launch.serve``, which starts it; not a command for users."""
 
 from __future__ import annotations
 

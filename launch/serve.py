@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m launch.serve``: answer HTTP requests.
 
-Rank 0 starts the HTTP process before anything else, so that the port answers (503) while the ranks load.
+Rank 0 starts the HTTP processes before anything else, so that the port answers (503) while the ranks load.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ _DRAINING = b"phalanx: draining: open requests are answered, new ones refused; C
 STALLED_HEALTH_SECONDS = 60.0
 """``/health`` fails after so long without a finished step, though the job may go on."""
 GRPC_PORT = 8001
+MAX_DEFAULT_HTTP_PROCESSES = 8
 DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -62,6 +63,8 @@ def build_parser() -> CommandParser:
     server.add_argument("--port", type=int, default=8000, help="0 = any free one; see the READY line")
     server.add_argument("--grpc-port", type=int, metavar="PORT",
                         help="Triton's gRPC protocol (default: 8001; with --port 0, none); 0 = any free one")  # fmt: skip
+    server.add_argument("--http-processes", type=int, metavar="N",
+                        help="processes that share the port (default: one per four processors, at most eight)")  # fmt: skip
     server.add_argument("--served-model-name", nargs="+", metavar="NAME",
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
     server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
@@ -112,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Door:
-    """What only rank 0 has: the HTTP process, and where it can be found. Closed until `open`."""
+    """What only rank 0 has: the HTTP processes, and where they can be found. Closed until `open`."""
 
     frontend: Frontend | None = None
     announcement: Announcement | None = None
 
     def open(self, args: argparse.Namespace) -> None:
-        """Start the HTTP process.
+        """Start the HTTP processes.
 
         Raises:
             ConfigError: an address, a key file or the endpoint file cannot be used.
@@ -171,6 +174,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         host=args.host,
         port=args.port,
         grpc_port=_grpc_port(args),
+        num_processes=_default_http_processes() if args.http_processes is None else args.http_processes,
         model_names=tuple(args.served_model_name or (name,)),
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
         insecure=args.insecure,
@@ -181,6 +185,11 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         log_level=log_level(args),
         log_format=log_format(args),
     )
+
+
+def _default_http_processes() -> int:
+    """One process streams more tokens than four processors compute, so that share leaves the rest to the ranks."""
+    return max(1, min(MAX_DEFAULT_HTTP_PROCESSES, len(os.sched_getaffinity(0)) // 4))
 
 
 def _grpc_port(args: argparse.Namespace) -> int | None:
@@ -275,7 +284,7 @@ def _lead(
     assert replica.engine is not None
     assert frontend is not None
     assert announcement is not None
-    bridge = EngineBridge(replica.engine, frontend.channel)
+    bridge = EngineBridge(replica.engine, frontend.channels)
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts)
     model = ModelInfo(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus metrics of one server, all named ``phalanx_...``."""
+"""Prometheus metrics of one server, all named ``phalanx_...``, summed over its HTTP processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from phalanx.runtime.server.board import Board, Cells, Room
 from phalanx.runtime.server.link.messages import Stats
 
 __all__ = ["Metrics"]
@@ -28,99 +29,169 @@ REQUEST_SECONDS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
+STATUSES = ("400", "401", "404", "405", "408", "413", "415", "422", "429", "500", "501", "503", "other")
+"""A process may not add columns to the board later, so labels have known values; the last one takes all others."""
 
 
-class TokenHistogram(Collector):
-    """A histogram that is fed with every token: a tenth of the cost of the library's own, whose counters take a lock each."""
+class Count:
+    """One number that only grows."""
 
-    def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+    __slots__ = ("_column", "_own")
+
+    def __init__(self, cells: Cells, column: int) -> None:
+        self._own, self._column = cells.own, column
+
+    def inc(self, amount: float = 1) -> None:
+        """Count ``amount`` more."""
+        self._own[self._column] += amount
+
+
+class Counter(Collector):
+    """A counter, one number for each value of its label."""
+
+    def __init__(
+        self,
+        board: Board,
+        registry: CollectorRegistry,
+        name: str,
+        text: str,
+        label: str = "",
+        values: Sequence[str] = ("",),
+    ) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._cells = board.take(len(values))
+        self._counts = {value: Count(self._cells, column) for column, value in enumerate(values)}
+        self._other = self._counts[values[-1]]
+        self.inc = self._other.inc
+        registry.register(self)
+
+    def labels(self, value: str) -> Count:
+        """The count of one value; the last one's if it is not known."""
+        return self._counts.get(value, self._other)
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        family = CounterMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
+        for value, total in zip(self._counts, self._cells.sums(), strict=True):
+            family.add_metric([value] if self._label else [], total)
+        yield family
+
+
+class Histogram(Collector):
+    """A histogram. It may be fed with every token: a tenth of the cost of the library's own, whose counters take a lock each."""
+
+    def __init__(
+        self, board: Board, registry: CollectorRegistry, name: str, text: str, bounds: Sequence[float]
+    ) -> None:
         self._name, self._text, self._bounds = name, text, list(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self._cells = board.take(len(bounds) + 2)
+        self._own = self._cells.own
         registry.register(self)
 
     def observe(self, value: float) -> None:
         """Count a value in the first bucket whose bound is not below it."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._own[bisect_left(self._bounds, value)] += 1
+        self._own[-1] += value
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
+        *counts, total = self._cells.sums()
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         yield HistogramMetricFamily(
             self._name,
             self._text,
-            buckets=list(zip(bounds, accumulate(self._counts), strict=True)),
-            sum_value=self._sum,
+            buckets=list(zip(bounds, accumulate(counts), strict=True)),
+            sum_value=total,
         )
+
+
+class EngineMetrics(Collector):
+    """What the engine counts itself. Every HTTP process is told the same, so nothing is summed."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.stats: Stats | None = None
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        if self.stats is None:
+            return
+        scheduler = self.stats.scheduler
+        usage = scheduler.kv_blocks_used / max(1, scheduler.kv_blocks_total)
+        yield GaugeMetricFamily("phalanx_requests_running", "Sequences that run", scheduler.num_running)
+        yield GaugeMetricFamily("phalanx_requests_waiting", "Requests that wait for a slot", scheduler.num_waiting)
+        yield GaugeMetricFamily("phalanx_kv_cache_usage_ratio", "Cache blocks held by sequences, 0 to 1", usage)
+        for name, text, count in (
+            ("engine_steps", "Steps finished", self.stats.num_steps),
+            ("preemptions", "Times that a sequence lost its cache blocks", scheduler.num_preemptions),
+            ("prefix_cache_query_tokens", "Tokens looked up in the prefix cache", scheduler.prefix_query_tokens),
+            ("prefix_cache_hit_tokens", "Tokens found in the prefix cache", scheduler.prefix_hit_tokens),
+        ):
+            yield CounterMetricFamily(f"phalanx_{name}", text, count)
+
+
+class OpenRequests(Collector):
+    """How requests are spread over the HTTP processes."""
+
+    def __init__(self, registry: CollectorRegistry, room: Room) -> None:
+        self._room = room
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        family = GaugeMetricFamily("phalanx_http_requests_open", "Requests open in an HTTP process", labels=["process"])
+        for process, count in enumerate(self._room.num_open()):
+            family.add_metric([str(process)], count)
+        yield family
 
 
 class Metrics:
-    """Gauges follow the engine's latest counts; counters and histograms are fed by the handlers."""
+    """Gauges follow the engine's latest counts; counters and histograms are fed by the handlers of all processes.
 
-    def __init__(self) -> None:
+    Args:
+        board: where the processes count.
+        room: which requests are open.
+    """
+
+    def __init__(self, board: Board, room: Room) -> None:
         self._registry = registry = CollectorRegistry()
-        self._last: dict[str, int] = {}
-        self._running = Gauge("phalanx_requests_running", "Sequences that run", registry=registry)
-        self._waiting = Gauge("phalanx_requests_waiting", "Requests that wait for a slot", registry=registry)
-        self._kv_usage = Gauge(
-            "phalanx_kv_cache_usage_ratio", "Cache blocks held by sequences, 0 to 1", registry=registry
-        )
-        self._engine_counters = {
-            name: Counter(f"phalanx_{metric}", text, registry=registry)
-            for name, metric, text in (
-                ("num_steps", "engine_steps", "Steps finished"),
-                ("num_preemptions", "preemptions", "Times that a sequence lost its cache blocks"),
-                ("prefix_query_tokens", "prefix_cache_query_tokens", "Tokens looked up in the prefix cache"),
-                ("prefix_hit_tokens", "prefix_cache_hit_tokens", "Tokens found in the prefix cache"),
-            )
-        }
-        self.prompt_tokens = Counter("phalanx_prompt_tokens", "Prompt tokens of all requests", registry=registry)
-        self.num_generated_tokens = 0
-        self._generation_tokens = Counter("phalanx_generation_tokens", "Tokens generated", registry=registry)
-        self.first_token = TokenHistogram(
+        self._engine = EngineMetrics(registry)
+        OpenRequests(registry, room)
+        self.prompt_tokens = Counter(board, registry, "phalanx_prompt_tokens", "Prompt tokens of all requests")
+        self.generation_tokens = Counter(board, registry, "phalanx_generation_tokens", "Tokens generated")
+        self.first_token = Histogram(
+            board,
+            registry,
             "phalanx_time_to_first_token_seconds",
             "From the arrival of a request to its first token",
             FIRST_TOKEN_SECONDS,
-            registry,
         )
-        self.inter_token = TokenHistogram(
+        self.inter_token = Histogram(
+            board,
+            registry,
             "phalanx_inter_token_latency_seconds",
             "Between two tokens of a request",
             INTER_TOKEN_SECONDS,
-            registry,
         )
         self.duration = Histogram(
+            board,
+            registry,
             "phalanx_request_duration_seconds",
             "From the arrival of a request to the end of its answer",
-            buckets=REQUEST_SECONDS,
-            registry=registry,
+            REQUEST_SECONDS,
         )
         self.finished = Counter(
-            "phalanx_requests_finished", "Answers by how they ended", ["finish_reason"], registry=registry
+            board, registry, "phalanx_requests_finished", "Answers by how they ended", "finish_reason", FINISH_REASONS
         )
         self.refused = Counter(
-            "phalanx_requests_refused", "HTTP requests answered with an error", ["status"], registry=registry
+            board, registry, "phalanx_requests_refused", "HTTP requests answered with an error", "status", STATUSES
         )
 
     def take(self, stats: Stats) -> None:
         """The engine's latest counts."""
-        scheduler = stats.scheduler
-        self._running.set(scheduler.num_running)
-        self._waiting.set(scheduler.num_waiting)
-        self._kv_usage.set(scheduler.kv_blocks_used / max(1, scheduler.kv_blocks_total))
-        counts = {
-            "num_steps": stats.num_steps,
-            "num_preemptions": scheduler.num_preemptions,
-            "prefix_query_tokens": scheduler.prefix_query_tokens,
-            "prefix_hit_tokens": scheduler.prefix_hit_tokens,
-        }
-        for name, counter in self._engine_counters.items():
-            counter.inc(max(0, counts[name] - self._last.get(name, 0)))
-        self._last = counts
+        self._engine.stats = stats
 
     def render(self) -> bytes:
         """The text format of Prometheus, version 0.0.4."""
-        self._generation_tokens.inc(self.num_generated_tokens)
-        self.num_generated_tokens = 0
         return generate_latest(self._registry)

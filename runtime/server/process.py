@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP process: answers 503 until the engine is ready, and dies with rank 0."""
+"""One of the HTTP processes: answers 503 until the engine is ready, and dies with rank 0."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
@@ -31,19 +32,21 @@ LAST_ANSWERS_SECONDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``CHANNEL LISTENER STARTING SETTINGS``: three inherited descriptors, and `FrontendSettings` as JSON.
+    """``NUMBER CHANNEL LISTENER STARTING BOARD SETTINGS``: which process this is, four inherited descriptors, `FrontendSettings` as JSON.
 
-    The first is an end of the socket pair, the second listens, the third is closed once this process answers.
+    The descriptors: an end of the socket pair, a listening socket, a pipe that is closed once this process answers, and the
+    memory in which the processes count.
     """
     _tie_to_parent()
-    channel, listener, starting, encoded = sys.argv[1:] if arguments is None else arguments
+    number, channel, listener, starting, board, encoded = sys.argv[1:] if arguments is None else arguments
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
     log = start_logging(sys.stderr, settings.log_level, settings.log_format)
     _raise_descriptor_limit()
     api_keys = read_api_keys(settings.api_key_file)
     sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))
     try:
-        asyncio.run(_serve(settings, api_keys, *sockets, lambda: os.close(int(starting))))
+        board_ = Board(int(board), int(number))
+        asyncio.run(_serve(settings, api_keys, *sockets, board_, int(number), lambda: os.close(int(starting))))
     finally:
         log.stop()
     return 0
@@ -69,6 +72,8 @@ async def _serve(
     api_keys: Sequence[bytes],
     listener: socket.socket,
     channel: socket.socket,
+    board: Board,
+    number: int,
     on_started: Callable[[], None],
 ) -> None:
     import uvicorn
@@ -81,16 +86,19 @@ async def _serve(
     from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, ConnectionLimits, QuietServer
 
     loop = asyncio.get_running_loop()
-    metrics = Metrics()
+    room = Room(board)
+    metrics = Metrics(board, room)
     loading: set[asyncio.Task[None]] = set()
     client = EngineClient(
         load_model=lambda model: loading.add(loop.create_task(_load(services, model))),
         on_gone=lambda: _leave(server),
         on_stats=metrics.take,
+        room=room,
+        process=number,
     )
     workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
     services = Services(client, settings, metrics, workers)
-    inference = Inference(services)
+    inference = Inference(services, board)
     config = uvicorn.Config(
         build_app(services, inference, api_keys),
         http=BoundedH11Protocol.with_limits(

@@ -17,6 +17,8 @@ TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "none")
 """The forms of tool calls that can be read; ``auto`` takes the one that the chat template teaches."""
 
 
+MAX_PROCESSES = 64
+
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
@@ -25,6 +27,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
 
     Attributes:
         port: 0 = any free one.
+        num_processes: HTTP processes that share the port.
+        max_connections: most connections of one of them.
         grpc_port: where Triton's gRPC protocol is served; None = nowhere.
         model_names: under which requests may ask for the model; the first one is shown.
         api_key_file: one key per line; None = no key needed.
@@ -61,6 +65,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     header_timeout_seconds: float = 30.0
     body_timeout_seconds: float = 30.0
     max_connections: int = 8192
+    num_processes: int = 1
     keep_alive_seconds: int = 120
     unread_seconds: float = 30.0
     draining_unread_seconds: float = 5.0
@@ -72,6 +77,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
             raise ConfigError(
                 f"--grpc-port={self.grpc_port} is not a valid TCP port, or the same as --port; use 0 (any free one) to 65535"
             )
+        if not 1 <= self.num_processes <= MAX_PROCESSES:
+            raise ConfigError(f"--http-processes={self.num_processes} is out of range; use 1 to {MAX_PROCESSES}")
         if self.request_timeout_seconds is not None and not 0 < self.request_timeout_seconds < 1e9:
             raise ConfigError(
                 f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "

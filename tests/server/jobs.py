@@ -54,8 +54,12 @@ class Job:
         return self._find(b"%s=%d" % (name, rank), b"launch.serve")
 
     def http_process(self) -> int:
-        """Process id of the HTTP process."""
-        return self._find(self._mark, b"launch.http_process")
+        """Process id of an HTTP process."""
+        return self.http_processes()[0]
+
+    def http_processes(self) -> list[int]:
+        """Process ids of all HTTP processes."""
+        return self._find_all(self._mark, b"launch.http_process")
 
     def processes(self) -> dict[int, tuple[list[bytes], bytes]]:
         """Environment and command line of every process of the job that still runs."""
@@ -75,7 +79,12 @@ class Job:
         return time.monotonic() - started
 
     def _find(self, variable: bytes, command: bytes) -> int:
-        found = [
+        found = self._find_all(variable, command)
+        assert len(found) == 1, (variable, command, found)
+        return found[0]
+
+    def _find_all(self, variable: bytes, command: bytes) -> list[int]:
+        return [
             pid
             for pid, (environment, line) in self.processes().items()
             if variable in environment
@@ -84,8 +93,6 @@ class Job:
             and b"hydra" not in line
             and b"prte" not in line
         ]
-        assert len(found) == 1, (variable, command, found)
-        return found[0]
 
 
 @contextlib.contextmanager

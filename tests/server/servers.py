@@ -110,9 +110,14 @@ class Server:
 
     def http_process(self) -> int:
         """Process id of the HTTP process, the only child of a stub server."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        (process,) = self.http_processes()
+        return process
+
+    def http_processes(self) -> list[int]:
+        """Process ids of all HTTP processes, in their order."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
 
     def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         """All events of a stream, which must end with ``[DONE]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -110,7 +111,7 @@ def test_when_the_http_process_is_killed_the_engine_ends_with_a_message(model_di
         os.kill(server.http_process(), signal.SIGKILL)
         status, errors = server.wait()
     assert status == 1
-    assert "the HTTP process is gone" in errors
+    assert re.search(r"HTTP process 0 \(pid \d+\) is gone", errors)
 
 
 def test_signals_to_the_http_process_do_nothing(model_directory: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.request import Logprob, Request, SamplingParams, TokenDelta
-from phalanx.runtime.server.link.channel import FrontendChannel
+from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
 from phalanx.runtime.server.link.messages import (
     Cancel,
     Deltas,
@@ -32,9 +32,9 @@ DELTA = TokenDelta("7", (5,), (Logprob(5, -0.25, ((5, -0.25), (6, -2.0))),), (No
 
 
 @contextmanager
-def channel_pair() -> Iterator[tuple[FrontendChannel, socket.socket]]:
+def channel_pair() -> Iterator[tuple[FrontendChannels, socket.socket]]:
     ours, theirs = socket.socketpair()
-    channel = FrontendChannel(ours)
+    channel = FrontendChannels([FrontendChannel(ours, "HTTP process 0")])
     with theirs:
         yield channel, theirs
     channel.close()
@@ -78,9 +78,9 @@ def test_receive_returns_what_came_and_does_not_wait_when_told_so() -> None:
     with channel_pair() as (channel, theirs):
         assert channel.receive(0.0) == []
         theirs.sendall(encode_frame(Cancel("1")) + encode_frame(Cancel("2"))[:5])
-        assert channel.receive(1.0) == [Cancel("1")]
+        assert channel.receive(1.0) == [(0, Cancel("1"))]
         theirs.sendall(encode_frame(Cancel("2"))[5:])
-        assert channel.receive(1.0) == [Cancel("2")]
+        assert channel.receive(1.0) == [(0, Cancel("2"))]
 
 
 def test_a_reader_that_is_slow_does_not_hold_the_sender_up_and_misses_nothing() -> None:
@@ -101,8 +101,8 @@ def test_a_reader_that_is_slow_does_not_hold_the_sender_up_and_misses_nothing() 
 def test_a_closed_end_is_an_error_with_a_way_out() -> None:
     with channel_pair() as (channel, theirs):
         theirs.close()
-        with pytest.raises(CommunicatorError, match="the HTTP process is gone"):
+        with pytest.raises(CommunicatorError, match="HTTP process 0 is gone"):
             channel.receive(1.0)
-        with pytest.raises(CommunicatorError, match="the HTTP process is gone"):
+        with pytest.raises(CommunicatorError, match="HTTP process 0 is gone"):
             channel.send(Stop())
         assert not channel.flush(1.0)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -239,7 +240,7 @@ def test_killing_the_http_process_ends_everything_with_a_message(tiny: Path) -> 
         assert job.seconds_until_gone() < 10
         status, errors = job.server.wait()
         assert status != 0
-        assert "the HTTP process is gone" in errors
+        assert re.search(r"HTTP process \d+ \(pid \d+\) is gone", errors)
 
 
 def test_one_process_without_mpirun_serves_and_drains(tiny: Path) -> None:

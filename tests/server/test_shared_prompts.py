@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 
 from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, Submit
 
@@ -23,7 +24,7 @@ class RecordingTransport(asyncio.Transport):
 
 
 def test_requests_with_one_prompt_name_the_first_of_them() -> None:
-    client = EngineClient(lambda model: None, lambda: None, lambda stats: None)
+    client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
     transport = RecordingTransport()
     client.connection_made(transport)
     client.submit([(prompt, SamplingParams(seed=seed)) for prompt in ((1, 2), (3, 4)) for seed in range(3)], None)

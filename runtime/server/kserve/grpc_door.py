@@ -59,7 +59,7 @@ async def start_grpc(inference: Inference, api_keys: Sequence[bytes], settings: 
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
             ("grpc.max_metadata_size", settings.max_header_bytes),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(settings.num_processes > 1)),
         ),
         maximum_concurrent_rpcs=settings.max_connections,
     )

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from phalanx import __version__
+from phalanx.runtime.server.board import Board
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.kserve.answers import piece, whole
 from phalanx.runtime.server.kserve.contract import MODELS, ModelContract
@@ -38,11 +39,15 @@ _TEXT_MODELS = {"preprocessing": preprocess, "postprocessing": postprocess}
 
 
 class Inference:
-    """The models of the TensorRT-LLM backend over one engine."""
+    """The models of the TensorRT-LLM backend over one engine.
 
-    def __init__(self, services: Services) -> None:
+    Args:
+        board: where the HTTP processes count requests.
+    """
+
+    def __init__(self, services: Services, board: Board) -> None:
         self.services = services
-        self.statistics: Mapping[str, ModelStatistics] = {name: ModelStatistics(name) for name in MODELS}
+        self.statistics: Mapping[str, ModelStatistics] = {name: ModelStatistics(name, board) for name in MODELS}
 
     def metadata(self) -> dict[str, Any]:
         """Body of ``GET v2``."""

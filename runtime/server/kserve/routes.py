@@ -134,7 +134,7 @@ class _Door:
             lambda: (
                 statistics.count_success(1, time.monotonic_ns() - started)
                 if job.is_finished
-                else statistics.fail.add(time.monotonic_ns() - started)
+                else statistics.count_failure(time.monotonic_ns() - started)
             )
         )
         try:

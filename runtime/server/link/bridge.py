@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's loop while it serves: requests from the HTTP process into the engine, deltas back."""
+"""Rank 0's loop while it serves: requests from the HTTP processes into the engine, deltas back to the one that asked."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from phalanx.parallel.errors import CapacityError, CheckpointError, RequestError
+from phalanx.parallel.errors import CapacityError, CheckpointError, CommunicatorError, RequestError
 from phalanx.runtime.request import Request
 from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
-from phalanx.runtime.server.link.channel import FrontendChannel
+from phalanx.runtime.server.link.channel import FrontendChannels
 from phalanx.runtime.server.link.messages import (
+    Alive,
     Cancel,
     Deltas,
     Drained,
@@ -30,6 +31,9 @@ __all__ = ["EngineBridge", "ServedEngine"]
 STATS_SECONDS = 0.2
 IDLE_SECONDS = 0.1
 """Longest sleep without work: how late a signal to drain may be noticed."""
+MAX_UNANSWERED_STATS = 150
+"""A process that answers none of so many (30 s or more) no longer serves its clients. Counted, not timed, so that a stopped job
+which goes on later does not blame anyone."""
 
 
 class ServedEngine(Protocol):
@@ -63,18 +67,21 @@ class ServedEngine(Protocol):
 
 
 class EngineBridge:
-    """Runs the engine for the HTTP process until told to drain; `request_drain` may be called by a signal handler."""
+    """Runs the engine for the HTTP processes until told to drain; `request_drain` may be called by a signal handler."""
 
     def __init__(
-        self, engine: ServedEngine, channel: FrontendChannel, clock: Callable[[], float] = time.monotonic
+        self, engine: ServedEngine, channels: FrontendChannels, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
-        self._channel = channel
+        self._channels = channels
         self._clock = clock
         self._next_stats = clock()
         self._drain_requested = False
         self._draining = False
-        self._drained = False
+        self._ready: set[int] = set()
+        self._drained: set[int] = set()
+        self._num_unanswered = [0] * len(channels)
+        self._owners: dict[str, int] = {}
 
     def request_drain(self) -> None:
         """Answer what is open, refuse what is new, then return from `run`."""
@@ -84,40 +91,46 @@ class EngineBridge:
         """Serve. ``on_ready`` is called once requests are answered; returns after a drain.
 
         Raises:
-            CheckpointError: the HTTP process cannot read the tokenizer.
-            CommunicatorError: the HTTP process is gone.
+            CheckpointError: an HTTP process cannot read the tokenizer.
+            CommunicatorError: an HTTP process is gone, or does not answer.
         """
-        self._channel.send(model)
-        while not self._drained:
+        self._channels.send(model)
+        while len(self._drained) < len(self._channels):
             idle = not self._engine.has_work
-            for message in self._channel.receive(IDLE_SECONDS if idle else 0.0):
-                self._take(message, on_ready)
+            for process, message in self._channels.receive(IDLE_SECONDS if idle else 0.0):
+                self._take(process, message, on_ready)
             self._start_drain()
             self._step()
             self._send_stats()
         while self._engine.has_work:  # of clients that have left; every rank must finish the steps it began
             self._engine.step_batches()
 
-    def _take(self, message: FromFrontend, on_ready: Callable[[], None]) -> None:
+    def _take(self, process: int, message: FromFrontend, on_ready: Callable[[], None]) -> None:
+        self._num_unanswered[process] = 0
         match message:
             case Submit(request):
-                self._submit(request)
+                self._submit(process, request)
             case Cancel(request_id):
                 self._engine.cancel(request_id)
             case FrontendReady():
-                on_ready()
+                self._ready.add(process)
+                if len(self._ready) == len(self._channels):
+                    on_ready()
             case FrontendRefused(text):
                 raise CheckpointError(text)
             case Drained():
-                self._drained = True
+                self._drained.add(process)
+            case Alive():
+                pass
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, process: int, request: Request) -> None:
         try:
             self._engine.submit(request)
+            self._owners[request.request_id] = process
         except RequestError as error:
-            self._channel.send(Refused(request.request_id, "request", str(error), error.param, error.code))
+            self._channels[process].send(Refused(request.request_id, "request", str(error), error.param, error.code))
         except CapacityError as error:
-            self._channel.send(
+            self._channels[process].send(
                 Refused(
                     request.request_id,
                     "capacity",
@@ -129,14 +142,32 @@ class EngineBridge:
     def _start_drain(self) -> None:
         if self._drain_requested and not self._draining:
             self._draining = True
-            self._channel.send(Draining())
+            self._channels.send(Draining())
 
     def _step(self) -> None:
         if not self._engine.has_work:
             return
-        for batch in self._engine.step_batches():
-            if len(batch.token_ids) or batch.deltas:
-                self._channel.send(Deltas(batch.request_ids.tolist(), batch.token_ids.tolist(), batch.deltas))
+        batches = [self._by_process(batch) for batch in self._engine.step_batches()]
+        for process, news in enumerate(zip(*batches, strict=True)):
+            if said := [deltas for deltas in news if deltas.request_ids or deltas.others]:
+                self._channels[process].send(*said)
+
+    def _by_process(self, batch: DeltaBatch) -> Sequence[Deltas]:
+        """What each process asked for, in the batch's order."""
+        owners, parts = self._owners, [Deltas([], [], []) for _ in range(len(self._channels))]
+        if len(parts) == 1:
+            parts = [Deltas(batch.request_ids.tolist(), batch.token_ids.tolist(), [])]
+        else:
+            for request_id, token_id in zip(batch.request_ids.tolist(), batch.token_ids.tolist(), strict=True):
+                part = parts[owners[request_id]]
+                part.request_ids.append(request_id)
+                part.token_ids.append(token_id)
+        for delta in batch.deltas:
+            is_last = delta.finish_reason is not None
+            owner = owners.pop(delta.request_id, None) if is_last else owners.get(delta.request_id)
+            if owner is not None:
+                parts[owner].others.append(delta)
+        return parts
 
     def _send_stats(self) -> None:
         now = self._clock()
@@ -144,4 +175,15 @@ class EngineBridge:
             return
         self._next_stats = now + STATS_SECONDS
         engine = self._engine
-        self._channel.send(Stats(engine.num_steps, engine.has_work, engine.stats()))
+        self._channels.send(Stats(engine.num_steps, engine.has_work, engine.stats()))
+        self._check_answers()
+
+    def _check_answers(self) -> None:
+        for process in self._ready:
+            self._num_unanswered[process] += 1
+            if self._num_unanswered[process] > MAX_UNANSWERED_STATS:
+                silent = MAX_UNANSWERED_STATS * STATS_SECONDS
+                raise CommunicatorError(
+                    f"{self._channels[process].name} has not answered for {silent:.0f} s; it is stopped or stuck: see its "
+                    "last message above, then start the server again"
+                )

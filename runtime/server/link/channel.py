@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's end of the socket pair: never blocks a step, keeps what the HTTP process has not read yet."""
+"""The engine's ends of the socket pairs: they never block a step, and keep what an HTTP process has not read yet."""
 
 from __future__ import annotations
 
@@ -7,87 +7,60 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, ToFrontend, encode_frame
 
-__all__ = ["FrontendChannel"]
+__all__ = ["FrontendChannel", "FrontendChannels"]
 
 _READ_BYTES = 1 << 18
 
 
 class FrontendChannel:
-    """Messages to and from the HTTP process. One thread receives; any may send, as the one that watches the ranks does."""
+    """Messages to and from one HTTP process. One thread receives; any may send, as the one that watches the ranks does.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Args:
+        name: of the process, for errors.
+    """
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)
+        self.name = name
         self._sock = sock
         self._frames = FrameDecoder()
         self._decoder = msgspec.msgpack.Decoder(FromFrontend)
         self._unsent = bytearray()
         self._sending = threading.Lock()
 
-    def send(self, message: ToFrontend) -> None:
-        """Send now what the socket takes, keep the rest for the next call of `send` or `receive`.
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something waits until the process reads."""
+        return bool(self._unsent)
+
+    def fileno(self) -> int:
+        """Of the socket, for poll."""
+        return self._sock.fileno()
+
+    def send(self, *messages: ToFrontend) -> None:
+        """Send now what the socket takes, keep the rest for the next call of `send` or `flush`.
 
         Raises:
             CommunicatorError: the HTTP process is gone.
         """
-        data = encode_frame(message)
+        data = b"".join(map(encode_frame, messages))
         with self._sending:
             self._unsent += data
-        self._flush()
+        self.flush()
 
-    def receive(self, timeout_seconds: float) -> list[FromFrontend]:
-        """What has arrived, after waiting for at most ``timeout_seconds`` for the first of it.
+    def flush(self) -> None:
+        """Send what the socket takes now.
 
         Raises:
             CommunicatorError: the HTTP process is gone.
         """
-        events = self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout_seconds)
-        if events & select.POLLOUT:
-            self._flush()
-        return self._read() if events & ~select.POLLOUT else []
-
-    def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything is sent; False when time ran out or the HTTP process is gone."""
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            while self._unsent:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._wait(select.POLLOUT, left)
-                self._flush()
-        except CommunicatorError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close this end, which ends the HTTP process."""
-        self._sock.close()
-
-    def _wait(self, events: int, timeout_seconds: float) -> int:
-        """Which of ``events`` the socket is ready for, or that it failed; 0 when time ran out. Unlike select, for any descriptor."""
-        poll = select.poll()
-        poll.register(self._sock, events)
-        ready = poll.poll(max(0.0, timeout_seconds) * 1000)
-        return ready[0][1] if ready else 0
-
-    def _read(self) -> list[FromFrontend]:
-        try:
-            data = self._sock.recv(_READ_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise _gone() from error
-        if not data:
-            raise _gone()
-        return [self._decoder.decode(body) for body in self._frames.feed(data)]
-
-    def _flush(self) -> None:
         try:
             with self._sending:
                 while self._unsent:
@@ -96,8 +69,105 @@ class FrontendChannel:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise _gone() from error
+            raise self._gone() from error
+
+    def read(self) -> list[FromFrontend]:
+        """What has arrived.
+
+        Raises:
+            CommunicatorError: the HTTP process is gone.
+        """
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise self._gone() from error
+        if not data:
+            raise self._gone()
+        return [self._decoder.decode(body) for body in self._frames.feed(data)]
+
+    def close(self) -> None:
+        """Close this end, which ends the HTTP process."""
+        self._sock.close()
+
+    def _gone(self) -> CommunicatorError:
+        return CommunicatorError(f"{self.name} is gone; see its last message above, then start the server again")
 
 
-def _gone() -> CommunicatorError:
-    return CommunicatorError("the HTTP process is gone; see its last message above, then start the server again")
+class FrontendChannels:
+    """The channels to all HTTP processes of a server, in the order of their numbers."""
+
+    def __init__(self, channels: Sequence[FrontendChannel]) -> None:
+        self._channels = tuple(channels)
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def __getitem__(self, process: int) -> FrontendChannel:
+        return self._channels[process]
+
+    def send(self, message: ToFrontend) -> None:
+        """Send a message to every process.
+
+        Raises:
+            CommunicatorError: one of them is gone; the others get it all the same.
+        """
+        errors = []
+        for channel in self._channels:
+            try:
+                channel.send(message)
+            except CommunicatorError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def receive(self, timeout_seconds: float) -> list[tuple[int, FromFrontend]]:
+        """What has arrived from which process, after waiting for at most ``timeout_seconds`` for the first of it.
+
+        Raises:
+            CommunicatorError: a process is gone.
+        """
+        received: list[tuple[int, FromFrontend]] = []
+        for process, events in self._wait(select.POLLIN, timeout_seconds):
+            channel = self._channels[process]
+            if events & select.POLLOUT:
+                channel.flush()
+            if events & ~select.POLLOUT:
+                received += [(process, message) for message in channel.read()]
+        return received
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything is sent to every process that is still there; False when time ran out or one is gone."""
+        deadline, is_complete = time.monotonic() + timeout_seconds, True
+        gone: set[int] = set()
+        while any(channel.has_unsent for process, channel in enumerate(self._channels) if process not in gone):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            for process, _ in self._wait(0, left, gone):
+                try:
+                    self._channels[process].flush()
+                except CommunicatorError:
+                    gone.add(process)
+                    is_complete = False
+        return is_complete
+
+    def close(self) -> None:
+        """Close all of them, which ends the HTTP processes."""
+        for channel in self._channels:
+            channel.close()
+
+    def _wait(
+        self, interest: int, timeout_seconds: float, without: set[int] | frozenset[int] = frozenset()
+    ) -> Iterator[tuple[int, int]]:
+        """Which sockets are ready for what, or failed. Unlike select, poll takes any descriptor."""
+        poll = select.poll()
+        processes = {}
+        for process, channel in enumerate(self._channels):
+            events = interest | (select.POLLOUT if channel.has_unsent else 0)
+            if process not in without and events:
+                processes[channel.fileno()] = process
+                poll.register(channel, events)
+        for descriptor, events in poll.poll(max(0.0, timeout_seconds) * 1000):
+            yield processes[descriptor], events

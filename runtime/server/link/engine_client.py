@@ -15,8 +15,10 @@ import msgspec
 
 from phalanx.parallel.errors import CapacityError, CommunicatorError
 from phalanx.runtime.request import Request, SamplingParams, TokenDelta
+from phalanx.runtime.server.board import Room
 from phalanx.runtime.server.errors import ApiError, invalid, overloaded
 from phalanx.runtime.server.link.messages import (
+    Alive,
     Cancel,
     Deltas,
     Drained,
@@ -148,6 +150,10 @@ class GenerationGroup:
 class EngineClient(asyncio.Protocol):
     """Runs on the event loop; `load_model` and `on_gone` are what the process does about the engine's news.
 
+    Args:
+        room: the requests that are open in all HTTP processes.
+        process: number of this HTTP process; it begins the ids of its requests.
+
     Attributes:
         state: where the server is in its life.
         model: what the engine said about the model, None before it is ready.
@@ -162,8 +168,11 @@ class EngineClient(asyncio.Protocol):
         load_model: Callable[[ModelInfo], None],
         on_gone: Callable[[], None],
         on_stats: Callable[[Stats], None],
+        room: Room,
+        process: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._room, self._process = room, process
         self.state = ServerState.STARTING
         self.model: ModelInfo | None = None
         self.stats: Stats | None = None
@@ -179,7 +188,6 @@ class EngineClient(asyncio.Protocol):
         self._is_delivering = False
         self._is_held = False
         self._num_submitted = 0
-        self._num_admitted = 0
         self._last_progress = clock()
 
     # For handlers
@@ -195,14 +203,14 @@ class EngineClient(asyncio.Protocol):
         limit = self.model.max_open_requests
         if count > limit:
             raise invalid(f"the request asks for {count} generations; at most {limit} fit at once", "n")
-        if self._num_admitted + count > limit:
-            message = f"{self._num_admitted} requests are open, at most {limit} may be; try again later"
-            raise overloaded(CapacityError(message))
-        self._num_admitted += count
+        try:
+            self._room.enter(count, limit)
+        except CapacityError as error:
+            raise overloaded(error) from None
         try:
             yield
         finally:
-            self._num_admitted -= count
+            self._room.leave(count)
             self._report_drained()
 
     def submit(
@@ -211,7 +219,7 @@ class EngineClient(asyncio.Protocol):
         """Queue requests; `admit` has made room. The group must be closed."""
         if self.failure is not None:
             raise self.failed()
-        ids = [str(self._num_submitted + index) for index in range(len(prompts))]
+        ids = [f"{self._process}-{self._num_submitted + index}" for index in range(len(prompts))]
         self._num_submitted += len(prompts)
         group = GenerationGroup(self, ids)
         first_with: dict[tuple[int, ...], str] = {}
@@ -342,6 +350,7 @@ class EngineClient(asyncio.Protocol):
             self._last_progress = self._clock()
         self.stats = stats
         self._on_stats(stats)
+        self._send(Alive())
 
     def _refuse(self, refused: Refused) -> None:
         entry = self._open.pop(refused.request_id, None)
@@ -362,7 +371,7 @@ class EngineClient(asyncio.Protocol):
         self._open.clear()
 
     def _report_drained(self) -> None:
-        if self.state is ServerState.DRAINING and self._num_admitted == 0:
+        if self.state is ServerState.DRAINING and self._room.num_own == 0:
             self._send(Drained())
 
     def _send(self, message: FromFrontend) -> None:

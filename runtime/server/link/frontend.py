@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's handle on the HTTP process: open the port, start it, see it off."""
+"""Rank 0's handle on the HTTP processes: open the port, start them, see them off."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
-from phalanx.runtime.server.link.channel import FrontendChannel
+from phalanx.runtime.server.board import create_board
+from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
 from phalanx.runtime.server.link.messages import Failed, Phase, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
@@ -24,30 +26,34 @@ EXIT_SECONDS = 8.0
 
 
 class Frontend:
-    """A running HTTP process and the engine's end of the socket pair.
+    """Running HTTP processes and the engine's ends of the socket pairs.
 
     Attributes:
-        url: where it listens.
-        grpc_port: where it serves gRPC; None = nowhere.
-        channel: messages to and from it.
+        url: where they listen.
+        grpc_port: where they serve gRPC; None = nowhere.
+        channels: messages to and from them.
     """
 
     def __init__(
-        self, url: str, process: subprocess.Popen[bytes], channel: FrontendChannel, grpc_port: int | None = None
+        self,
+        url: str,
+        processes: Sequence[subprocess.Popen[bytes]],
+        channels: FrontendChannels,
+        grpc_port: int | None = None,
     ) -> None:
         self.url = url
         self.grpc_port = grpc_port
-        self.channel = channel
-        self._process = process
+        self.channels = channels
+        self._processes = tuple(processes)
 
     @classmethod
     def start(
         cls, command: Sequence[str], settings: FrontendSettings, environment: Mapping[str, str] | None = None
     ) -> Frontend:
-        """Open the port and start ``command``, with three descriptors and the settings as its last arguments.
+        """Open the port and start ``settings.num_processes`` times ``command``, with the arguments of `process.main`.
 
-        ``environment`` is that of the process; None = ours. Returns at once; a thread answers 503 until the process does. The process gets a session of its own, so
-        that a terminal's or a launcher's signals reach rank 0 only.
+        ``environment`` is that of the processes; None = ours. Returns at once; a thread answers 503 until the processes do. They get
+        sessions of their own, so that a terminal's or a launcher's signals reach rank 0 only.
 
         Raises:
             ConfigError: the port or the key file cannot be had.
@@ -55,56 +61,64 @@ class Frontend:
         read_api_keys(settings.api_key_file)
         if settings.grpc_port is not None:
             settings = msgspec.structs.replace(settings, grpc_port=free_port(settings.host, settings.grpc_port))
-        listener = bind(settings.host, settings.port)
-        url = _url(settings.host, listener.getsockname()[1])
-        ours, theirs = socket.socketpair()
+        listeners = bind(settings.host, settings.port, settings.num_processes)
+        url = _url(settings.host, listeners[0].getsockname()[1])
+        board = create_board(settings.num_processes)
         started, starting = os.pipe()
-        descriptors = (theirs.fileno(), listener.fileno(), starting)
-        encoded = msgspec.json.encode(settings).decode()
-        process = subprocess.Popen(
-            [*command, *map(str, descriptors), encoded],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        theirs.close()
+        processes, channels = [], []
+        for number, listener in enumerate(listeners):
+            ours, theirs = socket.socketpair()
+            descriptors = (theirs.fileno(), listener.fileno(), starting, board)
+            encoded = msgspec.json.encode(settings).decode()
+            process = subprocess.Popen(
+                [*command, *map(str, (number, *descriptors)), encoded],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+            theirs.close()
+            processes.append(process)
+            channels.append(FrontendChannel(ours, f"HTTP process {number} (pid {process.pid})"))
         os.close(starting)
-        answer_early(listener, started)
-        return cls(url, process, FrontendChannel(ours), settings.grpc_port)
+        os.close(board)
+        answer_early(listeners, started)
+        return cls(url, processes, FrontendChannels(channels), settings.grpc_port)
 
     def tell_failed(self, reason: str) -> None:
         """Have every open request end with this error. May be called by any thread; waits for a moment at most."""
         with contextlib.suppress(CommunicatorError):
-            self.channel.send(Failed(reason))
-            self.channel.flush(0.5)
+            self.channels.send(Failed(reason))
+        self.channels.flush(0.5)
 
     def tell_phase(self, text: str) -> None:
         """Have requests that come before the engine is ready be refused with these words."""
         with contextlib.suppress(CommunicatorError):
-            self.channel.send(Phase(text))
+            self.channels.send(Phase(text))
 
     def tell_trouble(self, reason: str | None) -> None:
         """Have ``/health`` fail for this reason, or no longer. May be called by any thread."""
         with contextlib.suppress(CommunicatorError):
-            self.channel.send(Trouble(reason))
+            self.channels.send(Trouble(reason))
 
     def abandon(self, reason: str) -> None:
-        """The engine failed: let the process tell its clients and exit by itself; waits for a moment at most."""
+        """The engine failed: let the processes tell their clients and exit by themselves; waits for a moment at most."""
         self.tell_failed(reason)
-        self.channel.close()
+        self.channels.close()
 
     def stop(self) -> None:
-        """Let the process close its connections and exit; kill it if it does not."""
+        """Let the processes close their connections and exit; kill those that do not."""
         with contextlib.suppress(CommunicatorError):
-            self.channel.send(Stop())
-            self.channel.flush(1.0)
-        self.channel.close()
-        try:
-            self._process.wait(EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.channels.send(Stop())
+        self.channels.flush(1.0)
+        self.channels.close()
+        deadline = time.monotonic() + EXIT_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _url(host: str, port: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the HTTP process and the engine tell each other: typed MessagePack, each message after its length.
+"""What an HTTP process and the engine tell each other: typed MessagePack, each message after its length.
 
 The socket pair is private to the two processes, and both ends decode into exactly these types.
 """
@@ -15,6 +15,7 @@ from phalanx.runtime.request import Request, TokenDelta
 from phalanx.runtime.scheduler import SchedulerStats
 
 __all__ = [
+    "Alive",
     "Cancel",
     "Deltas",
     "Drained",
@@ -68,6 +69,10 @@ class Phase(msgspec.Struct, tag=True, frozen=True):
     text: str
 
 
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """The answer to `Stats`: this process still takes messages."""
+
+
 class ModelInfo(msgspec.Struct, tag=True, frozen=True):
     """The engine is ready; what the HTTP side must know about it.
 
@@ -108,7 +113,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):
-    """Counts since the start or at this moment; sent several times a second as a sign of life.
+    """Counts since the start or at this moment; sent several times a second as a sign of life, and answered by `Alive`.
 
     Attributes:
         num_steps: steps finished since the start.
@@ -141,7 +146,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
-FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained
+FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | Alive
 ToFrontend = Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 

@@ -179,7 +179,7 @@ class GenerationJob:
         if num_tokens == 0:
             return
         now, metrics = time.monotonic(), self.services.metrics
-        metrics.num_generated_tokens += num_tokens
+        metrics.generation_tokens.inc(num_tokens)
         if self.last_token is None:
             metrics.first_token.observe(now - self.arrival)
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The listening socket, and who answers on it before the HTTP process has read its libraries."""
+"""The listening sockets, and who answers on them before the HTTP processes have read their libraries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Sequence
 
 from phalanx.parallel.errors import ConfigError
 
@@ -28,19 +29,32 @@ _ANSWER = (
 )
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Listen on an address.
+def bind(host: str, port: int, count: int) -> list[socket.socket]:
+    """Listen on an address with ``count`` sockets, over which Linux spreads new connections evenly (SO_REUSEPORT, socket(7)).
+
+    One socket that all processes inherit would be simpler, but then whoever wakes up first accepts all that wait: after a burst
+    one process would hold most connections. Systems that do not spread (macOS) give all connections to one of the sockets.
+
+    The first socket takes the port before it allows others, so that a port in use is an error and not shared.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the address cannot be had.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listeners: list[socket.socket] = []
     try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
+        for number in range(count):
+            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if number:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind((host, port if number == 0 else listeners[0].getsockname()[1]))
+            if count > 1:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.listen(BACKLOG)
     except OSError as error:
-        listener.close()
+        for listener in listeners:
+            listener.close()
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(
                 f"--host {host} is not an address of this machine: {error.strerror}; use 127.0.0.1, 0.0.0.0 or one that `ip addr` lists"
@@ -49,7 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
             f"--port {port} on {host} cannot be opened: {error.strerror}; "
             "choose another with --port, or 0 for any free one"
         ) from None
-    return listener
+    return listeners
 
 
 def free_port(host: str, port: int) -> int:
@@ -70,25 +84,29 @@ def free_port(host: str, port: int) -> int:
         ) from None
 
 
-def answer_early(listener: socket.socket, started: int) -> None:
-    """Answer 503 on ``listener``, from a thread, until the writing end of the pipe ``started`` is closed.
+def answer_early(listeners: Sequence[socket.socket], started: int) -> None:
+    """Answer 503 on ``listeners``, from a thread, until every writing end of the pipe ``started`` is closed.
 
-    The HTTP process does that once it answers itself. Both arguments are then closed.
+    Each HTTP process closes its own once it answers itself. Listeners and pipe are then closed.
     """
-    threading.Thread(target=_answer, args=(listener, started), name="early answers", daemon=True).start()
+    threading.Thread(target=_answer, args=(tuple(listeners), started), name="early answers", daemon=True).start()
 
 
-def _answer(listener: socket.socket, started: int) -> None:
-    listener.setblocking(False)
+def _answer(listeners: Sequence[socket.socket], started: int) -> None:
+    by_descriptor = {listener.fileno(): listener for listener in listeners}
+    for listener in listeners:
+        listener.setblocking(False)
     while True:
-        readable, _, _ = select.select([listener.fileno(), started], [], [])
+        readable, _, _ = select.select([*by_descriptor, started], [], [])
         if started in readable:
             break
-        with contextlib.suppress(OSError):
-            client, _ = listener.accept()
-            with client:
-                _refuse(client)
-    listener.close()
+        for descriptor in readable:
+            with contextlib.suppress(OSError):
+                client, _ = by_descriptor[descriptor].accept()
+                with client:
+                    _refuse(client)
+    for listener in listeners:
+        listener.close()
     os.close(started)
 
 
