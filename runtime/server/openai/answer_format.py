@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.text import Tokenizer
 
-__all__ = ["AnswerFormat", "Served"]
+__all__ = ["AnswerFormat", "Reply", "Served", "StreamChunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +52,43 @@ class AnswerFormat(Protocol):
 
     def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece; ``choice.events`` holds all events."""
+        ...
+
+
+class StreamChunks(Protocol):
+    """How a protocol writes a stream's events.
+
+    Attributes:
+        done: what follows the last event.
+    """
+
+    @property
+    def done(self) -> bytes: ...
+
+    def opening(self, choices: Sequence[Answer]) -> bytes:
+        """What comes before the first token."""
+        ...
+
+    def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
+        """Some tokens of one answer."""
+        ...
+
+    def usage(self) -> bytes:
+        """What comes after the last token."""
+        ...
+
+    def error(self, error: ApiError) -> bytes:
+        """Why the stream ends early."""
+        ...
+
+
+class Reply(Protocol):
+    """Writes the answer to one request, in one piece or as a stream."""
+
+    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer in one piece; ``choice.events`` holds all events."""
+        ...
+
+    def stream(self, usage: Callable[[], dict[str, Any]]) -> StreamChunks:
+        """Return the writer of the stream's events; ``usage`` counts the tokens so far (see `GenerationJob.usage`)."""
         ...

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.answer_format import AnswerFormat
 from phalanx.runtime.server.openai.protocol import StreamOptions
 
-__all__ = ["ChunkWriter"]
+__all__ = ["ChunkReply", "ChunkWriter"]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -77,3 +78,17 @@ class ChunkWriter:
         data = self._encoded(self._format.chunks(choice, [TokenEvent(0, mark)]))
         before, after = data.split(_encode(mark))
         return before, after
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReply:
+    """A reply whose stream is a row of chunks; see `Reply`."""
+
+    format: AnswerFormat
+    options: StreamOptions
+
+    def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        return self.format.whole(choices, usage)
+
+    def stream(self, usage: Callable[[], dict[str, Any]]) -> ChunkWriter:
+        return ChunkWriter(self.format, self.options, usage)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,8 +18,7 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.link.engine_client import GenerationGroup
-from phalanx.runtime.server.openai.answer_format import Served
-from phalanx.runtime.server.openai.chunks import ChunkWriter
+from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
 from phalanx.runtime.server.services import Services
@@ -216,12 +215,11 @@ async def respond(job: GenerationJob, generation: ApiGeneration, request: Reques
         ClientGone: the client left before anything was sent.
     """
     services = job.services
-    answer = generation.answer(Served(services.model_name, services.tokenizer, services.tool_call_form))
+    reply = generation.reply(Served(services.model_name, services.tokenizer, services.tool_call_form))
     if generation.stream:
-        chunks = ChunkWriter(answer, generation.stream_options, job.usage)
-        return await stream_response(job, chunks, request)
+        return await stream_response(job, reply.stream(job.usage), request)
     choices = await until_disconnect(request.receive, job.collect())
-    whole = answer.whole(choices, job.usage())
+    whole = reply.whole(choices, job.usage())
     job.close()
     return json_response(whole)
 
@@ -245,33 +243,6 @@ async def _first_events(job: GenerationJob) -> list[tuple[Answer, list[TokenEven
             return await job.next()
     except TimeoutError:
         return []
-
-
-class StreamChunks(Protocol):
-    """How a protocol writes a stream's events.
-
-    Attributes:
-        done: what follows the last event.
-    """
-
-    @property
-    def done(self) -> bytes: ...
-
-    def opening(self, choices: Sequence[Answer]) -> bytes:
-        """What comes before the first token."""
-        ...
-
-    def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
-        """Some tokens of one answer."""
-        ...
-
-    def usage(self) -> bytes:
-        """What comes after the last token."""
-        ...
-
-    def error(self, error: ApiError) -> bytes:
-        """Why the stream ends early."""
-        ...
 
 
 class GenerationStream:

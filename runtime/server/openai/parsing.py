@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
-from phalanx.runtime.server.openai.answer_format import AnswerFormat, Served
+from phalanx.runtime.server.openai.answer_format import Reply, Served
 from phalanx.runtime.server.openai.chat import ChatFormat
+from phalanx.runtime.server.openai.chunks import ChunkReply
 from phalanx.runtime.server.openai.completions import CompletionFormat
 from phalanx.runtime.server.openai.protocol import (
     ChatMessage,
@@ -75,15 +76,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ApiGeneration(Generation):
-    """A parsed request of the OpenAI protocol.
+    """A parsed request of a protocol that says how its answer is written.
 
     Attributes:
-        answer: makes the writer of the answer.
+        reply: makes the writer of the answer.
     """
 
     stream: bool
-    stream_options: StreamOptions
-    answer: Callable[[Served], AnswerFormat]
+    reply: Callable[[Served], Reply]
 
 
 def parse_completion(body: bytes) -> ApiGeneration:
@@ -93,7 +93,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         ApiError: 400, naming the field.
     """
     request, sampling = decode_generation(body, CompletionRequest)
-    _check_stream_options(request)
+    options = _stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
     if request.best_of not in (None, request.n):
@@ -113,8 +113,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         add_special_tokens=request.add_special_tokens is not False,
         stream=request.stream,
-        stream_options=request.stream_options or StreamOptions(),
-        answer=lambda served: CompletionFormat(served, request, prompts),
+        reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts), options),
     )
 
 
@@ -125,7 +124,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         ApiError: 400, naming the field.
     """
     request, sampling = decode_generation(body, ChatRequest)
-    _check_stream_options(request)
+    options = _stream_options(request)
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
     if request.logprobs:
@@ -147,8 +146,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         default_max_tokens=None,
         add_special_tokens=request.add_special_tokens is True,
         stream=request.stream,
-        stream_options=request.stream_options or StreamOptions(),
-        answer=lambda served: ChatFormat(served, request, prompt.tools),
+        reply=lambda served: ChunkReply(ChatFormat(served, request, prompt.tools), options),
     )
 
 
@@ -199,9 +197,11 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
     return known
 
 
-def _check_stream_options(request: GenerationRequest) -> None:
-    if request.stream_options is not None and not request.stream and request.stream_options != StreamOptions():
+def _stream_options(request: GenerationRequest) -> StreamOptions:
+    options = request.stream_options or StreamOptions()
+    if not request.stream and options != StreamOptions():
         raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")
+    return options
 
 
 def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
