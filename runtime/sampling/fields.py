@@ -31,7 +31,7 @@ __all__ = [
     "restricts_tokens",
 ]
 
-Door = Literal["openai", "triton"]
+Door = Literal["openai", "triton", "anthropic"]
 
 MAX_LOGPROBS = 20
 """Most alternatives reported per token; bounds the size of a reply."""
@@ -80,22 +80,22 @@ class SamplingField:
     device: DeviceColumn | None = None
 
 
-def _same(name: str) -> dict[Door, str]:
-    return {"openai": name, "triton": name}
+def _same(name: str, *more: Door) -> dict[Door, str]:
+    return {"openai": name, "triton": name, **dict.fromkeys(more, name)}
 
 
 SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField("max_tokens", 16, Whole(0, MAX_INT32), {}, ("N", "most tokens to generate; 0 scores the prompt only")),
     SamplingField(
-        "temperature", 1.0, Real(0.0, 2.0), _same("temperature"), ("T", "0 = greedy"),
+        "temperature", 1.0, Real(0.0, 2.0), _same("temperature", "anthropic"), ("T", "0 = greedy"),
         DeviceColumn("temperature", "<f4", lambda value, _: value if value >= LOWEST_TEMPERATURE else 0.0),
     ),
     SamplingField(
-        "top_k", 0, Whole(-1), _same("top_k"), ("K", "keep the K most probable tokens; 0 or -1 = all"),
+        "top_k", 0, Whole(-1), _same("top_k", "anthropic"), ("K", "keep the K most probable tokens; 0 or -1 = all"),
         DeviceColumn("top_k", "<i4", lambda value, vocab_size: value if 0 < value < vocab_size else 0, lambda value: value > 0),
     ),
     SamplingField(
-        "top_p", 1.0, Real(0.0, 1.0), _same("top_p"), ("P", "then keep the smallest set whose probability reaches P"),
+        "top_p", 1.0, Real(0.0, 1.0), _same("top_p", "anthropic"), ("P", "then keep the smallest set whose probability reaches P"),
         DeviceColumn("top_p", "<f4", None, lambda value: value < 1),
     ),
     SamplingField(
@@ -120,7 +120,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     ),
     SamplingField("seed", None, Whole(-(2**63), 2**64 - 1), _same("seed")),
     SamplingField(
-        "stop", (), Texts(most=16, most_characters=1024), {"openai": "stop", "triton": "stop_words"},
+        "stop", (), Texts(most=16, most_characters=1024), {"openai": "stop", "triton": "stop_words", "anthropic": "stop_sequences"},
         ("TEXT", "end at this text; repeatable"),
     ),
     SamplingField("stop_token_ids", (), TokenIds(most=64), {"openai": "stop_token_ids"}),

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,14 +14,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from phalanx import __version__
+from phalanx.runtime.server.anthropic.routes import messages_routes
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.gate import Gate
 from phalanx.runtime.server.kserve.inference import Inference
 from phalanx.runtime.server.kserve.routes import v2_routes
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.openai.encoding import render
-from phalanx.runtime.server.openai.generation import respond, start_job
-from phalanx.runtime.server.openai.parsing import ApiGeneration, conversation, parse_chat, parse_completion
+from phalanx.runtime.server.openai.generation import generate
+from phalanx.runtime.server.openai.parsing import conversation, parse_chat, parse_completion
 from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
@@ -51,6 +51,7 @@ def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/tokenizer_info", routes.tokenizer_info),
+            *messages_routes(services),
             *v2_routes(inference),
         ],
         exception_handlers={
@@ -115,11 +116,11 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
-        return await self._generate(request, parse_completion)
+        return await generate(self._services, request, parse_completion)
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        return await self._generate(request, parse_chat)
+        return await generate(self._services, request, parse_chat)
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of messages."""
@@ -190,15 +191,3 @@ class Routes:
             "owned_by": "phalanx",
             "max_model_len": self._services.model.max_model_len,
         }
-
-    async def _generate(self, request: Request, parse: Callable[[bytes], ApiGeneration]) -> Response:
-        """Parse, make room, encode, submit, answer."""
-        services, arrival = self._services, time.monotonic()
-        generation = parse(await read_body(request, services.settings))
-        services.check_model(generation.model)
-        job = await start_job(services, [generation], arrival)
-        try:
-            return await respond(job, generation, request)
-        except BaseException:
-            job.close()
-            raise

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as the protocols show them: OpenAI's ``{"error": {"message", "type", "param", "code"}}``, KServe's ``{"error": "message"}``."""
+"""Errors as the protocols show them.
+
+OpenAI: ``{"error": {"message", "type", "param", "code"}}``; KServe: ``{"error": "message"}``; Anthropic: ``{"type": "error",
+"error": {"type", "message"}}``.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,17 @@ from phalanx.parallel.errors import CapacityError, RequestError
 __all__ = ["ApiError", "from_request_error", "invalid", "overloaded", "unavailable"]
 
 _TYPES = MappingProxyType({401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"})
+
+_ANTHROPIC_TYPES = MappingProxyType(
+    {
+        401: "authentication_error",
+        404: "not_found_error",
+        408: "timeout_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+    }
+)
 
 _TRITON_STATUS = MappingProxyType({408: 503, 413: 400, 415: 400, 422: 400, 429: 503})
 """Triton answers UNAVAILABLE with 503 and INVALID_ARG with 400."""
@@ -47,7 +62,11 @@ class ApiError(Exception):
         return msgspec.json.encode(self.body())
 
     def for_path(self, path: str) -> tuple[int, bytes]:
-        """Status and body in the form of the protocol that owns ``path``."""
+        """Return status and body in the form of the protocol that owns ``path``."""
+        if path == "/v1/messages" or path.startswith("/v1/messages/"):
+            kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            error = {"type": kind, "message": str(self)}
+            return self.status, msgspec.json.encode({"type": "error", "error": error})
         if path == "/v2" or path.startswith("/v2/"):
             return _TRITON_STATUS.get(self.status, self.status), msgspec.json.encode({"error": str(self)})
         return self.status, self.encoded()

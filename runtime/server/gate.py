@@ -85,7 +85,7 @@ class Gate:
         if state is ServerState.STARTING:
             phase = f" ({self._client.phase})" if self._client.phase else ""
             return unavailable(f"the server is starting{phase}; try again in a moment")
-        if path not in _OPEN_WITHOUT_KEY and not has_key(headers.get("authorization", ""), self._api_keys):
+        if path not in _OPEN_WITHOUT_KEY and not has_key(_credentials(headers), self._api_keys):
             # Only at the page: a browser asks for the key once, as a password, and sends it from then on.
             challenge = 'Basic realm="API key as password", charset="UTF-8"' if path == "/" else "Bearer"
             return ApiError(
@@ -97,6 +97,12 @@ class Gate:
         if state is ServerState.FAILED and path not in _OPEN_WHILE_DRAINING:
             return unavailable(f"the engine stopped: {self._client.failure}", 5)
         return None
+
+
+def _credentials(headers: Headers) -> str:
+    """``Authorization``, or the header in which Anthropic's clients send a key."""
+    own = headers.get("x-api-key")
+    return headers.get("authorization", "") if own is None else f"Bearer {own}"
 
 
 def _request_id(headers: Headers) -> str:

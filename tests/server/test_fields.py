@@ -11,6 +11,7 @@ import pytest
 
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, device_values
+from phalanx.runtime.server.anthropic.protocol import MessagesRequest
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai import encoding
 from phalanx.runtime.server.openai.encoding import choice_params
@@ -35,34 +36,44 @@ WITHOUT_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "request_id",
+    "cache_control",
+    "inference_geo",
+    "user_profile_id",
+    "workspace_id",
     "content",
 }
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ChatMessage])
+REQUIRED: dict[type[msgspec.Struct], dict[str, Any]] = {
+    CompletionRequest: {"prompt": "a"},
+    ChatRequest: {"messages": []},
+    ChatMessage: {"role": "user"},
+    MessagesRequest: {"messages": [], "max_tokens": 1},
+}
+"""Every body with fields that are known and not honoured, and the fields that it must have."""
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
 def test_every_untyped_field_is_refused_or_known_to_have_no_effect(kind: type[msgspec.Struct]) -> None:
     untyped = {name for name, annotation in get_type_hints(kind).items() if annotation is Any}
     assert untyped - set(unsupported_fields(kind)) <= WITHOUT_EFFECT
 
 
 def test_no_entry_of_the_table_is_without_a_field() -> None:
-    listed = {name for kind in (CompletionRequest, ChatRequest, ChatMessage) for name in unsupported_fields(kind)}
+    listed = {name for kind in REQUIRED for name in unsupported_fields(kind)}
     assert listed == set(NEUTRAL_VALUES)
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
 def test_neutral_values_pass_and_others_are_refused_by_name(name: str) -> None:
-    kind = next(kind for kind in (CompletionRequest, ChatRequest, ChatMessage) if name in unsupported_fields(kind))
-    fixed: dict[type[msgspec.Struct], dict[str, Any]] = {
-        CompletionRequest: {"prompt": "a"},
-        ChatRequest: {"messages": []},
-        ChatMessage: {"role": "user"},
-    }
-    for value in (None, *NEUTRAL_VALUES[name]):
-        decode_body(msgspec.json.encode({**fixed[kind], name: value}), kind)
-    with pytest.raises(ApiError) as caught:
-        decode_body(msgspec.json.encode({**fixed[kind], name: {"some": "thing"}}), kind)
-    assert (caught.value.status, caught.value.param, caught.value.code) == (400, name, "unsupported_parameter")
+    for kind, required in REQUIRED.items():
+        if name not in unsupported_fields(kind):
+            continue
+        for value in (None, *NEUTRAL_VALUES[name]):
+            decode_body(msgspec.json.encode({**required, name: value}), kind)
+        with pytest.raises(ApiError) as caught:
+            decode_body(msgspec.json.encode({**required, name: {"some": "thing"}}), kind)
+        assert (caught.value.status, caught.value.param, caught.value.code) == (400, name, "unsupported_parameter")
 
 
 def generation(**fields: Any) -> Generation:

@@ -12,7 +12,7 @@ from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
 from phalanx.runtime.server.services import Services
 
-__all__ = ["choice_params", "encode", "render"]
+__all__ = ["choice_params", "encode", "prompt_token_ids", "render"]
 
 
 async def encode(services: Services, generation: Generation) -> list[tuple[tuple[int, ...], SamplingParams]]:
@@ -26,7 +26,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
     encoded = []
     for prompt in generation.prompts:
-        token_ids = await _token_ids(services, generation, prompt)
+        token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)
         encoded.append((token_ids, _params(services, generation, len(token_ids))))
     return encoded
 
@@ -59,15 +59,20 @@ def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
     return dataclasses.replace(params, seed=split_mix64(params.seed, choice))
 
 
-async def _token_ids(services: Services, generation: Generation, prompt: Prompt) -> tuple[int, ...]:
+async def prompt_token_ids(services: Services, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+    """Return the token ids of one prompt.
+
+    Raises:
+        ApiError: 400: it cannot be read, or a token id is outside the vocabulary.
+    """
     if isinstance(prompt, tuple):
         services.check_token_ids(prompt, "prompt")
         return prompt
     if isinstance(prompt, str):
-        return await services.encode(prompt, add_special_tokens=generation.add_special_tokens)
+        return await services.encode(prompt, add_special_tokens=add_special_tokens)
     services.check_characters(_num_characters(prompt), "messages")
     text = await render(services, prompt)
-    return await services.encode(text, add_special_tokens=generation.add_special_tokens, name="messages")
+    return await services.encode(text, add_special_tokens=add_special_tokens, name="messages")
 
 
 def _num_characters(prompt: Conversation) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,9 @@ from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.event_stream import EventStream, EventWriter
-from phalanx.runtime.server.web.http import json_response, until_disconnect
+from phalanx.runtime.server.web.http import json_response, read_body, until_disconnect
 
-__all__ = ["GenerationJob", "respond", "start_job", "stream_response"]
+__all__ = ["GenerationJob", "generate", "respond", "start_job", "stream_response"]
 
 _LOG = logging.getLogger("phalanx.server")
 
@@ -190,6 +190,24 @@ class GenerationJob:
         metrics.duration.observe(time.monotonic() - self.arrival)
         for choice in self.choices:
             metrics.finished.labels(choice.finish_reason or "cancelled").inc()
+
+
+async def generate(services: Services, request: Request, parse: Callable[[bytes], ApiGeneration]) -> Response:
+    """Parse a request, make room, encode, submit, answer.
+
+    Raises:
+        ApiError: the request is refused, or failed before anything was sent.
+        ClientGone: the client left before anything was sent.
+    """
+    arrival = time.monotonic()
+    generation = parse(await read_body(request, services.settings))
+    services.check_model(generation.model)
+    job = await start_job(services, [generation], arrival)
+    try:
+        return await respond(job, generation, request)
+    except BaseException:
+        job.close()
+        raise
 
 
 async def start_job(services: Services, generations: Sequence[Generation], arrival: float) -> GenerationJob:

@@ -18,7 +18,7 @@ import msgspec
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import MAX_LOGPROBS
-from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, read_fields
+from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, Door, read_fields
 from phalanx.runtime.sampling.rules import MAX_INT32, Rule, Whole
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.tools import Tool, ToolCall, ToolChoice
@@ -173,6 +173,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "cache_salt": (),
         "chat_template": (),
         "documents": ([],),
+        "container": (),
+        "context_management": (),
+        "diagnostics": (),
         "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
@@ -183,7 +186,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "kv_transfer_params": (),
         "length_penalty": (1,),
         "logits_processors": ([],),
+        "mcp_servers": ([],),
         "modalities": (["text"],),
+        "output_config": ({},),
         "prediction": (),
         "priority": (0,),
         "prompt_logprobs": (),
@@ -192,8 +197,10 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "refusal": ("",),
         "response_format": ({"type": "text"},),
         "spaces_between_special_tokens": (True,),
+        "speed": ("standard",),
         "structured_outputs": (),
         "suffix": ("",),
+        "thinking": ({"type": "disabled"},),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
         "verbosity": ("medium",),
@@ -213,6 +220,7 @@ _COUNTS: Mapping[str, Rule] = MappingProxyType(
         "best_of": Whole(1, MAX_CHOICES),
         "max_tokens": Whole(0, MAX_INT32),
         "max_completion_tokens": Whole(1, MAX_INT32),
+        "max_output_tokens": Whole(1, MAX_INT32),
         "top_logprobs": Whole(0, MAX_LOGPROBS),
     }
 )
@@ -228,8 +236,8 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     return _to_struct(_decode_object(body), kind)
 
 
-def decode_generation(body: bytes, kind: type[Body]) -> tuple[Body, dict[str, Any]]:
-    """Read a request body and, separately, its sampling fields, checked and by their own names.
+def decode_generation(body: bytes, kind: type[Body], door: Door = "openai") -> tuple[Body, dict[str, Any]]:
+    """Read a request body and, separately, its sampling fields, which have ``door``'s names, checked and by their own names.
 
     Raises:
         ApiError: as `decode_body`; a sampling field has the wrong type or is out of range.
@@ -237,17 +245,20 @@ def decode_generation(body: bytes, kind: type[Body]) -> tuple[Body, dict[str, An
     fields = _decode_object(body)
     counts = dict(_COUNTS) if kind is not CompletionRequest else {**_COUNTS, "logprobs": Whole(0, MAX_LOGPROBS)}
     try:
-        sampling = read_fields(fields, "openai")
+        sampling = read_fields(fields, door)
         fields |= {
             name: rule.check(name, fields[name]) for name, rule in counts.items() if fields.get(name) is not None
         }
     except RequestError as error:
         raise from_request_error(error, "invalid_value") from None
-    rest = {name: value for name, value in fields.items() if name not in _SAMPLING_NAMES}
+    rest = {name: value for name, value in fields.items() if name not in sampling_names(door)}
     return _to_struct(rest, kind), sampling
 
 
-_SAMPLING_NAMES = frozenset(field.doors["openai"] for field in SAMPLING_FIELDS if "openai" in field.doors)
+@functools.cache
+def sampling_names(door: Door) -> frozenset[str]:
+    """What a protocol calls the sampling fields."""
+    return frozenset(field.doors[door] for field in SAMPLING_FIELDS if door in field.doors)
 
 
 def _decode_object(body: bytes) -> dict[str, Any]:

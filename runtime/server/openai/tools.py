@@ -13,7 +13,18 @@ import msgspec
 
 from phalanx.runtime.server.errors import invalid
 
-__all__ = ["FunctionTool", "NamedTool", "Tool", "ToolCall", "ToolUse", "new_call_id", "template_call", "tool_use"]
+__all__ = [
+    "FunctionTool",
+    "NamedTool",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "ToolName",
+    "ToolUse",
+    "new_call_id",
+    "template_call",
+    "tool_use",
+]
 
 MAX_TOOLS = 128
 MAX_NAME_CHARACTERS = 128

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Request bodies of the Messages protocol, as https://docs.anthropic.com/en/api/messages lists them.
+
+Unknown fields and kinds of content are refused by name; null means absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "CountTokensRequest",
+    "Message",
+    "MessagesRequest",
+    "TextBlock",
+    "ToolResultBlock",
+    "ToolUseBlock",
+]
+
+
+class TextBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A text. Marks for a cache change nothing: every prefix is cached."""
+
+    text: str
+    cache_control: Any = None
+    citations: list[Any] | None = None
+
+
+class ToolUseBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
+    """A call that the assistant made."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: Any = None
+    caller: Any = None
+    toolset_name: str | None = None
+
+
+class ToolResultBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What a call returned; a text that reports an error is a text like others."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: Any = None
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn."""
+
+    role: Literal["user", "assistant"]
+    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock]
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    """A function of the client; ``input_schema`` is a JSON schema."""
+
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] = "custom"
+    strict: bool | None = None
+    cache_control: Any = None
+    eager_input_streaming: bool | None = None
+
+
+class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """Whether a tool must be used; ``name`` with type ``tool``."""
+
+    type: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/messages/count_tokens``, and what it has in common with a request for a message."""
+
+    messages: list[Message]
+    model: str | None = None
+    system: str | list[TextBlock] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+
+    # Accepted, and without effect on the answer
+    cache_control: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+
+    # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    context_management: Any = None
+    mcp_servers: Any = None
+    output_config: Any = None
+    speed: Any = None
+    thinking: Any = None
+
+
+class MessagesRequest(CountTokensRequest, kw_only=True):
+    """Body of ``POST /v1/messages``, less the sampling fields."""
+
+    max_tokens: int
+    stream: bool = False
+
+    metadata: Any = None
+    service_tier: Any = None
+    inference_geo: Any = None
+
+    container: Any = None
+    diagnostics: Any = None
