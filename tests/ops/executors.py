@@ -184,11 +184,16 @@ def _poison(tensors: Sequence[Array], results: Sequence[Array], poisons: bool) -
 def attend(
     executor: Executor, spec: AttentionSpec, weights: Mapping[str, Array], qkv: Sequence[Array], steps: Any
 ) -> list[Array]:
-    """Outputs of sequences fed in ``steps`` of (sequence, tokens), those of one token first; numpy and cuda."""
+    """Outputs of sequences fed in ``steps`` of (sequence, tokens), those of one token first."""
     done, outputs = [0] * len(qkv), [[] for _ in qkv]  # type: ignore[var-annotated]
     tables = np.random.default_rng(0).permutation(MOST_SEQS * BLOCKS_PER_SEQ).reshape(MOST_SEQS, BLOCKS_PER_SEQ)
-    run = _numpy_steps(spec, weights, tables) if isinstance(executor, NumpyExecutor) else None
-    run = run or _cuda_steps(executor, spec, weights, tables)  # type: ignore[arg-type]
+    match executor:
+        case CudaExecutor():
+            run = _cuda_steps(executor, spec, weights, tables)
+        case TrtExecutor():
+            run = _trt_steps(spec, weights)
+        case _:
+            run = _numpy_steps(spec, weights, tables)
     for step in steps:
         rows = np.concatenate([qkv[index][done[index] : done[index] + count] for index, count in step])
         result = run(rows, [(index, done[index], count) for index, count in step])
@@ -237,5 +242,44 @@ def _cuda_steps(executor: CudaExecutor, spec: AttentionSpec, weights: Mapping[st
         put(arrays.num_seqs_and_decodes, [len(step), sum(count == 1 for count in counts)])
         ops.bind(len(rows), has_prefill=max(counts) > 1, num_kept=0)
         return _host(ops.attention(cupy.asarray(rows), "a", 0, spec))
+
+    return run
+
+
+def _trt_steps(spec: AttentionSpec, weights: Mapping[str, Array]) -> Any:
+    """A network of attention alone, interpreted, with a slot for each sequence; the chunks of a step follow each other."""
+    from phalanx.runtime.executors.tensorrt.graph import Graph
+    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
+    from phalanx.runtime.executors.tensorrt.ops import StepTensors, TrtOps
+    from tests.tensorrt.interpreter import NetworkInterpreter
+
+    library = load_tensorrt()
+    builder = library.module.Builder(library.logger(lambda severity, message: None))
+    graph, int32, float32 = Graph(library, library.create_network(builder)), np.dtype(np.int32), np.dtype(np.float32)
+    length = BLOCK_SIZE * BLOCKS_PER_SEQ
+    slots = (-1, spec.num_kv_heads, length, spec.head_dim)
+    positions, write_indices = graph.input("positions", int32, (-1, -1)), graph.input("write_indices", int32, (-1,))
+    cache = graph.input("keys", float32, slots), graph.input("values", float32, slots)
+    qkv = graph.input("qkv", float32, (-1, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim))
+    step = StepTensors(None, positions, write_indices, length)
+    ops = TrtOps(graph, Weights.dense(dict(weights)), float32, Span(0, 0, 0), {0: cache}, step, 0, 1)
+    graph.output("attended", ops.attention(qkv, "a", 0, spec))
+    for name, tensor in zip(("keys.updated", "values.updated"), ops.updated_caches[0], strict=True):
+        graph.output(name, tensor)
+    interpreter = NetworkInterpreter(library.module, graph.network, SelfCommunicator(), (graph, builder))
+    kept = [[np.zeros((1, *slots[1:]), np.float32)] * 2 for _ in range(MOST_SEQS)]
+
+    def run(rows: Array, step: list[tuple[int, int, int]]) -> Array:
+        outputs, first = [], 0
+        for index, start, count in step:
+            values = {
+                "qkv": rows[first : first + count], "positions": np.arange(start, start + count, dtype=np.int32)[None],
+                "write_indices": np.array([start], np.int32), "keys": kept[index][0], "values": kept[index][1],
+            }  # fmt: skip
+            results = interpreter.run(values)
+            kept[index] = [results["keys.updated"], results["values.updated"]]
+            outputs.append(results["attended"])
+            first += count
+        return np.concatenate(outputs)
 
     return run

@@ -30,7 +30,8 @@ WEIGHTS: Mapping[str, Array] = {
     "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
     "m.weight": normal(17, WIDTH), "m.bias": normal(17), "e.weight": normal(50, WIDTH), "b.bias": normal(WIDTH),
     "b.weight": normal(WIDTH, 8), "x.router.weight": normal(5, WIDTH), "x.gate_up.weight": normal(5 * 2 * 9, WIDTH),
-    "x.down.weight": normal(5 * WIDTH, 9),
+    "x.down.weight": normal(5 * WIDTH, 9), "p.weight": normal(13, 23), "p.bias": normal(13), "q.weight": normal(23),
+    "q.bias": normal(23),
 }  # fmt: skip
 WIDE = {name: array.astype(np.float64) for name, array in WEIGHTS.items()}
 POSITIONS = (8, 0, 4, 49, 1, 1, 30)
@@ -40,9 +41,11 @@ def rms(x: Array, offset: float = 0.0) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (WIDE["n.weight"] + offset)
 
 
-def layer(x: Array) -> Array:
+def layer(x: Array, name: str = "n") -> Array:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * WIDE["n.weight"] + WIDE["n.bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * WIDE[f"{name}.weight"] + WIDE[f"{name}.bias"]
+    )
 
 
 def product(x: Array, name: str = "l") -> Array:
@@ -97,6 +100,10 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
     "add_bias": (lambda o, x: o.add_bias(x, "b"), lambda x: x + WIDE["b.bias"], 1),
     "all_reduce": (lambda o, x: o.all_reduce(x), lambda x: x, 1),
     "add": (lambda o, x, y: o.add(x, y), lambda x, y: x + y, 2),
+    "linear of prime sizes": (
+        lambda o, x: o.linear(x, "p"), lambda x: product(x, "p") + WIDE["p.bias"], 1,
+    ),
+    "layer_norm of a prime size": (lambda o, x: o.layer_norm(x, "q", 1e-3), lambda x: layer(x, "q"), 1),
     "logits": (lambda o, x: o.logits(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
     "logits capped": (
         lambda o, x: o.logits(x, "l", soft_cap=3.0), lambda x: 3 * np.tanh((product(x) + WIDE["l.bias"]) / 3), 1,
@@ -126,25 +133,31 @@ REFUSED = {("tensorrt", "experts renormalised"), ("tensorrt", "experts not renor
 """Models that use it are refused (tests/executors/test_capabilities.py)."""
 
 
-@pytest.fixture(params=EXECUTORS)
+@pytest.fixture
 def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Executor:
     return open_executor(request.param, monkeypatch, request.config.cache.mkdir("emulated-kernels"))
 
 
+def of_engine(engine: str, *values: Any) -> Any:
+    """A test's parameters, marked where they need a library that need not be installed."""
+    return pytest.param(engine, *values, marks=[pytest.mark.tensorrt] if engine == "tensorrt" else [])
+
+
+CASES = [
+    of_engine(engine, name, rows)
+    for engine in EXECUTORS
+    for name in OPERATIONS
+    for rows in ((ROWS,) if "embedding" in name else (1, ROWS))
+    if (engine, name) not in NOTHING_TO_DO | REFUSED
+]
+
+
 @pytest.mark.parametrize("poisons", [False, True], ids=["kept", "poisoned"])
-@pytest.mark.parametrize("rows", [1, ROWS])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_equals_float64(
-    name: str, rows: int, poisons: bool, executor: Executor, request: pytest.FixtureRequest
-) -> None:
-    if (request.node.callspec.params["executor"], name) in NOTHING_TO_DO:
-        pytest.skip("one rank sums nothing")
-    if (request.node.callspec.params["executor"], name) in REFUSED:
-        pytest.skip("the engine refuses models that use it")
-    if rows < ROWS and "embedding" in name:
-        pytest.skip("as many rows as the step has tokens")
+@pytest.mark.parametrize(("executor", "name", "rows"), CASES, indirect=["executor"])
+def test_operation_equals_float64(executor: Executor, name: str, rows: int, poisons: bool) -> None:
     compute, formula, num_tensors = OPERATIONS[name]
-    tensors = [tensor[:rows] for tensor in (X, Y)[:num_tensors]]
+    columns = slice(23 if "prime" in name else None)
+    tensors = [tensor[:rows, columns] for tensor in (X, Y)[:num_tensors]]
     results = executor.run(compute, WEIGHTS, tensors, poisons, POSITIONS if "embedding" in name else ())
     expected = formula(*(tensor.astype(np.float64) for tensor in tensors))
     for result, wanted in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
@@ -155,9 +168,8 @@ READERS = ("rms_norm", "layer_norm", "column_linear", "linear", "row_linear_part
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_products_and_norms_only_read(name: str, executor: Executor, request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["executor"] == "tensorrt":
-        pytest.skip("tensors of a network cannot be overwritten")
+@pytest.mark.parametrize("executor", ["numpy", "cuda"], indirect=True)  # tensors of a network cannot be overwritten
+def test_products_and_norms_only_read(executor: Executor, name: str) -> None:
     compute, _, _ = OPERATIONS[name]
     _, unchanged = executor.run(lambda ops, x: (compute(ops, x), x), WEIGHTS, [X])
     np.testing.assert_array_equal(unchanged, X)
@@ -179,8 +191,13 @@ SPECS = {
     "head norm": replace(SPEC, head_norm=HeadNorm(1e-3, 0.5), rope=RopeConfig(theta=100.0, rotary_dim=16)),
 }
 ATTENTION_WEIGHTS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
-NUMPY_ONLY = {"not cached"}
-LENGTHS = (1, 17, 23)
+REFUSED_SPECS: Mapping[str, set[str]] = {
+    "numpy": set(), "cuda": {"not cached"},
+    "tensorrt": {"soft cap", "alibi", "not causal", "not cached", "head norm"},
+}  # fmt: skip
+"""Models that use these are refused (tests/executors/test_capabilities.py)."""
+LENGTHS = (1, 17, 23, 32)
+"""One token, one more than a block, a prime number, two full blocks."""
 
 
 def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
@@ -220,17 +237,17 @@ def rotated(x: Array, rope: RopeConfig) -> Array:
     return out
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_attention_equals_float64(name: str, executor: Executor, request: pytest.FixtureRequest) -> None:
-    engine, spec = request.node.callspec.params["executor"], SPECS[name]
-    if engine == "tensorrt":
-        pytest.skip("its caches are network inputs: tests/tensorrt/test_numbers.py")
-    if engine != "numpy" and name in NUMPY_ONLY:
-        pytest.skip("the engine refuses models that use it")
+@pytest.mark.parametrize(
+    ("executor", "name"),
+    [of_engine(engine, name) for engine in EXECUTORS for name in SPECS if name not in REFUSED_SPECS[engine]],
+    indirect=["executor"],
+)
+def test_attention_equals_float64(executor: Executor, name: str) -> None:
+    spec = SPECS[name]
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     qkv = [normal(length, width) for length in LENGTHS]
-    whole = [[(0, 1), (1, 17), (2, 23)]]
-    chunked = [[(0, 1), (1, 9), (2, 20)], [(1, 7)], [(1, 1), (2, 3)]]
+    whole = [[(0, 1), (1, 17), (2, 23)], [(3, 32)]]
+    chunked = [[(0, 1), (1, 9), (2, 20), (3, 16)], [(1, 7)], [(1, 1), (2, 3), (3, 15)], [(3, 1)]]
     steps = chunked if spec.causal else whole
     for result, rows in zip(attend(executor, spec, ATTENTION_WEIGHTS, qkv, steps), qkv, strict=True):
         np.testing.assert_allclose(result, expected_attention(spec, rows), rtol=0, atol=2e-5)
