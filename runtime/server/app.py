@@ -24,6 +24,7 @@ from phalanx.runtime.server.openai.encoding import render
 from phalanx.runtime.server.openai.generation import generate
 from phalanx.runtime.server.openai.parsing import conversation, parse_chat, parse_completion
 from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
+from phalanx.runtime.server.responses.parsing import parse_response
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 from phalanx.runtime.server.web.page import page_response
@@ -48,6 +49,7 @@ def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes
             Route("/v1/models/{model:path}", routes.model),
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/responses", routes.responses, methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
             Route("/tokenizer_info", routes.tokenizer_info),
@@ -121,6 +123,10 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         return await generate(self._services, request, parse_chat)
+
+    async def responses(self, request: Request) -> Response:
+        """``POST /v1/responses``."""
+        return await generate(self._services, request, parse_response)
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of messages."""

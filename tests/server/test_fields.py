@@ -26,6 +26,7 @@ from phalanx.runtime.server.openai.protocol import (
     decode_generation,
     unsupported_fields,
 )
+from phalanx.runtime.server.responses.protocol import ResponsesRequest
 
 WITHOUT_EFFECT = {
     "user",
@@ -38,6 +39,7 @@ WITHOUT_EFFECT = {
     "request_id",
     "cache_control",
     "inference_geo",
+    "prompt_cache_options",
     "user_profile_id",
     "workspace_id",
     "content",
@@ -49,6 +51,7 @@ REQUIRED: dict[type[msgspec.Struct], dict[str, Any]] = {
     ChatRequest: {"messages": []},
     ChatMessage: {"role": "user"},
     MessagesRequest: {"messages": [], "max_tokens": 1},
+    ResponsesRequest: {"input": "a"},
 }
 """Every body with fields that are known and not honoured, and the fields that it must have."""
 

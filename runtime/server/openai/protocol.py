@@ -31,6 +31,7 @@ __all__ = [
     "GenerationRequest",
     "StreamOptions",
     "TokenizeRequest",
+    "convert_item",
     "decode_body",
     "decode_generation",
 ]
@@ -169,11 +170,13 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "allowed_token_ids": (),
         "annotations": ([],),
         "audio": (),
+        "background": (False,),
         "bad_words": ([],),
         "cache_salt": (),
         "chat_template": (),
         "documents": ([],),
         "container": (),
+        "conversation": (),
         "context_management": (),
         "diagnostics": (),
         "echo": (False,),
@@ -183,15 +186,21 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "guided_grammar": (),
         "guided_json": (),
         "guided_regex": (),
+        "include": ([], ["reasoning.encrypted_content"]),
         "kv_transfer_params": (),
         "length_penalty": (1,),
         "logits_processors": ([],),
+        "max_tool_calls": (),
         "mcp_servers": ([],),
         "modalities": (["text"],),
+        "moderation": (),
         "output_config": ({},),
         "prediction": (),
+        "previous_response_id": (),
+        "prompt": (),
         "priority": (0,),
         "prompt_logprobs": (),
+        "reasoning": ({}, {"effort": "none"}),
         "reasoning_content": ("",),
         "reasoning_effort": (),
         "refusal": ("",),
@@ -200,8 +209,11 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "speed": ("standard",),
         "structured_outputs": (),
         "suffix": ("",),
+        "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         "thinking": ({"type": "disabled"},),
+        "top_logprobs": (0,),
         "truncate_prompt_tokens": (),
+        "truncation": ("disabled",),
         "use_beam_search": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
@@ -253,6 +265,19 @@ def decode_generation(body: bytes, kind: type[Body], door: Door = "openai") -> t
         raise from_request_error(error, "invalid_value") from None
     rest = {name: value for name, value in fields.items() if name not in sampling_names(door)}
     return _to_struct(rest, kind), sampling
+
+
+def convert_item(fields: dict[str, Any], kind: Any, param: str) -> Any:
+    """Return one of several values in the field ``param`` as ``kind``, a struct or a union of them; null means absent.
+
+    Raises:
+        ApiError: 400, naming ``param``: a wrong type, or an unknown or a missing field.
+    """
+    try:
+        return msgspec.convert(_without_null(fields), type=kind)
+    except msgspec.ValidationError as error:
+        refused = _refused_field(str(error))
+        raise invalid(f"{param}: {refused}", param, refused.code) from None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import msgspec
 from phalanx.runtime.server.errors import invalid
 
 __all__ = [
+    "FunctionCall",
     "FunctionTool",
     "NamedTool",
     "Tool",
@@ -120,7 +121,7 @@ def tool_use(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool | 
     return ToolUse([_described(tool) for tool in tools], names, parallel is not False)
 
 
-def template_call(call: ToolCall) -> dict[str, Any]:
+def template_call(call: ToolCall, param: str = "messages") -> dict[str, Any]:
     """Return a call of an earlier turn as chat templates take it: with its arguments as an object.
 
     Raises:
@@ -133,7 +134,7 @@ def template_call(call: ToolCall) -> dict[str, Any]:
         except (msgspec.DecodeError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
-        raise invalid(f"the arguments of the call of {call.function.name!r} are not a JSON object", "messages")
+        raise invalid(f"the arguments of the call of {call.function.name!r} are not a JSON object", param)
     known = {} if call.id is None else {"id": call.id}
     return {**known, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 

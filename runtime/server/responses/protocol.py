@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The request body of the Responses API, as https://platform.openai.com/docs/api-reference/responses/create lists it.
+
+Unknown fields, items and kinds of content are refused by name; null means absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "FunctionCallItem",
+    "FunctionCallOutputItem",
+    "InputItem",
+    "InputText",
+    "MessageItem",
+    "NamedFunction",
+    "OutputText",
+    "ResponsesRequest",
+    "ResponsesTool",
+]
+
+
+class InputText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="input_text"):
+    """A text of the user or the operator."""
+
+    text: str
+
+
+class OutputText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="output_text"):
+    """A text of the assistant."""
+
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class MessageItem(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="message"):
+    """One turn; ``type`` may be left out."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText]
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class FunctionCallItem(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function_call"):
+    """A call that the assistant made; ``arguments`` is JSON text."""
+
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionCallOutputItem(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function_call_output"):
+    """What a call returned."""
+
+    call_id: str
+    output: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+    name: str | None = None
+
+
+InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem
+
+
+class ResponsesTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that the model may call; ``parameters`` is a JSON schema."""
+
+    name: str
+    type: Literal["function"] = "function"
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """``tool_choice`` for one function."""
+
+    name: str
+    type: Literal["function"] = "function"
+
+
+class ResponseStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """Padding against measuring answers by their packets is never added."""
+
+    include_obfuscation: bool = False
+
+
+class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of ``POST /v1/responses``, less the sampling fields."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool = False
+    stream_options: ResponseStreamOptions | None = None
+    tools: list[ResponsesTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+
+    # Accepted, and without effect on the answer
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+
+    # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    background: Any = None
+    context_management: Any = None
+    conversation: Any = None
+    include: Any = None
+    max_tool_calls: Any = None
+    moderation: Any = None
+    previous_response_id: Any = None
+    prompt: Any = None
+    reasoning: Any = None
+    text: Any = None
+    top_logprobs: Any = None
+    truncation: Any = None

@@ -1,0 +1,183 @@
+"""``/v1/responses`` as the official client sees it. The stub repeats the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from .servers import Server, stub_server
+from .test_tools import END, OSLO, TAUGHT, TEMPLATE, directory
+
+PATH = "/v1/responses"
+PROMPT = "[user]hi>"
+TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}]
+CALL = f'See: <tool_call>{{"name": "weather", "arguments": {OSLO}}}</tool_call>'
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def tool_server(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = directory(tmp_path_factory.mktemp("hermes"), model_directory, TEMPLATE % TAUGHT["hermes"])
+    with stub_server(made, {"model_names": ["stub"]}, max_model_len=2000) as running:
+        yield running
+
+
+@pytest.fixture
+def tool_client(tool_server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{tool_server.url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+def test_a_text_answers_a_text(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model="stub", input="hi", max_output_tokens=len(PROMPT), temperature=0.5, metadata={"a": "b"}, store=False
+    )
+    assert response.id.startswith("resp_")
+    assert response.output_text == PROMPT
+    assert response.output[0].type == "message"
+    assert (response.status, response.output[0].status) == ("incomplete", "incomplete")
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert (response.temperature, response.metadata, response.error) == (0.5, {"a": "b"}, None)
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.cached_tokens == 4
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (len(PROMPT), len(PROMPT))
+
+
+def test_an_answer_that_ends_by_itself_is_completed(client: openai.OpenAI) -> None:
+    response = client.responses.create(model="stub", input="hi", extra_body={"stop": "]"})
+    assert (response.status, response.output_text, response.incomplete_details) == ("completed", "[user", None)
+
+
+def test_instructions_and_items_reach_the_template(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="stub", input="hi", extra_body={"stop": "]"}).output
+    items: list[Any] = [
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        *[item.to_dict() for item in first],
+        {"type": "message", "role": "user", "content": "c"},
+    ]
+    expected = "[system]s[system]d[user]a[assistant][user[user]c>"
+    response = client.responses.create(model="stub", input=items, instructions="s", max_output_tokens=len(expected))
+    assert response.output_text == expected
+
+
+def test_a_stream_has_the_typed_events_in_order(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model="stub", input="hi", stream=True, max_output_tokens=3))
+    assert [event.type for event in events] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+        *["response.output_text.delta"] * 3, "response.output_text.done", "response.content_part.done",
+        "response.output_item.done", "response.incomplete",
+    ]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.delta for event in events if event.type == "response.output_text.delta"] == ["[", "u", "s"]
+    last = events[-1]
+    assert last.type == "response.incomplete"
+    assert last.response.output_text == "[us"
+    assert last.response.usage is not None
+    assert last.response.usage.output_tokens == 3
+
+
+def test_the_stream_helper_adds_events_up(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="stub", input="hi", extra_body={"stop": "]"}) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        response = stream.get_final_response()
+    assert ("".join(deltas), response.output_text, response.status) == ("[user", "[user", "completed")
+
+
+def tool_fields(tool_server: Server) -> dict[str, Any]:
+    (end,) = tool_server.post("/tokenize", {"prompt": END}).json["tokens"]
+    return {"model": "stub", "input": CALL + END, "tools": TOOLS, "extra_body": {"stop_token_ids": [end]}}
+
+
+def test_a_call_is_an_item(tool_server: Server, tool_client: openai.OpenAI) -> None:
+    response = tool_client.responses.create(**tool_fields(tool_server))
+    assert response.status == "completed"
+    text, call = response.output
+    assert response.output_text == "See:"
+    assert call.type == "function_call"
+    assert (call.name, call.arguments, call.status) == ("weather", OSLO, "completed")
+    assert call.call_id.startswith("call_")
+    assert text.type == "message"
+
+
+def test_a_streamed_call_adds_up_to_the_same(tool_server: Server, tool_client: openai.OpenAI) -> None:
+    with tool_client.responses.stream(**tool_fields(tool_server)) as stream:
+        events = list(stream)
+        response = stream.get_final_response()
+    assert response.output[1].type == "function_call"
+    assert response.output[1].arguments == OSLO
+    done = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert [(event.arguments, event.output_index) for event in done] == [(OSLO, 1)]
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == OSLO
+
+
+def test_calls_and_their_outputs_reach_the_template(tool_server: Server) -> None:
+    items = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "See"},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": OSLO, "status": None},
+        {"type": "function_call_output", "call_id": "c1", "output": "5"},
+        {"role": "user", "content": "show"},
+    ]
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": OSLO}}
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "See", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "5"},
+        {"role": "user", "content": "show"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    count = tool_server.post("/tokenize", {"messages": messages, "tools": tools}).json["count"]
+    answer = tool_server.post(PATH, {"input": items, "tools": TOOLS, "max_output_tokens": 1})
+    assert answer.json["usage"]["input_tokens"] == count
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"store": True}, "store"),
+    ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ({"background": True}, "background"),
+    ({"include": ["message.output_text.logprobs"]}, "include"),
+    ({"reasoning": {"effort": "high"}}, "reasoning"),
+    ({"text": {"format": {"type": "json_object"}}}, "text"),
+    ({"truncation": "auto"}, "truncation"),
+    ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": 9999}, "max_output_tokens"),
+    ({"tools": [{"type": "web_search"}]}, "tools"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{**TOOLS[0], "strict": True}]}, "tools"),
+    ({"input": []}, "input"),
+    ({"input": [{"role": "user", "content": []}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+    ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+    ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input"),
+    ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+    ({"temperature": 3}, "temperature"),
+    ({"n": 2}, "n"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name(server: Server, fields: dict[str, Any], param: str) -> None:
+    answer = server.post(PATH, {"model": "stub", "input": "hi", **fields})
+    assert (answer.status, answer.error["param"]) == (400, param)
+
+
+def test_a_failure_inside_a_stream_is_an_event(model_directory: Path) -> None:
+    with stub_server(model_directory, {"model_names": ["stub"]}, fail_after_steps=4, step_seconds=0.1) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with client:
+            *_, last = client.responses.create(model="stub", input="hi", stream=True)
+    assert last.type == "response.failed"
+    assert last.response.error is not None
+    assert "the stub broke" in last.response.error.message
