@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from phalanx.parallel.liveness.watch import RankWatch
     from phalanx.runtime.replica import Replica
     from phalanx.runtime.server.link.frontend import Frontend
+    from phalanx.runtime.server.link.leaders import Leader
+    from phalanx.runtime.server.link.messages import ModelInfo
     from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["main"]
@@ -234,22 +236,25 @@ def _run_rank(
     """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
     from phalanx.runtime.engine import follow
     from phalanx.runtime.replica import build_replica
+    from phalanx.runtime.server.link.leaders import connect_leaders, serve_rank_0
 
     config = engine_config(args, world.size)
-    if config.layout.dp > 1:
-        raise ConfigError(f"--dp={config.layout.dp} is not supported by launch.serve; start one server per replica")
-    # The HTTP side admits as many requests as may run and wait; before the first step all of them wait.
-    queue = config.max_queued_requests + config.max_num_seqs
+    # The HTTP side admits as many requests as may run and wait; before the first step all of them wait, perhaps on one replica.
+    queue = config.max_queued_requests + config.max_num_seqs * config.layout.dp
     hosts = host_names(world)
     with start_progress(world.rank == 0, door.say_phase) as on_phase, progress.reporting(on_phase):
         replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress)
-    if world.rank:
+    leaders = connect_leaders(world, replica.topology)
+    if replica.engine is None:
         with progress.phase("executing steps"):
             follow(replica.control, replica.executor, progress)
+    elif world.rank:
+        with progress.phase("serving"):
+            serve_rank_0(leaders[0], replica.engine, _model_info(replica, queue, {}, {}))
     else:
         with progress.phase("serving"):
             defaults = {} if args.no_generation_config else replica.generation.sampling_defaults()
-            _lead(replica, door, hosts, queue, signals, defaults)
+            _lead(replica, leaders, door, hosts, queue, signals, defaults)
     replica.executor.close()
 
 
@@ -269,25 +274,12 @@ def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress
     return RankWatch(world, progress, limits, door.say_failed, door.say_trouble, cache_directory() / "failures")
 
 
-def _lead(
-    replica: Replica,
-    door: _Door,
-    hosts: str,
-    max_open_requests: int,
-    signals: DrainSignals,
-    sampling_defaults: dict[str, float | int],
-) -> None:
-    from phalanx.runtime.server.link.bridge import EngineBridge
+def _model_info(
+    replica: Replica, max_open_requests: int, sampling_defaults: dict[str, float | int], about: dict[str, str]
+) -> ModelInfo:
     from phalanx.runtime.server.link.messages import ModelInfo
 
-    frontend, announcement = door.frontend, door.announcement
-    assert replica.engine is not None
-    assert frontend is not None
-    assert announcement is not None
-    bridge = EngineBridge(replica.engine, frontend.channels)
-    signals.on_drain(bridge.request_drain)
-    about = describe(replica, announcement.model, hosts)
-    model = ModelInfo(
+    return ModelInfo(
         str(replica.directory),
         replica.config.vocab_size,
         replica.max_model_len,
@@ -296,12 +288,35 @@ def _lead(
         about,
     )
 
+
+def _lead(
+    replica: Replica,
+    leaders: Mapping[int, Leader],
+    door: _Door,
+    hosts: str,
+    max_open_requests: int,
+    signals: DrainSignals,
+    sampling_defaults: dict[str, float | int],
+) -> None:
+    from phalanx.runtime.server.link.bridge import EngineBridge
+    from phalanx.runtime.server.link.leaders import router_over
+
+    frontend, announcement = door.frontend, door.announcement
+    assert replica.engine is not None
+    assert frontend is not None
+    assert announcement is not None
+    engine = router_over(replica.engine, leaders)
+    bridge = EngineBridge(engine, frontend.channels)
+    signals.on_drain(bridge.request_drain)
+    about = describe(replica, announcement.model, hosts)
+    model = _model_info(replica, max_open_requests, sampling_defaults, about)
+
     def on_ready() -> None:
         _LOG.info(start_block(about, frontend.url, announcement.model), extra=fields(**about))
         announcement.publish(frontend.url)
 
     bridge.run(model, on_ready)
-    replica.engine.release()
+    engine.release()
 
 
 class DrainSignals:

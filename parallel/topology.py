@@ -104,6 +104,11 @@ class Topology:
         size = self.layout.pp * self.layout.tp
         return range(self.replica * size, (self.replica + 1) * size)
 
+    @property
+    def peer_group(self) -> range:
+        """World ranks at this rank's place of every replica, in order; for a leader, the leaders."""
+        return range(self.replica_rank, self.layout.world_size, self.layout.pp * self.layout.tp)
+
 
 def resolve_layout(world_size: int, tp: int | None = None, pp: int | None = None, dp: int | None = None) -> Layout:
     """Fill in the sizes that were not given, so that dp x pp x tp = ``world_size``.

@@ -16,9 +16,26 @@ from phalanx.runtime.request import Request, TokenDelta
 from phalanx.runtime.scheduler import DeltaBatch, Scheduler, SchedulerStats
 from phalanx.runtime.step import StepPlan
 
-__all__ = ["Engine", "follow"]
+__all__ = ["Engine", "ReplicaStats", "follow"]
 
 Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """What one replica of a server reports.
+
+    Attributes:
+        num_steps: steps finished since the start.
+        has_work: whether steps should be finishing now.
+        scheduler: the scheduler's own counts.
+        is_lost: a rank of it is gone; the counts are its last.
+    """
+
+    num_steps: int
+    has_work: bool
+    scheduler: SchedulerStats
+    is_lost: bool = False
 
 
 @dataclass(slots=True)
@@ -49,6 +66,10 @@ class Engine:
             CapacityError: the queue is full.
         """
         return self.scheduler.submit(request, self.clock())
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the request can never run here; it is not queued."""
+        self.scheduler.check(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
@@ -90,6 +111,10 @@ class Engine:
     def stats(self) -> SchedulerStats:
         """Counts for metrics and health."""
         return self.scheduler.stats()
+
+    def replica_stats(self) -> list[ReplicaStats]:
+        """The counts of the only replica that this engine knows."""
+        return [ReplicaStats(self.num_steps, self.has_work, self.stats())]
 
     def release(self) -> None:
         """End the followers' loops; they return from `follow` and may call it again. *Collective with `follow`.*"""

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.liveness.progress import RankProgress
@@ -77,7 +79,9 @@ def build_replica(
         group = world.split(topology.replica_group)
         spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
         with progress.phase("loading weights"):
-            executor, max_model_len = create_executor(spec)
+            executor, own_max_model_len = create_executor(spec)
+        # Replicas on unequal devices have unequal caches; a request may go to any of them.
+        max_model_len = int(world.all_gather(np.array(own_max_model_len)).min())
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:

@@ -22,10 +22,11 @@ from types import TracebackType
 from typing import NoReturn
 
 from phalanx.parallel.communicator import Communicator, gather_bytes
+from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
 from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.judge import Limits, RankState
-from phalanx.parallel.liveness.links import Link, connect_ranks
+from phalanx.parallel.liveness.links import Link
 from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, StackRequest, Stacks
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
 
@@ -74,7 +75,8 @@ class RankWatch:
         self._rank, self._progress, self._limits = world.rank, progress, limits
         self._on_failure, self._on_trouble, self._directory = on_failure, on_trouble, report_directory
         names = [name.decode() for name in gather_bytes(world, f"{socket.gethostname()}, pid {os.getpid()}".encode())]
-        self._links, reason = connect_ranks(world)
+        sockets, reason = connect_ranks(world)
+        self._links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
         if reason is not None and world.rank == 0:
             _say(f"phalanx: ranks do not watch each other: {reason}; a lost rank is noticed by the launcher alone")
         self._states = {rank: RankState(rank, names[rank]) for rank in (world.rank, *self._links)}

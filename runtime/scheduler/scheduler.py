@@ -86,6 +86,10 @@ class Scheduler:
             self._end(sequence, "length")
         return sequence.number
 
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the request could never run with these limits; it is not queued."""
+        make_sequence(request, 0, self._config, self._cache)
+
     def cancel(self, request_id: str, now: float) -> None:
         """End a request with finish reason ``cancelled``, at any moment of its life; unknown ids are ignored."""
         self._end_overdue(now)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from phalanx.runtime.scheduler import SchedulerStats
 from phalanx.runtime.server.board import Board, Cells, Room
 from phalanx.runtime.server.link.messages import Stats
 
@@ -106,8 +107,24 @@ class Histogram(Collector):
         )
 
 
+def _kv_usage(schedulers: Sequence[SchedulerStats]) -> float:
+    used = sum(scheduler.kv_blocks_used for scheduler in schedulers)
+    return used / max(1, sum(scheduler.kv_blocks_total for scheduler in schedulers))
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Sequence[SchedulerStats]], float]], ...] = (
+    ("requests_running", "Sequences that run", lambda schedulers: sum(one.num_running for one in schedulers)),
+    (
+        "requests_waiting",
+        "Requests that wait for a slot",
+        lambda schedulers: sum(one.num_waiting for one in schedulers),
+    ),
+    ("kv_cache_usage_ratio", "Cache blocks held by sequences, 0 to 1", _kv_usage),
+)
+
+
 class EngineMetrics(Collector):
-    """What the engine counts itself. Every HTTP process is told the same, so nothing is summed."""
+    """What the engine counts itself: of all replicas together, and of each. Every HTTP process is told the same, so nothing is summed."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.stats: Stats | None = None
@@ -117,16 +134,29 @@ class EngineMetrics(Collector):
         """For the registry."""
         if self.stats is None:
             return
-        scheduler = self.stats.scheduler
-        usage = scheduler.kv_blocks_used / max(1, scheduler.kv_blocks_total)
-        yield GaugeMetricFamily("phalanx_requests_running", "Sequences that run", scheduler.num_running)
-        yield GaugeMetricFamily("phalanx_requests_waiting", "Requests that wait for a slot", scheduler.num_waiting)
-        yield GaugeMetricFamily("phalanx_kv_cache_usage_ratio", "Cache blocks held by sequences, 0 to 1", usage)
+        replicas = self.stats.replicas
+        serving = [replica.scheduler for replica in replicas if not replica.is_lost]
+        everyone = [replica.scheduler for replica in replicas]
+        yield GaugeMetricFamily("phalanx_replicas_serving", "Replicas that take requests", len(serving))
+        for name, text, value in _GAUGES:
+            yield GaugeMetricFamily(f"phalanx_{name}", text, value(serving))
+            family = GaugeMetricFamily(f"phalanx_replica_{name}", f"{text}, of one replica", labels=["replica"])
+            for index, replica in enumerate(replicas):
+                family.add_metric([str(index)], 0 if replica.is_lost else value([replica.scheduler]))
+            yield family
+        steps = CounterMetricFamily("phalanx_replica_steps", "Steps finished, of one replica", labels=["replica"])
+        for index, replica in enumerate(replicas):
+            steps.add_metric([str(index)], replica.num_steps)
+        yield steps
         for name, text, count in (
-            ("engine_steps", "Steps finished", self.stats.num_steps),
-            ("preemptions", "Times that a sequence lost its cache blocks", scheduler.num_preemptions),
-            ("prefix_cache_query_tokens", "Tokens looked up in the prefix cache", scheduler.prefix_query_tokens),
-            ("prefix_cache_hit_tokens", "Tokens found in the prefix cache", scheduler.prefix_hit_tokens),
+            ("engine_steps", "Steps finished", sum(replica.num_steps for replica in replicas)),
+            ("preemptions", "Times that a sequence lost its cache blocks", sum(s.num_preemptions for s in everyone)),
+            (
+                "prefix_cache_query_tokens",
+                "Tokens looked up in the prefix cache",
+                sum(s.prefix_query_tokens for s in everyone),
+            ),
+            ("prefix_cache_hit_tokens", "Tokens found in the prefix cache", sum(s.prefix_hit_tokens for s in everyone)),
         ):
             yield CounterMetricFamily(f"phalanx_{name}", text, count)
 

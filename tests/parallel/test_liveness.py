@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.judge import Limits, RankState, report, silent_rank, stalled_rank, trouble
-from phalanx.parallel.liveness.links import connect_ranks
+from phalanx.parallel.liveness.links import Link
 from phalanx.parallel.liveness.messages import Leaving
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
@@ -121,8 +122,9 @@ def test_an_error_says_in_which_phase_it_was_raised() -> None:
 def test_every_rank_is_linked_to_rank_0_and_collectives_are_counted() -> None:
     def body(comm: Communicator) -> tuple[list[int], int]:
         progress = RankProgress()
-        links, reason = connect_ranks(WatchedCommunicator(comm, progress))
+        sockets, reason = connect_ranks(WatchedCommunicator(comm, progress))
         assert reason is None
+        links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
         for link in links.values():
             link.send(Leaving())
         comm.barrier()

@@ -14,6 +14,7 @@ import numpy as np
 
 import launch  # noqa: F401 (makes phalanx importable from a checkout)
 from phalanx.parallel.errors import CapacityError, ConfigError, RequestError
+from phalanx.runtime.engine import ReplicaStats
 from phalanx.runtime.request import Logprob, Request, TokenDelta
 from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
 from phalanx.runtime.server.link.bridge import EngineBridge
@@ -84,8 +85,9 @@ class StubEngine:
         deltas, self._news = self._news, []
         return [in_columns(deltas + [self._advance(*entry) for entry in list(self._open.values())])]
 
-    def stats(self) -> SchedulerStats:
-        return SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
+    def replica_stats(self) -> list[ReplicaStats]:
+        scheduler = SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
+        return [ReplicaStats(self.num_steps, self.has_work, scheduler)]
 
     def _advance(self, request: Request, count: int) -> TokenDelta:
         params, prompt = request.params, request.prompt_token_ids

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from phalanx.parallel.errors import CapacityError, CommunicatorError, ConfigError
+from phalanx.runtime.engine import ReplicaStats
 from phalanx.runtime.request import Request, SamplingParams, TokenDelta
 from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
 from phalanx.runtime.server.board import Board, Room, create_board
@@ -264,8 +265,8 @@ class ThreeSteps:
         ended, self._open = self._open, []
         return [DeltaBatch(deltas=[TokenDelta(name, (7,), finish_reason="length") for name in ended])]
 
-    def stats(self) -> SchedulerStats:
-        return SchedulerStats(0, 0, 0, 1, 0, 0, 0)
+    def replica_stats(self) -> list[ReplicaStats]:
+        return [ReplicaStats(self.num_steps, self.has_work, SchedulerStats(0, 0, 0, 1, 0, 0, 0))]
 
 
 class Ends:

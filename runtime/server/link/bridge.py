@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's loop while it serves: requests from the HTTP processes into the engine, deltas back to the one that asked."""
+"""A leader's loop while it serves: requests from the HTTP processes (or from rank 0) into the engine, deltas back to the one that asked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from phalanx.parallel.errors import CapacityError, CheckpointError, CommunicatorError, RequestError
+from phalanx.runtime.engine import ReplicaStats
 from phalanx.runtime.request import Request
-from phalanx.runtime.scheduler import DeltaBatch, SchedulerStats
+from phalanx.runtime.scheduler import DeltaBatch
 from phalanx.runtime.server.link.channel import FrontendChannels
 from phalanx.runtime.server.link.messages import (
     Alive,
@@ -37,12 +38,7 @@ which goes on later does not blame anyone."""
 
 
 class ServedEngine(Protocol):
-    """What the bridge needs of `phalanx.runtime.engine.Engine`."""
-
-    @property
-    def num_steps(self) -> int:
-        """Steps finished since the start."""
-        ...
+    """What the bridge needs of `phalanx.runtime.engine.Engine`, or of a `ReplicaRouter` over several."""
 
     @property
     def has_work(self) -> bool:
@@ -61,8 +57,8 @@ class ServedEngine(Protocol):
         """Finish one step."""
         ...
 
-    def stats(self) -> SchedulerStats:
-        """Counts for metrics and health."""
+    def replica_stats(self) -> list[ReplicaStats]:
+        """Counts of every replica for metrics and health."""
         ...
 
 
@@ -174,8 +170,7 @@ class EngineBridge:
         if now < self._next_stats:
             return
         self._next_stats = now + STATS_SECONDS
-        engine = self._engine
-        self._channels.send(Stats(engine.num_steps, engine.has_work, engine.stats()))
+        self._channels.send(Stats(self._engine.replica_stats()))
         self._check_answers()
 
     def _check_answers(self) -> None:

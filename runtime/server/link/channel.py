@@ -8,30 +8,35 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, ToFrontend, encode_frame
 
-__all__ = ["FrontendChannel", "FrontendChannels"]
+__all__ = ["Channel", "FrontendChannel", "FrontendChannels", "ReplicaChannel"]
 
 _READ_BYTES = 1 << 18
 
+Sent = TypeVar("Sent", FromFrontend, ToFrontend)
+Received = TypeVar("Received", FromFrontend, ToFrontend)
 
-class FrontendChannel:
-    """Messages to and from one HTTP process. One thread receives; any may send, as the one that watches the ranks does.
+
+class Channel(Generic[Sent, Received]):
+    """Messages to and from another process. One thread receives; any may send, as the one that watches the ranks does.
 
     Args:
         name: of the process, for errors.
+        received: the type of its messages.
     """
 
-    def __init__(self, sock: socket.socket, name: str) -> None:
+    def __init__(self, sock: socket.socket, name: str, received: Any) -> None:
         sock.setblocking(False)
         self.name = name
         self._sock = sock
         self._frames = FrameDecoder()
-        self._decoder = msgspec.msgpack.Decoder(FromFrontend)
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received)
         self._unsent = bytearray()
         self._sending = threading.Lock()
 
@@ -44,11 +49,11 @@ class FrontendChannel:
         """Of the socket, for poll."""
         return self._sock.fileno()
 
-    def send(self, *messages: ToFrontend) -> None:
+    def send(self, *messages: Sent) -> None:
         """Send now what the socket takes, keep the rest for the next call of `send` or `flush`.
 
         Raises:
-            CommunicatorError: the HTTP process is gone.
+            CommunicatorError: the other end is closed.
         """
         data = b"".join(map(encode_frame, messages))
         with self._sending:
@@ -59,7 +64,7 @@ class FrontendChannel:
         """Send what the socket takes now.
 
         Raises:
-            CommunicatorError: the HTTP process is gone.
+            CommunicatorError: the other end is closed.
         """
         try:
             with self._sending:
@@ -71,11 +76,11 @@ class FrontendChannel:
         except OSError as error:
             raise self._gone() from error
 
-    def read(self) -> list[FromFrontend]:
+    def read(self) -> list[Received]:
         """What has arrived.
 
         Raises:
-            CommunicatorError: the HTTP process is gone.
+            CommunicatorError: the other end is closed.
         """
         try:
             data = self._sock.recv(_READ_BYTES)
@@ -88,11 +93,25 @@ class FrontendChannel:
         return [self._decoder.decode(body) for body in self._frames.feed(data)]
 
     def close(self) -> None:
-        """Close this end, which ends the HTTP process."""
+        """Close this end, which ends an HTTP process."""
         self._sock.close()
 
     def _gone(self) -> CommunicatorError:
         return CommunicatorError(f"{self.name} is gone; see its last message above, then start the server again")
+
+
+class FrontendChannel(Channel[ToFrontend, FromFrontend]):
+    """A leader's channel to what sends it requests: an HTTP process, or on another replica's leader rank 0."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        super().__init__(sock, name, FromFrontend)
+
+
+class ReplicaChannel(Channel[FromFrontend, ToFrontend]):
+    """Rank 0's channel to another replica's leader."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        super().__init__(sock, name, ToFrontend)
 
 
 class FrontendChannels:

@@ -188,7 +188,7 @@ class EngineClient(asyncio.Protocol):
         self._is_delivering = False
         self._is_held = False
         self._num_submitted = 0
-        self._last_progress = clock()
+        self._last_progress = [clock()]
 
     # For handlers
 
@@ -258,8 +258,8 @@ class EngineClient(asyncio.Protocol):
         self._send(message)
 
     def seconds_without_progress(self) -> float:
-        """How long no step has finished although there was work, or nothing was heard of the engine at all."""
-        return self._clock() - self._last_progress
+        """How long no step of some replica has finished although it had work, or nothing was heard of the engine at all."""
+        return self._clock() - min(self._last_progress)
 
     def failed(self) -> ApiError:
         """The error that every request gets once the engine is gone."""
@@ -335,7 +335,6 @@ class EngineClient(asyncio.Protocol):
                 self._on_gone()
 
     def _take_deltas(self, deltas: Deltas) -> None:
-        self._last_progress = self._clock()
         for request_id, token_id in zip(deltas.request_ids, deltas.token_ids, strict=True):
             if (entry := self._open.get(request_id)) is not None:
                 entry[0].put_token(entry[1], token_id)
@@ -346,8 +345,13 @@ class EngineClient(asyncio.Protocol):
                 entry[0].put(entry[1], delta)
 
     def _take_stats(self, stats: Stats) -> None:
-        if self.stats is None or not stats.has_work or stats.num_steps > self.stats.num_steps:
-            self._last_progress = self._clock()
+        before, now = self.stats, self._clock()
+        if before is None:
+            self._last_progress = [now] * len(stats.replicas)
+        else:
+            for index, (old, new) in enumerate(zip(before.replicas, stats.replicas, strict=True)):
+                if new.is_lost or not new.has_work or new.num_steps > old.num_steps:
+                    self._last_progress[index] = now
         self.stats = stats
         self._on_stats(stats)
         self._send(Alive())

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an HTTP process and the engine tell each other: typed MessagePack, each message after its length.
 
-The socket pair is private to the two processes, and both ends decode into exactly these types.
+The socket pair is private to the two processes, and both ends decode into exactly these types. Rank 0 and the leaders of other
+replicas use the same messages: to such a leader rank 0 is the HTTP side.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Literal
 import msgspec
 
 from phalanx.parallel.frames import FrameDecoder, frame
+from phalanx.runtime.engine import ReplicaStats
 from phalanx.runtime.request import Request, TokenDelta
-from phalanx.runtime.scheduler import SchedulerStats
 
 __all__ = [
     "Alive",
@@ -113,17 +114,9 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):
-    """Counts since the start or at this moment; sent several times a second as a sign of life, and answered by `Alive`.
+    """Counts of every replica, in order; sent several times a second as a sign of life, and answered by `Alive`."""
 
-    Attributes:
-        num_steps: steps finished since the start.
-        has_work: whether steps should be finishing now.
-        scheduler: the scheduler's own.
-    """
-
-    num_steps: int
-    has_work: bool
-    scheduler: SchedulerStats
+    replicas: list[ReplicaStats]
 
 
 class Draining(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,81 @@
+"""``launch.serve --dp``: several replicas in one job, one server in front of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import Job
+from .test_lifecycle import events
+from .test_serve import LONG, metric, serve_tiny, tiny, wait_until_idle
+
+__all__ = ["tiny"]
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def job(tiny: Path) -> Iterator[Job]:
+    """dp 2 x tp 2."""
+    with serve_tiny(tiny, 4, "--dp", "2", "--pp", "1", "--max-num-seqs", "4", "--max-queued-requests", "2") as running:
+        yield running
+
+
+def answers(job: Job, bodies: list[dict[str, Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return [answer.json for answer in pool.map(lambda body: job.server.post(PATH, body), bodies)]
+
+
+def replica_metric(job: Job, name: str, replica: int) -> float:
+    return metric(job, f'phalanx_replica_{name}{{replica="{replica}"}}')
+
+
+def test_both_replicas_work_and_give_the_tokens_of_one(job: Job, tiny: Path) -> None:
+    bodies = [
+        {"prompt": [20 + n, 30, 40], "max_tokens": 20, "temperature": 0, "return_token_ids": True} for n in range(8)
+    ]
+    together = [answer["choices"][0]["token_ids"] for answer in answers(job, bodies)]
+    wait_until_idle(job)
+    assert all(replica_metric(job, "steps_total", replica) > 0 for replica in range(2))
+    assert metric(job, "phalanx_replicas_serving") == 2
+    alone = [job.server.post(PATH, body).json["choices"][0]["token_ids"] for body in bodies]
+    assert together == alone
+    assert "dp 2 x pp 1 x tp 2" in job.server.get("/server_info").json["layout"]
+
+
+def test_admission_counts_all_replicas_together(job: Job) -> None:
+    stream = job.server.open_stream(
+        PATH, {**LONG, "max_tokens": 60, "n": 8}
+    )  # all on one replica, for the prompt's sake
+    refused = job.server.post(PATH, {"prompt": "a", "max_tokens": 1, "n": 3})
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert "8 requests are open, at most 10" in refused.error["message"]
+    assert job.server.post(PATH, {"prompt": "a", "max_tokens": 1, "n": 2}).status == 200
+    assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_drain_waits_for_every_replica(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--dp", "2") as job:
+        streams = [job.server.open_stream(PATH, {**LONG, "max_tokens": 100}) for _ in range(4)]
+        os.kill(job.rank(0), signal.SIGTERM)
+        assert all(events(stream)[-1]["choices"][0]["finish_reason"] == "length" for stream in streams)
+        status, errors = job.server.wait()
+        assert status == 0, errors
+
+
+def test_a_stopped_replica_ends_the_job_and_its_rank_is_named(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--dp", "2", "--stall-timeout", "4") as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
+        pid = job.rank(1)
+        os.kill(pid, signal.SIGSTOP)
+        assert any("rank 1 (" in json.dumps(events(stream)[-1]) for stream in streams)
+        status, errors = job.server.wait()
+        assert status != 0
+        assert f"pid {pid}) has given no sign of life" in errors
