@@ -14,7 +14,8 @@ HI = [{"role": "user", "content": "hi"}]
 
 COMPLETION_FIELDS: list[tuple[str, Any, str | None]] = [
     # field, value, param of the error where it is not the field's name
-    ("best_of", 3, None),
+    ("best_of", 0, None),
+    ("best_of", 129, None),
     ("echo", "yes", None),
     ("echo", 1, None),
     ("frequency_penalty", 2.1, None),

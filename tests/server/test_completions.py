@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 
+from phalanx.runtime.answer import Answer, TokenEvent
+from phalanx.runtime.request import Logprob, SamplingParams
+from phalanx.runtime.server.openai.answer_format import Served
+from phalanx.runtime.server.openai.completions import CompletionFormat
+from phalanx.runtime.server.openai.protocol import CompletionRequest
+
 from .servers import Server, stub_server
 
 PATH = "/v1/completions"
@@ -245,3 +251,36 @@ def test_refusals_of_the_engine_have_their_status_in_streams_too(server: Server)
         assert (refused.status, refused.error["param"]) == (400, "prompt")
         full = server.post(PATH, {"prompt": [14], "stream": stream})
         assert (full.status, full.headers["retry-after"], full.headers["x-should-retry"]) == (429, "7", "true")
+
+
+def candidates(*logprobs: list[float]) -> list[Answer]:
+    answers = []
+    for index, values in enumerate(logprobs):
+        answer = Answer.start(index, (1,), SamplingParams(), None)
+        answer.events = [TokenEvent(token_id, "", Logprob(token_id, value)) for token_id, value in enumerate(values)]
+        answer.finish_reason = "stop"
+        answers.append(answer)
+    return answers
+
+
+def test_best_of_returns_the_answers_most_probable_per_token_of_each_prompt() -> None:
+    request = CompletionRequest(prompt=["a", "b"], n=2, best_of=3, return_token_ids=True)
+    writer = CompletionFormat(Served("m", None), request, ["a", "b"], 3)
+    answers = candidates([-1.0], [-0.1] * 9, [-0.5, -0.7], [-3.0], [-2.0], [-1.0])
+    choices = writer.whole(answers, {})["choices"]
+    assert [(choice["index"], len(choice["token_ids"])) for choice in choices] == [(0, 9), (1, 2), (2, 1), (3, 1)]
+    assert [choice["logprobs"] for choice in choices] == [None] * 4
+
+
+def test_best_of_counts_all_that_was_generated(server: Server) -> None:
+    result = complete(server, prompt="ab", n=1, best_of=3, max_tokens=4)
+    assert [choice["index"] for choice in result["choices"]] == [0]
+    assert result["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize(
+    "fields", [{"best_of": 1, "n": 2}, {"best_of": 2, "stream": True}, {"best_of": 2, "max_tokens": 0, "echo": True}]
+)
+def test_best_of_needs_answers_to_compare(server: Server, fields: dict[str, Any]) -> None:
+    answer = server.post(PATH, {"prompt": "a", **fields})
+    assert (answer.status, answer.error["param"]) == (400, "best_of")

@@ -23,11 +23,16 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(slots=True)
 class CompletionFormat:
-    """Writes ``text_completion`` objects; see `AnswerFormat`."""
+    """Writes ``text_completion`` objects; see `AnswerFormat`.
+
+    Attributes:
+        num_candidates: answers to each prompt, of which the best are returned.
+    """
 
     served: Served
     request: CompletionRequest
     prompts: Sequence[Prompt]
+    num_candidates: int
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
@@ -56,10 +61,20 @@ class CompletionFormat:
         return {**self._object([]), "usage": usage}
 
     def whole(self, choices: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **self._object([self._choice(choice, choice.events, last=True) for choice in choices]),
-            "usage": usage,
-        }
+        entries = [self._choice(choice, choice.events, last=True) for choice in self._best(choices)]
+        for index, entry in enumerate(entries):
+            entry["index"] = index
+        return {**self._object(entries), "usage": usage}
+
+    def _best(self, choices: Sequence[Answer]) -> list[Answer]:
+        """The ``n`` answers to each prompt with the highest log-probability per token, best first."""
+        if self.num_candidates == self.request.n:
+            return list(choices)
+        starts = range(0, len(choices), self.num_candidates)
+        groups = [
+            sorted(choices[start : start + self.num_candidates], key=_mean_logprob, reverse=True) for start in starts
+        ]
+        return [choice for group in groups for choice in group[: self.request.n]]
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -107,7 +122,7 @@ class CompletionFormat:
         return lists.take()
 
     def _prompt(self, choice: Answer) -> Prompt:
-        return self.prompts[choice.index // self.request.n]
+        return self.prompts[choice.index // self.num_candidates]
 
     def _prompt_text(self, choice: Answer, tokenizer: Tokenizer) -> str:
         prompt = self._prompt(choice)
@@ -122,3 +137,9 @@ class CompletionFormat:
         return self.tokenizer.detokenizer(
             skip_special_tokens=choice.params.skip_special_tokens, prompt_token_ids=choice.prompt_token_ids
         )
+
+
+def _mean_logprob(choice: Answer) -> float:
+    """The mean over the tokens of an answer, so that longer ones are not at a disadvantage."""
+    logprobs = [event.logprob.logprob for event in choice.events if event.logprob is not None]
+    return sum(logprobs) / max(1, len(logprobs))

@@ -52,6 +52,7 @@ class Generation:
     Attributes:
         model: name that the request asks for; None = any.
         prompts: in order; each is answered ``n`` times.
+        n: answers that the engine gives to each prompt.
         sampling: sampling fields that were given, by the names of `SamplingParams`, less ``max_tokens``.
         max_tokens: as asked for; None = ``default_max_tokens``.
         max_tokens_name: what the request calls it.
@@ -96,8 +97,9 @@ def parse_completion(body: bytes) -> ApiGeneration:
     options = _stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
-    if request.best_of not in (None, request.n):
-        raise invalid(f"best_of={request.best_of} is not supported unless equal to n; leave it out", "best_of")
+    num_candidates = _num_candidates(request)
+    if num_candidates > request.n:
+        sampling |= {"logprobs": 0}
     if request.logprobs is not None:
         sampling |= {"logprobs": request.logprobs}
         if request.echo:
@@ -106,15 +108,27 @@ def parse_completion(body: bytes) -> ApiGeneration:
     return ApiGeneration(
         model=request.model,
         prompts=prompts,
-        n=request.n,
+        n=num_candidates,
         sampling=sampling,
         max_tokens=request.max_tokens,
         max_tokens_name="max_tokens",
         default_max_tokens=DEFAULT_MAX_TOKENS,
         add_special_tokens=request.add_special_tokens is not False,
         stream=request.stream,
-        reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts), options),
+        reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts, num_candidates), options),
     )
+
+
+def _num_candidates(request: CompletionRequest) -> int:
+    """How many answers to a prompt are generated, of which the ``n`` best are returned."""
+    best_of = request.n if request.best_of is None else request.best_of
+    if best_of < request.n:
+        raise invalid(f"best_of={best_of} is below n={request.n}; use at least that many", "best_of")
+    if best_of > request.n and request.stream:
+        raise invalid("best_of above n needs whole answers to compare; leave it out, or do not stream", "best_of")
+    if best_of > request.n and request.max_tokens == 0:
+        raise invalid("best_of above n compares generated tokens; leave it out with max_tokens=0", "best_of")
+    return best_of
 
 
 def parse_chat(body: bytes) -> ApiGeneration:
