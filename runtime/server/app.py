@@ -42,6 +42,7 @@ def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes
             Route("/", routes.page),
             Route("/health", routes.health),
             Route("/ready", routes.ready),
+            Route("/ping", routes.health),
             Route("/version", routes.version),
             Route("/server_info", routes.server_info),
             Route("/metrics", routes.metrics),

@@ -29,7 +29,7 @@ def test_answers_carry_the_first_name(server: Server) -> None:
 
 
 def test_health_and_ready(server: Server) -> None:
-    for path in ("/health", "/ready"):
+    for path in ("/health", "/ready", "/ping"):
         answer = server.get(path)
         assert (answer.status, answer.json) == (200, {"status": "ok"})
 
