@@ -87,13 +87,13 @@ def adjust_logits(
 ) -> None:  # fmt: skip
     """``out`` = ``logits`` with the token biases of each row's sequence that still count, and its penalties.
 
-    logits [S, V_local] are those of tokens from ``vocab_start`` on; biases [sequences, N, 3] int32, the bits of token, bias
-    and first position without it, of which a record's ``num_biases`` count; ``cache`` holds the tokens before each row's
+    logits [S, V_local] are those of tokens from ``vocab_start`` on; biases [sequences, N, 4] int32, the bits of token, bias,
+    first position without it and number of entries after it that must come before it, of which a record's ``num_biases`` count; ``cache`` holds the tokens before each row's
     position; out [S, V_local] float32.
     """
     num_rows, part_size = logits.shape
     require("logits", logits, (num_rows, part_size), logits)
-    require("biases", biases, (*biases.shape[:2], 3), "int32")
+    require("biases", biases, (*biases.shape[:2], 4), "int32")
     require("block_tables", cache.block_tables, (biases.shape[0], cache.block_tables.shape[1]), "int32")
     require("token_ids", cache.token_ids, cache.token_ids.shape[:2], "int32")
     require("out", out, (num_rows, part_size), "float32")

@@ -21,7 +21,7 @@
 //     sequence that sample are neighbours.
 // Reference: StepPlan.cu_seqlens, positions, sampling_seqs, sampled_positions and BatchState.apply in NumPy, exactly.
 
-static_assert(NEW_BLOCKS_WORDS == 4 && COPIES_WORDS == 3 && BIASES_WORDS == 5, "entries of phalanx.runtime.step.STEP_LAYOUT");
+static_assert(NEW_BLOCKS_WORDS == 4 && COPIES_WORDS == 3 && BIASES_WORDS == 6, "entries of phalanx.runtime.step.STEP_LAYOUT");
 
 // What the samplers read, one element for each row with logits; `sampling` has ADMISSIONS_WORDS of them.
 struct Rows {
@@ -99,10 +99,10 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
         sampling[admission[0] * ADMISSIONS_WORDS + i % ADMISSIONS_WORDS] = admission[i % ADMISSIONS_WORDS];
     }
     for (int i = threadIdx.x; i < plan.number(AT_NUM_BIASES); i += NUM_THREADS) {
-        const int* entry = plan.section(AT_BIASES_AT) + BIASES_WORDS * i;  // sequence, index, and the bias's three words
-        int* const bias = biases + 3 * (static_cast<long long>(entry[0]) * max_biases + entry[1]);
+        const int* entry = plan.section(AT_BIASES_AT) + BIASES_WORDS * i;  // sequence, index, and the bias's four words
+        int* const bias = biases + 4 * (static_cast<long long>(entry[0]) * max_biases + entry[1]);
 #pragma unroll
-        for (int word = 0; word < 3; ++word) bias[word] = entry[2 + word];
+        for (int word = 0; word < 4; ++word) bias[word] = entry[2 + word];
     }
 
     const int* const starts = plan.section(AT_STARTS_AT);

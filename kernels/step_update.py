@@ -38,7 +38,7 @@ class StepArrays:
         plan: ``[W]`` the packed plan of the step.
         block_tables: ``[max_num_seqs, blocks per sequence]`` block ids.
         sampling: ``[max_num_seqs, A]`` sampling parameters, bits of `phalanx.runtime.step.ADMISSION`.
-        biases: ``[max_num_seqs, N, 3]`` token biases, bits of `phalanx.runtime.step.TOKEN_BIAS`.
+        biases: ``[max_num_seqs, N, 4]`` token biases, bits of `phalanx.runtime.step.TOKEN_BIAS`.
         last_tokens: ``[max_num_seqs]`` what each sequence sampled last.
         cached_tokens: ``[N, P]`` token of each position of the key/value cache's blocks.
         cu_seqlens: ``[S + 1]`` first row of each sequence.
@@ -90,7 +90,7 @@ class StepArrays:
             "plan": (max_plan_words,),
             "block_tables": (max_num_seqs, max_blocks_per_seq),
             "sampling": (max_num_seqs, admission_words),
-            "biases": (max_num_seqs, max_biases, 3),
+            "biases": (max_num_seqs, max_biases, 4),
             "last_tokens": seqs,
             "cached_tokens": (1, block_size),
             "cu_seqlens": (max_num_seqs + 1,),

@@ -21,6 +21,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.ops import ExpertsSpec
+from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES, MAX_TOKEN_BIASES, TOKEN_BIAS_WORDS
 
 __all__ = [
     "ADJUSTED_ROWS",
@@ -54,7 +55,7 @@ RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
 
 ALIGNMENT_BYTES = 256
-_STEP_WORDS_PER_SEQUENCE = 32
+_STEP_WORDS_PER_SEQUENCE = 32 + TOKEN_BIAS_WORDS * MAX_TOKEN_BIASES
 _STEP_WORDS_PER_TOKEN = 16
 _ROUTING_WORDS = 10  # 16-bit: id, share, place in the order and its inverse, tiles
 
@@ -240,9 +241,10 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
 
 
 def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:
-    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters."""
+    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters, token biases."""
     words = max_num_seqs * (blocks_per_seq + _STEP_WORDS_PER_SEQUENCE) + max_num_tokens * _STEP_WORDS_PER_TOKEN
-    return 4 * words
+    plan_biases = min(max_num_seqs * MAX_TOKEN_BIASES, MAX_PLAN_BIASES) * (2 + TOKEN_BIAS_WORDS)
+    return 4 * (words + plan_biases)
 
 
 def _weight_part(name: str) -> str:

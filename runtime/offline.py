@@ -15,7 +15,7 @@ from phalanx.runtime.engine import Engine
 from phalanx.runtime.interrupts import HeldInterrupts
 from phalanx.runtime.request import Request, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.sampling.rules import TokenIds, shown
-from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.text import Tokenizer, with_word_tokens
 
 __all__ = ["OfflineRun", "Progress", "Prompt", "as_prompts", "one_for_each"]
 
@@ -93,6 +93,7 @@ class OfflineRun:
                 raise RequestError(
                     "stop needs text, but the checkpoint has no tokenizer.json; use stop_token_ids", "stop"
                 )
+            params = with_word_tokens(params, self._tokenizer)
             self._engine.submit(Request(request_id, answer.prompt_token_ids, params))
         except (RequestError, CapacityError) as error:
             answer.fail(str(error))

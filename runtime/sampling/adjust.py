@@ -7,6 +7,7 @@ the model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -41,9 +42,11 @@ def adjust_logits(
     adjusted = logits.copy()
     for row in rows:
         record, position = sampling[row], int(positions[row])
-        add_biases(adjusted[row], biases[record["seq_index"], : record["num_biases"]], position)
+        tokens = functools.cache(functools.partial(history, int(record["seq_index"]), position))
+        own = biases[record["seq_index"], : record["num_biases"]]
+        add_biases(adjusted[row], own, position, record["num_prompt"], tokens)
         if _has_penalties(record):
-            _penalise(adjusted[row], record, history(int(record["seq_index"]), position))
+            _penalise(adjusted[row], record, tokens())
     return adjusted
 
 

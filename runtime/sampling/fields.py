@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, TokenNumbers, Whole
+from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, TokenLists, TokenNumbers, Whole
 
 __all__ = [
     "DEVICE_COLUMNS",
     "MAX_LOGPROBS",
+    "MAX_PLAN_BIASES",
+    "MAX_TOKEN_BIASES",
     "SAMPLING_FIELDS",
     "SAMPLING_STRUCT",
+    "TOKEN_BIAS_WORDS",
     "Door",
     "SamplingField",
     "SamplingParams",
@@ -32,6 +35,15 @@ __all__ = [
 ]
 
 Door = Literal["openai", "triton", "anthropic"]
+
+MAX_TOKEN_BIASES = 512
+"""Most entries of one sequence's list of token biases (`sampling.biases`); bounds what ranks keep and what a plan carries."""
+
+MAX_PLAN_BIASES = 128 * MAX_TOKEN_BIASES
+"""Most token biases in one plan; sequences that would bring more start in the next."""
+
+TOKEN_BIAS_WORDS = 4
+"""Words of an entry."""
 
 MAX_LOGPROBS = 20
 """Most alternatives reported per token; bounds the size of a reply."""
@@ -124,11 +136,17 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
         ("TEXT", "end at this text; repeatable"),
     ),
     SamplingField("stop_token_ids", (), TokenIds(most=64), {"openai": "stop_token_ids"}),
+    SamplingField("stop_token_sequences", (), TokenLists(1024)),
     SamplingField("ignore_eos", False, Flag(), {"openai": "ignore_eos"}, ("", "generate past the end token")),
     SamplingField(
         "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end before this many tokens")
     ),
     SamplingField("logit_bias", (), TokenNumbers(128, Real(-100.0, 100.0)), {"openai": "logit_bias"}),
+    SamplingField(
+        "bad_words", (), Texts(most=128, most_characters=1024), _same("bad_words"),
+        ("TEXT", "never generate this text; repeatable"),
+    ),
+    SamplingField("bad_token_ids", (), TokenLists(MAX_TOKEN_BIASES)),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
     SamplingField(
@@ -221,9 +239,13 @@ class SamplingParams:
         seed: same seed, same tokens, whatever else runs and in any layout; None = drawn by the engine.
         stop: texts that end the generation; left out of the text unless ``include_stop``.
         stop_token_ids: tokens that end it, besides the model's own end tokens.
+        stop_token_sequences: lists of tokens that end it where the output ends in one.
         ignore_eos: generate past the model's end tokens.
         min_tokens: no end token is chosen, and no stop text counts, before this many tokens.
         logit_bias: tokens and numbers from -100 to 100 that are added to their logits before one is chosen; a mapping or pairs.
+        bad_words: texts that are not generated, at the start of a word or inside: the last token of each is not chosen where the output
+            ends in the others.
+        bad_token_ids: the same as lists of token ids.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
@@ -244,9 +266,12 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_token_sequences: tuple[tuple[int, ...], ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from phalanx.parallel.errors import RequestError
 
-__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "TokenNumbers", "Whole"]
+__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "TokenLists", "TokenNumbers", "Whole"]
 
 MAX_INT32 = 2**31 - 1
 
@@ -129,6 +129,25 @@ class TokenIds:
                     name,
                 )
         return tuple(map(int, listed))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """Lists of token ids, none of them empty, with ``most_tokens`` in all."""
+
+    most_tokens: int
+
+    def check(self, name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+        if not isinstance(value, (list, tuple)):
+            raise RequestError(f"{name}={shown(value)} is not a list of lists of token ids", name)
+        if len(value) > self.most_tokens:
+            raise RequestError(f"{name} holds {len(value)} lists; use at most {self.most_tokens}", name)
+        lists = tuple(TokenIds(self.most_tokens).check(name, tokens) for tokens in value)
+        if () in lists:
+            raise RequestError(f"{name} holds an empty list, which would match at once; leave it out", name)
+        if (total := sum(map(len, lists))) > self.most_tokens:
+            raise RequestError(f"{name} holds {total} tokens; use at most {self.most_tokens}", name)
+        return lists
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,10 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         RequestError: it could never run with these limits.
     """
     params = request.params
+    if params.bad_words:
+        raise RequestError(
+            "bad_words are texts, which the checkpoint has no tokenizer.json for; use bad_token_ids", "bad_words"
+        )
     token_ids = _prompt_array(request, config.vocab_size)
     _check_length(len(token_ids), params.max_tokens, config, cache)
     end_token_ids = _end_token_ids(request, config)
@@ -91,6 +96,8 @@ def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]
     own = request.params.stop_token_ids
     models = () if request.params.ignore_eos else config.eos_token_ids
     _check_vocabulary("stop_token_ids", own, config.vocab_size)
+    for name in ("bad_token_ids", "stop_token_sequences"):
+        _check_vocabulary(name, itertools.chain.from_iterable(getattr(request.params, name)), config.vocab_size)
     _check_vocabulary("logit_bias", [token for token, _ in request.params.logit_bias], config.vocab_size)
     return (*models, *own)
 

@@ -23,6 +23,9 @@ def outcomes(
     ends = np.zeros(len(seq_indices), np.bool_)
     for end_ids in table.end_ids:
         ends |= end_ids[seq_indices] == token_ids
+    if table.stop_sequences:
+        for i in np.flatnonzero(np.isin(seq_indices, list(table.stop_sequences))):
+            ends[i] |= table.ends_in_stop_sequence(int(seq_indices[i]))
     codes[ends & (lengths > table.min_length[seq_indices])] = STOP
     codes[token_ids < 0] = NOT_FINITE
     return codes

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.runtime.kv_cache import CachePlanner
+from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES
 from phalanx.runtime.scheduler.admission import admission_row, bias_rows
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.scheduler.sequences import PromptGroup, SeqIndexArray, Sequence, SequenceTable
@@ -107,6 +108,8 @@ class RunningSet:
         heir = next(iter(self._waiting), None)
         if heir is None or heir.group is not group or heir.leader is None or self._waits_for_prompt(heir):
             return
+        if sum(len(other.biases) for other in (*self._heirs, heir)) > MAX_PLAN_BIASES:
+            return
         num_cached = self._reserve(heir)
         if num_cached is not None:
             self._waiting.discard(heir)
@@ -181,6 +184,8 @@ class RunningSet:
         for sequence in self._waiting:
             is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
             if is_full or budget <= 0 or not self._table.num_free:
+                break
+            if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
                 break
             if self._waits_for_prompt(sequence):
                 continue

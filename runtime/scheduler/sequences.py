@@ -110,6 +110,7 @@ class SequenceTable:
         num_prompt, target_length: see `Sequence`.
         min_length: no end token counts up to this length.
         end_ids: ``[W, max_num_seqs]`` tokens that end the sequence.
+        stop_sequences: for rows that have any, lists of tokens that end the sequence together.
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
@@ -132,6 +133,7 @@ class SequenceTable:
         self.target_length = np.ones(max_num_seqs, np.int32)
         self.min_length = np.zeros(max_num_seqs, np.int32)
         self.end_ids = np.full((1, max_num_seqs), _NO_TOKEN, np.int32)
+        self.stop_sequences: dict[int, list[list[int]]] = {}
         self.epochs = np.zeros(max_num_seqs, np.int64)
         self.numbers = np.full(max_num_seqs, -1, np.int64)
         self.last_turns = np.zeros(max_num_seqs, np.int64)
@@ -168,6 +170,8 @@ class SequenceTable:
         self.target_length[seq_index] = sequence.target_length
         self.min_length[seq_index] = sequence.num_prompt + sequence.request.params.min_tokens
         self._set_end_ids(seq_index, sequence.end_token_ids)
+        if sequences := sequence.request.params.stop_token_sequences:
+            self.stop_sequences[seq_index] = [list(tokens) for tokens in sequences]
         self.numbers[seq_index] = sequence.number
         self.wants_logprobs[seq_index] = sequence.request.params.logprobs is not None
         self.has_first_news[seq_index] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
@@ -182,6 +186,7 @@ class SequenceTable:
         self.sequences[seq_index] = None
         self.num_known[seq_index] = self.num_computed[seq_index] = self.num_pending[seq_index] = 0
         self.target_length[seq_index] = 1
+        self.stop_sequences.pop(seq_index, None)
         self.epochs[seq_index] += 1
         self.numbers[seq_index] = -1
         heapq.heappush(self._free_indices, seq_index)
@@ -234,6 +239,11 @@ class SequenceTable:
         self.num_known[seq_indices] = lengths
         self.num_pending[seq_indices] -= 1
         return lengths
+
+    def ends_in_stop_sequence(self, seq_index: int) -> bool:
+        """Whether the output of a row ends in one of its stop sequences."""
+        output = self.known_tokens(seq_index)[self.num_prompt[seq_index] :]
+        return any(output[-len(tokens) :].tolist() == tokens for tokens in self.stop_sequences[seq_index])
 
     def _set_end_ids(self, seq_index: int, end_token_ids: tuple[int, ...]) -> None:
         missing = len(end_token_ids) - len(self.end_ids)

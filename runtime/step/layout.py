@@ -36,8 +36,9 @@ ADMISSION = np.dtype(list(DEVICE_COLUMNS))
 """Sampling parameters of a sequence. temperature 0 = greedy; top_k 0 = all; penalties 0 = none; num_logprobs -1 = none, 0 =
 the chosen token only; num_biases entries of the sequence's list of token biases count."""
 
-TOKEN_BIAS = np.dtype([("token", "<i4"), ("bias", "<f4"), ("until", "<i4")])
-"""A number added to one token's logit while the position to be sampled is below ``until``. See `sampling.biases`."""
+TOKEN_BIAS = np.dtype([("token", "<i4"), ("bias", "<f4"), ("until", "<i4"), ("num_before", "<i4")])
+"""A number added to one token's logit while the position to be sampled is below ``until`` and the output ends in the tokens of the
+``num_before`` entries after it, the last token first. See `sampling.biases`."""
 
 TOKEN_BIAS_ENTRY = np.dtype([("seq_index", "<i4"), ("index", "<i4"), ("bias", TOKEN_BIAS)])
 """A `TOKEN_BIAS` and where it goes: which sequence, and which place in its list."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
+from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES, MAX_TOKEN_BIASES
 from phalanx.runtime.step.layout import STEP_LAYOUT
 
 __all__ = ["StepLimits"]
@@ -43,5 +43,5 @@ class StepLimits:
         return STEP_LAYOUT.most_words(
             num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
             num_new_blocks=seqs + tokens + self.blocks_per_seq, num_copies=seqs, num_admissions=seqs,
-            num_biases=seqs * MAX_TOKEN_BIASES,
+            num_biases=min(seqs * MAX_TOKEN_BIASES, MAX_PLAN_BIASES),
         )  # fmt: skip

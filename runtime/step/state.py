@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
+from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.step.layout import ADMISSION, TOKEN_BIAS, Int32Array
 from phalanx.runtime.step.plan import StepPlan
 

@@ -14,6 +14,7 @@ from phalanx.kernels.sampling import (
     sample_rows,
 )
 from phalanx.parallel.errors import ExecutorError
+from phalanx.runtime.sampling.adjust import adjust_logits as adjusted_on_host
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
 from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 
@@ -95,8 +96,8 @@ def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_
     logits, vocab_start = random_normal(dtype, 4, part_size), 500
     last = vocab_start + part_size - 1
     biases = np.zeros((3, 5), TOKEN_BIAS)
-    biases[1] = [(499, 1, 99), (500, 2.5, 99), (last, -1e30, 8), (last + 1, 1, 99), (700, 4, 99)]
-    biases[2, :3] = [(600, -100, 7), (600, -1e30, 8), (600, 7, 6)]
+    biases[1] = [(499, 1, 99, 0), (500, 2.5, 99, 0), (last, -1e30, 8, 0), (last + 1, 1, 99, 0), (700, 4, 99, 0)]
+    biases[2, :3] = [(600, -100, 7, 0), (600, -1e30, 8, 0), (600, 7, 6, 0)]
     records = np.zeros(4, ADMISSION)
     records["seq_index"], records["num_biases"], positions = (
         [1, 0, 2, 1],
@@ -110,10 +111,39 @@ def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_
     expected[3, 200] += np.float32(4)
     rows = RowParameters(device.put(records.view(np.int32).reshape(4, -1)), device.put(positions), SAMPLING_STRUCT)
     out = device.poisoned(logits.shape, np.float32)
-    words = device.put(biases.view(np.int32).reshape(3, 5, 3))
+    words = device.put(biases.view(np.int32).reshape(3, 5, 4))
     cache = TokenCache(device.put(np.zeros((3, 1), np.int32)), device.put(np.full((1, 16), 600, np.int32)))
     adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
     np.testing.assert_array_equal(device.get(out), expected)
+
+
+def test_a_bias_with_tokens_before_it_counts_where_the_output_ends_in_them(device, random_normal):
+    """Not across the end of the prompt, and one ban after another is no less than a ban."""
+    logits = random_normal(np.float32, 6, 1003)
+    tables, cached = np.array([[2, 0]], np.int32), np.zeros((3, 16), np.int32)
+    cached[[2, 0]] = np.arange(32).reshape(2, 16)  # the token at each position is its number
+    entries = [
+        (500, -1e30, 99, 2),
+        (16, 0, 0, 0),
+        (15, 0, 0, 0),
+        (501, -1e30, 99, 0),
+        (501, -1e30, 99, 1),
+        (16, 0, 0, 0),
+    ]
+    biases, records = np.zeros((1, 8), TOKEN_BIAS), np.zeros(6, ADMISSION)
+    biases[0, :6] = entries
+    records["num_biases"], records["num_prompt"] = 6, [4, 15, 16, 17, 4, 4]
+    positions = np.array([17, 17, 17, 17, 16, 18], np.int32)
+    expected = logits.copy()
+    expected[:, 501] = -1e30
+    expected[:2, 500] += np.float32(-1e30)
+    rows = RowParameters(device.put(records.view(np.int32).reshape(6, -1)), device.put(positions), SAMPLING_STRUCT)
+    out, words = device.poisoned(logits.shape, np.float32), device.put(biases.view(np.int32).reshape(1, 8, 4))
+    cache = TokenCache(device.put(tables), device.put(cached))
+    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=0)
+    np.testing.assert_array_equal(device.get(out), expected)
+    host = adjusted_on_host(logits, records, positions, biases, lambda _, length: np.arange(length, dtype=np.int32))
+    np.testing.assert_array_equal(host, expected)
 
 
 def penalised(row, vocab_start, prompt, output, repetition, presence, frequency):
@@ -147,7 +177,7 @@ def test_penalties_count_the_tokens_of_each_rows_sequence(device, random_normal,
     records["num_prompt"] = num_prompt
     for name, values in zip(("repetition", "presence", "frequency"), zip(*rules, strict=True), strict=True):
         records[f"{name}_penalty"] = [0 if (name, value) == ("repetition", 1.0) else value for value in values]
-    records["num_biases"][3], biases[1, 0] = 1, (500, 9.0, 99)
+    records["num_biases"][3], biases[1, 0] = 1, (500, 9.0, 99, 0)
     expected = logits.astype(np.float64)
     expected[3, 0] += 9  # before the penalties
     for row, sequence in enumerate(records["seq_index"]):
@@ -157,7 +187,7 @@ def test_penalties_count_the_tokens_of_each_rows_sequence(device, random_normal,
     rows = RowParameters(device.put(records.view(np.int32).reshape(5, -1)), device.put(positions), SAMPLING_STRUCT)
     out = device.poisoned(logits.shape, np.float32)
     cache = TokenCache(device.put(tables), device.put(cached))
-    words = device.put(biases.view(np.int32).reshape(2, 2, 3))
+    words = device.put(biases.view(np.int32).reshape(2, 2, 4))
     adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
     np.testing.assert_allclose(device.get(out), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(device.get(out)[4], logits[4].astype(np.float32))

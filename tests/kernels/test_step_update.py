@@ -119,8 +119,8 @@ def test_rows_carry_their_sequences_sampling_parameters(device):
 def test_token_biases_of_admitted_sequences_replace_those_of_earlier_ones(device):
     plan, state, step = mixed_plan(), BatchState.empty(SEQS, BLOCKS_PER_SEQ), step_kernels(device)
     for tokens in ((5, 6, 7), (8, 9)):
-        entries = [(2, index, (token, -0.5 * token, 10 + token)) for index, token in enumerate(tokens)]
-        entries += [(8, 0, (tokens[0], 1.0, 3))]
+        entries = [(2, index, (token, -0.5 * token, 10 + token, 0)) for index, token in enumerate(tokens)]
+        entries += [(8, 0, (tokens[0], 1.0, 3, 2))]
         plan = StepPlan.pack(
             3, plan.seq_indices, plan.starts, plan.num_scheduled_tokens, plan.token_ids, plan.rows[:4],
             biases=np.array(entries, TOKEN_BIAS_ENTRY),
@@ -128,7 +128,7 @@ def test_token_biases_of_admitted_sequences_replace_those_of_earlier_ones(device
         arrays = load(device, step, plan)
         step.update(TOKENS, 7)
         state.apply(plan)
-        expected = state.biases[:, :MAX_BIASES].copy().view(np.int32).reshape(SEQS, MAX_BIASES, 3)
+        expected = state.biases[:, :MAX_BIASES].copy().view(np.int32).reshape(SEQS, MAX_BIASES, 4)
         np.testing.assert_array_equal(device.get(arrays.biases), expected)
     assert state.biases["token"][2, :4].tolist() == [8, 9, 7, 0]
 

@@ -20,7 +20,7 @@ from phalanx.runtime.sampling.fields import (
     read_fields,
     restricts_tokens,
 )
-from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, TokenNumbers, Whole
+from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, TokenLists, TokenNumbers, Whole
 from phalanx.runtime.step import ADMISSION
 
 from ..support.records import admission
@@ -32,6 +32,7 @@ TYPES: dict[type[Rule], type] = {
     Flag: bool,
     Texts: tuple,
     TokenIds: tuple,
+    TokenLists: tuple,
     TokenNumbers: tuple,
 }
 ODD_VALUES: list[Any] = [

@@ -35,7 +35,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
     admissions["seed"], admissions["seq_index"] = draw(st.integers(0, 2**64 - 1)), np.arange(len(admissions))
     admissions["num_logprobs"] = draw(st.integers(-1, 3))
     biases = np.zeros(draw(st.integers(0, 3)), TOKEN_BIAS_ENTRY)
-    biases["bias"] = (7, draw(st.floats(-100, 100, width=32)), 9)
+    biases["bias"] = (7, draw(st.floats(-100, 100, width=32)), 9, 1)
     new_blocks = np.arange(4 * num_blocks, dtype=np.int32).reshape(-1, 4) % 8
     new_blocks[:, 0] = 0
     return StepPlan.pack(

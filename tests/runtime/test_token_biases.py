@@ -115,7 +115,7 @@ def test_a_row_without_biases_in_force_keeps_its_logits() -> None:
     records, biases = np.zeros(3, ADMISSION), np.zeros((2, MAX_TOKEN_BIASES), TOKEN_BIAS)
     assert adjust_logits(logits, records, np.zeros(3, np.int32), biases, no_history) is logits
     records["seq_index"], records["num_biases"] = [0, 1, 1], [0, 2, 2]
-    biases[1, :2] = [(4, BAN, 5), (4, 3.0, 9)]
+    biases[1, :2] = [(4, BAN, 5, 0), (4, 3.0, 9, 0)]
     biased = adjust_logits(logits, records, np.array([1, 5, 9], np.int32), biases, no_history)
     expected = logits.copy()
     expected[1, 4] += 3
@@ -123,11 +123,11 @@ def test_a_row_without_biases_in_force_keeps_its_logits() -> None:
 
 
 def test_a_ban_ends_at_min_tokens_and_each_end_token_is_listed_once() -> None:
-    assert token_biases(SamplingParams(max_tokens=5, min_tokens=2), 10, (7, 3, 7)) == [(7, BAN, 12), (3, BAN, 12)]
+    assert token_biases(SamplingParams(max_tokens=5, min_tokens=2), 10, (7, 3, 7)) == [(7, BAN, 12, 0), (3, BAN, 12, 0)]
     assert token_biases(SamplingParams(max_tokens=5), 10, (7, 3)) == []
 
 
 def test_more_biases_than_a_sequence_may_have_are_refused() -> None:
-    with pytest.raises(RequestError, match=f"use at most {MAX_TOKEN_BIASES}") as caught:
+    with pytest.raises(RequestError, match=f"need {MAX_TOKEN_BIASES + 1} .* use at most {MAX_TOKEN_BIASES}") as caught:
         token_biases(SamplingParams(min_tokens=2), 1, tuple(range(MAX_TOKEN_BIASES + 1)))
     assert caught.value.param == "min_tokens"

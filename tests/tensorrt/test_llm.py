@@ -54,7 +54,9 @@ def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
         dataclasses.replace(one, min_tokens=6, stop_token_ids=tuple(range(3, 60)), logprobs=None) for one in params[::3]
     ]
     params[1::3] = [
-        dataclasses.replace(one, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
+        dataclasses.replace(
+            one, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3, bad_token_ids=((3, 4), (7,))
+        )
         for one in params[1::3]
     ]
 

@@ -42,7 +42,7 @@ from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
-from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
+from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "select_device"]

@@ -57,7 +57,7 @@ _READ = frozenset(
     {
         "text_input", "max_tokens", "end_id", "pad_id", "num_return_sequences", "exclude_input_in_output",
         "return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "stream", "input_ids",
-        "input_lengths", "stop_words", "stop_words_list",
+        "input_lengths", "stop_words", "stop_words_list", "bad_words", "bad_words_list",
         # of beam search only
         "length_penalty", "len_penalty", "early_stopping", "beam_search_diversity_rate",
     }
@@ -127,7 +127,8 @@ def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Generation:
     fields = dict(row)
-    fields["stop_words"] = without_empty(row.get("stop_words")) or None
+    for name in ("stop_words", "bad_words"):
+        fields[name] = without_empty(row.get(name)) or None
     try:
         max_tokens = Whole(1, MAX_INT32).check("max_tokens", row["max_tokens"])
         n = Whole(1, MAX_CHOICES).check("num_return_sequences", row.get("num_return_sequences", 1))
@@ -138,6 +139,8 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         sampling["temperature"] = 0.0  # the backend samples only where a filter asks for it
     if row.get("return_log_probs", False):
         sampling["logprobs"] = 0
+    if words := _words("bad_words_list", row.get("bad_words_list")):
+        sampling["bad_token_ids"] = words
     sampling |= _ends(row, vocab_size)
     return Generation(
         model=None,
@@ -152,31 +155,31 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
 
 
 def _ends(row: Row, vocab_size: int) -> dict[str, Any]:
-    """Which tokens end an answer: ``end_id`` instead of the model's own, none if it is outside the vocabulary; single stop tokens."""
-    stop_token_ids = _stop_tokens(row.get("stop_words_list"))
+    """Which tokens end an answer: ``end_id`` instead of the model's own, none if it is outside the vocabulary; and stop words."""
+    stop_words = _words("stop_words_list", row.get("stop_words_list"))
+    sequences = {"stop_token_sequences": longer} if (longer := [word for word in stop_words if len(word) > 1]) else {}
+    stop_token_ids = tuple(word[0] for word in stop_words if len(word) == 1)
     end_id = row.get("end_id")
     if end_id is None:
-        return {"stop_token_ids": stop_token_ids} if stop_token_ids else {}
+        return sequences | ({"stop_token_ids": stop_token_ids} if stop_token_ids else {})
     ends = (*stop_token_ids, end_id) if 0 <= end_id < vocab_size else stop_token_ids
-    return {"ignore_eos": True, "stop_token_ids": ends}
+    return {"ignore_eos": True, "stop_token_ids": ends, **sequences}
 
 
-def _stop_tokens(words: list[list[int]] | None) -> tuple[int, ...]:
+def _words(name: str, words: list[list[int]] | None) -> list[tuple[int, ...]]:
     """Words in the backend's form: all their tokens in a row, and in a second row where each word ends; -1 pads."""
     if not words:
-        return ()
+        return []
     token_ids, ends = words
     found, start = [], 0
     for end in ends:
         if end <= 0:
             break
-        if end - start != 1 or end > len(token_ids):
-            raise invalid(
-                "stop_words_list holds a word of several tokens; use stop_words of model 'ensemble'", "stop_words_list"
-            )
-        found.append(token_ids[start])
+        if not start < end <= len(token_ids):
+            raise invalid(f"{name} says that a word ends at {end}, after {start} of {len(token_ids)} tokens", name)
+        found.append(tuple(token_ids[start:end]))
         start = end
-    return tuple(found)
+    return found
 
 
 def _token_prompt(row: Row) -> tuple[int, ...]:

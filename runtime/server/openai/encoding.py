@@ -11,6 +11,7 @@ from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
 from phalanx.runtime.server.services import Services
+from phalanx.runtime.text import with_word_tokens
 
 __all__ = ["choice_params", "encode", "prompt_token_ids", "render"]
 
@@ -27,7 +28,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     encoded = []
     for prompt in generation.prompts:
         token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)
-        encoded.append((token_ids, _params(services, generation, len(token_ids))))
+        encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
 
 
@@ -50,6 +51,13 @@ async def render(services: Services, prompt: Conversation) -> str:
             options=prompt.options,
         )
     )
+
+
+async def _with_word_tokens(services: Services, params: SamplingParams) -> SamplingParams:
+    if not params.bad_words:
+        return params
+    tokenizer = services.need_tokenizer("bad_words")
+    return await services.in_worker(lambda: with_word_tokens(params, tokenizer))
 
 
 def choice_params(params: SamplingParams, choice: int) -> SamplingParams:

@@ -73,7 +73,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     allowed_token_ids: Any = None
-    bad_words: Any = None
     cache_salt: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
@@ -171,7 +170,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "annotations": ([],),
         "audio": (),
         "background": (False,),
-        "bad_words": ([],),
         "cache_salt": (),
         "chat_template": (),
         "documents": ([],),
