@@ -2,7 +2,7 @@
 // Activations of the feed-forward part.
 //     gated: out = f(gate) * up, from x = [gate | up] of [T, 2F] to [T, F].
 //     plain: out = f(x + bias) on [T, F]; out may be x.
-// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (silu, gelu_tanh, gelu_erf or relu), HAS_BIAS.
+// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (one of activation.cuh), HAS_BIAS.
 // Grid: (chunks of NUM_THREADS * VEC columns, T).
 // Reference: the same in float64, rounded once. Shazeer 2020 (gated variants); Hendrycks and Gimpel 2016 (GELU).
 #include "activation.cuh"

@@ -12,8 +12,8 @@ from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["ACTIVATIONS", "ActivationName", "activation", "gated_activation"]
 
-ActivationName = Literal["silu", "gelu_tanh", "gelu_erf", "relu"]
-ACTIVATIONS: tuple[ActivationName, ...] = ("silu", "gelu_tanh", "gelu_erf", "relu")
+ActivationName = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2"]
+ACTIVATIONS: tuple[ActivationName, ...] = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2")
 _LARGEST_BLOCK = 256
 
 

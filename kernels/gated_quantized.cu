@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gated activation as 8-bit codes: f(gate) * up rounded to storage, then one scale a row, which stays in registers.
 // Shapes: x = [gate | up] [T, 2F]; codes [T, F] bytes; scale [T] float32. One block a row.
-// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (silu, gelu_tanh, gelu_erf or relu),
+// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (one of activation.cuh),
 //     QUANTIZED (1 = fp8, 2 = int8).
 // Reference: activation.cu's gated, then quantize_rows.cu: equal bit for bit.
 #include "activation.cuh"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMSNorm of every query and key head before rotation, in place; one warp a head.
-// Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values]; query_weight, key_weight [C].
-// Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), NUM_THREADS.
+// Norm of every query and key head before rotation, in place; one warp a head.
+// Shapes: qkv [T, (H + 2K) * C] = [queries | keys | values]; query_weight, key_weight [C], or with OWN_WEIGHTS [H, C], [K, C].
+// Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), NUM_THREADS, and 0 or 1: OWN_WEIGHTS, LAYER_NORM (else RMSNorm).
 // Reference: the same in float64, rounded once. Henry et al. 2020 (query-key normalisation).
 #include "dtype.cuh"
 #include "launch.cuh"
@@ -20,12 +20,22 @@ head_norm(scalar* __restrict__ qkv, const scalar* __restrict__ query_weight, con
     if (item >= static_cast<int64>(num_tokens) * NORMED) return;
     const int head = static_cast<int>(item % NORMED);
     scalar* const row = qkv + (item / NORMED * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * HEAD_DIM;
-    const scalar* const weight = head < NUM_HEADS ? query_weight : key_weight;
+    const int own = head < NUM_HEADS ? head : head - NUM_HEADS;
+    const scalar* const weight = (head < NUM_HEADS ? query_weight : key_weight) + (OWN_WEIGHTS ? own * HEAD_DIM : 0);
     float value[EACH] = {}, total = 0.0f;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         if (i * 32 + lane < HEAD_DIM) value[i] = to_float(row[i * 32 + lane]);
-        total += value[i] * value[i];
+        total += LAYER_NORM ? value[i] : value[i] * value[i];
+    }
+    if constexpr (LAYER_NORM) {
+        const float mean = warp_reduce(total, Sum()) / HEAD_DIM;
+        total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            if (i * 32 + lane < HEAD_DIM) value[i] -= mean;
+            total += value[i] * value[i];
+        }
     }
     const float factor = rsqrtf(warp_reduce(total, Sum()) / HEAD_DIM + epsilon);
 #pragma unroll

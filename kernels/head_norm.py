@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm of query and key heads. Enqueues on the current stream and does not wait."""
+"""Norms of query and key heads. Enqueues on the current stream and does not wait."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ _NUM_THREADS = 128
 
 def head_norm(
     library: Library, qkv: Array, query_weight: Array, key_weight: Array, *, num_heads: int, num_kv_heads: int,
-    epsilon: float, weight_offset: float,
+    epsilon: float, weight_offset: float, is_layer_norm: bool = False,
 ) -> None:  # fmt: skip
     """``x / sqrt(mean(x**2) + epsilon) * (weight_offset + weight)`` of each query and key head, in place.
 
-    qkv [T, (H + 2K) * C] = [queries | keys | values]; weights [C].
+    qkv [T, (H + 2K) * C] = [queries | keys | values]; weights [C], or [H, C] and [K, C]. ``is_layer_norm``: ``x - mean(x)`` for x.
     """
     num_tokens, columns = qkv.shape
     head_dim = columns // (num_heads + 2 * num_kv_heads)
-    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
-        require(name, weight, (head_dim,), qkv)
+    own_weights = len(query_weight.shape) == 2
+    for name, weight, heads in (("query_weight", query_weight, num_heads), ("key_weight", key_weight, num_kv_heads)):
+        require(name, weight, (heads, head_dim) if own_weights else (head_dim,), qkv)
     kernel = library.function(
         "head_norm", "head_norm", SCALAR=scalar_name(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim, NUM_THREADS=_NUM_THREADS,
+        OWN_WEIGHTS=int(own_weights), LAYER_NORM=int(is_layer_norm),
     )  # fmt: skip
     warps = num_tokens * (num_heads + num_kv_heads)
     arguments = (qkv, query_weight, key_weight, np.int32(num_tokens), np.float32(epsilon), np.float32(weight_offset))

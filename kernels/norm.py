@@ -41,13 +41,14 @@ def layer_norm(
     out: Array | QuantizedRows,
     *,
     epsilon: float,
+    weight_offset: float = 0.0,
     residual: Array | None = None,
 ) -> None:
-    """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * weight + bias`` with ``h = x + residual``.
+    """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * (weight_offset + weight) + bias`` with ``h = x + residual``.
 
     Shapes and the treatment of ``residual`` as in ``rms_norm``; bias [D].
     """
-    _norm(library, x, weight, out, epsilon, 0.0, residual, bias, is_layer_norm=True)
+    _norm(library, x, weight, out, epsilon, weight_offset, residual, bias, is_layer_norm=True)
 
 
 def _norm(

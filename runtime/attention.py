@@ -14,16 +14,20 @@ __all__ = ["AttentionSpec", "HeadNorm", "LocalHeads"]
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """Norm of each query and key head before rotation (Henry et al. 2020): RMSNorm over C.
+    """Norm of each query and key head before rotation (Henry et al. 2020), over C.
 
-    Weights ``<attention>.query_norm`` and ``<attention>.key_norm``, ``[C]`` each, shared by all heads.
+    Weights ``<attention>.query_norm`` and ``<attention>.key_norm``: ``[C]``, shared by all heads, or ``[H, C]`` and ``[K, C]``.
 
     Attributes:
         weight_offset: added to the weights, 1 for Gemma 3.
+        kind: RMSNorm, or LayerNorm without bias.
+        own_weights: each head has its own weights (Command R+).
     """
 
     eps: float
     weight_offset: float = 0.0
+    kind: Literal["rms", "layer"] = "rms"
+    own_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ __all__ = [
     "RopeConfig",
 ]
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["none", "fp8"]

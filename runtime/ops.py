@@ -74,8 +74,8 @@ class Ops(ABC, Generic[Tensor]):
         """``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)`` over D (Zhang & Sennrich 2019)."""
 
     @abstractmethod
-    def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
-        """``(x - mean) / sqrt(var + eps) * weight + bias`` over D (Ba et al. 2016); the bias where one is declared."""
+    def layer_norm(self, x: Tensor, name: str, eps: float, weight_offset: float = 0.0) -> Tensor:
+        """``(x - mean) / sqrt(var + eps) * (weight + weight_offset) + bias`` over D (Ba et al. 2016), a bias if declared."""
 
     @abstractmethod
     def column_linear(self, x: Tensor, name: str) -> Tensor:
@@ -96,6 +96,14 @@ class Ops(ABC, Generic[Tensor]):
     @abstractmethod
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Element by element sum."""
+
+    @abstractmethod
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """``x * factor``."""
+
+    @abstractmethod
+    def clip(self, x: Tensor, limit: float) -> Tensor:
+        """``x`` within ``-limit`` to ``limit``."""
 
     @abstractmethod
     def activation(self, x: Tensor, kind: Activation) -> Tensor:
@@ -154,7 +162,9 @@ class Ops(ABC, Generic[Tensor]):
         total = x if residual is None else self.add(x, residual)
         return self.rms_norm(total, name, eps, weight_offset), total
 
-    def add_layer_norm(self, x: Tensor, residual: Tensor | None, name: str, eps: float) -> tuple[Tensor, Tensor]:
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor | None, name: str, eps: float, weight_offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """``residual += x``, then LayerNorm of it: ``(normed, residual)``. No residual yet: ``x`` becomes it."""
         total = x if residual is None else self.add(x, residual)
-        return self.layer_norm(total, name, eps), total
+        return self.layer_norm(total, name, eps, weight_offset), total

@@ -50,8 +50,8 @@ ALL_ENGINES: Mapping[str, Limit] = MappingProxyType(
     dict.fromkeys(
         (
             "embedding", "embedding.scale", "position_embedding",
-            "rms_norm", "rms_norm.weight_offset", "layer_norm",
-            "column_linear", "row_linear_partial", "add_bias", "all_reduce", "add",
+            "rms_norm", "rms_norm.weight_offset", "layer_norm", "layer_norm.weight_offset",
+            "column_linear", "row_linear_partial", "add_bias", "all_reduce", "add", "scale", "clip",
             "activation", "activation.kind", "gated_activation", "gated_activation.kind",
             "attention", "attention.num_heads", "attention.num_kv_heads", "attention.head_dim", "attention.scale",
             "attention.window",

@@ -17,6 +17,7 @@ __all__ = [
     "fused_qkv",
     "gate_up",
     "norm",
+    "own_head_norms",
     "qkv",
     "row_linear",
     "stacked_gate_up",
@@ -28,6 +29,17 @@ def norm(name: str, source: str, size: int, bias: bool = False) -> list[WeightSp
     """Weight, and with ``bias`` bias, of a norm over ``size``; the same on every rank."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [WeightSpec(f"{name}.{kind}", (Part(f"{source}.{kind}", (size,)),)) for kind in kinds]
+
+
+def own_head_norms(config: ModelConfig, name: str, source: str) -> list[WeightSpec]:
+    """Norms of query and key heads that each have their own weights, ``[H, C]`` and ``[K, C]``, split with the heads."""
+    return [
+        WeightSpec(f"{name}.{ours}.weight", (Part(f"{source}.{theirs}.weight", (heads, config.head_dim), shard),))
+        for ours, theirs, heads, shard in (
+            ("query_norm", "q_norm", config.num_heads, replace(head_shard(config, 0), unit=1)),
+            ("key_norm", "k_norm", config.num_kv_heads, replace(kv_head_shard(config), unit=1)),
+        )
+    ]
 
 
 def column_linear(name: str, source: str, shape: tuple[int, int], shard: Shard, bias: bool = False) -> list[WeightSpec]:

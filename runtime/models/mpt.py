@@ -23,10 +23,17 @@ TABLE = "transformer.wte.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MptConfig(ModelConfig):
-    """``score_scale``: factor on the scores; ``bias_max``: the last head's ALiBi slope is ``2^-bias_max``."""
+    """What ``attn_config`` says.
+
+    Attributes:
+        score_scale: factor on the scores.
+        bias_max: the last head's ALiBi slope is ``2^-bias_max``.
+        clip_qkv: limit of queries, keys and values; 0 = none.
+    """
 
     score_scale: float
     bias_max: float
+    clip_qkv: float
 
 
 def read_fields(reader: ConfigReader) -> MptConfig:
@@ -39,7 +46,6 @@ def read_fields(reader: ConfigReader) -> MptConfig:
         reader.refuse_unless("norm_type", "low_precision_layernorm")
     # ALiBi replaces positions whatever learned_pos_emb says; the others act on gradients, initial values and logs.
     reader.ignore("learned_pos_emb", "embedding_fraction", "init_config", "verbose", "emb_pdrop", "tokenizer_name")
-    scale, bias_max = _attention_fields(reader.value("attn_config", {}), head_dim)
     return MptConfig(
         architecture="MPTForCausalLM",
         vocab_size=reader.integer("vocab_size"),
@@ -54,25 +60,28 @@ def read_fields(reader: ConfigReader) -> MptConfig:
         activation="gelu",
         rope=None,
         tie_embeddings=reader.flag("tie_word_embeddings", True),
-        score_scale=scale,
-        bias_max=bias_max,
+        **_attention_fields(reader.value("attn_config", {}), head_dim),
         **reader.common(),
     )
 
 
-def _attention_fields(fields: object, head_dim: int) -> tuple[float, float]:
-    """Factor on the scores and ``alibi_bias_max`` from ``attn_config``, whose other fields must ask for nothing else."""
+def _attention_fields(fields: object, head_dim: int) -> dict[str, float]:
+    """What only `MptConfig` has, from ``attn_config``, whose other fields must ask for nothing else."""
     if not isinstance(fields, dict):
         raise ConfigError(f"attn_config={shown(fields)} in config.json is not a JSON object; the file is damaged")
     reader = ConfigReader(fields)
-    required = {"attn_type": "multihead_attention", "alibi": True, "prefix_lm": False, "qk_ln": False, "clip_qkv": None}
+    required = {"attn_type": "multihead_attention", "alibi": True, "prefix_lm": False, "qk_ln": False}
     for name, value in required.items():
         reader.refuse_unless(name, value)
     reader.refuse_unless("attn_uses_sequence_id", False)
     reader.ignore("attn_impl", "attn_pdrop", "dtype", "torch_dtype")
-    scale, bias_max = reader.number("softmax_scale", head_dim**-0.5), reader.number("alibi_bias_max", 8)
+    numbers = {
+        "score_scale": reader.number("softmax_scale", head_dim**-0.5),
+        "bias_max": reader.number("alibi_bias_max", 8),
+        "clip_qkv": reader.number("clip_qkv", 0),
+    }
     reader.finish("attn_config of MPTForCausalLM")
-    return scale, bias_max
+    return numbers
 
 
 def attention(config: MptConfig, layer: int) -> AttentionSpec:
@@ -90,7 +99,9 @@ def block(ops: Ops[Tensor], config: MptConfig, layer: int, x: Tensor, residual: 
     """One decoder block."""
     name = f"layers.{layer}"
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = blocks.attention(ops, name, layer, x, attention(config, layer))
+    qkv = ops.column_linear(x, f"{name}.qkv")
+    qkv = ops.clip(qkv, config.clip_qkv) if config.clip_qkv else qkv
+    x = ops.row_linear(ops.attention(qkv, f"{name}.attention", layer, attention(config, layer)), f"{name}.output")
     x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
     return blocks.mlp(ops, name, x, config.activation), residual
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.models.baichuan import BAICHUAN
 from phalanx.runtime.models.base import Model
 from phalanx.runtime.models.bloom import BLOOM
 from phalanx.runtime.models.chatglm import CHATGLM
+from phalanx.runtime.models.cohere import COHERE
+from phalanx.runtime.models.cohere2 import COHERE2
 from phalanx.runtime.models.falcon import FALCON
 from phalanx.runtime.models.gemma import GEMMA
 from phalanx.runtime.models.gemma2 import GEMMA2
@@ -20,11 +24,13 @@ from phalanx.runtime.models.gpt2 import GPT2
 from phalanx.runtime.models.gpt_bigcode import GPT_BIGCODE
 from phalanx.runtime.models.gpt_neox import GPT_NEOX
 from phalanx.runtime.models.gptj import GPTJ
+from phalanx.runtime.models.granite import GRANITE
 from phalanx.runtime.models.internlm2 import INTERNLM2
 from phalanx.runtime.models.llama import LLAMA
 from phalanx.runtime.models.mistral import MISTRAL
 from phalanx.runtime.models.mixtral import MIXTRAL
 from phalanx.runtime.models.mpt import MPT
+from phalanx.runtime.models.nemotron import NEMOTRON
 from phalanx.runtime.models.opt import OPT
 from phalanx.runtime.models.phi import PHI
 from phalanx.runtime.models.phi3 import PHI3
@@ -32,6 +38,7 @@ from phalanx.runtime.models.qwen import QWEN
 from phalanx.runtime.models.qwen2 import QWEN2
 from phalanx.runtime.models.qwen3 import QWEN3
 from phalanx.runtime.models.smollm3 import SMOLLM3
+from phalanx.runtime.models.stablelm import STABLELM
 from phalanx.runtime.models.starcoder2 import STARCODER2
 from phalanx.runtime.token_fields import shown
 
@@ -39,7 +46,8 @@ __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
     LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
-    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, CHATGLM, GLM, GLM4, SMOLLM3,
+    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM, GLM, GLM4, COHERE, COHERE2,
+    NEMOTRON, GRANITE, SMOLLM3, STABLELM,
 )  # fmt: skip
 
 MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for model in _FAMILIES})
@@ -59,7 +67,8 @@ def find_model(raw_config: Mapping[str, Any]) -> Model:
         if not names and model_type == model.model_type:
             return model
     given = f"architectures={names}" if names else f"model_type={shown(model_type)}, without architectures,"
-    raise ConfigError(f"{given} in config.json is not supported; supported: {', '.join(MODELS)}")
+    known = ", ".join(re.sub("(ForCausalLM|LMHeadModel|Model)$", "", name) for name in MODELS)
+    raise ConfigError(f"{given} in config.json is not supported; supported: {known} (docs/models.md)")
 
 
 def _architectures(raw_config: Mapping[str, Any]) -> list[str]:

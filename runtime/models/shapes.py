@@ -84,8 +84,8 @@ class ShapeOps(Ops[Shape]):
         self._take(x, self._weight(f"{name}.weight")[0], name)
         return x
 
-    def layer_norm(self, x: Shape, name: str, eps: float) -> Shape:
-        self._record("layer_norm")
+    def layer_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
+        self._record("layer_norm", weight_offset=weight_offset)
         self._take(x, self._weight(f"{name}.weight")[0], name)
         self._bias(x, name)
         return x
@@ -117,6 +117,15 @@ class ShapeOps(Ops[Shape]):
             raise ConfigError(f"the model adds {x} and {y}; its family is wrong")
         return x
 
+    def scale(self, x: Shape, factor: float) -> Shape:
+        self._record("scale")
+        return x
+
+    def clip(self, x: Shape, limit: float) -> Shape:
+        self._record("clip")
+        self._take(x, x.width, "a clip")
+        return x
+
     def activation(self, x: Shape, kind: Activation) -> Shape:
         self._record("activation", kind=kind)
         self._take(x, x.width, "an activation")
@@ -132,7 +141,7 @@ class ShapeOps(Ops[Shape]):
         heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
         self._take(qkv, heads * spec.head_dim, name)
         for side in ("query_norm", "key_norm") if spec.head_norm is not None else ():
-            self._take(Shape(spec.head_dim), self._weight(f"{name}.{side}.weight")[0], f"{name}.{side}")
+            self._take(Shape(spec.head_dim), self._weight(f"{name}.{side}.weight")[-1], f"{name}.{side}")
         self.use.attention[name] = spec
         return Shape(spec.num_heads * spec.head_dim)
 

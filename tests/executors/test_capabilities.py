@@ -171,6 +171,8 @@ def test_the_numpy_engine_runs_every_family(case: CheckpointCase) -> None:
         (TENSORRT, "mixtral-plain", "experts"),
         (TENSORRT, "qwen3-plain", "attention.head_norm"),
         (TENSORRT, "gemma3-windows", "attention.head_norm"),
+        (TENSORRT, "cohere-head-norms", "attention.head_norm"),
+        (TENSORRT, "baichuan-13b", "attention.alibi_slopes"),
         (TENSORRT, "gemma2-caps", "attention.soft_cap=4.0"),
         (TENSORRT, "bloom-plain", "attention.alibi_slopes"),
         (TENSORRT, "falcon-alibi", "attention.alibi_slopes"),

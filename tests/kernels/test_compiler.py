@@ -15,12 +15,15 @@ pytest.importorskip("cuda.bindings.nvrtc")
 ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
 ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1, "SAMPLING_STRUCT": SAMPLING_STRUCT}
 EXPERTS = {"GATED": 1, "ACTIVATION": "silu", "GATHERS": 1, "TOP_K": 2}
+HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "NUM_THREADS": 128}
 SPECS = [
     ("embedding", ROW),
     ("position_embedding", ROW),
     ("gather_rows", ROW),
     ("add_bias", ROW),
-    ("head_norm", {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "NUM_THREADS": 128}),
+    ("head_norm", HEADS | {"OWN_WEIGHTS": 0, "LAYER_NORM": 0}),
+    ("head_norm", HEADS | {"OWN_WEIGHTS": 1, "LAYER_NORM": 1}),
+    ("scale_and_clip", {"VEC": 8, "NUM_THREADS": 256}),
     ("soft_cap", {"VEC": 8, "NUM_THREADS": 256}),
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_BIAS": 0, "QUANTIZED": 1}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),

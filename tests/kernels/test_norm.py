@@ -48,12 +48,12 @@ def test_layer_norm_does_not_cancel_under_a_large_mean(device, random_normal, dt
     out, carried = device.poisoned(x.shape, dtype), device.put(residual)
     layer_norm(
         device.library, device.put(x), device.put(weight), device.put(bias) if has_bias else None, out,
-        epsilon=EPSILON, residual=carried,
+        epsilon=EPSILON, weight_offset=0.5, residual=carried,
     )  # fmt: skip
     assert_close(device.get(carried), added(dtype, x, residual)[0])
     stored = device.get(carried).astype(np.float64)
     centred = stored - stored.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * weight.astype(np.float64)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * (0.5 + weight.astype(np.float64))
     expected = expected + (bias.astype(np.float64) if has_bias else 0.0)
-    magnitude = np.abs(stored).max() * np.abs(weight.astype(np.float64)).max()
+    magnitude = np.abs(stored).max() * np.abs(0.5 + weight.astype(np.float64)).max()
     assert_close(device.get(out), expected, magnitude=magnitude)

@@ -99,7 +99,7 @@ MISTAKES = (
     Mistake("a shard was cut off while copying", f"--model {{}}/demo {IDS}",
             ("model-00002-of-00002.safetensors", "bytes, but its header describes", "copy the file again"), prepare=demo_truncated),
     Mistake("`config.json` of an architecture that Phalanx does not have", f"{TINY} {IDS}",
-            ("T5ForConditionalGeneration", "supported: LlamaForCausalLM"), prepare=in_config("LlamaForCausalLM", "T5ForConditionalGeneration")),
+            ("T5ForConditionalGeneration", "supported: Llama"), prepare=in_config("LlamaForCausalLM", "T5ForConditionalGeneration")),
     Mistake("a `config.json` that is no JSON", f"{TINY} {IDS}", ("config.json' is not valid JSON", "line 1"), prepare=write("model/config.json", "{"), ranks=0),
     Mistake("a Git LFS pointer for the weights", f"{TINY} {IDS}", ("model.safetensors' is a Git LFS pointer", "git lfs pull"),
             prepare=write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), ranks=0),

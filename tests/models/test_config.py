@@ -53,8 +53,8 @@ def test_llama_1_defaults() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "supported: LlamaForCausalLM"]),
-        ({"architectures": ..., "model_type": "mamba"}, ["model_type='mamba'", "supported: LlamaForCausalLM"]),
+        ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "supported: Llama"]),
+        ({"architectures": ..., "model_type": "mamba"}, ["model_type='mamba'", "supported: Llama"]),
         ({"architectures": ...}, ["model_type=None", "architectures"]),
         ({"architectures": 3}, ["architectures=3", "list of names"]),
         ({"architectures": [["LlamaForCausalLM"]]}, ["architectures=", "list of names"]),

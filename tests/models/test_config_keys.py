@@ -286,6 +286,68 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_dynamic_ntk": True, "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": 151936,
         "softmax_in_fp32": False, "use_cache_quantization": False, "use_cache_kernel": False,
     },
+    "Baichuan 2 7B chat": {
+        "architectures": ["BaichuanForCausalLM"], "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig"},
+        "tokenizer_class": "BaichuanTokenizer", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_max_length": 4096, "model_type": "baichuan", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.29.2", "use_cache": True, "vocab_size": 125696, "_from_model_config": True,
+    },
+    "Baichuan 13B chat": {
+        "_from_model_config": True, "architectures": ["BaichuanForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "gradient_checkpointing": False, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+        "intermediate_size": 13696, "model_max_length": 4096, "model_type": "baichuan", "num_attention_heads": 40,
+        "num_hidden_layers": 40, "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": True, "vocab_size": 64000,
+    },
+    "Command R+": {
+        "architectures": ["CohereForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 5,
+        "eos_token_id": 255001, "hidden_act": "silu", "hidden_size": 12288, "initializer_range": 0.02,
+        "intermediate_size": 33792, "layer_norm_eps": 1e-05, "logit_scale": 0.8333333333333334,
+        "max_position_embeddings": 131072, "model_max_length": 131072, "model_type": "cohere",
+        "num_attention_heads": 96, "num_hidden_layers": 64, "num_key_value_heads": 8, "pad_token_id": 0,
+        "pretraining_tp": 1, "rope_theta": 75000000.0, "torch_dtype": "float16", "transformers_version": "4.40.0.dev0",
+        "use_cache": True, "use_qk_norm": True, "vocab_size": 256000,
+    },
+    "Command R7B": {
+        "architectures": ["Cohere2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 5,
+        "cache_implementation": "hybrid", "eos_token_id": 255001, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "layer_norm_eps": 1e-05,
+        "layer_switch": 4, "logit_scale": 0.25, "max_position_embeddings": 8192, "model_type": "cohere2",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "order_of_interleaved_layers": "local_attn_first", "pad_token_id": 0, "position_embedding_type": "rope_gptj",
+        "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0, "sliding_window": 4096,
+        "sliding_window_pattern": 4, "torch_dtype": "bfloat16", "transformers_version": "4.48.0.dev0", "use_cache": True,
+        "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True,
+        "use_parallel_embedding": True, "vocab_size": 256000,
+    },
+    "Minitron 8B": {
+        "architectures": ["NemotronForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+        "eos_token_id": 3, "head_dim": 128, "hidden_act": "relu2", "hidden_size": 4096, "initializer_range": 0.01,
+        "intermediate_size": 16384, "max_position_embeddings": 4096, "mlp_bias": False, "model_type": "nemotron",
+        "norm_eps": 1e-05, "num_attention_heads": 48, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.5, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.44.0", "use_cache": True, "vocab_size": 256000,
+    },
+    "Granite 3.1 8B": {
+        "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+        "attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12800,
+        "logits_scaling": 16.0, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "granite",
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49155,
+    },
+    "StableLM 2 1.6B": {
+        "architectures": ["StableLmForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 100257,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5632, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096,
+        "model_type": "stablelm", "num_attention_heads": 32, "num_hidden_layers": 24, "num_key_value_heads": 32,
+        "partial_rotary_factor": 0.25, "qk_layernorm": False, "rope_scaling": None, "rope_theta": 10000,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "use_parallel_residual": False,
+        "use_qkv_bias": True, "vocab_size": 100352,
+    },
     "SmolLM3 3B": {
         "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 128000, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048,
@@ -409,7 +471,12 @@ def test_a_quantised_checkpoint_is_refused_by_its_own_name(key: str, value: Any,
 def test_what_transformers_saves_by_default_is_read(model: Model) -> None:
     transformers = pytest.importorskip("transformers")
     if model.model_type not in transformers.CONFIG_MAPPING:
-        assert model.architecture in ("InternLM2ForCausalLM", "ChatGLMModel", "QWenLMHeadModel"), "code in checkpoints"
+        assert model.architecture in (
+            "InternLM2ForCausalLM",
+            "ChatGLMModel",
+            "QWenLMHeadModel",
+            "BaichuanForCausalLM",
+        ), "code in checkpoints"
         return
     config = transformers.AutoConfig.for_model(model.model_type)
     assert read({**config.to_dict(), "architectures": [model.architecture]}).vocab_size == config.vocab_size

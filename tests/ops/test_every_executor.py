@@ -27,7 +27,7 @@ def normal(*shape: int) -> Array:
 
 X, Y = normal(ROWS, WIDTH), normal(ROWS, WIDTH)
 WEIGHTS: Mapping[str, Array] = {
-    "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
+    "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "w.weight": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
     "m.weight": normal(17, WIDTH), "m.bias": normal(17), "e.weight": normal(50, WIDTH), "b.bias": normal(WIDTH),
     "b.weight": normal(WIDTH, 8), "x.router.weight": normal(5, WIDTH), "x.gate_up.weight": normal(5 * 2 * 9, WIDTH),
     "x.down.weight": normal(5 * WIDTH, 9), "p.weight": normal(13, 23), "p.bias": normal(13), "q.weight": normal(23),
@@ -41,11 +41,13 @@ def rms(x: Array, offset: float = 0.0) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (WIDE["n.weight"] + offset)
 
 
-def layer(x: Array, name: str = "n") -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return (
-        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * WIDE[f"{name}.weight"] + WIDE[f"{name}.bias"]
-    )
+def layer(x: Array, offset: float = 0.0, name: str = "n") -> Array:
+    return centred(x) * (WIDE[f"{name}.weight"] + offset) + WIDE[f"{name}.bias"]
+
+
+def centred(x: Array) -> Array:
+    around = x - x.mean(-1, keepdims=True)
+    return around / np.sqrt((around**2).mean(-1, keepdims=True) + 1e-3)
 
 
 def product(x: Array, name: str = "l") -> Array:
@@ -75,6 +77,7 @@ ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
 # name: the operation, its formula in float64, how many tensors it takes
@@ -87,7 +90,12 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
     "rms_norm": (lambda o, x: o.rms_norm(x, "n", 1e-3), rms, 1),
     "rms_norm offset": (lambda o, x: o.rms_norm(x, "n", 1e-3, 1.0), lambda x: rms(x, 1.0), 1),
     "layer_norm": (lambda o, x: o.layer_norm(x, "n", 1e-3), layer, 1),
+    "layer_norm offset": (lambda o, x: o.layer_norm(x, "n", 1e-3, 1.0), lambda x: layer(x, 1.0), 1),
+    "layer_norm without bias": (lambda o, x: o.layer_norm(x, "w", 1e-3), lambda x: centred(x) * WIDE["w.weight"], 1),
     "add_rms_norm": (lambda o, x, y: o.add_rms_norm(x, y, "n", 1e-3), lambda x, y: (rms(x + y), x + y), 2),
+    "add_layer_norm offset": (
+        lambda o, x, y: o.add_layer_norm(x, y, "n", 1e-3, 1.0), lambda x, y: (layer(x + y, 1.0), x + y), 2,
+    ),
     "add_layer_norm": (lambda o, x, y: o.add_layer_norm(x, y, "n", 1e-3), lambda x, y: (layer(x + y), x + y), 2),
     "column_linear": (lambda o, x: o.column_linear(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
     "linear": (lambda o, x: o.linear(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
@@ -99,11 +107,13 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
     ),
     "add_bias": (lambda o, x: o.add_bias(x, "b"), lambda x: x + WIDE["b.bias"], 1),
     "all_reduce": (lambda o, x: o.all_reduce(x), lambda x: x, 1),
+    "scale": (lambda o, x: o.scale(x, -1.75), lambda x: -1.75 * x, 1),
+    "clip": (lambda o, x: o.clip(x, 0.5), lambda x: np.clip(x, -0.5, 0.5), 1),
     "add": (lambda o, x, y: o.add(x, y), lambda x, y: x + y, 2),
     "linear of prime sizes": (
         lambda o, x: o.linear(x, "p"), lambda x: product(x, "p") + WIDE["p.bias"], 1,
     ),
-    "layer_norm of a prime size": (lambda o, x: o.layer_norm(x, "q", 1e-3), lambda x: layer(x, "q"), 1),
+    "layer_norm of a prime size": (lambda o, x: o.layer_norm(x, "q", 1e-3), lambda x: layer(x, name="q"), 1),
     "logits": (lambda o, x: o.logits(x, "l"), lambda x: product(x) + WIDE["l.bias"], 1),
     "logits capped": (
         lambda o, x: o.logits(x, "l", soft_cap=3.0), lambda x: 3 * np.tanh((product(x) + WIDE["l.bias"]) / 3), 1,
@@ -188,16 +198,22 @@ SPECS = {
     "alibi": replace(SPEC, num_heads=6, alibi_slopes=alibi_slopes(6)),
     "not causal": replace(SPEC, causal=False),
     "not cached": replace(SPEC, causal=False, cached=False),
+    "head norm of own weights": replace(SPEC, head_norm=HeadNorm(1e-3, 0.0, "layer", own_weights=True)),
     "head norm": replace(SPEC, head_norm=HeadNorm(1e-3, 0.5), rope=RopeConfig(theta=100.0, rotary_dim=16)),
 }
-ATTENTION_WEIGHTS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
+SHARED_NORMS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
+OWN_NORMS = {"a.query_norm.weight": normal(4, 16), "a.key_norm.weight": normal(2, 16)}
 REFUSED_SPECS: Mapping[str, set[str]] = {
     "numpy": set(), "cuda": {"not cached"},
-    "tensorrt": {"soft cap", "alibi", "not causal", "not cached", "head norm"},
+    "tensorrt": {"soft cap", "alibi", "not causal", "not cached", "head norm", "head norm of own weights"},
 }  # fmt: skip
 """Models that use these are refused (tests/executors/test_capabilities.py)."""
 LENGTHS = (1, 17, 23, 32)
 """One token, one more than a block, a prime number, two full blocks."""
+
+
+def norms_of(spec: AttentionSpec) -> dict[str, Array]:
+    return OWN_NORMS if spec.head_norm is not None and spec.head_norm.own_weights else SHARED_NORMS
 
 
 def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
@@ -205,9 +221,11 @@ def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
     packed = qkv.astype(np.float64).reshape(length, heads + 2 * kv_heads, spec.head_dim)
     q, k, v = np.split(packed, [heads, heads + kv_heads], axis=1)
     if spec.head_norm is not None:
+        if spec.head_norm.kind == "layer":
+            q, k = (x - x.mean(-1, keepdims=True) for x in (q, k))
         q, k = (
             x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.head_norm.eps)
-            * (ATTENTION_WEIGHTS[f"a.{side}_norm.weight"] + spec.head_norm.weight_offset)
+            * (norms_of(spec)[f"a.{side}_norm.weight"] + spec.head_norm.weight_offset)
             for x, side in ((q, "query"), (k, "key"))
         )  # fmt: skip
     if spec.rope is not None:
@@ -249,5 +267,5 @@ def test_attention_equals_float64(executor: Executor, name: str) -> None:
     whole = [[(0, 1), (1, 17), (2, 23)], [(3, 32)]]
     chunked = [[(0, 1), (1, 9), (2, 20), (3, 16)], [(1, 7)], [(1, 1), (2, 3), (3, 15)], [(3, 1)]]
     steps = chunked if spec.causal else whole
-    for result, rows in zip(attend(executor, spec, ATTENTION_WEIGHTS, qkv, steps), qkv, strict=True):
+    for result, rows in zip(attend(executor, spec, norms_of(spec), qkv, steps), qkv, strict=True):
         np.testing.assert_allclose(result, expected_attention(spec, rows), rtol=0, atol=2e-5)

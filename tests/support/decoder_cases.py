@@ -58,6 +58,14 @@ def _qwen(name: str, **fields: Any) -> CheckpointCase:
     return CheckpointCase(f"qwen-{name}", config, layouts=SIX_HEADS)
 
 
+def _baichuan(name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "vocab_size": 101, "hidden_size": 96,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 80, **_SPECIAL, **fields,
+    }  # fmt: skip
+    return CheckpointCase(f"baichuan-{name}", config, layouts=SIX_HEADS)
+
+
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -66,6 +74,29 @@ _GEMMA3_ROPE = {
 DECODERS = (
     _mpt("scaled", softmax_scale=0.2),
     _mpt("flat-biases", alibi_bias_max=4, alibi=True),
+    _mpt("clipped", clip_qkv=0.8),
+    _baichuan("7b", max_position_embeddings=128),
+    _baichuan("13b", model_max_length=128),
+    _case("cohere", "CohereForCausalLM", "head-norms", logit_scale=0.25, use_qk_norm=True, pad_token_id=0, rope_theta=1e4),
+    _case(
+        "cohere", "CohereForCausalLM", "plain", FEW, num_key_value_heads=..., tie_word_embeddings=False, pad_token_id=0,
+        attention_bias=True,
+    ),
+    _case(
+        "cohere2", "Cohere2ForCausalLM", "windows", logit_scale=0.25, sliding_window=4, sliding_window_pattern=3,
+        pad_token_id=0,
+    ),
+    _case("nemotron", "NemotronForCausalLM", "plain", head_dim=24, norm_eps=1e-5),
+    _case(
+        "nemotron", "NemotronForCausalLM", "biases", FEW, attention_bias=True, mlp_bias=True, hidden_act="silu",
+        partial_rotary_factor=1.0, tie_word_embeddings=True,
+    ),
+    _case(
+        "granite", "GraniteForCausalLM", "factors", embedding_multiplier=3.0, residual_multiplier=0.4,
+        attention_multiplier=0.1, logits_scaling=0.5, mlp_bias=True,
+    ),
+    _case("stablelm", "StableLmForCausalLM", "serial", use_qkv_bias=True),
+    _case("stablelm", "StableLmForCausalLM", "parallel", FEW, use_parallel_residual=True, partial_rotary_factor=0.5),
     _case(
         "gemma3_text", "Gemma3ForCausalLM", "windows", num_hidden_layers=4, head_dim=16, sliding_window=5,
         sliding_window_pattern=3, query_pre_attn_scalar=24, rope_theta=1e6, rope_local_base_freq=1e4,

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from phalanx.runtime.models import baichuan
+
 from .checkpoint_case import CheckpointCase
 
 __all__ = ["load_oracle"]
@@ -122,6 +124,38 @@ def _qwen(case: CheckpointCase, directory: Path) -> Model:
     return _filled(Qwen2ForCausalLM(Qwen2Config(**config)), tensors)
 
 
+def _baichuan(case: CheckpointCase, directory: Path) -> Model:
+    """Llama; without rotation, and ALiBi as a mask, for 13B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tensors = {}
+    for name, value in _tensors(directory).items():
+        if "W_pack" not in name:
+            tensors[name] = value
+            continue
+        for letter, side in zip("qkv", value.chunk(3), strict=True):
+            tensors[name.replace("W_pack", f"{letter}_proj")] = side
+    if case.config["vocab_size"] == baichuan.VOCAB_SIZE_OF_2:
+        tensors["lm_head.weight"] /= tensors["lm_head.weight"].norm(dim=-1, keepdim=True)
+    model = _filled(LlamaForCausalLM(LlamaConfig(**_fields(case.config), attn_implementation="eager")), tensors)
+    if "max_position_embeddings" not in case.config:
+        model.model.rotary_emb.inv_freq.zero_()
+        forward, heads = model.forward, case.config["num_attention_heads"]
+        model.forward = lambda token_ids: forward(token_ids, attention_mask=_alibi_mask(heads, token_ids.shape[1]))
+    return model
+
+
+def _alibi_mask(heads: int, length: int) -> Any:
+    """``[1, H, T, T]``, by BLOOM's own slopes, which Baichuan shares."""
+    import torch
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    slopes = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]  # of the second key
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    biases = -slopes[:, None, None] * distance
+    return biases.masked_fill(distance < 0, float("-inf"))[None]
+
+
 def _tensors(directory: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
@@ -155,4 +189,5 @@ _OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
     "InternLM2ForCausalLM": _internlm2,
     "ChatGLMModel": _chatglm,
     "QWenLMHeadModel": _qwen,
+    "BaichuanForCausalLM": _baichuan,
 }

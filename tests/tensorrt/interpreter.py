@@ -117,7 +117,7 @@ class NetworkInterpreter:
         assert x.dtype == y.dtype, (x.dtype, y.dtype)
         operations: dict[str, Callable[[Array, Array], Array]] = {
             "SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "DIV": np.divide, "LESS": np.less,
-            "GREATER": np.greater, "AND": np.logical_and,
+            "MIN": np.minimum, "MAX": np.maximum, "GREATER": np.greater, "AND": np.logical_and,
         }  # fmt: skip
         return operations[layer.op.name](x, y)
 

@@ -21,6 +21,7 @@ from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
+from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.soft_cap import soft_cap as cap_logits
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
@@ -41,6 +42,7 @@ _ACTIVATIONS: Mapping[Activation, ActivationName] = {
     "gelu_tanh": "gelu_tanh",
     "gelu": "gelu_erf",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -56,6 +58,8 @@ CAPABILITIES = Capabilities(
         "attention.head_norm": ANY,
         "attention.head_norm.eps": ANY,
         "attention.head_norm.weight_offset": ANY,
+        "attention.head_norm.kind": ANY,
+        "attention.head_norm.own_weights": ANY,
         "logits.soft_cap": ANY,
         "experts": ANY,
         "experts.num_experts": Limit(at_most=MAX_EXPERTS),
@@ -131,8 +135,8 @@ class CudaOps(Ops[DeviceArray]):
     def rms_norm(self, x: DeviceArray, name: str, eps: float, weight_offset: float = 0.0) -> DeviceArray:
         return self.add_rms_norm(x, None, name, eps, weight_offset)[0]
 
-    def layer_norm(self, x: DeviceArray, name: str, eps: float) -> DeviceArray:
-        return self.add_layer_norm(x, None, name, eps)[0]
+    def layer_norm(self, x: DeviceArray, name: str, eps: float, weight_offset: float = 0.0) -> DeviceArray:
+        return self.add_layer_norm(x, None, name, eps, weight_offset)[0]
 
     def add_rms_norm(
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
@@ -152,7 +156,7 @@ class CudaOps(Ops[DeviceArray]):
         return out, total
 
     def add_layer_norm(
-        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float
+        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
         x = self._values(x)
@@ -161,7 +165,9 @@ class CudaOps(Ops[DeviceArray]):
         total = x if residual is None else residual
 
         def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
-            layer_norm(self._library, x, weight, bias, out, epsilon=eps, residual=residual)
+            layer_norm(
+                self._library, x, weight, bias, out, epsilon=eps, weight_offset=weight_offset, residual=residual
+            )  # fmt: skip
 
         out = self._deferred(x, x.shape, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total
@@ -195,6 +201,16 @@ class CudaOps(Ops[DeviceArray]):
         out = self._pool.array(x.shape, x.dtype)
         add(self._library, x, y, out)
         return out
+
+    def scale(self, x: DeviceArray, factor: float) -> DeviceArray:
+        x = self._values(x)
+        scale_and_clip(self._library, x, factor=factor)
+        return x
+
+    def clip(self, x: DeviceArray, limit: float) -> DeviceArray:
+        x = self._values(x)
+        scale_and_clip(self._library, x, limit=limit)
+        return x
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
         x = self._values(x)
@@ -234,7 +250,7 @@ class CudaOps(Ops[DeviceArray]):
             head_norm(
                 self._library, qkv, self._weights.array(f"{name}.query_norm"), self._weights.array(f"{name}.key_norm"),
                 num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, epsilon=spec.head_norm.eps,
-                weight_offset=spec.head_norm.weight_offset,
+                weight_offset=spec.head_norm.weight_offset, is_layer_norm=spec.head_norm.kind == "layer",
             )  # fmt: skip
         out = self._attention(qkv, layer, spec)
         if layer == self._last_layer and self._num_kept:

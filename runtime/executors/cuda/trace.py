@@ -152,11 +152,10 @@ class TracedOps(CudaOps):
             return super().add_rms_norm(x, residual, name, eps, weight_offset)
 
     def add_layer_norm(
-        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float
+        self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
-        """See `CudaOps.add_layer_norm`."""
         with self._timeline.device(name, "other"):
-            return super().add_layer_norm(x, residual, name, eps)
+            return super().add_layer_norm(x, residual, name, eps, weight_offset)
 
 
 def write_chrome_trace(path: Path, timeline: Timeline, comm: Communicator) -> None:

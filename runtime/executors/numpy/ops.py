@@ -40,6 +40,8 @@ CAPABILITIES = Capabilities(
         "attention.head_norm": ANY,
         "attention.head_norm.eps": ANY,
         "attention.head_norm.weight_offset": ANY,
+        "attention.head_norm.kind": ANY,
+        "attention.head_norm.own_weights": ANY,
         "logits.soft_cap": ANY,
         "experts": ANY,
         "experts.num_experts": ANY,
@@ -120,12 +122,12 @@ class NumpyOps(Ops[Float32Array]):
         normed *= weight + np.float32(weight_offset) if weight_offset else weight
         return normed
 
-    def layer_norm(self, x: Float32Array, name: str, eps: float) -> Float32Array:
+    def layer_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
         centred: Float32Array = x - x.mean(axis=1, keepdims=True)
         variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
         centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
         weight, bias = self._weights.norm(name)
-        centred *= weight
+        centred *= weight + np.float32(weight_offset) if weight_offset else weight
         if bias is not None:
             centred += bias
         return centred
@@ -152,6 +154,12 @@ class NumpyOps(Ops[Float32Array]):
 
     def add(self, x: Float32Array, y: Float32Array) -> Float32Array:
         return x + y
+
+    def scale(self, x: Float32Array, factor: float) -> Float32Array:
+        return x * np.float32(factor)
+
+    def clip(self, x: Float32Array, limit: float) -> Float32Array:
+        return x.clip(-limit, limit)
 
     def activation(self, x: Float32Array, kind: Activation) -> Float32Array:
         return self._by_rows(_ACTIVATIONS[kind], x, x.shape[1])
@@ -257,4 +265,8 @@ def _relu(x: Float32Array) -> Float32Array:
     return np.maximum(x, np.float32(0))
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu, "relu": _relu}
+def _relu2(x: Float32Array) -> Float32Array:
+    return np.square(_relu(x))
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu, "relu": _relu, "relu2": _relu2}

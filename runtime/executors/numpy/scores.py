@@ -64,7 +64,9 @@ class AttentionKind:
 
 
 def normalise_heads(x: Float32Array, weight: Float32Array, norm: HeadNorm) -> None:
-    """RMSNorm of each head in place: ``[T, heads, C]``, weight ``[C]``."""
+    """Norm of each head in place: ``[T, heads, C]``, weight ``[C]`` or ``[heads, C]``."""
+    if norm.kind == "layer":
+        x -= x.mean(axis=-1, keepdims=True)
     mean_square = np.einsum("thc,thc->th", x, x) / np.float32(x.shape[-1])
     x *= (np.float32(1) / np.sqrt(mean_square + np.float32(norm.eps)))[..., None]
     x *= weight + np.float32(norm.weight_offset)

@@ -129,7 +129,7 @@ class TrtOps(Ops[ITensor]):
 
         return self._in_float32(x, normalise)
 
-    def layer_norm(self, x: ITensor, name: str, eps: float) -> ITensor:
+    def layer_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
         graph = self._graph
         weight, bias = self._weights.norm(name)
         bias = np.zeros_like(weight) if bias is None else bias
@@ -137,6 +137,8 @@ class TrtOps(Ops[ITensor]):
             graph.cast(self._row(f"{name}.{kind}", array), _FLOAT32)
             for kind, array in (("weight", weight), ("bias", bias))
         )
+        if weight_offset:
+            scale = graph.binary("SUM", scale, graph.scalar(weight_offset, 2))
         return self._in_float32(x, lambda x: graph.layer_norm(x, scale, shift, eps))
 
     # Matrix products
@@ -169,7 +171,19 @@ class TrtOps(Ops[ITensor]):
     def add(self, x: ITensor, y: ITensor) -> ITensor:
         return self._graph.binary("SUM", x, y)
 
+    def scale(self, x: ITensor, factor: float) -> ITensor:
+        graph = self._graph
+        return self._in_float32(x, lambda x: graph.binary("PROD", x, graph.scalar(factor, 2)))
+
+    def clip(self, x: ITensor, limit: float) -> ITensor:
+        graph = self._graph
+        high, low = (graph.cast(graph.scalar(value, 2), self._dtype) for value in (limit, -limit))
+        return graph.binary("MAX", graph.binary("MIN", x, high), low)
+
     def activation(self, x: ITensor, kind: Activation) -> ITensor:
+        if kind == "relu2":
+            positive = self._graph.activation("RELU", x)
+            return self._graph.binary("PROD", positive, positive)
         if kind == "silu":
             return self._graph.binary("PROD", x, self._graph.activation("SIGMOID", x))
         return self._graph.activation(_ACTIVATIONS[kind], x)

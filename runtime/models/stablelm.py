@@ -1,0 +1,91 @@
+"""StableLM 3B and 2 (Stability AI 2023): Llama's block with LayerNorm, a quarter of each head rotated; 12B's halves are parallel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.checkpoints.spec import WeightSpec
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.models import blocks, declarations, llama
+from phalanx.runtime.models.base import Family, Pass, lm_head
+from phalanx.runtime.models.gpt_neox import head
+from phalanx.runtime.models.hf_config import ConfigReader
+from phalanx.runtime.models.llama import LlamaConfig
+from phalanx.runtime.ops import Ops, Tensor
+
+__all__ = ["STABLELM"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StableLmConfig(LlamaConfig):
+    """``is_parallel``: attention and feed-forward part read the same normed rows."""
+
+    is_parallel: bool
+
+    @property
+    def output_bias(self) -> bool:
+        """The output projection has none."""
+        return False
+
+
+def read_fields(reader: ConfigReader) -> StableLmConfig:
+    """Read ``config.json`` of a ``StableLmForCausalLM``."""
+    head_dim = reader.head_dim()
+    reader.refuse_unless("qk_layernorm", False)
+    return StableLmConfig(
+        architecture="StableLmForCausalLM",
+        **llama.decoder_fields(
+            reader, head_dim, max_positions=4096, norm_eps=1e-5, num_kv_heads=32, eps_key="layer_norm_eps"
+        ),
+        activation=reader.activation("hidden_act", "silu"),
+        rope=reader.rope(head_dim, partial=0.25),
+        tie_embeddings=reader.flag("tie_word_embeddings", False),
+        attention_bias=reader.flag("use_qkv_bias", False),
+        is_parallel=reader.flag("use_parallel_residual", False),
+    )
+
+
+def block(
+    ops: Ops[Tensor], config: StableLmConfig, layer: int, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One decoder block; its halves in parallel take one sum over ranks."""
+    name, eps, spec = f"layers.{layer}", config.norm_eps, llama.attention(config, layer)
+    x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", eps)
+    if not config.is_parallel:
+        x, residual = ops.add_layer_norm(blocks.attention(ops, name, layer, x, spec), residual, f"{name}.mlp_norm", eps)
+        return blocks.gated_mlp(ops, name, x, config.activation), residual
+    y = ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), config.activation)
+    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, spec)
+    return ops.row_linear_pair(x, f"{name}.output", y, f"{name}.down"), residual
+
+
+def block_weights(config: StableLmConfig, layer: int) -> list[WeightSpec]:
+    """Llama's with biases of the norms; parallel halves share the first."""
+    d, name, source = config.hidden_size, f"layers.{layer}", f"model.layers.{layer}"
+    products = [spec for spec in llama.block_weights(config, layer) if not spec.owner.endswith("_norm")]
+    second = declarations.norm(f"{name}.mlp_norm", f"{source}.post_attention_layernorm", d, bias=True)
+    return [
+        *declarations.norm(f"{name}.attention_norm", f"{source}.input_layernorm", d, bias=True),
+        *(() if config.is_parallel else second),
+        *products,
+    ]
+
+
+def head_weights(config: ModelConfig) -> list[WeightSpec]:
+    """Final norm and LM head."""
+    norm = declarations.norm("final_norm", "model.norm", config.hidden_size, bias=True)
+    return [*norm, lm_head(config, llama.TABLE)]
+
+
+STABLELM = Family(
+    architecture="StableLmForCausalLM",
+    model_type="stablelm",
+    other_names=("StableLMEpochForCausalLM", "StableLmModel"),
+    read_fields=read_fields,
+    passes={
+        "decode": Pass[StableLmConfig](
+            llama.embed, block, head, llama.embed_weights, block_weights, head_weights, llama.attention
+        )
+    },
+    ignored_tensors=llama.LLAMA.ignored_tensors,
+)
