@@ -122,7 +122,7 @@ def _load_piece(
     source: TensorSource, name: str, piece: Piece, sink: WeightSink[Destination], destination: Destination
 ) -> int:
     num_bytes = math.prod(index_shape(piece.stored)) * ITEM_SIZES[source.info(name).dtype]
-    is_plain = piece.part.encoding is None and source.info(name).dtype in FLOAT_DTYPES
+    is_plain = piece.part.encoding is None and source.info(name).dtype in (*FLOAT_DTYPES, "I8")
     if is_plain and isinstance(source, DummySource) and isinstance(sink, DummySink):
         sink.generate(destination, piece.local, source.slice(name, piece.stored, piece.part.transposed))
         return 0

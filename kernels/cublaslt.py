@@ -18,10 +18,11 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 
 __all__ = ["Algorithm", "CublasLt", "Descriptors", "GemmProblem"]
 
-_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "fp8": 28}  # cudaDataType
+_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "fp8": 28, "int8": 3, "int32": 10}  # cudaDataType
 _ALGORITHM_WORDS = 8
 _ALIGNMENT_BYTES = 16
 _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
+_PACKED_SIZES = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}
 _OUTER_VECTOR_SCALES = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: one float32 for each row of an operand
 _REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums are never rounded to storage
 
@@ -32,7 +33,8 @@ class GemmProblem:
 
     Attributes:
         dtype: of x and weight. ``fp8`` and ``int8`` are codes with a float32 scale for each row of x and of weight.
-        out_dtype: of out and, for codes, of bias.
+        out_dtype: of out and, for codes, of bias. ``int32``: the sums of int8 codes, not scaled.
+        packed: layout of a packed weight (``int4/128z``), whose values x is multiplied by; "" = weight is like x.
         has_bias, has_gelu (tanh form), accumulate: which of the optional terms there are.
     """
 
@@ -44,6 +46,7 @@ class GemmProblem:
     has_bias: bool = False
     has_gelu: bool = False
     accumulate: bool = False
+    packed: str = ""
 
     @property
     def key(self) -> str:
@@ -53,17 +56,24 @@ class GemmProblem:
             for name, present in (("+bias", self.has_bias), ("+gelu", self.has_gelu), ("+out", self.accumulate))
             if present
         )
-        return f"{self.num_tokens}x{self.out_features}x{self.in_features}:{self.dtype}>{self.out_dtype}{options}"
+        dtypes = f"{self.dtype}{'*' if self.packed else ''}{self.packed}>{self.out_dtype}"
+        return f"{self.num_tokens}x{self.out_features}x{self.in_features}:{dtypes}{options}"
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight matrix."""
-        return self.out_features * self.in_features * _ITEM_SIZES[self.dtype]
+        itemsize = _PACKED_SIZES[self.packed.partition("/")[0]] if self.packed else _ITEM_SIZES[self.dtype]
+        return int(self.out_features * self.in_features * itemsize)
 
     @property
     def has_scales(self) -> bool:
         """Whether x and weight are codes with scales."""
-        return self.dtype in ("fp8", "int8")
+        return self.dtype in ("fp8", "int8") and not self.has_integer_sums
+
+    @property
+    def has_integer_sums(self) -> bool:
+        """Whether out is what the tensor cores add up, exactly."""
+        return self.out_dtype == "int32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +115,7 @@ class CublasLt:
             self._handle = cublasLt.create()
         self._descriptors: dict[GemmProblem, Descriptors] = {}
         self._words: dict[Algorithm, np.ndarray] = {}
-        self._alpha = np.ones(1, np.float32)
-        self._beta = {False: np.zeros(1, np.float32), True: np.ones(1, np.float32)}
+        self._factors = {kind: (np.zeros(1, kind), np.ones(1, kind)) for kind in (np.float32, np.int32)}
 
     def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
         """Up to ``count`` algorithms that fit the workspace, most promising first by cuBLASLt's own estimate.
@@ -175,10 +184,11 @@ class CublasLt:
             attribute = lt.MatmulDescAttribute
             self._set(handles.operation, attribute.A_SCALE_POINTER, np.uint64(scales[1]))
             self._set(handles.operation, attribute.B_SCALE_POINTER, np.uint64(scales[0]))
+        factors = self._factors[np.int32 if problem.has_integer_sums else np.float32]
         with self._errors(problem):
             lt.matmul(
-                self._handle, handles.operation, self._alpha.ctypes.data, weight, handles.weight, x, handles.x,
-                self._beta[problem.accumulate].ctypes.data, out, handles.out, out, handles.out, words.ctypes.data,
+                self._handle, handles.operation, factors[1].ctypes.data, weight, handles.weight, x, handles.x,
+                factors[problem.accumulate].ctypes.data, out, handles.out, out, handles.out, words.ctypes.data,
                 self._workspace.data.ptr, algorithm.workspace_bytes, stream,
             )  # fmt: skip
 
@@ -201,7 +211,8 @@ class CublasLt:
         from nvmath.bindings import cublas
 
         lt = self._lt
-        operation = lt.matmul_desc_create(int(cublas.ComputeType.COMPUTE_32F), _CUDA_TYPES["float32"])
+        compute = cublas.ComputeType.COMPUTE_32I if problem.has_integer_sums else cublas.ComputeType.COMPUTE_32F
+        operation = lt.matmul_desc_create(int(compute), _CUDA_TYPES["int32" if problem.has_integer_sums else "float32"])
         attribute, epilogue = lt.MatmulDescAttribute, lt.Epilogue
         self._set(operation, attribute.TRANSA, np.int32(1))  # CUBLAS_OP_T
         kinds = {

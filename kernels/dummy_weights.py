@@ -15,7 +15,7 @@ __all__ = ["dummy_weights"]
 
 _NUM_THREADS = 256
 _MOST_BLOCKS = 1 << 16
-_STORED_TYPES = {"F32": "float", "F16": "__half", "BF16": "__nv_bfloat16"}
+_STORED_TYPES = {"F32": "float", "F16": "__half", "BF16": "__nv_bfloat16", "I8": "signed char"}
 
 
 def dummy_weights(
@@ -37,13 +37,15 @@ def dummy_weights(
     region's dtype; the formula, its keys, mean and width are those of `phalanx.checkpoints.dummy`.
     """
     if stored_dtype not in _STORED_TYPES:
-        raise ExecutorError(f"dummy weights of type {stored_dtype} are not made on the device; use BF16, F16 or F32")
+        raise ExecutorError(
+            f"dummy weights of type {stored_dtype} are not made on the device; use BF16, F16, F32 or I8"
+        )
     num_rows, num_columns = region.shape if region.ndim == 2 else (1, *region.shape)
     row_pitch = region.strides[0] // region.itemsize if region.ndim == 2 else num_columns
     kernel = library.function(
         "dummy_weights",
         "dummy_weights",
-        SCALAR=scalar_name(region),
+        SCALAR="signed char" if region.dtype == np.int8 else scalar_name(region),
         STORED=_STORED_TYPES[stored_dtype],
         TRANSPOSED=int(transposed),
         NUM_THREADS=_NUM_THREADS,

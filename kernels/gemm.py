@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products by whichever kernel was fastest for the shape: a cuBLASLt algorithm or the weight-streaming gemv."""
+"""Matrix products by whichever kernel was fastest for the shape: a cuBLASLt algorithm or one that streams the weight."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from phalanx.kernels.arrays import Array, require
+from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
-from phalanx.kernels.gemv import GemvShape, gemv, gemv_takes
-from phalanx.kernels.gemv8 import gemv8, gemv8_takes
+from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gemv, gemv_takes
+from phalanx.kernels.gemv8 import GEMV8_SHAPES, gemv8, gemv8_takes
 from phalanx.kernels.library import Library
+from phalanx.kernels.packed import (
+    GEMV_PACKED_SHAPES,
+    MAX_PACKED_TOKENS,
+    PackedWeight,
+    fits_block,
+    gemv_packed,
+    layout_suits_gemv,
+    unpack_weight,
+)
+from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import QuantizedRows, require_codes
 from phalanx.kernels.rows import add_bias
+from phalanx.kernels.scale_sums import scale_sums
 from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
 from phalanx.parallel.errors import ExecutorError
 
@@ -26,16 +37,23 @@ MOST_BORROWED_TOKENS = 256
 
 
 _MOST_GUESSED_TOKENS = 8
+_CODE_ALIGNMENT = 16
+
+Weight = Array | QuantizedRows | PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The arrays of one product: x [T, I], weight [O, I], out [T, O], bias [O] or None. Codes come on both sides or none."""
+    """The arrays of one product: x [T, I], weight [O, I], out [T, O], bias [O] or None. Codes with scales come on both sides or none.
+
+    ``scratch``: flat uint8 memory that a product of a packed weight (`unpacked_bytes`) or of int8 codes (`SUM_BYTES`) may overwrite.
+    """
 
     x: Array | QuantizedRows
-    weight: Array | QuantizedRows
+    weight: Weight
     out: Array
     bias: Array | None = None
+    scratch: Array | None = None
 
 
 def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = False) -> GemmProblem:
@@ -45,13 +63,20 @@ def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = Fa
     if isinstance(weight, QuantizedRows):
         return _scaled_problem(operands, has_gelu or accumulate)
     assert not isinstance(x, QuantizedRows), "codes need a quantised weight"
-    require("x", x, (num_tokens, in_features), weight)
-    require("weight", weight, (out_features, in_features), weight)
+    packed = weight.layout if isinstance(weight, PackedWeight) else ""
+    if packed and (has_gelu or accumulate):
+        raise ExecutorError(f"a product of {packed} codes with epilogues is not available")
+    if isinstance(weight, PackedWeight):
+        require("x", x, (num_tokens, weight.columns), x)
+    else:
+        require("weight", weight, (out_features, in_features), x)
     require("out", out, (num_tokens, out_features), out)
     if bias is not None:
-        require("bias", bias, (out_features,), weight)
-    names = (weight.dtype.name, out.dtype.name)
-    return GemmProblem(num_tokens, out_features, in_features, *names, bias is not None, has_gelu, accumulate)
+        require("bias", bias, (out_features,), x)
+    names = (x.dtype.name, out.dtype.name)
+    return GemmProblem(
+        num_tokens, out_features, in_features, *names, bias is not None, has_gelu, accumulate, packed
+    )  # fmt: skip
 
 
 def _scaled_problem(operands: Operands, has_more: bool) -> GemmProblem:
@@ -82,21 +107,22 @@ class Gemm:
     def __call__(
         self,
         x: Array | QuantizedRows,
-        weight: Array | QuantizedRows,
+        weight: Weight,
         out: Array,
         bias: Array | None = None,
         *,
         has_gelu: bool = False,
         accumulate: bool = False,
+        scratch: Array | None = None,
     ) -> None:
         """``out = f(x @ weight.T + bias)``, plus ``out`` with ``accumulate``; f is GELU's tanh form with ``has_gelu``.
 
         x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32. Some of cuBLASLt's algorithms round
-        the product to out's dtype before they add ``out``. Codes are multiplied by their rows' scales.
+        the product to out's dtype before they add ``out``. Codes are multiplied by their rows' scales. ``scratch``: see `Operands`.
         """
-        operands = Operands(x, weight, out, bias)
+        operands = Operands(x, weight, out, bias, scratch)
         problem = problem_of(operands, has_gelu, accumulate)
-        if bias is not None and problem.has_scales and not _suits_gemv(problem):
+        if bias is not None and problem.dtype == "fp8" and not _suits_gemv(problem):
             # cuBLASLt adds a bias to scaled codes for some shapes only (not for 257 x 96 x 14336).
             self(x, weight, out)
             add_bias(self._library, out, bias)
@@ -113,19 +139,20 @@ class Gemm:
     def _guess(self, problem: GemmProblem) -> Algorithm | GemvShape:
         """For one token gemv, which on an H200 is up to 30 % faster and nowhere slower by more than 2 %.
 
-        With scales for a few more tokens, where cuBLASLt's outer-vector kernels take twice the time of the weight's bytes.
+        With scales for a few more tokens, where cuBLASLt's outer-vector kernels take twice the time of the weight's bytes; with packed
+        weights for as many as it takes.
         """
-        most = _MOST_GUESSED_TOKENS if problem.has_scales else 1
+        most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
         if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
-            return GemvShape()
-        return self.cublaslt.algorithms(problem, 1)[0]
+            return GemvShape(8, 2, 2) if problem.packed else GemvShape()
+        return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
         """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
         choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
         if choice is None or isinstance(choice.kernel, GemvShape):
             return choice
-        return choice if self.cublaslt.accepts(problem, choice.kernel) else None
+        return choice if self.cublaslt.accepts(_library_problem(problem), choice.kernel) else None
 
     @property
     def problems(self) -> list[GemmProblem]:
@@ -140,32 +167,47 @@ class Gemm:
         """Enqueue the product by a given kernel."""
         import cupy
 
-        x, weight = operands.x, operands.weight
-        if isinstance(x, QuantizedRows) and isinstance(weight, QuantizedRows):
-            self._run_scaled(problem, choice, x, weight, operands)
+        x, weight, bias = operands.x, operands.weight, operands.bias
+        if isinstance(x, QuantizedRows):
+            self._run_scaled(problem, choice, x, operands)
             return
-        assert not isinstance(x, QuantizedRows)
         assert not isinstance(weight, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
-            gemv(
-                self._library, x, weight, operands.out,
-                bias=operands.bias, accumulate=problem.accumulate, shape=choice.kernel,
-            )  # fmt: skip
+            if isinstance(weight, PackedWeight):
+                gemv_packed(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
+            else:
+                gemv(
+                    self._library, x, weight, operands.out,
+                    bias=bias, accumulate=problem.accumulate, shape=choice.kernel,
+                )  # fmt: skip
             return
-        bias = operands.bias
+        values = self._unpacked(weight, x, operands.scratch) if isinstance(weight, PackedWeight) else weight
         self.cublaslt.run(
-            problem, choice.kernel, x.data.ptr, weight.data.ptr, operands.out.data.ptr,
+            _library_problem(problem), choice.kernel, x.data.ptr, values.data.ptr, operands.out.data.ptr,
             0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
 
-    def _run_scaled(
-        self, problem: GemmProblem, choice: GemmChoice, x: QuantizedRows, weight: QuantizedRows, operands: Operands
-    ) -> None:
+    def _unpacked(self, weight: PackedWeight, x: Array, scratch: Array | None) -> Array:
+        """The values of ``weight`` in ``scratch``, in the type of ``x``."""
+        num_bytes = unpacked_bytes(weight.shape, x.dtype.itemsize)
+        if scratch is None or scratch.size < num_bytes:
+            raise ExecutorError(
+                f"a product of {x.shape[0]} tokens by {weight.layout} codes needs {num_bytes} bytes of scratch"
+            )
+        values: Array = scratch[:num_bytes].view(x.dtype).reshape(weight.shape)
+        unpack_weight(self._library, weight, values)
+        return values
+
+    def _run_scaled(self, problem: GemmProblem, choice: GemmChoice, x: QuantizedRows, operands: Operands) -> None:
         import cupy
 
-        bias = operands.bias
+        weight, bias = operands.weight, operands.bias
+        assert isinstance(weight, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
             gemv8(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
+            return
+        if x.kind == "int8":
+            self._run_int8(problem, choice.kernel, x, weight, operands)
             return
         self.cublaslt.run(
             problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr,
@@ -173,30 +215,76 @@ class Gemm:
             (x.scale.data.ptr, weight.scale.data.ptr),
         )  # fmt: skip
 
-    def candidates(self, problem: GemmProblem, gemv_shapes: tuple[GemvShape, ...]) -> list[Algorithm | GemvShape]:
-        """Everything worth timing: cuBLASLt's suggestions, best guess first, then gemv's shapes where they apply."""
-        algorithms: list[Algorithm | GemvShape] = []
-        if not _needs_gemv(problem):
-            algorithms += self.cublaslt.algorithms(problem, 16)
-        if _suits_gemv(problem):
-            algorithms += gemv_shapes
-        return algorithms
+    def _run_int8(
+        self, problem: GemmProblem, algorithm: Algorithm, x: QuantizedRows, weight: QuantizedRows, operands: Operands
+    ) -> None:
+        """Integer sums of a slab of outputs, which stay in the second-level cache, then the scales: the sums are exact."""
+        import cupy
+
+        slabs = int8_slabs(problem.num_tokens, problem.out_features)
+        scratch, most = operands.scratch, 4 * problem.num_tokens * len(slabs[0])
+        if scratch is None or scratch.size < most:
+            raise ExecutorError(f"an int8 product of {problem.num_tokens} tokens needs {most} bytes of scratch")
+        for slab in slabs:
+            part = _library_problem(problem, len(slab))
+            chosen = algorithm if len(slab) == len(slabs[0]) else self.cublaslt.algorithms(part, 1)[0]
+            shape = (problem.num_tokens, len(slab))
+            sums = scratch[: 4 * shape[0] * shape[1]].view("int32").reshape(shape)
+            self.cublaslt.run(
+                part, chosen, x.codes.data.ptr, weight.codes[slab.start : slab.stop].data.ptr, sums.data.ptr, 0,
+                cupy.cuda.get_current_stream().ptr,
+            )  # fmt: skip
+            scale_sums(self._library, sums, x.scale, weight.scale, operands.bias, operands.out, slab.start)
+
+    def candidates(self, problem: GemmProblem) -> list[Algorithm | GemvShape]:
+        """Everything worth timing: cuBLASLt's suggestions, best guess first, then blocks of the kernels that stream weights."""
+        found: list[Algorithm | GemvShape] = [] if _needs_gemv(problem) else [*self.algorithms(problem, 16)]
+        return [*found, *_gemv_shapes(problem)] if _suits_gemv(problem) else found
+
+    def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
+        """cuBLASLt's suggestions alone. Raises ExecutorError when there is none."""
+        return self.cublaslt.algorithms(_library_problem(problem), count)
 
     def close(self) -> None:
         """Give cuBLASLt's handles back. Nothing may be in flight."""
         self.cublaslt.close()
 
 
+def int8_slabs(num_tokens: int, out_features: int) -> list[range]:
+    """Outputs that an int8 product computes at a time: as many as `SUM_BYTES` hold, evenly, in multiples of 16."""
+    most = max(SUM_BYTES // (4 * num_tokens) // _CODE_ALIGNMENT, 1) * _CODE_ALIGNMENT
+    count = ceil_div(out_features, most)
+    size = ceil_div(ceil_div(out_features, count), _CODE_ALIGNMENT) * _CODE_ALIGNMENT
+    return [range(start, min(start + size, out_features)) for start in range(0, out_features, size)]
+
+
+def _library_problem(problem: GemmProblem, outputs: int = 0) -> GemmProblem:
+    """What cuBLASLt computes of it: plain values where the weight is packed, sums of (the first) outputs for int8 codes."""
+    if problem.dtype == "int8":
+        size = outputs or len(int8_slabs(problem.num_tokens, problem.out_features)[0])
+        return replace(problem, out_features=size, out_dtype="int32", has_bias=False)
+    return replace(problem, packed="")
+
+
 def _needs_gemv(problem: GemmProblem) -> bool:
-    """Whether cuBLASLt may have no kernel: scaled codes with a bias."""
-    return problem.has_scales and problem.has_bias
+    """Whether cuBLASLt may have no kernel: fp8 codes with a bias."""
+    return problem.dtype == "fp8" and problem.has_bias
 
 
 def _suits_gemv(problem: GemmProblem) -> bool:
+    is_narrow = problem.out_dtype in ("float16", "bfloat16")
     if problem.has_scales:
-        return gemv8_takes(problem.num_tokens, problem.in_features) and problem.out_dtype in ("float16", "bfloat16")
+        return gemv8_takes(problem.num_tokens, problem.in_features) and is_narrow
+    if problem.packed:
+        return layout_suits_gemv(problem.num_tokens, problem.in_features, problem.packed) and is_narrow
     takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
     return takes and problem.out_dtype == problem.dtype and not problem.has_gelu
+
+
+def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:
+    if problem.packed:
+        return tuple(shape for shape in GEMV_PACKED_SHAPES if fits_block(shape, problem.num_tokens))
+    return GEMV8_SHAPES if problem.has_scales else GEMV_SHAPES
 
 
 def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:

@@ -17,9 +17,9 @@ import numpy as np
 
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm, Operands, open_gemm
-from phalanx.kernels.gemv import GEMV_SHAPES
-from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.packed import PackedWeight, parse_layout
+from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
 from phalanx.kernels.quantize import CodeKind, QuantizedRows
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
@@ -69,7 +69,7 @@ class GemmTuner:
         timed = self.timed_operands(problem)
         choices: list[GemmChoice] = []
         best = float("inf")
-        for kernel in self._gemm.candidates(problem, GEMV8_SHAPES if problem.has_scales else GEMV_SHAPES):
+        for kernel in self._gemm.candidates(problem):
             microseconds = self.measure(problem, GemmChoice(kernel), timed, best)
             best = min(best, microseconds)
             choices.append(GemmChoice(kernel, microseconds))
@@ -112,10 +112,27 @@ class GemmTuner:
         seconds = max(2.0 * t * o * i / _ASSUMED_FLOPS, problem.weight_bytes / _ASSUMED_BYTES_PER_SECOND)
         num_calls = min(40, max(4, int(_TIMED_SECONDS / seconds)))
         num_copies = min(num_calls, max(1, -(-_ROTATED_BYTES // problem.weight_bytes)))
-        weights = [self._operand(problem, o) for _ in range(num_copies)]
+        weights = [self._packed(problem) if problem.packed else self._operand(problem, o) for _ in range(num_copies)]
         x, out = self._operand(problem, t), self._random((t, o), out_dtype)
         bias = self._random((o,), out_dtype) if problem.has_bias else None
-        return TimedOperands([Operands(x, weight, out, bias) for weight in weights], num_calls)
+        scratch = self._scratch(problem)
+        return TimedOperands([Operands(x, weight, out, bias, scratch) for weight in weights], num_calls)
+
+    def _scratch(self, problem: GemmProblem) -> Any:
+        if problem.packed:
+            num_bytes = unpacked_bytes((problem.out_features, problem.in_features), _DTYPES[problem.dtype].itemsize)
+            return self._cupy.empty(num_bytes, np.uint8)
+        return self._cupy.empty(SUM_BYTES, np.uint8) if problem.dtype == "int8" else None
+
+    def _packed(self, problem: GemmProblem) -> PackedWeight:
+        """Codes of any bits, small positive scales, zero points of one."""
+        rows, columns = problem.out_features, problem.in_features
+        kind, group, has_zero = parse_layout(problem.packed)
+        groups = -(-columns // group) if group else 1
+        codes = self._random((rows, packed_row_bytes(columns, kind)), _CODE_DTYPES["int8"])
+        scale = self._cupy.full((groups, rows), 1e-2, np.float32)
+        zero = self._cupy.ones((groups, rows), np.int8) if has_zero else None
+        return PackedWeight(codes, scale, zero, kind, columns, group)
 
     def _operand(self, problem: GemmProblem, rows: int) -> Any:
         shape = (rows, problem.in_features)

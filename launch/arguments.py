@@ -69,8 +69,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                        help="compute type; auto: the checkpoint's own")  # fmt: skip
-    group.add_argument("--quantize", choices=("none", "fp8"), default="none",
-                       help="fp8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
+    group.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
+                       help="fp8 or int8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
     group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
                        help="auto: as the checkpoint says, else the compute type")  # fmt: skip
     group.add_argument(

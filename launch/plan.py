@@ -44,7 +44,7 @@ def build_parser() -> CommandParser:
         default="auto",
         help="compute type; auto: the checkpoint's own",
     )
-    parser.add_argument("--quantize", choices=("none", "fp8"), default="none", help="as launch.serve")
+    parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as launch.serve")
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
     )
@@ -90,6 +90,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.checkpoints.quantization.held import held_formats
     from phalanx.runtime.memory import plan_memory
     from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.shapes import use_of
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
     model = find_model(raw)
@@ -104,7 +105,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         config,
         options.layout,
         dtype,
-        formats=held_formats(stored, options.quantize),
+        formats=held_formats(stored, options.quantize, use_of(model, config).experts),
         kv_itemsize=1 if has_fp8_cache else None,
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,

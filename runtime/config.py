@@ -29,7 +29,7 @@ __all__ = [
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-QuantizeName = Literal["none", "fp8"]
+QuantizeName = Literal["none", "fp8", "int8"]
 KvCacheDType = Literal["auto", "bfloat16", "float16", "fp8"]
 EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
 
@@ -150,7 +150,7 @@ class EngineConfig:
         max_num_seqs: most sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
         max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
-        quantize: ``fp8`` quantises the float weights of layers while they are loaded, one scale for each row.
+        quantize: ``fp8`` or ``int8`` quantises the float weights of layers while they are loaded, one scale for each row.
         kv_cache_dtype: what the cache holds; ``auto`` = what the checkpoint says, else the compute type.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
         engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.

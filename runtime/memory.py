@@ -10,10 +10,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from phalanx.checkpoints.formats import ALL_DENSE, DENSE, FormatPlan, components_of, format_weights
+from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
+from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
+from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
 from phalanx.parallel.sharding import local_kv_heads, stage_layers
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.attention import AttentionSpec
@@ -55,6 +58,7 @@ RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
 
 ALIGNMENT_BYTES = 256
+PACKED = "packed "
 _STEP_WORDS_PER_SEQUENCE = 32 + TOKEN_BIAS_WORDS * MAX_TOKEN_BIASES
 _STEP_WORDS_PER_TOKEN = 16
 _ROUTING_WORDS = 10  # 16-bit: id, share, place in the order and its inverse, tiles
@@ -155,9 +159,14 @@ def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, i
     result = dict.fromkeys(WEIGHT_PARTS, 0)
     for group in distinct(components):
         spec = group[0]
-        each = itemsize if spec.dtype is None else ITEM_SIZES[spec.dtype]
-        result[_weight_part(spec.owner)] += math.prod(spec.local_shape(tp_rank, tp_size)) * each
+        result[_weight_part(spec.owner)] += _component_bytes(spec.local_shape(tp_rank, tp_size), spec.dtype, itemsize)
     return result
+
+
+def _component_bytes(shape: tuple[int, ...], dtype: str | None, itemsize: int) -> int:
+    if dtype is not None and dtype.startswith(PACKED):
+        return shape[0] * packed_row_bytes(shape[1], dtype.removeprefix(PACKED))
+    return math.prod(shape) * (itemsize if dtype is None else ITEM_SIZES[dtype])
 
 
 def kv_block_bytes(specs: Iterable[AttentionSpec], tp_rank: int, tp_size: int, block_size: int, itemsize: int) -> int:
@@ -189,10 +198,12 @@ def workspace_bytes(
     def of_layer(layer: int) -> int:
         weights = format_weights(model.decode.block_weights(config, layer), formats)
         specs = [weight.spec for weight in weights]
-        quantized = [weight.spec for weight in weights if weight.format != DENSE]
-        return activation_bytes(
+        quantized = [weight.spec for weight in weights if isinstance(weight.format, RowCodes)]
+        activations = activation_bytes(
             specs, experts, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
-        ) + _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
+        )
+        codes = _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
+        return activations + codes + _product_bytes(weights, itemsize, *tp)
 
     return max(map(of_layer, layers))
 
@@ -238,6 +249,14 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
     """Room for the 8-bit inputs of ``specs`` with a scale for each row, all alive at once."""
     widths = [spec.local_shape(rank, size)[1] for spec in specs]
     return sum(num_rows * (width + 4) + 4 * ALIGNMENT_BYTES for width in widths)
+
+
+def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int, size: int) -> int:
+    """Room for what products of packed weights and of int8 codes need besides their operands; one at a time."""
+    shapes = [weight.spec.local_shape(rank, size) for weight in weights if isinstance(weight.format, PackedCodes)]
+    unpacked = max((unpacked_bytes(shape, itemsize) + ALIGNMENT_BYTES for shape in shapes), default=0)
+    has_sums = any(isinstance(weight.format, RowCodes) and weight.format.kind == "int8" for weight in weights)
+    return unpacked + (SUM_BYTES + ALIGNMENT_BYTES if has_sums else 0)
 
 
 def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:

@@ -13,14 +13,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.encoding import Encoding
-from phalanx.checkpoints.quantization.encodings import Scales
-from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.checkpoints.quantization.encodings import PackedWords, Scales
+from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
 __all__ = ["GroupCodes", "Stored"]
+
+_DUMMY_CODES = {"int4": DummyRange(-7.99, 7.99), "int8": DummyRange(-127.9, 127.9), "fp8": DummyRange(-448.0, 448.0)}
+_DUMMY_SCALES = {kind: DummyRange(0.04 / -codes.low, 0.05 / -codes.low) for kind, codes in _DUMMY_CODES.items()}
+"""Random weights with a standard deviation of about 0.02, as those without a format."""
 
 SMALLEST_GROUP = 32
 """Groups that heads cut into smaller pieces than this would take more memory for scales than for codes."""
@@ -70,6 +74,14 @@ class GroupCodes:
         """``int4 in groups of 128``."""
         return f"{self.label} in groups of {self.group}" if self.group else f"{self.label} by rows"
 
+    @property
+    def kind(self) -> Literal["int4", "int8", "fp8"]:
+        """What a code is."""
+        if self.stored.dtype == "F8_E4M3":
+            return "fp8"
+        encoding = self.stored.codes_encoding
+        return "int4" if isinstance(encoding, PackedWords) and encoding.bits == 4 else "int8"
+
     def for_weight(self, spec: WeightSpec) -> GroupCodes:
         """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128.
 
@@ -97,12 +109,12 @@ class GroupCodes:
         codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
         scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
         result = [
-            WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype),
-            WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32"),
+            WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype, dummy=_DUMMY_CODES[self.kind]),
+            WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32", dummy=_DUMMY_SCALES[self.kind]),
         ]
         if stored.zero:
             zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
-            result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8"))
+            result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8", dummy=DummyRange(-1.0, 2.0)))
         return tuple(result)
 
     def dequantize(self, components: Mapping[str, Array]) -> Array:

@@ -1,20 +1,74 @@
-"""In which format a GPU holds what a checkpoint stores in another: quantised while loading, or turned into plain values."""
+"""In which format a GPU holds what a checkpoint stores in another: quantised while loading, or packed for its kernels."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
-from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
-from phalanx.checkpoints.spec import WeightSpec
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.spec import Part, WeightSpec
 
-__all__ = ["held_formats", "is_weight_only", "quantized_while_loading"]
+if TYPE_CHECKING:
+    from phalanx.checkpoints.source import Array
+
+__all__ = ["QUANTIZE_NAMES", "PackedCodes", "QuantizeName", "held_formats", "packed", "quantized_while_loading"]
+
+QuantizeName = Literal["none", "fp8", "int8"]
+"""What ``--quantize`` takes: the kind of codes."""
+QUANTIZE_NAMES: tuple[QuantizeName, ...] = ("none", "fp8", "int8")
 
 
-def is_weight_only(chosen: Format) -> bool:
-    """Whether inputs of a product with such a weight stay as they are. GPUs hold these weights as plain values so far."""
-    return isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain"
+@dataclass(frozen=True, slots=True)
+class PackedCodes:
+    """A weight-only format as a GPU holds it: codes of 4 or 8 bits in the order of its kernels, inputs as they are.
+
+    Attributes:
+        stored: the format that the checkpoint declares; values are its own.
+    """
+
+    stored: GroupCodes | RowCodes
+
+    @property
+    def name(self) -> str:
+        """That of the stored format."""
+        return self.stored.name
+
+    @property
+    def kind(self) -> Literal["int4", "int8", "fp8"]:
+        """What a code is."""
+        return self.stored.kind
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale in memory; 0 = the whole row."""
+        return self.stored.cut if isinstance(self.stored, GroupCodes) else 0
+
+    def units(self, part: Part) -> tuple[int, ...]:
+        """As stored."""
+        return self.stored.units(part)
+
+    def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """As stored, but for the size of the codes, which ``packed int4`` and the like name."""
+        codes, *rest = self.stored.components(spec)
+        return (replace(codes, dtype=f"packed {self.kind}"), *rest)
+
+    def dequantize(self, components: Mapping[str, Array]) -> Array:
+        """As stored."""
+        return self.stored.dequantize(components)
+
+    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
+        """The input itself."""
+        return x
+
+
+def packed(chosen: Format) -> PackedCodes | None:
+    """How a GPU holds a stored format whose inputs are not quantised; None for all others."""
+    if isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain":
+        return PackedCodes(chosen)
+    return None
 
 
 def quantized_while_loading(spec: WeightSpec) -> bool:
@@ -25,13 +79,19 @@ def quantized_while_loading(spec: WeightSpec) -> bool:
     return len(spec.parts[0].shape) == 2 and spec.owner.startswith("layers.") and all(part.shard for part in spec.parts)
 
 
-def held_formats(stored: FormatPlan, quantize: Literal["none", "fp8"]) -> FormatPlan:
-    """Formats in a GPU's memory of a checkpoint whose formats are ``stored``; for planning."""
+def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:
+    """Formats in a GPU's memory of a checkpoint whose formats are ``stored``; for planning.
+
+    ``experts``: modules (``layers.3.mlp``) whose weight-only matrices are held as plain values.
+    """
 
     def choose(spec: WeightSpec) -> Format:
-        if quantize == "fp8" and quantized_while_loading(spec):
-            return FP8_ROWS
+        if quantize != "none" and quantized_while_loading(spec):
+            return RowCodes(quantize)
         chosen = stored.choose(spec)
-        return DENSE if is_weight_only(chosen) else chosen
+        held = packed(chosen)
+        if held is None:
+            return chosen
+        return DENSE if spec.owner.rpartition(".")[0] in experts else held
 
     return FormatPlan(choose, stored.ignored_tensors, stored.has_kv_scales)

@@ -126,7 +126,7 @@ def read_awq(section: Section) -> FormatPlan:
         raise _refused(
             f"awq version={version!r} bits={bits} zero_point={section.get('zero_point')}", "use version gemm, 4 bits"
         )
-    words = PackedWords(4, axis=0, order=AWQ_ORDER)
+    words = PackedWords(4, axis=0, offset=8, order=AWQ_ORDER)
     stored = Stored("qweight", "scales", "qzeros", words, words, transposed=True)
     return _excluding(GroupCodes("int4", stored, max(group, 0)), section)
 

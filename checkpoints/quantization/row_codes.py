@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.quantization.numbers import CodeKind
     from phalanx.checkpoints.source import Array
 
-__all__ = ["FP8_ROWS", "RowCodes"]
+__all__ = ["FP8_ROWS", "INT8_ROWS", "RowCodes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ class RowCodes:
         return dequantize(quantize_rows(x, self.kind, self.input_ceiling))
 
 
-FP8_ROWS = RowCodes("fp8")
-"""What ``--quantize fp8`` makes."""
+FP8_ROWS, INT8_ROWS = RowCodes("fp8"), RowCodes("int8")
+"""What ``--quantize`` makes."""
 
 
 def _module(part: Part) -> str:

@@ -13,7 +13,10 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+__device__ __forceinline__ float to_float(signed char value) { return value; }
+
 __device__ __forceinline__ void assign(float& to, float value) { to = value; }
+__device__ __forceinline__ void assign(signed char& to, float value) { to = static_cast<signed char>(value); }
 __device__ __forceinline__ void assign(__half& to, float value) { to = __float2half_rn(value); }
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float value) { to = __float2bfloat16_rn(value); }
 

@@ -17,6 +17,19 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32 (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// a * b + c in both halves of a word, rounded once.
+__device__ __forceinline__ uint32 fma_pair(uint32 a, uint32 b, uint32 c, __half) {
+    uint32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ uint32 fma_pair(uint32 a, uint32 b, uint32 c, __nv_bfloat16) {
+    uint32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // d [16, 8] += a [16, 32] * b [32, 8] of bytes (PTX ISA, mma.m16n8k32): a = {(g, 4t), (g + 8, 4t), (g, 4t + 16), (g + 8, 4t + 16)},
 // b = {(4t, g), (4t + 16, g)}, each four neighbours along k; d as above. e4m3 into float32, int8 into int32.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890

@@ -11,7 +11,7 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
 from phalanx.checkpoints.quantization.held import held_formats, quantized_while_loading
 from phalanx.checkpoints.quantization.kv_scales import read_kv_scales
-from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
@@ -22,6 +22,7 @@ from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
 from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
+from phalanx.runtime.models.shapes import use_of
 
 __all__ = ["RankSpec"]
 
@@ -81,12 +82,13 @@ class RankSpec:
                 raise ConfigError(
                     f"--quantize={self.options.quantize}: the checkpoint holds {weight.format.name} weights already; leave it out"
                 )
-        return {weight.spec.owner: FP8_ROWS for weight in declared if quantized_while_loading(weight.spec)}
+        chosen = RowCodes(self.options.quantize)
+        return {weight.spec.owner: chosen for weight in declared if quantized_while_loading(weight.spec)}
 
     @property
     def held_formats(self) -> FormatPlan:
         """Formats of weights in memory, after `quantized`."""
-        return held_formats(self.checkpoint.formats, self.options.quantize)
+        return held_formats(self.checkpoint.formats, self.options.quantize, use_of(self.model, self.config).experts)
 
     @property
     def kv_scales(self) -> dict[int, NDArray[np.float32]] | None:

@@ -243,7 +243,7 @@ def gemm_table(bench: Bench, tokens: tuple[int, ...], with_torch: bool) -> list[
                 gemv = {}
                 if t <= 16:
                     gemv = {str(s): tuner.measure(problem, GemmChoice(s), timed) for s in GEMV_SHAPES}
-                lt = gemm.candidates(problem, ())
+                lt = gemm.algorithms(problem, 16)
                 best_lt = choice.microseconds
                 if isinstance(choice.kernel, GemvShape):
                     best_lt = min(tuner.measure(problem, GemmChoice(c), timed) for c in lt)
@@ -301,7 +301,7 @@ def decode_chain(bench: Bench, model: str, kind: str, gated: GemvShape, num_laye
     problems = [GemmProblem(1, *shapes[name], "bfloat16", "bfloat16") for name in ("qkv", "o", "gate_up", "down")]
     if kind == "cublaslt":
         for problem in problems:
-            candidates = [GemmChoice(c) for c in gemm.candidates(problem, ())]
+            candidates = [GemmChoice(c) for c in gemm.algorithms(problem, 16)]
             operands = tuner.timed_operands(problem)
             timings.add({problem: min(candidates, key=lambda c: tuner.measure(problem, c, operands))})
     else:

@@ -55,6 +55,8 @@ FLOAT_CASES = {
     "gemma-7b": Case("gemma-7b", 128, 2048),
     "llama-3-8b": Case("llama-3-8b", 128, 4096),
     "llama-3-8b-2048": Case("llama-3-8b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=16384),
+    "llama-3-8b-2048-long": Case("llama-3-8b", 2048, 1024, max_num_seqs=512, max_num_batched_tokens=16384),
+    "llama-3-8b-2048-slots": Case("llama-3-8b", 128, 8192, max_num_seqs=2048, max_num_batched_tokens=4096),
     "llama-3-8b-one": Case("llama-3-8b", 128, 3, max_num_seqs=1),
     "gemma-2b-one": Case("gemma-2b", 128, 3, max_num_seqs=1),
     "llama-3-8b-tp2": Case("llama-3-8b", 128, 4096, tp=2),
@@ -75,12 +77,18 @@ FLOAT_CASES = {
     "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
 }
-CASES = FLOAT_CASES | {
-    f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8")
-    for name, case in FLOAT_CASES.items()
-    if "mixtral" not in name
-}
-"""Every case as it is, and but for experts with fp8 weights, activations and cache."""
+DENSE_CASES = {name: case for name, case in FLOAT_CASES.items() if "mixtral" not in name}
+CASES = (
+    FLOAT_CASES
+    | {f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
+    | {f"{name}-int8": replace(case, quantize="int8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
+    | {
+        f"{name}-w4a16": replace(case, model=f"{case.model}-w4a16", kv_cache_dtype="fp8")
+        for name, case in DENSE_CASES.items()
+        if (MODELS / f"{case.model}-w4a16").is_dir()
+    }
+)
+"""Every case as it is; but for experts with fp8 or int8 weights and activations, or with 4-bit weights, and with an fp8 cache."""
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
-from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape
+from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
@@ -83,7 +83,7 @@ def test_every_candidate_equals_float64(gemm, dtype, shape, has_bias, has_gelu, 
         operands = Operands(*on_device, start, put(bias) if has_bias else None)
         if problem is None:
             problem = problem_of(operands, has_gelu, accumulate)
-            candidates = gemm.candidates(problem, GEMV_SHAPES)
+            candidates = gemm.candidates(problem)
             assert candidates
         gemm.run(problem, GemmChoice(candidates.pop()), operands)
         check(start, expected, x, weight, dtype, product)

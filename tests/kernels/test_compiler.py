@@ -27,7 +27,16 @@ SPECS = [
     ("soft_cap", {"VEC": 8, "NUM_THREADS": 256}),
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_BIAS": 0, "QUANTIZED": 1}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),
-    ("dequantize", {"FP8": 1, "HAS_ZERO": 1, "NUM_THREADS": 256}),
+    ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
+    ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
+    *(
+        (
+            "gemv_packed",
+            {"CODES": codes, "GROUP": group, "HAS_ZERO": zero, "NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 2, "PREFETCH_BYTES": 2048,
+             "TOKEN_TILES": 2, "MANY": 1, "GATED": 0, "ACTIVATION": "silu", "HAS_BIAS": 1},
+        )
+        for codes, group, zero in ((4, 32, 1), (8, 128, 1), (1, 0, 0))
+    ),
     ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1}),
     ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2}),
     ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf", "HAS_BIAS": 1}),

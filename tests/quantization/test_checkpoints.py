@@ -197,17 +197,29 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["ct-w4-g64", "ct-w4-g16-asymmetric", "gptq-8-v1", "awq", "ct-fp8-weight-only"])
-def test_the_cuda_engine_computes_weight_only_checkpoints_as_plain_values(
-    root: Path, device: None, name: str, tp: int
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float16") for name in WEIGHT_ONLY), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
+)  # fmt: skip
+def test_the_cuda_engine_computes_weight_only_checkpoints(
+    root: Path, device: None, name: str, dtype: Any, tp: int
 ) -> None:
     quantised, twin = written(root, name)
-    output, expected = generate(quantised, tp, engine="cuda", dtype="float32"), generate(twin)
-    np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=1e-3)
+    output, expected = generate(quantised, tp, engine="cuda", dtype=dtype), generate(twin)
+    np.testing.assert_allclose(logprobs(output), logprobs(expected), atol={"float16": 2e-2, "float32": 1e-3}[dtype])
 
 
-@pytest.mark.parametrize("name", ["ct-fp8-channel", "ct-fp8-tensor"])
-def test_the_cuda_engine_multiplies_fp8_checkpoints(root: Path, device: None, name: str) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_weight_only_experts_are_held_as_plain_values(tmp_path: Path, device: None, tp: int) -> None:
+    dense = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "dense")
+    module, section = WEIGHT_ONLY["ct-w8-channel"]
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
+    output = generate(tmp_path / "quantised", tp, engine="cuda", dtype="float32")
+    np.testing.assert_allclose(logprobs(output), logprobs(generate(tmp_path / "twin")), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ct-fp8-channel", "ct-fp8-tensor", "ct-int8"])
+def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, name: str) -> None:
     quantised, twin = written(root, name)
     expected, plain = logprobs(generate(quantised)), logprobs(generate(twin))
     output = logprobs(generate(quantised, engine="cuda", dtype="float32"))
@@ -216,7 +228,7 @@ def test_the_cuda_engine_multiplies_fp8_checkpoints(root: Path, device: None, na
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("ct-int8", "int8 rows x tokens"), ("ct-fp8-static", "fp8 rows x static"), ("hf-fp8-blocks", "fp8 blocks in groups of 16"),
+    [("ct-fp8-static", "fp8 rows x static"), ("hf-fp8-blocks", "fp8 blocks in groups of 16"),
      ("fbgemm", "fp8 rows x tokens up to 1200")],
 )  # fmt: skip
 def test_the_cuda_engine_names_the_schemes_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:

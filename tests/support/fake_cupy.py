@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from phalanx.checkpoints.quantization.numbers import E4M3, Codes, dequantize
+from phalanx.kernels.packed import PackedWeight, gemv_packed, layout_suits_gemv, unpack_weight
 from phalanx.kernels.quantize import QuantizedRows
 from phalanx.parallel.communicator import Communicator
 from tests.kernels.emulation import EmulatedLibrary
@@ -139,7 +141,9 @@ def _fake_cupy() -> types.ModuleType:
         alloc_pinned_memory=lambda size: bytearray(max(size, 1)),
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
-    cupy.__dict__.update(cuda=cuda, ndarray=device_array, zeros=_zeros, empty=_zeros, asarray=_copy)
+    cupy.__dict__.update(
+        cuda=cuda, ndarray=device_array, zeros=_zeros, empty=_zeros, asarray=_copy, ascontiguousarray=_copy
+    )
     return cupy
 
 
@@ -190,7 +194,15 @@ class HostGroup:
         self._host.close()
 
 
-def product(x: Any, weight: Any, out: Any, bias: Any) -> None:
+def product(library: Any, x: Any, weight: Any, out: Any, bias: Any, scratch: Any = None) -> None:
+    """What `Gemm` computes, by NumPy; packed weights by the kernel that streams them, or unpacked where it does not take them."""
+    if isinstance(weight, PackedWeight):
+        if x.dtype.itemsize == 2 and layout_suits_gemv(len(x), weight.columns, weight.layout):
+            gemv_packed(library, x, weight, out, bias=bias)
+            return
+        values = scratch[: weight.shape[0] * weight.shape[1] * x.dtype.itemsize].view(x.dtype).reshape(weight.shape)
+        unpack_weight(library, weight, values)
+        weight = values
     if isinstance(weight, QuantizedRows):
         left, right = (
             dequantize(Codes(np.asarray(rows.codes).view(CODES[rows.kind]), np.asarray(rows.scale)[:, None]))
@@ -200,7 +212,8 @@ def product(x: Any, weight: Any, out: Any, bias: Any) -> None:
             total = left @ right.T
             out[...] = total if bias is None else total + bias.astype(np.float32)
         return
-    out[...] = x @ weight.T if bias is None else x @ weight.T + bias
+    with np.errstate(all="ignore"):
+        out[...] = x @ weight.T if bias is None else x @ weight.T + bias
 
 
 def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -213,7 +226,7 @@ def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
         patch.setitem(sys.modules, name, module)
     library = OneAtATime(EmulatedLibrary(cache))
     patch.setattr(cuda_factory, "KernelLibrary", lambda: library)
-    patch.setattr(cuda_factory, "open_gemm", lambda _library: product)
+    patch.setattr(cuda_factory, "open_gemm", lambda library: partial(product, library))
     patch.setattr(cuda_factory, "tune_products", lambda *_: None)
     patch.setattr(cuda_factory, "open_device_group", lambda comm, members: HostGroup(comm.split(members)))
     patch.setattr(cuda_factory, "_tensor_group", lambda _library, comm, members: HostGroup(comm.split(members)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.formats import format_weights
-from phalanx.checkpoints.quantization.held import is_weight_only
+from phalanx.checkpoints.quantization.held import packed
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
@@ -34,7 +34,7 @@ from phalanx.runtime.executors.cuda.sampler import CudaSampler
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
-from phalanx.runtime.executors.cuda.weights import CudaSink, QuantizingSink, dequantized
+from phalanx.runtime.executors.cuda.weights import ConvertingSink
 from phalanx.runtime.executors.fit import refuse_what_cannot_fit
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
@@ -62,7 +62,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
     import cupy
 
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if not is_weight_only(one.format)])
+    CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if packed(one.format) is None])
     limits = _step_limits(spec)
     device, stream = select_device()
     with device, stream:
@@ -102,10 +102,13 @@ def _check_quantized(spec: RankSpec, architecture: str) -> None:
         for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
         if isinstance(weight.format, RowCodes)
     ]
-    if quantized and int(architecture.removeprefix("sm_").rstrip("af")) < _FIRST_WITH_FP8:
-        raise ConfigError(
-            f"{quantized[0].format.name} products need compute capability 8.9; this GPU has {architecture}: leave --quantize out"
-        )
+    if int(architecture.removeprefix("sm_").rstrip("af")) < _FIRST_WITH_FP8:
+        for weight in quantized:
+            if isinstance(weight.format, RowCodes) and weight.format.kind == "fp8":
+                raise ConfigError(
+                    f"{weight.format.name} products need compute capability 8.9; this GPU has {architecture}: use int8 or 4-bit "
+                    "weights, or leave --quantize out"
+                )
     experts = use_of(spec.model, spec.config).experts
     for weight in quantized:
         if weight.spec.owner.rpartition(".")[0] in experts:
@@ -186,10 +189,11 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
-    if not spec.quantized:
-        return dequantized(spec.load(CudaSink(spec.dtype, library)), spec.dtype, library)
-    sink = QuantizingSink(spec.dtype, library, spec.quantized)
-    return sink.quantized(spec.load(sink))
+    packing = {weight.spec.owner: held for weight in spec.declared if (held := packed(weight.format)) is not None}
+    experts = use_of(spec.model, spec.config).experts
+    plain = [name for name in packing if name.rpartition(".")[0] in experts]
+    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain)
+    return sink.converted(spec.load(sink))
 
 
 def _stage(

@@ -7,10 +7,12 @@ and the whole of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, RowCodes
+from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, INT8_ROWS, RowCodes
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
@@ -19,6 +21,8 @@ from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
+from phalanx.kernels.packed import PackedWeight
+from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
@@ -67,7 +71,7 @@ CAPABILITIES = Capabilities(
         "experts.activation": ANY,
         "experts.renormalise": ANY,
     },
-    formats=frozenset({DENSE.name, FP8_ROWS.name}),
+    formats=frozenset({DENSE.name, FP8_ROWS.name, INT8_ROWS.name}),
 )
 
 
@@ -97,7 +101,9 @@ class CudaOps(Ops[DeviceArray]):
         self._num_rows = 0
         self._num_kept = 0
         self._logit_rows, self._stops_before_logits = range(0), False
-        self._matrices: dict[str, DeviceArray | QuantizedRows] = {}
+        self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
+        packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
+        self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
         self._pending: Deferred | None = None
 
@@ -271,16 +277,26 @@ class CudaOps(Ops[DeviceArray]):
         weight = self._matrix(name)
         rows = self._codes(x, weight.kind) if isinstance(weight, QuantizedRows) else self._values(x)
         out = self._pool.array((len(x), weight.shape[0]), x.dtype)
-        self._gemm(rows, weight, out, bias)
+        self._gemm(rows, weight, out, bias, scratch=self._scratch(weight, out.dtype.itemsize))
         return out
 
-    def _matrix(self, name: str) -> DeviceArray | QuantizedRows:
+    def _scratch(self, weight: DeviceArray | QuantizedRows | PackedWeight, itemsize: int) -> DeviceArray | None:
+        """What a product with ``weight`` may overwrite. Pieces of one size, so that all weights share them."""
+        if isinstance(weight, PackedWeight):
+            return self._pool.array((unpacked_bytes(self._largest_packed, itemsize),), "uint8")
+        if isinstance(weight, QuantizedRows) and weight.kind == "int8":
+            return self._pool.array((SUM_BYTES,), "uint8")
+        return None
+
+    def _matrix(self, name: str) -> DeviceArray | QuantizedRows | PackedWeight:
         """What the kernels multiply by."""
         if name not in self._matrices:
             weight = self._weights.linear(name)
             parts, chosen = weight.components, weight.format
             if isinstance(chosen, RowCodes):
                 self._matrices[name] = QuantizedRows(parts["codes"].view("uint8"), parts["scale"], chosen.kind)
+            elif isinstance(chosen, PackedCodes):
+                self._matrices[name] = parts["packed"]
             else:
                 self._matrices[name] = parts["weight"]
         return self._matrices[name]

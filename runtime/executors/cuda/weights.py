@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.group_codes import GroupCodes
-from phalanx.checkpoints.quantization.held import is_weight_only
+from phalanx.checkpoints.quantization.held import PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
-from phalanx.kernels.dequantize import dequantize
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
+from phalanx.kernels.packed import PackedWeight, pack_weight, unpack_weight
+from phalanx.kernels.product_sizes import packed_row_bytes
 from phalanx.kernels.quantize import QuantizedRows, quantize_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
 from phalanx.runtime.executors.weights import Weight, Weights
 
-__all__ = ["CudaSink", "QuantizingSink", "dequantized"]
+__all__ = ["ConvertingSink", "CudaSink"]
 
 _CHUNK_BYTES = 32 << 20
 
@@ -116,70 +116,97 @@ class CudaSink:
         )
 
 
-def dequantized(weights: Weights[DeviceArray], dtype: str, library: Library) -> Weights[DeviceArray]:
-    """Weight-only formats as plain values in the compute type: they load and are exact, but take the memory of floats."""
-    import cupy
-
-    def convert(weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
-        chosen, parts = weight.format, weight.components
-        if not is_weight_only(chosen):
-            return weight
-        codes, scale = parts["codes"], parts["scale"]
-        cut = chosen.cut if isinstance(chosen, GroupCodes) else 0
-        values = cupy.empty(codes.shape, device_dtype(dtype))
-        dequantize(
-            library, codes, scale.reshape(len(codes), -1), parts.get("zero"), values, group=cut or codes.shape[1]
-        )
-        return replace(weight, format=DENSE, components={"weight": values})
-
-    return weights.converted(convert)
+Held = Callable[[DeviceArray], Any]
+"""What a component becomes once it is complete."""
 
 
-class QuantizingSink(CudaSink):
-    """Quantises some float weights as soon as they are complete, so that one at a time is held as floats.
+class ConvertingSink(CudaSink):
+    """Converts some components as soon as they are complete, so that one at a time is held as it was loaded.
 
-    The loader fills one weight after the other: a weight is complete when the next one is allocated, or at the end.
+    The loader fills one component after the other: it is complete when the next one is allocated, or at the end.
 
     Args:
-        formats: by the names that models use; other weights stay as they are.
+        quantize: weights of floats to quantise, by the names that models use.
+        packing: weights whose codes are packed, likewise.
+        plain: those of them that are unpacked again, because no product takes them packed.
     """
 
-    def __init__(self, dtype: str, library: Library, formats: Mapping[str, RowCodes]) -> None:
+    def __init__(
+        self, dtype: str, library: Library, quantize: Mapping[str, RowCodes], packing: Mapping[str, PackedCodes],
+        plain: Collection[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(dtype, library)
-        self._formats = formats
+        self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
+        self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
+        self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
+        self._plain = plain
         self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
 
     def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
         """As `CudaSink.allocate`."""
         self._finish()
         array = super().allocate(names, shape, dtype)
-        if names[0].rpartition(".")[2] == "weight" and names[0].rpartition(".")[0] in self._formats:
+        if names[0] in self._conversions:
             self._filling = names, array
         return array
 
-    def quantized(self, weights: Weights[DeviceArray]) -> Weights[DeviceArray]:
+    def converted(self, weights: Weights[DeviceArray]) -> Weights[DeviceArray]:
         """``weights``, which were made from this sink's arrays, by their formats.
 
-        A last weight may not have been complete then.
+        A last component may not have been complete then.
         """
         self._finish()
         return weights.converted(self._converted)
 
     def _converted(self, weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
+        import cupy
+
         chosen = self._formats.get(weight.name)
         if chosen is None:
             return weight
-        rows = self.weights[f"{weight.name}.weight"]
-        return replace(weight, format=chosen, components={"codes": rows.codes, "scale": rows.scale})
+        if isinstance(chosen, RowCodes):
+            rows = self.weights[f"{weight.name}.weight"]
+            return replace(weight, format=chosen, components={"codes": rows.codes, "scale": rows.scale})
+        parts, (codes, columns) = weight.components, self.weights[f"{weight.name}.codes"]
+        scale, zero = _by_group(parts["scale"]), _by_group(parts["zero"]) if "zero" in parts else None
+        packed = PackedWeight(codes, scale, zero, chosen.kind, columns, chosen.group)
+        if weight.name not in self._plain:
+            return replace(weight, format=chosen, components={"packed": packed})
+        values = cupy.empty(packed.shape, self._dtype)
+        unpack_weight(self._library, packed, values)
+        return replace(weight, format=DENSE, components={"weight": values})
 
     def _finish(self) -> None:
-        import cupy
-
         if self._filling is None:
             return
         names, array = self._filling
         self._filling = None
-        kind = self._formats[names[0].rpartition(".")[0]].kind
-        rows = QuantizedRows(cupy.empty(array.shape, np.uint8), cupy.empty(array.shape[:1], np.float32), kind)
-        quantize_rows(self._library, array, rows)
-        self.weights.update(dict.fromkeys(names, rows))
+        self.weights.update(dict.fromkeys(names, self._conversions[names[0]](array)))
+
+    def _quantizer(self, chosen: RowCodes) -> Held:
+        def quantize(array: DeviceArray) -> QuantizedRows:
+            import cupy
+
+            codes, scale = cupy.empty(array.shape, np.uint8), cupy.empty(array.shape[:1], np.float32)
+            rows = QuantizedRows(codes, scale, chosen.kind)
+            quantize_rows(self._library, array, rows)
+            return rows
+
+        return quantize
+
+    def _packer(self, chosen: PackedCodes) -> Held:
+        def pack(array: DeviceArray) -> tuple[DeviceArray, int]:
+            import cupy
+
+            out = cupy.empty((len(array), packed_row_bytes(array.shape[1], chosen.kind)), np.uint8)
+            pack_weight(self._library, array, out, chosen.kind)
+            return out, array.shape[1]
+
+        return pack
+
+
+def _by_group(array: DeviceArray) -> DeviceArray:
+    """Scales or zero points ``[O, G]``, or ``[O]``, as ``[G, O]``: what neighbouring rows have lies side by side."""
+    import cupy
+
+    return cupy.ascontiguousarray(array.reshape(len(array), -1).T)

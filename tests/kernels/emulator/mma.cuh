@@ -38,6 +38,18 @@ inline void mma_16x8x16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2
         for (int k = 0; k < 16; ++k) d[i] += mma_a(lane / 4 + i / 2 * 8, k) * mma_b(k, lane % 4 * 2 + i % 2);
 }
 
+inline uint32 fma_pair(uint32 a, uint32 b, uint32 c, scalar) {
+    uint32 d = 0;
+    for (int i = 0; i < 2; ++i) {
+        scalar half;
+        assign(half, fmaf(half_word(a, i), half_word(b, i), half_word(c, i)));
+        uint16_t bits;
+        std::memcpy(&bits, &half, sizeof(bits));
+        d |= static_cast<uint32>(bits) << 16 * i;
+    }
+    return d;
+}
+
 inline float byte_value(uint32 word, int index, float) { return e4m3_value(word >> 8 * index & 0xff); }
 inline int byte_value(uint32 word, int index, int) { return static_cast<signed char>(word >> 8 * index & 0xff); }
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights: codes of 4 or 8 bits with scales of groups, multiplied by inputs of 16 bits. Everything enqueues and does not wait.
+
+Few tokens stream the codes (`gemv_packed`). For many, a weight is first unpacked to plain values in a scratch region, which a
+product of plain values then reads: at a thousand tokens that costs less than a tenth of the product, and tensor cores are used as
+well as they are for plain weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
+from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.library import Library
+from phalanx.kernels.product_sizes import packed_row_bytes
+from phalanx.parallel.errors import ExecutorError
+
+__all__ = [
+    "GEMV_PACKED_SHAPES",
+    "MAX_PACKED_TOKENS",
+    "PackedKind",
+    "PackedWeight",
+    "fits_block",
+    "gemv_packed",
+    "layout_suits_gemv",
+    "pack_weight",
+    "parse_layout",
+    "unpack_weight",
+]
+
+PackedKind = Literal["int4", "int8", "fp8"]
+_CODES: dict[PackedKind, int] = {"int4": 4, "int8": 8, "fp8": 1}
+_LANE_BYTES = 16
+_PIECE = 8
+_SMALLEST_GROUP = 32
+_NUM_THREADS = 128
+_ROWS_PER_TILE = 8
+_TOKENS_PER_TILE = 16
+_MOST_SUMS = 96
+"""Accumulator tiles of a block's warps, 512 bytes each, that fit its shared memory."""
+
+MAX_PACKED_TOKENS = 64
+
+GEMV_PACKED_SHAPES = tuple(
+    GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
+    for num_warps, row_blocks, unroll in ((8, 1, 4), (8, 2, 2), (8, 2, 4), (4, 4, 2), (8, 4, 2), (4, 2, 4), (4, 8, 1))
+    for prefetch_bytes in (0, 2048)
+)
+"""What the tuner tries."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """``value[o, i] = (code[o, i] - zero[group of i, o]) * scale[group of i, o]``.
+
+    Attributes:
+        codes: ``[O, packed_row_bytes]`` uint8 in the layout of ``packed.cuh``.
+        scale: ``[G, O]`` float32.
+        zero: ``[G, O]`` int8, or None.
+        columns: I.
+        group: columns that share a scale, the last group possibly short; 0 = the whole row.
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None
+    kind: PackedKind
+    columns: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``[O, I]``."""
+        return self.codes.shape[0], self.columns
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def layout(self) -> str:
+        """What decides which kernel is fastest: ``int4/128z``."""
+        return f"{self.kind}/{self.group}{'z' if self.zero is not None else ''}"
+
+
+def pack_weight(library: Library, codes: Array, out: Array, kind: PackedKind) -> None:
+    """Fill ``out`` ``[O, packed_row_bytes]`` with codes ``[O, I]``: int8 (of 4 bits: -8 to 7), or e4m3 as uint8."""
+    rows, columns = codes.shape
+    require("codes", codes, (rows, columns), "uint8" if kind == "fp8" else "int8")
+    require("out", out, (rows, packed_row_bytes(columns, kind)), "uint8")
+    lanes = out.shape[1] // _LANE_BYTES
+    defines = _defines(kind, 0, False) | {"SCALAR": "__half", "VEC": 1, "NUM_THREADS": _NUM_THREADS}
+    kernel = library.function("pack_weight", "pack_weight", 0, **defines)
+    kernel((ceil_div(lanes, _NUM_THREADS), rows), (_NUM_THREADS,), (codes, out, np.int32(columns), np.int32(lanes)))
+
+
+def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
+    """The values of ``weight``, rounded once to the type of ``out`` ``[O, I]``."""
+    _check(weight)
+    require("out", out, weight.shape, out)
+    rows, columns = weight.shape
+    lanes = weight.codes.shape[1] // _LANE_BYTES
+    defines = _defines(weight.kind, weight.group, weight.zero is not None)
+    more: Defines = {
+        "SCALAR": scalar_name(out),
+        "VEC": min(vector_width(out, columns), _PIECE),
+        "NUM_THREADS": _NUM_THREADS,
+    }
+    kernel = library.function("pack_weight", "unpack_weight", 0, **(defines | more))
+    arguments = (weight.codes, weight.scale, weight.zero, out, np.int32(columns), np.int32(lanes))
+    kernel((ceil_div(lanes, _NUM_THREADS), rows), (_NUM_THREADS,), arguments)
+
+
+def parse_layout(layout: str) -> tuple[PackedKind, int, bool]:
+    """Kind, group and whether there are zero points, of `PackedWeight.layout`."""
+    kind, _, group = layout.partition("/")
+    known: PackedKind = next(one for one in _CODES if one == kind)
+    return known, int(group.rstrip("z")), group.endswith("z")
+
+
+def layout_suits_gemv(num_tokens: int, columns: int, layout: str) -> bool:
+    """Whether `gemv_packed` computes such a product of 16-bit values; ``layout``: see `PackedWeight`."""
+    group = parse_layout(layout)[1]
+    return num_tokens <= MAX_PACKED_TOKENS and columns % _PIECE == 0 and group % _SMALLEST_GROUP == 0
+
+
+def fits_block(shape: GemvShape, num_tokens: int) -> bool:
+    """Whether a block's sums for so many tokens fit its shared memory."""
+    return shape.num_warps * shape.row_blocks * ceil_div(num_tokens, _TOKENS_PER_TILE) <= _MOST_SUMS
+
+
+def gemv_packed(
+    library: Library,
+    x: Array,
+    weight: PackedWeight,
+    out: Array,
+    *,
+    bias: Array | None = None,
+    gated: ActivationName | None = None,
+    shape: GemvShape | None = None,
+) -> None:
+    """``out = x @ weight.T + bias``; ``gated``: ``f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], products rounded first.
+
+    x [T, I], float16 or bfloat16, T at most ``MAX_PACKED_TOKENS``; weight [O, I], I a multiple of 8, groups of 32; bias [O]; out [T, O]
+    (gated: [T, O / 2], without bias).
+    """
+    (num_tokens, columns), rows = x.shape, len(weight)
+    suits = layout_suits_gemv(num_tokens, weight.columns, weight.layout) and x.dtype.itemsize == 2
+    if not suits or (gated is not None and bias is not None):
+        raise ExecutorError(
+            f"gemv_packed takes at most {MAX_PACKED_TOKENS} tokens of float16 or bfloat16, in_features in multiples of {_PIECE} and "
+            f"groups of {_SMALLEST_GROUP}; this is {x.dtype.name}[{num_tokens}, {columns}] by {weight.layout}"
+        )
+    _check(weight)
+    outputs = rows // 2 if gated else rows
+    require("x", x, (num_tokens, weight.columns), x)
+    require("out", out, (num_tokens, outputs), x)
+    if bias is not None:
+        require("bias", bias, (rows,), x)
+    chosen = shape or GemvShape(num_warps=8, row_blocks=2, unroll=2)
+    row_blocks = max(chosen.row_blocks, 2) if gated else chosen.row_blocks
+    if not fits_block(chosen, num_tokens):
+        row_blocks = 2 if gated else 1
+    defines = _defines(weight.kind, weight.group, weight.zero is not None) | {
+        "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": row_blocks, "UNROLL": chosen.unroll,
+        "PREFETCH_BYTES": chosen.prefetch_bytes, "TOKEN_TILES": ceil_div(num_tokens, _TOKENS_PER_TILE),
+        "MANY": int(num_tokens > 8), "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
+        "HAS_BIAS": int(bias is not None),
+    }  # fmt: skip
+    kernel = library.function("gemv_packed", "gemv_packed", 0, **defines)
+    sizes: tuple[Any, ...] = (np.int32(num_tokens), np.int32(rows), np.int32(columns))
+    rows_per_block = (row_blocks // 2 if gated else row_blocks) * _ROWS_PER_TILE
+    arguments = (x, weight.codes, weight.scale, weight.zero, bias, out, *sizes)
+    kernel((ceil_div(outputs, rows_per_block),), (chosen.num_warps * 32,), arguments)
+
+
+def _defines(kind: PackedKind, group: int, has_zero: bool) -> Defines:
+    return {"CODES": _CODES[kind], "GROUP": group, "HAS_ZERO": int(has_zero)}
+
+
+def _check(weight: PackedWeight) -> None:
+    rows, columns = weight.shape
+    groups = ceil_div(columns, weight.group) if weight.group else 1
+    require("codes", weight.codes, (rows, packed_row_bytes(columns, weight.kind)), "uint8")
+    require("scale", weight.scale, (groups, rows), "float32")
+    if weight.zero is not None:
+        require("zero", weight.zero, (groups, rows), "int8")

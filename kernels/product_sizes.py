@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device memory that products of quantised weights need besides their operands. Apart, because planning needs no device."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["SUM_BYTES", "packed_row_bytes", "unpacked_bytes"]
+
+SUM_BYTES = 32 << 20
+"""Room for the int32 sums of an int8 product, made slab by slab: what stays in the second-level cache until it is scaled."""
+
+
+_CHUNK_BYTES = 64
+
+
+def packed_row_bytes(columns: int, kind: str) -> int:
+    """Bytes of a row of ``columns`` packed codes: ``int4``, ``int8`` or ``fp8``."""
+    codes_per_chunk = _CHUNK_BYTES * (2 if kind == "int4" else 1)
+    return -(-columns // codes_per_chunk) * _CHUNK_BYTES
+
+
+def unpacked_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Room for the plain values of a packed weight ``[O, I]``, which products of many tokens read."""
+    return math.prod(shape) * itemsize

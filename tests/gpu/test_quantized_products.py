@@ -1,0 +1,141 @@
+"""int8 and packed products on a GPU: every kernel that the tuner may choose, exact for int8 codes; executors with such weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from phalanx.checkpoints.quantization.numbers import quantize_rows
+from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm_tuner import GemmTuner
+from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from tests.gpu.test_fp8 import put_codes
+from tests.kernels.devices import CudaDevice, has_gpu
+from tests.kernels.test_packed import KINDS, Case
+from tests.quantization import test_checkpoints as checkpoints
+from tests.quantization import writers
+from tests.support.checkpoints import write_checkpoint
+
+cupy = pytest.importorskip("cupy")
+pytest.importorskip("nvmath")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU")]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHAPES = [(1, 256, 128), (7, 512, 2048), (17, 320, 1024), (33, 4096, 4096), (130, 1008, 688), (257, 96, 14336)]
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def gemm() -> Iterator[Gemm]:
+    gemm = Gemm(KernelLibrary(), CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), GemmTimings(None))
+    yield gemm
+    cupy.cuda.runtime.deviceSynchronize()
+    gemm.close()
+
+
+def results(gemm: Gemm, device: CudaDevice, operands: Operands) -> Iterator[tuple[Any, np.ndarray]]:
+    """What every candidate computes."""
+    problem = problem_of(operands)
+    for candidate in gemm.candidates(problem):
+        operands.out.view(np.uint8).fill(0xFF)
+        gemm.run(problem, GemmChoice(candidate), operands)
+        yield candidate, device.get(operands.out)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_int8_candidate_is_exact(
+    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], has_bias: bool
+) -> None:
+    num_tokens, out_features, in_features = shape
+    random = np.random.default_rng(3)
+    x = quantize_rows(random.standard_normal((num_tokens, in_features), np.float32), "int8")
+    weight = quantize_rows(random.standard_normal((out_features, in_features), np.float32), "int8")
+    bias = random.standard_normal(out_features).astype(BFLOAT16)
+    sums = (x.codes.astype(np.float64) @ weight.codes.astype(np.float64).T).astype(np.int32)
+    expected = (sums.astype(np.float32) * x.scale) * weight.scale.T
+    expected = (expected + bias.astype(np.float32) if has_bias else expected).astype(BFLOAT16)
+    operands = Operands(
+        put_codes(device, x, "int8"), put_codes(device, weight, "int8"),
+        device.poisoned((num_tokens, out_features), BFLOAT16), device.put(bias) if has_bias else None,
+        cupy.empty(SUM_BYTES, np.uint8),
+    )  # fmt: skip
+    kinds = set()
+    for candidate, out in results(gemm, device, operands):
+        kinds.add(type(candidate))
+        np.testing.assert_array_equal(out, expected, err_msg=str(candidate))
+    assert len(kinds) == (2 if num_tokens <= 32 and in_features % 64 == 0 else 1)
+
+
+def test_int8_products_of_several_slabs_are_exact(gemm: Gemm, device: CudaDevice) -> None:
+    random = np.random.default_rng(4)
+    x = quantize_rows(random.standard_normal((3000, 64), np.float32), "int8")
+    weight = quantize_rows(random.standard_normal((6160, 64), np.float32), "int8")
+    out = device.poisoned((3000, 6160), BFLOAT16)
+    scratch = cupy.empty(SUM_BYTES, np.uint8)
+    gemm(put_codes(device, x, "int8"), put_codes(device, weight, "int8"), out, scratch=scratch)
+    sums = x.codes.astype(np.float32) @ weight.codes.astype(np.float32).T  # below 2 ** 24: exact
+    np.testing.assert_array_equal(device.get(out), ((sums * x.scale) * weight.scale.T).astype(BFLOAT16))
+
+
+@pytest.mark.parametrize(("kind", "group", "has_zero"), KINDS)
+@pytest.mark.parametrize(
+    "shape", [(1, 512, 4096), (5, 96, 688), (16, 256, 1376), (64, 320, 2048), (130, 1008, 688)], ids=str
+)
+def test_every_packed_candidate_equals_float64(
+    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], kind: Any, group: int, has_zero: bool
+) -> None:
+    num_tokens, out_features, in_features = shape
+    case = Case(out_features, in_features, kind, group, has_zero)
+    x = np.random.default_rng(6).standard_normal((num_tokens, in_features)).astype(BFLOAT16)
+    wide = x.astype(np.float64)
+    expected = wide @ case.values.T
+    # One rounding of the result; unpacked values are rounded to bfloat16 besides.
+    limit = 1.02 * 2.0**-8 * np.abs(expected) + 2.0**-8 * np.sqrt(wide**2 @ (case.values**2).T)
+    operands = Operands(
+        device.put(x), case.packed(device), device.poisoned((num_tokens, out_features), BFLOAT16), None,
+        cupy.empty(unpacked_bytes((out_features, in_features), 2), np.uint8),
+    )  # fmt: skip
+    found = 0
+    for candidate, out in results(gemm, device, operands):
+        error = np.abs(out.astype(np.float64) - expected)
+        assert np.all(error <= limit), (candidate, float((error / limit).max()))
+        found += isinstance(candidate, GemvShape)
+    assert (found > 0) == (num_tokens <= 64)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_tuner_times_them(gemm: Gemm, device: CudaDevice, packed: bool) -> None:
+    if packed:
+        case = Case(4096, 4096, "int4", 128, False)
+        x = device.put(np.random.default_rng(7).standard_normal((4, 4096)).astype(BFLOAT16))
+        operands = Operands(x, case.packed(device), device.poisoned((4, 4096), BFLOAT16))
+    else:
+        codes = quantize_rows(np.random.default_rng(7).standard_normal((4096, 4096), np.float32), "int8")
+        rows = put_codes(device, codes, "int8")
+        operands = Operands(rows, rows, device.poisoned((4096, 4096), BFLOAT16))
+    (choice,) = GemmTuner(gemm, GemmTimings(None)).tune([problem_of(operands)]).values()
+    assert 0 < choice.microseconds <= choice.first_microseconds
+
+
+@pytest.mark.parametrize("name", [*checkpoints.WEIGHT_ONLY, "ct-int8"])
+def test_log_probabilities_follow_the_numpy_engine(name: str, tmp_path: Path) -> None:
+    dense = write_checkpoint(checkpoints.CASE, tmp_path / "dense")
+    module, section = checkpoints.ALL[name]
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
+    output = checkpoints.logprobs(checkpoints.generate(tmp_path / "quantised", engine="cuda", dtype="bfloat16"))
+    expected = checkpoints.logprobs(checkpoints.generate(tmp_path / "quantised", dtype="bfloat16"))
+    assert np.abs(output - expected).max() < 0.1
