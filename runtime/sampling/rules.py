@@ -30,6 +30,10 @@ class Rule(Protocol):
         """
         ...
 
+    def schema(self) -> dict[str, Any]:
+        """Return what `check` lets pass as a JSON schema."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Whole:
@@ -37,6 +41,9 @@ class Whole:
 
     low: int
     high: int = 2**63 - 1
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": ["integer", "null"], "minimum": self.low, "maximum": self.high}
 
     def check(self, name: str, value: Any) -> int:
         number = _whole(value)
@@ -54,6 +61,9 @@ class Real:
 
     low: float
     high: float
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": ["number", "null"], "minimum": self.low, "maximum": self.high}
 
     def check(self, name: str, value: Any) -> float:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -74,6 +84,9 @@ class Real:
 class Flag:
     """True or false, and nothing that merely counts as one of them."""
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": ["boolean", "null"]}
+
     def check(self, name: str, value: Any) -> bool:
         if type(value).__name__ not in ("bool", "bool_"):
             raise RequestError(f"{name}={shown(value)} is not a boolean; use true or false", name)
@@ -86,6 +99,10 @@ class Texts:
 
     most: int
     most_characters: int
+
+    def schema(self) -> dict[str, Any]:
+        text = {"type": "string", "minLength": 1, "maxLength": self.most_characters}
+        return {"anyOf": [text, {"type": "array", "items": text, "maxItems": self.most}, {"type": "null"}]}
 
     def check(self, name: str, value: Any) -> tuple[str, ...]:
         texts = (value,) if isinstance(value, str) else value
@@ -115,6 +132,10 @@ class TokenIds:
 
     most: int
 
+    def schema(self) -> dict[str, Any]:
+        token = {"type": "integer", "minimum": 0, "maximum": MAX_INT32}
+        return {"type": ["array", "null"], "items": token, "maxItems": self.most}
+
     def check(self, name: str, value: Any) -> tuple[int, ...]:
         listed = value.tolist() if callable(getattr(value, "tolist", None)) else value  # arrays of any library
         if not isinstance(listed, (list, tuple)):
@@ -137,6 +158,10 @@ class TokenLists:
 
     most_tokens: int
 
+    def schema(self) -> dict[str, Any]:
+        tokens = TokenIds(self.most_tokens).schema() | {"type": "array", "minItems": 1}
+        return {"type": ["array", "null"], "items": tokens, "maxItems": self.most_tokens}
+
     def check(self, name: str, value: Any) -> tuple[tuple[int, ...], ...]:
         if not isinstance(value, (list, tuple)):
             raise RequestError(f"{name}={shown(value)} is not a list of lists of token ids", name)
@@ -156,6 +181,14 @@ class TokenNumbers:
 
     most: int
     number: Real
+
+    def schema(self) -> dict[str, Any]:
+        return {
+            "type": ["object", "null"],
+            "additionalProperties": self.number.schema() | {"type": "number"},
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "maxProperties": self.most,
+        }
 
     def check(self, name: str, value: Any) -> tuple[tuple[int, float], ...]:
         pairs = list(value.items()) if isinstance(value, Mapping) else value

@@ -23,40 +23,31 @@ from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.openai.encoding import render
 from phalanx.runtime.server.openai.generation import generate
 from phalanx.runtime.server.openai.parsing import conversation, parse_chat, parse_completion
-from phalanx.runtime.server.openai.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, decode_body
+from phalanx.runtime.server.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode_body,
+)
+from phalanx.runtime.server.openapi import describe
 from phalanx.runtime.server.responses.parsing import parse_response
+from phalanx.runtime.server.responses.protocol import ResponsesRequest
 from phalanx.runtime.server.services import Services
+from phalanx.runtime.server.web.body_route import OBJECT_OR_EVENTS, BodyRoute
 from phalanx.runtime.server.web.http import ClientGone, error_response, json_response, read_body
 from phalanx.runtime.server.web.page import page_response
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "server_routes"]
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes]) -> ASGIApp:
-    """The whole HTTP side as one ASGI application."""
+    """Return the whole HTTP side as one ASGI application."""
     routes = Routes(services)
     app = Starlette(
-        routes=[
-            Route("/", routes.page),
-            Route("/health", routes.health),
-            Route("/ready", routes.ready),
-            Route("/ping", routes.health),
-            Route("/version", routes.version),
-            Route("/server_info", routes.server_info),
-            Route("/metrics", routes.metrics),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{model:path}", routes.model),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/responses", routes.responses, methods=["POST"]),
-            Route("/tokenize", routes.tokenize, methods=["POST"]),
-            Route("/detokenize", routes.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", routes.tokenizer_info),
-            *messages_routes(services),
-            *v2_routes(inference),
-        ],
+        routes=server_routes(services, inference),
         exception_handlers={
             ApiError: routes.on_api_error,
             ClientGone: routes.on_client_gone,
@@ -66,6 +57,31 @@ def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes
     )
     app.router.redirect_slashes = False
     return Gate(app, services.client, api_keys, services.settings.cors_origins)
+
+
+def server_routes(services: Services, inference: Inference) -> list[Route]:
+    """Return every route of the server."""
+    routes = Routes(services)
+    return [
+        Route("/", routes.page),
+        Route("/health", routes.health),
+        Route("/ready", routes.ready),
+        Route("/ping", routes.health),
+        Route("/version", routes.version),
+        Route("/openapi.json", routes.openapi),
+        Route("/server_info", routes.server_info),
+        Route("/metrics", routes.metrics),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{model:path}", routes.model),
+        BodyRoute("/v1/completions", routes.completions, CompletionRequest, "openai", OBJECT_OR_EVENTS),
+        BodyRoute("/v1/chat/completions", routes.chat, ChatRequest, "openai", OBJECT_OR_EVENTS),
+        BodyRoute("/v1/responses", routes.responses, ResponsesRequest, "openai", OBJECT_OR_EVENTS),
+        BodyRoute("/tokenize", routes.tokenize, TokenizeRequest),
+        BodyRoute("/detokenize", routes.detokenize, DetokenizeRequest),
+        Route("/tokenizer_info", routes.tokenizer_info),
+        *messages_routes(services),
+        *v2_routes(inference),
+    ]
 
 
 class Routes:
@@ -97,6 +113,10 @@ class Routes:
     async def version(self, request: Request) -> Response:
         """The version of Phalanx."""
         return json_response({"version": __version__})
+
+    async def openapi(self, request: Request) -> Response:
+        """This description of the routes."""
+        return json_response(describe(request.app.routes))
 
     async def server_info(self, request: Request) -> Response:
         """What runs here: model, engine and why, layout, hosts, cache."""

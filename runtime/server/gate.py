@@ -20,13 +20,13 @@ from phalanx.runtime.server.web.api_keys import has_key
 from phalanx.runtime.server.web.cors import cors_headers, is_preflight
 from phalanx.runtime.server.web.http import error_response
 
-__all__ = ["Gate"]
+__all__ = ["OPEN_WITHOUT_KEY", "Gate"]
 
 _LOG = logging.getLogger("phalanx.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = frozenset({"/health", "/metrics", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds by machines: logged at the level ``debug`` only."""
-_OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 _OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live"})
 
 
@@ -85,7 +85,7 @@ class Gate:
         if state is ServerState.STARTING:
             phase = f" ({self._client.phase})" if self._client.phase else ""
             return unavailable(f"the server is starting{phase}; try again in a moment")
-        if path not in _OPEN_WITHOUT_KEY and not has_key(_credentials(headers), self._api_keys):
+        if path not in OPEN_WITHOUT_KEY and not has_key(_credentials(headers), self._api_keys):
             # Only at the page: a browser asks for the key once, as a password, and sends it from then on.
             challenge = 'Basic realm="API key as password", charset="UTF-8"' if path == "/" else "Bearer"
             return ApiError(

@@ -14,7 +14,7 @@ from phalanx.runtime.server.kserve.contract import MAX_BATCH_SIZE, ModelContract
 from phalanx.runtime.server.kserve.errors import InvalidTensor
 from phalanx.runtime.server.kserve.tensors import Tensor
 
-__all__ = ["Row", "read_fields_body", "tensor_rows"]
+__all__ = ["GenerateBody", "Row", "read_fields_body", "tensor_rows"]
 
 Row = dict[str, Any]
 """Inputs by name: a scalar for an input of shape [1], else a list, nested where the shape is. BYTES are text."""
@@ -23,6 +23,18 @@ _INTEGERS = tuple(f"{kind}{bits}" for kind in ("INT", "UINT") for bits in (8, 16
 _FLOATS = ("FP16", "BF16", "FP32", "FP64")
 _ALIASES = MappingProxyType({"min_length": "min_tokens"})
 """Older names of inputs that clients still send."""
+
+
+class GenerateBody(msgspec.Struct):
+    """Body of ``generate`` and ``generate_stream``: a value for each input of the model that is given; other members are parameters.
+
+    Describes the route only: which inputs there are depends on the model, and `read_fields_body` checks them by its contract.
+    """
+
+    text_input: str
+    max_tokens: int | None = None
+    stream: bool | None = None
+    id: str | None = None
 
 
 def tensor_rows(contract: ModelContract, tensors: Mapping[str, Tensor]) -> list[Row]:

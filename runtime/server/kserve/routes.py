@@ -16,10 +16,11 @@ from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.kserve.answers import EventChunks, event, scalars
 from phalanx.runtime.server.kserve.contract import ModelContract
 from phalanx.runtime.server.kserve.inference import Inference
-from phalanx.runtime.server.kserve.inputs import read_fields_body, tensor_rows
-from phalanx.runtime.server.kserve.wire import HEADER_LENGTH, read_request, write_response
+from phalanx.runtime.server.kserve.inputs import GenerateBody, read_fields_body, tensor_rows
+from phalanx.runtime.server.kserve.wire import HEADER_LENGTH, InferHeader, read_request, write_response
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.openai.generation import stream_response
+from phalanx.runtime.server.web.body_route import BodyRoute
 from phalanx.runtime.server.web.http import json_response, read_body, until_disconnect
 
 __all__ = ["v2_routes"]
@@ -32,7 +33,7 @@ def v2_routes(inference: Inference) -> list[Route]:
     """All routes below ``/v2``."""
     door = _Door(inference)
     model, post = "/v2/models/{model}", ["POST"]
-    routes = [
+    routes: list[Route] = [
         Route("/v2", door.metadata),
         Route("/v2/health/live", door.live),
         Route("/v2/health/ready", door.ready),
@@ -47,9 +48,9 @@ def v2_routes(inference: Inference) -> list[Route]:
             Route(f"{base}/ready", door.model_ready),
             Route(f"{base}/config", door.config),
             Route(f"{base}/stats", door.statistics),
-            Route(f"{base}/infer", door.infer, methods=post),
-            Route(f"{base}/generate", door.generate, methods=post),
-            Route(f"{base}/generate_stream", door.generate_stream, methods=post),
+            BodyRoute(f"{base}/infer", door.infer, InferHeader),
+            BodyRoute(f"{base}/generate", door.generate, GenerateBody, "triton"),
+            BodyRoute(f"{base}/generate_stream", door.generate_stream, GenerateBody, "triton", ("text/event-stream",)),
         ]
     return routes
 

@@ -17,13 +17,15 @@ import msgspec
 from phalanx.runtime.server.kserve.errors import InvalidTensor
 from phalanx.runtime.server.kserve.tensors import Tensor, from_json, from_raw, to_json, to_raw
 
-__all__ = ["HEADER_LENGTH", "InferRequest", "read_request", "write_response"]
+__all__ = ["HEADER_LENGTH", "InferHeader", "InferRequest", "read_request", "write_response"]
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _NO_PARAMETERS: Mapping[str, Any] = MappingProxyType({})
 
 
-class _Input(msgspec.Struct, forbid_unknown_fields=True):
+class InferInput(msgspec.Struct, forbid_unknown_fields=True):
+    """A tensor, whose data follow the JSON unless they are in it."""
+
     name: str
     datatype: str
     shape: list[int]
@@ -31,15 +33,19 @@ class _Input(msgspec.Struct, forbid_unknown_fields=True):
     parameters: dict[str, Any] | None = None
 
 
-class _Output(msgspec.Struct, forbid_unknown_fields=True):
+class RequestedOutput(msgspec.Struct, forbid_unknown_fields=True):
+    """An output that the answer is to hold."""
+
     name: str
     parameters: dict[str, Any] | None = None
 
 
-class _Header(msgspec.Struct, forbid_unknown_fields=True):
-    inputs: list[_Input]
+class InferHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON part of the body of ``infer``."""
+
+    inputs: list[InferInput]
     id: str = ""
-    outputs: list[_Output] | None = None
+    outputs: list[RequestedOutput] | None = None
     parameters: dict[str, Any] | None = None
 
 
@@ -75,7 +81,7 @@ def read_request(body: bytes, header_length: str | None) -> InferRequest:
     """
     end = len(body) if header_length is None else _header_end(header_length, len(body))
     try:
-        header = msgspec.json.decode(body[:end], type=_Header)
+        header = msgspec.json.decode(body[:end], type=InferHeader)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InvalidTensor(f"the request's JSON cannot be read: {error}") from None
     inputs, position = {}, end
@@ -108,7 +114,7 @@ def _header_end(value: str, body_length: int) -> int:
     return int(value)
 
 
-def _raw_size(described: _Input) -> int | None:
+def _raw_size(described: InferInput) -> int | None:
     """Bytes of the tensor after the header; None if its values are in the header."""
     parameters = described.parameters or {}
     if "binary_data_size" not in parameters:
@@ -121,7 +127,7 @@ def _raw_size(described: _Input) -> int | None:
     return size
 
 
-def _outputs(header: _Header, binary_output: bool) -> dict[str, bool]:
+def _outputs(header: InferHeader, binary_output: bool) -> dict[str, bool]:
     wanted: dict[str, bool] = {}
     for output in header.outputs or ():
         if output.name in wanted:
