@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress = _progress()
         with _watch(args, world, progress, door) as watch:
             signals.end_with(watch, args.shutdown_timeout)
-            _run_rank(args, world, progress, door, signals)
+            _run_rank(args, world, progress, door, signals, watch)
     except BaseException as error:
         door.slam(f"{type(error).__name__}: {error}")
         raise
@@ -231,7 +231,12 @@ def _same_code() -> dict[str, str]:
 
 
 def _run_rank(
-    args: argparse.Namespace, world: Communicator, progress: RankProgress, door: _Door, signals: DrainSignals
+    args: argparse.Namespace,
+    world: Communicator,
+    progress: RankProgress,
+    door: _Door,
+    signals: DrainSignals,
+    watch: RankWatch,
 ) -> None:
     """Load this rank's share and work until the server is drained. *Collective over all ranks.*"""
     from phalanx.runtime.engine import follow
@@ -254,7 +259,7 @@ def _run_rank(
     else:
         with progress.phase("serving"):
             defaults = {} if args.no_generation_config else replica.generation.sampling_defaults()
-            _lead(replica, leaders, door, hosts, queue, signals, defaults)
+            _lead(replica, leaders, watch, door, hosts, queue, signals, defaults)
     replica.executor.close()
 
 
@@ -292,6 +297,7 @@ def _model_info(
 def _lead(
     replica: Replica,
     leaders: Mapping[int, Leader],
+    watch: RankWatch,
     door: _Door,
     hosts: str,
     max_open_requests: int,
@@ -305,7 +311,7 @@ def _lead(
     assert replica.engine is not None
     assert frontend is not None
     assert announcement is not None
-    engine = router_over(replica.engine, leaders)
+    engine = router_over(replica.engine, leaders, replica.topology.layout, watch)
     bridge = EngineBridge(engine, frontend.channels)
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts)

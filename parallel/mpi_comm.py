@@ -28,6 +28,7 @@ __all__ = [
     "all_ranks_failed",
     "mpi_is_up",
     "mpi_library",
+    "survives_lost_ranks",
     "world_communicator",
 ]
 
@@ -35,6 +36,7 @@ _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
 _MPICH_SEGMENT = "/dev/shm/mpich_shm_"
+_ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 _FAILED_TAG = 4711
 """Of messages on the world communicator itself; everything else goes over duplicates of it."""
 _MPICH_FAMILY = ("MPICH", "MPICH2", "MVAPICH", "MVAPICH2", "Intel MPI")
@@ -210,6 +212,11 @@ def _join() -> bool:
         return bool(_mpi().COMM_WORLD.Get_size() > 1)
     except ConfigError:  # no MPI library, or another launcher's: then no rank has started MPI
         return False
+
+
+def survives_lost_ranks() -> bool:
+    """Whether a rank may end without the others: Open MPI under ``mpirun --with-ft ulfm`` (User-Level Failure Mitigation)."""
+    return os.environ.get(_ULFM_VARIABLE) == "1"
 
 
 def mpi_is_up() -> bool:

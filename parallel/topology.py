@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["Layout", "Topology", "resolve_layout"]
+__all__ = ["Layout", "Topology", "replica_ranks", "resolve_layout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +101,18 @@ class Topology:
     @property
     def replica_group(self) -> range:
         """World ranks of this rank's replica, in order; the first is the leader."""
-        size = self.layout.pp * self.layout.tp
-        return range(self.replica * size, (self.replica + 1) * size)
+        return replica_ranks(self.layout, self.replica)
 
     @property
     def peer_group(self) -> range:
         """World ranks at this rank's place of every replica, in order; for a leader, the leaders."""
         return range(self.replica_rank, self.layout.world_size, self.layout.pp * self.layout.tp)
+
+
+def replica_ranks(layout: Layout, replica: int) -> range:
+    """World ranks of a replica, in order; the first is its leader."""
+    size = layout.pp * layout.tp
+    return range(replica * size, (replica + 1) * size)
 
 
 def resolve_layout(world_size: int, tp: int | None = None, pp: int | None = None, dp: int | None = None) -> Layout:

@@ -7,7 +7,7 @@ import msgspec
 from phalanx.parallel.frames import frame
 from phalanx.parallel.liveness.progress import Stamp
 
-__all__ = ["End", "Failure", "Leaving", "Message", "StackRequest", "Stacks", "encode"]
+__all__ = ["End", "Failure", "Leaving", "Message", "Retire", "StackRequest", "Stacks", "encode"]
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
@@ -42,7 +42,11 @@ class End(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Message = Stamp | Failure | Leaving | StackRequest | Stacks | End
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    """This rank's replica is lost, and the others go on without it."""
+
+
+Message = Stamp | Failure | Leaving | StackRequest | Stacks | End | Retire
 
 
 def encode(message: Message) -> bytes:

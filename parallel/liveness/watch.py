@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -27,7 +28,7 @@ from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhere
 from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.judge import Limits, RankState
 from phalanx.parallel.liveness.links import Link
-from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, StackRequest, Stacks
+from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
 
 __all__ = ["RankWatch"]
@@ -86,6 +87,9 @@ class RankWatch:
         self._closing = self._failure_told = False
         self._trouble: str | None = None
         self._end_at: tuple[float, int, str] | None = None
+        self._spare: Sequence[range] = ()
+        self._on_loss: Callable[[range, str], None] = lambda _, __: None
+        self._retired: set[int] = set()
         threading.Thread(target=self._watch_or_end, name="rank watch", daemon=True).start()
 
     def __enter__(self) -> RankWatch:
@@ -98,6 +102,13 @@ class RankWatch:
             self.close()
         else:
             self.fail(error)
+
+    def spare(self, groups: Sequence[range], on_loss: Callable[[range, str], None]) -> None:
+        """On rank 0: from now on the job goes on when a rank of one of ``groups`` ends, without that group's ranks.
+
+        Only where the launcher and MPI let it. ``on_loss`` is told the group and why, in the watching thread.
+        """
+        self._on_loss, self._spare = on_loss, tuple(groups)
 
     def close(self) -> None:
         """This rank has done its work; the others may end, too."""
@@ -159,9 +170,10 @@ class RankWatch:
         if messages is None:
             self._lost(link.rank)
             return False
-        self._heard[link.rank] = time.monotonic()
         for message in messages:
-            self._take(self._states[link.rank], message)
+            if link.rank in self._states:
+                self._heard[link.rank] = time.monotonic()
+                self._take(self._states[link.rank], message)
         return True
 
     def _take(self, state: RankState, message: Message) -> None:
@@ -178,21 +190,47 @@ class RankWatch:
                 state.stacks = text
             case End(status):
                 os._exit(status)
+            case Retire():
+                # Open MPI's other ranks would wait in MPI_Finalize for one that exits without it, but not for one that is killed.
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _failed(self, state: RankState, failure: Failure) -> None:
         """Rank 0 reports it; elsewhere it is rank 0 that has failed, and that reports itself before it aborts the job."""
+        if self._retires(state, failure.text):
+            return
         self._closing = self._failure_told = True
         if self._rank == 0:
             state.stacks = failure.trace
             self._end_job(f"{state} {failure.text}")
 
     def _lost(self, rank: int) -> None:
+        if rank in self._retired:
+            return
         state = self._states[rank]
         if self._failure_told:
             os._exit(1)
         if self._closing or (rank in self._left_at and self._progress.activity == "waiting"):
             return
-        self._end_job(f"{state} has ended (last: {state.stamp})")
+        if not self._retires(state, f"has ended (last: {state.stamp})"):
+            self._end_job(f"{state} has ended (last: {state.stamp})")
+
+    def _retires(self, state: RankState, what: str) -> bool:
+        """Whether the job goes on without this rank's group, whose other ranks then leave."""
+        group = next((group for group in self._spare if state.rank in group), None)
+        if group is None or self._closing:
+            return False
+        if state.rank not in self._retired:
+            self._retired.update(group)
+            for rank in group:
+                self._states.pop(rank, None)
+                self._heard.pop(rank, None)
+            _say(f"phalanx: {state} {what}; the other replicas go on")
+            with self._lock:
+                for rank in group:
+                    with contextlib.suppress(KeyError, OSError):
+                        self._links[rank].send(Retire())
+            self._on_loss(group, f"{state} {what}")
+        return True
 
     def _judge(self, now: float) -> None:
         states = self._states_at(now)
@@ -244,7 +282,7 @@ class RankWatch:
     def _collect_stacks(self) -> list[RankState]:
         self._states[self._rank].stacks = _stacks()
         deadline = time.monotonic() + STACKS_SECONDS
-        waiting = {link.sock.fileno(): link for link in self._links.values() if not self._states[link.rank].stacks}
+        waiting = {link.sock.fileno(): link for link in self._links.values() if self._awaits_stacks(link.rank)}
         poll = select.poll()  # takes any descriptor, unlike select
         for descriptor in waiting:
             poll.register(descriptor, select.POLLIN)
@@ -259,6 +297,9 @@ class RankWatch:
                     del waiting[descriptor]
                     poll.unregister(descriptor)
         return self._states_at(time.monotonic())
+
+    def _awaits_stacks(self, rank: int) -> bool:
+        return rank in self._states and not self._states[rank].stacks
 
     def _keep(self, text: str) -> None:
         if self._directory is None:

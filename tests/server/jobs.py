@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -96,12 +96,12 @@ class Job:
 
 
 @contextlib.contextmanager
-def serve(num_ranks: int, *flags: str, wait_for: str = "READY") -> Iterator[Job]:
+def serve(num_ranks: int, *flags: str, wait_for: str = "READY", launcher_flags: Sequence[str] = ()) -> Iterator[Job]:
     """``mpirun -n num_ranks python -m launch.serve flags`` on any free port; without mpirun for 0 ranks."""
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "launch.serve", "--port", "0", *flags]
     if num_ranks:
-        command = [mpirun(), "-n", str(num_ranks), *command]
+        command = [mpirun(), *launcher_flags, "-n", str(num_ranks), *command]
     with start(command, **{MARK: mark}, **ENVIRONMENT) as server:
         job = Job(server, mark, num_ranks)
         if wait_for:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .jobs import Job
+from .jobs import Job, is_open_mpi
 from .test_lifecycle import events
 from .test_serve import LONG, metric, serve_tiny, tiny, wait_until_idle
 
@@ -79,3 +79,58 @@ def test_a_stopped_replica_ends_the_job_and_its_rank_is_named(tiny: Path) -> Non
         status, errors = job.server.wait()
         assert status != 0
         assert f"pid {pid}) has given no sign of life" in errors
+
+
+def test_without_ulfm_a_lost_replica_ends_the_job(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--dp", "2") as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
+        os.kill(job.rank(1), signal.SIGKILL)
+        assert [events(stream)[-1]["error"]["code"] for stream in streams] == ["engine_failed"] * 2
+        status, errors = job.server.wait()
+        assert status != 0
+        assert "rank 1 (" in errors
+
+
+@pytest.mark.parametrize("lost_rank", [2, 3])
+def test_with_ulfm_the_other_replicas_go_on_and_their_tokens_are_the_same(tiny: Path, lost_rank: int) -> None:
+    if not is_open_mpi():
+        pytest.skip("ULFM is Open MPI's")
+    flags = ("--dp", "2", "--pp", "1")
+    with serve_tiny(tiny, 4, *flags, launcher_flags=("--with-ft", "ulfm")) as job:
+        body = {**LONG, "max_tokens": 300, "temperature": 0}
+        streams = [job.server.open_stream(PATH, body) for _ in range(2)]  # one a replica
+        os.kill(job.rank(lost_rank), signal.SIGKILL)
+        ends = [events(stream) for stream in streams]
+        (whole,) = [end for end in ends if "error" not in end[-1]]
+        (broken,) = [end for end in ends if "error" in end[-1]]
+        assert "replica 1 was lost" in broken[-1]["error"]["message"]
+        alone = events(job.server.open_stream(PATH, body))
+        assert text(whole) == text(alone)
+        assert text(broken[:-1]) == text(alone)[: len(text(broken[:-1]))]
+        assert job.server.get("/health").status == 200
+        assert metric(job, "phalanx_replicas_serving") == 1
+        assert all("choices" in answer for answer in answers(job, [{"prompt": "a", "max_tokens": 3}] * 4))
+        os.kill(job.rank(0), signal.SIGUSR1)
+        status, errors = job.server.wait()
+        assert status == 0, errors
+        assert f"rank {lost_rank} (" in errors
+
+
+def text(stream: list[Any]) -> str:
+    return "".join(event["choices"][0]["text"] for event in stream)
+
+
+@pytest.mark.parametrize(("rank", "fault"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (3, signal.SIGSTOP)])
+def test_with_ulfm_the_loss_of_replica_0_or_a_stopped_rank_ends_the_job(
+    tiny: Path, rank: int, fault: signal.Signals
+) -> None:
+    if not is_open_mpi():
+        pytest.skip("ULFM is Open MPI's")
+    flags = ("--dp", "2", "--pp", "1", "--stall-timeout", "4")
+    with serve_tiny(tiny, 4, *flags, launcher_flags=("--with-ft", "ulfm")) as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
+        os.kill(job.rank(rank), fault)
+        assert any("error" in events(stream)[-1] for stream in streams)  # the other may have ended in time
+        status, errors = job.server.wait()
+        assert status != 0
+        assert f"rank {rank} (" in errors

@@ -95,7 +95,9 @@ def router_and_other() -> Iterator[tuple[ReplicaRouter, socket.socket]]:
         closed.callback(theirs.close)
         closed.callback(thread.join)
         thread.start()
-        router = ReplicaRouter(OwnStub(StubOptions("")), [RemoteReplica(ReplicaChannel(ours, "replica 1"))])
+        router = ReplicaRouter(
+            OwnStub(StubOptions("")), [RemoteReplica(ReplicaChannel(ours, "replica 1"))], survives_loss=True
+        )
         closed.callback(ours.close)
         router.wait_until_ready()
         yield router, theirs

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,12 @@ def tiny(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @contextlib.contextmanager
-def serve_tiny(tiny: Path, num_ranks: int = 4, *flags: str, wait_for: str = "READY") -> Iterator[Job]:
+def serve_tiny(
+    tiny: Path, num_ranks: int = 4, *flags: str, wait_for: str = "READY", launcher_flags: Sequence[str] = ()
+) -> Iterator[Job]:
     layout = ("--tp", "2", "--pp", "2") if num_ranks == 4 else ()
     model = ("--model", str(tiny), "--load-format", "dummy")
-    with serve(num_ranks, *model, *layout, *flags, wait_for=wait_for) as job:
+    with serve(num_ranks, *model, *layout, *flags, wait_for=wait_for, launcher_flags=launcher_flags) as job:
         yield job
 
 

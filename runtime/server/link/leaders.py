@@ -13,7 +13,9 @@ import numpy as np
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.topology import Topology
+from phalanx.parallel.liveness.watch import RankWatch
+from phalanx.parallel.mpi_comm import survives_lost_ranks
+from phalanx.parallel.topology import Layout, Topology, replica_ranks
 from phalanx.runtime.engine import Engine
 from phalanx.runtime.server.link.bridge import EngineBridge
 from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels, ReplicaChannel
@@ -58,14 +60,22 @@ def serve_rank_0(leader: Leader, engine: Engine, model: ModelInfo) -> None:
     engine.release()
 
 
-def router_over(engine: Engine, leaders: Mapping[int, Leader]) -> Engine | ReplicaRouter:
-    """What rank 0 serves: its own engine, or a router over all replicas once all of them have loaded."""
+def router_over(
+    engine: Engine, leaders: Mapping[int, Leader], layout: Layout, watch: RankWatch
+) -> Engine | ReplicaRouter:
+    """What rank 0 serves: its own engine, or a router over all replicas once all of them have loaded.
+
+    Where MPI survives a lost rank, so does the server, unless it is one of replica 0, which has the HTTP side.
+    """
     if not leaders:
         return engine
     others = [
         RemoteReplica(ReplicaChannel(leader.sock, f"the leader of replica {replica}"), leader.clock_offset)
         for replica, leader in sorted(leaders.items())
     ]
-    router = ReplicaRouter(engine, others)
+    router = ReplicaRouter(engine, others, survives_lost_ranks())
     router.wait_until_ready()
+    if survives_lost_ranks():
+        groups = [replica_ranks(layout, replica) for replica in sorted(leaders)]
+        watch.spare(groups, lambda group, reason: router.lose(1 + groups.index(group), reason))
     return router

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import select
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -31,6 +32,8 @@ from phalanx.runtime.server.link.routing import Routes
 
 __all__ = ["OwnEngine", "RemoteReplica", "ReplicaRouter"]
 
+WATCH_SECONDS = 10.0
+"""How long the ranks' watch has to report a lost rank and end this process; it knows more than a closed connection says."""
 WAIT_SECONDS = 0.002
 """How long a call of `step_batches` waits for other replicas while this one is idle; also how late a new request may be read."""
 
@@ -99,9 +102,11 @@ class ReplicaRouter:
     Args:
         own: the engine of replica 0, on this rank.
         others: the rest, from replica 1 on.
+        survives_loss: go on when a replica is lost. Otherwise the ranks' watch ends the job.
     """
 
-    def __init__(self, own: OwnEngine, others: Sequence[RemoteReplica]) -> None:
+    def __init__(self, own: OwnEngine, others: Sequence[RemoteReplica], survives_loss: bool) -> None:
+        self._survives_loss = survives_loss
         self._own = own
         self._others = dict(enumerate(others, 1))
         self._num_replicas = 1 + len(others)
@@ -193,7 +198,7 @@ class ReplicaRouter:
                 remote.channel.flush()
                 batches = remote.receive()
             except CommunicatorError as error:
-                self._lose(replica, str(error))
+                self._closed(replica, error)
             else:
                 self._note(batches)
                 self._fetched += batches
@@ -202,7 +207,13 @@ class ReplicaRouter:
         try:
             tell(self._others[replica])
         except CommunicatorError as error:
-            self._lose(replica, str(error))
+            self._closed(replica, error)
+
+    def _closed(self, replica: int, error: CommunicatorError) -> None:
+        if not self._survives_loss:
+            time.sleep(WATCH_SECONDS)
+            raise error
+        self._lose(replica, str(error))
 
     def _note(self, batches: Sequence[DeltaBatch]) -> None:
         """Remember which requests have had a token, or have ended."""
