@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What changes logits before a token is chosen: out = logits, plus the token biases of the row's sequence that still count, then
+// What changes logits before a token is chosen: out = logits, BAN where the row has a mask without the token, plus the token biases of the row's sequence that still count, then
 // the repetition penalty for tokens of prompt and output, then frequency and presence penalties for tokens of the output.
 // In float32, so that a ban fits. A token that occurs several times in the list of biases gets the sum, but no less than BAN.
 // A bias may count only after certain tokens (bad words), which are the entries after it, the nearest first.
 // Shapes: logits [S, V_local]; records [S] of Sampling; positions [S] int32; biases [sequences, max_biases] of TokenBias;
 //     block_tables [sequences, max_blocks_per_seq]; cached_tokens [N, block_size], the tokens before the row's position;
-//     out [S, V_local] float32. Grid (slices, S): a block copies a slice of a row, then counts its sequence's tokens that fall
+//     row_masks [S] where in mask_words [W] a row's mask begins, a bit for each token, or -1; out [S, V_local] float32. Grid (slices, S): a block copies a slice of a row, then counts its sequence's tokens that fall
 //     into the slice, so that no counts are kept between steps or in device memory.
 // Defines: SCALAR, VEC (divides V_local), NUM_THREADS, SLICE (a multiple of VEC), SAMPLING_STRUCT.
 // Limits: 4 SLICE bytes of shared memory a block; 2^31 tokens a sequence.
@@ -20,9 +20,15 @@ struct TokenBias {
     int num_before;
 };
 
+constexpr unsigned int IN_PROMPT = 1u << 31;
+
 constexpr float LARGEST = 3.4028235e38f;
 constexpr float BAN = -1e30f;  // no logit is biased below it: phalanx.runtime.sampling.biases
-constexpr unsigned int IN_PROMPT = 1u << 31;
+
+__device__ __forceinline__ float masked(float value, int token, int vocab_size, const int* mask) {
+    if (mask == nullptr || token >= vocab_size || (mask[token / 32] >> token % 32 & 1)) return value;
+    return fabsf(value) <= LARGEST ? BAN : value;  // a logit that is not finite still shows
+}
 
 // The tokens of one sequence, by its row of the block tables.
 struct History {
@@ -69,13 +75,15 @@ __device__ __forceinline__ float penalised(float value, unsigned int count, cons
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 adjust_logits(const scalar* __restrict__ logits, const Sampling* __restrict__ records, const int* __restrict__ positions,
               const TokenBias* __restrict__ biases, const int* __restrict__ block_tables,
-              const int* __restrict__ cached_tokens, float* out, int part_size, int vocab_start, int max_biases,
+              const int* __restrict__ cached_tokens, const int* __restrict__ row_masks, const int* __restrict__ mask_words,
+              float* out, int part_size, int vocab_start, int vocab_size, int max_biases,
               int max_blocks_per_seq, int block_size) {
     let_next_start();
     wait_for_previous();
     __shared__ unsigned int counts[SLICE];
     const int row = blockIdx.y, position = positions[row];
     const Sampling record = records[row];
+    const int* const mask = row_masks[row] < 0 ? nullptr : mask_words + row_masks[row];
     const int first = blockIdx.x * SLICE, end = min(first + SLICE, part_size);
     const scalar* const from = logits + static_cast<int64>(row) * part_size;
     float* const to = out + static_cast<int64>(row) * part_size;
@@ -83,7 +91,7 @@ adjust_logits(const scalar* __restrict__ logits, const Sampling* __restrict__ re
         float value[VEC];
         load(from + at, value);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) to[at + i] = value[i];
+        for (int i = 0; i < VEC; ++i) to[at + i] = masked(value[i], vocab_start + at + i, vocab_size, mask);
     }
     const int64 sequence = record.seq_index;
     const History history = {block_tables + sequence * max_blocks_per_seq, cached_tokens, block_size};
@@ -95,6 +103,7 @@ adjust_logits(const scalar* __restrict__ logits, const Sampling* __restrict__ re
             if (column < first || column >= end || !counts_at(list, i, position, record.num_prompt, history)) continue;
             float value[1];
             load(from + column, value);
+            value[0] = masked(value[0], token, vocab_size, mask);
             for (int j = 0; j < record.num_biases; ++j)
                 if (list[j].token == token && counts_at(list, j, position, record.num_prompt, history)) value[0] += list[j].bias;
             to[column] = value[0] < BAN && value[0] >= -LARGEST ? BAN : value[0];

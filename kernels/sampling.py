@@ -23,6 +23,7 @@ from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
     "MAX_TOP",
+    "PlanMasks",
     "RowParameters",
     "TokenCache",
     "adjust_logits",
@@ -81,11 +82,24 @@ class TokenCache:
     token_ids: Array
 
 
+@dataclass(frozen=True, slots=True)
+class PlanMasks:
+    """Which tokens rows may choose; device arrays of int32.
+
+    Attributes:
+        offsets: [S] where in ``words`` the row's mask begins, a bit for each token; -1 = any token.
+        words: [W]
+    """
+
+    offsets: Array
+    words: Array
+
+
 def adjust_logits(
-    library: Library, logits: Array, parameters: RowParameters, biases: Array, cache: TokenCache, out: Array, *,
-    vocab_start: int,
+    library: Library, logits: Array, parameters: RowParameters, biases: Array, cache: TokenCache, masks: PlanMasks,
+    out: Array, *, vocab_start: int, vocab_size: int,
 ) -> None:  # fmt: skip
-    """``out`` = ``logits`` with the token biases of each row's sequence that still count, and its penalties.
+    """``out`` = ``logits`` with each row's mask, the token biases of its sequence that still count, and its penalties.
 
     logits [S, V_local] are those of tokens from ``vocab_start`` on; biases [sequences, N, 4] int32, the bits of token, bias,
     first position without it and number of entries after it that must come before it, of which a record's ``num_biases`` count; ``cache`` holds the tokens before each row's
@@ -96,6 +110,8 @@ def adjust_logits(
     require("biases", biases, (*biases.shape[:2], 4), "int32")
     require("block_tables", cache.block_tables, (biases.shape[0], cache.block_tables.shape[1]), "int32")
     require("token_ids", cache.token_ids, cache.token_ids.shape[:2], "int32")
+    require("offsets", masks.offsets, (num_rows,), "int32")
+    require("words", masks.words, masks.words.shape, "int32")
     require("out", out, (num_rows, part_size), "float32")
     parameters.check(num_rows)
     kernel = library.function(
@@ -107,10 +123,10 @@ def adjust_logits(
         SLICE=_ADJUST_SLICE,
         SAMPLING_STRUCT=parameters.struct,
     )
-    sizes = (part_size, vocab_start, biases.shape[1], cache.block_tables.shape[1], cache.token_ids.shape[1])
-    arrays = (logits, parameters.records, parameters.positions, biases, cache.block_tables, cache.token_ids, out)
+    sizes = (part_size, vocab_start, vocab_size, biases.shape[1], cache.block_tables.shape[1], cache.token_ids.shape[1])
+    arrays = (logits, parameters.records, parameters.positions, biases, cache.block_tables, cache.token_ids)
     grid = (ceil_div(part_size, _ADJUST_SLICE), num_rows)
-    kernel(grid, (_ADJUST_THREADS,), (*arrays, *map(np.int32, sizes)))
+    kernel(grid, (_ADJUST_THREADS,), (*arrays, masks.offsets, masks.words, out, *map(np.int32, sizes)))
 
 
 def num_splits(library: Library, num_rows: int, part_size: int) -> int:

@@ -8,7 +8,8 @@
 //     cu_seqlens [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = the plan's rows that sample, then those that score, then -1;
 //     and for each of these rows: row_seq_indices, row_positions = sequence and position of the token to sample (-1 where
-//     nothing is); row_targets = token whose log-probability is wanted, -1 elsewhere; row_sampling = its sequence's admission
+//     nothing is); row_targets = token whose log-probability is wanted, -1 elsewhere; row_masks = where in the plan the row's token
+//     mask begins, -1 elsewhere; row_sampling = its sequence's admission
 //     record, whose first word is the sequence (all bits 0, which is greedy, where nothing is sampled).
 // fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
 //     position 0, slot -1 (nothing is written to the cache for them); cached_tokens [N, P] = the token at each row's slot.
@@ -25,7 +26,7 @@ static_assert(NEW_BLOCKS_WORDS == 4 && COPIES_WORDS == 3 && BIASES_WORDS == 6, "
 
 // What the samplers read, one element for each row with logits; `sampling` has ADMISSIONS_WORDS of them.
 struct Rows {
-    int *seq_indices, *positions, *targets, *sampling;
+    int *seq_indices, *positions, *targets, *masks, *sampling;
 };
 
 constexpr int NUM_WARPS = NUM_THREADS / 32;
@@ -76,6 +77,7 @@ __device__ __forceinline__ void fill_row(const Rows& rows, int at, int position,
     rows.seq_indices[at] = sampling ? sampling[0] : -1;
     rows.positions[at] = position;
     rows.targets[at] = target;
+    rows.masks[at] = -1;
 #pragma unroll
     for (int word = 0; word < ADMISSIONS_WORDS; ++word)
         rows.sampling[at * ADMISSIONS_WORDS + word] = sampling ? sampling[word] : 0;
@@ -84,11 +86,11 @@ __device__ __forceinline__ void fill_row(const Rows& rows, int at, int position,
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int* __restrict__ biases, int* cu_seqlens, int* __restrict__ seq_lens,
            int* __restrict__ seq_indices, int* __restrict__ num_seqs_and_decodes, int* __restrict__ logit_rows,
-           int* row_seq_indices, int* row_positions, int* row_targets, int* row_sampling, int max_num_seqs,
+           int* row_seq_indices, int* row_positions, int* row_targets, int* row_masks, int* row_sampling, int max_num_seqs,
            int max_blocks_per_seq, int max_biases, int num_logit_rows) {
     const Plan plan = {words};
     const int num_seqs = plan.number(AT_NUM_SEQS), num_decodes = plan.number(AT_NUM_DECODES);
-    const Rows outputs = {row_seq_indices, row_positions, row_targets, row_sampling};
+    const Rows outputs = {row_seq_indices, row_positions, row_targets, row_masks, row_sampling};
     for (int i = threadIdx.x; i < plan.number(AT_NUM_NEW_BLOCKS); i += NUM_THREADS) {
         const int* change = plan.section(AT_NEW_BLOCKS_AT) + NEW_BLOCKS_WORDS * i;
         const long long table = static_cast<long long>(change[0]) * max_num_seqs + change[1];
@@ -141,6 +143,12 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
             fill_row(outputs, i, 0, target, nullptr);
         }
     }
+    const int num_masks = plan.number(AT_NUM_MASKS);
+    if (num_masks == 0) return;
+    __syncthreads();
+    const int mask_words = plan.number(AT_NUM_MASK_WORDS) / num_masks;
+    for (int i = threadIdx.x; i < num_masks; i += NUM_THREADS)
+        row_masks[plan.section(AT_MASKED_ROWS_AT)[i]] = plan.number(AT_MASKS_AT) + i * mask_words;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)

@@ -48,6 +48,7 @@ class StepArrays:
         logit_rows: ``[B]`` rows that sample or score; -1 = padding.
         row_seq_indices, row_positions, row_targets: ``[B]`` of each of them, sequence that samples there (-1 = none), position of
             the sampled token, token whose log-probability is wanted (-1 = none).
+        row_masks: ``[B]`` where in ``plan`` their token masks begin; -1 = none.
         row_sampling: ``[B, A]`` their sampling parameters, as in ``sampling``; all bits 0 where nothing is sampled.
     """
 
@@ -68,6 +69,7 @@ class StepArrays:
     row_seq_indices: DeviceArray
     row_positions: DeviceArray
     row_targets: DeviceArray
+    row_masks: DeviceArray
     row_sampling: DeviceArray
 
     @classmethod
@@ -98,7 +100,7 @@ class StepArrays:
             "seq_indices": seqs,
             "num_seqs_and_decodes": (2,),
             **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
-            **dict.fromkeys(("logit_rows", "row_seq_indices", "row_positions", "row_targets"), rows),
+            **dict.fromkeys(("logit_rows", "row_seq_indices", "row_positions", "row_targets", "row_masks"), rows),
             "row_sampling": (max_logit_rows, admission_words),
         }
         return cls(**{name: array(name, shape, "int32") for name, shape in shapes.items()})
@@ -133,7 +135,7 @@ class StepKernels:
             (
                 arrays.plan, arrays.block_tables, arrays.sampling, arrays.biases, arrays.cu_seqlens, arrays.seq_lens,
                 arrays.seq_indices, arrays.num_seqs_and_decodes, arrays.logit_rows, arrays.row_seq_indices, arrays.row_positions,
-                arrays.row_targets, arrays.row_sampling, max_num_seqs, max_blocks_per_seq,
+                arrays.row_targets, arrays.row_masks, arrays.row_sampling, max_num_seqs, max_blocks_per_seq,
                 np.int32(arrays.biases.shape[1]), np.int32(num_logit_rows),
             ),
         )  # fmt: skip

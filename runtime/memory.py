@@ -25,6 +25,7 @@ from phalanx.runtime.models.base import Model, vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.ops import ExpertsSpec
 from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES, MAX_TOKEN_BIASES, TOKEN_BIAS_WORDS
+from phalanx.runtime.sampling.mask_sizes import most_plan_mask_words
 
 __all__ = [
     "ADJUSTED_ROWS",
@@ -122,7 +123,7 @@ def plan_memory(
         specs = model.weights(config, layers, place.is_first_stage, place.is_last_stage)
         attention = [model.decode.attention(config, layer) for layer in layers]
         components = components_of(format_weights(specs, formats))
-        state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size))
+        state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
         result.append(
             RankMemory(
                 rank=rank,
@@ -259,11 +260,11 @@ def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int,
     return unpacked + (SUM_BYTES + ALIGNMENT_BYTES if has_sums else 0)
 
 
-def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int) -> int:
-    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters, token biases."""
+def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int, vocab_size: int) -> int:
+    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters, token biases and masks."""
     words = max_num_seqs * (blocks_per_seq + _STEP_WORDS_PER_SEQUENCE) + max_num_tokens * _STEP_WORDS_PER_TOKEN
     plan_biases = min(max_num_seqs * MAX_TOKEN_BIASES, MAX_PLAN_BIASES) * (2 + TOKEN_BIAS_WORDS)
-    return 4 * (words + plan_biases)
+    return 4 * (words + plan_biases + most_plan_mask_words(vocab_size, max_num_seqs))
 
 
 def _weight_part(name: str) -> str:

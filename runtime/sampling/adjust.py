@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes logits before a token is chosen: the reference that every executor's sampler must agree with.
 
-In vLLM's order: token biases, then the repetition penalty, then frequency and presence penalties. Log-probabilities stay those of
+In vLLM's order: token masks, token biases, then the repetition penalty, then frequency and presence penalties. Log-probabilities stay those of
 the model.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.runtime.sampling.biases import add_biases
 from phalanx.runtime.sampling.fields import adjusts_logits
+from phalanx.runtime.sampling.masks import RowMasks, apply_mask
 
 __all__ = ["History", "adjust_logits"]
 
@@ -25,9 +27,13 @@ History = Callable[[int, int], Int32Array]
 """A sequence's index and a length, to that many of its first tokens."""
 
 
+_NO_MASKS: RowMasks = MappingProxyType({})
+
+
 def adjust_logits(
-    logits: Float32Array, sampling: NDArray[np.void], positions: Int32Array, biases: NDArray[np.void], history: History
-) -> Float32Array:
+    logits: Float32Array, sampling: NDArray[np.void], positions: Int32Array, biases: NDArray[np.void], history: History,
+    masks: RowMasks = _NO_MASKS,
+) -> Float32Array:  # fmt: skip
     """``logits [Q, V]`` as the choice sees them; the argument itself where no row changes any.
 
     Args:
@@ -35,12 +41,15 @@ def adjust_logits(
         positions: ``[Q]`` position that the new token takes in its sequence.
         biases: ``[max_num_seqs, MAX_TOKEN_BIASES]`` of `phalanx.runtime.step.TOKEN_BIAS`.
         history: tokens before that position.
+        masks: of some rows, which tokens they may choose.
     """
-    rows = np.flatnonzero(adjusts_logits(sampling))
-    if not len(rows):
+    rows = {*np.flatnonzero(adjusts_logits(sampling)).tolist(), *masks}
+    if not rows:
         return logits
     adjusted = logits.copy()
     for row in rows:
+        if row in masks:
+            apply_mask(adjusted[row], masks[row])
         record, position = sampling[row], int(positions[row])
         tokens = functools.cache(functools.partial(history, int(record["seq_index"]), position))
         own = biases[record["seq_index"], : record["num_biases"]]

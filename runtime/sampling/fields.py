@@ -147,6 +147,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
         ("TEXT", "never generate this text; repeatable"),
     ),
     SamplingField("bad_token_ids", (), TokenLists(MAX_TOKEN_BIASES)),
+    SamplingField("allowed_token_ids", None, TokenIds(most=1 << 20, least=1), {"openai": "allowed_token_ids"}),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
     SamplingField(
@@ -246,6 +247,7 @@ class SamplingParams:
         bad_words: texts that are not generated, at the start of a word or inside: the last token of each is not chosen where the output
             ends in the others.
         bad_token_ids: the same as lists of token ids.
+        allowed_token_ids: choose none but these tokens; None = any. The model's end tokens count only if they are listed.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
@@ -272,6 +274,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[str, ...] = ()
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None

@@ -128,9 +128,10 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A list of token ids; the scheduler knows the vocabulary and checks them against it."""
+    """A list of ``least`` to ``most`` token ids; the scheduler knows the vocabulary and checks them against it."""
 
     most: int
+    least: int = 0
 
     def schema(self) -> dict[str, Any]:
         token = {"type": "integer", "minimum": 0, "maximum": MAX_INT32}
@@ -142,6 +143,8 @@ class TokenIds:
             raise RequestError(f"{name}={shown(value)} is not a list of token ids", name)
         if len(listed) > self.most:
             raise RequestError(f"{name} holds {len(listed)} tokens; use at most {self.most}", name)
+        if len(listed) < self.least:
+            raise RequestError(f"{name} holds {len(listed)} tokens; use at least {self.least}, or leave it out", name)
         for token in listed:
             number = _whole(token)
             if number is None or not 0 <= number <= MAX_INT32:

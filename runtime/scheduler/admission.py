@@ -12,7 +12,8 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
 from phalanx.runtime.sampling.biases import token_biases
-from phalanx.runtime.sampling.fields import device_values
+from phalanx.runtime.sampling.fields import SamplingParams, device_values
+from phalanx.runtime.sampling.masks import AllowedTokens, TokenMask
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
@@ -41,8 +42,15 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         seed=split_mix64(config.seed, number + 1) if params.seed is None else params.seed % 2**64,
         end_token_ids=end_token_ids,
         biases=token_biases(params, len(token_ids), end_token_ids),
+        mask=_mask(params, config),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
     )
+
+
+def _mask(params: SamplingParams, config: SchedulerConfig) -> TokenMask | None:
+    if params.allowed_token_ids is None:
+        return None
+    return AllowedTokens(params.allowed_token_ids, config.vocab_size)
 
 
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
@@ -98,6 +106,7 @@ def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]
     _check_vocabulary("stop_token_ids", own, config.vocab_size)
     for name in ("bad_token_ids", "stop_token_sequences"):
         _check_vocabulary(name, itertools.chain.from_iterable(getattr(request.params, name)), config.vocab_size)
+    _check_vocabulary("allowed_token_ids", request.params.allowed_token_ids or (), config.vocab_size)
     _check_vocabulary("logit_bias", [token for token, _ in request.params.logit_bias], config.vocab_size)
     return (*models, *own)
 

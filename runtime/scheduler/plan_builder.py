@@ -14,6 +14,9 @@ from phalanx.runtime.step import ADMISSION, PENDING_TOKEN, TOKEN_BIAS_ENTRY, Row
 __all__ = ["CacheChanges", "PlannedStep", "ScoredSpan", "build_plan"]
 
 
+_NO_MASKS = np.empty(0, np.int32), np.empty((0, 0), np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredSpan:
     """Rows of a step that score prompt tokens of one sequence: those after ``start``, ``count`` of them."""
@@ -59,6 +62,7 @@ def build_plan(
     sampling = _sampling(table, seq_indices, starts + num_scheduled_tokens)
     first_rows = num_scheduled_tokens.cumsum(dtype=np.int32) - num_scheduled_tokens
     scored = _scored_spans(table, seq_indices, starts, num_scheduled_tokens)
+    masked_rows, masks = _masks(table, seq_indices[sampling])
     plan = StepPlan.pack(
         step_id,
         seq_indices.astype(np.int32),
@@ -70,6 +74,8 @@ def build_plan(
         copies=changes.copies,
         admissions=np.array(selection.admissions, ADMISSION),
         biases=np.array(selection.biases, TOKEN_BIAS_ENTRY),
+        masked_rows=masked_rows,
+        masks=masks,
         num_alternatives=max((_num_alternatives(table, span) for _, span in scored), default=0),
     )
     sampling_indices = seq_indices[sampling]
@@ -77,6 +83,17 @@ def build_plan(
     planned = PlannedStep(step_id, sampling_indices, table.epochs[sampling_indices], spans, len(plan.rows))
     table.mark_planned(seq_indices, num_scheduled_tokens, sampling_indices)
     return plan, planned
+
+
+def _masks(table: SequenceTable, sampling_indices: SeqIndexArray) -> tuple[Int32Array, Int32Array]:
+    """Rows of sequences that have masks, and their masks."""
+    if not table.masks:
+        return _NO_MASKS
+    rows = [row for row, seq_index in enumerate(sampling_indices.tolist()) if seq_index in table.masks]
+    if not rows:
+        return _NO_MASKS
+    masks = np.stack([table.masks[int(sampling_indices[row])].words() for row in rows])
+    return np.array(rows, np.int32), masks
 
 
 def _in_order(selection: Selection) -> tuple[SeqIndexArray, Int32Array, int]:

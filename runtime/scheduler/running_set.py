@@ -9,6 +9,7 @@ import numpy as np
 
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES
+from phalanx.runtime.sampling.mask_sizes import most_masked_seqs
 from phalanx.runtime.scheduler.admission import admission_row, bias_rows
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.scheduler.sequences import PromptGroup, SeqIndexArray, Sequence, SequenceTable
@@ -58,6 +59,7 @@ class RunningSet:
     ) -> None:
         self._config, self._cache, self._table, self._waiting = config, cache, table, waiting
         self._microbatches = _microbatches_by_seqs(config)
+        self._most_masked = most_masked_seqs(config.vocab_size)
         self._heirs: list[Sequence] = []
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
@@ -108,7 +110,7 @@ class RunningSet:
         heir = next(iter(self._waiting), None)
         if heir is None or heir.group is not group or heir.leader is None or self._waits_for_prompt(heir):
             return
-        if sum(len(other.biases) for other in (*self._heirs, heir)) > MAX_PLAN_BIASES:
+        if sum(len(other.biases) for other in (*self._heirs, heir)) > MAX_PLAN_BIASES or not self._may_run_masked(heir):
             return
         num_cached = self._reserve(heir)
         if num_cached is not None:
@@ -144,10 +146,16 @@ class RunningSet:
     def _choose_decodes(self) -> SeqIndexArray:
         """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
         while True:
-            decodes = self._least_recent(np.flatnonzero(self._table.remaining() == 1))
+            candidates = np.flatnonzero(self._table.remaining() == 1)
+            decodes = self._least_recent(self._with_masks(candidates) if self._table.masks else candidates)
             if self._cache.extend(decodes, self._table.num_computed[decodes]):
                 return decodes
             self._preempt(self._table.youngest())
+
+    def _with_masks(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
+        """Those whose next mask, if they have one, is there; the others do not hold them up."""
+        late = [seq_index for seq_index, mask in self._table.masks.items() if not mask.is_ready]
+        return seq_indices[~np.isin(seq_indices, late)] if late else seq_indices
 
     def _least_recent(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
         """At most the token budget and a micro-batch's share, those first whose last turn is longest ago."""
@@ -187,7 +195,7 @@ class RunningSet:
                 break
             if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
                 break
-            if self._waits_for_prompt(sequence):
+            if self._waits_for_prompt(sequence) or not self._may_run_masked(sequence):
                 continue
             num_cached = self._reserve(sequence)
             if num_cached is None:
@@ -205,6 +213,17 @@ class RunningSet:
     def _add_admission(self, selection: Selection, sequence: Sequence) -> None:
         selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
         selection.biases += bias_rows(sequence, sequence.seq_index)
+
+    def masked(self) -> list[Sequence]:
+        """Running and waiting sequences with masks."""
+        running = [self._table.sequences[seq_index] for seq_index in self._table.masks]
+        return [sequence for sequence in (*running, *self._waiting.masked.values()) if sequence is not None]
+
+    def _may_run_masked(self, sequence: Sequence) -> bool:
+        """Whether a plan has room for the sequence's mask, if it has one, and the mask is there."""
+        if sequence.mask is None:
+            return True
+        return len(self._table.masks) < self._most_masked and sequence.mask.is_ready
 
     def _waits_for_prompt(self, sequence: Sequence) -> bool:
         leader = sequence.leader

@@ -22,7 +22,7 @@ from phalanx.runtime.scheduler.results import (
     store_prompt_logprobs,
 )
 from phalanx.runtime.scheduler.running_set import RunningSet
-from phalanx.runtime.scheduler.sequences import PromptGroup, Sequence, SequenceTable
+from phalanx.runtime.scheduler.sequences import Int32Array, PromptGroup, SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig, SchedulerStats
 from phalanx.runtime.scheduler.waiting import Deadlines, WaitingQueue
 from phalanx.runtime.step import StepPlan, StepResult
@@ -100,6 +100,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step; None while nothing can be computed, or is better not, before another result is applied."""
         self._end_overdue(now)
+        if self._table.masks or self._waiting.masked:
+            self._end_without_mask()
         selection = self._running.select(len(self._in_flight))
         if not selection.num_tokens:
             return None
@@ -189,6 +191,8 @@ class Scheduler:
         rows = np.flatnonzero(table.epochs[planned.seq_indices] == planned.epochs)
         seq_indices, token_ids = planned.seq_indices[rows], result.token_ids[rows]
         lengths = table.append(seq_indices, token_ids)
+        if table.masks:
+            self._advance_masks(seq_indices, token_ids)
         codes = outcomes(table, seq_indices, token_ids, lengths)
         first_news = table.has_first_news[seq_indices] & (lengths == table.num_prompt[seq_indices] + 1)
         special = (codes != GOES_ON) | table.wants_logprobs[seq_indices] | first_news
@@ -201,6 +205,12 @@ class Scheduler:
             sequence = table.sequences[seq_indices[i]]
             assert sequence is not None
             self._apply_special(sequence, result, int(rows[i]), int(codes[i]), bool(first_news[i]))
+
+    def _advance_masks(self, seq_indices: SeqIndexArray, token_ids: Int32Array) -> None:
+        masks = self._table.masks
+        for seq_index, token_id in zip(seq_indices.tolist(), token_ids.tolist(), strict=True):
+            if seq_index in masks and token_id >= 0:
+                masks[seq_index].accept(token_id)
 
     def _apply_special(self, sequence: Sequence, result: StepResult, row: int, code: int, first_news: bool) -> None:
         """A token that ends its request, has log-probabilities, or is the first and has more to tell."""
@@ -228,6 +238,12 @@ class Scheduler:
                 self._fail(sequence)
             elif sequence.request.params.max_tokens == 0 and not sequence.lacks_prompt_logprobs:
                 self._end(sequence, "length")
+
+    def _end_without_mask(self) -> None:
+        """End sequences that have no next mask, each with the reason."""
+        for sequence in self._running.masked():
+            if sequence.mask is not None and sequence.mask.problem is not None:
+                self._end(sequence, "error", sequence.mask.problem)
 
     def _end_overdue(self, now: float) -> None:
         for sequence in self._deadlines.take_overdue(now):

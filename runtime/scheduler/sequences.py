@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from phalanx.runtime.request import Logprob, Request
 from phalanx.runtime.sampling.biases import TokenBias
+from phalanx.runtime.sampling.masks import TokenMask
 
 __all__ = ["PromptGroup", "SeqIndexArray", "Sequence", "SequenceTable"]
 
@@ -43,6 +44,7 @@ class Sequence:
         seed: of its sampling noise.
         end_token_ids: tokens that end it.
         biases: its token biases.
+        mask: which tokens it may choose next; None = any.
         keys: prefix keys of the full blocks of known tokens.
         seq_index: row of `SequenceTable`; -1 while it waits.
         num_cached_tokens: prompt tokens that its first admission found in the cache.
@@ -57,6 +59,7 @@ class Sequence:
     seed: int
     end_token_ids: tuple[int, ...]
     biases: list[TokenBias] = field(default_factory=list)
+    mask: TokenMask | None = None
     keys: list[bytes] = field(default_factory=list)
     seq_index: int = -1
     num_cached_tokens: int = -1
@@ -111,6 +114,8 @@ class SequenceTable:
         min_length: no end token counts up to this length.
         end_ids: ``[W, max_num_seqs]`` tokens that end the sequence.
         stop_sequences: for rows that have any, lists of tokens that end the sequence together.
+        masks: of rows that have one.
+        lookahead: ``[max_num_seqs]`` 1 where a row may be planned again before its last token is known.
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
@@ -123,7 +128,7 @@ class SequenceTable:
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, lookahead: int) -> None:
-        self._lookahead = lookahead
+        self._most_lookahead = lookahead
         self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
         self._flat_token_ids = self.token_ids.reshape(-1)  # indexed three times as fast
         self.num_known = np.zeros(max_num_seqs, np.int32)
@@ -134,6 +139,8 @@ class SequenceTable:
         self.min_length = np.zeros(max_num_seqs, np.int32)
         self.end_ids = np.full((1, max_num_seqs), _NO_TOKEN, np.int32)
         self.stop_sequences: dict[int, list[list[int]]] = {}
+        self.masks: dict[int, TokenMask] = {}
+        self.lookahead = np.full(max_num_seqs, lookahead, np.int32)
         self.epochs = np.zeros(max_num_seqs, np.int64)
         self.numbers = np.full(max_num_seqs, -1, np.int64)
         self.last_turns = np.zeros(max_num_seqs, np.int64)
@@ -172,6 +179,7 @@ class SequenceTable:
         self._set_end_ids(seq_index, sequence.end_token_ids)
         if sequences := sequence.request.params.stop_token_sequences:
             self.stop_sequences[seq_index] = [list(tokens) for tokens in sequences]
+        self._set_mask(seq_index, sequence.mask)
         self.numbers[seq_index] = sequence.number
         self.wants_logprobs[seq_index] = sequence.request.params.logprobs is not None
         self.has_first_news[seq_index] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
@@ -187,6 +195,7 @@ class SequenceTable:
         self.num_known[seq_index] = self.num_computed[seq_index] = self.num_pending[seq_index] = 0
         self.target_length[seq_index] = 1
         self.stop_sequences.pop(seq_index, None)
+        self._set_mask(seq_index, None)
         self.epochs[seq_index] += 1
         self.numbers[seq_index] = -1
         heapq.heappush(self._free_indices, seq_index)
@@ -205,7 +214,7 @@ class SequenceTable:
         The last token of all is never computed: nothing follows it. Pending tokens count as far as the
             lookahead goes.
         """
-        ahead = np.minimum(self.num_pending, self._lookahead)
+        ahead = np.minimum(self.num_pending, self.lookahead)
         reach = np.minimum(self.num_known + ahead, self.target_length - 1)
         return reach - self.num_computed
 
@@ -239,6 +248,14 @@ class SequenceTable:
         self.num_known[seq_indices] = lengths
         self.num_pending[seq_indices] -= 1
         return lengths
+
+    def _set_mask(self, seq_index: int, mask: TokenMask | None) -> None:
+        self.masks.pop(seq_index, None)
+        self.lookahead[seq_index] = self._most_lookahead
+        if mask is not None:
+            self.masks[seq_index] = mask
+            if mask.follows_tokens:
+                self.lookahead[seq_index] = 0
 
     def ends_in_stop_sequence(self, seq_index: int) -> bool:
         """Whether the output of a row ends in one of its stop sequences."""

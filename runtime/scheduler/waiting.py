@@ -17,11 +17,15 @@ _MIN_PRUNE = 64
 class WaitingQueue:
     """First come, first served; preempted sequences go back to their place, which is at or near the front.
 
-    Nothing younger than a waiting sequence was admitted, except where it waited for another to compute its prompt.
+    Nothing younger than a waiting sequence was admitted, except where it waited for another to compute its prompt, or for a mask.
+
+    Attributes:
+        masked: those with masks, by number.
     """
 
     def __init__(self) -> None:
         self._by_number: OrderedDict[int, Sequence] = OrderedDict()
+        self.masked: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -32,18 +36,24 @@ class WaitingQueue:
 
     def append(self, sequence: Sequence) -> None:
         """Queue a new request."""
-        self._by_number[sequence.number] = sequence
+        self._add(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence again, before all that arrived after it."""
         older = list(takewhile(lambda number: number < sequence.number, self._by_number))
-        self._by_number[sequence.number] = sequence
+        self._add(sequence)
         for number in (sequence.number, *reversed(older)):
             self._by_number.move_to_end(number, last=False)
 
     def discard(self, sequence: Sequence) -> None:
         """Remove a sequence; no-op if it is not queued."""
         self._by_number.pop(sequence.number, None)
+        self.masked.pop(sequence.number, None)
+
+    def _add(self, sequence: Sequence) -> None:
+        self._by_number[sequence.number] = sequence
+        if sequence.mask is not None:
+            self.masked[sequence.number] = sequence
 
 
 class Deadlines:

@@ -130,6 +130,8 @@ STEP_LAYOUT = StepLayout(
         Section("copies", "num_copies", 3),
         Section("admissions", "num_admissions", ADMISSION.itemsize // 4),
         Section("biases", "num_biases", TOKEN_BIAS_ENTRY.itemsize // 4),
+        Section("masked_rows", "num_masks"),
+        Section("masks", "num_mask_words"),
     ),
 )
 """The layout of `StepPlan`, whose attributes say what the sections hold."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES, MAX_TOKEN_BIASES
+from phalanx.runtime.sampling.mask_sizes import most_plan_mask_words
 from phalanx.runtime.step.layout import STEP_LAYOUT
 
 __all__ = ["StepLimits"]
@@ -19,12 +20,14 @@ class StepLimits:
         max_num_tokens: T, tokens of one step.
         max_model_len: tokens of one sequence, prompt and output.
         block_size: P, tokens in a block of the cache.
+        vocab_size: V, which says how large token masks are.
     """
 
     max_num_seqs: int
     max_num_tokens: int
     max_model_len: int
     block_size: int
+    vocab_size: int
 
     @property
     def blocks_per_seq(self) -> int:
@@ -44,4 +47,5 @@ class StepLimits:
             num_seqs=seqs, num_tokens=tokens, num_rows=self.max_logit_rows,
             num_new_blocks=seqs + tokens + self.blocks_per_seq, num_copies=seqs, num_admissions=seqs,
             num_biases=min(seqs * MAX_TOKEN_BIASES, MAX_PLAN_BIASES),
+            num_masks=seqs, num_mask_words=most_plan_mask_words(self.vocab_size, seqs),
         )  # fmt: skip

@@ -17,6 +17,7 @@ __all__ = ["StepPlan"]
 
 _NO_BLOCKS, _NO_COPIES = np.empty((0, 4), np.int32), np.empty((0, 3), np.int32)
 _NO_ADMISSIONS, _NO_BIASES = np.empty(0, ADMISSION), np.empty(0, TOKEN_BIAS_ENTRY)
+_NO_ROWS, _NO_MASKS = np.empty(0, np.int32), np.empty((0, 0), np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +45,8 @@ class StepPlan:
             source and destination, and a destination occurs once.
         admissions: ``[A]`` of `ADMISSION`, applied before the step.
         biases: ``[N]`` of `TOKEN_BIAS_ENTRY`, token biases of admitted sequences, applied before the step.
+        masked_rows: ``[M]`` which of ``rows``, all of which sample, choose only tokens of a mask.
+        masks: ``[M, ceil(V / 32)]`` their masks, see `sampling.masks`.
     """
 
     words: Int32Array
@@ -62,6 +65,8 @@ class StepPlan:
     copies: Int32Array
     admissions: NDArray[np.void]
     biases: NDArray[np.void]
+    masked_rows: Int32Array
+    masks: Int32Array
 
     @classmethod
     def pack(
@@ -79,6 +84,8 @@ class StepPlan:
         copies: Int32Array = _NO_COPIES,
         admissions: NDArray[np.void] = _NO_ADMISSIONS,
         biases: NDArray[np.void] = _NO_BIASES,
+        masked_rows: Int32Array = _NO_ROWS,
+        masks: Int32Array = _NO_MASKS,
         pass_id: int = 0,
         num_alternatives: int = 0,
     ) -> StepPlan:
@@ -89,7 +96,7 @@ class StepPlan:
             seq_indices, starts, num_scheduled_tokens, token_ids, rows,
             np.zeros(num_rows, np.int32) if kinds is None else kinds,
             np.full(num_rows, -1, np.int32) if targets is None else targets,
-            new_blocks, copies, admissions, biases,
+            new_blocks, copies, admissions, biases, masked_rows, masks.reshape(-1),
         )  # fmt: skip
         return cls.unpack(STEP_LAYOUT.pack((step_id, pass_id, num_decodes, num_alternatives), tables))
 
@@ -98,11 +105,12 @@ class StepPlan:
         """Read a packed plan; the result aliases ``words``."""
         (step_id, pass_id, num_decodes, num_alternatives, *_), tables = STEP_LAYOUT.unpack(words)
         seq_indices, starts, num_scheduled_tokens, token_ids, rows, kinds, targets, *changes = tables
-        new_blocks, copies, admissions, biases = changes
+        new_blocks, copies, admissions, biases, masked_rows, masks = changes
         return cls(
             words, step_id, pass_id, num_decodes, num_alternatives, seq_indices, starts, num_scheduled_tokens, token_ids,
             rows, kinds, targets, new_blocks.reshape(-1, 4), copies.reshape(-1, 3), admissions.view(ADMISSION),
-            biases.view(TOKEN_BIAS_ENTRY),
+            biases.view(TOKEN_BIAS_ENTRY), masked_rows,
+            masks.reshape(len(masked_rows), -1) if len(masked_rows) else _NO_MASKS,
         )  # fmt: skip
 
     @property
@@ -135,6 +143,11 @@ class StepPlan:
         """``[T]`` position of each of the step's rows in its sequence."""
         first_rows = np.repeat(self.cu_seqlens[:-1] - self.starts, self.num_scheduled_tokens)
         return np.arange(self.num_tokens, dtype=np.int32) - first_rows
+
+    @property
+    def row_masks(self) -> dict[int, Int32Array]:
+        """The masks by row, an index into ``rows``."""
+        return dict(zip(self.masked_rows.tolist(), self.masks, strict=True))
 
     @property
     def sampling_seqs(self) -> NDArray[np.intp]:

@@ -136,7 +136,7 @@ def test_tokens_with_biases_equal_the_numpy_engines(tp: int, pp: int, tmp_path: 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_penalised_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Path, device: None) -> None:
-    """Prompts share a prefix, come in chunks and run next to one with bad words; twice, so that blocks are used again."""
+    """Prompts share a prefix, come in chunks and run next to one with bad words and a mask; twice, so that blocks are used again."""
     case = CASES_BY_NAME["llama-grouped-heads"]
     directory = write_checkpoint(case, tmp_path)
     prompt = prompt_token_ids(case)
@@ -148,7 +148,7 @@ def test_penalised_tokens_equal_the_numpy_engines(tp: int, pp: int, tmp_path: Pa
             {"repetition_penalty": 1.7},
             {"presence_penalty": 1.0, "frequency_penalty": 0.4, "logprobs": 2},
             {"repetition_penalty": 0.7, "frequency_penalty": 1.4, "temperature": 0.9, "seed": 3},
-            {"bad_token_ids": ((32, 32), (89, 60), (40,))},
+            {"bad_token_ids": ((32, 32), (89, 60), (40,)), "allowed_token_ids": (32, 89, 60, 40, 3, 100)},
             {"repetition_penalty": 1.3, "temperature": 0.9, "seed": 5, "top_k": 9, "logit_bias": {7: 3.0}},
         )
     ] * 2

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from phalanx.kernels.sampling import (
+    PlanMasks,
     RowParameters,
     TokenCache,
     adjust_logits,
@@ -16,6 +17,7 @@ from phalanx.kernels.sampling import (
 from phalanx.parallel.errors import ExecutorError
 from phalanx.runtime.sampling.adjust import adjust_logits as adjusted_on_host
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
+from phalanx.runtime.sampling.masks import pack_mask
 from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 
 from .devices import DTYPES
@@ -90,6 +92,42 @@ def parameters(device, rows):
     return RowParameters(device.put(words), device.put(positions), SAMPLING_STRUCT)
 
 
+def no_masks(device, num_rows):
+    return PlanMasks(device.put(np.full(num_rows, -1, np.int32)), device.put(np.zeros(1, np.int32)))
+
+
+@pytest.mark.parametrize(("num_parts", "part_size"), [(1, 1003), (2, 8208), (3, 336)])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_tokens_outside_a_rows_mask_are_banned(device, random_normal, dtype, num_parts, part_size):
+    vocab_size = num_parts * part_size - 5 * (num_parts > 1)  # the last part is padded
+    rng = np.random.default_rng(part_size)
+    allowed = rng.integers(0, 2, (2, vocab_size)).astype(bool)
+    allowed[:, [0, 31, 32, vocab_size - 1]] = [True, False, True, True]
+    words = np.concatenate([np.full(7, -1, np.int32), *(pack_mask(np.flatnonzero(row), vocab_size) for row in allowed)])
+    offsets = np.array([7 + len(words[7:]) // 2, -1, 7], np.int32)
+    records, biases = np.zeros(3, ADMISSION), np.zeros((1, 2), TOKEN_BIAS)
+    records["num_biases"], biases[0, 0] = [1, 0, 0], (31, 100.0, 99, 0)
+    rows = RowParameters(
+        device.put(records.view(np.int32).reshape(3, -1)), device.put(np.full(3, 4, np.int32)), SAMPLING_STRUCT
+    )
+    cache = TokenCache(device.put(np.zeros((1, 1), np.int32)), device.put(np.zeros((1, 16), np.int32)))
+    masks = PlanMasks(device.put(offsets), device.put(words))
+    for part in range(num_parts):
+        logits = random_normal(dtype, 3, part_size)
+        logits[2, 5] = np.nan
+        out = device.poisoned(logits.shape, np.float32)
+        adjust_logits(
+            device.library, device.put(logits), rows, device.put(biases.view(np.int32).reshape(1, 2, 4)), cache, masks, out,
+            vocab_start=part * part_size, vocab_size=vocab_size,
+        )  # fmt: skip
+        expected = logits.astype(np.float32)
+        held = min(part_size, vocab_size - part * part_size)
+        for row, mask in ((0, allowed[1]), (2, allowed[0])):
+            banned = np.flatnonzero(~mask[part * part_size :][:held] & np.isfinite(expected[row, :held]))
+            expected[row, banned] = -1e30
+        np.testing.assert_array_equal(device.get(out), expected)
+
+
 @pytest.mark.parametrize("part_size", [1003, 8208, 20000])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_normal, dtype, part_size):
@@ -113,7 +151,17 @@ def test_biases_in_force_of_tokens_that_the_rank_holds_are_added(device, random_
     out = device.poisoned(logits.shape, np.float32)
     words = device.put(biases.view(np.int32).reshape(3, 5, 4))
     cache = TokenCache(device.put(np.zeros((3, 1), np.int32)), device.put(np.full((1, 16), 600, np.int32)))
-    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
+    adjust_logits(
+        device.library,
+        device.put(logits),
+        rows,
+        words,
+        cache,
+        no_masks(device, len(logits)),
+        out,
+        vocab_start=vocab_start,
+        vocab_size=1 << 20,
+    )
     np.testing.assert_array_equal(device.get(out), expected)
 
 
@@ -140,7 +188,9 @@ def test_a_bias_with_tokens_before_it_counts_where_the_output_ends_in_them(devic
     rows = RowParameters(device.put(records.view(np.int32).reshape(6, -1)), device.put(positions), SAMPLING_STRUCT)
     out, words = device.poisoned(logits.shape, np.float32), device.put(biases.view(np.int32).reshape(1, 8, 4))
     cache = TokenCache(device.put(tables), device.put(cached))
-    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=0)
+    adjust_logits(
+        device.library, device.put(logits), rows, words, cache, no_masks(device, 6), out, vocab_start=0, vocab_size=1003
+    )
     np.testing.assert_array_equal(device.get(out), expected)
     host = adjusted_on_host(logits, records, positions, biases, lambda _, length: np.arange(length, dtype=np.int32))
     np.testing.assert_array_equal(host, expected)
@@ -188,7 +238,17 @@ def test_penalties_count_the_tokens_of_each_rows_sequence(device, random_normal,
     out = device.poisoned(logits.shape, np.float32)
     cache = TokenCache(device.put(tables), device.put(cached))
     words = device.put(biases.view(np.int32).reshape(2, 2, 4))
-    adjust_logits(device.library, device.put(logits), rows, words, cache, out, vocab_start=vocab_start)
+    adjust_logits(
+        device.library,
+        device.put(logits),
+        rows,
+        words,
+        cache,
+        no_masks(device, len(logits)),
+        out,
+        vocab_start=vocab_start,
+        vocab_size=1 << 20,
+    )
     np.testing.assert_allclose(device.get(out), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(device.get(out)[4], logits[4].astype(np.float32))
 

@@ -21,6 +21,7 @@ def step_kernels(device, max_num_seqs=SEQS, max_num_tokens=TOKENS, max_blocks_pe
         max_plan_words=STEP_LAYOUT.most_words(
             num_seqs=max_num_seqs, num_tokens=max_num_tokens, num_rows=rows, num_new_blocks=rows,
             num_copies=max_num_seqs, num_admissions=max_num_seqs, num_biases=max_num_seqs * MAX_BIASES,
+            num_masks=max_num_seqs, num_mask_words=100,
         ),
         admission_words=ADMISSION.itemsize // 4, max_biases=MAX_BIASES, block_size=BLOCK_SIZE,
     )  # fmt: skip
@@ -131,6 +132,22 @@ def test_token_biases_of_admitted_sequences_replace_those_of_earlier_ones(device
         expected = state.biases[:, :MAX_BIASES].copy().view(np.int32).reshape(SEQS, MAX_BIASES, 4)
         np.testing.assert_array_equal(device.get(arrays.biases), expected)
     assert state.biases["token"][2, :4].tolist() == [8, 9, 7, 0]
+
+
+def test_rows_with_masks_say_where_in_the_plan_they_are(device):
+    plan, step = mixed_plan(), step_kernels(device)
+    masks = np.arange(6, dtype=np.int32).reshape(2, 3)
+    plan = StepPlan.pack(
+        3, plan.seq_indices, plan.starts, plan.num_scheduled_tokens, plan.token_ids, plan.rows[:4],
+        masked_rows=np.array([3, 1], np.int32), masks=masks,
+    )  # fmt: skip
+    arrays = load(device, step, plan)
+    step.update(TOKENS, 7)
+    offsets = device.get(arrays.row_masks)[:7]
+    assert offsets[[0, 2, 4, 5, 6]].tolist() == [-1] * 5
+    for row, mask in ((3, masks[0]), (1, masks[1])):
+        assert plan.words[offsets[row] : offsets[row] + 3].tolist() == mask.tolist()
+        assert plan.row_masks[row].tolist() == mask.tolist()
 
 
 def test_last_sampled_tokens_reach_their_sequences_and_scored_rows_get_their_targets(device):

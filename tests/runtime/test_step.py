@@ -77,6 +77,8 @@ def test_layout_says_where_everything_lies() -> None:
         "num_copies": 1,
         "num_admissions": 0,
         "num_biases": 0,
+        "num_masks": 0,
+        "num_mask_words": 0,
     }
     assert len(words) == STEP_LAYOUT.most_words(**sizes)
 

@@ -47,7 +47,7 @@ def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | No
         weights = load_stage(
             opened.source, model, config, opened.formats, Topology(Layout()), NumpySink(rounding=rounding)
         )
-    limits = StepLimits(shape.max_num_seqs, shape.max_prefill_tokens, shape.max_model_len, shape.max_model_len)
+    limits = StepLimits(shape.max_num_seqs, shape.max_prefill_tokens, shape.max_model_len, shape.max_model_len, 1)
     return RecordingNumpyExecutor(
         model, config, weights, Topology(Layout()), SelfCommunicator(), limits, shape.max_num_seqs
     )

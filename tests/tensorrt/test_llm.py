@@ -60,6 +60,8 @@ def test_requests_that_come_and_go_get_the_numpy_engines_tokens(
         for one in params[1::3]
     ]
 
+    params[2::3] = [dataclasses.replace(one, allowed_token_ids=tuple(range(0, 101, 7))) for one in params[2::3]]
+
     def body(engine: str, comm: Communicator) -> list[tuple[list[int], str | None]]:
         sizes = {"tensor_parallel_size": layout.tp, "pipeline_parallel_size": layout.pp} if comm.size > 1 else {}
         with LLM(path, comm=comm, engine=engine, **sizes, **LIMITS) as llm:

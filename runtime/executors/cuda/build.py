@@ -177,7 +177,9 @@ def _tensor_group(library: KernelLibrary, comm: Communicator, members: range) ->
 def _step_limits(spec: RankSpec) -> StepLimits:
     options = spec.options
     longest = longest_requested(spec.config, options.max_model_len)
-    return StepLimits(options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size)
+    return StepLimits(
+        options.max_num_seqs, options.max_num_batched_tokens, longest, options.block_size, spec.config.vocab_size
+    )
 
 
 def _cache_layout(spec: RankSpec) -> CacheLayout:

@@ -231,7 +231,7 @@ class CudaExecutor:
             num_logit_rows=num_logit_rows,
             has_prefill=plan.num_decodes < plan.num_seqs,
             filters=bool(restricts_tokens(sampling).any()),
-            adjusts=bool(adjusts_logits(sampling).any()),
+            adjusts=bool(adjusts_logits(sampling).any()) or len(plan.masks) > 0,
             num_top=num_top if num_scored else -1,
         )
 

@@ -29,7 +29,7 @@ class StepKey:
         num_logit_rows: rows that sample a token, rounded up; 0 = the step ends without logits.
         has_prefill: some sequence computes several tokens.
         filters: some row samples with top-k, top-p or min-p.
-        adjusts: some row that samples has token biases or penalties.
+        adjusts: some row that samples has token biases, penalties or a mask.
         num_top: alternatives whose log-probabilities are wanted; -1 = no log-probabilities.
     """
 

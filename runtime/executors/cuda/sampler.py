@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from phalanx.kernels import sampling
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.sampling import RowParameters, TokenCache
+from phalanx.kernels.sampling import PlanMasks, RowParameters, TokenCache
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span
@@ -41,7 +41,7 @@ class CudaSampler:
         """Sample a token for each of the step's logit ``rows`` into ``token_ids`` [B] int32.
 
         A row with a logit that is not finite gets -1. ``filters``: some row has top-k, top-p or min-p; ``adjusts``: some row
-        has token biases or penalties. ``logits`` stay as they are.
+        has token biases, penalties or a mask. ``logits`` stay as they are.
         *Collective.* Enqueues on the current stream; does not wait.
         """
         if not adjusts:
@@ -55,9 +55,13 @@ class CudaSampler:
         adjusted, arrays = self._pool.array(logits.shape, "float32"), self._arrays
         sampling.adjust_logits(
             self._library, logits, self._parameters(rows), arrays.biases,
-            TokenCache(arrays.block_tables, arrays.cached_tokens), adjusted, vocab_start=self._vocabulary.start,
+            TokenCache(arrays.block_tables, arrays.cached_tokens), self._masks(rows), adjusted,
+            vocab_start=self._vocabulary.start, vocab_size=self._vocab_size,
         )  # fmt: skip
         return adjusted
+
+    def _masks(self, rows: range) -> PlanMasks:
+        return PlanMasks(self._arrays.row_masks[rows.start : rows.stop], self._arrays.plan)
 
     def _choose(self, logits: DeviceArray, rows: range, filters: bool, token_ids: DeviceArray) -> None:
         if not filters:

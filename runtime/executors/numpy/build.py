@@ -46,7 +46,9 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
-    limits = StepLimits(options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size)
+    limits = StepLimits(
+        options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size, spec.config.vocab_size
+    )
     return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks, spec.kv_scales), max_len
 
 

@@ -138,12 +138,16 @@ class NumpyExecutor:
         """Tokens of the rows that sample, and log-probabilities if any are wanted."""
         sampling, rows = self._state.sampling_of(plan), plan.rows[: plan.num_sampled]
         num_scored, count = self._state.logprob_shape(plan)
-        needs_rows = num_scored or (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any()
+        needs_rows = (
+            num_scored or (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any() or len(plan.masks)
+        )
         if self._tp.size > 1 and not needs_rows:
             return StepResult(plan.step_id, self._greedy(x[rows]))
         logits = self._logits(x[rows])
         positions = plan.sampled_positions
-        adjusted = adjust_logits(logits, sampling, positions, self._state.biases, self._history.tokens)
+        adjusted = adjust_logits(
+            logits, sampling, positions, self._state.biases, self._history.tokens, plan.row_masks
+        )  # fmt: skip
         tokens = sample(adjusted, sampling, positions)
         if not num_scored:
             return StepResult(plan.step_id, tokens)

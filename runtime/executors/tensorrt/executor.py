@@ -107,7 +107,7 @@ class _ResultBuilder:
 
     def __init__(self, plan: StepPlan, state: BatchState, history: TokenHistory) -> None:
         self._sampling, self._positions, self._biases = state.sampling_of(plan), plan.sampled_positions, state.biases
-        self._history = history
+        self._history, self._masks = history, plan.row_masks
         rows, count = state.logprob_shape(plan)
         self.result = StepResult(
             plan.step_id, plan.targets.copy(), np.empty(rows, np.float32),
@@ -119,7 +119,9 @@ class _ResultBuilder:
         if not len(engine_pass.rows):
             return "nothing"
         sampling = self._sampling[self._sampled(engine_pass)]
-        needs_logits = (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any()
+        needs_logits = (
+            (sampling["temperature"] > 0).any() or adjusts_logits(sampling).any() or self._masks_of(engine_pass)
+        )
         return "logits" if needs_logits or len(self.result.logprobs) else "tokens"
 
     def take(self, engine_pass: EnginePass, output: PassOutput) -> None:
@@ -129,7 +131,7 @@ class _ResultBuilder:
         if logits is not None:
             sampling, positions = self._sampling[sampled], self._positions[sampled]
             adjusted = adjust_logits(
-                logits[: len(sampled)], sampling, positions, self._biases, self._history.tokens
+                logits[: len(sampled)], sampling, positions, self._biases, self._history.tokens, self._masks_of(engine_pass)
             )  # fmt: skip
             tokens = sample(adjusted, sampling, positions)
         self.result.token_ids[sampled] = tokens
@@ -139,6 +141,13 @@ class _ResultBuilder:
     def _sampled(self, engine_pass: EnginePass) -> Int32Array:
         """Those of the pass's rows that sample, which come first."""
         return engine_pass.rows[engine_pass.rows < len(self._positions)]
+
+    def _masks_of(self, engine_pass: EnginePass) -> dict[int, Int32Array]:
+        """Masks by their place among the pass's rows that sample."""
+        if not self._masks:
+            return {}
+        rows = enumerate(self._sampled(engine_pass).tolist())
+        return {place: self._masks[row] for place, row in rows if row in self._masks}
 
     def _score(self, rows: Int32Array, logits: Float32Array) -> None:
         logprobs, targets = log_softmax(logits), np.maximum(self.result.token_ids[rows], 0)

@@ -72,7 +72,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     request_id: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
-    allowed_token_ids: Any = None
     cache_salt: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
@@ -166,7 +165,6 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "allowed_token_ids": (),
         "annotations": ([],),
         "audio": (),
         "background": (False,),
