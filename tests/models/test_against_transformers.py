@@ -1,4 +1,4 @@
-"""Logits and greedy continuations of the three families equal transformers' in float32, in every layout.
+"""Logits and greedy continuations of every family equal transformers' in float32, in every layout.
 
 The recorded values need no torch; the live comparison, where torch is installed, checks that the record is true.
 """
@@ -18,8 +18,10 @@ from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.support.checkpoints import CASES, CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.reference import load_reference, prompt_token_ids, transformers_reference
 
-TOLERANCE = 2e-4
+TOLERANCE = 1e-5
 """Of the logits' range."""
+NUM_GREEDY = 16
+"""Tokens compared, of the 32 recorded."""
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def test_prompt_and_continuation_equal_transformers(case: CheckpointCase, direct
     expected = log_softmax(reference.logits)
     tolerance = TOLERANCE * float(np.ptp(reference.logits))
     for tp, pp in case.layouts:
-        output = run_layout(directories[case.name], tp, pp, prompt, max_tokens=len(reference.greedy))
-        assert output.token_ids == reference.greedy, (tp, pp)
+        output = run_layout(directories[case.name], tp, pp, prompt, max_tokens=NUM_GREEDY)
+        assert output.token_ids == reference.greedy[:NUM_GREEDY], (tp, pp)
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
         for position, entry in enumerate(output.prompt_logprobs[1:], 1):

@@ -1,0 +1,98 @@
+"""Agreements that hold for every family: chunked = whole, preempted = not, decoded = read as a prompt, split = unsplit, resaved = not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.models import MODELS
+from phalanx.runtime.request import RequestOutput, SamplingParams
+from tests.checkpoints.splitting import load_rank, read_all, split
+from tests.support.checkpoints import CASES, CheckpointCase, write_checkpoint
+from tests.support.reference import load_reference, prompt_token_ids
+
+from .test_against_transformers import log_softmax
+
+FIRST = {case.config["architectures"][0]: case for case in reversed(CASES)}
+"""One configuration of each family."""
+NUM_TOKENS = 12
+
+
+def by_name(case: CheckpointCase) -> str:
+    return case.name
+
+
+def test_no_family_is_left_out() -> None:
+    assert FIRST.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("case", [*FIRST.values()], ids=by_name)
+def test_neither_chunks_nor_preemptions_nor_decoding_step_by_step_change_a_result(
+    case: CheckpointCase, tmp_path: Path
+) -> None:
+    directory, prompt = write_checkpoint(case, tmp_path), prompt_token_ids(case)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, prompt_logprobs=1, logprobs=1)
+    with LLM(directory, engine="numpy", block_size=4) as llm:
+        roomy = llm.generate([prompt, prompt[:5], prompt[3:]], params)
+        texts = [(*output.prompt_token_ids, *output.token_ids) for output in roomy]
+        read = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1))
+    with LLM(directory, engine="numpy", block_size=4, num_kv_blocks=9, max_num_batched_tokens=5) as llm:
+        tight = llm.generate([prompt, prompt[:5], prompt[3:]], params)
+        engine = llm._replica.engine
+        assert engine is not None
+        assert engine.scheduler.stats().num_preemptions > 0
+    tolerance = 1e-5 * float(np.ptp(load_reference(case).logits))
+    for one, other, whole in zip(roomy, tight, read, strict=True):
+        assert one.token_ids == other.token_ids
+        np.testing.assert_allclose(_logprobs(other), _logprobs(one), rtol=0, atol=tolerance)
+        assert whole.prompt_logprobs is not None
+        expected = [entry.logprob for entry in whole.prompt_logprobs[1:] if entry is not None]
+        np.testing.assert_allclose(_logprobs(one), expected, rtol=0, atol=tolerance)
+
+
+def _logprobs(output: RequestOutput) -> list[float]:
+    """Of the prompt from its second token on, then of the generated tokens."""
+    assert output.prompt_logprobs is not None
+    assert output.logprobs is not None
+    return [entry.logprob for entry in (*output.prompt_logprobs[1:], *output.logprobs) if entry is not None]
+
+
+@pytest.mark.parametrize("case", [*FIRST.values()], ids=by_name)
+def test_a_split_split_again_holds_the_same_bytes_and_gives_ranks_the_same_weights(
+    case: CheckpointCase, tmp_path: Path
+) -> None:
+    original = write_checkpoint(case, tmp_path / "model")
+    (tp, pp), most = max(case.layouts), max(tp for tp, _ in case.layouts)
+    split(original, tmp_path / "first", tp, pp)
+    split(tmp_path / "first", tmp_path / "second", 1, 3)
+    stored, again = load_file(original / "model.safetensors"), read_all(tmp_path / "second")
+    assert stored.keys() == again.keys()
+    assert all(stored[name].tobytes() == again[name].tobytes() for name in stored)
+    for rank in range(most):
+        ours, theirs = (load_rank(path, most, 1, rank) for path in (tmp_path / "second", original))
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs), rank
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_a_checkpoint_saved_again_by_transformers_is_the_same_model(case: CheckpointCase, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    if case.config["model_type"] not in transformers.CONFIG_MAPPING:
+        return
+    directory, saved = write_checkpoint(case, tmp_path / "model"), tmp_path / "saved"
+    transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").save_pretrained(saved)
+    reference = load_reference(case)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+    with LLM(saved, engine="numpy") as llm:
+        output = llm.generate([prompt_token_ids(case)], params)[0]
+    assert output.token_ids == reference.greedy[:8]
+    expected = log_softmax(reference.logits)
+    assert output.prompt_logprobs is not None
+    for position, entry in enumerate(output.prompt_logprobs[1:]):
+        assert entry is not None
+        assert abs(entry.logprob - expected[position, entry.token_id]) < 1e-5 * np.ptp(reference.logits)
