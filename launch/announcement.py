@@ -63,7 +63,7 @@ class Announcement:
         return {
             "host": host,
             "port": address.port,
-            "url": f"http://{_bracketed(host)}:{address.port}",
+            "url": f"{address.scheme}://{_bracketed(host)}:{address.port}",
             "model": self.model,
         }
 

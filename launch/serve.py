@@ -77,6 +77,9 @@ def build_parser() -> CommandParser:
     server.add_argument("--shutdown-timeout", type=float, default=25.0, metavar="SECONDS",
                         help="longest that open requests may take to end after a signal (default 25, below Slurm's KillWait)")  # fmt: skip
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
+    server.add_argument("--ssl-certfile", type=Path, metavar="FILE",
+                        help="serve HTTPS, and gRPC over TLS, with this certificate chain (PEM)")  # fmt: skip
+    server.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key (PEM, no password)")
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
@@ -179,6 +182,8 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         num_processes=_default_http_processes() if args.http_processes is None else args.http_processes,
         model_names=tuple(args.served_model_name or (name,)),
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
+        ssl_certfile=None if args.ssl_certfile is None else str(args.ssl_certfile),
+        ssl_keyfile=None if args.ssl_keyfile is None else str(args.ssl_keyfile),
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),

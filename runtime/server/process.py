@@ -118,6 +118,8 @@ async def _serve(
         backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
     server = QuietServer(config, on_started)
     await loop.connect_accepted_socket(lambda: client, channel)

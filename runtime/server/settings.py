@@ -32,6 +32,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         grpc_port: where Triton's gRPC protocol is served; None = nowhere.
         model_names: under which requests may ask for the model; the first one is shown.
         api_key_file: one key per line; None = no key needed.
+        ssl_certfile, ssl_keyfile: serve HTTPS and secure gRPC with this certificate chain and its key (PEM); None = neither.
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = no limit.
         tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
@@ -52,6 +53,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     grpc_port: int | None = None
     model_names: tuple[str, ...] = ("phalanx",)
     api_key_file: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
@@ -93,6 +96,9 @@ class FrontendSettings(msgspec.Struct, frozen=True):
                 raise ConfigError(
                     f"--cors-origin={origin} is not an origin; use https://HOST, http://HOST:PORT or * without a path"
                 )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            given, missing = ("--ssl-certfile", "--ssl-keyfile")[:: -1 if self.ssl_certfile is None else 1]
+            raise ConfigError(f"{given} is given without {missing}; TLS needs both")
         if not (self.api_key_file or self.insecure or is_loopback(self.host)):
             raise ConfigError(
                 f"--host={self.host} lets other machines in and there is no --api-key-file; give one, or say --insecure"

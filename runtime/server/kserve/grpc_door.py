@@ -26,6 +26,7 @@ from phalanx.runtime.server.kserve.inputs import tensor_rows
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import has_key
+from phalanx.runtime.server.web.tls import read_pem
 
 __all__ = ["start_grpc"]
 
@@ -66,7 +67,11 @@ async def start_grpc(inference: Inference, api_keys: Sequence[bytes], settings: 
     server.add_generic_rpc_handlers((_Door(inference, api_keys).handlers(),))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
-        server.add_insecure_port(f"{host}:{settings.grpc_port}")
+        if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+            pem = read_pem(settings.ssl_certfile, settings.ssl_keyfile)
+            server.add_secure_port(f"{host}:{settings.grpc_port}", grpc.ssl_server_credentials([pem]))
+        else:
+            server.add_insecure_port(f"{host}:{settings.grpc_port}")
     except RuntimeError:
         raise ConfigError(
             f"--grpc-port {settings.grpc_port} on {settings.host} cannot be opened; choose another, or 0 for any free one"

@@ -19,6 +19,7 @@ from phalanx.runtime.server.link.messages import Failed, Phase, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import answer_early, bind, free_port
+from phalanx.runtime.server.web.tls import server_context
 
 __all__ = ["Frontend"]
 
@@ -56,13 +57,14 @@ class Frontend:
         sessions of their own, so that a terminal's or a launcher's signals reach rank 0 only.
 
         Raises:
-            ConfigError: the port or the key file cannot be had.
+            ConfigError: the port, the key file or the certificate cannot be used.
         """
         read_api_keys(settings.api_key_file)
+        tls = server_context(settings.ssl_certfile, settings.ssl_keyfile)
         if settings.grpc_port is not None:
             settings = msgspec.structs.replace(settings, grpc_port=free_port(settings.host, settings.grpc_port))
         listeners = bind(settings.host, settings.port, settings.num_processes)
-        url = _url(settings.host, listeners[0].getsockname()[1])
+        url = _url("http" if tls is None else "https", settings.host, listeners[0].getsockname()[1])
         board = create_board(settings.num_processes)
         started, starting = os.pipe()
         processes, channels = [], []
@@ -82,7 +84,7 @@ class Frontend:
             channels.append(FrontendChannel(ours, f"HTTP process {number} (pid {process.pid})"))
         os.close(starting)
         os.close(board)
-        answer_early(listeners, started)
+        answer_early(listeners, started, tls)
         return cls(url, processes, FrontendChannels(channels), settings.grpc_port)
 
     def tell_failed(self, reason: str) -> None:
@@ -121,5 +123,5 @@ class Frontend:
                 process.wait()
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -114,7 +114,9 @@ class BoundedH11Protocol(H11Protocol):
     # Clients that have sent everything, or have left
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection while a whole request waits for its answer."""
+        """Keep the connection while a whole request waits for its answer. asyncio knows no half-closed TLS."""
+        if self.transport.get_extra_info("sslcontext") is not None:
+            return False
         cycle: Any = self.cycle
         if cycle is None or cycle.more_body or cycle.response_complete or self.scope["http_version"] != "1.1":
             return False

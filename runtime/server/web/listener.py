@@ -8,6 +8,7 @@ import errno
 import os
 import select
 import socket
+import ssl
 import threading
 from collections.abc import Sequence
 
@@ -84,15 +85,15 @@ def free_port(host: str, port: int) -> int:
         ) from None
 
 
-def answer_early(listeners: Sequence[socket.socket], started: int) -> None:
+def answer_early(listeners: Sequence[socket.socket], started: int, tls: ssl.SSLContext | None = None) -> None:
     """Answer 503 on ``listeners``, from a thread, until every writing end of the pipe ``started`` is closed.
 
-    Each HTTP process closes its own once it answers itself. Listeners and pipe are then closed.
+    Each HTTP process closes its own once it answers itself. Listeners and pipe are then closed. With ``tls`` the answer is HTTPS.
     """
-    threading.Thread(target=_answer, args=(tuple(listeners), started), name="early answers", daemon=True).start()
+    threading.Thread(target=_answer, args=(tuple(listeners), started, tls), name="early answers", daemon=True).start()
 
 
-def _answer(listeners: Sequence[socket.socket], started: int) -> None:
+def _answer(listeners: Sequence[socket.socket], started: int, tls: ssl.SSLContext | None) -> None:
     by_descriptor = {listener.fileno(): listener for listener in listeners}
     for listener in listeners:
         listener.setblocking(False)
@@ -103,8 +104,9 @@ def _answer(listeners: Sequence[socket.socket], started: int) -> None:
         for descriptor in readable:
             with contextlib.suppress(OSError):
                 client, _ = by_descriptor[descriptor].accept()
-                with client:
-                    _refuse(client)
+                client.settimeout(CLIENT_SECONDS)
+                with client if tls is None else tls.wrap_socket(client, server_side=True) as secured:
+                    _refuse(secured)
     for listener in listeners:
         listener.close()
     os.close(started)
@@ -112,7 +114,6 @@ def _answer(listeners: Sequence[socket.socket], started: int) -> None:
 
 def _refuse(client: socket.socket) -> None:
     """Read what has come of the request, answer, and stay until the client has the answer."""
-    client.settimeout(CLIENT_SECONDS)
     with contextlib.suppress(TimeoutError):
         client.recv(65_536)
     client.sendall(_ANSWER)
