@@ -12,10 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from phalanx.launch.announcement import Announcement
@@ -28,6 +27,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.drain import DrainSignals
 from phalanx.launch.loading import start_progress
 from phalanx.launch.parser import log_format, log_level
 from phalanx.launch.start_block import describe, host_names, start_block
@@ -49,12 +49,10 @@ __all__ = ["main"]
 
 _LOG = logging.getLogger("phalanx.serve")
 HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
-_DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
 STALLED_HEALTH_SECONDS = 60.0
 """``/health`` fails after so long without a finished step, though the job may go on."""
 GRPC_PORT = 8001
 MAX_DEFAULT_HTTP_PROCESSES = 8
-DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def build_parser() -> CommandParser:
@@ -80,6 +78,8 @@ def build_parser() -> CommandParser:
     server.add_argument("--ssl-certfile", type=Path, metavar="FILE",
                         help="serve HTTPS, and gRPC over TLS, with this certificate chain (PEM)")  # fmt: skip
     server.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key (PEM, no password)")
+    server.add_argument("--admin-key-file", type=Path, metavar="FILE",
+                        help="keys for POST /admin/drain (default: those of --api-key-file; without either it is refused)")  # fmt: skip
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
@@ -184,6 +184,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
         ssl_certfile=None if args.ssl_certfile is None else str(args.ssl_certfile),
         ssl_keyfile=None if args.ssl_keyfile is None else str(args.ssl_keyfile),
+        admin_key_file=None if args.admin_key_file is None else str(args.admin_key_file),
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
@@ -317,7 +318,7 @@ def _lead(
     assert frontend is not None
     assert announcement is not None
     engine = router_over(replica.engine, leaders, replica.topology.layout, watch)
-    bridge = EngineBridge(engine, frontend.channels)
+    bridge = EngineBridge(engine, frontend.channels, on_drain_request=signals.drain)
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts)
     model = _model_info(replica, max_open_requests, sampling_defaults, about)
@@ -328,59 +329,6 @@ def _lead(
 
     bridge.run(model, on_ready)
     engine.release()
-
-
-class DrainSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered, or after a limit; a second one at once.
-
-    While ranks still load, SIGTERM and SIGUSR1 end the job with status 0: no request was accepted.
-
-    Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
-    """
-
-    def __init__(self) -> None:
-        self._drain: Callable[[], None] | None = None
-        self._watch: RankWatch | None = None
-        self._limit = 0.0
-        self._num_signals = 0
-
-    def ignore(self) -> None:
-        """On ranks other than 0."""
-        for number in DRAIN_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def catch(self) -> None:
-        """On rank 0."""
-        for number in DRAIN_SIGNALS:
-            signal.signal(number, self._handle)
-
-    def on_drain(self, drain: Callable[[], None]) -> None:
-        """What to do from now on; done at once when a signal came earlier."""
-        self._drain = drain
-        if self._num_signals:
-            self._start_drain()
-
-    def end_with(self, watch: RankWatch, limit_seconds: float) -> None:
-        """Who ends the ranks when requests take longer than the limit, or are not waited for."""
-        self._watch, self._limit = watch, limit_seconds
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._num_signals += 1
-        if self._watch is None or (number == signal.SIGINT and (self._num_signals > 1 or self._drain is None)):
-            raise KeyboardInterrupt
-        if self._num_signals > 1:
-            self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
-        elif self._drain is None:
-            self._watch.end_by(0.0, 0, "told to end while ranks load")
-        else:
-            os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
-            self._start_drain()
-
-    def _start_drain(self) -> None:
-        assert self._drain is not None
-        assert self._watch is not None
-        self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
-        self._drain()
 
 
 if __name__ == "__main__":

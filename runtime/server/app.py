@@ -20,6 +20,7 @@ from phalanx.runtime.server.gate import Gate
 from phalanx.runtime.server.kserve.inference import Inference
 from phalanx.runtime.server.kserve.routes import v2_routes
 from phalanx.runtime.server.link.engine_client import ServerState
+from phalanx.runtime.server.link.messages import DrainRequest
 from phalanx.runtime.server.openai.encoding import render
 from phalanx.runtime.server.openai.generation import generate
 from phalanx.runtime.server.openai.parsing import conversation, parse_chat, parse_completion
@@ -43,7 +44,9 @@ __all__ = ["build_app", "server_routes"]
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes]) -> ASGIApp:
+def build_app(
+    services: Services, inference: Inference, api_keys: Sequence[bytes], admin_keys: Sequence[bytes]
+) -> ASGIApp:
     """Return the whole HTTP side as one ASGI application."""
     routes = Routes(services)
     app = Starlette(
@@ -56,7 +59,7 @@ def build_app(services: Services, inference: Inference, api_keys: Sequence[bytes
         },
     )
     app.router.redirect_slashes = False
-    return Gate(app, services.client, api_keys, services.settings.cors_origins)
+    return Gate(app, services.client, api_keys, admin_keys, services.settings.cors_origins)
 
 
 def server_routes(services: Services, inference: Inference) -> list[Route]:
@@ -79,6 +82,7 @@ def server_routes(services: Services, inference: Inference) -> list[Route]:
         BodyRoute("/tokenize", routes.tokenize, TokenizeRequest),
         BodyRoute("/detokenize", routes.detokenize, DetokenizeRequest),
         Route("/tokenizer_info", routes.tokenizer_info),
+        Route("/admin/drain", routes.drain, methods=["POST"]),
         *messages_routes(services),
         *v2_routes(inference),
     ]
@@ -181,6 +185,12 @@ class Routes:
             lambda: tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
         )
         return json_response({"prompt": text})
+
+    async def drain(self, request: Request) -> Response:
+        """End the server once open requests are answered, as SIGUSR1 does."""
+        client = self._services.client
+        client.send(DrainRequest())
+        return json_response({"status": "draining", "open_requests": client.num_open}, 202)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """The named special tokens."""

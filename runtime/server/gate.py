@@ -27,19 +27,27 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = frozenset({"/health", "/metrics", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds by machines: logged at the level ``debug`` only."""
 OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
-_OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live"})
+_OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live", "/admin/drain"})
+_ADMIN = "/admin/"
 
 
 class Gate:
     """Pure ASGI middleware. Requests are logged by id, route, status and time, never by content.
 
     Args:
+        admin_keys: what routes under ``/admin/`` take instead of ``api_keys``; there they refuse everything if there are none.
         cors_origins: whose pages may ask from a browser.
     """
 
     def __init__(
-        self, app: ASGIApp, client: EngineClient, api_keys: Sequence[bytes], cors_origins: Sequence[str] = ()
+        self,
+        app: ASGIApp,
+        client: EngineClient,
+        api_keys: Sequence[bytes],
+        admin_keys: Sequence[bytes] = (),
+        cors_origins: Sequence[str] = (),
     ) -> None:
+        self._admin_keys = tuple(admin_keys)
         self._cors_origins = tuple(cors_origins)
         self._app = app
         self._client = client
@@ -85,7 +93,13 @@ class Gate:
         if state is ServerState.STARTING:
             phase = f" ({self._client.phase})" if self._client.phase else ""
             return unavailable(f"the server is starting{phase}; try again in a moment")
-        if path not in OPEN_WITHOUT_KEY and not has_key(_credentials(headers), self._api_keys):
+        if path.startswith(_ADMIN) and not self._admin_keys:
+            message = (
+                f"{path} needs a key; start the server with --admin-key-file or --api-key-file, or send it SIGUSR1"
+            )
+            return ApiError(403, message, code="admin_key_required")
+        keys = self._admin_keys if path.startswith(_ADMIN) else self._api_keys
+        if path not in OPEN_WITHOUT_KEY and not has_key(_credentials(headers), keys):
             # Only at the page: a browser asks for the key once, as a password, and sends it from then on.
             challenge = 'Basic realm="API key as password", charset="UTF-8"' if path == "/" else "Bearer"
             return ApiError(

@@ -43,10 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = start_logging(sys.stderr, settings.log_level, settings.log_format)
     _raise_descriptor_limit()
     api_keys = read_api_keys(settings.api_key_file)
+    admin_keys = read_api_keys(settings.admin_key_file, "--admin-key-file") or api_keys
     sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))
     try:
         board_ = Board(int(board), int(number))
-        asyncio.run(_serve(settings, api_keys, *sockets, board_, int(number), lambda: os.close(int(starting))))
+        asyncio.run(
+            _serve(settings, api_keys, admin_keys, *sockets, board_, int(number), lambda: os.close(int(starting)))
+        )
     finally:
         log.stop()
     return 0
@@ -70,6 +73,7 @@ def _raise_descriptor_limit() -> None:
 async def _serve(
     settings: FrontendSettings,
     api_keys: Sequence[bytes],
+    admin_keys: Sequence[bytes],
     listener: socket.socket,
     channel: socket.socket,
     board: Board,
@@ -100,7 +104,7 @@ async def _serve(
     services = Services(client, settings, metrics, workers)
     inference = Inference(services, board)
     config = uvicorn.Config(
-        build_app(services, inference, api_keys),
+        build_app(services, inference, api_keys, admin_keys),
         http=BoundedH11Protocol.with_limits(
             ConnectionLimits(
                 settings.header_timeout_seconds,

@@ -33,6 +33,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         model_names: under which requests may ask for the model; the first one is shown.
         api_key_file: one key per line; None = no key needed.
         ssl_certfile, ssl_keyfile: serve HTTPS and secure gRPC with this certificate chain and its key (PEM); None = neither.
+        admin_key_file: keys of the admin routes; None = the API keys.
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = no limit.
         tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
@@ -55,6 +56,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     api_key_file: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    admin_key_file: str | None = None
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0

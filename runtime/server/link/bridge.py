@@ -18,6 +18,7 @@ from phalanx.runtime.server.link.messages import (
     Deltas,
     Drained,
     Draining,
+    DrainRequest,
     FromFrontend,
     FrontendReady,
     FrontendRefused,
@@ -63,11 +64,20 @@ class ServedEngine(Protocol):
 
 
 class EngineBridge:
-    """Runs the engine for the HTTP processes until told to drain; `request_drain` may be called by a signal handler."""
+    """Runs the engine for the HTTP processes until told to drain; `request_drain` may be called by a signal handler.
+
+    Args:
+        on_drain_request: what to do when an administrator asks for a drain; None = drain.
+    """
 
     def __init__(
-        self, engine: ServedEngine, channels: FrontendChannels, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: ServedEngine,
+        channels: FrontendChannels,
+        clock: Callable[[], float] = time.monotonic,
+        on_drain_request: Callable[[], None] | None = None,
     ) -> None:
+        self._on_drain_request = on_drain_request or self.request_drain
         self._engine = engine
         self._channels = channels
         self._clock = clock
@@ -116,6 +126,8 @@ class EngineBridge:
                 raise CheckpointError(text)
             case Drained():
                 self._drained.add(process)
+            case DrainRequest():
+                self._on_drain_request()
             case Alive():
                 pass
 

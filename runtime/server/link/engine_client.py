@@ -236,6 +236,11 @@ class EngineClient(asyncio.Protocol):
             self._send(Cancel(request_id))
 
     @property
+    def num_open(self) -> int:
+        """Requests that are open in all HTTP processes."""
+        return sum(self._room.num_open())
+
+    @property
     def is_draining(self) -> bool:
         """Whether the server waits for the last answers."""
         return self.state is ServerState.DRAINING

@@ -61,6 +61,7 @@ class Frontend:
         """
         read_api_keys(settings.api_key_file)
         tls = server_context(settings.ssl_certfile, settings.ssl_keyfile)
+        read_api_keys(settings.admin_key_file, "--admin-key-file")
         if settings.grpc_port is not None:
             settings = msgspec.structs.replace(settings, grpc_port=free_port(settings.host, settings.grpc_port))
         listeners = bind(settings.host, settings.port, settings.num_processes)

@@ -19,6 +19,7 @@ __all__ = [
     "Alive",
     "Cancel",
     "Deltas",
+    "DrainRequest",
     "Drained",
     "Draining",
     "Failed",
@@ -68,6 +69,10 @@ class Phase(msgspec.Struct, tag=True, frozen=True):
     """What rank 0 does before it is ready, in words: ``loading weights, 41 %``."""
 
     text: str
+
+
+class DrainRequest(msgspec.Struct, tag=True, frozen=True):
+    """An administrator asks for a drain."""
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
@@ -139,7 +144,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
-FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | Alive
+FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | DrainRequest | Alive
 ToFrontend = Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 

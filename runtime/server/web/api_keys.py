@@ -14,7 +14,7 @@ from phalanx.parallel.errors import ConfigError
 __all__ = ["has_key", "read_api_keys"]
 
 
-def read_api_keys(path: str | None) -> tuple[bytes, ...]:
+def read_api_keys(path: str | None, flag: str = "--api-key-file") -> tuple[bytes, ...]:
     """One key per line; empty lines and ``#`` comments do not count.
 
     Raises:
@@ -25,10 +25,10 @@ def read_api_keys(path: str | None) -> tuple[bytes, ...]:
     try:
         lines = [line.strip() for line in Path(path).read_bytes().splitlines()]
     except OSError as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}; check the path") from None
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}; check the path") from None
     keys = tuple(line for line in lines if line and not line.startswith(b"#"))
     if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key; write one per line")
+        raise ConfigError(f"{flag} {path} holds no key; write one per line")
     return keys
 
 

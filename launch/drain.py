@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a server is told to end: by signals, or by the admin route."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phalanx.parallel.liveness.watch import RankWatch
+
+__all__ = ["DrainSignals"]
+
+DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
+
+
+class DrainSignals:
+    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered, or after a limit; a second one at once.
+
+    While ranks still load, SIGTERM and SIGUSR1 end the job with status 0: no request was accepted.
+
+    Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
+    """
+
+    def __init__(self) -> None:
+        self._drain: Callable[[], None] | None = None
+        self._watch: RankWatch | None = None
+        self._limit = 0.0
+        self._num_signals = 0
+
+    def ignore(self) -> None:
+        """On ranks other than 0."""
+        for number in DRAIN_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def catch(self) -> None:
+        """On rank 0."""
+        for number in DRAIN_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def on_drain(self, drain: Callable[[], None]) -> None:
+        """What to do from now on; done at once when a signal came earlier."""
+        self._drain = drain
+        if self._num_signals:
+            self._start_drain()
+
+    def end_with(self, watch: RankWatch, limit_seconds: float) -> None:
+        """Who ends the ranks when requests take longer than the limit, or are not waited for."""
+        self._watch, self._limit = watch, limit_seconds
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._num_signals += 1
+        if self._watch is None or (number == signal.SIGINT and (self._num_signals > 1 or self._drain is None)):
+            raise KeyboardInterrupt
+        if self._num_signals > 1:
+            self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
+        elif self._drain is None:
+            self._watch.end_by(0.0, 0, "told to end while ranks load")
+        else:
+            os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
+            self._start_drain()
+
+    def drain(self) -> None:
+        """What the first signal does; nothing after one. For the admin route, on the thread that handles signals."""
+        if not self._num_signals:
+            signal.raise_signal(signal.SIGUSR1)
+
+    def _start_drain(self) -> None:
+        assert self._drain is not None
+        assert self._watch is not None
+        self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
+        self._drain()
