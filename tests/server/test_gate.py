@@ -13,7 +13,9 @@ import pytest
 from starlette.responses import Response
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.server.gate import Gate
+from phalanx.runtime.server.app import server_routes
+from phalanx.runtime.server.board import Board, Room
+from phalanx.runtime.server.gate import OPEN_WITHOUT_KEY, Gate
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Phase, encode_frame
 from phalanx.runtime.server.settings import FrontendSettings
@@ -53,6 +55,16 @@ def test_every_route_needs_a_key(locked: Server, path: str, method: str, header:
     answer = locked.request(method, path, headers=headers)
     assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_no_route_of_the_table_but_health_is_open(locked: Server) -> None:
+    paths = {
+        (re.sub(r"\{.*?\}", "x", route.path), method)
+        for route in server_routes(None, None)  # type: ignore[arg-type]
+        for method in route.methods or ()
+    }
+    without_key = {path for path, method in paths if locked.request(method, path).status != 401}
+    assert without_key == OPEN_WITHOUT_KEY
 
 
 def test_health_needs_no_key(locked: Server) -> None:
@@ -157,7 +169,9 @@ def test_json_logs_have_a_field_for_each_value_and_no_content(model_directory: P
 
 def test_a_request_before_the_engine_is_ready_learns_what_it_waits_for() -> None:
     """As rank 0 tells it: the phase, and how much of it is done."""
-    client = EngineClient(load_model=lambda _: None, on_gone=lambda: None, on_stats=lambda _: None)
+    client = EngineClient(
+        load_model=lambda _: None, on_gone=lambda: None, on_stats=lambda _: None, room=Room(Board.of_one())
+    )
     sent: list[dict[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:

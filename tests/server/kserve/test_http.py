@@ -239,7 +239,7 @@ def test_the_benchmark_form_of_sglang(server: Server) -> None:
     [
         ({"beam_width": 2}, "beam_width is not supported"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is out of range"),
-        ({"bad_words": "no" * 600}, "bad_words holds a text of 1200 characters"),
+        ({"bad_words": "no" * 600}, "bad_words holds a string of 1200 characters"),
         ({"return_context_logits": True}, "return_context_logits is not supported"),
         ({"lora_task_id": 3}, "lora_task_id is not supported"),
         ({"guided_decoding_guide": "{}"}, "guided_decoding_guide is not supported"),
