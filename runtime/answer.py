@@ -8,7 +8,10 @@ belong to an answer and why it ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec.structs import replace
 
 from phalanx.runtime.request import FinishReason, Logprob, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.text import TextStream, Tokenizer
@@ -16,9 +19,8 @@ from phalanx.runtime.text import TextStream, Tokenizer
 __all__ = ["Answer", "TokenEvent"]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One token and the text that became certain with it.
+class TokenEvent(msgspec.Struct, frozen=True):
+    """One token and the text that became certain with it. A struct, because one is made for each token of every stream.
 
     ``token_id`` is None if the event only marks the end or brings text that was held back. ``last`` marks an answer's last event.
     """
@@ -90,6 +92,17 @@ class Answer:
         if piece.stop is not None:
             self._stop(piece.stop)
         return piece.text
+
+    def extend(self, token_ids: Sequence[int]) -> list[TokenEvent]:
+        """Add plain next tokens and return an event for each. What comes after a stop text does not count."""
+        events = []
+        for token_id in token_ids:
+            text = self.push(token_id)
+            if self.finish_reason is not None:
+                events.append(TokenEvent(token_id, text, last=True))
+                break
+            events.append(TokenEvent(token_id, text))
+        return events
 
     def take(self, delta: TokenDelta) -> list[TokenEvent]:
         """Add a delta and return an event for each of its tokens. What comes after a stop text does not count."""

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from phalanx.runtime.text.detokenizer import Detokenizer
 from phalanx.runtime.text.stop import StopMatcher
@@ -12,9 +13,8 @@ from phalanx.runtime.text.stop import StopMatcher
 __all__ = ["TextPiece", "TextStream"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """What some tokens added.
+class TextPiece(msgspec.Struct, frozen=True):
+    """What some tokens added. A struct, because one is made for each token of every stream.
 
     Attributes:
         text: new text, final; may be empty while a character or a possible stop text is incomplete.

@@ -81,7 +81,7 @@ class GenerationGroup:
             news[-1][1].append(token_id)
         else:
             news.append((index, [token_id]))
-        self._mark()
+            self._mark()
 
     def put(self, index: int, delta: TokenDelta) -> None:
         """Add anything else that happened to one request; called by the client."""

@@ -88,29 +88,36 @@ class GenerationJob:
         assert self.group is not None
         self.raise_failure()
         taken: list[tuple[Answer, list[TokenEvent]]] = []
+        num_tokens = 0
         for index, item in self.group.take():
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 continue
             if isinstance(item, list):
-                events = self._push(choice, item)
+                events = choice.extend(item)
+                num_tokens += len(events)
             else:
                 events = choice.take(item)
-            self._cancel_if_stopped(choice, item)
+                num_tokens += sum(event.token_id is not None for event in events)
+            if choice.finish_reason is not None:
+                self._cancel_if_stopped(choice, item)
             if choice.finish_reason == "error":
                 self.failed = choice
             elif events:
                 taken.append((choice, events))
         if not taken:
             self.raise_failure()
-        else:
-            self._observe(sum(event.token_id is not None for _, events in taken for event in events))
+        elif num_tokens:
+            self._observe(num_tokens)
         return taken
 
     @property
     def is_finished(self) -> bool:
         """Whether every choice has ended well."""
-        return all(choice.finish_reason not in (None, "error") for choice in self.choices)
+        for choice in self.choices:  # noqa: SIM110 (asked for every token, and a generator would cost more than the loop)
+            if choice.finish_reason in (None, "error"):
+                return False
+        return True
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far. What was cached counts once a prompt: for the first of its answers."""
@@ -122,15 +129,6 @@ class GenerationJob:
             "total_tokens": self.num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
-
-    def _push(self, choice: Answer, token_ids: list[int]) -> list[TokenEvent]:
-        events = []
-        for token_id in token_ids:
-            text = choice.push(token_id)
-            events.append(TokenEvent(token_id, text, last=choice.finish_reason is not None))
-            if choice.finish_reason is not None:
-                break
-        return events
 
     def _cancel_if_stopped(self, choice: Answer, item: list[int] | TokenDelta) -> None:
         if choice.stopped_by_text and (isinstance(item, list) or item.finish_reason is None):
@@ -175,8 +173,6 @@ class GenerationJob:
         raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
 
     def _observe(self, num_tokens: int) -> None:
-        if num_tokens == 0:
-            return
         now, metrics = time.monotonic(), self.services.metrics
         metrics.generation_tokens.inc(num_tokens)
         if self.last_token is None:
