@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.checkpoints.encoding import Block
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ class UnitRows:
 
     @property
     def dtypes(self) -> frozenset[str]:
+        from phalanx.checkpoints.dtypes import FLOAT_DTYPES  # not above: launch.plan runs without NumPy
+
         return frozenset(FLOAT_DTYPES)
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:

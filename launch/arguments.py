@@ -69,6 +69,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                        help="compute type; auto: the checkpoint's own")  # fmt: skip
+    group.add_argument("--expert-parallel", action="store_true",
+                       help="tensor-parallel ranks own experts whole, instead of a share of each")  # fmt: skip
     group.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
                        help="fp8 or int8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
     group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
@@ -114,6 +116,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
              "num_kv_blocks", "quantize", "kv_cache_dtype", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    options["expert_parallel"] = getattr(args, "expert_parallel", False)
     options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)
     return {
         "tensor_parallel_size": args.tp,

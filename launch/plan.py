@@ -44,6 +44,7 @@ def build_parser() -> CommandParser:
         default="auto",
         help="compute type; auto: the checkpoint's own",
     )
+    parser.add_argument("--expert-parallel", action="store_true", help="as launch.serve")
     parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as launch.serve")
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
@@ -89,12 +90,13 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.checkpoints.formats import read_formats
     from phalanx.checkpoints.quantization.held import held_formats
     from phalanx.runtime.memory import plan_memory
+    from phalanx.runtime.models.expert_parallel import with_expert_parallel
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
     model = find_model(raw)
-    config = model.read_config(raw)
+    config = with_expert_parallel(model, model.read_config(raw), args.expert_parallel)
     options = _options(args, config)
     assert options.max_model_len is not None
     dtype = config.compute_dtype(options.dtype)

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["Shard", "Span", "check_groups", "local_heads", "local_kv_heads", "stage_layers"]
+__all__ = [
+    "Shard",
+    "Span",
+    "check_groups",
+    "expert_shard",
+    "local_experts",
+    "local_heads",
+    "local_kv_heads",
+    "stage_layers",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +133,20 @@ def local_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Span
 def local_kv_heads(num_kv_heads: int, rank: int, size: int) -> Span:
     """Key/value heads of one rank; a head is copied when there are fewer heads than ranks."""
     return Shard(0, groups=num_kv_heads, copy=True, what="key/value heads").span(num_kv_heads, rank, size)
+
+
+def expert_shard(rows: int, number: int, num_experts: int) -> Shard:
+    """Rows of expert ``number`` in a stack of ``num_experts`` with ``rows`` rows each, of which a rank holds some whole."""
+    return Shard(0, unit=rows, start=number, whole=num_experts, what="experts")
+
+
+def local_experts(num_experts: int, num_held: int, rank: int, size: int) -> range:
+    """Numbers of the ``num_held`` experts whose matrices ``rank`` holds: all of them, or by `expert_shard` its own."""
+    if num_held == num_experts:
+        return range(num_experts)
+    span = Shard(0, what="experts").span(num_experts, rank, size)
+    assert span.size == num_held, "a rank's experts are those that expert_shard gives it"
+    return range(span.start, span.stop)
 
 
 def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:

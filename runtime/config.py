@@ -72,6 +72,9 @@ class ModelConfig:
     What only one family needs is a field of that family's subclass, in its file; executors see these fields only, and take
     heads, rotary embedding and all else about attention from the layers' `AttentionSpec`.
 
+    Attributes:
+        expert_parallel: the operator's choice: tensor-parallel ranks own experts whole, instead of a share of each.
+
     Raises:
         ConfigError: dimensions that cannot belong together.
     """
@@ -92,6 +95,7 @@ class ModelConfig:
     dtype: ComputeDType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    expert_parallel: bool = False
 
     @property
     def scaled_positions(self) -> int:
@@ -150,6 +154,7 @@ class EngineConfig:
         max_num_seqs: most sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
         max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
+        expert_parallel: tensor-parallel ranks own experts whole, instead of a share of each.
         quantize: ``fp8`` or ``int8`` quantises the float weights of layers while they are loaded, one scale for each row.
         kv_cache_dtype: what the cache holds; ``auto`` = what the checkpoint says, else the compute type.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
@@ -171,6 +176,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     num_kv_blocks: int | None = None
+    expert_parallel: bool = False
     quantize: QuantizeName = "none"
     kv_cache_dtype: KvCacheDType = "auto"
     engine_dir: Path | None = None

@@ -243,7 +243,9 @@ def _row_widths(spec: WeightSpec, experts: Mapping[str, ExpertsSpec], rank: int,
     mixture = experts[owner]
     if matrix == "router":
         return 2 * mixture.num_experts, _ROUTING_WORDS * mixture.top_k
-    return mixture.top_k * -(-out // mixture.num_experts), mixture.top_k * inner
+    if matrix == "gate_up":
+        return 0, inner  # what comes out of it, gated, is the input of `down`
+    return mixture.top_k * spec.parts[0].shape[0], mixture.top_k * inner
 
 
 def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int) -> int:

@@ -137,8 +137,16 @@ class Ops(ABC, Generic[Tensor]):
 
         Weights: ``<name>.router`` ``[E, D]``, whose products' softmax are the experts' probabilities;
         ``<name>.gate_up`` ``[E 2F local, D]``, gate then up of each expert in turn; ``<name>.down`` ``[E D, F local]``.
+        Where ranks own experts whole, these two hold the rank's own.
         """
         raise NotImplementedError(f"{type(self).__name__} has no experts; its capabilities must not list them")
+
+    def sigmoid_gate(self, x: Tensor, y: Tensor, name: str) -> Tensor:
+        """``x * sigmoid(y @ weight.T)`` row by row with a weight ``[1, D]`` that every rank holds; ``y`` is only read.
+
+        ``x`` may be a product that is not summed over ranks yet: a factor for a row can come before or after the sum.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sigmoid_gate; its capabilities must not list it")
 
     # Composed
 

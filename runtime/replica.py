@@ -24,6 +24,7 @@ from phalanx.runtime.executors.registry import create_executor
 from phalanx.runtime.generation_config import GenerationConfig
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
+from phalanx.runtime.models.expert_parallel import with_expert_parallel
 from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 from phalanx.runtime.text import tokenizer_end_token
@@ -74,6 +75,7 @@ def build_replica(
             end_token = tokenizer_end_token(checkpoint.path)
             config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
             config = with_stored_head(family, config, checkpoint.source)
+            config = with_expert_parallel(family, config, options.expert_parallel)
         with progress.phase("comparing ranks"):
             check_ranks_agree(checkpoint, options, world)
         group = world.split(topology.replica_group)

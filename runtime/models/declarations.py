@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from phalanx.checkpoints.spec import Part, WeightSpec
-from phalanx.parallel.sharding import Shard
+from phalanx.parallel.sharding import Shard, expert_shard
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import feed_forward_shard, head_shard, kv_head_shard
 
@@ -132,16 +132,27 @@ def experts(
 ) -> list[WeightSpec]:
     """Router, and each expert's matrices one below the other, as `phalanx.runtime.ops.Ops.experts` takes them.
 
-    Every rank holds a share of each expert's F columns. ``names``: gate, up and down below ``<source>.<number>``.
+    Every rank holds a share of each expert's F columns, or with ``config.expert_parallel`` some experts whole. ``names``: gate,
+    up and down below ``<source>.<number>``.
     """
     d, f = config.hidden_size, config.intermediate_size
-    gate, up, down = ([f"{source}.{expert}.{kind}.weight" for expert in range(num_experts)] for kind in names)
-    pairs = (tensor for pair in zip(gate, up, strict=True) for tensor in pair)
-    columns, rows = feed_forward_shard(config, 0), feed_forward_shard(config, 1)
+
+    def parts(shape: tuple[int, int], shared_axis: int, *kinds: str) -> tuple[Part, ...]:
+        shared = feed_forward_shard(config, shared_axis)
+        return tuple(
+            Part(
+                f"{source}.{number}.{kind}.weight", shape,
+                expert_shard(shape[0], number, num_experts) if config.expert_parallel else shared,
+            )
+            for number in range(num_experts)
+            for kind in kinds
+        )  # fmt: skip
+
+    gate, up, down = names
     return [
         WeightSpec(f"{name}.router.weight", (Part(f"{router}.weight", (num_experts, d)),)),
-        WeightSpec(f"{name}.gate_up.weight", tuple(Part(tensor, (f, d), columns) for tensor in pairs)),
-        WeightSpec(f"{name}.down.weight", tuple(Part(tensor, (d, f), rows) for tensor in down)),
+        WeightSpec(f"{name}.gate_up.weight", parts((f, d), 0, gate, up)),
+        WeightSpec(f"{name}.down.weight", parts((d, f), 1, down)),
     ]
 
 

@@ -15,6 +15,7 @@ from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 __all__ = [
     "LLAMA",
     "LlamaConfig",
+    "attention_weights",
     "block",
     "block_weights",
     "decoder_fields",
@@ -111,17 +112,26 @@ def block(
 
 def block_weights(config: LlamaConfig, layer: int) -> list[WeightSpec]:
     """Weights of one block."""
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    name, source = f"layers.{layer}", f"model.layers.{layer}.mlp"
+    gate, up, down = (f"{source}.{kind}_proj" for kind in ("gate", "up", "down"))
+    shape = config.hidden_size, config.intermediate_size
+    return [
+        *attention_weights(config, layer),
+        *declarations.gate_up(config, f"{name}.gate_up", (gate, up), config.mlp_bias),
+        *declarations.row_linear(f"{name}.down", down, shape, feed_forward_shard(config, 1), config.mlp_bias),
+    ]
+
+
+def attention_weights(config: LlamaConfig, layer: int) -> list[WeightSpec]:
+    """Weights of a block's attention, and of both norms."""
+    d, heads = config.hidden_size, config.num_heads * config.head_dim
     name, source = f"layers.{layer}", f"model.layers.{layer}"
     q, k, v, o = (f"{source}.self_attn.{letter}_proj" for letter in "qkvo")
-    gate, up, down = (f"{source}.mlp.{kind}_proj" for kind in ("gate", "up", "down"))
     return [
         *declarations.norm(f"{name}.attention_norm", f"{source}.input_layernorm", d),
         *declarations.qkv(config, f"{name}.qkv", (q, k, v), config.attention_bias),
         *declarations.row_linear(f"{name}.output", o, (d, heads), head_shard(config, 1), config.output_bias),
         *declarations.norm(f"{name}.mlp_norm", f"{source}.post_attention_layernorm", d),
-        *declarations.gate_up(config, f"{name}.gate_up", (gate, up), config.mlp_bias),
-        *declarations.row_linear(f"{name}.down", down, (d, f), feed_forward_shard(config, 1), config.mlp_bias),
     ]
 
 

@@ -51,9 +51,8 @@ def block(
 def block_weights(config: MixtralConfig, layer: int) -> list[WeightSpec]:
     """Llama's attention, and the experts: ``w1`` is the gate, ``w3`` up, ``w2`` down."""
     name, source = f"layers.{layer}", f"model.layers.{layer}.block_sparse_moe"
-    dense = {f"{name}.gate_up.weight", f"{name}.down.weight"}
     return [
-        *(spec for spec in llama.block_weights(config, layer) if spec.name not in dense),
+        *llama.attention_weights(config, layer),
         *declarations.experts(
             config, f"{name}.experts", f"{source}.gate", f"{source}.experts", ("w1", "w3", "w2"), config.num_experts
         ),

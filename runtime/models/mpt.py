@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
@@ -65,7 +66,7 @@ def read_fields(reader: ConfigReader) -> MptConfig:
     )
 
 
-def _attention_fields(fields: object, head_dim: int) -> dict[str, float]:
+def _attention_fields(fields: object, head_dim: int) -> dict[str, Any]:
     """What only `MptConfig` has, from ``attn_config``, whose other fields must ask for nothing else."""
     if not isinstance(fields, dict):
         raise ConfigError(f"attn_config={shown(fields)} in config.json is not a JSON object; the file is damaged")

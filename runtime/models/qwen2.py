@@ -10,7 +10,7 @@ from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["QWEN2", "layer_windows"]
+__all__ = ["QWEN2", "Qwen2Config", "attention", "block", "layer_windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

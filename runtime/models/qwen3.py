@@ -13,7 +13,7 @@ from phalanx.runtime.models.llama import LlamaConfig
 from phalanx.runtime.models.qwen2 import layer_windows
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["QWEN3"]
+__all__ = ["QWEN3", "Qwen3Config", "attention", "block", "block_weights", "head_norms"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,13 @@ def block(
 
 def block_weights(config: Qwen3Config, layer: int) -> list[WeightSpec]:
     """Llama's, and the norms of heads."""
+    return [*llama.block_weights(config, layer), *head_norms(config, layer)]
+
+
+def head_norms(config: Qwen3Config, layer: int) -> list[WeightSpec]:
+    """Norms of query and key heads, the same for all heads."""
     name, source = f"layers.{layer}.attention", f"model.layers.{layer}.self_attn"
     return [
-        *llama.block_weights(config, layer),
         *declarations.norm(f"{name}.query_norm", f"{source}.q_norm", config.head_dim),
         *declarations.norm(f"{name}.key_norm", f"{source}.k_norm", config.head_dim),
     ]

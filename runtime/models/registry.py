@@ -36,7 +36,9 @@ from phalanx.runtime.models.phi import PHI
 from phalanx.runtime.models.phi3 import PHI3
 from phalanx.runtime.models.qwen import QWEN
 from phalanx.runtime.models.qwen2 import QWEN2
+from phalanx.runtime.models.qwen2_moe import QWEN2_MOE
 from phalanx.runtime.models.qwen3 import QWEN3
+from phalanx.runtime.models.qwen3_moe import QWEN3_MOE
 from phalanx.runtime.models.smollm3 import SMOLLM3
 from phalanx.runtime.models.stablelm import STABLELM
 from phalanx.runtime.models.starcoder2 import STARCODER2
@@ -45,7 +47,7 @@ from phalanx.runtime.token_fields import shown
 __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
-    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN3, GPT_NEOX, GPTJ, BLOOM,
+    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
     OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM, GLM, GLM4, COHERE, COHERE2,
     NEMOTRON, GRANITE, SMOLLM3, STABLELM,
 )  # fmt: skip

@@ -158,6 +158,12 @@ class ShapeOps(Ops[Shape]):
         self._take(Shape(gate_up[0] // (2 * spec.num_experts)), down[1], name)
         return Shape(down[0] // spec.num_experts, is_partial=True)
 
+    def sigmoid_gate(self, x: Shape, y: Shape, name: str) -> Shape:
+        self._record("sigmoid_gate")
+        _, columns = self._weight(f"{name}.weight")
+        self._take(y, columns, name)
+        return x
+
     def _record(self, operation: str, **options: Any) -> None:
         self.use.features[Feature(operation)] = None
         defaults = _defaults(operation)

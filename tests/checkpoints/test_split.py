@@ -73,7 +73,7 @@ def test_any_layout_from_any_other_equals_the_unsplit_checkpoint(
         assert equal(ours, theirs), rank
 
 
-@pytest.mark.parametrize("name", ["gpt_neox-parallel", "bloom-plain", "mixtral-plain"])
+@pytest.mark.parametrize("name", ["gpt_neox-parallel", "bloom-plain", "mixtral-plain", "qwen2_moe-one-dense-layer"])
 def test_heads_and_experts_stored_one_by_one_are_split_and_joined(
     name: str, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:

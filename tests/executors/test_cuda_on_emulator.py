@@ -39,7 +39,7 @@ CASES = [
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads",
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
-                  "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain", "mixtral-plain")  # fmt: skip
+                  "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain", "mixtral-plain", "qwen2_moe-one-dense-layer")  # fmt: skip
 
 MORE_FAMILIES = ("gemma3-windows", "phi3-window", "internlm2-plain", "glm-plain", "glm4-plain",
                  "chatglm-own-keys", "qwen-plain", "smollm3-plain", "mpt-clipped", "baichuan-13b",

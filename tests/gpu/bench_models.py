@@ -68,6 +68,8 @@ FLOAT_CASES = {
     "llama-2-70b-tp4": Case("llama-2-70b", 128, 2048, tp=4),
     "llama-2-70b-pp4": Case("llama-2-70b", 128, 2048, pp=4),
     "llama-2-70b-tp4-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=4),
+    "qwen3-30b-a3b": Case("qwen3-30b-a3b", 128, 2048),
+    "qwen3-30b-a3b-one": Case("qwen3-30b-a3b", 128, 2, max_num_seqs=1),
     "mixtral-8x7b-tp2": Case("mixtral-8x7b", 128, 2048, tp=2),
     "mixtral-8x7b-tp2-2048": Case("mixtral-8x7b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=8192, tp=2),
     "mixtral-8x7b-tp2-one": Case("mixtral-8x7b", 128, 2, max_num_seqs=1, tp=2),
@@ -77,7 +79,7 @@ FLOAT_CASES = {
     "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
 }
-DENSE_CASES = {name: case for name, case in FLOAT_CASES.items() if "mixtral" not in name}
+DENSE_CASES = {name: case for name, case in FLOAT_CASES.items() if not name.startswith(("mixtral", "qwen3-30b"))}
 CASES = (
     FLOAT_CASES
     | {f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}

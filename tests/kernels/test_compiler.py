@@ -67,6 +67,7 @@ SPECS = [
         {"NUM_EXPERTS": 128, "TOP_K": 8, "RENORMALISE": 1, "FEATURES": 2048, "VEC": 8, "TOKENS": 8, "FIRST": 0,
          "NUM_LOCAL": 128, "ROWS": 64},
     ),
+    ("sigmoid_gate", {"FEATURES": 2048, "VEC": 8, "NUM_THREADS": 256}),
     ("experts_combine", {"FEATURES": 2048, "VEC": 8, "NUM_THREADS": 256, "TOP_K": 8}),
     ("experts_stream", EXPERTS | {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4}),
     ("experts_plain", EXPERTS | {"WARPS": 4, "ROWS": 16, "VEC": 8}),

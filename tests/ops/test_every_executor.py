@@ -30,7 +30,7 @@ WEIGHTS: Mapping[str, Array] = {
     "n.weight": normal(WIDTH), "n.bias": normal(WIDTH), "w.weight": normal(WIDTH), "l.weight": normal(17, WIDTH), "l.bias": normal(17),
     "m.weight": normal(17, WIDTH), "m.bias": normal(17), "e.weight": normal(50, WIDTH), "b.bias": normal(WIDTH),
     "b.weight": normal(WIDTH, 8), "x.router.weight": normal(5, WIDTH), "x.gate_up.weight": normal(5 * 2 * 9, WIDTH),
-    "x.down.weight": normal(5 * WIDTH, 9), "p.weight": normal(13, 23), "p.bias": normal(13), "q.weight": normal(23),
+    "x.down.weight": normal(5 * WIDTH, 9), "x.gate.weight": normal(1, WIDTH) / 4, "p.weight": normal(13, 23), "p.bias": normal(13), "q.weight": normal(23),
     "q.bias": normal(23),
 }  # fmt: skip
 WIDE = {name: array.astype(np.float64) for name, array in WEIGHTS.items()}
@@ -125,6 +125,10 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
         )
         for name, renormalise in (("renormalised", True), ("not renormalised", False))
     },
+    "sigmoid_gate": (
+        lambda o, x, y: o.sigmoid_gate(x, y, "x.gate"),
+        lambda x, y: x / (1 + np.exp(-product(y, "x.gate"))), 2,
+    ),
     **{
         f"activation {kind}": (lambda o, x, kind=kind: o.activation(x, kind), function, 1)
         for kind, function in ACTIVATIONS.items()
@@ -139,7 +143,7 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
 }  # fmt: skip
 NOTHING_TO_DO = {("tensorrt", "all_reduce")}
 """A network of one rank would have its input as output."""
-REFUSED = {("tensorrt", "experts renormalised"), ("tensorrt", "experts not renormalised")}
+REFUSED = {("tensorrt", name) for name in ("experts renormalised", "experts not renormalised", "sigmoid_gate")}
 """Models that use it are refused (tests/executors/test_capabilities.py)."""
 
 

@@ -71,7 +71,25 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+
+def _qwen_moe(number: int, name: str, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": [f"Qwen{number}MoeForCausalLM"], "model_type": f"qwen{number}_moe", "vocab_size": 101,
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "max_position_embeddings": 128, **_SPECIAL,
+    }  # fmt: skip
+    return CheckpointCase(f"qwen{number}_moe-{name}", {**config, **fields}, layouts=TWO_KV_HEADS)
+
+
 DECODERS = (
+    _qwen_moe(2, "one-dense-layer", shared_expert_intermediate_size=96, mlp_only_layers=[1]),
+    _qwen_moe(
+        2, "renormalised-every-second", shared_expert_intermediate_size=64, decoder_sparse_step=2, norm_topk_prob=True,
+        qkv_bias=False, use_sliding_window=True, sliding_window=6, max_window_layers=3,
+    ),
+    _qwen_moe(3, "plain", norm_topk_prob=True, num_experts_per_tok=3, tie_word_embeddings=True),
+    _qwen_moe(3, "not-renormalised", attention_bias=True, use_sliding_window=True, sliding_window=6),
     _mpt("scaled", softmax_scale=0.2),
     _mpt("flat-biases", alibi_bias_max=4, alibi=True),
     _mpt("clipped", clip_qkv=0.8),

@@ -26,10 +26,11 @@ from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
+from phalanx.kernels.sigmoid_gate import sigmoid_gate
 from phalanx.kernels.soft_cap import soft_cap as cap_logits
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.nccl_comm import DeviceCommunicator
-from phalanx.parallel.sharding import Span
+from phalanx.parallel.sharding import Span, local_experts
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities, Limit
 from phalanx.runtime.executors.cuda.activations import ActivationPool
@@ -70,6 +71,7 @@ CAPABILITIES = Capabilities(
         "experts.top_k": Limit(at_most=MAX_CHOICES),
         "experts.activation": ANY,
         "experts.renormalise": ANY,
+        "sigmoid_gate": ANY,
     },
     formats=frozenset({DENSE.name, FP8_ROWS.name, INT8_ROWS.name}),
 )
@@ -235,7 +237,9 @@ class CudaOps(Ops[DeviceArray]):
     def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
         x = self._values(x)
         router, gate_up, down = (self._weights.array(f"{name}.{kind}") for kind in ("router", "gate_up", "down"))
-        routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, range(spec.num_experts))
+        num_held = len(gate_up) // (2 * down.shape[1])
+        held = local_experts(spec.num_experts, num_held, self._group.rank, self._group.size)
+        routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, held)
         rows = ExpertRows.allocate(self._pool.array, len(x), routing, x.dtype.itemsize)
         route(self._library, x, router, self._row_marks(len(x)), routing, rows)
         num_pairs = len(x) * spec.top_k
@@ -248,6 +252,11 @@ class CudaOps(Ops[DeviceArray]):
         out = self._pool.array(x.shape, x.dtype)
         combine(self._library, products, rows, out)
         return out
+
+    def sigmoid_gate(self, x: DeviceArray, y: DeviceArray, name: str) -> DeviceArray:
+        x, y = self._values(x), self._values(y)
+        sigmoid_gate(self._library, x, y, self._weights.array(name))
+        return x
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         qkv = self._values(qkv)

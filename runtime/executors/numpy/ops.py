@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.sharding import Span
+from phalanx.parallel.sharding import Span, local_experts
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
@@ -48,6 +48,7 @@ CAPABILITIES = Capabilities(
         "experts.top_k": ANY,
         "experts.activation": ANY,
         "experts.renormalise": ANY,
+        "sigmoid_gate": ANY,
     },
     formats=None,
 )
@@ -182,15 +183,22 @@ class NumpyOps(Ops[Float32Array]):
         if spec.renormalise:
             shares /= shares.sum(axis=1, keepdims=True)
         gate_up, down = (self._weights.linear(f"{name}.{kind}") for kind in ("gate_up", "down"))
-        gates, downs = (np.split(one.components["weight"], spec.num_experts) for one in (gate_up, down))
+        down_weight = down.components["weight"]
+        num_held = len(gate_up.components["weight"]) // (2 * down_weight.shape[1])
+        held = local_experts(spec.num_experts, num_held, self._comm.rank, self._comm.size)
+        gates, downs = (np.split(one, num_held) for one in (gate_up.components["weight"], down_weight))
         x, out = gate_up.format.round_input(x, gate_up.components), np.zeros_like(x)
-        for expert in range(spec.num_experts):
+        for number, expert in enumerate(held):
             rows, places = np.nonzero(chosen == expert)
             if len(rows):
-                hidden = self.gated_activation(product(x[rows], gates[expert], self._threads), spec.activation)
+                hidden = self.gated_activation(product(x[rows], gates[number], self._threads), spec.activation)
                 hidden = down.format.round_input(hidden, down.components)
-                out[rows] += shares[rows, places, None] * product(hidden, downs[expert], self._threads)
+                out[rows] += shares[rows, places, None] * product(hidden, downs[number], self._threads)
         return out
+
+    def sigmoid_gate(self, x: Float32Array, y: Float32Array, name: str) -> Float32Array:
+        x *= np.float32(1) / (np.float32(1) + np.exp(-product(y, self._weights.array(name), self._threads)))
+        return x
 
     def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:
         """``function`` of each row, ``[T, D] -> [T, width]``, in pieces that stay in a core's cache."""
