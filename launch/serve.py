@@ -84,6 +84,8 @@ def build_parser() -> CommandParser:
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
                         help="let pages of this origin ask from a browser; * = any; repeatable")  # fmt: skip
+    server.add_argument("--metrics-compatibility", nargs="+", default=[], metavar="SERVER",
+                        help="show metrics under the names of vllm or triton, too")  # fmt: skip
     server.add_argument("--tool-call-parser", default="auto", metavar="FORM",
                         help="how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, none; "
                         "auto (default) takes the form that the chat template teaches")  # fmt: skip
@@ -188,6 +190,7 @@ def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
+        metrics_compatibility=tuple(args.metrics_compatibility),
         tool_call_parser=args.tool_call_parser,
         cors_origins=tuple(args.cors_origin),
         log_level=log_level(args),

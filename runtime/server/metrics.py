@@ -15,6 +15,7 @@ from prometheus_client.utils import floatToGoString
 from phalanx.runtime.scheduler import SchedulerStats
 from phalanx.runtime.server.board import Board, Cells, Room
 from phalanx.runtime.server.link.messages import Stats
+from phalanx.runtime.server.metric_names import mirrored
 
 __all__ = ["Metrics"]
 
@@ -30,6 +31,7 @@ REQUEST_SECONDS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 STATUSES = ("400", "401", "404", "405", "408", "413", "415", "422", "429", "500", "501", "503", "other")
 """A process may not add columns to the board later, so labels have known values; the last one takes all others."""
@@ -182,9 +184,12 @@ class Metrics:
     Args:
         board: where the processes count.
         room: which requests are open.
+        mirrors: servers under whose names the same metrics are shown, too; see `METRIC_NAMES`.
+        model_name: what those call the model.
     """
 
-    def __init__(self, board: Board, room: Room) -> None:
+    def __init__(self, board: Board, room: Room, mirrors: Sequence[str] = (), model_name: str = "") -> None:
+        self._mirrors, self._model_name = tuple(mirrors), model_name
         self._registry = registry = CollectorRegistry()
         self._engine = EngineMetrics(registry)
         OpenRequests(registry, room)
@@ -211,6 +216,19 @@ class Metrics:
             "From the arrival of a request to the end of its answer",
             REQUEST_SECONDS,
         )
+        self.decode = Histogram(
+            board,
+            registry,
+            "phalanx_request_decode_seconds",
+            "From the first token of a request to its last",
+            REQUEST_SECONDS,
+        )
+        self.prompt_length = Histogram(
+            board, registry, "phalanx_request_prompt_tokens", "Prompt tokens of an answer", TOKENS
+        )
+        self.generation_length = Histogram(
+            board, registry, "phalanx_request_generation_tokens", "Tokens of an answer", TOKENS
+        )
         self.finished = Counter(
             board, registry, "phalanx_requests_finished", "Answers by how they ended", "finish_reason", FINISH_REASONS
         )
@@ -224,4 +242,4 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text format of Prometheus, version 0.0.4."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + mirrored(self._registry.collect(), self._mirrors, self._model_name)

@@ -91,7 +91,7 @@ async def _serve(
 
     loop = asyncio.get_running_loop()
     room = Room(board)
-    metrics = Metrics(board, room)
+    metrics = Metrics(board, room, settings.metrics_compatibility, settings.model_names[0])
     loading: set[asyncio.Task[None]] = set()
     client = EngineClient(
         load_model=lambda model: loading.add(loop.create_task(_load(services, model))),

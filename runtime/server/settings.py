@@ -11,7 +11,10 @@ import msgspec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.logs import LogFormat, LogLevel
 
-__all__ = ["TOOL_CALL_PARSERS", "FrontendSettings"]
+__all__ = ["METRICS_OF", "TOOL_CALL_PARSERS", "FrontendSettings"]
+
+METRICS_OF = ("vllm", "triton")
+"""Servers whose names of metrics are known."""
 
 TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "none")
 """The forms of tool calls that can be read; ``auto`` takes the one that the chat template teaches."""
@@ -36,6 +39,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         admin_key_file: keys of the admin routes; None = the API keys.
         insecure: serve other machines without a key.
         request_timeout_seconds: longest that one request may take; None = no limit.
+        metrics_compatibility: members of `METRICS_OF`: servers under whose names metrics are shown, too.
         tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
         log_level, log_format: of the log on standard error; requests are logged at ``info``, probes at ``debug``.
@@ -60,6 +64,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
+    metrics_compatibility: tuple[str, ...] = ()
     tool_call_parser: str = "auto"
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
@@ -89,6 +94,11 @@ class FrontendSettings(msgspec.Struct, frozen=True):
                 f"--request-timeout={self.request_timeout_seconds} is out of range; use seconds above 0, "
                 "or leave it out for no limit"
             )
+        for server in self.metrics_compatibility:
+            if server not in METRICS_OF:
+                raise ConfigError(
+                    f"--metrics-compatibility={server} is not known; use one or more of {', '.join(METRICS_OF)}"
+                )
         if self.tool_call_parser not in TOOL_CALL_PARSERS:
             raise ConfigError(
                 f"--tool-call-parser={self.tool_call_parser} is not known; use one of {', '.join(TOOL_CALL_PARSERS)}"

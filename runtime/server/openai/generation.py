@@ -50,6 +50,7 @@ class GenerationJob:
     choices: list[Answer] = field(default_factory=list)
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
+    first_token: float | None = None
     last_token: float | None = None
     failed: Answer | None = None
 
@@ -177,6 +178,7 @@ class GenerationJob:
         metrics.generation_tokens.inc(num_tokens)
         if self.last_token is None:
             metrics.first_token.observe(now - self.arrival)
+            self.first_token = now
         else:
             metrics.inter_token.observe(now - self.last_token)
         self.last_token = now
@@ -184,7 +186,11 @@ class GenerationJob:
     def _count(self) -> None:
         metrics = self.services.metrics
         metrics.duration.observe(time.monotonic() - self.arrival)
+        if self.first_token is not None and self.last_token is not None:
+            metrics.decode.observe(self.last_token - self.first_token)
         for choice in self.choices:
+            metrics.prompt_length.observe(len(choice.prompt_token_ids))
+            metrics.generation_length.observe(choice.num_tokens)
             metrics.finished.labels(choice.finish_reason or "cancelled").inc()
 
 
