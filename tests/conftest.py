@@ -55,6 +55,8 @@ EXPECTED_SKIPS = {
     "transformers": "installed and run by .ci/run",
     "TensorRT": "installed and run by .ci/run",
     "tensorrt": "installed and run by .ci/run",
+    "sentencepiece": "installed and run by .ci/run",
+    "tiktoken": "installed and run by .ci/run",
     "Open MPI": "run by .ci/run with Open MPI",
     "GPU": "of machines with another number of GPUs",
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tokenizer.json`` (or ``tokenizer.model``) with what the files next to it say about its tokens: the tokenizer that transformers would make."""
+"""``tokenizer.json`` (or the file of a library) with what the files next to it say about its tokens: the tokenizer that transformers would make."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
@@ -13,28 +13,30 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text.rank_file import is_rank_file, ranks_to_backend, read_ranks
 from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
 
-__all__ = ["TOKENIZER_FILE", "has_tokenizer", "load_backend", "load_sentencepiece"]
+__all__ = ["TOKENIZER_FILE", "has_tokenizer", "library_token_id", "load_backend"]
 
 TOKENIZER_FILE = "tokenizer.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
+LIBRARY_FILES = ("tokenizer.model", "qwen.tiktoken")
+"""A SentencePiece model, or ranks of tiktoken, which GLM-4 gives the name of the former."""
 MAX_TOKENIZER_BYTES = 1 << 30
 
 
 def has_tokenizer(directory: ModelDirectory) -> bool:
-    """Whether texts can be read: ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` is there."""
-    return directory.has(TOKENIZER_FILE) or directory.has(SENTENCEPIECE_FILE)
+    """Whether texts can be read: ``tokenizer.json`` or a library's file is there."""
+    return any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES)))
 
 
 def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """Load ``tokenizer.json``, or without it ``tokenizer.model``, and apply ``files`` to it.
+    """Load ``tokenizer.json``, or without it a library's file, and apply ``files`` to it.
 
     Raises:
         CheckpointError: it cannot be read, or a token would get another id than the files say.
     """
-    backend = _read(directory) if directory.has(TOKENIZER_FILE) else to_backend(load_sentencepiece(directory))
+    backend = _read(directory) if directory.has(TOKENIZER_FILE) else _convert(directory, files)
     _add_tokens(backend, files)
     _apply_prefix_space(backend, files)
     _apply_bos_and_eos(backend, files)
@@ -43,16 +45,53 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers
     return backend
 
 
-def load_sentencepiece(directory: ModelDirectory) -> SentencePieceModel:
-    """Read ``tokenizer.model``.
+def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str) -> int | None:
+    """Return the id of a special token where there is no ``tokenizer.json``; None if it has none.
 
     Raises:
-        CheckpointError: it is not a SentencePiece model.
+        CheckpointError: the library's file cannot be read.
     """
-    raw = directory.read(SENTENCEPIECE_FILE, MAX_TOKENIZER_BYTES)
+    vocabulary = _library_vocabulary(directory)
+    if isinstance(vocabulary, SentencePieceModel):
+        found = next((index for index, piece in enumerate(vocabulary.pieces) if piece.text == text), None)
+        if found is not None:
+            return found
+        size = len(vocabulary.pieces)
+    else:
+        size = len(vocabulary)
+    own = files.tokenizer_class.own_tokens
+    return size + own.index(text) if text in own else None
+
+
+def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
+    """A library's vocabulary, followed by the tokens that only the code of its class names."""
+    vocabulary, kind = _library_vocabulary(directory), files.tokenizer_class
+    if isinstance(vocabulary, SentencePieceModel):
+        backend = to_backend(vocabulary)
+    elif kind.split is None:
+        raise CheckpointError(
+            f"{directory.path!s} holds tiktoken's ranks, but not how texts are split, which is known for QWenTokenizer and "
+            "ChatGLM4Tokenizer alone; add a tokenizer.json"
+        )
+    else:
+        backend = ranks_to_backend(vocabulary, kind.split)
+    # Words such as ChatGLM's "sop" are part of other words, too.
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(text, special=True, normalized=False, single_word=text.isalpha())
+            for text in kind.own_tokens
+        ]
+    )
+    return backend
+
+
+def _library_vocabulary(directory: ModelDirectory) -> SentencePieceModel | dict[bytes, int]:
+    name = next(filter(directory.has, LIBRARY_FILES))
+    raw = directory.read(name, MAX_TOKENIZER_BYTES)
     if (reason := describe_content(raw[:HEAD_BYTES])) is not None:
-        raise CheckpointError(f"{directory.path / SENTENCEPIECE_FILE!s} is {reason}")
-    return read_model(raw, str(directory.path / SENTENCEPIECE_FILE))
+        raise CheckpointError(f"{directory.path / name!s} is {reason}")
+    reads = read_ranks if is_rank_file(raw) else read_model
+    return reads(raw, str(directory.path / name))
 
 
 def _read(directory: ModelDirectory) -> tokenizers.Tokenizer:
@@ -135,11 +174,21 @@ def _without_prepend(normalizer: Any) -> normalizers.Normalizer | None:
 def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
     """Put BOS before and EOS after each text where a flag says so, or where the class does and ``tokenizer.json`` says nothing."""
     kind, flags = files.tokenizer_class, files.flags
+    if kind.begins_with and backend.post_processor is None:
+        _surround(
+            backend, [(text, number) for text in kind.begins_with if (number := backend.token_to_id(text)) is not None]
+        )
+        return
     told = kind.reads_flags and ("add_bos_token" in flags or "add_eos_token" in flags)
     if not told and (backend.post_processor is not None or not kind.adds_bos):
         return
     bos = _end(backend, files, "bos_token", flags.get("add_bos_token", kind.adds_bos))
-    eos = _end(backend, files, "eos_token", flags.get("add_eos_token", False))
+    _surround(backend, bos, _end(backend, files, "eos_token", flags.get("add_eos_token", False)))
+
+
+def _surround(
+    backend: tokenizers.Tokenizer, bos: Sequence[tuple[str, int]], eos: Sequence[tuple[str, int]] = ()
+) -> None:
     single, pair = (
         [*(f"{text}:{n}" for text, _ in bos), f"${letter}:{n}", *(f"{text}:{n}" for text, _ in eos)]
         for n, letter in enumerate("AB")

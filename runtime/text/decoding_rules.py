@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DecodingRules", "read_rules"]
+__all__ = ["DecodingRules", "characters_of_bytes", "read_rules"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -104,3 +104,9 @@ def _byte_level_alphabet() -> Iterator[tuple[str, int]]:
 
 
 _BYTE_OF_CHARACTER = dict(_byte_level_alphabet())
+_CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+
+
+def characters_of_bytes(token: bytes) -> str:
+    """How byte-level vocabularies spell ``token``: a character for each byte."""
+    return "".join(_CHARACTER_OF_BYTE[byte] for byte in token)

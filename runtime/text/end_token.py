@@ -10,7 +10,7 @@ import msgspec
 
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
-from phalanx.runtime.text.backend import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, has_tokenizer, load_sentencepiece
+from phalanx.runtime.text.backend import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, has_tokenizer, library_token_id
 from phalanx.runtime.text.tokenizer_files import read_tokenizer_files
 
 __all__ = ["tokenizer_end_token"]
@@ -47,8 +47,7 @@ def tokenizer_end_token(path: Path) -> int | None:
     if text in given:
         return given[text]
     if not directory.has(TOKENIZER_FILE):
-        pieces = load_sentencepiece(directory).pieces
-        return next((index for index, piece in enumerate(pieces) if piece.text == text), None)
+        return library_token_id(directory, files, text)
     try:
         tokenizer = msgspec.json.decode(directory.read(TOKENIZER_FILE, MAX_TOKENIZER_BYTES), type=_Tokenizer)
     except msgspec.MsgspecError as error:

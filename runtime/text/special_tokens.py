@@ -7,10 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-__all__ = ["NAMED_TOKENS", "TokenizerClass", "tokenizer_class"]
+__all__ = ["NAMED_TOKENS", "TokenizerClass", "WordSplit", "tokenizer_class"]
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that every tokenizer of transformers has a place for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WordSplit:
+    """How a class of tokenizers over tiktoken's ranks makes words of a text.
+
+    Attributes:
+        pattern: regular expression of a word.
+        normalizes: the text is brought into NFC first.
+    """
+
+    pattern: str
+    normalizes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +35,18 @@ class TokenizerClass:
         adds_bos: whether a prompt begins with BOS where neither flag nor ``tokenizer.json`` decides.
         reads_flags: whether ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` count.
         reads_prefix_space: whether ``add_prefix_space`` counts.
+        own_tokens: special tokens that only its code names, whose ids follow the vocabulary's.
+        begins_with: tokens that its code puts before every text.
+        split: how texts are split where the vocabulary is a file of ranks.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
     adds_bos: bool = False
     reads_flags: bool = False
     reads_prefix_space: bool = False
+    own_tokens: tuple[str, ...] = ()
+    begins_with: tuple[str, ...] = ()
+    split: WordSplit | None = None
 
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -39,6 +58,28 @@ _GPT2 = TokenizerClass(dict.fromkeys(("unk_token", "bos_token", "eos_token"), _E
 _COHERE = TokenizerClass(
     {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}, True, True, True
 )  # fmt: skip
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN = TokenizerClass(
+    own_tokens=(_END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))),
+    split=WordSplit(_WORDS.replace("DIGITS", r"\p{N}"), normalizes=True),
+)
+_CHATGLM = TokenizerClass(
+    own_tokens=(
+        "[MASK]",
+        "[gMASK]",
+        "[sMASK]",
+        "sop",
+        "eop",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+    ),
+    begins_with=("[gMASK]", "sop"),
+)
+_CHATGLM4 = TokenizerClass(begins_with=("[gMASK]", "<sop>"), split=WordSplit(_WORDS.replace("DIGITS", r"\p{N}{1,3}")))
 _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
     {
         "LlamaTokenizer": _LLAMA,
@@ -54,6 +95,9 @@ _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
             {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         ),
         "CohereTokenizer": _COHERE,
+        "QWenTokenizer": _QWEN,
+        "ChatGLMTokenizer": _CHATGLM,
+        "ChatGLM4Tokenizer": _CHATGLM4,
         "T5Tokenizer": TokenizerClass({"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}),
     }
 )

@@ -65,8 +65,8 @@ def test_a_model_alone_encodes_and_decodes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"\x0a", b"\xff" * 40, b"IQ== 0\nIg== 1\n", b"\x0a\x05abc", model()[:-3], model(f3=3), model(f40=999)],
-    ids=["empty", "cut", "noise", "tiktoken", "short", "cut at the end", "words", "no unknown token"],
+    [b"", b"\x0a", b"\xff" * 40, b"\x0a\x05abc", model()[:-3], model(f3=3), model(f40=999)],
+    ids=["empty", "cut", "noise", "short", "cut at the end", "words", "no unknown token"],
 )
 def test_what_is_no_such_model_is_refused_with_the_way_out(raw: bytes, tmp_path: Path) -> None:
     with pytest.raises(
