@@ -19,6 +19,7 @@ __all__ = [
     "norm",
     "own_head_norms",
     "qkv",
+    "renamed",
     "row_linear",
     "stacked_gate_up",
     "stacked_qkv",
@@ -154,6 +155,19 @@ def experts(
         WeightSpec(f"{name}.gate_up.weight", parts((f, d), 0, gate, up)),
         WeightSpec(f"{name}.down.weight", parts((d, f), 1, down)),
     ]
+
+
+def renamed(specs: list[WeightSpec], old: str, new: str, *others: str) -> list[WeightSpec]:
+    """The same weights under names that begin with ``new``, or else with one of ``others``, where theirs begin with ``old``."""
+
+    def part(part: Part) -> Part:
+        if not part.source.startswith(old):
+            return part
+        rest = part.source.removeprefix(old)
+        aliases = (*(f"{other}{rest}" for other in others), *part.aliases)
+        return replace(part, source=f"{new}{rest}", aliases=aliases)
+
+    return [replace(spec, parts=tuple(map(part, spec.parts))) for spec in specs]
 
 
 def also_without(prefix: str, specs: list[WeightSpec]) -> list[WeightSpec]:

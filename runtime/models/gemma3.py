@@ -15,7 +15,7 @@ from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 from phalanx.runtime.token_fields import shown
 
-__all__ = ["GEMMA3"]
+__all__ = ["GEMMA3", "Gemma3Config", "block_weights", "read_fields"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

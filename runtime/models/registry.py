@@ -18,6 +18,7 @@ from phalanx.runtime.models.falcon import FALCON
 from phalanx.runtime.models.gemma import GEMMA
 from phalanx.runtime.models.gemma2 import GEMMA2
 from phalanx.runtime.models.gemma3 import GEMMA3
+from phalanx.runtime.models.gemma3_multimodal import GEMMA3_MULTIMODAL
 from phalanx.runtime.models.glm import GLM
 from phalanx.runtime.models.glm4 import GLM4
 from phalanx.runtime.models.gpt2 import GPT2
@@ -47,7 +48,7 @@ from phalanx.runtime.token_fields import shown
 __all__ = ["MODELS", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
-    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
+    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
     OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM, GLM, GLM4, COHERE, COHERE2,
     NEMOTRON, GRANITE, SMOLLM3, STABLELM,
 )  # fmt: skip

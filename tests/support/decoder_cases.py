@@ -125,6 +125,24 @@ DECODERS = (
         layer_types=["full_attention", "sliding_attention", "full_attention"], query_pre_attn_scalar=16,
         rope_parameters=_GEMMA3_ROPE,
     ),
+    CheckpointCase(
+        "gemma3_multimodal-windows",
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 2],
+            "torch_dtype": "float32", "mm_tokens_per_image": 4, "image_token_index": 100,
+            "text_config": {
+                "model_type": "gemma3_text", "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 80,
+                "sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+                "image_size": 28, "patch_size": 14,
+            },
+        },
+        layouts=FEW,
+    ),
     _case("phi3", "Phi3ForCausalLM", "window", sliding_window=5, pad_token_id=0),
     _case(
         "phi3", "Phi3ForCausalLM", "partial", FEW, partial_rotary_factor=0.75, tie_word_embeddings=True, pad_token_id=0,

@@ -28,7 +28,7 @@ class Reference:
 def prompt_token_ids(case: CheckpointCase) -> tuple[int, ...]:
     """A fixed random prompt within the case's vocabulary, without its special tokens."""
     random = np.random.default_rng(len(case.name))
-    return tuple(random.integers(3, case.config["vocab_size"], PROMPT_LENGTH).tolist())
+    return tuple(random.integers(3, case.config.get("text_config", case.config)["vocab_size"], PROMPT_LENGTH).tolist())
 
 
 def load_reference(case: CheckpointCase) -> Reference:
