@@ -23,6 +23,7 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.bench_report import summary, table
+from phalanx.launch.load.arguments import add_serve_arguments
 from phalanx.launch.loading import start_progress
 from phalanx.launch.progress import Progress
 from phalanx.launch.sharing import check_writable
@@ -56,12 +57,7 @@ def build_parser() -> CommandParser:
         add_parallel_arguments(measured)
         add_engine_arguments(measured)
     served = modes.add_parser("serve", help="load against an OpenAI-compatible server")
-    served.add_argument("--url", required=True, metavar="http://HOST:PORT", help="address of the server")
-    served.add_argument("--served-model-name", metavar="NAME", help="default: the first model that the server lists")
-    served.add_argument("--api-key-file", type=Path, metavar="FILE", help="first line is sent as the bearer token")
-    served.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="requests in flight at once")
-    served.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="prompt token ids are below this")
-    served.add_argument("--seed", type=int, default=0, help="of random weights, and of requests without one")
+    add_serve_arguments(served)
     _add_load_arguments(served, default_prompts=64)
     return parser
 

@@ -27,6 +27,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.children import same_code
 from phalanx.launch.drain import DrainSignals
 from phalanx.launch.loading import start_progress
 from phalanx.launch.parser import log_format, log_level
@@ -137,7 +138,7 @@ class _Door:
 
         settings = _frontend_settings(args)
         self.announcement = Announcement(settings.model_names[0], args.endpoint_file)
-        self.frontend = Frontend.start(HTTP_PROCESS, settings, _same_code())
+        self.frontend = Frontend.start(HTTP_PROCESS, settings, same_code())
         if self.frontend.grpc_port is not None:
             _LOG.info("gRPC on %s:%d", settings.host, self.frontend.grpc_port)
 
@@ -230,13 +231,6 @@ def _die_with_launcher() -> None:
     from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
     signal_when_parent_dies(signal.SIGKILL)
-
-
-def _same_code() -> dict[str, str]:
-    """An environment in which ``launch`` is this one, whatever the working directory holds."""
-    inherited = os.environ.get("PYTHONPATH")
-    paths = [str(Path(__file__).resolve().parent.parent), *([inherited] if inherited else [])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _run_rank(

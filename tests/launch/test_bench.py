@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import msgspec
+import numpy as np
 import pytest
 
+from phalanx.launch.load.client import arrival_times
+from phalanx.launch.load.messages import Load
 from tests.server.servers import Server, start
 
 from .commands import messages, needs_mpirun, run
@@ -100,9 +105,45 @@ def test_load_on_a_server_counts_what_the_server_generated(server: Server, tmp_p
     assert "phalanx_generation_tokens_total 48.0" in metrics  # 42 and the warm-up
 
 
+def test_several_clients_share_the_load_and_draw_a_plot(server: Server, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    load = [*LOAD, "--num-clients", "3", "--max-concurrency", "7", "--request-rate", "500", "--burstiness", "0.5"]
+    result = run("bench", "serve", "--url", server.url, *load, "--stream-gap", "60000", "--plot", plot)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["num_clients"], report["request_rate"], report["burstiness"]) == (3, 500.0, 0.5)
+    assert (report["completed_requests"], report["output_tokens"], report["output_tokens_per_event"]) == (7, 42, 1.0)
+    assert report["good_requests_per_second"] == report["requests_per_second"]
+    assert report["stream_gap_ms"]["mean"] >= report["inter_token_latency_ms"]["mean"]
+    panels = ElementTree.parse(plot).getroot().findall(".//{*}polyline")
+    assert [len(panel.attrib["points"].split()) for panel in panels] == [100, 201, 201]
+
+
+def test_goodput_leaves_out_what_is_too_late(server: Server) -> None:
+    result = run("bench", "serve", "--url", server.url, *LOAD, "--first-token", "0.001")
+    assert json.loads(result.stdout)["good_requests_per_second"] == 0
+
+
+def test_arrivals_have_the_rate_and_burstiness_that_were_asked_for_whatever_the_number_of_clients() -> None:
+    def times(burstiness: float, num_clients: int) -> list[float]:
+        load = Load("", "", "", 0, num_clients, 1, 20_000, 1, 1, 1, 0, 100.0, burstiness)
+        clients = [msgspec.structs.replace(load, client=client) for client in range(num_clients)]
+        return sorted(time for client in clients for time in arrival_times(client))
+
+    for burstiness in (0.25, 1.0, 4.0):
+        gaps = np.diff(times(burstiness, 1))
+        assert np.mean(gaps) == pytest.approx(0.01, rel=0.05)
+        assert np.var(gaps) / np.mean(gaps) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+        assert times(burstiness, 3) == times(burstiness, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--num-clients", "0"], "--num-clients=0 is below 1"),
+        (["--request-rate", "0"], "--request-rate=0.0 is not above 0"),
+        (["--plot", "plot.txt"], "ends in neither .svg nor .png"),
+        (["--plot", "/nowhere/plot.svg"], "cannot be written"),
         (["--vocab-size", "1000000000"], "change --input-len, --output-len or --vocab-size"),
         (["--output-len", "5000"], "2048"),
         (["--served-model-name", "other"], "give --served-model-name"),

@@ -1,0 +1,1 @@
+"""Load on a server from several client processes: what `launch.bench serve` sends, and how it times the answers."""
