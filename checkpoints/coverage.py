@@ -26,13 +26,13 @@ def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict
     each rank of its group; a stage that needs the same elements twice holds them once (tied embeddings, q, k and v with one
     scale).
     """
-    times: Counter[Part] = Counter()
+    stages_of: Counter[Part] = Counter()
     for specs in stages:
-        for part in dict.fromkeys(part.stored for spec in specs for part in spec.parts):
-            times[part] += _copies_in_stage(part, tp_size)
+        stages_of.update({part.stored for spec in specs for part in spec.parts})
     plan: dict[str, Counter[int]] = defaultdict(Counter)
-    for part, number in times.items():
-        plan[part.source][number] += math.prod(part.shape)
+    for part, num_stages in stages_of.items():
+        for number, elements in _copies_in_stage(part, tp_size).items():
+            plan[part.source][num_stages * number] += elements
     return {source: dict(counts) for source, counts in plan.items()}
 
 
@@ -56,10 +56,13 @@ def verify_coverage(manifest: Manifest) -> None:
             )
 
 
-def _copies_in_stage(part: Part, tp_size: int) -> int:
+def _copies_in_stage(part: Part, tp_size: int) -> dict[int, int]:
+    """How many elements of a part are held how often over the ranks of one stage."""
+    elements = math.prod(part.shape)
     if part.shard is None:
-        return tp_size
-    return max(1, tp_size // part.shard.groups) if part.shard.copy else 1
+        return {tp_size: elements}
+    extent = part.shape[part.shard.axis]
+    return {number: elements // extent * rows for number, rows in part.shard.copies(extent, tp_size).items()}
 
 
 def _text(counts: Mapping[int, int]) -> str:

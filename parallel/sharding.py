@@ -15,7 +15,6 @@ from phalanx.parallel.errors import ConfigError
 __all__ = [
     "Shard",
     "Span",
-    "check_groups",
     "expert_shard",
     "local_experts",
     "local_heads",
@@ -46,8 +45,9 @@ class Shard:
         axis: the axis of the stored ``[out, in]`` weight that is split.
         unit: extent of one indivisible unit, e.g. ``head_dim``.
         groups: number of equal groups that the units come in, e.g. key/value heads for query heads. Ranks hold whole
-            groups when there are enough; with fewer groups than ranks, the ranks of a group divide its units (as evenly
-            as whole units allow) or, with ``copy``, each hold all of them. 0: any split in whole units.
+            groups when there are enough, some one more than others where the numbers do not divide; with fewer groups
+            than ranks, the ranks of a group, of which some have one more, divide its units (as evenly as whole units
+            allow) or, with ``copy``, each hold all of them. 0: any split in whole units.
         copy: hold the whole group on each of its ranks (key/value heads fewer than ranks).
         pad_to: every rank's extent is rounded up to a multiple of this, zeros at the end, so that any number of ranks
             works (vocabulary). 0: no padding.
@@ -81,11 +81,11 @@ class Shard:
         elif rest:
             raise ConfigError(f"extent {extent} is not a multiple of the unit {self.unit} ({self.what})")
         total = self.whole or units
-        start, stop = self._grouped(total, rank, size) if self.groups else _even(total, rank, size)
-        if start == stop and total:
+        if 0 < total < size and not self.copy:
             raise ConfigError(
                 f"{total} {self.what} cannot be shared by tp_size={size}; use a tp_size of at most {total}"
             )
+        start, stop = self._grouped(total, rank, size) if self.groups else _even(total, rank, size)
         if self.whole:
             start = min(max(start - self.start, 0), units)
             stop = max(min(stop - self.start, units), start)
@@ -96,15 +96,28 @@ class Shard:
         each = -(-extent // (size * self.pad_to)) * self.pad_to
         return Span(min(rank * each, extent), min((rank + 1) * each, extent), each)
 
+    def copies(self, extent: int, size: int) -> dict[int, int]:
+        """How many elements of an axis of ``extent`` are held by how many of ``size`` ranks."""
+        if not self.copy or size <= self.groups:
+            return {1: extent}
+        units = extent // self.unit
+        per_group = (self.whole or units) // self.groups
+        result: dict[int, int] = {}
+        for group in range(self.groups):
+            first, last = _even(size, group, self.groups)
+            low, high = max(group * per_group, self.start), min((group + 1) * per_group, self.start + units)
+            if high > low:
+                result[last - first] = result.get(last - first, 0) + (high - low) * self.unit
+        return result
+
     def _grouped(self, units: int, rank: int, size: int) -> tuple[int, int]:
-        check_groups(self.groups, size)
         per_group = units // self.groups
         if size <= self.groups:
             first, last = _even(self.groups, rank, size)
             return first * per_group, last * per_group
-        ranks_per_group = size // self.groups
-        group, member = divmod(rank, ranks_per_group)
-        low, high = (0, per_group) if self.copy else _even(per_group, member, ranks_per_group)
+        group = ((rank + 1) * self.groups - 1) // size  # the one whose share of the ranks holds this one
+        first, last = _even(size, group, self.groups)
+        low, high = (0, per_group) if self.copy else _even(per_group, rank - first, last - first)
         return group * per_group + low, group * per_group + high
 
 
@@ -112,26 +125,13 @@ def _even(units: int, rank: int, size: int) -> tuple[int, int]:
     return rank * units // size, (rank + 1) * units // size
 
 
-def check_groups(num_kv_heads: int, tp_size: int) -> None:
-    """Refuse a tensor-parallel size that cannot share key/value heads.
-
-    Raises:
-        ConfigError: neither divides the other.
-    """
-    if num_kv_heads % tp_size and tp_size % num_kv_heads:
-        raise ConfigError(
-            f"num_kv_heads={num_kv_heads} cannot be shared by tp_size={tp_size}; "
-            f"use a tp_size that divides {num_kv_heads} or is a multiple of it"
-        )
-
-
 def local_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Span:
-    """Query heads of one rank. Uneven where a key/value head's queries do not divide by the ranks that share it."""
+    """Query heads of one rank: of whole key/value heads, or where these are too few a part of one head's."""
     return Shard(0, groups=num_kv_heads, what="query heads").span(num_heads, rank, size)
 
 
 def local_kv_heads(num_kv_heads: int, rank: int, size: int) -> Span:
-    """Key/value heads of one rank; a head is copied when there are fewer heads than ranks."""
+    """Key/value heads of one rank; heads are copied when there are fewer than ranks."""
     return Shard(0, groups=num_kv_heads, copy=True, what="key/value heads").span(num_kv_heads, rank, size)
 
 

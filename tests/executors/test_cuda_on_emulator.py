@@ -36,6 +36,8 @@ CASES = [
     CheckpointCase("gpt2-heads-of-8", {**GPT2.config, "n_head": 6}),
     CASES_BY_NAME["gemma-one-kv-head"],
 ]
+FIVE_HEADS = CheckpointCase("gpt2-five-heads", {**GPT2.config, "n_head": 5, "n_embd": 40, "n_inner": 64})
+"""As GPT-2 XL, whose 25 heads no even number of ranks divides."""
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bias", "gptj-plain", "bloom-six-heads",
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
@@ -90,6 +92,17 @@ def test_tokens_and_logprobs_equal_the_numpy_engines(
 )
 def test_other_families_equal_the_numpy_engine(name: str, tp: int, tmp_path: Path, device: None) -> None:
     test_tokens_and_logprobs_equal_the_numpy_engines(CASES_BY_NAME[name], tp, 1, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("case", "tp"),
+    [(FIVE_HEADS, 2), (CASES[0], 3), (CASES_BY_NAME["bloom-six-heads"], 4)],
+    ids=["five", "two-kv", "six"],
+)
+def test_ranks_with_more_heads_than_others_equal_the_numpy_engine(
+    case: CheckpointCase, tp: int, tmp_path: Path, device: None
+) -> None:
+    test_tokens_and_logprobs_equal_the_numpy_engines(case, tp, 1, tmp_path, None)
 
 
 def assert_close_logprobs(actual: Sequence[Logprob | None], expected: Sequence[Logprob | None]) -> None:

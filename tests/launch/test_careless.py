@@ -84,8 +84,8 @@ TINY = "--model {}/model"
 MISTAKES = (
     Mistake("3 ranks for `--tp 2`", f"--tp 2 {IDS}", ("tp=2 needs 2 rank(s) but 3 started", "mpirun -n 2"), ranks=3),
     Mistake("`--pp 3` on 2 ranks", f"--pp 3 {IDS}", ("2 rank(s) cannot be shared by pp=3", "mpirun -n 3")),
-    Mistake("`--tp 3` on a model with 4 key/value heads", f"{TINY} --tp 3 {IDS}",
-            ("num_kv_heads=4 cannot be shared by tp_size=3", "use a tp_size"), ranks=3),
+    Mistake("`--tp 5` on a model with 4 heads", f"{TINY} --tp 5 {IDS}",
+            ("4 query heads cannot be shared by tp_size=5", "use a tp_size of at most 4"), ranks=5),
     Mistake("more pipeline stages than layers", f"{TINY} --pp 4 {IDS}", ("num_layers=3", "pp_size=4", "at most 3"), ranks=4),
     Mistake("`--dp 0`", f"--dp 0 {IDS}", ("data-parallel-size=0 is below 1", "use 1")),
     Mistake("a misspelt flag", f"{IDS} --max-token 4", ("unrecognized arguments: --max-token; did you mean --max-tokens?",)),

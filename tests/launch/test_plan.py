@@ -117,7 +117,7 @@ def test_replicas_serve_as_many_again(llama_3_8b: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--tp", "3"], "num_kv_heads=8 cannot be shared by tp_size=3"),
+        (["--tp", "33"], "32 query heads cannot be shared by tp_size=33; use a tp_size of at most 32"),
         (["--pp", "33"], "num_layers=32"),
         (["--max-model-len", "9000"], "8192 positions"),
         (["--gpu-memory-gib", "0"], "not above 0"),

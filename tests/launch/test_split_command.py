@@ -45,7 +45,7 @@ def test_ranks_share_the_work_and_write_the_same_files(model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--tp", "3"], "num_kv_heads=2 cannot be shared by tp_size=3"),
+        (["--tp", "7"], "6 query heads cannot be shared by tp_size=7"),
         (["--pp", "4"], "num_layers=3 cannot fill pp_size=4"),
         (["--model", "/nowhere"], "two models"),
         (["--bogus"], "--bogus"),

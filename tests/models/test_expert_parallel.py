@@ -36,7 +36,7 @@ def generate(directory: Path, tp: int, prompt: tuple[int, ...], length: int, **o
     return run_ranks(tp, rank)[0]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", [MIXTRAL, SHARED], ids=lambda case: case.name)
 def test_owned_experts_give_transformers_tokens(case: CheckpointCase, tp: int, tmp_path: Path) -> None:
     reference = load_reference(case)

@@ -23,7 +23,6 @@ def test_even_split_covers_every_unit_once(units: int, unit: int, size: int) -> 
 
 @given(kv_heads=st.integers(1, 8), group=st.integers(1, 9), size=st.integers(1, 16))
 def test_query_heads_stay_with_their_key_value_head(kv_heads: int, group: int, size: int) -> None:
-    assume(kv_heads % size == 0 or size % kv_heads == 0)
     assume(size <= kv_heads * group)
     owned: list[int] = []
     for rank in range(size):
@@ -43,16 +42,44 @@ def test_query_heads_of_one_group_may_be_uneven() -> None:
     assert [local_heads(6, 2, rank, 4).size for rank in range(4)] == [1, 2, 1, 2]
 
 
-def test_key_value_heads_that_cannot_be_shared_name_a_way_out() -> None:
-    with pytest.raises(
-        ConfigError, match=r"num_kv_heads=4 cannot be shared by tp_size=3; use a tp_size that divides 4"
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "expected"),
+    [
+        (25, 25, 2, [(12, 12), (13, 13)]),  # GPT-2 XL
+        (24, 3, 2, [(8, 1), (16, 2)]),
+        (71, 1, 8, [(8, 1)] + [(9, 1)] * 7),  # Falcon 7B
+        (12, 2, 5, [(3, 1), (3, 1), (2, 1), (2, 1), (2, 1)]),
+        (4, 2, 3, [(2, 1), (1, 1), (1, 1)]),
+    ],
+)
+def test_heads_that_do_not_divide_are_shared_unevenly(
+    heads: int, kv_heads: int, size: int, expected: list[tuple[int, int]]
+) -> None:
+    shares = [
+        (local_heads(heads, kv_heads, rank, size).size, local_kv_heads(kv_heads, rank, size).size)
+        for rank in range(size)
+    ]
+    assert sorted(shares) == sorted(expected)
+
+
+def test_more_ranks_than_query_heads_are_refused_on_every_rank() -> None:
+    for rank in range(4):
+        with pytest.raises(
+            ConfigError, match="2 query heads cannot be shared by tp_size=4; use a tp_size of at most 2"
+        ):
+            local_heads(2, 1, rank, 4)
+
+
+@given(kv_heads=st.integers(1, 8), piece=st.integers(0, 7), size=st.integers(1, 16))
+def test_copies_are_counted_as_ranks_hold_them(kv_heads: int, piece: int, size: int) -> None:
+    assume(piece < kv_heads)
+    for shard, extent in (
+        (Shard(0, unit=3, groups=kv_heads, copy=True), 3 * kv_heads),
+        (Shard(0, unit=3, groups=kv_heads, copy=True, start=piece, whole=kv_heads), 3),
     ):
-        local_kv_heads(4, 0, 3)
-
-
-def test_more_ranks_than_query_heads_are_refused() -> None:
-    with pytest.raises(ConfigError, match="2 query heads cannot be shared by tp_size=4"):
-        [local_heads(2, 1, rank, 4) for rank in range(4)]
+        spans = [shard.span(extent, rank, size) for rank in range(size)]
+        counts = [sum(span.start <= row < span.stop for span in spans) for row in range(extent)]
+        assert shard.copies(extent, size) == {number: counts.count(number) for number in set(counts)}
 
 
 @given(vocab=st.integers(1, 5000), size=st.integers(1, 8))
@@ -82,7 +109,7 @@ def test_more_stages_than_layers_are_refused() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("copy", [False, True])
 def test_pieces_of_a_whole_are_split_as_the_whole_is(size: int, copy: bool) -> None:
-    groups = {4: 4, 6: 2}.get(size, 6)
+    groups = {4: 4, 6: 2}.get(size, 6)  # two groups on six ranks, else whole groups
     units, unit = 12, 5
     whole = Shard(0, unit=unit, groups=groups, copy=copy)
     for rank in range(size):

@@ -22,7 +22,7 @@ def rtx() -> None:
     ("arguments", "message"),
     [
         (["--tp", "2", "--rank", "2"], r"--rank 2 is outside 0\.\.1 of tp=2 x pp=1; leave --rank out"),
-        (["--tp", "3"], r"num_kv_heads=4 cannot be shared by tp_size=3"),
+        (["--tp", "9"], r"query heads cannot be shared by tp_size=9"),
         (["--target-compute-capability", "9.0"], r"compute capability 9\.0 is not supported by tensorrt_rtx"),
         (["--max-model-len", "4097"], r"--max-model-len=4097 is beyond the 2048 positions"),
         (["--max-num-seqs", "0"], r"max_num_seqs=0 of an engine is below 1"),

@@ -59,12 +59,12 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         ConfigError: no GPU for this rank, the model needs what the kernels lack, or the memory does not suffice.
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
-    import cupy
-
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if packed(one.format) is None])
     limits = _step_limits(spec)
     device, stream = select_device()
+    import cupy
+
     with device, stream:
         library = KernelLibrary()
         _check_quantized(spec, library.architecture)
