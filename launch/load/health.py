@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 import time
-
-import httpx
+from urllib.parse import urlsplit
 
 __all__ = ["HealthProbe"]
 
@@ -23,7 +23,7 @@ class HealthProbe:
 
     def __init__(self, url: str) -> None:
         self.seconds: list[float] = []
-        self._url = url.rstrip("/") + "/health"
+        self._address = urlsplit(url)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="health", daemon=True)
 
@@ -39,11 +39,19 @@ class HealthProbe:
 
     def _ask(self) -> None:
         while not self._is_over.wait(INTERVAL_SECONDS):
+            connection = self._connection()
             started = time.monotonic()
             try:
-                status = httpx.get(self._url, timeout=LONGEST_SECONDS, trust_env=False).status_code
-            except httpx.HTTPError:
+                connection.request("GET", self._address.path.rstrip("/") + "/health")
+                status = connection.getresponse().status
+            except (OSError, http.client.HTTPException):
                 status = 0
+            finally:
+                connection.close()
             if status in (401, 403, 404):
                 return
             self.seconds.append(time.monotonic() - started)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+        return kind(self._address.hostname or "", self._address.port, timeout=LONGEST_SECONDS)

@@ -14,13 +14,14 @@
 #     allreduce   our all-reduce and NCCL's
 #     kernels     benchmarks of kernels
 #     models      benchmarks of models, medians of three
+#     serving     Gemma 2B's sizes served to 64, 1,024 and 3,000 streams beside offline
 # Logs and JSON go to $OUT, by default ./gpu-results; exit status 1 if a step failed. Needs phalanx-llm[cuda13,test]; torch and
 # transformers for their comparisons.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu-results}
 PYTHON=${PYTHON:-python3}
-STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models fp8)
+STEPS=(tests soak doctor tune memcheck racecheck ready trace allreduce kernels models serving fp8)
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # Open MPI refuses root unless told otherwise; MPICH ignores these.
@@ -80,6 +81,7 @@ for step in "${@:-${STEPS[@]}}"; do
             run bench_experts "$PYTHON" tests/gpu/bench_experts.py --json "$OUT/bench_experts.json"
             ;;
         models) run models "$PYTHON" -m tests.gpu.bench_models --out "$OUT" ;;
+        serving) run serving "$PYTHON" -m tests.gpu.bench_serving --out "$OUT" ;;
         *) echo "unknown step $step; there are ${STEPS[*]}" >&2; exit 2 ;;
     esac
 done

@@ -28,7 +28,7 @@ class StubOptions(msgspec.Struct):
 
     Attributes:
         directory: where the tokenizer is.
-        step_seconds: how long a step takes.
+        step_seconds: a step begins so long after the one before, however long that took.
         fail_after_steps: raise in this step.
         hang_after_steps: sleep for ever in this step.
         start_seconds: how long the engine takes to start.
@@ -56,6 +56,8 @@ class StubEngine:
     def __init__(self, options: StubOptions) -> None:
         self._options = options
         self._open: dict[str, tuple[Request, int]] = {}
+        self._plain: set[str] = set()
+        self._next_step = 0.0
         self._news: list[TokenDelta] = []
         self.num_steps = 0
 
@@ -69,21 +71,40 @@ class StubEngine:
         if FULL_TOKEN in request.prompt_token_ids:
             raise CapacityError("the stub is full; try again later", 7.0)
         self._open[request.request_id] = (request, 0)
+        params = request.params
+        if params.logprobs is None and not params.stop_token_ids and request.deadline is None:
+            self._plain.add(request.request_id)
 
     def cancel(self, request_id: str) -> None:
+        self._plain.discard(request_id)
         if self._open.pop(request_id, None) is not None:
             say(f"CANCELLED {request_id}")
             self._news.append(TokenDelta(request_id, finish_reason="cancelled"))
 
     def step_batches(self) -> list[DeltaBatch]:
-        time.sleep(self._options.step_seconds)
+        self._wait_for_step()
         self.num_steps += 1
         if self.num_steps == self._options.fail_after_steps:
             raise ArithmeticError("the stub broke")
         if self.num_steps == self._options.hang_after_steps:
             time.sleep(3600)
         deltas, self._news = self._news, []
-        return [in_columns(deltas + [self._advance(*entry) for entry in list(self._open.values())])]
+        plain_ids, plain_tokens = [], []
+        for request_id, (request, count) in list(self._open.items()):
+            prompt = request.prompt_token_ids
+            if 2 < count < request.params.max_tokens - 1 and request_id in self._plain:
+                self._open[request_id] = (request, count + 1)
+                plain_ids.append(request_id)
+                plain_tokens.append(prompt[count % len(prompt)])
+            else:
+                deltas.append(self._advance(request, count))
+        return [in_columns(deltas), DeltaBatch(np.array(plain_ids, np.object_), token_ids=np.array(plain_tokens))]
+
+    def _wait_for_step(self) -> None:
+        now, period = time.monotonic(), self._options.step_seconds
+        if self._next_step + period > now:
+            time.sleep(self._next_step + period - now)
+        self._next_step = max(self._next_step + period, now)
 
     def replica_stats(self) -> list[ReplicaStats]:
         scheduler = SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
@@ -124,6 +145,7 @@ class StubEngine:
 
     def _end(self, delta: TokenDelta) -> TokenDelta:
         del self._open[delta.request_id]
+        self._plain.discard(delta.request_id)
         return delta
 
     def _logprob(self, token: int, num_top: int) -> Logprob:
