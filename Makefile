@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-launchers faults
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-launchers test-lm-eval faults
 
 setup: $(BIN)/.installed
 
@@ -49,6 +49,11 @@ test-2 test-3 test-4 test-8: test-%: setup
 test-launchers: setup
 	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
 		tests/launch/test_user_files.py tests/server/test_failures.py tests/parallel/test_scripts.py
+
+# lm-eval as a client, from an environment of its own (0.8 GB): log-likelihoods within 1e-4 of a float64 reference.
+test-lm-eval: setup
+	python3 -m venv .lm-eval && .lm-eval/bin/pip install -q 'lm-eval[api]'
+	PHALANX_LM_EVAL_PYTHON=$(CURDIR)/.lm-eval/bin/python python -m pytest -q -m slow tests/server/test_lm_eval.py
 
 faults: setup
 	PHALANX_FAULT_ROUNDS=100 PHALANX_FAULT_SEED=$${PHALANX_FAULT_SEED:-2026} python -m pytest -q tests/server/test_random_faults.py
