@@ -48,12 +48,14 @@ class RopeConfig:
         beta_fast, beta_slow: YaRN's band limits in rotations.
         truncate: round YaRN's band limits outwards to whole dimensions.
         attention_factor: multiplies cosines and sines (YaRN); 1 otherwise.
+        short_factors, long_factors: what each frequency is divided by (longrope): in engines for sequences up to
+            ``original_max_positions``, and in those for longer ones.
         interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama).
     """
 
     theta: float = 10000.0
     rotary_dim: int = 0
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -62,6 +64,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     interleaved: bool = False
 
 
@@ -110,9 +114,12 @@ class ModelConfig:
         """Longest sequence without ``--max-model-len``.
 
         YaRN names the trained length, so one that ``max_positions`` repeats is known to be unscaled. With linear scaling some
-        checkpoints give the length before and some after scaling: only the operator can tell.
+        checkpoints give the length before and some after scaling: only the operator can tell. longrope has other factors for
+        engines of more than the trained length, which short sequences are worse with.
         """
         rope = self.rope
+        if rope is not None and rope.scaling == "longrope":
+            return min(rope.original_max_positions, self.max_positions)
         unscaled = rope is not None and rope.scaling == "yarn" and rope.original_max_positions >= self.max_positions
         return self.scaled_positions if unscaled else self.max_positions
 

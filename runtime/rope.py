@@ -15,16 +15,16 @@ Float64Array = NDArray[np.float64]
 
 TABLE_FIELDS = (
     "theta", "rotary_dim", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions", "beta_fast",
-    "beta_slow", "attention_factor", "truncate",
+    "beta_slow", "attention_factor", "truncate", "short_factors",
 )  # fmt: skip
 """Fields of `RopeConfig` that `rotary_table` takes into account; executors refuse others unless they list them."""
 
 
-def inverse_frequencies(rope: RopeConfig) -> Float64Array:
-    """``[rotary_dim / 2]`` radians per position.
+def inverse_frequencies(rope: RopeConfig, longest: int = 0) -> Float64Array:
+    """``[rotary_dim / 2]`` radians per position; ``longest``: tokens of the longest sequence, by which longrope chooses its factors.
 
     Sources: Su et al. 2021 (default); position interpolation, Chen et al. 2023 (linear); the Llama 3.1 model card's
-    reference code (llama3); Peng et al. 2023, YaRN (yarn).
+    reference code (llama3); Peng et al. 2023, YaRN (yarn); Ding et al. 2024, LongRoPE (longrope).
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     frequencies = rope.theta**-exponents
@@ -34,12 +34,15 @@ def inverse_frequencies(rope: RopeConfig) -> Float64Array:
         return _llama3(frequencies, rope)
     if rope.scaling == "yarn":
         return _yarn(frequencies, rope)
+    if rope.scaling == "longrope":
+        factors = rope.long_factors if longest > rope.original_max_positions else rope.short_factors
+        return frequencies / np.array(factors, np.float64)
     return frequencies
 
 
 def rotary_table(rope: RopeConfig, num_positions: int) -> tuple[Float64Array, Float64Array]:
-    """Cosines and sines, each ``[num_positions, rotary_dim / 2]``, times the attention factor."""
-    angles = np.outer(np.arange(num_positions, dtype=np.float64), inverse_frequencies(rope))
+    """Cosines and sines of an engine's sequences, each ``[num_positions, rotary_dim / 2]``, times the attention factor."""
+    angles = np.outer(np.arange(num_positions, dtype=np.float64), inverse_frequencies(rope, num_positions))
     return np.cos(angles) * rope.attention_factor, np.sin(angles) * rope.attention_factor
 
 

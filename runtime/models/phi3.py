@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from phalanx.checkpoints.spec import WeightSpec
-from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.models import declarations, llama
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.mistral import MistralConfig, attention, block
-from phalanx.runtime.token_fields import shown
 
 __all__ = ["PHI3"]
 
@@ -16,7 +14,6 @@ __all__ = ["PHI3"]
 def read_fields(reader: ConfigReader) -> MistralConfig:
     """Read ``config.json`` of a ``Phi3ForCausalLM``."""
     head_dim = reader.head_dim()
-    _refuse_yarn(reader)
     return MistralConfig(
         architecture="Phi3ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=4096, norm_eps=1e-5),
@@ -25,14 +22,6 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         window=reader.integer("sliding_window", 0, minimum=0),
     )
-
-
-def _refuse_yarn(reader: ConfigReader) -> None:
-    """Early files say "yarn" and mean what is called "longrope" now; the values would be read as something else."""
-    for name in ("rope_scaling", "rope_parameters"):
-        fields = reader.value(name, {})
-        if isinstance(fields, dict) and "yarn" in (fields.get("type"), fields.get("rope_type")):
-            raise ConfigError(f"{name}={shown(fields)} in config.json is not supported for Phi3ForCausalLM")
 
 
 def block_weights(config: MistralConfig, layer: int) -> list[WeightSpec]:

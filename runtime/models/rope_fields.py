@@ -37,6 +37,7 @@ _OF_KIND: Mapping[str, frozenset[str]] = MappingProxyType(
         "yarn": frozenset(
             {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
         ),
+        "longrope": frozenset({"factor", "attention_factor", "short_factor", "long_factor"}),
     }
 )
 ROPE_FIELD_KEYS: Mapping[str, frozenset[str]] = MappingProxyType({kind: _ANY | own for kind, own in _OF_KIND.items()})
@@ -78,6 +79,8 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, family: RopeFields, layer_t
     factor = _factor(fields, kind, longest, original)
     if kind == "dynamic":  # equal to "default" up to the trained length, to which max_positions limits a sequence
         return base
+    if kind == "longrope":
+        return _longrope(base, fields, factor, original)
     if kind == "llama3":
         return _llama3(base, fields, factor, original)
     if kind == "yarn":
@@ -136,6 +139,8 @@ def _select(fields: dict[str, Any], layer_type: str | None) -> dict[str, Any]:
 
 def _kind(fields: Mapping[str, Any]) -> str:
     kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind == "su" or (kind == "yarn" and "short_factor" in fields):  # its first names
+        kind = "longrope"
     if not isinstance(kind, str) or kind not in _OF_KIND:
         raise ConfigError(f"rope_type={shown(kind)} in config.json is not supported; supported: {', '.join(_OF_KIND)}")
     return kind
@@ -170,7 +175,7 @@ def _rotary_dim(fields: Mapping[str, Any], head_dim: int, family: RopeFields) ->
 def _original_positions(raw: Mapping[str, Any], fields: Mapping[str, Any], kind: str, longest: Any) -> int:
     """Trained length. The top level takes precedence where transformers reads it, which is not so for linear scaling."""
     name = "original_max_position_embeddings"
-    top = raw.get(name) if kind in ("llama3", "yarn") else None
+    top = raw.get(name) if kind in ("llama3", "yarn", "longrope") else None
     value = fields.get(name, longest) if top is None else top
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(
@@ -180,7 +185,7 @@ def _original_positions(raw: Mapping[str, Any], fields: Mapping[str, Any], kind:
 
 
 def _factor(fields: Mapping[str, Any], kind: str, longest: Any, original: int) -> float:
-    if kind == "yarn" and "factor" not in fields and isinstance(longest, int):
+    if kind in ("yarn", "longrope") and "factor" not in fields and isinstance(longest, int):
         return max(1.0, longest / original)
     return _number("factor", fields.get("factor"), above=0.0, most=LARGEST_FACTOR)
 
@@ -190,6 +195,25 @@ def _llama3(base: RopeConfig, fields: Mapping[str, Any], factor: float, original
     if high <= low:
         raise ConfigError(f"high_freq_factor={high:g} in config.json is not above low_freq_factor={low:g}")
     return RopeConfig(base.theta, base.rotary_dim, "llama3", factor, low, high, original)
+
+
+def _longrope(base: RopeConfig, fields: Mapping[str, Any], factor: float, original: int) -> RopeConfig:
+    short, long = (_divisors(fields, f"{which}_factor", base.rotary_dim // 2) for which in ("short", "long"))
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return RopeConfig(
+        base.theta, base.rotary_dim, "longrope", factor, original_max_positions=original, short_factors=short,
+        long_factors=long,
+        attention_factor=_number("attention_factor", fields.get("attention_factor", scale), above=0.0, most=LARGEST_FACTOR),
+    )  # fmt: skip
+
+
+def _divisors(fields: Mapping[str, Any], name: str, count: int) -> tuple[float, ...]:
+    value = fields.get(name)
+    if not isinstance(value, list) or len(value) != count:
+        raise ConfigError(
+            f"{name}={shown(value)} in config.json is not a list of {count} numbers, one for each frequency"
+        )
+    return tuple(_number(name, each, above=0.0, most=LARGEST_FACTOR) for each in value)
 
 
 def _yarn(base: RopeConfig, fields: Mapping[str, Any], factor: float, original: int) -> RopeConfig:

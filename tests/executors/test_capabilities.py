@@ -172,6 +172,7 @@ def test_the_numpy_engine_runs_every_family(case: CheckpointCase) -> None:
         (TENSORRT, "qwen3-plain", "attention.head_norm"),
         (TENSORRT, "gemma3-windows", "attention.head_norm"),
         (TENSORRT, "cohere-head-norms", "attention.head_norm"),
+        (TENSORRT, "phi3-longrope-long", "attention.rope.long_factors"),
         (TENSORRT, "baichuan-13b", "attention.alibi_slopes"),
         (TENSORRT, "gemma2-caps", "attention.soft_cap=4.0"),
         (TENSORRT, "bloom-plain", "attention.alibi_slopes"),

@@ -43,7 +43,7 @@ OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bia
                   "gemma2-caps", "qwen3-windows", "opt-narrow-norm-last", "falcon-one-kv-head", "falcon-alibi",
                   "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain", "mixtral-plain", "qwen2_moe-one-dense-layer")  # fmt: skip
 
-MORE_FAMILIES = ("gemma3-windows", "phi3-window", "internlm2-plain", "glm-plain", "glm4-plain",
+MORE_FAMILIES = ("gemma3-windows", "phi3-longrope-short", "internlm2-plain", "glm-plain", "glm4-plain",
                  "chatglm-own-keys", "qwen-plain", "smollm3-plain", "mpt-clipped", "baichuan-13b",
                  "cohere-head-norms", "cohere2-windows", "nemotron-plain", "granite-factors", "stablelm-serial")  # fmt: skip
 """On two ranks alone: what one rank does differently, the others show."""

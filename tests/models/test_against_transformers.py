@@ -30,10 +30,18 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case.name: write_checkpoint(case, root / case.name) for case in CASES}
 
 
-def run_layout(directory: Path, tp: int, pp: int, prompt: tuple[int, ...], max_tokens: int) -> RequestOutput:
+def run_layout(
+    directory: Path, tp: int, pp: int, prompt: tuple[int, ...], max_tokens: int, max_model_len: int | None = None
+) -> RequestOutput:
     def rank(comm: Communicator) -> RequestOutput:
         with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", block_size=4
+            directory,
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            comm=comm,
+            engine="numpy",
+            block_size=4,
+            max_model_len=max_model_len,
         ) as llm:
             params = SamplingParams(
                 max_tokens=max_tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=20, logprobs=20
@@ -57,7 +65,7 @@ def test_prompt_and_continuation_equal_transformers(case: CheckpointCase, direct
     expected = log_softmax(reference.logits)
     tolerance = TOLERANCE * float(np.ptp(reference.logits))
     for tp, pp in case.layouts:
-        output = run_layout(directories[case.name], tp, pp, prompt, max_tokens=NUM_GREEDY)
+        output = run_layout(directories[case.name], tp, pp, prompt, NUM_GREEDY, case.max_model_len)
         assert output.token_ids == reference.greedy[:NUM_GREEDY], (tp, pp)
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None

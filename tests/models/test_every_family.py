@@ -88,7 +88,7 @@ def test_a_checkpoint_saved_again_by_transformers_is_the_same_model(case: Checkp
     transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").save_pretrained(saved)
     reference = load_reference(case)
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
-    with LLM(saved, engine="numpy") as llm:
+    with LLM(saved, engine="numpy", max_model_len=case.max_model_len) as llm:
         output = llm.generate([prompt_token_ids(case)], params)[0]
     assert output.token_ids == reference.greedy[:8]
     expected = log_softmax(reference.logits)

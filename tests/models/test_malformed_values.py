@@ -27,6 +27,7 @@ SAMPLES = {case.config["architectures"][0]: case.config for case in reversed(CAS
 SCALED = {
     "linear": {"factor": 2.0}, "dynamic": {"factor": 2.0}, "default": {}, "yarn": {"factor": 2.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
 }  # fmt: skip
 
 

@@ -25,6 +25,10 @@ LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 7 + [1.5],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 9.0, 10.0, 12.0],
+}  # fmt: skip
 
 
 def read(**changes: Any) -> ModelConfig:
@@ -129,7 +133,10 @@ def test_dynamic_scaling_is_the_default_within_the_trained_length() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor=0", "above 0"]),
         ({"rope_scaling": {"type": "linear", "factor": 1e300}}, ["factor=1e+300", "exceeds"]),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor='2'", "finite"]),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope_type='longrope'", "supported: default"]),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["short_factor=None", "list of 8 numbers"]),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [2.0] * 3}}, ["long_factor=[2.0, 2.0, 2.0]", "list of 8 numbers"]),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [2.0, 0] * 4}}, ["long_factor=0", "above 0"]),
+        ({"rope_scaling": {"type": "ntk-by-parts", "factor": 2.0}}, ["rope_type='ntk-by-parts'", "supported: default"]),
         ({"rope_scaling": {"type": ["yarn"]}}, ["rope_type=", "supported: default"]),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, ["original_max_position_embeddings=0"]),
         ({"rope_scaling": {**YARN, "original_max_position_embeddings": [64]}}, ["original_max_position_embeddings=[64]"]),
@@ -221,7 +228,7 @@ def test_the_known_keys_of_each_rope_type_are_those_of_transformers() -> None:
     [
         YARN, LLAMA3, {"rope_type": "linear", "factor": 3.0}, {**YARN, "truncate": False},
         {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0}, {**YARN, "beta_fast": 8, "beta_slow": 2},
-        {**YARN, "attention_factor": 0.8},
+        {**YARN, "attention_factor": 0.8}, LONGROPE, {**LONGROPE, "attention_factor": 1.3},
     ],
 )  # fmt: skip
 def test_frequencies_equal_transformers(fields: dict[str, Any]) -> None:
@@ -235,3 +242,17 @@ def test_frequencies_equal_transformers(fields: dict[str, Any]) -> None:
     assert rope is not None
     np.testing.assert_allclose(inverse_frequencies(rope), frequencies.numpy(), rtol=1e-5)
     assert rope.attention_factor == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["longrope", "su", "yarn"])
+def test_longrope_takes_the_short_factors_up_to_the_trained_length_and_the_long_ones_beyond(spelling: str) -> None:
+    """Ding et al. 2024. llama.cpp#24823, #8995, #24875: the table chosen by another length than the sequences'."""
+    config = read(
+        rope_scaling={**{key: value for key, value in LONGROPE.items() if key != "rope_type"}, "type": spelling}
+    )
+    assert config.rope is not None
+    plain = 10000.0 ** (-np.arange(8) / 8)
+    for longest, factors in ((15, "short"), (16, "short"), (17, "long"), (64, "long")):
+        np.testing.assert_allclose(inverse_frequencies(config.rope, longest), plain / LONGROPE[f"{factors}_factor"])
+    assert config.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+    assert (config.default_positions, config.scaled_positions) == (16, 64)

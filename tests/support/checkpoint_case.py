@@ -10,9 +10,10 @@ __all__ = ["CheckpointCase"]
 
 @dataclass(frozen=True, slots=True)
 class CheckpointCase:
-    """A named configuration; ``config`` is what goes into ``config.json``."""
+    """A named configuration; ``config`` is what goes into ``config.json``, ``max_model_len`` what the engine is asked for."""
 
     name: str
     config: dict[str, Any]
     dtype: str = "float32"
     layouts: tuple[tuple[int, int], ...] = field(default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)))
+    max_model_len: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .checkpoint_case import CheckpointCase
@@ -65,6 +66,11 @@ def _baichuan(name: str, **fields: Any) -> CheckpointCase:
     }  # fmt: skip
     return CheckpointCase(f"baichuan-{name}", config, layouts=SIX_HEADS)
 
+
+_LONGROPE = {
+    "type": "longrope", "short_factor": [1.0 + 0.1 * index for index in range(6)],
+    "long_factor": [2.0 + 1.5 * index for index in range(6)],
+}  # fmt: skip
 
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -147,6 +153,17 @@ DECODERS = (
     _case(
         "phi3", "Phi3ForCausalLM", "partial", FEW, partial_rotary_factor=0.75, tie_word_embeddings=True, pad_token_id=0,
         hidden_size=96, num_attention_heads=4, num_key_value_heads=4,
+    ),
+    _case(
+        "phi3", "Phi3ForCausalLM", "longrope-short", FEW, rope_scaling=_LONGROPE, original_max_position_embeddings=64,
+        partial_rotary_factor=0.75, pad_token_id=0,
+    ),
+    replace(
+        _case(
+            "phi3", "Phi3ForCausalLM", "longrope-long", FEW, rope_scaling=_LONGROPE, partial_rotary_factor=0.75,
+            original_max_position_embeddings=8, pad_token_id=0,
+        ),
+        max_model_len=100,
     ),
     _case("internlm2", "InternLM2ForCausalLM", "plain", bias=False, num_attention_heads=8, hidden_size=128),
     _case("internlm2", "InternLM2ForCausalLM", "biases", FEW, num_key_value_heads=1, rope_scaling={"type": "dynamic", "factor": 2.0}),

@@ -59,6 +59,7 @@ CAPABILITIES = Capabilities(
         "attention.head_dim": Limit(at_most=256, multiple_of=8),
         "attention.causal": ANY,
         "attention.soft_cap": ANY,
+        "attention.rope.long_factors": ANY,
         "attention.alibi_slopes": ANY,
         "attention.head_norm": ANY,
         "attention.head_norm.eps": ANY,

@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
         "attention.causal": ANY,
         "attention.cached": ANY,
         "attention.soft_cap": ANY,
+        "attention.rope.long_factors": ANY,
         "attention.alibi_slopes": ANY,
         "attention.head_norm": ANY,
         "attention.head_norm.eps": ANY,
