@@ -140,10 +140,11 @@ def _fitting(model: Model, config: ModelConfig) -> tuple[Model, ModelConfig]:
         spec = model.decode.attention(config, number)
         heads = spec.num_heads if spec.keys == "encoder" else spec.num_heads + 2 * spec.num_kv_heads
         width = heads * spec.head_dim
-        ops.attention(type(x)(width), f"layers.{number}.attention", number, spec)
+        ops.attention(type(x)(width, "split"), f"layers.{number}.attention", number, spec)
         return x, residual
 
-    return replace(model, passes={"decode": replace(model.decode, block=block)}), config
+    decode = replace(model.decode, block=block, block_weights=lambda config, layer: [])
+    return replace(model, passes={"decode": decode}), config
 
 
 def test_a_dtype_that_an_executor_lacks_is_refused() -> None:

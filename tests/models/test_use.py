@@ -52,37 +52,11 @@ def test_features_are_operations_and_whatever_is_not_at_its_default() -> None:
     assert not any(feature.name == "attention.window" for feature in features)
 
 
-def test_an_undeclared_weight_is_named() -> None:
-    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
-        return ops.column_linear(x, "layers.0.gate"), None
-
-    with pytest.raises(ConfigError, match=r"uses weight 'layers\.0\.gate\.weight', which its family does not declare"):
-        use_of(*with_block(LLAMA, block))
-
-
-def test_a_missing_sum_over_ranks_is_noticed() -> None:
-    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
-        x = ops.column_linear(x, f"layers.{layer}.gate_up")
-        return ops.row_linear_partial(ops.gated_activation(x, "silu"), f"layers.{layer}.down"), None
-
-    with pytest.raises(ConfigError, match=r"takes a product that was not summed over ranks"):
-        use_of(*with_block(LLAMA, block))
-
-
-def test_a_second_sum_over_ranks_is_noticed() -> None:
-    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
-        return ops.all_reduce(x), None
-
-    with pytest.raises(ConfigError, match=r"sums a tensor over ranks that is not a partial product"):
-        use_of(*with_block(LLAMA, block))
-
-
-def test_a_tensor_that_does_not_fit_its_weight_is_noticed() -> None:
-    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
-        return ops.row_linear(x, f"layers.{layer}.down"), None
-
-    with pytest.raises(ConfigError, match=r"layers\.0\.down takes 88 columns, but the tensor has 48"):
-        use_of(*with_block(LLAMA, block))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_family_passes_the_check_at_any_split_of_its_experts(case: CheckpointCase) -> None:
+    model = find_model(case.config)
+    config = model.read_config(case.config)
+    assert use_of(model, replace(config, expert_parallel=True)).features == use_of(model, config).features
 
 
 def test_attention_other_than_declared_is_noticed() -> None:
@@ -90,5 +64,8 @@ def test_attention_other_than_declared_is_noticed() -> None:
         return replace(AttentionSpec.of(config), window=8)
 
     model = find_model(LLAMA.config)
-    with pytest.raises(ConfigError, match=r"layers use AttentionSpec\(.*, which its family does not declare"):
+    with pytest.raises(
+        ConfigError,
+        match=r"block of layer 0: layers\.0\.attention is AttentionSpec\(.*, which the family does not declare",
+    ):
         use_of(*with_block(LLAMA, model.decode.block, attention=attention))
