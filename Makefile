@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-launchers test-lm-eval faults
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-guides test-launchers test-lm-eval faults
 
 setup: $(BIN)/.installed
 
@@ -44,6 +44,10 @@ test-1: setup
 
 test-2 test-3 test-4 test-8: test-%: setup
 	tests/run_mpi.sh $*
+
+# A thousand random JSON schemas: every completed answer validates.
+test-guides: setup
+	python -m pytest -q -s -m slow tests/runtime/test_guides.py
 
 # Signals and missing ranks at every moment of every command, with whichever MPI is installed.
 test-launchers: setup

@@ -38,6 +38,10 @@ class ReplicaStats:
     is_lost: bool = False
 
 
+_MASK_SECONDS = 0.05
+"""How long a step waits for the mask of a guided sequence where it has nothing else to do; requests come in between steps."""
+
+
 @dataclass(slots=True)
 class Engine:
     """The leader's side of one replica.
@@ -93,6 +97,8 @@ class Engine:
             self.progress.end_step(self.in_flight)
             self.num_steps += 1
             self.scheduler.apply(result, self.clock())
+        else:
+            self.scheduler.wait_for_masks(_MASK_SECONDS)
         return self.scheduler.take_batches()
 
     def _fill(self) -> None:

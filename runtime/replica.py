@@ -22,12 +22,13 @@ from phalanx.runtime.executors.base import CacheSize, Executor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.registry import create_executor
 from phalanx.runtime.generation_config import GenerationConfig
+from phalanx.runtime.guidance import GuideCompiler
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.models import find_model
 from phalanx.runtime.models.expert_parallel import with_expert_parallel
 from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
-from phalanx.runtime.text import tokenizer_end_token
+from phalanx.runtime.text import Tokenizer, tokenizer_end_token
 
 __all__ = ["Replica", "build_replica"]
 
@@ -87,6 +88,7 @@ def build_replica(
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:
+        directory = checkpoint.path
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=options.max_num_seqs,
@@ -101,6 +103,7 @@ def build_replica(
                 step_times=executor.step_times,
             ),
             _planner(executor.cache, options, max_model_len),
+            GuideCompiler(lambda: Tokenizer.from_directory(directory), config.vocab_size, config.eos_token_ids),
         )
         engine = Engine(scheduler, executor, control, progress)
     progress.wait()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.guides import Guide, GuideRule
 from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, TokenLists, TokenNumbers, Whole
 
 __all__ = [
@@ -148,6 +149,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     ),
     SamplingField("bad_token_ids", (), TokenLists(MAX_TOKEN_BIASES)),
     SamplingField("allowed_token_ids", None, TokenIds(most=1 << 20, least=1), {"openai": "allowed_token_ids"}),
+    SamplingField("structured_outputs", None, GuideRule(), {"openai": "structured_outputs"}),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
     SamplingField(
@@ -248,6 +250,8 @@ class SamplingParams:
             ends in the others.
         bad_token_ids: the same as lists of token ids.
         allowed_token_ids: choose none but these tokens; None = any. The model's end tokens count only if they are listed.
+        structured_outputs: what the answer must match: a mapping with one of ``json`` (a schema), ``json_object`` (true), ``regex``,
+            ``grammar`` and ``choice``. The model's end tokens then end the answer whatever ``ignore_eos`` says.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
@@ -275,6 +279,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    structured_outputs: Guide | None = None
     include_stop: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
@@ -290,3 +295,8 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; use at most that many",
                 "min_tokens",
             )
+        for name in ("min_tokens", "allowed_token_ids"):
+            if self.structured_outputs is not None and getattr(self, name):
+                raise RequestError(
+                    f"{name} and structured_outputs both say which tokens may come; leave one of them out", name
+                )

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.runtime.sampling.biases import BAN
+from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.sampling.mask_sizes import mask_words
 
-__all__ = ["AllowedTokens", "RowMasks", "TokenMask", "apply_mask", "pack_mask"]
+__all__ = ["AllowedTokens", "GuideMasks", "RowMasks", "TokenMask", "apply_mask", "pack_mask"]
 
 Int32Array = NDArray[np.int32]
 
@@ -41,12 +42,24 @@ class TokenMask(Protocol):
         """Why there is no next mask, once that is known; the sequence then ends with this error."""
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Wait for the next mask, but not for longer."""
+        ...
+
     def words(self) -> Int32Array:
         """The next mask, ``[mask_words(V)]``; waits for it."""
         ...
 
     def accept(self, token_id: int) -> None:
         """Go on after a token that was chosen."""
+        ...
+
+
+class GuideMasks(Protocol):
+    """Makes masks of guides."""
+
+    def start(self, guide: Guide) -> TokenMask:
+        """The masks of a new sequence; does not wait for the first."""
         ...
 
 
@@ -57,6 +70,9 @@ class AllowedTokens:
 
     def __init__(self, token_ids: Iterable[int], vocab_size: int) -> None:
         self._words = pack_mask(token_ids, vocab_size)
+
+    def wait(self, seconds: float) -> None:
+        """It is there."""
 
     def words(self) -> Int32Array:
         """The mask."""

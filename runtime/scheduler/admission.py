@@ -13,12 +13,12 @@ from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
 from phalanx.runtime.sampling.biases import token_biases
 from phalanx.runtime.sampling.fields import SamplingParams, device_values
-from phalanx.runtime.sampling.masks import AllowedTokens, TokenMask
+from phalanx.runtime.sampling.masks import AllowedTokens, GuideMasks, TokenMask
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
 
-__all__ = ["admission_row", "bias_rows", "make_sequence"]
+__all__ = ["admission_row", "bias_rows", "make_mask", "make_sequence"]
 
 
 def make_sequence(request: Request, number: int, config: SchedulerConfig, cache: CachePlanner) -> Sequence:
@@ -42,12 +42,25 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         seed=split_mix64(config.seed, number + 1) if params.seed is None else params.seed % 2**64,
         end_token_ids=end_token_ids,
         biases=token_biases(params, len(token_ids), end_token_ids),
-        mask=_mask(params, config),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
     )
 
 
-def _mask(params: SamplingParams, config: SchedulerConfig) -> TokenMask | None:
+def make_mask(params: SamplingParams, config: SchedulerConfig, guides: GuideMasks | None) -> TokenMask | None:
+    """Which tokens a new sequence may choose; None = any.
+
+    Raises:
+        RequestError: it has a guide, and there is nothing that compiles them.
+    """
+    if params.structured_outputs is not None:
+        if guides is None:
+            raise RequestError("structured_outputs is not supported by this engine; leave it out", "structured_outputs")
+        if not config.eos_token_ids:
+            raise RequestError(
+                "structured_outputs needs an end token, but the checkpoint names none; leave it out",
+                "structured_outputs",
+            )
+        return guides.start(params.structured_outputs)
     if params.allowed_token_ids is None:
         return None
     return AllowedTokens(params.allowed_token_ids, config.vocab_size)
@@ -102,7 +115,8 @@ def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cac
 
 def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:
     own = request.params.stop_token_ids
-    models = () if request.params.ignore_eos else config.eos_token_ids
+    ignored = request.params.ignore_eos and request.params.structured_outputs is None
+    models = () if ignored else config.eos_token_ids
     _check_vocabulary("stop_token_ids", own, config.vocab_size)
     for name in ("bad_token_ids", "stop_token_sequences"):
         _check_vocabulary(name, itertools.chain.from_iterable(getattr(request.params, name)), config.vocab_size)

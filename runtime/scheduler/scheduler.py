@@ -9,7 +9,8 @@ import numpy as np
 from phalanx.parallel.errors import CapacityError, ConfigError, ExecutorError, RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import FinishReason, Logprob, Request, TokenDelta
-from phalanx.runtime.scheduler.admission import make_sequence
+from phalanx.runtime.sampling.masks import GuideMasks
+from phalanx.runtime.scheduler.admission import make_mask, make_sequence
 from phalanx.runtime.scheduler.deltas import DeltaBatch
 from phalanx.runtime.scheduler.plan_builder import CacheChanges, PlannedStep, build_plan
 from phalanx.runtime.scheduler.results import (
@@ -43,13 +44,14 @@ class Scheduler:
     wrote itself, or blocks whose tokens were all known and planned before they were offered for sharing.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CachePlanner) -> None:
+    def __init__(self, config: SchedulerConfig, cache: CachePlanner, guides: GuideMasks | None = None) -> None:
         if cache.max_num_seqs < config.max_num_seqs:
             raise ConfigError(
                 f"max_num_seqs={config.max_num_seqs} is above the cache's {cache.max_num_seqs}; use the same"
             )
         self._config = config
         self._cache = cache
+        self._guides = guides
         self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
         self._waiting = WaitingQueue()
         self._running = RunningSet(config, cache, self._table, self._waiting)
@@ -77,6 +79,7 @@ class Scheduler:
                 f"{self._config.max_queued_requests} allows; try again later"
             )
         self._join_group(sequence)
+        sequence.mask = make_mask(request.params, self._config, self._guides)
         self._num_submitted += 1
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -126,6 +129,13 @@ class Scheduler:
         self._end_overdue(now)
         if not self.has_work:
             self._cache.check_idle()
+
+    def wait_for_masks(self, seconds: float) -> None:
+        """Wait for the next mask of a sequence that nothing else holds up, but not for longer. For when nothing could be planned."""
+        for sequence in self._running.masked():
+            if sequence.mask is not None and not sequence.mask.is_ready:
+                sequence.mask.wait(seconds)
+                return
 
     def take_deltas(self) -> list[TokenDelta]:
         """What happened since the last call, one for each request and step, in order of steps."""

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from phalanx.parallel.errors import RequestError
+from phalanx.runtime.guidance import GuideCompiler
+from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
+from phalanx.runtime.server.guides import GuideChecker
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.metrics import Metrics
@@ -32,6 +35,7 @@ class Services:
     metrics: Metrics
     workers: ThreadPoolExecutor
     tokenizer: Tokenizer | None = None
+    guides: GuideChecker | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -105,6 +109,14 @@ class Services:
                 f"requested {count} characters. Please reduce the length of the {name}.",
                 name, "context_length_exceeded",
             )  # fmt: skip
+
+    async def check_guide(self, guide: Guide) -> None:
+        """Raise 400 if the engine could not use a guide."""
+        if self.guides is None:
+            tokenizer = self.need_tokenizer("structured_outputs")
+            # Any end token will do: the engine has the model's own.
+            self.guides = GuideChecker(GuideCompiler(lambda: tokenizer, self.model.vocab_size, (0,)))
+        await self.guides.check(guide)
 
     async def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text, computed outside the event loop.

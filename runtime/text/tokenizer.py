@@ -84,6 +84,10 @@ class Tokenizer:
         problem = files.template.problem or problem or tool_problem
         return cls(backend, special_tokens, template, problem, tool_template)
 
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` that does the same, added tokens included."""
+        return self._backend.to_str()
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, max_characters: int | None = None
     ) -> tuple[int, ...]:

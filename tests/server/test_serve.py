@@ -162,6 +162,38 @@ def test_chat_and_scores(job: Job) -> None:
     assert all(entry["logprob"] <= entry["top_logprobs"][0]["logprob"] < 0 for entry in content)
 
 
+def test_answers_match_what_clients_ask_for(job: Job) -> None:
+    """A schema in a chat, streamed and whole, next to requests without one; Triton's inputs for a regular expression."""
+    schema = {
+        "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"], "additionalProperties": False,
+    }  # fmt: skip
+    body = {
+        "messages": [{"role": "user", "content": "ab"}], "seed": 1, "max_tokens": 150,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    }  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:
+        plain = [
+            pool.submit(job.server.post, PATH, {"prompt": "ab", "max_tokens": 20, "temperature": 0}) for _ in range(3)
+        ]
+        answered = job.server.post("/v1/chat/completions", body)
+        assert answered.status == 200, answered.body
+        whole = answered.json["choices"][0]
+        assert len({one.result().json["choices"][0]["text"] for one in plain}) == 1
+    assert whole["finish_reason"] == "stop"
+    answer = json.loads(whole["message"]["content"])
+    assert answer["a"] in range(100)
+    assert answer["b"] in ("x", "y")
+    chunks = job.server.stream("/v1/chat/completions", body | {"stream": True})
+    pieces = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(pieces) == whole["message"]["content"]
+    inputs = {
+        "text_input": "ab", "max_tokens": 9, "guided_decoding_guide_type": "regex", "guided_decoding_guide": "[0-9]{3}",
+        "exclude_input_in_output": True,
+    }  # fmt: skip
+    assert re.fullmatch("[0-9]{3}", job.server.post("/v2/models/ensemble/generate", inputs).json["text_output"])
+
+
 def test_echoed_scores_are_those_of_generation(job: Job) -> None:
     fields = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "return_token_ids": True}
     prompt = [30, 40, 50]

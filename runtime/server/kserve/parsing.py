@@ -14,6 +14,7 @@ from typing import Any
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, read_fields
+from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.sampling.rules import MAX_INT32, Whole
 from phalanx.runtime.server.errors import from_request_error, invalid
 from phalanx.runtime.server.kserve.contract import ModelContract
@@ -58,10 +59,13 @@ _READ = frozenset(
         "text_input", "max_tokens", "end_id", "pad_id", "num_return_sequences", "exclude_input_in_output",
         "return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "stream", "input_ids",
         "input_lengths", "stop_words", "stop_words_list", "bad_words", "bad_words_list",
+        "guided_decoding_guide_type", "guided_decoding_guide",
         # of beam search only
         "length_penalty", "len_penalty", "early_stopping", "beam_search_diversity_rate",
     }
 )  # fmt: skip
+
+_GUIDE_KINDS = MappingProxyType({"json": "json", "json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"})
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -141,7 +145,7 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         sampling["logprobs"] = 0
     if words := _words("bad_words_list", row.get("bad_words_list")):
         sampling["bad_token_ids"] = words
-    sampling |= _ends(row, vocab_size)
+    sampling |= _ends(row, vocab_size) | _guide(row)
     return Generation(
         model=None,
         prompts=[prompt],
@@ -152,6 +156,25 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         default_max_tokens=None,
         add_special_tokens=True,
     )
+
+
+def _guide(row: Row) -> dict[str, Any]:
+    """What the answer must match, in the backend's two inputs; a type alone is enough for any JSON."""
+    kind, text = row.get("guided_decoding_guide_type"), row.get("guided_decoding_guide")
+    if not kind and not text:
+        return {}
+    if kind == "json":
+        text = "{}"
+    if kind not in _GUIDE_KINDS:
+        raise invalid(
+            f"guided_decoding_guide_type={kind!r:.60} is not supported; use one of {', '.join(_GUIDE_KINDS)}",
+            "guided_decoding_guide_type",
+        )
+    try:
+        rule = GuideRule()
+        return {"structured_outputs": rule.check("guided_decoding_guide", {_GUIDE_KINDS[str(kind)]: text or ""})}
+    except RequestError as error:
+        raise from_request_error(error) from None
 
 
 def _ends(row: Row, vocab_size: int) -> dict[str, Any]:

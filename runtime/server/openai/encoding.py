@@ -25,6 +25,8 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     if generation.sampling.get("stop"):
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
+    if (guide := generation.sampling.get("structured_outputs")) is not None:
+        await services.check_guide(guide)
     encoded = []
     for prompt in generation.prompts:
         token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)

@@ -21,6 +21,7 @@ from phalanx.runtime.request import MAX_LOGPROBS
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, Door, read_fields
 from phalanx.runtime.sampling.rules import MAX_INT32, Rule, Whole
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
+from phalanx.runtime.server.openai.guided import with_guide
 from phalanx.runtime.server.openai.tools import Tool, ToolCall, ToolChoice
 
 __all__ = [
@@ -61,6 +62,13 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     stream: bool = False
     stream_options: StreamOptions | None = None
 
+    # Other spellings of structured_outputs (see `with_guide`)
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    response_format: dict[str, Any] | None = None
+
     # Accepted, and without effect on the answer
     user: Any = None
     metadata: Any = None
@@ -73,18 +81,12 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     cache_salt: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
     priority: Any = None
     prompt_logprobs: Any = None
-    response_format: Any = None
     spaces_between_special_tokens: Any = None
-    structured_outputs: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
 
@@ -178,10 +180,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "include": ([], ["reasoning.encrypted_content"]),
         "kv_transfer_params": (),
         "length_penalty": (1,),
@@ -200,10 +198,8 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "reasoning_content": ("",),
         "reasoning_effort": (),
         "refusal": ("",),
-        "response_format": ({"type": "text"},),
         "spaces_between_special_tokens": (True,),
         "speed": ("standard",),
-        "structured_outputs": (),
         "suffix": ("",),
         "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         "thinking": ({"type": "disabled"},),
@@ -253,6 +249,7 @@ def decode_generation(body: bytes, kind: type[Body], door: Door = "openai") -> t
     fields = _decode_object(body)
     counts = dict(_COUNTS) if kind is not CompletionRequest else {**_COUNTS, "logprobs": Whole(0, MAX_LOGPROBS)}
     try:
+        fields = with_guide(fields) if door == "openai" else fields
         sampling = read_fields(fields, door)
         fields |= {
             name: rule.check(name, fields[name]) for name, rule in counts.items() if fields.get(name) is not None

@@ -242,7 +242,7 @@ def test_the_benchmark_form_of_sglang(server: Server) -> None:
         ({"bad_words": "no" * 600}, "bad_words holds a string of 1200 characters"),
         ({"return_context_logits": True}, "return_context_logits is not supported"),
         ({"lora_task_id": 3}, "lora_task_id is not supported"),
-        ({"guided_decoding_guide": "{}"}, "guided_decoding_guide is not supported"),
+        ({"guided_decoding_guide": "{}"}, "guided_decoding_guide_type=None is not supported"),
         ({"temperature": -1}, "temperature=-1 is out of range"),
         ({"top_p": 2}, "top_p=2 is out of range"),
         ({"max_tokens": 0}, "max_tokens=0 is out of range"),

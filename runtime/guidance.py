@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guides at work: compiled by llguidance into a parser that knows, after each token, which may follow.
+
+A parser's masks are computed on threads (llguidance holds no interpreter lock there), so that a sequence whose mask takes long does not
+hold up the others: the scheduler plans it when the mask is there. What compiling and one mask may cost is bounded by llguidance's own
+counters, which do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.guides import Guide
+from phalanx.runtime.sampling.mask_sizes import mask_words
+from phalanx.runtime.text import Tokenizer
+
+__all__ = ["FIELD", "GuideCompiler", "GuideMask"]
+
+Int32Array = NDArray[np.int32]
+
+FIELD = "structured_outputs"
+
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+"""Between the parts of a JSON text: without a limit a model may go on with nothing else."""
+
+_MOST_KEPT = 32
+
+
+class GuideCompiler:
+    """Compiles guides for one tokenizer.
+
+    Args:
+        tokenizer: reads the checkpoint's, at the first guide; None if there is none.
+        end_token_ids: tokens that end an answer; a complete one may be followed by none but these. Those that the tokenizer does
+            not have do not count.
+    """
+
+    def __init__(
+        self, tokenizer: Callable[[], Tokenizer | None], vocab_size: int, end_token_ids: tuple[int, ...]
+    ) -> None:
+        self._read_tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, end_token_ids
+        self._compiled = functools.lru_cache(_MOST_KEPT)(self._compile)
+        self._tokenizer = functools.cache(self._make_tokenizer)
+        self._threads: ThreadPoolExecutor | None = None
+
+    def start(self, guide: Guide) -> GuideMask:
+        """The masks of a new sequence; does not wait for the first."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)), "guides")
+        return GuideMask(self._threads, lambda: self.matcher(guide), self._vocab_size)
+
+    def check(self, guide: Guide) -> None:
+        """Compile a guide and compute its first mask.
+
+        Raises:
+            RequestError: it cannot be compiled, is too large, or nothing can match it.
+        """
+        _next_mask(self.matcher(guide), self._vocab_size)
+
+    def matcher(self, guide: Guide) -> Any:
+        """A parser at the start of an answer.
+
+        Raises:
+            RequestError: the guide cannot be compiled or is too large; there is no tokenizer; llguidance is not installed.
+        """
+        return self._compiled(guide).deep_copy()
+
+    def _compile(self, guide: Guide) -> Any:
+        library = _library()
+        limits = library.LLParserLimits(max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False)
+        try:
+            grammar = _grammar(library, guide)
+        except (ValueError, RecursionError) as error:
+            raise _refusal(str(error)) from None
+        matcher = library.LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        return matcher
+
+    def _make_tokenizer(self) -> Any:
+        tokenizer = self._read_tokenizer()
+        if tokenizer is None:
+            raise RequestError(f"{FIELD} needs text, but the checkpoint has no tokenizer.json; leave it out", FIELD)
+        ends = [token for token in self._end_token_ids if token < min(tokenizer.vocab_size, self._vocab_size)]
+        if not ends:
+            raise RequestError(f"{FIELD} needs an end token, but the tokenizer has none; leave it out", FIELD)
+        try:
+            return _library().LLTokenizer(tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
+        except ValueError as error:
+            raise RequestError(f"{FIELD} cannot be used with this checkpoint's tokenizer: {error}", FIELD) from None
+
+
+class GuideMask:
+    """See `phalanx.runtime.sampling.masks.TokenMask`. Its methods are called by one thread."""
+
+    follows_tokens = True
+
+    def __init__(self, threads: ThreadPoolExecutor, begin: Callable[[], Any], vocab_size: int) -> None:
+        self._threads, self._vocab_size = threads, vocab_size
+        self._matcher: Any = None
+        self._next: Future[Int32Array] = threads.submit(self._begin, begin)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next mask, or why there is none, is there without waiting."""
+        return self._next.done()
+
+    @property
+    def problem(self) -> str | None:
+        """Why there is no next mask, once that is known."""
+        error = self._next.exception() if self._next.done() else None
+        return None if error is None else str(error)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the next mask, but not for longer."""
+        with suppress(NotYet):
+            self._next.exception(seconds)
+
+    def words(self) -> Int32Array:
+        """The next mask; waits for it."""
+        return self._next.result()
+
+    def accept(self, token_id: int) -> None:
+        """Begin with the mask after a token."""
+        self._next = self._threads.submit(self._advance, token_id)
+
+    def _begin(self, begin: Callable[[], Any]) -> Int32Array:
+        self._matcher = begin()
+        return _next_mask(self._matcher, self._vocab_size)
+
+    def _advance(self, token_id: int) -> Int32Array:
+        if not self._matcher.consume_token(token_id):
+            raise RequestError(
+                f"token {token_id} does not fit {FIELD}: biases or bad words left no token that does", FIELD
+            )
+        return _next_mask(self._matcher, self._vocab_size)
+
+
+def _next_mask(matcher: Any, vocab_size: int) -> Int32Array:
+    words = np.zeros(mask_words(vocab_size), np.int32)
+    packed = np.frombuffer(matcher.compute_bitmask(), np.int32)
+    if matcher.is_error():
+        raise _refusal(matcher.get_error())
+    words[: len(packed)] = packed[: len(words)]
+    return words
+
+
+def _grammar(library: Any, guide: Guide) -> str:
+    make = library.LLMatcher
+    text: str = guide.text
+    if guide.kind == "json":
+        grammar: str = make.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+    elif guide.kind == "regex":
+        grammar = make.grammar_from_regex(text)
+    elif guide.kind == "choice":
+        grammar = make.grammar_from_lark(
+            "start: " + " | ".join(json.dumps(word, ensure_ascii=False) for word in json.loads(text))
+        )
+    else:
+        grammar = make.grammar_from_lark(_gbnf_to_lark(text) if "::=" in text else text)
+    return grammar
+
+
+def _gbnf_to_lark(text: str) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    lark: str = any_to_lark(text)
+    return lark
+
+
+def _refusal(reason: str) -> RequestError:
+    first = reason.strip().splitlines()[0] if reason.strip() else "nothing can match it"
+    return RequestError(f"{FIELD} cannot be compiled: {first[:200]}; simplify it", FIELD)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise RequestError(
+            f"{FIELD} needs llguidance; install the extra [guided] in Phalanx's checkout (pip install -e '.[guided]')",
+            FIELD,
+        ) from None
+    return llguidance
