@@ -76,7 +76,7 @@ class ShapeOps(Ops[Shape]):
     def __init__(self, declared: Mapping[str, WeightSpec]) -> None:
         self._declared = declared
         self.use = ModelUse()
-        self.layer = -1  # the one whose block runs
+        self.layer: int | None = None  # the one whose block runs; None = not known
         self.attended: set[str] = set()  # names of attentions of earlier layers
 
     @property
@@ -170,7 +170,7 @@ class ShapeOps(Ops[Shape]):
 
     def attention(self, qkv: Shape, name: str, layer: int, spec: AttentionSpec) -> Shape:
         self._record("attention", spec=spec)
-        if layer != self.layer:
+        if self.layer not in (None, layer):
             raise ConfigError(f"{name} uses the cache of layer {layer}; pass the layer that the block is called for")
         heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
         self._take(qkv, heads * spec.head_dim, name, ("split",))
