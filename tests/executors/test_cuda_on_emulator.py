@@ -332,3 +332,23 @@ def test_a_group_that_cannot_be_opened_closes_those_before_it_and_what_goes_wron
 def test_an_engine_closes_each_group_once(tmp_path: Path, group_ends: dict[HostGroup, list[str]]) -> None:
     load(write_checkpoint(CASES[0], tmp_path), num_kv_blocks=20)
     assert list(group_ends.values()) == [["close"]] * 4 * 3
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_guided_tokens_equal_the_numpy_engines_next_to_sequences_that_run_ahead(tp: int, pp: int, device: None) -> None:
+    """The demo model: a guided sequence waits for each of its tokens, the other is planned before its last is known."""
+    params = [
+        SamplingParams(max_tokens=12, seed=3, structured_outputs={"regex": "[0-9]{3}-[a-z]{4}"}),
+        SamplingParams(max_tokens=12, seed=4, ignore_eos=True),
+        SamplingParams(max_tokens=12, seed=5, structured_outputs={"choice": ["yes", "no"]}, repetition_penalty=1.3),
+    ]
+    prompts = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 8, 9)]
+
+    def tokens(engine: str, comm: Communicator) -> list[tuple[int, ...]]:
+        sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp} if comm.size > 1 else {}
+        with LLM(comm=comm, engine=engine, max_num_seqs=3, max_num_batched_tokens=16, num_kv_blocks=12, max_model_len=48,
+                 dtype="float32", **sizes) as llm:  # fmt: skip
+            return [output.token_ids for output in llm.generate(prompts, params)]
+
+    (expected,) = run_ranks(1, lambda comm: tokens("numpy", comm))
+    assert run_ranks(tp * pp, lambda comm: tokens("cuda", comm))[0] == expected

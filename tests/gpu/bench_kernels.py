@@ -148,8 +148,8 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
     keys = cupy.empty((sampling.num_splits(library, num_rows, vocab_size), num_rows), np.uint64)
     tokens = cupy.empty(num_rows, np.int32)
 
-    def parameters(temperature: float, top_k: int, top_p: float) -> sampling.RowParameters:
-        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    def parameters(temperature: float, top_k: int, top_p: float, **fields: float) -> sampling.RowParameters:
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, **fields)
         records = np.array([(row, *device_values(params, vocab_size), 1, 0, 7) for row in range(num_rows)], ADMISSION)
         words = bench.integers(records.view(np.int32).reshape(num_rows, -1))
         return sampling.RowParameters(words, bench.integers(np.arange(num_rows)), SAMPLING_STRUCT)
@@ -175,7 +175,24 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
         part = logits[index % len(logits)][None]
         sampling.log_probabilities(library, part, tokens, logprobs, top_ids, top, vocab_size=vocab_size)
 
+    def adjust(context: int, **fields: float) -> Callable[[int], None]:
+        """Penalties over ``context`` tokens of each row's sequence, or a bare copy."""
+        rule = parameters(0.0, 0, 1.0, **fields)
+        tables = bench.integers(np.arange(num_rows * context // 16).reshape(num_rows, -1))
+        cached = bench.integers(np.random.default_rng(1).integers(0, vocab_size, (num_rows * context // 16, 16)))
+        positions = bench.integers(np.full(num_rows, context))
+        rows = sampling.RowParameters(rule.records, positions, SAMPLING_STRUCT)
+        biases = cupy.zeros((num_rows, 1, 4), np.int32)
+        masks = sampling.PlanMasks(bench.integers(np.full(num_rows, -1)), biases.reshape(-1))
+        cache, out = sampling.TokenCache(tables, cached), cupy.empty((num_rows, vocab_size), np.float32)
+        return lambda index: sampling.adjust_logits(
+            library, logits[index % len(logits)], rows, biases, cache, masks, out, vocab_start=0, vocab_size=vocab_size
+        )
+
     calls = {
+        "adjusted logits": adjust(16),
+        "penalties over 1,024 tokens": adjust(1024, repetition_penalty=1.2, frequency_penalty=0.5),
+        "penalties over 16,384 tokens": adjust(16384, repetition_penalty=1.2, frequency_penalty=0.5),
         "greedy": local(parameters(0.0, 0, 1.0)),
         "random": local(parameters(1.0, 0, 1.0)),
         "rows random": whole(parameters(1.0, 0, 1.0)),

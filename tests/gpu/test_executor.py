@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,7 +41,11 @@ def prompts(vocab_size: int) -> list[tuple[int, ...]]:
 
 
 def generate(
-    directory: Path, requests: list[tuple[int, ...]], params: SamplingParams, engine: str = "cuda", **options: object
+    directory: Path,
+    requests: list[tuple[int, ...]],
+    params: SamplingParams | list[SamplingParams],
+    engine: str = "cuda",
+    **options: object,
 ) -> list[RequestOutput]:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "num_kv_blocks": 200, "block_size": 16, **options}
     with LLM(directory, engine=engine, **sizes) as llm:
@@ -91,6 +97,30 @@ def test_sampled_continuations_equal_the_numpy_engines_in_float32(tmp_path: Path
     ):
         expected = generate(directory, requests, params, engine="numpy")
         assert tokens(generate(directory, requests, params)) == tokens(expected)
+
+
+CHANGED_LOGITS: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.5},
+    "presence and frequency": {"presence_penalty": 0.6, "frequency_penalty": 0.4, "logprobs": 2},
+    "bad words": {"bad_token_ids": ((32, 32), (60,), (7, 8, 9)), "presence_penalty": 1.5},
+    "allowed tokens": {"allowed_token_ids": tuple(range(0, 101, 3)), "frequency_penalty": 1.0},
+    "everything": {
+        "allowed_token_ids": tuple(range(0, 101, 2)), "bad_token_ids": ((32, 40), (60,)), "logit_bias": {40: 3.0},
+        "repetition_penalty": 0.8, "frequency_penalty": 1.3, "temperature": 0.9, "seed": 3, "top_k": 20,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED_LOGITS)
+def test_what_changes_logits_gives_the_numpy_engines_tokens(name: str, tmp_path: Path) -> None:
+    """Twice the same prompts, so that blocks are shared, next to one request without; graphs are replayed."""
+    directory = checkpoint("llama", "float32", tmp_path)
+    requests = prompts(101) * 2
+    plain = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    params = [plain, *[dataclasses.replace(plain, **CHANGED_LOGITS[name])] * (len(requests) - 1)]
+    for sizes in ({}, {"max_num_batched_tokens": 24, "num_kv_blocks": 40}):
+        expected = tokens(generate(directory, requests, params, engine="numpy", **sizes))
+        assert tokens(generate(directory, requests, params, **sizes)) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

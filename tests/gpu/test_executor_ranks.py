@@ -120,6 +120,19 @@ def test_sampling_with_filters_does_not_depend_on_the_layout(tp: int, pp: int, t
     assert [line["token_ids"] for line in generate(directory, tp, pp, prompts(97), *flags)] == expected
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (8, 1), (4, 2)])
+def test_penalties_do_not_depend_on_the_layout(tp: int, pp: int, tmp_path: Path) -> None:
+    skip_without_gpus(tp * pp)
+    directory = write_checkpoint(CheckpointCase("llama", DEEP["llama"]), tmp_path)
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, **penalties)
+    with LLM(directory, engine="numpy", max_num_seqs=8, num_kv_blocks=200) as llm:
+        expected = [list(output.token_ids) for output in llm.generate(prompts(97), params)]
+    flags = [word for name, value in penalties.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    lines = generate(directory, tp, pp, prompts(97), "--max-tokens", "16", "--temperature", "0", *flags)
+    assert [line["token_ids"] for line in lines] == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_the_demo_checkpoints_loss_is_that_of_transformers(dtype: str, tp: int, pp: int) -> None:
