@@ -28,6 +28,7 @@ from phalanx.runtime.models.gptj import GPTJ
 from phalanx.runtime.models.granite import GRANITE
 from phalanx.runtime.models.internlm2 import INTERNLM2
 from phalanx.runtime.models.llama import LLAMA
+from phalanx.runtime.models.megatron import MEGATRON
 from phalanx.runtime.models.mistral import MISTRAL
 from phalanx.runtime.models.mixtral import MIXTRAL
 from phalanx.runtime.models.mpt import MPT
@@ -50,7 +51,7 @@ __all__ = ["MODELS", "find_model"]
 _FAMILIES: tuple[Model, ...] = (
     LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
     OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM, GLM, GLM4, COHERE, COHERE2,
-    NEMOTRON, GRANITE, SMOLLM3, STABLELM,
+    NEMOTRON, GRANITE, SMOLLM3, STABLELM, MEGATRON,
 )  # fmt: skip
 
 MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for model in _FAMILIES})

@@ -59,6 +59,15 @@ def _qwen(name: str, **fields: Any) -> CheckpointCase:
     return CheckpointCase(f"qwen-{name}", config, layouts=SIX_HEADS)
 
 
+def _megatron(name: str, layouts: Any = TWO_KV_HEADS, **fields: Any) -> CheckpointCase:
+    config = {
+        "architectures": ["MegatronGPTModel"], "model_type": "megatron_gpt", "vocab_size": 101, "hidden_size": 64,
+        "num_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 96, "max_position_embeddings": 128, **_SPECIAL,
+        **fields,
+    }  # fmt: skip
+    return CheckpointCase(f"megatron-{name}", config, layouts=layouts)
+
+
 def _baichuan(name: str, **fields: Any) -> CheckpointCase:
     config = {
         "architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "vocab_size": 101, "hidden_size": 96,
@@ -101,6 +110,16 @@ DECODERS = (
     _mpt("clipped", clip_qkv=0.8),
     _baichuan("7b", max_position_embeddings=128),
     _baichuan("13b", model_max_length=128),
+    _megatron("gpt3"),
+    _megatron(
+        "rope", FEW, position_embedding_type="rope", rotary_percent=0.5, activation_function="gelu",
+        normalization="LayerNorm1P", untie_embeddings_and_output_weights=True,
+    ),
+    _megatron(
+        "llama", FEW, position_embedding_type="rope", rotary_base=5000.0, gated_linear_unit=True, num_query_groups=2,
+        activation_function="silu", normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=True,
+        untie_embeddings_and_output_weights=True,
+    ),
     _case("cohere", "CohereForCausalLM", "head-norms", logit_scale=0.25, use_qk_norm=True, pad_token_id=0, rope_theta=1e4),
     _case(
         "cohere", "CohereForCausalLM", "plain", FEW, num_key_value_heads=..., tie_word_embeddings=False, pad_token_id=0,

@@ -145,6 +145,81 @@ def _baichuan(case: CheckpointCase, directory: Path) -> Model:
     return model
 
 
+def _megatron(case: CheckpointCase, directory: Path) -> Model:
+    """GPT-2, the serial GPT-NeoX or Qwen 2, by the switches; each is a form of Megatron's block."""
+    norm, rotates = case.config.get("normalization"), case.config.get("position_embedding_type") == "rope"
+    tensors = {name.removeprefix("language_model."): value for name, value in _tensors(directory).items()}
+    if norm == "RMSNorm":
+        return _megatron_as_qwen2(case.config, tensors)
+    if norm == "LayerNorm1P":
+        tensors = {name: value + 1 if "norm.weight" in name else value for name, value in tensors.items()}
+    return _megatron_as_neox(case.config, tensors) if rotates else _megatron_as_gpt2(case.config, tensors)
+
+
+def _megatron_as_gpt2(c: Mapping[str, Any], tensors: dict[str, Any]) -> Model:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = {"encoder.layers": "transformer.h", "embedding.word_embeddings": "transformer.wte",
+             "embedding.position_embeddings": "transformer.wpe", "encoder.final_layernorm": "transformer.ln_f",
+             "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attention.query_key_value": "attn.c_attn",
+             "self_attention.dense": "attn.c_proj", "dense_h_to_4h": "c_fc", "dense_4h_to_h": "c_proj"}  # fmt: skip
+    heads, filled = c["num_attention_heads"], {}
+    for name, value in tensors.items():
+        rows = value
+        if "query_key_value" in name:  # [H, 3, C] to [3, H, C]
+            rows = value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+        is_matrix = value.ndim == 2 and "embedding" not in name
+        filled[_renamed(name, names)] = rows.T.contiguous() if is_matrix else rows
+    filled["lm_head.weight"] = tensors["embedding.word_embeddings.weight"]
+    config = GPT2Config(
+        vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_layer=c["num_layers"], n_head=heads,
+        n_inner=c["ffn_hidden_size"], n_positions=c["max_position_embeddings"], activation_function="gelu_pytorch_tanh",
+    )  # fmt: skip
+    return _filled(GPT2LMHeadModel(config), filled)
+
+
+def _megatron_as_neox(c: Mapping[str, Any], tensors: dict[str, Any]) -> Model:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    names = {"encoder.layers": "gpt_neox.layers", "embedding.word_embeddings": "gpt_neox.embed_in",
+             "encoder.final_layernorm": "gpt_neox.final_layer_norm", "output_layer": "lm_head",
+             "self_attention": "attention"}  # fmt: skip
+    config = GPTNeoXConfig(
+        vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], num_hidden_layers=c["num_layers"],
+        num_attention_heads=c["num_attention_heads"], intermediate_size=c["ffn_hidden_size"],
+        max_position_embeddings=c["max_position_embeddings"], rotary_pct=c["rotary_percent"], hidden_act="gelu",
+        use_parallel_residual=False, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    return _filled(GPTNeoXForCausalLM(config), {_renamed(name, names): value for name, value in tensors.items()})
+
+
+def _megatron_as_qwen2(c: Mapping[str, Any], tensors: dict[str, Any]) -> Model:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = {"encoder.layers": "model.layers", "embedding.word_embeddings": "model.embed_tokens",
+             "encoder.final_layernorm": "model.norm", "output_layer": "lm_head", "self_attention.dense": "self_attn.o_proj",
+             "dense_4h_to_h": "down_proj"}  # fmt: skip
+    heads, groups, filled = c["num_attention_heads"], c["num_query_groups"], {}
+    for name, value in tensors.items():
+        new = _renamed(name, names)
+        if "query_key_value" in name:
+            rows = value.reshape(groups, heads // groups + 2, -1, *value.shape[1:])
+            for letter, side in zip("qkv", (rows[:, :-2], rows[:, -2], rows[:, -1]), strict=True):
+                place = new.replace("self_attention.query_key_value", f"self_attn.{letter}_proj")
+                filled[place] = side.reshape(-1, *value.shape[1:])
+        elif "dense_h_to_4h" in name:
+            for kind, side in zip(("gate", "up"), value.chunk(2), strict=True):
+                filled[new.replace("dense_h_to_4h", f"{kind}_proj")] = side
+        else:
+            filled[new] = value
+    config = Qwen2Config(
+        vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], num_hidden_layers=c["num_layers"],
+        num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=c["ffn_hidden_size"],
+        max_position_embeddings=c["max_position_embeddings"], rope_theta=c["rotary_base"], rms_norm_eps=1e-5,
+    )  # fmt: skip
+    return _filled(Qwen2ForCausalLM(config), filled)
+
+
 def _alibi_mask(heads: int, length: int) -> Any:
     """``[1, H, T, T]``, by BLOOM's own slopes, which Baichuan shares."""
     import torch
@@ -190,4 +265,5 @@ _OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
     "ChatGLMModel": _chatglm,
     "QWenLMHeadModel": _qwen,
     "BaichuanForCausalLM": _baichuan,
+    "MegatronGPTModel": _megatron,
 }

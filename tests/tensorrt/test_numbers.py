@@ -31,7 +31,7 @@ OTHERS = ("llama-biases-llama3-rope", "llama-yarn-rope", "llama-one-kv-head-tied
           "gptj-all-rotary", "opt-narrow-norm-last", "falcon-two-norms", "gpt_bigcode-one-kv-head",
           "starcoder2-window", "phi-plain", "qwen2-plain", "phi3-window", "internlm2-plain", "glm-plain", "glm4-plain",
           "chatglm-own-keys", "qwen-plain", "smollm3-plain", "baichuan-7b", "cohere-plain", "cohere2-windows", "nemotron-plain",
-          "granite-factors", "stablelm-serial", "stablelm-parallel")  # fmt: skip
+          "granite-factors", "megatron-rope", "stablelm-serial", "stablelm-parallel")  # fmt: skip
 SHAPE = NetworkShape("float32", max_num_seqs=5, max_model_len=40, max_prefill_tokens=8)
 
 TOLERANCE = 1e-5
