@@ -140,11 +140,11 @@ class ConfigReader:
             )
         return quotient
 
-    def head_dim(self) -> int:
-        """Return ``head_dim``, or where it is absent ``hidden_size / num_attention_heads``, which must divide exactly."""
-        if self.value("head_dim") is None:
+    def head_dim(self, name: str = "head_dim") -> int:
+        """Return field ``name``, or where it is absent ``hidden_size / num_attention_heads``, which must divide exactly."""
+        if self.value(name) is None:
             return self.exact_quotient("hidden_size", "num_attention_heads")
-        return self.integer("head_dim")
+        return self.integer(name)
 
     def refuse_unless(self, name: str, expected: object) -> None:
         """Refuse a feature that the family's functions do not have; absent or null is ``expected``."""

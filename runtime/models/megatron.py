@@ -41,7 +41,7 @@ class MegatronConfig(ModelConfig):
 def read_fields(reader: ConfigReader) -> MegatronConfig:
     """Read ``config.json`` of a ``MegatronGPTModel``, whose keys are Megatron's arguments."""
     num_heads, hidden_size = reader.integer("num_attention_heads"), reader.integer("hidden_size")
-    head_dim = reader.integer("kv_channels", max(1, hidden_size // num_heads))
+    head_dim = reader.head_dim("kv_channels")
     norm, positions = (
         _one_of(reader, "normalization", "LayerNorm", "LayerNorm1P", "RMSNorm"),
         _one_of(reader, "position_embedding_type", "learned_absolute", "rope"),
