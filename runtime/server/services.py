@@ -72,11 +72,6 @@ class Services:
             raise invalid(f"{problem}; use /v1/completions", "messages")
         if for_tools and not template.takes_tools:
             raise invalid("the chat template of this checkpoint does not take tools; leave them out", "tools")
-        if for_tools and self.tool_call_form is None:
-            raise invalid(
-                "this server does not know how the model writes tool calls; leave tools out, or start it with --tool-call-parser",
-                "tools",
-            )
         return template
 
     @property

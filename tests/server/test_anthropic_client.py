@@ -186,6 +186,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [*HI, {"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "1"}]}]}, "tool_result"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "type"),
     ({"temperature": 3}, "temperature"),

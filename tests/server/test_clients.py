@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -18,6 +20,7 @@ from pydantic import SecretStr
 from tokenizers import Tokenizer
 
 from tests.support.float64_llama import Float64Llama
+from tests.text.chat_templates import HERMES
 
 from .jobs import Job, serve
 from .servers import ROOT
@@ -28,9 +31,26 @@ QUESTION = "Write a function that adds two numbers."
 CHAT: list[Any] = [{"role": "user", "content": QUESTION}]
 
 
+CITIES = ["Oslo", "Rome"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": CITIES}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "strict": True, "parameters": SCHEMA}}
+    for name in ("weather", "news")
+]
+
+
 @pytest.fixture(scope="module")
-def job() -> Iterator[Job]:
-    with serve(2, "--dtype", "float32") as running:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """The demo checkpoint with a chat template that takes tools."""
+    model = tmp_path_factory.mktemp("models") / MODEL
+    shutil.copytree(DEMO, model)
+    (model / "chat_template.jinja").write_text(HERMES)
+    with serve(2, "--model", str(model), "--dtype", "float32") as running:
         yield running
 
 
@@ -132,6 +152,40 @@ def test_openai_chat_responses_and_streams(client: openai.OpenAI, answer: str) -
     stream = client.chat.completions.create(messages=CHAT, max_tokens=12, stream=True, **fields)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer
     assert client.responses.create(input=QUESTION, max_output_tokens=12, **fields).output_text == answer
+
+
+def test_a_call_can_be_required_or_named(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": MODEL, "messages": CHAT, "tools": TOOLS, "temperature": 1, "max_tokens": 100}
+    for seed in range(3):
+        choice = client.chat.completions.create(tool_choice="required", seed=seed, **fields).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        for call in choice.message.tool_calls or []:
+            assert call.type == "function"
+            assert call.function.name in ("weather", "news")
+            jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    named: Any = {"type": "function", "function": {"name": "news"}}
+    with client.chat.completions.stream(tool_choice=named, seed=1, **fields) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert call.function.name == "news"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
+def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: openai.OpenAI) -> None:
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
+    response = client.responses.create(model=MODEL, input=QUESTION, text=text, temperature=0, max_output_tokens=100)
+    jsonschema.validate(json.loads(response.output_text), SCHEMA)
+    with anthropic.Anthropic(base_url=job.server.url, api_key="none", max_retries=0) as other:
+        message = other.messages.create(
+            model=MODEL,
+            max_tokens=100,
+            messages=CHAT,
+            tools=[{"name": "weather", "input_schema": SCHEMA}],
+            tool_choice={"type": "any"},
+        )
+    assert message.stop_reason == "tool_use"
+    for block in message.content:
+        assert block.type == "tool_use"
+        jsonschema.validate(block.input, SCHEMA)
 
 
 def test_openai_asynchronously(job: Job, answer: str) -> None:

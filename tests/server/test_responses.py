@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
+
+from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.server.responses.parsing import parse_response
 
 from .servers import Server, stub_server
 from .test_tools import END, OSLO, TAUGHT, TEMPLATE, directory
@@ -122,6 +126,30 @@ def test_a_streamed_call_adds_up_to_the_same(tool_server: Server, tool_client: o
     assert "".join(deltas) == OSLO
 
 
+def test_a_required_call_is_read_from_json(tool_server: Server, tool_client: openai.OpenAI) -> None:
+    text = f'[{{"name": "weather", "parameters": {OSLO}}}]'
+    fields = tool_fields(tool_server) | {"input": text + END, "tool_choice": "required"}
+    (call,) = tool_client.responses.create(**fields).output
+    assert call.type == "function_call"
+    assert (call.name, call.arguments) == ("weather", OSLO)
+    named = {"input": OSLO + END, "tool_choice": {"type": "function", "name": "weather"}}
+    (call,) = tool_client.responses.create(**fields | named).output
+    assert call.type == "function_call"
+    assert (call.name, call.arguments) == ("weather", OSLO)
+
+
+def test_a_format_becomes_a_guide() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for form, guide in (
+        ({"type": "json_schema", "name": "x", "schema": schema, "strict": True}, {"json": schema}),
+        ({"type": "json_object"}, {"json_object": True}),
+        ({"type": "text"}, None),
+    ):
+        parsed = parse_response(msgspec.json.encode({"input": "a", "text": {"format": form}}))
+        expected = None if guide is None else GuideRule().check("text", guide)
+        assert parsed.sampling.get("structured_outputs") == expected
+
+
 def test_calls_and_their_outputs_reach_the_template(tool_server: Server) -> None:
     items = [
         {"role": "user", "content": "?"},
@@ -149,12 +177,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"background": True}, "background"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
     ({"reasoning": {"effort": "high"}}, "reasoning"),
-    ({"text": {"format": {"type": "json_object"}}}, "text"),
+    ({"text": {"format": {"type": "xml"}}}, "text"),
+    ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "text"),
+    ({"text": {"verbosity": "low"}}, "text"),
     ({"truncation": "auto"}, "truncation"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 9999}, "max_output_tokens"),
     ({"tools": [{"type": "web_search"}]}, "tools"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [], "tool_choice": "required"}, "tool_choice"),
     ({"tools": [{**TOOLS[0], "strict": True}]}, "tools"),
     ({"input": []}, "input"),
     ({"input": [{"role": "user", "content": []}]}, "input"),

@@ -130,6 +130,31 @@ def test_without_tools_or_with_choice_none_nothing_is_parsed(
         assert (message.content, message.tool_calls) == (ANSWERS[form], None)
 
 
+def test_a_required_call_is_read_from_json(client: openai.OpenAI, ask: dict[str, Any], server: Server) -> None:
+    text = f'[{{"name": "weather", "parameters": {OSLO}}}, {{"name": "add", "parameters": {{}}}}]'
+    tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    fields = {**ask, "messages": user(text + END), "tools": tools, "tool_choice": "required"}
+    choice = client.chat.completions.create(**fields).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert calls_of(choice.message.tool_calls) == [("weather", OSLO), ("add", "{}")]
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert calls_of(streamed.message.tool_calls) == [("weather", OSLO), ("add", "{}")]
+    one = client.chat.completions.create(**fields, parallel_tool_calls=False).choices[0]
+    assert calls_of(one.message.tool_calls) == [("weather", OSLO)]
+
+
+def test_the_answer_to_a_named_choice_is_its_arguments(client: openai.OpenAI, ask: dict[str, Any]) -> None:
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    choice = client.chat.completions.create(messages=user(OSLO + END), tool_choice=named, **ask).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("stop", None)
+    assert calls_of(choice.message.tool_calls) == [("weather", OSLO)]
+
+
+def calls_of(calls: Any) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in calls or []]
+
+
 def test_the_template_gets_tools_and_earlier_calls(server: Server) -> None:
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
@@ -147,8 +172,13 @@ def test_the_template_gets_tools_and_earlier_calls(server: Server) -> None:
 
 WEATHER = TOOLS[0]["function"]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
+    ({"tool_choice": "required", "tools": []}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "tools"),
+    ({"tool_choice": "required", "structured_outputs": {"regex": "a"}}, "tools"),
+    ({"tool_choice": "required", "tools": [
+        {"type": "function", "function": {"name": name, "parameters": {"$defs": {"x": {"type": kind}}, "$ref": "#/$defs/x"}}}
+        for name, kind in (("f", "object"), ("g", "string"))
+    ]}, "tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tool_choice": "any"}, "tool_choice"),
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),

@@ -12,6 +12,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from phalanx.runtime.server.settings import TOOL_CALL_PARSERS
 from phalanx.runtime.text.tool_calls import (
     TOOL_CALL_FORMS,
+    ArgumentsReader,
+    CallListReader,
+    ToolCallReader,
     detect_form,
     shows_tool_calls,
     takes_tools,
@@ -130,6 +133,36 @@ def test_arguments_stream_before_the_call_ends() -> None:
 def test_without_parallel_calls_only_the_first_counts(form: str) -> None:
     answer = next(answer for kind, answer, _, calls in CASES if kind == form and len(calls) == 2)
     assert read(form, [answer], parallel=False) == ("", read(form, [answer])[1][:1])
+
+
+def read_with(reader: ToolCallReader, answer: str) -> tuple[str, Calls]:
+    pieces = [piece for character in answer for piece in reader.push(character)] + reader.finish()
+    names = [piece.name for piece in pieces if piece.name is not None]
+    arguments = ["".join(piece.text for piece in pieces if piece.call == index) for index in range(len(names))]
+    return "".join(piece.text for piece in pieces if piece.call is None), list(zip(names, arguments, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "calls"),
+    [
+        ('[{"name": "add", "parameters": {"a": 1}}]', "", [("add", '{"a": 1}')]),
+        (
+            '[{"name":"add","parameters":{}},\n{"name":"f","parameters":{"a":[]}}]',
+            "",
+            [("add", "{}"), ("f", '{"a":[]}')],
+        ),
+        ('[{"name": "add", "parameters": {"a": 1', "", [("add", '{"a": 1')]),
+        ("[1]", "[1]", []),
+        ("no list", "no list", []),
+    ],
+)
+def test_a_list_of_calls_that_a_grammar_enforces(answer: str, text: str, calls: Calls) -> None:
+    assert read_with(CallListReader(NAMES), answer) == (text, calls)
+
+
+def test_arguments_that_a_grammar_enforces() -> None:
+    assert read_with(ArgumentsReader(("add",)), '{"a": 1}') == ("", [("add", '{"a": 1}')])
+    assert read_with(ArgumentsReader(("add",)), "") == ("", [])
 
 
 def test_the_operator_can_choose_every_form() -> None:

@@ -34,7 +34,7 @@ def parse_message(body: bytes) -> ApiGeneration:
         raise invalid(f"max_tokens={request.max_tokens} asks for nothing; use at least 1", "max_tokens")
     prompt = conversation(request)
     if prompt.tools is not None:
-        sampling["skip_special_tokens"] = False  # some forms mark a call with a special token
+        sampling = prompt.tools.sampling(sampling)
     return ApiGeneration(
         model=request.model,
         prompts=[prompt],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
-from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader, tool_call_reader
+from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader
 
 __all__ = ["Block", "Blocks"]
 
@@ -45,8 +45,7 @@ class Blocks:
 
     def __post_init__(self) -> None:
         if self.tools is not None:
-            assert self.served.tool_call_form is not None
-            self._reader = tool_call_reader(self.served.tool_call_form, self.tools.names, parallel=self.tools.parallel)
+            self._reader = self.tools.reader(self.served.tool_call_form)
 
     def push(self, text: str, *, last: bool) -> Iterator[tuple[Block, str, bool]]:
         """Yield each block that began or grew with ``text``, what it grew by, and whether it is new."""

@@ -14,7 +14,7 @@ from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.logprobs import chat_logprob
 from phalanx.runtime.server.openai.protocol import ChatRequest
 from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
-from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader, tool_call_reader
+from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader
 
 __all__ = ["ChatFormat"]
 
@@ -90,9 +90,7 @@ class ChatFormat:
         reader = self.readers.get(choice.index)
         if reader is None:
             assert self.tools is not None
-            assert self.served.tool_call_form is not None
-            reader = tool_call_reader(self.served.tool_call_form, self.tools.names, parallel=self.tools.parallel)
-            self.readers[choice.index] = reader
+            reader = self.readers[choice.index] = self.tools.reader(self.served.tool_call_form)
         return reader
 
     def _merged(self, pieces: Iterable[CallPiece], *numbered: str) -> dict[str, Any]:
@@ -111,8 +109,9 @@ class ChatFormat:
         return merged | ({"tool_calls": list(calls.values())} if calls else {})
 
     def _finish_reason(self, choice: Answer) -> str | None:
+        """Calls have a reason of their own, but not one that the request demanded by its name (as in OpenAI's API)."""
         reader = self.readers.get(choice.index)
-        called = reader is not None and reader.num_calls > 0
+        called = reader is not None and reader.num_calls > 0 and self.tools is not None and self.tools.named is None
         return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     def _chunk(

@@ -42,6 +42,11 @@ async def render(services: Services, prompt: Conversation) -> str:
     """
     tools = prompt.tools
     template = services.need_template(for_tools=tools is not None)
+    if tools is not None and not tools.is_forced and services.tool_call_form is None:
+        raise invalid(
+            "this server does not know how the model writes tool calls; leave tools out, or start it with --tool-call-parser",
+            "tools",
+        )
     if not template.shows_tool_calls and any("tool_calls" in message for message in prompt.messages):
         raise invalid("the chat template of this checkpoint does not show tool_calls; leave them out", "messages")
     return await services.in_worker(

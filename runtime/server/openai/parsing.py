@@ -145,7 +145,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         sampling |= {"logprobs": request.top_logprobs}
     prompt = conversation(request)
     if prompt.tools is not None:
-        sampling.setdefault("skip_special_tokens", False)  # some forms mark a call with a special token
+        sampling = prompt.tools.sampling(sampling)
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     if asked == 0:

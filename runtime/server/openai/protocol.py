@@ -201,7 +201,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "spaces_between_special_tokens": (True,),
         "speed": ("standard",),
         "suffix": ("",),
-        "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         "thinking": ({"type": "disabled"},),
         "top_logprobs": (0,),
         "truncate_prompt_tokens": (),

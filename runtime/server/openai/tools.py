@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from phalanx.runtime.server.errors import invalid
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.server.errors import from_request_error, invalid
+from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
+from phalanx.runtime.text.tool_calls import ArgumentsReader, CallListReader, ToolCallReader, tool_call_reader
 
 __all__ = [
     "FunctionCall",
@@ -87,38 +91,79 @@ class ToolUse:
         described: as chat templates take them.
         names: of the functions.
         parallel: whether an answer may hold several calls.
+        is_required: whether the answer must be calls.
+        named: the function that must be called; None = any.
     """
 
     described: Sequence[dict[str, Any]]
     names: tuple[str, ...]
     parallel: bool = True
+    is_required: bool = False
+    named: str | None = None
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer is calls as JSON, because a grammar enforces it, and not in the model's own form."""
+        return self.is_required or self.named is not None
+
+    def reader(self, form: str | None) -> ToolCallReader:
+        """Return a reader of one answer's calls; ``form`` is the model's own, a key of `TOOL_CALL_FORMS`."""
+        if self.named is not None:
+            return ArgumentsReader((self.named,))
+        if self.is_required:
+            return CallListReader(self.names, parallel=self.parallel)
+        assert form is not None
+        return tool_call_reader(form, self.names, parallel=self.parallel)
+
+    def sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sampling fields of a request, ``given``, with what the tools add to them.
+
+        Raises:
+            ApiError: 400: the request has a guide of its own, with which the answer could not be a call.
+        """
+        if given.get("structured_outputs") is not None:
+            raise invalid(
+                "tools and a format of the answer (response_format, structured_outputs) exclude each other on this server; "
+                "leave one out, or use tool_choice 'none'",
+                "tools",
+                "unsupported_parameter",
+            )
+        if not self.is_forced:  # some forms mark a call with a special token
+            return {"skip_special_tokens": False, **given}
+        functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in self.described]
+        if self.named is not None:
+            schema = arguments_schema(dict(functions)[self.named])
+        else:
+            schema = calls_schema(functions, parallel=self.parallel)
+        try:
+            return {**given, "structured_outputs": GuideRule().check("tools", {"json": schema})}
+        except RequestError as error:
+            raise from_request_error(error) from None
 
 
 def tool_use(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool | None) -> ToolUse | None:
     """Return the tools that the model is shown; None if there are none, or the choice is ``none``.
 
     Raises:
-        ApiError: 400: too many tools, a name twice, a choice without its tool, or one that cannot be enforced.
+        ApiError: 400: too many tools, a name twice, a choice without its tool, or a promise that cannot be kept.
     """
     names = tuple(tool.function.name for tool in tools)
     _check_names(names)
-    if choice not in (None, "none", "auto"):
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise invalid(f"tool_choice names {choice.function.name!r}, which is not among tools", "tool_choice")
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    if named is not None and named not in names:
+        raise invalid(f"tool_choice names {named!r}, which is not among tools", "tool_choice")
+    if choice == "required" and not tools:
+        raise invalid("tool_choice 'required' needs tools; give at least one", "tool_choice")
+    if not tools or choice == "none":
+        return None
+    use = ToolUse([_described(tool) for tool in tools], names, parallel is not False, choice == "required", named)
+    if not use.is_forced and any(tool.function.strict for tool in tools):
         raise invalid(
-            "tool_choice can be 'none' or 'auto' on this server: a call cannot be enforced",
-            "tool_choice",
-            "unsupported_parameter",
-        )
-    if any(tool.function.strict for tool in tools):
-        raise invalid(
-            "tools: strict is not supported by this server; leave it out, and check the arguments of calls",
+            "tools: strict is enforced with tool_choice 'required' or a named function only; leave it out, and check the arguments",
             "tools",
             "unsupported_parameter",
         )
-    if not tools or choice == "none":
-        return None
-    return ToolUse([_described(tool) for tool in tools], names, parallel is not False)
+    return use
 
 
 def template_call(call: ToolCall, param: str = "messages") -> dict[str, Any]:

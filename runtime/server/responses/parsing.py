@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from phalanx.runtime.server.errors import invalid
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.server.errors import from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import MAX_MESSAGES, ApiGeneration, Conversation
 from phalanx.runtime.server.openai.protocol import convert_item, decode_generation
 from phalanx.runtime.server.openai.tools import (
@@ -23,6 +25,8 @@ from phalanx.runtime.server.responses.protocol import (
     FunctionCallItem,
     InputItem,
     InputText,
+    JsonObject,
+    JsonSchema,
     MessageItem,
     NamedFunction,
     OutputText,
@@ -46,9 +50,10 @@ def parse_response(body: bytes) -> ApiGeneration:
         )
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")
+    sampling |= _guide(request, sampling)
     tools = _tool_use(request)
     if tools is not None:
-        sampling.setdefault("skip_special_tokens", False)  # some forms mark a call with a special token
+        sampling = tools.sampling(sampling)
     return ApiGeneration(
         model=request.model,
         prompts=[Conversation(_messages(request), tools=tools)],
@@ -61,6 +66,20 @@ def parse_response(body: bytes) -> ApiGeneration:
         stream=request.stream,
         reply=lambda served: ResponseReply(served, request, tools),
     )
+
+
+def _guide(request: ResponsesRequest, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The sampling field for ``text.format``."""
+    form = None if request.text is None else request.text.format
+    if not isinstance(form, (JsonObject, JsonSchema)):
+        return {}
+    if sampling.get("structured_outputs") is not None:
+        raise invalid("text.format and structured_outputs both say what the answer must match; leave one out", "text")
+    guide: dict[str, Any] = {"json": form.schema} if isinstance(form, JsonSchema) else {"json_object": True}
+    try:
+        return {"structured_outputs": GuideRule().check("text", guide)}
+    except RequestError as error:
+        raise from_request_error(error) from None
 
 
 def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:

@@ -15,9 +15,12 @@ __all__ = [
     "FunctionCallOutputItem",
     "InputItem",
     "InputText",
+    "JsonObject",
+    "JsonSchema",
     "MessageItem",
     "NamedFunction",
     "OutputText",
+    "PlainText",
     "ResponsesRequest",
     "ResponsesTool",
 ]
@@ -87,6 +90,30 @@ class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
+class PlainText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObject(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that matches a schema, which is enforced whether ``strict`` or not."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What the text of the answer looks like."""
+
+    format: PlainText | JsonObject | JsonSchema | None = None
+    verbosity: Literal["medium"] | None = None
+
+
 class ResponseStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """Padding against measuring answers by their packets is never added."""
 
@@ -106,6 +133,7 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
+    text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -126,6 +154,5 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     previous_response_id: Any = None
     prompt: Any = None
     reasoning: Any = None
-    text: Any = None
     top_logprobs: Any = None
     truncation: Any = None

@@ -20,7 +20,7 @@ from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.blocks import Block, Blocks
 from phalanx.runtime.server.openai.tools import ToolUse
-from phalanx.runtime.server.responses.protocol import ResponsesRequest
+from phalanx.runtime.server.responses.protocol import PlainText, ResponsesRequest
 
 __all__ = ["ResponseReply"]
 
@@ -65,7 +65,7 @@ class ResponseReply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (request.text and request.text.format) or PlainText()},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_p": params.top_p,

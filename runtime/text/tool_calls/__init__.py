@@ -2,11 +2,13 @@
 """Tool calls in a model's text: which form a checkpoint's template teaches, and calls read out of a growing answer."""
 
 from phalanx.runtime.text.tool_calls.detection import detect_form, shows_tool_calls, takes_tools
-from phalanx.runtime.text.tool_calls.forms import TOOL_CALL_FORMS, tool_call_reader
+from phalanx.runtime.text.tool_calls.forms import TOOL_CALL_FORMS, ArgumentsReader, CallListReader, tool_call_reader
 from phalanx.runtime.text.tool_calls.reader import CallPiece, ToolCallReader
 
 __all__ = [
     "TOOL_CALL_FORMS",
+    "ArgumentsReader",
+    "CallListReader",
     "CallPiece",
     "ToolCallReader",
     "detect_form",

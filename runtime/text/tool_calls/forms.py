@@ -9,7 +9,7 @@ from types import MappingProxyType
 from phalanx.runtime.text.tool_calls.json_call import JsonValue
 from phalanx.runtime.text.tool_calls.reader import ToolCallReader
 
-__all__ = ["TOOL_CALL_FORMS", "tool_call_reader"]
+__all__ = ["TOOL_CALL_FORMS", "ArgumentsReader", "CallListReader", "tool_call_reader"]
 
 
 class HermesReader(ToolCallReader):
@@ -162,3 +162,69 @@ TOOL_CALL_FORMS: Mapping[str, type[ToolCallReader]] = MappingProxyType(
 def tool_call_reader(form: str, names: Collection[str], *, parallel: bool = True) -> ToolCallReader:
     """Return a reader of one answer's calls in ``form``, a key of `TOOL_CALL_FORMS`."""
     return TOOL_CALL_FORMS[form](names, parallel=parallel)
+
+
+class CallListReader(ToolCallReader):
+    """``[{"name": "f", "parameters": {...}}, ...]`` as the whole answer, as a grammar enforces it."""
+
+    def _first_step(self) -> Callable[[], bool]:
+        return self._start
+
+    def _start(self) -> bool:
+        begun = self._buffer.lstrip()
+        if not begun:
+            return False
+        if begun.startswith("["):
+            self._raw, self._buffer, self._step = "[", begun[1:], self._read_call
+        else:
+            self._step = self._rest
+        return True
+
+    def _not_a_call(self) -> None:
+        super()._not_a_call()
+        self._step = self._rest
+
+    def _rest(self) -> bool:
+        self._is_named = False
+        self._add_text(self._buffer)
+        self._buffer = ""
+        return False
+
+    def _after_call(self) -> bool:
+        if not self._skip_spaces():
+            return False
+        mark, self._buffer = self._buffer[0], self._buffer[1:]
+        if mark == ",":
+            self._is_named, self._raw, self._step = False, mark, self._read_call
+        elif mark == "]":
+            self._step = self._end
+        else:
+            self._buffer, self._step = mark + self._buffer, self._rest
+        return True
+
+    def _end(self) -> bool:
+        """Nothing but spaces should follow."""
+        if self._skip_spaces():
+            self._step = self._rest
+            return True
+        return False
+
+
+class ArgumentsReader(ToolCallReader):
+    """The arguments of one function as the whole answer, as a grammar enforces it."""
+
+    def _first_step(self) -> Callable[[], bool]:
+        return self._arguments
+
+    def _arguments(self) -> bool:
+        if not self._buffer:
+            return False
+        if not self._is_named:
+            (name,) = self._names
+            self._begin_call(name)
+        self._add_arguments(self._buffer)
+        self._buffer = ""
+        return False
+
+    def _after_call(self) -> bool:
+        return False

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guides for answers that must be calls: one function's arguments, or a list of calls, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phalanx.runtime.server.errors import invalid
+
+__all__ = ["arguments_schema", "calls_schema"]
+
+_SHARED = ("$defs", "definitions")
+
+
+def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the schema of a function's arguments; a function without parameters takes an empty object."""
+    return (
+        {"type": "object", "properties": {}, "additionalProperties": False} if parameters is None else dict(parameters)
+    )
+
+
+def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool) -> dict[str, Any]:
+    """Return the schema of a list of at least one call, ``{"name", "parameters"}``; at most one unless ``parallel``.
+
+    Raises:
+        ApiError: 400: two functions define a name of ``$defs``, to which references lead from the top, differently.
+    """
+    shared: dict[str, dict[str, Any]] = {}
+    calls = [_call_schema(name, arguments_schema(parameters), shared) for name, parameters in functions]
+    most = {} if parallel else {"maxItems": 1}
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most, **shared}
+
+
+def _call_schema(name: str, parameters: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    for key in _SHARED:
+        for defined, schema in parameters.pop(key, {}).items():
+            if shared.setdefault(key, {}).setdefault(defined, schema) != schema:
+                raise invalid(f"tools: two functions define {key}/{defined} differently; rename one of them", "tools")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
