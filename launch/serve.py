@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,14 @@ from phalanx.launch.arguments import (
     add_parallel_arguments,
     engine_config,
     job_arguments,
+    own_arguments,
     run_command,
 )
-from phalanx.launch.children import same_code
 from phalanx.launch.drain import DrainSignals
+from phalanx.launch.front import model_names, start_frontend
 from phalanx.launch.loading import start_progress
-from phalanx.launch.parser import log_format, log_level
 from phalanx.launch.start_block import describe, host_names, start_block
+from phalanx.launch.supervise import PLACE_VARIABLE, supervise
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import fields
@@ -44,16 +44,10 @@ if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
     from phalanx.runtime.server.link.leaders import Leader
     from phalanx.runtime.server.link.messages import ModelInfo
-    from phalanx.runtime.server.settings import FrontendSettings
 
 __all__ = ["main"]
 
 _LOG = logging.getLogger("phalanx.serve")
-HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
-STALLED_HEALTH_SECONDS = 60.0
-"""``/health`` fails after so long without a finished step, though the job may go on."""
-GRPC_PORT = 8001
-MAX_DEFAULT_HTTP_PROCESSES = 8
 
 
 def build_parser() -> CommandParser:
@@ -81,6 +75,14 @@ def build_parser() -> CommandParser:
     server.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key (PEM, no password)")
     server.add_argument("--admin-key-file", type=Path, metavar="FILE",
                         help="keys for POST /admin/drain (default: those of --api-key-file; without either it is refused)")  # fmt: skip
+    server.add_argument("--supervise", action="store_true",
+                        help="start the ranks, and start them again after a failure; clients stay connected")  # fmt: skip
+    server.add_argument("-n", "--num-ranks", type=int, metavar="N",
+                        help="ranks that --supervise starts (default: dp x pp x tp)")  # fmt: skip
+    server.add_argument("--launcher", metavar="COMMAND",
+                        help="how --supervise starts them (default: mpirun -n N; without ranks to start, none)")  # fmt: skip
+    server.add_argument("--max-restarts", type=int, default=10, metavar="N",
+                        help="restarts in a row; ten minutes of service begin a new row (default 10)")  # fmt: skip
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
@@ -103,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until drained; returns the exit status."""
     if launch_info().launcher is not None:
         _die_with_launcher()
+    elif PLACE_VARIABLE not in os.environ:
+        args = own_arguments(build_parser(), argv)
+        if args.supervise:
+            return supervise(args, sys.argv[1:] if argv is None else argv)
     door = _Door()
     try:
         args, world = job_arguments(build_parser(), argv, door.open)
@@ -136,11 +142,15 @@ class _Door:
         """
         from phalanx.runtime.server.link.frontend import Frontend
 
-        settings = _frontend_settings(args)
-        self.announcement = Announcement(settings.model_names[0], args.endpoint_file)
-        self.frontend = Frontend.start(HTTP_PROCESS, settings, same_code())
-        if self.frontend.grpc_port is not None:
-            _LOG.info("gRPC on %s:%d", settings.host, self.frontend.grpc_port)
+        self.announcement = Announcement(model_names(args)[0], args.endpoint_file)
+        if (place := os.environ.get(PLACE_VARIABLE)) is not None:
+            self.frontend = Frontend.connect(place)
+            return
+        if args.supervise:
+            raise ConfigError(
+                "--supervise starts the ranks itself; start it once, without mpirun or srun: launch.serve --supervise -n 8"
+            )
+        self.frontend = start_frontend(args)
 
     def close(self) -> None:
         """All requests are answered."""
@@ -172,58 +182,6 @@ class _Door:
             self.announcement.withdraw()
         if self.frontend is not None:
             self.frontend.abandon(reason)
-
-
-def _frontend_settings(args: argparse.Namespace) -> FrontendSettings:
-    from phalanx.runtime.server.settings import FrontendSettings
-
-    name = "phalanx-demo" if args.model is None else args.model.resolve().name
-    return FrontendSettings(
-        host=args.host,
-        port=args.port,
-        grpc_port=_grpc_port(args),
-        num_processes=_default_http_processes() if args.http_processes is None else args.http_processes,
-        model_names=tuple(args.served_model_name or (name,)),
-        api_key_file=None if args.api_key_file is None else str(args.api_key_file),
-        ssl_certfile=None if args.ssl_certfile is None else str(args.ssl_certfile),
-        ssl_keyfile=None if args.ssl_keyfile is None else str(args.ssl_keyfile),
-        admin_key_file=None if args.admin_key_file is None else str(args.admin_key_file),
-        insecure=args.insecure,
-        request_timeout_seconds=args.request_timeout,
-        stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
-        metrics_compatibility=tuple(args.metrics_compatibility),
-        tool_call_parser=args.tool_call_parser,
-        cors_origins=tuple(args.cors_origin),
-        log_level=log_level(args),
-        log_format=log_format(args),
-    )
-
-
-def _default_http_processes() -> int:
-    """One process streams more tokens than four processors compute, so that share leaves the rest to the ranks."""
-    return max(1, min(MAX_DEFAULT_HTTP_PROCESSES, len(os.sched_getaffinity(0)) // 4))
-
-
-def _grpc_port(args: argparse.Namespace) -> int | None:
-    """Where gRPC is served. Asked for, it must work; otherwise the server starts without it and says so.
-
-    Raises:
-        ConfigError: ``--grpc-port`` is given, and the port or the libraries are not there.
-    """
-    from phalanx.runtime.server.web.listener import free_port
-
-    given, port = args.grpc_port, GRPC_PORT if args.grpc_port is None else args.grpc_port
-    if given is None and args.port == 0:
-        return None
-    try:
-        if not (find_spec("grpc") and find_spec("tritonclient")):
-            raise ConfigError(f"--grpc-port {port} needs grpcio and tritonclient; pip install 'tritonclient[grpc]'")
-        return port if given == 0 else free_port(args.host, port)
-    except ConfigError as error:
-        if given is not None:
-            raise
-        _LOG.warning("serving without gRPC: %s", error)
-        return None
 
 
 def _die_with_launcher() -> None:

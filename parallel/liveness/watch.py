@@ -130,8 +130,12 @@ class RankWatch:
             self._keep(judge.report(f"{self._states[0]} {text}", self._states_at(time.monotonic())))
 
     def end_by(self, seconds: float, status: int, reason: str) -> None:
-        """End every rank with ``status`` unless this one has ended within ``seconds``. May be called by a signal handler."""
-        self._end_at = time.monotonic() + seconds, status, reason
+        """End every rank with ``status`` unless this one has ended within ``seconds``; of several calls the earliest end counts.
+
+        May be called by a signal handler, which another one may interrupt.
+        """
+        end = time.monotonic() + seconds, status, reason
+        self._end_at = end if self._end_at is None else min(self._end_at, end)
 
     # The watching thread
 

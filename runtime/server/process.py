@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of the HTTP processes: answers 503 until the engine is ready, and dies with rank 0."""
+"""One of the HTTP processes: answers 503 until the engine is ready, and dies with its parent (rank 0, or the supervisor)."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ LAST_ANSWERS_SECONDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``NUMBER CHANNEL LISTENER STARTING BOARD SETTINGS``: which process this is, four inherited descriptors, `FrontendSettings` as JSON.
+    """``NUMBER CHANNEL ENGINES LISTENER STARTING BOARD SETTINGS``: which process this is, inherited descriptors, `FrontendSettings` as JSON.
 
-    The descriptors: an end of the socket pair, a listening socket, a pipe that is closed once this process answers, and the
-    memory in which the processes count.
+    The descriptors: an end of the socket pair, a Unix socket where engines connect (-1: the socket pair leads to the engine), a
+    listening socket, a pipe that is closed once this process answers, and the memory in which the processes count.
     """
     _tie_to_parent()
-    number, channel, listener, starting, board, encoded = sys.argv[1:] if arguments is None else arguments
+    number, channel, engines, listener, starting, board, encoded = sys.argv[1:] if arguments is None else arguments
     settings = msgspec.json.decode(encoded, type=FrontendSettings)
     log = start_logging(sys.stderr, settings.log_level, settings.log_format)
     _raise_descriptor_limit()
     api_keys = read_api_keys(settings.api_key_file)
     admin_keys = read_api_keys(settings.admin_key_file, "--admin-key-file") or api_keys
     sockets = socket.socket(fileno=int(listener)), socket.socket(fileno=int(channel))
+    engines_ = None if int(engines) < 0 else socket.socket(fileno=int(engines))
     try:
         board_ = Board(int(board), int(number))
         asyncio.run(
-            _serve(settings, api_keys, admin_keys, *sockets, board_, int(number), lambda: os.close(int(starting)))
+            _serve(
+                settings, api_keys, admin_keys, *sockets, engines_, board_, int(number), lambda: os.close(int(starting))
+            )
         )
     finally:
         log.stop()
@@ -76,6 +79,7 @@ async def _serve(
     admin_keys: Sequence[bytes],
     listener: socket.socket,
     channel: socket.socket,
+    engines: socket.socket | None,
     board: Board,
     number: int,
     on_started: Callable[[], None],
@@ -85,6 +89,7 @@ async def _serve(
     from phalanx.runtime.server.app import build_app
     from phalanx.runtime.server.kserve.inference import Inference
     from phalanx.runtime.server.link.engine_client import EngineClient
+    from phalanx.runtime.server.link.supervisor_link import EngineDoor, SupervisorLink
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
     from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, ConnectionLimits, QuietServer
@@ -99,7 +104,9 @@ async def _serve(
         on_stats=metrics.take,
         room=room,
         process=number,
+        on_change=None if engines is None else lambda state: supervisor.tell(state),
     )
+    supervisor = SupervisorLink(client, on_gone=lambda: _leave(server))
     workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
     services = Services(client, settings, metrics, workers)
     inference = Inference(services, board)
@@ -126,7 +133,11 @@ async def _serve(
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = QuietServer(config, on_started)
-    await loop.connect_accepted_socket(lambda: client, channel)
+    if engines is None:
+        await loop.connect_accepted_socket(lambda: client, channel)
+    else:
+        await loop.connect_accepted_socket(lambda: supervisor, channel)
+        await loop.create_unix_server(lambda: EngineDoor(client), sock=engines)
     grpc_server = await _start_grpc(inference, api_keys, settings)
     await server.serve(sockets=[listener])
     if grpc_server is not None:

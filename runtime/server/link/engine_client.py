@@ -16,7 +16,7 @@ import msgspec
 from phalanx.parallel.errors import CapacityError, CommunicatorError
 from phalanx.runtime.request import Request, SamplingParams, TokenDelta
 from phalanx.runtime.server.board import Room
-from phalanx.runtime.server.errors import ApiError, invalid, overloaded
+from phalanx.runtime.server.errors import ApiError, invalid, overloaded, unavailable
 from phalanx.runtime.server.link.messages import (
     Alive,
     Cancel,
@@ -27,6 +27,7 @@ from phalanx.runtime.server.link.messages import (
     FrameDecoder,
     FromFrontend,
     FrontendReady,
+    FrontendRefused,
     ModelInfo,
     Phase,
     Refused,
@@ -38,13 +39,17 @@ from phalanx.runtime.server.link.messages import (
     encode_frame,
 )
 
-__all__ = ["EngineClient", "GenerationGroup", "ServerState"]
+__all__ = ["EngineClient", "EngineLost", "GenerationGroup", "ServerState"]
 
 
 DELIVERY_SECONDS = 0.002
 """How long readers are told of their tokens before others have the loop: /health must answer under any load."""
 
 _LOG = logging.getLogger("phalanx.server")
+
+
+class EngineLost(ApiError):
+    """The engine is gone and another one starts: what a client has not seen a part of may be asked again."""
 
 
 class ServerState(enum.Enum):
@@ -153,6 +158,8 @@ class EngineClient(asyncio.Protocol):
     Args:
         room: the requests that are open in all HTTP processes.
         process: number of this HTTP process; it begins the ids of its requests.
+        on_change: called when requests are answered from now on, or a drain has begun, under a supervisor; None = no supervisor, so
+            the process ends with the engine.
 
     Attributes:
         state: where the server is in its life.
@@ -171,7 +178,12 @@ class EngineClient(asyncio.Protocol):
         room: Room,
         process: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[ServerState], None] | None = None,
     ) -> None:
+        self._on_change = on_change
+        self._serving: asyncio.Future[None] | None = None
+        self._is_stopped = False
+        self._refusal: FrontendRefused | None = None
         self._room, self._process = room, process
         self.state = ServerState.STARTING
         self.model: ModelInfo | None = None
@@ -219,6 +231,8 @@ class EngineClient(asyncio.Protocol):
         """Queue requests; `admit` has made room. The group must be closed."""
         if self.failure is not None:
             raise self.failed()
+        if self._transport is None:
+            raise unavailable(f"the server is starting ({self.phase}); try again in a moment")
         ids = [f"{self._process}-{self._num_submitted + index}" for index in range(len(prompts))]
         self._num_submitted += len(prompts)
         group = GenerationGroup(self, ids)
@@ -248,8 +262,20 @@ class EngineClient(asyncio.Protocol):
     def serve(self) -> None:
         """From now on requests are answered."""
         if self.state is ServerState.STARTING:
-            self.state = ServerState.SERVING
+            self._change(ServerState.SERVING)
         self._send(FrontendReady())
+
+    async def wait_until_serving(self) -> None:
+        """Return when another engine has taken the place of the one that was lost.
+
+        Raises:
+            ApiError: there will be none.
+        """
+        while self.state is ServerState.STARTING:
+            self._serving = self._serving or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._serving)
+        if self.failure is not None:
+            raise self.failed()
 
     def mark(self, group: GenerationGroup) -> None:
         """Remember that a group has something to read; `_deliver` tells its reader."""
@@ -273,9 +299,14 @@ class EngineClient(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The socket pair is attached to the loop."""
+        """The socket pair is attached to the loop, or the next engine has connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._frames, self._is_held = FrameDecoder(), False
+        if self._refusal is not None:
+            self._send(self._refusal)
+        self.stats, self.trouble = None, None
+        self._last_progress = [self._clock()]
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of the engine's messages."""
@@ -283,13 +314,15 @@ class EngineClient(asyncio.Protocol):
             for body in self._frames.feed(data):
                 self._take(self._decoder.decode(body))
         except (msgspec.DecodeError, CommunicatorError) as error:
-            self._fail(f"its messages are damaged: {error}")
+            self._lose(f"its messages are damaged: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
         """Rank 0 is gone."""
         self._transport = None
-        self._fail("rank 0 has ended without a message")
-        self._on_gone()
+        if not self._is_stopped:
+            self._lose("rank 0 has ended without a message")
+        if self._on_change is None:
+            self._on_gone()
 
     def _deliver(self) -> None:
         """Tell readers for a moment, then let others have the loop; the engine's messages wait until all readers were told.
@@ -328,15 +361,16 @@ class EngineClient(asyncio.Protocol):
                 self.model = message
                 self._load_model(message)
             case Draining():
-                self.state = ServerState.DRAINING
+                self._change(ServerState.DRAINING)
                 self._report_drained()
             case Phase(text):
                 self.phase = text
             case Trouble(text):
                 self.trouble = text
             case Failed(text):
-                self._fail(text)
+                self._lose(text)
             case Stop():
+                self._is_stopped = True
                 self._on_gone()
 
     def _take_deltas(self, deltas: Deltas) -> None:
@@ -370,14 +404,37 @@ class EngineClient(asyncio.Protocol):
         else:
             entry[0].fail(invalid(refused.message, refused.param, refused.code))
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """The engine is gone for good: every request gets this reason."""
         if self.failure is None:
             self.failure = reason
-            self.state = ServerState.FAILED
+            self._change(ServerState.FAILED)
             _LOG.error("the engine stopped: %s", reason)
+        self._end_groups(self.failed())
+
+    def _lose(self, reason: str) -> None:
+        """The engine is gone; under a supervisor, unless it was draining, another one starts."""
+        if self._on_change is None or self.state in (ServerState.DRAINING, ServerState.FAILED):
+            self.fail(reason)
+            return
+        if self.state is ServerState.SERVING:
+            self._change(ServerState.STARTING)
+            self.phase = f"again, because the engine stopped: {reason}"
+            _LOG.error("the engine stopped: %s", reason)
+        self._end_groups(EngineLost(500, f"the engine stopped: {reason}", code="engine_failed"))
+
+    def _end_groups(self, error: ApiError) -> None:
         for group, _ in self._open.values():
-            group.fail(self.failed())
+            group.fail(error)
         self._open.clear()
+
+    def _change(self, state: ServerState) -> None:
+        self.state = state
+        if self._on_change is not None:
+            self._on_change(state)
+        if state is not ServerState.STARTING and self._serving is not None:
+            self._serving.set_result(None)
+            self._serving = None
 
     def _report_drained(self) -> None:
         if self.state is ServerState.DRAINING and self._room.num_own == 0:
@@ -386,3 +443,5 @@ class EngineClient(asyncio.Protocol):
     def _send(self, message: FromFrontend) -> None:
         if self._transport is not None:
             self._transport.write(encode_frame(message))
+        elif isinstance(message, FrontendRefused):
+            self._refusal = message

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from phalanx.parallel.errors import CommunicatorError
+from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.runtime.server.board import create_board
 from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
 from phalanx.runtime.server.link.messages import Failed, Phase, Stop, Trouble
@@ -24,6 +25,14 @@ from phalanx.runtime.server.web.tls import server_context
 __all__ = ["Frontend"]
 
 EXIT_SECONDS = 8.0
+
+
+class _Place(msgspec.Struct):
+    """``doors``: abstract Unix sockets, one for each HTTP process."""
+
+    url: str
+    grpc_port: int | None
+    doors: list[str]
 
 
 class Frontend:
@@ -41,7 +50,9 @@ class Frontend:
         processes: Sequence[subprocess.Popen[bytes]],
         channels: FrontendChannels,
         grpc_port: int | None = None,
+        doors: Sequence[str] = (),
     ) -> None:
+        self._doors = list(doors)
         self.url = url
         self.grpc_port = grpc_port
         self.channels = channels
@@ -49,12 +60,19 @@ class Frontend:
 
     @classmethod
     def start(
-        cls, command: Sequence[str], settings: FrontendSettings, environment: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str],
+        settings: FrontendSettings,
+        environment: Mapping[str, str] | None = None,
+        *,
+        outlives_engine: bool = False,
     ) -> Frontend:
         """Open the port and start ``settings.num_processes`` times ``command``, with the arguments of `process.main`.
 
         ``environment`` is that of the processes; None = ours. Returns at once; a thread answers 503 until the processes do. They get
         sessions of their own, so that a terminal's or a launcher's signals reach rank 0 only.
+
+        ``outlives_engine``: for a supervisor. The channels lead to it, and engines `connect` to the `place`.
 
         Raises:
             ConfigError: the port, the key file or the certificate cannot be used.
@@ -68,25 +86,56 @@ class Frontend:
         url = _url("http" if tls is None else "https", settings.host, listeners[0].getsockname()[1])
         board = create_board(settings.num_processes)
         started, starting = os.pipe()
-        processes, channels = [], []
+        processes, channels, doors = [], [], []
         for number, listener in enumerate(listeners):
             ours, theirs = socket.socketpair()
-            descriptors = (theirs.fileno(), listener.fileno(), starting, board)
+            door = _engine_door() if outlives_engine else None
+            engines = -1 if door is None else door.fileno()
+            descriptors = (theirs.fileno(), engines, listener.fileno(), starting, board)
             encoded = msgspec.json.encode(settings).decode()
             process = subprocess.Popen(
                 [*command, *map(str, (number, *descriptors)), encoded],
-                pass_fds=descriptors,
+                pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
             )
             theirs.close()
+            if door is not None:
+                doors.append(door.getsockname().decode())
+                door.close()
             processes.append(process)
             channels.append(FrontendChannel(ours, f"HTTP process {number} (pid {process.pid})"))
         os.close(starting)
         os.close(board)
         answer_early(listeners, started, tls)
-        return cls(url, processes, FrontendChannels(channels), settings.grpc_port)
+        return cls(url, processes, FrontendChannels(channels), settings.grpc_port, doors)
+
+    @property
+    def place(self) -> str:
+        """For `connect`, as text: where engines find the processes that outlive them."""
+        return msgspec.json.encode(_Place(self.url, self.grpc_port, self._doors)).decode()
+
+    @classmethod
+    def connect(cls, place: str) -> Frontend:
+        """What rank 0 holds under a supervisor: processes that run already.
+
+        Raises:
+            ConfigError: they cannot be reached.
+        """
+        known, channels = msgspec.json.decode(place, type=_Place), []
+        for number, door in enumerate(known.doors):
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.connect(door)
+            except OSError as error:
+                sock.close()
+                raise ConfigError(
+                    f"HTTP process {number} of the supervisor cannot be reached ({error.strerror}); rank 0 must run on the "
+                    "supervisor's host, in the same container"
+                ) from None
+            channels.append(FrontendChannel(sock, f"HTTP process {number}"))
+        return cls(known.url, (), FrontendChannels(channels), known.grpc_port)
 
     def tell_failed(self, reason: str) -> None:
         """Have every open request end with this error. May be called by any thread; waits for a moment at most."""
@@ -122,6 +171,13 @@ class Frontend:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _engine_door() -> socket.socket:
+    door = socket.socket(socket.AF_UNIX)
+    door.bind("\0phalanx-front-" + secrets.token_hex(16))
+    door.listen(1)
+    return door
 
 
 def _url(scheme: str, host: str, port: int) -> str:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError
-from phalanx.runtime.server.link.engine_client import GenerationGroup
+from phalanx.runtime.server.link.engine_client import EngineLost, GenerationGroup
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
@@ -29,6 +29,7 @@ __all__ = ["GenerationJob", "generate", "respond", "start_job", "stream_response
 
 _LOG = logging.getLogger("phalanx.server")
 
+_NO_RETRY = {"x-should-retry": "false"}
 HEADERS_SECONDS = 0.5
 """How long a stream waits for its first token before its headers go out: until then a refusal of the engine has its own status."""
 
@@ -148,15 +149,41 @@ class GenerationJob:
         return taken
 
     async def collect(self) -> list[Answer]:
-        """Wait for the ends of all answers and return them with their events.
+        """Wait for the ends of all answers and return them with their events. Where another engine takes over, it is asked once more.
 
         Raises:
             ApiError: one of them failed, or the engine is gone.
         """
+        try:
+            return await self._collect()
+        except EngineLost:
+            await self._submit_again()
+            return await self._collect()
+
+    async def _collect(self) -> list[Answer]:
         while not self.is_finished:
             for choice, events in await self.next():
                 choice.events += events
         return self.choices
+
+    async def _submit_again(self) -> None:
+        """Forget what the lost engine gave, and ask the next one for all of it.
+
+        Raises:
+            ApiError: there is no other engine, or it did not come before the request's deadline.
+        """
+        client, deadline = self.services.client, self.services.deadline(self.arrival)
+        try:
+            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                await client.wait_until_serving()
+        except TimeoutError:
+            raise self._too_late() from None
+        self.choices = [
+            Answer.start(choice.index, choice.prompt_token_ids, choice.params, self.services.tokenizer)
+            for choice in self.choices
+        ]
+        self.failed = self.last_token = None
+        self.group = client.submit([(choice.prompt_token_ids, choice.params) for choice in self.choices], deadline)
 
     def raise_failure(self) -> None:
         """Raise ApiError if a choice failed or the group ended with an error, after all that came before."""
@@ -166,12 +193,14 @@ class GenerationJob:
                 self.group.raise_error()
             return
         deadline = self.services.deadline(self.arrival)
-        no_retry = {"x-should-retry": "false"}
         if deadline is not None and time.monotonic() >= deadline:
-            seconds = self.services.settings.request_timeout_seconds
-            message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
-            raise ApiError(408, message, code="request_timeout", headers=no_retry)
-        raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=no_retry)
+            raise self._too_late()
+        raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=_NO_RETRY)
+
+    def _too_late(self) -> ApiError:
+        seconds = self.services.settings.request_timeout_seconds
+        message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
+        return ApiError(408, message, code="request_timeout", headers=_NO_RETRY)
 
     def _observe(self, num_tokens: int) -> None:
         now, metrics = time.monotonic(), self.services.metrics

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``launch.serve --supervise``: one process outside MPI keeps the port and the clients, and starts the ranks again when they fail.
+
+An HTTP request that was not answered yet waits in its HTTP process and is asked once more of the next ranks; a stream ends with an
+error. The ranks are a job of their own (``mpirun``), so nothing of a failed one is left in the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from phalanx.launch.children import same_code
+from phalanx.parallel.errors import CommunicatorError, ConfigError
+
+if TYPE_CHECKING:
+    from phalanx.runtime.server.link.frontend import Frontend
+
+__all__ = ["PLACE_VARIABLE", "supervise"]
+
+_LOG = logging.getLogger("phalanx.serve")
+PLACE_VARIABLE = "PHALANX_HTTP_PLACE"
+"""Tells rank 0 where the HTTP processes of its supervisor are. Set by the supervisor only."""
+POLL_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 60.0
+GOOD_SERVICE_SECONDS = 600.0
+"""Ranks that served for so long did not fail at their start; the next failure is the first of a new row."""
+KILL_SECONDS = 5.0
+"""How long ranks have to end after a second signal."""
+MISTAKE = 2
+"""Exit status of ranks that would make the same mistake again."""
+
+
+def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Serve until drained, through failures of the ranks; returns the exit status.
+
+    Raises:
+        ConfigError: the port, the launcher or the number of ranks cannot be used.
+    """
+    from phalanx.launch.front import start_frontend
+
+    command = [*_launcher(args), sys.executable, "-P", "-m", "launch.serve", *words]
+    if args.max_restarts < 0:
+        raise ConfigError(f"--max-restarts={args.max_restarts} is below 0; use 0 to start once")
+    frontend = start_frontend(args, outlives_engine=True)
+    supervisor = _Supervisor(frontend, command, args.max_restarts)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, supervisor.on_signal)
+    return supervisor.run()
+
+
+def _launcher(args: argparse.Namespace) -> list[str]:
+    sizes = [size for size in (args.tp, args.pp, args.dp) if size is not None]
+    num_ranks = args.num_ranks
+    if num_ranks is None:
+        num_ranks = 1
+        for size in sizes:
+            num_ranks *= size
+    if num_ranks < 1:
+        raise ConfigError(f"--num-ranks={num_ranks} is below 1; use the number of GPUs")
+    if args.launcher is not None:
+        return shlex.split(args.launcher)
+    return [] if num_ranks == 1 else ["mpirun", "-n", str(num_ranks)]
+
+
+@dataclass(slots=True)
+class _Supervisor:
+    """The loop over jobs of ranks.
+
+    Attributes:
+        draining: a signal or the admin route has asked for the end; no further job is started.
+        ready_at: when the current job began to serve; None = it has not.
+    """
+
+    frontend: Frontend
+    command: Sequence[str]
+    max_restarts: int
+    draining: bool = False
+    ready_at: float | None = None
+    num_failures: int = 0
+    failed_at: float | None = None
+    signals: list[int] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Start jobs until one ends well, makes a mistake, or too many have failed."""
+        try:
+            status = self._run_job()
+            while not self._is_last(status):
+                self._pause(status)
+                if self.draining:
+                    break
+                status = self._run_job()
+        except CommunicatorError as error:  # without the HTTP side there is nothing to restart for
+            _LOG.error("%s", error)
+            self._kill()
+            status = 1
+        if status and not self.draining:
+            self.frontend.tell_failed(f"the ranks ended with status {status}")
+        self.frontend.stop()
+        return status
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once. Launchers pass on SIGUSR1, and wait after it."""
+        self.signals.append(number)
+        self.draining = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+
+    def _run_job(self) -> int:
+        self.ready_at = None
+        try:
+            self.process = subprocess.Popen(
+                self.command,
+                env={**same_code(), PLACE_VARIABLE: self.frontend.place},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"{self.command[0]} cannot be started: {error.strerror}; see --launcher") from None
+        while (status := self.process.poll()) is None:
+            self._listen(POLL_SECONDS)
+            if len(self.signals) > 1:
+                self._kill()
+        if len(self.signals) > 1:
+            return 128 + self.signals[-1]
+        if self.draining and self.ready_at is None:  # told to end while ranks load, whatever their launcher makes of it
+            return 0
+        return _exit_status(status)
+
+    def _listen(self, timeout_seconds: float) -> None:
+        """Take what the HTTP processes say."""
+        from phalanx.runtime.server.link.messages import DrainRequest, FrontendReady
+
+        try:
+            received = self.frontend.channels.receive(timeout_seconds)
+        except CommunicatorError:
+            if not self.draining:
+                raise
+            time.sleep(timeout_seconds)  # the HTTP processes leave first
+            return
+        for _, message in received:
+            if isinstance(message, FrontendReady) and self.ready_at is None:
+                self.ready_at = time.monotonic()
+                if self.failed_at is not None:
+                    _LOG.info("READY again %.1f s after the failure", self.ready_at - self.failed_at)
+            elif isinstance(message, DrainRequest):
+                self.draining = True
+
+    def _is_last(self, status: int) -> bool:
+        if status in (0, MISTAKE) or self.draining:
+            return True
+        if self.ready_at is not None and time.monotonic() - self.ready_at > GOOD_SERVICE_SECONDS:
+            self.num_failures = 0
+        self.num_failures += 1
+        if self.num_failures > self.max_restarts:
+            _LOG.error("the ranks failed %d times in a row (--max-restarts %d)", self.num_failures, self.max_restarts)
+            return True
+        return False
+
+    def _pause(self, status: int) -> None:
+        """Wait before the next start: not at all after the first failure, then 1, 2, 4, ... seconds."""
+        self.failed_at = time.monotonic()
+        seconds = 0.0 if self.num_failures == 1 else min(LONGEST_PAUSE_SECONDS, 2.0 ** (self.num_failures - 2))
+        text = (
+            f"the ranks ended with status {status}; restart {self.num_failures} of {self.max_restarts} in {seconds:g} s"
+        )
+        _LOG.warning("%s", text)
+        self.frontend.tell_phase(text)
+        while not self.draining and (left := self.failed_at + seconds - time.monotonic()) > 0:
+            self._listen(min(left, POLL_SECONDS))
+
+    def _kill(self) -> None:
+        """End the ranks, who have been told before."""
+        assert self.process is not None
+        try:
+            self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _exit_status(status: int) -> int:
+    """As a shell gives it: 128 + the signal that ended the process."""
+    return 128 - status if status < 0 else status

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An HTTP process's link to the supervisor that started it, where engines come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+from phalanx.runtime.server.link.messages import (
+    DrainRequest,
+    Failed,
+    FrameDecoder,
+    FromFrontend,
+    FrontendReady,
+    Phase,
+    Stop,
+    ToFrontend,
+    encode_frame,
+)
+
+__all__ = ["EngineDoor", "SupervisorLink"]
+
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group of the other end (unix(7), SO_PEERCRED)."""
+
+
+class SupervisorLink(asyncio.Protocol):
+    """Tells the supervisor when requests are answered and when a drain begins; is told when no further engine comes."""
+
+    def __init__(self, client: EngineClient, on_gone: Callable[[], None]) -> None:
+        self._client, self._on_gone = client, on_gone
+        self._frames = FrameDecoder()
+        self._decoder = msgspec.msgpack.Decoder(ToFrontend)
+        self._transport: asyncio.Transport | None = None
+
+    def tell(self, state: ServerState) -> None:
+        """The server is in another state."""
+        messages: dict[ServerState, FromFrontend] = {
+            ServerState.SERVING: FrontendReady(),
+            ServerState.DRAINING: DrainRequest(),
+        }
+        if self._transport is not None and (message := messages.get(state)) is not None:
+            self._transport.write(encode_frame(message))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._frames.feed(data):
+            match self._decoder.decode(body):
+                case Phase(text):
+                    self._client.phase = text
+                case Failed(text):
+                    self._client.fail(text)
+                case Stop():
+                    self._leave()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._client.state is ServerState.STARTING:
+            self._client.fail("the server was told to end")
+        self._on_gone()
+
+
+class EngineDoor(asyncio.Protocol):
+    """Where an engine connects: lets this user's processes through to the client, and nobody else's."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        sock = transport.get_extra_info("socket")
+        _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if user != os.getuid():
+            transport.abort()
+            return
+        transport.set_protocol(self._client)
+        self._client.connection_made(transport)

@@ -1,0 +1,128 @@
+"""``launch.serve --supervise``: the ranks come back, the clients stay."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .jobs import ENVIRONMENT, MARK, Job, mpirun
+from .servers import start
+from .test_lifecycle import events
+from .test_serve import LONG, tiny
+
+__all__ = ["tiny"]
+
+PATH = "/v1/completions"
+SLOW = {**LONG, "n": 64, "temperature": 0, "return_token_ids": True}
+"""Seconds of work on a small model."""
+
+
+@pytest.fixture(autouse=True)
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path))
+
+
+@contextlib.contextmanager
+def supervised(tiny: Path, num_ranks: int, *flags: str, wait_for: str = "READY") -> Iterator[Job]:
+    mark = uuid.uuid4().hex
+    model = ("--model", str(tiny), "--load-format", "dummy", "--max-num-seqs", "128")
+    path = f"{Path(mpirun()).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "launch.serve", "--supervise", "-n", str(num_ranks), "--port", "0"]
+    with start([*command, *model, *flags], **{MARK: mark, "PATH": path}, **ENVIRONMENT) as server:
+        job = Job(server, mark, num_ranks)
+        if wait_for:
+            server.wait_for(wait_for)
+        yield job
+    job.seconds_until_gone()
+
+
+def engine(job: Job) -> int:
+    """Process id of the only rank."""
+    (pid,) = Path(f"/proc/{job.server.process.pid}/task/{job.server.process.pid}/children").read_text().split()[-1:]
+    return int(pid)
+
+
+def test_after_a_failure_streams_end_with_an_error_and_whole_answers_come_all_the_same(tiny: Path) -> None:
+    with supervised(tiny, 2) as job:
+        short = {"prompt": "ab", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        expected = job.server.post(PATH, short).json["choices"][0]["token_ids"]
+        with ThreadPoolExecutor(1) as pool:
+            stream = job.server.open_stream(PATH, LONG)
+            whole = pool.submit(job.server.post, PATH, SLOW)
+            while job.server.get("/metrics").body.find(b"phalanx_requests_running 65.0") < 0:
+                continue
+            os.kill(job.rank(1), signal.SIGKILL)
+            assert events(stream)[-1]["error"]["code"] == "engine_failed"
+            while (refused := job.server.post(PATH, short)).status == 503:
+                assert "starting" in refused.error["message"]
+            assert refused.json["choices"][0]["token_ids"] == expected
+            answer = whole.result()
+        assert answer.status == 200
+        assert all(choice["token_ids"][:8] == expected for choice in answer.json["choices"])
+        assert len(answer.json["choices"]) == 64
+        assert job.server.lines_with("READY again")
+        os.kill(job.server.process.pid, signal.SIGTERM)
+        status, errors = job.server.wait()
+        assert status == 0, errors
+        assert "restart 1 of 10 in 0 s" in errors
+
+
+def test_a_request_is_asked_again_once_only_and_restarts_are_limited(tiny: Path) -> None:
+    with supervised(tiny, 1, "--max-restarts", "1") as job, ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(job.server.post, PATH, SLOW)
+        for count in range(2):
+            job.server.wait_for("READY", count + 1)
+            while job.server.get("/metrics").body.find(b"phalanx_requests_running 64.0") < 0:
+                continue
+            os.kill(engine(job), signal.SIGKILL)
+        assert (whole.result().status, whole.result().error["code"]) == (500, "engine_failed")
+        status, errors = job.server.wait()
+        assert status == 128 + signal.SIGKILL
+        assert "the ranks failed 2 times in a row (--max-restarts 1)" in errors
+
+
+def test_a_mistake_is_not_repeated(tiny: Path) -> None:
+    with supervised(tiny, 1, "--max-model-len", "100000", wait_for="") as job:
+        status, errors = job.server.wait()
+    assert status == 2
+    assert "--max-model-len=100000" in errors
+    assert "restart" not in errors
+
+
+def test_a_drain_waits_for_answers_and_a_second_signal_does_not(tiny: Path) -> None:
+    with supervised(tiny, 1) as job:
+        stream = job.server.open_stream(PATH, {**LONG, "max_tokens": 100})
+        os.kill(job.server.process.pid, signal.SIGTERM)
+        assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"
+        status, errors = job.server.wait()
+        assert status == 0, errors
+    with supervised(tiny, 1) as job:
+        stream = job.server.open_stream(PATH, {**LONG, "n": 128})
+        os.kill(job.server.process.pid, signal.SIGTERM)
+        job.server.lines_with("draining")
+        os.kill(job.server.process.pid, signal.SIGTERM)
+        assert job.server.wait()[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "HTTP process"])
+def test_nothing_outlives_the_supervisor_or_the_http_side(tiny: Path, victim: str) -> None:
+    with supervised(tiny, 2) as job:
+        os.kill(job.server.process.pid if victim == "supervisor" else job.http_process(), signal.SIGKILL)
+        assert job.server.wait()[0] != 0
+        assert job.seconds_until_gone() < 10
+
+
+def test_under_mpirun_the_supervisor_refuses_to_start(tiny: Path) -> None:
+    command = [mpirun(), "-n", "2", sys.executable, "-m", "launch.serve", "--supervise", "--model", str(tiny)]
+    with start(command, **ENVIRONMENT) as server:
+        status, errors = server.wait()
+    assert status == 2
+    assert errors.count("without mpirun or srun") == 1
