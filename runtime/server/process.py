@@ -21,7 +21,7 @@ from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
-from phalanx.runtime.server.web.listener import BACKLOG
+from phalanx.runtime.server.web.listener import ACCEPTS_PER_TURN
 from phalanx.runtime.server.web.log import start_logging
 from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
@@ -126,7 +126,7 @@ async def _serve(
         server_header=False,
         h11_max_incomplete_event_size=settings.max_header_bytes,
         limit_concurrency=settings.max_connections,
-        backlog=BACKLOG,
+        backlog=ACCEPTS_PER_TURN,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
         ssl_certfile=settings.ssl_certfile,

@@ -19,6 +19,7 @@ from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.server.turnstile import Turnstile
 from phalanx.runtime.text import ChatTemplate, Tokenizer
 
 __all__ = ["Services"]
@@ -36,6 +37,7 @@ class Services:
     workers: ThreadPoolExecutor
     tokenizer: Tokenizer | None = None
     guides: GuideChecker | None = None
+    turnstile: Turnstile = field(default_factory=Turnstile)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

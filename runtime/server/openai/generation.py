@@ -249,6 +249,7 @@ async def start_job(services: Services, generations: Sequence[Generation], arriv
     """
     with ExitStack() as held:
         held.enter_context(services.client.admit(sum(generation.num_answers for generation in generations)))
+        await services.turnstile.enter()
         prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
         job = GenerationJob(services, generations[0].n, arrival)
         job.submit(prompts)

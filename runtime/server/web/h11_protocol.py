@@ -15,6 +15,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from phalanx.runtime.server.web.listener import BACKLOG
+
 __all__ = ["BoundedH11Protocol", "ConnectionLimits", "QuietServer"]
 
 PROBE_SECONDS = (0.2, 0.02, 1.0, 5.0)
@@ -167,8 +169,10 @@ class QuietServer(uvicorn.Server):
         self._on_started = on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections."""
+        """Accept connections. Asyncio takes its ``backlog`` for the length of the queue too, which is set again."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
         self._on_started()
 
     @contextlib.contextmanager

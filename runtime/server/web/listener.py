@@ -14,9 +14,11 @@ from collections.abc import Sequence
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["answer_early", "bind", "free_port"]
+__all__ = ["ACCEPTS_PER_TURN", "BACKLOG", "answer_early", "bind", "free_port"]
 
 BACKLOG = 2048
+ACCEPTS_PER_TURN = 16
+"""Connections that an HTTP process accepts before it does other work; asyncio would accept a whole backlog of them."""
 CLIENT_SECONDS = 0.5
 """Longest that one client may hold up the others while the server starts."""
 
