@@ -160,6 +160,7 @@ async def _start_grpc(inference: Any, api_keys: Sequence[bytes], settings: Front
 
 async def _load(services: Any, model: ModelInfo) -> None:
     """Load the tokenizer outside the event loop, then open for requests."""
+    from phalanx.runtime.server.garbage import collect_seldom
     from phalanx.runtime.text import Tokenizer
 
     loop = asyncio.get_running_loop()
@@ -170,6 +171,7 @@ async def _load(services: Any, model: ModelInfo) -> None:
     except CheckpointError as error:
         services.client.send(FrontendRefused(str(error)))
         return
+    collect_seldom(loop)
     services.client.serve()
 
 
