@@ -30,12 +30,21 @@ class ReplicaStats:
         has_work: whether steps should be finishing now.
         scheduler: the scheduler's own counts.
         is_lost: a rank of it is gone; the counts are its last.
+        steps_in_flight: steps that were in flight when the last one finished, itself included; 0 while idle.
+        depth: most steps in flight: pipeline stages, and one more where the device runs ahead.
     """
 
     num_steps: int
     has_work: bool
     scheduler: SchedulerStats
     is_lost: bool = False
+    steps_in_flight: int = 0
+    depth: int = 1
+
+    @property
+    def pipeline_occupancy(self) -> float:
+        """How full the pipeline is, 0 to 1."""
+        return 0.0 if self.is_lost else self.steps_in_flight / self.depth
 
 
 _MASK_SECONDS = 0.05
@@ -61,6 +70,7 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
     in_flight: int = 0
     num_steps: int = 0
+    last_in_flight: int = 0
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number, by which `DeltaBatch` knows it.
@@ -92,6 +102,7 @@ class Engine:
         """The same as `step` in columns: for readers of many sequences."""
         self._fill()
         if self.in_flight:
+            self.last_in_flight = self.in_flight
             result = self.executor.collect()
             self.in_flight -= 1
             self.progress.end_step(self.in_flight)
@@ -120,7 +131,16 @@ class Engine:
 
     def replica_stats(self) -> list[ReplicaStats]:
         """The counts of the only replica that this engine knows."""
-        return [ReplicaStats(self.num_steps, self.has_work, self.stats())]
+        in_flight = self.last_in_flight if self.has_work else 0
+        return [
+            ReplicaStats(
+                self.num_steps,
+                self.has_work,
+                self.stats(),
+                steps_in_flight=in_flight,
+                depth=self.executor.depth,
+            )
+        ]
 
     def release(self) -> None:
         """End the followers' loops; they return from `follow` and may call it again. *Collective with `follow`.*"""

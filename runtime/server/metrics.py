@@ -140,6 +140,15 @@ class EngineMetrics(Collector):
         serving = [replica.scheduler for replica in replicas if not replica.is_lost]
         everyone = [replica.scheduler for replica in replicas]
         yield GaugeMetricFamily("phalanx_replicas_serving", "Replicas that take requests", len(serving))
+        occupancy = "Steps in flight, of the most that pipeline stages and lookahead allow, 0 to 1"
+        filled = sum(replica.pipeline_occupancy for replica in replicas) / max(1, len(serving))
+        yield GaugeMetricFamily("phalanx_pipeline_occupancy_ratio", occupancy, filled)
+        family = GaugeMetricFamily(
+            "phalanx_replica_pipeline_occupancy_ratio", f"{occupancy}; of one replica", labels=["replica"]
+        )
+        for index, replica in enumerate(replicas):
+            family.add_metric([str(index)], replica.pipeline_occupancy)
+        yield family
         for name, text, value in _GAUGES:
             yield GaugeMetricFamily(f"phalanx_{name}", text, value(serving))
             family = GaugeMetricFamily(f"phalanx_replica_{name}", f"{text}, of one replica", labels=["replica"])

@@ -277,6 +277,15 @@ def test_killing_the_http_process_ends_everything_with_a_message(tiny: Path) -> 
         assert re.search(r"HTTP process \d+ \(pid \d+\) is gone", errors)
 
 
+def test_the_pipeline_is_occupied_while_it_generates_and_empty_afterwards(tiny: Path) -> None:
+    with serve_tiny(tiny, 2) as job:
+        while not 0 < metric(job, "phalanx_pipeline_occupancy_ratio") <= 1:
+            assert job.server.post(PATH, LONG).status == 200
+        assert metric(job, 'phalanx_replica_pipeline_occupancy_ratio{replica="0"}') >= 0
+        while metric(job, "phalanx_pipeline_occupancy_ratio"):
+            continue
+
+
 def test_one_process_without_mpirun_serves_and_drains(tiny: Path) -> None:
     with serve_tiny(tiny, 0) as job:
         assert job.server.post(PATH, {"prompt": "a", "max_tokens": 2}).status == 200
