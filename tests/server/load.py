@@ -1,61 +1,62 @@
-"""How many streamed events a second the HTTP process gives: ``python -m tests.server.load --clients 1 32 256 1024``.
+"""What the HTTP side alone carries: ``python -m tests.server.load --streams 3000 --step 0.06 --http-processes 2``. Not a test.
 
-The stub engine invents the tokens, the client only counts events, so the HTTP process is what is measured. Not a test.
+A stub engine gives every stream a token each step, as a GPU does (paced), or with ``--step 0`` as fast as they go (unpaced: many
+events share a write). `launch.bench serve` is the client. One line: rates, gaps, ``/health``, processor time.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import time
+import os
+import subprocess
+import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from .servers import ROOT, Server, stub_server
+from .servers import ROOT, stub_server
 
-
-async def count_events(host: str, port: int, num_tokens: int) -> tuple[int, float]:
-    """Events of one stream, and seconds to the first."""
-    started, first, num_events = time.perf_counter(), 0.0, 0
-    body = json.dumps({"prompt": [30, 31], "max_tokens": num_tokens, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    reader, writer = await asyncio.open_connection(host, port)
-    writer.write(head.encode() + body)
-    while data := await reader.read(262_144):
-        num_events += data.count(b"data: {")
-        first = first or (time.perf_counter() - started if num_events else 0.0)
-    writer.close()
-    return num_events, first
+VOCAB_SIZE = 12
+"""From its token 12 on, the stub engine does strange things to requests."""
 
 
-async def measure(server: Server, num_clients: int, num_tokens: int) -> str:
-    """One line of the table."""
-    address = urlsplit(server.url)
-    assert address.hostname is not None
-    assert address.port is not None
-    started = time.perf_counter()
-    streams = [count_events(address.hostname, address.port, num_tokens) for _ in range(num_clients)]
-    results = await asyncio.gather(*streams)
-    seconds = time.perf_counter() - started
-    num_events = sum(count for count, _ in results)
-    assert num_events == num_clients * num_tokens, "every token is one event"
-    firsts = sorted(first for _, first in results)
-    last = firsts[int(0.99 * (num_clients - 1))]
-    return f"{num_clients:5} streams: {num_events / seconds:8.0f} events/s, first event p99 {last * 1000:6.0f} ms"
+def processor_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    """Measure each number of clients in turn, against one server."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 256, 1024])
-    parser.add_argument("--tokens", type=int, default=100)
+    """Measure once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=3000)
+    parser.add_argument("--step", type=float, default=0.06, help="seconds")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--http-processes", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--request-rate", type=float, help="default: all at once")
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "demo", help="whose tokenizer to use")
     args = parser.parse_args()
-    limits = {"max_open_requests": max(args.clients), "max_model_len": args.tokens + 8}
-    with stub_server(args.model, {}, **limits) as server:
-        for num_clients in args.clients:
-            print(asyncio.run(measure(server, num_clients, args.tokens)))
+    options = {"max_open_requests": args.streams + 8, "max_model_len": args.tokens + 16, "step_seconds": args.step}
+    with stub_server(args.model, {"num_processes": args.http_processes}, vocab_size=6144, **options) as server:
+        pids = [server.process.pid, *server.http_processes()]
+        command = [
+            sys.executable, "-m", "launch.bench", "serve", "--url", server.url, "--input-len", "8",
+            "--output-len", str(args.tokens), "--num-prompts", str(args.streams), "--max-concurrency", str(args.streams),
+            "--num-clients", str(args.clients), "--vocab-size", str(VOCAB_SIZE),
+        ]  # fmt: skip
+        if args.request_rate is not None:
+            command += ["--request-rate", str(args.request_rate)]
+        before = [processor_seconds(pid) for pid in pids]
+        report = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+    cost = 1e6 * sum(used[1:]) / report["output_tokens"]
+    print(
+        f"{args.streams} streams, {args.http_processes} processes, {'paced' if args.step else 'unpaced'}: "
+        f"{report['output_tokens_per_second']:,.0f} events/s, {cost:.1f} us of processor an event; rank 0 {used[0]:.1f} s, HTTP "
+        f"{', '.join(f'{seconds:.1f}' for seconds in used[1:])} s of {report['seconds']:.1f}"
+    )
+    for name in ("time_to_first_token_ms", "inter_token_latency_ms", "stream_gap_ms", "health_ms"):
+        print(f"  {name}: " + ", ".join(f"{key} {value:.0f}" for key, value in (report[name] or {}).items()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import socket
@@ -14,7 +13,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from phalanx.launch.bench_serve import _lines
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.server.settings import FrontendSettings
 
@@ -191,9 +189,11 @@ def test_streams_to_http_1_0_clients_have_no_chunk_framing(server: Server) -> No
 # Clients that do not read
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_reads_nothing_keeps_neither_its_place_nor_a_drain(model_directory: Path, stream: bool) -> None:
-    settings = {"unread_seconds": 0.5, "draining_unread_seconds": 0.5}
+@pytest.mark.parametrize(("stream", "num_processes"), [(True, 1), (False, 1), (True, 3)])
+def test_a_client_that_reads_nothing_keeps_neither_its_place_nor_a_drain(
+    model_directory: Path, stream: bool, num_processes: int
+) -> None:
+    settings = {"unread_seconds": 0.5, "draining_unread_seconds": 0.5, "num_processes": num_processes}
     with (
         stub_server(model_directory, settings, max_model_len=8000, max_open_requests=12) as server,
         socket.socket() as client,
@@ -216,26 +216,3 @@ def test_cached_tokens_count_once_for_several_answers_to_one_prompt(server: Serv
     usage = server.post(PATH, {"prompt": "abcdefgh", "n": 4, "max_tokens": 1}).json["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == 4, "the stub says 4 for each"
     assert usage["completion_tokens"] == 4
-
-
-# The load program
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 1000])
-def test_only_line_feeds_end_a_line_of_an_event_stream(size: int) -> None:
-    data = 'data: "b\u2028c\u2029 \u0085 \x0b\x0c"\n\ndata: [DONE]\r\n\r\nrest'.encode()
-
-    async def read() -> list[bytes]:
-        async def parts() -> Any:
-            for start in range(0, len(data), size):
-                yield data[start : start + size]
-
-        return [line async for line in _lines(parts())]
-
-    assert asyncio.run(read()) == [
-        'data: "b\u2028c\u2029 \u0085 \x0b\x0c"'.encode(),
-        b"",
-        b"data: [DONE]",
-        b"",
-        b"rest",
-    ]
