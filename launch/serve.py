@@ -209,7 +209,9 @@ def _run_rank(
     queue = config.max_queued_requests + config.max_num_seqs * config.layout.dp
     hosts = host_names(world)
     with start_progress(world.rank == 0, door.say_phase) as on_phase, progress.reporting(on_phase):
-        replica = build_replica(args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress)
+        replica = build_replica(
+            args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress, prepares_guides=True
+        )
     leaders = connect_leaders(world, replica.topology)
     if replica.engine is None:
         with progress.phase("executing steps"):

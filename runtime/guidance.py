@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.sampling.mask_sizes import mask_words
 from phalanx.runtime.text import Tokenizer
 
-__all__ = ["FIELD", "GuideCompiler", "GuideMask"]
+__all__ = ["FIELD", "GuideCompiler", "GuideMask", "check_guide"]
 
 Int32Array = NDArray[np.int32]
 
@@ -35,6 +36,9 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text: without a limit a model may go on with nothing else."""
 
 _MOST_KEPT = 32
+
+_CHECKED_ITEMS = 5_000
+"""Of llguidance's 50,000 items a mask: tokens of several bytes take several times as many as single bytes."""
 
 
 class GuideCompiler:
@@ -51,25 +55,24 @@ class GuideCompiler:
     ) -> None:
         self._read_tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, end_token_ids
         self._compiled = functools.lru_cache(_MOST_KEPT)(self._compile)
-        self._tokenizer = functools.cache(self._make_tokenizer)
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)), "guides")
+        self._tokenizer: Future[Any] | None = None
 
     def start(self, guide: Guide) -> GuideMask:
         """The masks of a new sequence; does not wait for the first."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)), "guides")
+        self._tokenizer = self._tokenizer or self._threads.submit(self._make_tokenizer)
         return GuideMask(self._threads, lambda: self.matcher(guide), self._vocab_size)
 
-    def check(self, guide: Guide) -> None:
-        """Compile a guide and compute its first mask.
+    def prepare(self) -> None:
+        """Read the tokenizer on a thread, before the first guide needs it; does nothing where llguidance is not installed.
 
-        Raises:
-            RequestError: it cannot be compiled, is too large, or nothing can match it.
+        With 256,000 tokens that takes some seconds, most of them with the interpreter lock, so a server does it before it is ready.
         """
-        _next_mask(self.matcher(guide), self._vocab_size)
+        if self._tokenizer is None and find_spec("llguidance") is not None:
+            self._tokenizer = self._threads.submit(self._make_tokenizer)
 
     def matcher(self, guide: Guide) -> Any:
-        """A parser at the start of an answer.
+        """A parser at the start of an answer, for a thread.
 
         Raises:
             RequestError: the guide cannot be compiled or is too large; there is no tokenizer; llguidance is not installed.
@@ -77,16 +80,8 @@ class GuideCompiler:
         return self._compiled(guide).deep_copy()
 
     def _compile(self, guide: Guide) -> Any:
-        library = _library()
-        limits = library.LLParserLimits(max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False)
-        try:
-            grammar = _grammar(library, guide)
-        except (ValueError, RecursionError) as error:
-            raise _refusal(str(error)) from None
-        matcher = library.LLMatcher(self._tokenizer(), grammar, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        return matcher
+        assert self._tokenizer is not None
+        return _compile(self._tokenizer.result(), guide)
 
     def _make_tokenizer(self) -> Any:
         tokenizer = self._read_tokenizer()
@@ -99,6 +94,31 @@ class GuideCompiler:
             return _library().LLTokenizer(tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
         except ValueError as error:
             raise RequestError(f"{FIELD} cannot be used with this checkpoint's tokenizer: {error}", FIELD) from None
+
+
+def check_guide(guide: Guide) -> None:
+    """Compile a guide for the bytes of a text, and compute its first mask.
+
+    Raises:
+        RequestError: it cannot be compiled, is too large, or nothing can match it; llguidance is not installed.
+    """
+    tokenizer = _library().LLTokenizer("byte")
+    _next_mask(_compile(tokenizer, guide, step_max_items=_CHECKED_ITEMS), tokenizer.vocab_size)
+
+
+def _compile(tokenizer: Any, guide: Guide, **stricter: int) -> Any:
+    library = _library()
+    limits = library.LLParserLimits(
+        max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False, **stricter
+    )  # fmt: skip
+    try:
+        grammar = _grammar(library, guide)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(str(error)) from None
+    matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise _refusal(matcher.get_error())
+    return matcher
 
 
 class GuideMask:

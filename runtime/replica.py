@@ -57,9 +57,12 @@ class Replica:
 
 
 def build_replica(
-    model: Path | None, options: EngineConfig, world: Communicator, progress: RankProgress | None = None
-) -> Replica:
+    model: Path | None, options: EngineConfig, world: Communicator, progress: RankProgress | None = None, *,
+    prepares_guides: bool = False,
+) -> Replica:  # fmt: skip
     """Load this rank's shard and join its replica; ``progress`` shows how far it is. *Collective over all ranks.*
+
+    With ``prepares_guides`` the leader gets ready for guided requests while it loads, so that the first one holds up no step.
 
     Raises:
         ConfigError: ranks differ in what must be the same; the layout, the engine or a size does not fit the model or this machine.
@@ -81,6 +84,12 @@ def build_replica(
             check_ranks_agree(checkpoint, options, world)
         group = world.split(topology.replica_group)
         spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
+        directory = checkpoint.path
+        guides = GuideCompiler(
+            lambda: Tokenizer.from_directory(directory), config.vocab_size, config.eos_token_ids
+        )  # fmt: skip
+        if prepares_guides and topology.is_leader:
+            guides.prepare()
         with progress.phase("loading weights"):
             executor, own_max_model_len = create_executor(spec)
         # Replicas on unequal devices have unequal caches; a request may go to any of them.
@@ -88,7 +97,6 @@ def build_replica(
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:
-        directory = checkpoint.path
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=options.max_num_seqs,
@@ -103,7 +111,7 @@ def build_replica(
                 step_times=executor.step_times,
             ),
             _planner(executor.cache, options, max_model_len),
-            GuideCompiler(lambda: Tokenizer.from_directory(directory), config.vocab_size, config.eos_token_ids),
+            guides,
         )
         engine = Engine(scheduler, executor, control, progress)
     progress.wait()

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from phalanx.parallel.errors import CapacityError, RequestError
-from phalanx.runtime.guidance import FIELD, GuideCompiler
+from phalanx.runtime.guidance import FIELD, check_guide
 from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.server.errors import from_request_error, invalid, overloaded
 
@@ -21,10 +22,11 @@ MOST_CHECKS = 16
 
 
 class GuideChecker:
-    """Compiles guides as the engine will, and refuses what that refuses."""
+    """Compiles guides as the engine will, but for bytes instead of the model's tokens: their limits are the same, and no tokenizer
+    has to be prepared."""
 
-    def __init__(self, compiler: GuideCompiler) -> None:
-        self._compiler = compiler
+    def __init__(self, compile_guide: Callable[[Guide], None] = check_guide) -> None:
+        self._compile_guide = compile_guide
         self._threads = ThreadPoolExecutor(2, "guides")
         self._num_checks = 0
 
@@ -33,7 +35,7 @@ class GuideChecker:
         if self._num_checks >= MOST_CHECKS:
             raise overloaded(CapacityError(f"{MOST_CHECKS} guides are being compiled; try again later"))
         self._num_checks += 1
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compiler.check, guide)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile_guide, guide)
         work.add_done_callback(self._checked)
         try:
             await asyncio.wait_for(asyncio.shield(work), CHECK_SECONDS)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.guidance import GuideCompiler
 from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.guides import GuideChecker
@@ -36,7 +35,7 @@ class Services:
     metrics: Metrics
     workers: ThreadPoolExecutor
     tokenizer: Tokenizer | None = None
-    guides: GuideChecker | None = None
+    guides: GuideChecker = field(default_factory=GuideChecker)
     turnstile: Turnstile = field(default_factory=Turnstile)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -109,10 +108,7 @@ class Services:
 
     async def check_guide(self, guide: Guide) -> None:
         """Raise 400 if the engine could not use a guide."""
-        if self.guides is None:
-            tokenizer = self.need_tokenizer("structured_outputs")
-            # Any end token will do: the engine has the model's own.
-            self.guides = GuideChecker(GuideCompiler(lambda: tokenizer, self.model.vocab_size, (0,)))
+        self.need_tokenizer("structured_outputs")
         await self.guides.check(guide)
 
     async def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> tuple[int, ...]:

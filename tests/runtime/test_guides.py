@@ -18,7 +18,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime import guidance
-from phalanx.runtime.guidance import GuideCompiler
+from phalanx.runtime.guidance import GuideCompiler, check_guide
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from phalanx.runtime.sampling.guides import MAX_GUIDE_CHARACTERS, Guide, GuideRule
@@ -128,6 +128,20 @@ def compiler() -> GuideCompiler:
     return GuideCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,))
 
 
+def test_the_tokenizer_is_prepared_once_and_before_the_first_guide_if_that_is_wanted() -> None:
+    read: list[int] = []
+
+    def read_tokenizer() -> Tokenizer | None:
+        read.append(1)
+        return Tokenizer.from_directory(ROOT / "checkpoints/demo")
+
+    prepared = GuideCompiler(read_tokenizer, 6144, (1,))
+    prepared.prepare()
+    for _ in range(3):
+        assert prepared.start(Guide("regex", "a")).words().any()
+    assert read == [1]
+
+
 def test_a_sequence_whose_mask_is_late_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guided request's first mask comes only after the other request has ended."""
     may_go_on = threading.Event()
@@ -204,4 +218,7 @@ def test_fields_that_say_the_same_otherwise_are_refused(fields: dict[str, Any]) 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match=r"pip install -e '.\[guided\]'"):
-        compiler().check(Guide("regex", "a"))
+        check_guide(Guide("regex", "a"))
+    mask = compiler().start(Guide("regex", "a"))
+    mask.wait(60)
+    assert "[guided]" in str(mask.problem)

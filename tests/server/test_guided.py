@@ -111,7 +111,7 @@ def test_a_guide_that_takes_too_long_is_a_400_and_too_many_at_once_a_429(monkeyp
     compiler = SlowCompiler()
 
     async def check_many() -> list[BaseException | None]:
-        checker = guides.GuideChecker(compiler)  # type: ignore[arg-type]
+        checker = guides.GuideChecker(compiler.check)
         checks = [checker.check(AS_JSON) for _ in range(guides.MOST_CHECKS + 1)]
         return await asyncio.gather(*checks, return_exceptions=True)
 

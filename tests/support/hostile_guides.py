@@ -61,7 +61,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     from phalanx.parallel.errors import RequestError
-    from phalanx.runtime.guidance import GuideCompiler
+    from phalanx.runtime.guidance import GuideCompiler, check_guide
     from phalanx.runtime.sampling.guides import GuideRule
     from phalanx.runtime.text import Tokenizer
     from tests.support.launcher import ROOT
@@ -71,8 +71,11 @@ def _main() -> None:
     compiler = GuideCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,))
     for name, value in HOSTILE_GUIDES.items():
         try:
-            compiler.check(GuideRule().check("structured_outputs", value))
-            outcome = "usable"
+            guide = GuideRule().check("structured_outputs", value)
+            check_guide(guide)
+            mask = compiler.start(guide)
+            mask.wait(60)
+            outcome = "usable" if mask.problem is None else f"the engine: {mask.problem}"
         except RequestError as error:
             outcome = str(error)
         print(json.dumps([name, outcome]), flush=True)
