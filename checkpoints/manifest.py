@@ -107,8 +107,11 @@ class RankFile(_Struct, frozen=True):
     tensors: tuple[Piece, ...]
 
 
-class Manifest(_Struct, frozen=True):
-    """The whole split; ``layout`` is what it was made for, not what it can be loaded at."""
+class Manifest(_Struct, frozen=True, omit_defaults=True):
+    """The whole split; ``layout`` is what it was made for, not what it can be loaded at.
+
+    ``model_code`` is the digest of the model file by which it was split, empty for built-in families.
+    """
 
     format: Literal["phalanx-split"]
     version: int
@@ -117,6 +120,7 @@ class Manifest(_Struct, frozen=True):
     chunk_bytes: int
     sources: dict[str, SourceTensor]
     ranks: tuple[RankFile, ...]
+    model_code: str = ""
 
 
 def rank_file_name(rank: int) -> str:

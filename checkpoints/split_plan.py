@@ -23,6 +23,7 @@ class SplitJob:
         tp_size: tensor-parallel ranks of each stage.
         ignored: regular expressions of tensors that are left out.
         dtype: stored format to convert plain weights to (``BF16``); None = as they are.
+        model_code: digest of the file that defines the family, for the manifest; empty for built-in ones.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class SplitJob:
     tp_size: int
     ignored: tuple[str, ...] = ()
     dtype: str | None = None
+    model_code: str = ""
 
     @property
     def all_specs(self) -> list[WeightSpec]:

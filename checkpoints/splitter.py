@@ -159,7 +159,7 @@ def _manifest(
         copies = {str(number): elements for number, elements in counts.items()}
         sources[stored_names[name]] = SourceTensor(info.shape, info.dtype, copies)
     layout = SplitLayout(job.tp_size, len(job.stages))
-    manifest = Manifest(FORMAT, VERSION, job.architecture, layout, CHUNK_BYTES, sources, tuple(entries))
+    manifest = Manifest(FORMAT, VERSION, job.architecture, layout, CHUNK_BYTES, sources, tuple(entries), job.model_code)
     verify_coverage(manifest)
     return manifest
 

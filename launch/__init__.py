@@ -20,7 +20,7 @@ from pathlib import Path
 def _map_checkout() -> None:
     root = Path(__file__).resolve().parent.parent
     spec = importlib.util.spec_from_file_location(
-        "phalanx", root / "package" / "__init__.py", submodule_search_locations=[str(root)]
+        "phalanx", root / "package" / "__init__.py", submodule_search_locations=[str(root), str(root / "package")]
     )
     assert spec is not None
     assert spec.loader is not None

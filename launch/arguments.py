@@ -17,6 +17,7 @@ __all__ = [
     "add_engine_arguments",
     "add_model_argument",
     "add_model_arguments",
+    "add_model_file_argument",
     "add_parallel_arguments",
     "engine_config",
     "engine_options",
@@ -56,6 +57,12 @@ def add_model_argument(parser: argparse._ActionsContainer, text: str) -> None:
     parser.add_argument("--model", action=_Model, metavar="DIR", help=text)
 
 
+def add_model_file_argument(parser: argparse._ActionsContainer) -> None:
+    """``--model-file FILE``."""
+    parser.add_argument("--model-file", type=Path, metavar="FILE",
+                        help="Python file that defines the model's family (docs/howto/own-model.md)")  # fmt: skip
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, in which type, on which engine."""
     from phalanx.runtime.executors.registry import ENGINES
@@ -65,6 +72,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         group,
         "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
     )
+    add_model_file_argument(group)
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
@@ -114,7 +122,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keyword arguments of `phalanx.runtime.llm.LLM` (less the model)."""
     names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-             "num_kv_blocks", "quantize", "kv_cache_dtype", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
+             "num_kv_blocks", "quantize", "kv_cache_dtype", "model_file", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     options["expert_parallel"] = getattr(args, "expert_parallel", False)
     options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, add_model_argument, own_arguments, run_command
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_model_argument,
+    add_model_file_argument,
+    own_arguments,
+    run_command,
+)
 from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ def build_parser() -> CommandParser:
         parser,
         "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
     )
+    add_model_file_argument(parser)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                         help="dummy: seeded random weights, config.json suffices")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of dummy weights")
@@ -128,10 +135,11 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
     from phalanx.runtime.models import find_model
     from phalanx.runtime.models.tied import with_stored_head
+    from phalanx.runtime.models.user_file import model_from_file
 
     if args.stripped and not library.can_refit:
         raise ConfigError(f"--stripped is not supported by {library.name}; leave it out, or install tensorrt")
-    model = find_model(checkpoint.config)
+    model = find_model(checkpoint.config, model_from_file(args.model_file))
     config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
     shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
     targets = args.target_compute_capability or library.default_targets()

@@ -12,6 +12,7 @@ COMMANDS = {
     "split": "write one weight shard per rank",
     "quantize": "write a float checkpoint as fp8, int8 or 4-bit weights",
     "build": "build TensorRT engines, one per rank",
+    "check": "check a model's functions and declarations before any weight is read",
     "plan": "memory per rank and how many sequences fit",
     "tune": "show or refresh the GEMM tuning cache of this GPU",
     "completion": "a script that completes commands and flags in your shell",

@@ -7,7 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phalanx.launch.arguments import CommandParser, add_model_argument, own_arguments, run_command
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_model_argument,
+    add_model_file_argument,
+    own_arguments,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
@@ -44,6 +50,7 @@ def build_parser() -> CommandParser:
         default="auto",
         help="compute type; auto: the checkpoint's own",
     )
+    add_model_file_argument(parser)
     parser.add_argument("--expert-parallel", action="store_true", help="as launch.serve")
     parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as launch.serve")
     parser.add_argument(
@@ -93,9 +100,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.expert_parallel import with_expert_parallel
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
+    from phalanx.runtime.models.user_file import model_from_file
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
-    model = find_model(raw)
+    model = find_model(raw, model_from_file(args.model_file))
     config = with_expert_parallel(model, model.read_config(raw), args.expert_parallel)
     options = _options(args, config)
     assert options.max_model_len is not None

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, add_model_argument, job_arguments, run_command
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_model_argument,
+    add_model_file_argument,
+    job_arguments,
+    run_command,
+)
 from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.checkpoints.splitter import SplitReport
     from phalanx.parallel.topology import Layout
+    from phalanx.runtime.models import Model
 
 __all__ = ["main"]
 
@@ -30,6 +37,7 @@ def build_parser() -> CommandParser:
         "Under mpirun, ranks share the work.",
     )
     add_model_argument(parser, "Hugging Face directory or an earlier split (default: the demo checkpoint)")
+    add_model_file_argument(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     for short, long in (("tp", "tensor"), ("pp", "pipeline")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
@@ -48,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.splitter import split_checkpoint
     from phalanx.parallel.topology import Layout
+    from phalanx.runtime.models.user_file import shared_model
 
     start = time.perf_counter()
     with open_checkpoint(args.model) as checkpoint:
-        job = _job(checkpoint, Layout(tp=args.tp, pp=args.pp), args.dtype)
+        job = _job(checkpoint, Layout(tp=args.tp, pp=args.pp), args.dtype, shared_model(args.model_file, comm))
         directory = ModelDirectory.at(checkpoint.path)
         # Ranks have equal shares, so the first one's shows how far all are.
         with Progress("splitting", None, "pieces", shown=comm.rank == 0) as progress:
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
+def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) -> SplitJob:
     """What to write, from the model's own declaration of its weights."""
     from phalanx.checkpoints.formats import components_of, format_weights
     from phalanx.checkpoints.split_plan import SplitJob
@@ -73,7 +82,7 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.tied import with_stored_head
 
-    model, formats = find_model(checkpoint.config), checkpoint.formats
+    model, formats = find_model(checkpoint.config, own), checkpoint.formats
     config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
     last = layout.pp - 1
     stages = tuple(
@@ -81,7 +90,7 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str) -> SplitJob:
         for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp))
     )
     ignored = (*model.ignored_tensors, *formats.ignored_tensors)
-    return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype])
+    return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype], model.code)
 
 
 def _report(report: SplitReport, output: Path, seconds: float) -> None:

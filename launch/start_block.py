@@ -34,6 +34,7 @@ def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
         "version": phalanx.__version__,
         "model": f"{model} from {replica.directory}",
         "architecture": f"{config.architecture}, {config.num_layers} layers, vocabulary of {config.vocab_size:,}",
+        **({"model code": f"sha256 {replica.family.code}"} if replica.family.code else {}),
         "engine": f"{choose_engine(options.engine)}: {engine_reason(options.engine)}",
         "device": replica.executor.device,
         "dtype": config.compute_dtype(options.dtype),

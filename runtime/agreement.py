@@ -21,19 +21,22 @@ from phalanx.runtime.config import EngineConfig
 
 __all__ = ["check_ranks_agree"]
 
-_MAY_DIFFER = ("engine_dir",)
+_MAY_DIFFER = ("engine_dir", "model_file")
 """Options that say where a host keeps something."""
 
 
-def check_ranks_agree(checkpoint: Checkpoint, options: EngineConfig, world: Communicator) -> None:
-    """Compare every rank with rank 0. *Collective.*
+def check_ranks_agree(checkpoint: Checkpoint, options: EngineConfig, world: Communicator, model_code: str = "") -> None:
+    """Compare every rank with rank 0; ``model_code`` is the digest of a family's file. *Collective.*
 
     Raises:
         ConfigError: on every rank, naming the first rank that differs and all in which it does.
     """
     if world.size == 1:
         return
-    own = (socket.gethostname(), {**_options(options), **checkpoint_identity(checkpoint), **_sources()})
+    own = (
+        socket.gethostname(),
+        {**_options(options), **checkpoint_identity(checkpoint), **_sources(), "the model's code": model_code},
+    )
     rows = gather_bytes(world, msgspec.msgpack.encode(own))
     everyone = [msgspec.msgpack.decode(row, type=tuple[str, dict[str, str]]) for row in rows]
     first = everyone[0][1]

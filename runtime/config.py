@@ -165,6 +165,7 @@ class EngineConfig:
         quantize: ``fp8`` or ``int8`` quantises the float weights of layers while they are loaded, one scale for each row.
         kv_cache_dtype: what the cache holds; ``auto`` = what the checkpoint says, else the compute type.
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
+        model_file: Python file that defines the model's family; None = a built-in one, or of an installed package.
         engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.
         prefix_caching: share blocks between requests with equal beginnings.
         seed: for random weights and for requests that bring no seed.
@@ -186,6 +187,7 @@ class EngineConfig:
     expert_parallel: bool = False
     quantize: QuantizeName = "none"
     kv_cache_dtype: KvCacheDType = "auto"
+    model_file: Path | None = None
     engine_dir: Path | None = None
     gpu_memory_utilization: float = 0.90
     prefix_caching: bool = True

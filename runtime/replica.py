@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,16 @@ from phalanx.runtime.executors.registry import create_executor
 from phalanx.runtime.generation_config import GenerationConfig
 from phalanx.runtime.guidance import GuideCompiler
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
-from phalanx.runtime.models import find_model
+from phalanx.runtime.models import Model, find_model
 from phalanx.runtime.models.expert_parallel import with_expert_parallel
 from phalanx.runtime.models.tied import with_stored_head
+from phalanx.runtime.models.user_file import shared_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 from phalanx.runtime.text import Tokenizer, tokenizer_end_token
 
 __all__ = ["Replica", "build_replica"]
+
+_LOG = logging.getLogger("phalanx.replica")
 
 
 @dataclass(slots=True)
@@ -38,6 +42,7 @@ class Replica:
     """What one rank holds. ``engine`` is None on every rank but the leader; ``generation`` has the model's sampling defaults."""
 
     checkpoint: Checkpoint
+    family: Model
     config: ModelConfig
     generation: GenerationConfig
     options: EngineConfig
@@ -74,14 +79,16 @@ def build_replica(
     with ExitStack() as files:
         with progress.phase("opening the checkpoint"):
             checkpoint = files.enter_context(open_checkpoint(model, options.load_format, options.seed))
-            family = find_model(checkpoint.config)
+            family = find_model(checkpoint.config, shared_model(options.model_file, world))
+            if family.code and world.rank == 0:
+                _LOG.info("%s is defined by %s, sha256 %s", family.architecture, _origin(options), family.code)
             generation = GenerationConfig.read(checkpoint.generation_config)
             end_token = tokenizer_end_token(checkpoint.path)
             config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
             config = with_stored_head(family, config, checkpoint.source)
             config = with_expert_parallel(family, config, options.expert_parallel)
         with progress.phase("comparing ranks"):
-            check_ranks_agree(checkpoint, options, world)
+            check_ranks_agree(checkpoint, options, world, family.code)
         group = world.split(topology.replica_group)
         spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
         directory = checkpoint.path
@@ -116,9 +123,13 @@ def build_replica(
         engine = Engine(scheduler, executor, control, progress)
     progress.wait()
     return Replica(
-        checkpoint, config, generation, options, topology, world, group, progress, executor, control, max_model_len,
+        checkpoint, family, config, generation, options, topology, world, group, progress, executor, control, max_model_len,
         engine,
     )  # fmt: skip
+
+
+def _origin(options: EngineConfig) -> str:
+    return "an installed package" if options.model_file is None else f"--model-file {options.model_file}"
 
 
 def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> CachePlanner:

@@ -131,6 +131,7 @@ class Family(Generic[Config]):
         model_type: the family's ``model_type``, by which it is found where ``architectures`` is missing.
         other_names: further spellings of ``architecture``, e.g. the base model without LM head.
         ignored_tensors: regular expressions (full match) of checkpoint tensors that carry no information here.
+        code: SHA-256 of the file that defines the family; empty for built-in ones.
     """
 
     architecture: str
@@ -139,6 +140,7 @@ class Family(Generic[Config]):
     ignored_tensors: tuple[str, ...] = ()
     model_type: str = ""
     other_names: tuple[str, ...] = ()
+    code: str = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Config:
         """Read a parsed ``config.json``.

@@ -44,9 +44,10 @@ from phalanx.runtime.models.qwen3_moe import QWEN3_MOE
 from phalanx.runtime.models.smollm3 import SMOLLM3
 from phalanx.runtime.models.stablelm import STABLELM
 from phalanx.runtime.models.starcoder2 import STARCODER2
+from phalanx.runtime.models.user_file import installed_model
 from phalanx.runtime.token_fields import shown
 
-__all__ = ["MODELS", "find_model"]
+__all__ = ["MODELS", "built_in", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
     LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
@@ -57,22 +58,45 @@ _FAMILIES: tuple[Model, ...] = (
 MODELS: Mapping[str, Model] = MappingProxyType({model.architecture: model for model in _FAMILIES})
 
 
-def find_model(raw_config: Mapping[str, Any]) -> Model:
-    """Return the family that ``architectures`` of a parsed ``config.json`` names, or else ``model_type``.
+def built_in(architecture: str) -> Model:
+    """The built-in family of that name, for variants of it.
 
     Raises:
-        ConfigError: they name none, or none that Phalanx has.
+        ConfigError: there is none.
+    """
+    if architecture not in MODELS:
+        raise ConfigError(f"there is no built-in family {architecture}; there are {', '.join(MODELS)}")
+    return MODELS[architecture]
+
+
+def find_model(raw_config: Mapping[str, Any], own: Model | None = None) -> Model:
+    """Return the family that ``architectures`` of a parsed ``config.json`` names, or else ``model_type``.
+
+    Args:
+        own: the family of ``--model-file``, which comes before built-in ones; those of installed packages come after them.
+
+    Raises:
+        ConfigError: they name none, or none that Phalanx has; or ``own`` is another.
     """
     names = _architectures(raw_config)
     model_type = raw_config.get("model_type")
-    for model in MODELS.values():
+    for model in MODELS.values() if own is None else (own,):
         if any(name in (model.architecture, *model.other_names) for name in names):
             return model
         if not names and model_type == model.model_type:
             return model
+    if own is not None:
+        raise ConfigError(f"--model-file defines {own.architecture}, but config.json has architectures={names}")
+    if (installed := installed_model(names)) is not None:
+        return installed
     given = f"architectures={names}" if names else f"model_type={shown(model_type)}, without architectures,"
     known = ", ".join(re.sub("(ForCausalLM|LMHeadModel|Model)$", "", name) for name in MODELS)
-    raise ConfigError(f"{given} in config.json is not supported; supported: {known} (docs/models.md)")
+    code = (
+        "; code of the checkpoint (auto_map) is never run, --model-file takes yours"
+        if raw_config.get("auto_map")
+        else ""
+    )
+    raise ConfigError(f"{given} in config.json is not supported; supported: {known} (docs/models.md){code}")
 
 
 def _architectures(raw_config: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from .checkpoint_case import CheckpointCase
 from .decoder_cases import DECODERS
 
-__all__ = ["CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
+__all__ = ["ARCEE", "CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -236,16 +236,22 @@ CASES = (
     ),
     *DECODERS,
 )
+ARCEE = replace(
+    _like_llama("arcee", "ArceeForCausalLM", "user-file", pad_token_id=0),
+    model_file=Path(__file__).resolve().parents[2] / "examples" / "arcee.py",
+)
+"""A family that is not built in."""
 CASES_BY_NAME = {case.name: case for case in CASES}
 
 
 def write_checkpoint(case: CheckpointCase, directory: Path, seed: int = 0) -> Path:
     """Write ``config.json`` and ``model.safetensors``; returns ``directory``."""
     from phalanx.runtime.models import find_model
+    from phalanx.runtime.models.user_file import model_from_file
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(case.config))
-    model = find_model(case.config)
+    model = find_model(case.config, model_from_file(case.model_file))
     parts = {part.source: part for spec in model.weights(model.read_config(case.config)) for part in spec.parts}
     random = np.random.default_rng(seed)
     tensors = {name: _values(name, part.stored_shape, random) for name, part in sorted(parts.items())}

@@ -42,6 +42,12 @@ def _identity(**changes: Any) -> EngineIdentity:
     return EngineIdentity(**{**fields, **changes})
 
 
+def test_another_model_file_makes_another_key() -> None:
+    built_in, first, second = (_identity(model_code=code) for code in ("", "a" * 64, "b" * 64))
+    assert built_in.key == _identity().key
+    assert len({built_in.key, first.key, second.key}) == 3
+
+
 def _alone(checkpoint: Checkpoint, options: EngineConfig) -> RankSpec:
     """The only rank."""
     model = find_model(checkpoint.config)

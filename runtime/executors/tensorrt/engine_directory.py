@@ -42,6 +42,7 @@ class EngineIdentity:
         weights: checksum of the checkpoint; empty for stripped engines, which take any weights of these shapes.
         library: name and version of the TensorRT.
         targets: compute capabilities.
+        model_code: digest of the file that defines the family; empty for built-in ones.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class EngineIdentity:
     weights: str
     library: str
     targets: tuple[str, ...]
+    model_code: str = ""
 
     def fields(self) -> dict[str, Any]:
         """As plain values, one to one with what `key` covers. Token ids of the tokenizer do not matter."""
@@ -65,6 +67,7 @@ class EngineIdentity:
             "weights_checksum": self.weights,
             "tensorrt": self.library,
             "target_compute_capabilities": list(self.targets),
+            **({"model_code": self.model_code} if self.model_code else {}),
         }
 
     @property
@@ -224,4 +227,6 @@ def weights_checksum(checkpoint: Checkpoint, memory: Path) -> str:
 def identify(checkpoint: Checkpoint, request: BuildRequest, layout: Layout, library: TensorRT) -> EngineIdentity:
     """What engines built from these choices are. Reads the checkpoint, unless its checksum is remembered."""
     weights = "" if request.stripped else weights_checksum(checkpoint, cache_directory() / "checksums")
-    return EngineIdentity(request.config, request.shape, layout, weights, library.name, request.targets)
+    return EngineIdentity(
+        request.config, request.shape, layout, weights, library.name, request.targets, request.model.code
+    )

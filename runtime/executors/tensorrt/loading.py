@@ -78,7 +78,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
         config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens
     )
     request = BuildRequest(spec.model, config, shape, (capability,), formats=spec.checkpoint.formats)
-    identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,))
+    identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,), spec.model.code)
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
     rank = topology.replica_rank
     engine = directory.engine(identity, rank)
@@ -101,7 +101,8 @@ def _given_engine(
     found = directory.read_config()
     shape = directory.read_shape()
     stripped = not found.get("weights_checksum")
-    identity = EngineIdentity(config, shape, topology.layout, "" if stripped else checksum, library.name, (capability,))
+    weights = "" if stripped else checksum
+    identity = EngineIdentity(config, shape, topology.layout, weights, library.name, (capability,), spec.model.code)
     path = directory.check(identity, topology.replica_rank, capability)
     check_sizes(spec.options, config, shape)
     return path, BuildRequest(spec.model, config, shape, (capability,), stripped, spec.checkpoint.formats)
