@@ -54,8 +54,8 @@ class EngineIdentity:
     model_code: str = ""
 
     def fields(self) -> dict[str, Any]:
-        """As plain values, one to one with what `key` covers. Token ids of the tokenizer do not matter."""
-        config = dataclasses.asdict(self.config)
+        """As values that JSON gives back equal, one to one with what `key` covers. Token ids of the tokenizer do not matter."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         for name in ("bos_token_id", "eos_token_ids"):
             del config[name]
         return {
