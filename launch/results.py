@@ -136,6 +136,11 @@ def to_json(output: RequestOutput) -> str:
         "logprobs": None if output.logprobs is None else [entry(item) for item in output.logprobs],
         "prompt_logprobs": None if output.prompt_logprobs is None else [entry(item) for item in output.prompt_logprobs],
     }
+    if output.hypotheses:
+        fields["hypotheses"] = [
+            {"token_ids": one.token_ids, "score": one.score, "total": one.total, "finish_reason": one.finish_reason}
+            for one in output.hypotheses
+        ]
     if output.error is not None:
         fields["error"] = output.error
     return msgspec.json.encode(fields).decode()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec.structs import replace
 
-from phalanx.runtime.request import FinishReason, Logprob, RequestOutput, SamplingParams, TokenDelta
+from phalanx.runtime.request import FinishReason, Hypothesis, Logprob, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.text import TextStream, Tokenizer
 
 __all__ = ["Answer", "TokenEvent"]
@@ -43,6 +43,7 @@ class Answer:
         finish_reason: None while it runs.
         stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it.
         error: why it failed, if it did.
+        hypotheses: all answers of a beam search, best first.
         events: all events so far, if they were added by `collect`.
     """
 
@@ -56,6 +57,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
     events: list[TokenEvent] = field(default_factory=list)
 
     @classmethod
@@ -107,6 +109,7 @@ class Answer:
     def take(self, delta: TokenDelta) -> list[TokenEvent]:
         """Add a delta and return an event for each of its tokens. What comes after a stop text does not count."""
         self.num_cached_tokens = delta.num_cached_tokens or self.num_cached_tokens
+        self.hypotheses = delta.hypotheses or self.hypotheses
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         events: list[TokenEvent] = []
@@ -148,6 +151,7 @@ class Answer:
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
+            hypotheses=self.hypotheses,
         )
 
     def fail(self, error: str) -> None:

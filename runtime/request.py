@@ -7,7 +7,16 @@ from typing import Literal
 
 from phalanx.runtime.sampling.fields import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "FinishReason", "Logprob", "Request", "RequestOutput", "SamplingParams", "TokenDelta"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "FinishReason",
+    "Hypothesis",
+    "Logprob",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenDelta",
+]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -23,7 +32,7 @@ class Request:
     """Monotonic time in seconds after which the request ends with an error; None = never."""
     fork_from: str | None = None
     """Id of a request with the same prompt, submitted before: the prompt is then computed once for both, as long as that one runs
-    or waits. It changes no result."""
+    or waits. It changes no result. Of a beam search: this request gets its next best answer."""
     cache_salt: str = ""
     """Prefixes in the cache are shared only between requests of one salt."""
 
@@ -41,6 +50,21 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One answer of a beam search: its tokens, the sum of their log-probabilities, and the score by which answers are ordered."""
+
+    tokens: tuple[Logprob, ...]
+    total: float
+    score: float
+    finish_reason: FinishReason
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens, an end token included."""
+        return tuple(token.token_id for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """What one step added to one request. The last one of a request has a finish reason."""
 
@@ -53,6 +77,8 @@ class TokenDelta:
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """All answers of a beam search, best first; this delta's tokens are those of one of them."""
 
     def ends_with_stop_token(self, params: SamplingParams) -> bool:
         """Whether the last token is the one that ended the request: it counts, but is no text."""
@@ -74,3 +100,5 @@ class RequestOutput:
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """All answers of a beam search, best first; ``token_ids`` are those of the best."""

@@ -16,10 +16,24 @@ from typing import Any, Literal
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import Guide, GuideRule
-from phalanx.runtime.sampling.rules import MAX_INT32, Flag, Real, Rule, Texts, TokenIds, TokenLists, TokenNumbers, Whole
+from phalanx.runtime.sampling.rules import (
+    MAX_INT32,
+    EarlyStopping,
+    Flag,
+    Real,
+    Rule,
+    Texts,
+    TokenIds,
+    TokenLists,
+    TokenNumbers,
+    Whole,
+    shown,
+)
 
 __all__ = [
     "DEVICE_COLUMNS",
+    "MAX_ALTERNATIVES",
+    "MAX_BEAM_WIDTH",
     "MAX_LOGPROBS",
     "MAX_PLAN_BIASES",
     "MAX_TOKEN_BIASES",
@@ -48,6 +62,11 @@ TOKEN_BIAS_WORDS = 4
 
 MAX_LOGPROBS = 20
 """Most alternatives reported per token; bounds the size of a reply."""
+
+MAX_BEAM_WIDTH = 32
+
+MAX_ALTERNATIVES = 128
+"""Most alternatives that executors find for a token: beam search looks at more of them than a reply may have."""
 
 LOWEST_TEMPERATURE = 1e-5
 """Below it the noise cannot change the order of two different float32 logits that matter: such requests are greedy."""
@@ -159,6 +178,15 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField(
         "prompt_logprobs", None, Whole(0, MAX_LOGPROBS), {}, ("K", "alternatives to report per prompt token")
     ),
+    SamplingField(
+        "beam_width", 1, Whole(1, MAX_BEAM_WIDTH), _same("beam_width"),
+        ("N", "search with this many beams instead of sampling, and print the best answer"),
+    ),
+    SamplingField(
+        "length_penalty", 1.0, Real(-100.0, 100.0), _same("length_penalty"),
+        ("P", "beams are compared by log-probability / length^P"),
+    ),
+    SamplingField("early_stopping", False, EarlyStopping(), _same("early_stopping")),
 )  # fmt: skip
 
 _DEVICE_FIELDS = tuple((field, field.device) for field in SAMPLING_FIELDS if field.device is not None)
@@ -181,6 +209,13 @@ _C_DECLARATIONS = {
 
 SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format in DEVICE_COLUMNS)
 """The members of the same record in CUDA C."""
+
+
+_FIELDS_OF_BEAM_SEARCH = frozenset({
+    "max_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop", "skip_special_tokens", "logprobs",
+    "prompt_logprobs", "beam_width", "length_penalty", "early_stopping",
+})  # fmt: skip
+"""What a beam search acts on; any other field would be ignored, so it is refused."""
 
 
 def device_values(params: SamplingParams, vocab_size: int) -> tuple[Any, ...]:
@@ -256,6 +291,10 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
         prompt_logprobs: the same for prompt tokens.
+        beam_width: above 1, search for the most probable answers with so many beams instead of sampling.
+        length_penalty: of beam search, as `early_stopping`; an answer's score is its log-probability / length ^ length_penalty.
+        early_stopping: False = end when no beam of the present length beats the worst answer; True = once there are
+            ``beam_width`` answers; ``"never"`` = when none of any length can.
 
     Raises:
         RequestError: a value is not of its type or is out of range.
@@ -284,6 +323,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    beam_width: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         for field in SAMPLING_FIELDS:
@@ -300,3 +342,17 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} and structured_outputs both say which tokens may come; leave one of them out", name
                 )
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Refuse fields that would have no effect."""
+        if self.beam_width == 1:
+            return
+        others = {field.name for field in SAMPLING_FIELDS if getattr(self, field.name) != field.default}
+        if self.temperature == 0 or self.top_k == -1:
+            others -= {name for name in ("temperature", "top_k") if getattr(self, name) in (0, -1)}
+        if wrong := sorted(others - _FIELDS_OF_BEAM_SEARCH):
+            raise RequestError(
+                f"{wrong[0]}={shown(getattr(self, wrong[0]))} cannot be combined with beam_width={self.beam_width}; leave one of them out",
+                wrong[0],
+            )

@@ -7,11 +7,22 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from phalanx.parallel.errors import RequestError
 
-__all__ = ["MAX_INT32", "Flag", "Real", "Rule", "Texts", "TokenIds", "TokenLists", "TokenNumbers", "Whole"]
+__all__ = [
+    "MAX_INT32",
+    "EarlyStopping",
+    "Flag",
+    "Real",
+    "Rule",
+    "Texts",
+    "TokenIds",
+    "TokenLists",
+    "TokenNumbers",
+    "Whole",
+]
 
 MAX_INT32 = 2**31 - 1
 
@@ -91,6 +102,21 @@ class Flag:
         if type(value).__name__ not in ("bool", "bool_"):
             raise RequestError(f"{name}={shown(value)} is not a boolean; use true or false", name)
         return bool(value)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """True, False or ``never``, as in ``transformers``; 1 and 0 mean true and false."""
+
+    def schema(self) -> dict[str, Any]:
+        return {"enum": [True, False, "never", None]}
+
+    def check(self, name: str, value: Any) -> bool | Literal["never"]:
+        if isinstance(value, bool) or (isinstance(value, str) and value == "never"):
+            return value  # type: ignore[return-value]
+        if (number := _whole(value)) in (0, 1):
+            return bool(number)
+        raise RequestError(f'{name}={shown(value)} is not supported; use true, false or "never"', name)
 
 
 @dataclass(frozen=True, slots=True)

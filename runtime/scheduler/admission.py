@@ -12,13 +12,16 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import Request
 from phalanx.runtime.sampling.biases import token_biases
-from phalanx.runtime.sampling.fields import SamplingParams, device_values
+from phalanx.runtime.sampling.fields import DEVICE_COLUMNS, MAX_ALTERNATIVES, SamplingParams, device_values
 from phalanx.runtime.sampling.masks import AllowedTokens, GuideMasks, TokenMask
 from phalanx.runtime.sampling.noise import split_mix64
+from phalanx.runtime.scheduler.beam_search import num_candidates
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence
 from phalanx.runtime.scheduler.values import SchedulerConfig
 
-__all__ = ["admission_row", "bias_rows", "make_mask", "make_sequence"]
+__all__ = ["admission_row", "bias_rows", "make_mask", "make_sequence", "num_alternatives"]
+
+_COLUMNS = tuple(name for name, _ in DEVICE_COLUMNS)
 
 
 def make_sequence(request: Request, number: int, config: SchedulerConfig, cache: CachePlanner) -> Sequence:
@@ -35,14 +38,18 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
     token_ids = _prompt_array(request, config.vocab_size)
     _check_length(len(token_ids), params.max_tokens, config, cache)
     end_token_ids = _end_token_ids(request, config)
+    is_beam = params.beam_width > 1
+    if is_beam:
+        _check_beams(params, len(token_ids), end_token_ids, config, cache)
     return Sequence(
         number,
         request,
         token_ids,
         seed=split_mix64(config.seed, number + 1) if params.seed is None else params.seed % 2**64,
         end_token_ids=end_token_ids,
-        biases=token_biases(params, len(token_ids), end_token_ids),
+        biases=[] if is_beam else token_biases(params, len(token_ids), end_token_ids),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        is_beam=is_beam,
     )
 
 
@@ -66,10 +73,21 @@ def make_mask(params: SamplingParams, config: SchedulerConfig, guides: GuideMask
     return AllowedTokens(params.allowed_token_ids, config.vocab_size)
 
 
+def num_alternatives(sequence: Sequence, vocab_size: int) -> int:
+    """Most probable tokens that executors report for each row of a sequence."""
+    params = sequence.request.params
+    wanted = num_candidates(params, len(set(sequence.end_token_ids))) if sequence.is_beam else 0
+    return min(max(wanted, params.logprobs or 0), vocab_size)
+
+
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
     values = device_values(sequence.request.params, vocab_size)
-    return (seq_index, *values, sequence.num_prompt, len(sequence.biases), sequence.seed)
+    row = (seq_index, *values, sequence.num_prompt, len(sequence.biases), sequence.seed)
+    if sequence.is_beam:  # the scheduler chooses: executors find candidates, and need not sample
+        beams = {"temperature": 0.0, "num_logprobs": num_alternatives(sequence, vocab_size)}
+        row = tuple(beams.get(name, value) for name, value in zip(_COLUMNS, row, strict=True))
+    return row
 
 
 def bias_rows(sequence: Sequence, seq_index: int) -> list[tuple[Any, ...]]:
@@ -111,6 +129,27 @@ def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cac
     raise RequestError(
         f"{asked} exceed {owner} of {limit} tokens; {way_out} (operator: {flags})", param, "context_length_exceeded"
     )
+
+
+def _check_beams(
+    params: SamplingParams,
+    num_prompt: int,
+    end_token_ids: tuple[int, ...],
+    config: SchedulerConfig,
+    cache: CachePlanner,
+) -> None:
+    width = params.beam_width
+    blocks = width * -(-(num_prompt + params.max_tokens) // cache.block_size)
+    candidates = num_candidates(params, len(set(end_token_ids)))
+    for needed, limit, what in (
+        (width, config.max_num_seqs, "sequences at once (operator: --max-num-seqs)"),
+        (blocks, cache.num_blocks, "cache blocks (operator: --num-kv-blocks)"),
+        (candidates, MAX_ALTERNATIVES, "candidates a step; use fewer stop_token_ids"),
+    ):
+        if needed > limit:
+            raise RequestError(
+                f"beam_width={width} needs {needed} of {limit} {what}; use a smaller beam_width", "beam_width"
+            )
 
 
 def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES
 from phalanx.runtime.sampling.mask_sizes import most_masked_seqs
 from phalanx.runtime.scheduler.admission import admission_row, bias_rows
+from phalanx.runtime.scheduler.beams import Beam, BeamGroup
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.scheduler.sequences import PromptGroup, SeqIndexArray, Sequence, SequenceTable
 from phalanx.runtime.scheduler.values import SchedulerConfig
@@ -51,6 +52,7 @@ class RunningSet:
         waiting: the others.
 
     Attributes:
+        beams: those of all searches, by their sequences.
         num_preemptions, prefix_query_tokens, prefix_hit_tokens: see `SchedulerStats`.
     """
 
@@ -61,6 +63,7 @@ class RunningSet:
         self._microbatches = _microbatches_by_seqs(config)
         self._most_masked = most_masked_seqs(config.vocab_size)
         self._heirs: list[Sequence] = []
+        self.beams: dict[Sequence, Beam] = {}
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -76,12 +79,13 @@ class RunningSet:
         """
         if self._config.step_times is not None and self._is_full(num_in_flight):
             return Selection(np.empty(0, np.intp))
+        num_blocks = self._place_beams() if self.beams else 0
         selection = Selection(self._choose_decodes())
         for heir in self._heirs:
             if heir.seq_index >= 0:
                 self._add_admission(selection, heir)
         self._add_chunks(selection)
-        self._admit(selection)
+        self._admit(selection, num_blocks)
         if selection.num_tokens:
             self._heirs.clear()
         return selection
@@ -104,6 +108,24 @@ class RunningSet:
         if group is not None and group.leader is sequence and sequence.seq_index >= 0 and self._table.num_free:
             self._hand_over(group)
         self.release(sequence)
+
+    def end_beams(self, group: BeamGroup) -> None:
+        """Release all beams of a search."""
+        for beam in group.beams:
+            del self.beams[beam.sequence]
+            self.release(beam.sequence)
+        group.beams = []
+
+    def discard_beams(self, group: BeamGroup) -> None:
+        """Release all beams of a search whose numbers are broken; what they left is never shared."""
+        for beam in group.beams:
+            if beam.is_running:
+                self.discard(beam.sequence)
+
+    def advance_beams(self, group: BeamGroup) -> None:
+        """Go on with the next beams of a search whose beams have all been computed."""
+        for sequence in group.advance(self._table):
+            self.release(sequence)
 
     def _hand_over(self, group: PromptGroup) -> None:
         """Start a sequence that waits for the prompt of the group's leader, which is about to end, if it is its turn anyway."""
@@ -134,6 +156,46 @@ class RunningSet:
         """Free row and blocks of a running sequence whose numbers are broken; what it left is never shared."""
         self._cache.discard(sequence.seq_index)
         self._table.remove(sequence.seq_index)
+
+    def _place_beams(self) -> int:
+        """Give rows to beams that fork from running ones, oldest search first, taking them from younger requests if need be.
+
+        Returns how many blocks the plan must tell of. What it has no room for starts with the next plan.
+        """
+        waiting = [beam for beam in self.beams.values() if beam.parent is not None and not beam.is_running]
+        num_blocks = 0
+        for beam in sorted(waiting, key=lambda beam: beam.sequence.number):
+            if num_blocks >= self._config.max_num_batched_tokens:
+                break
+            while beam.parent is not None and self._may_fork(beam, beam.parent):
+                if self._fork(beam, beam.parent):
+                    num_blocks += -(-len(beam.sequence.token_ids) // self._cache.block_size)
+                    break
+                youngest = self._table.youngest()
+                if int(self._table.numbers[youngest]) <= beam.sequence.number:
+                    break
+                self._preempt(youngest)
+        return num_blocks
+
+    def _may_fork(self, beam: Beam, parent: Beam) -> bool:
+        seq_index = parent.sequence.seq_index
+        return seq_index >= 0 and int(self._table.num_computed[seq_index]) >= beam.num_shared
+
+    def _fork(self, beam: Beam, parent: Beam) -> bool:
+        """Start a beam with its parent's cache; False if there is no row, or too few blocks."""
+        sequence = beam.sequence
+        if not self._table.num_free:
+            return False
+        num_tokens, expected = len(sequence.token_ids), sequence.target_length - 1
+        num_cached = self._cache.fork(
+            self._table.next_seq_index, parent.sequence.seq_index, beam.num_shared, num_tokens, expected, spare_blocks=0
+        )
+        if num_cached is None:
+            return False
+        self._table.add(sequence, num_cached)
+        self._heirs.append(sequence)
+        beam.parent = None
+        return True
 
     def _is_full(self, num_in_flight: int) -> bool:
         """Whether more steps would cut the micro-batches smaller than is best; chunks of a long prompt cut nothing.
@@ -180,7 +242,7 @@ class RunningSet:
                 selection.chunks.append((seq_index, count))
                 budget -= count
 
-    def _admit(self, selection: Selection) -> None:
+    def _admit(self, selection: Selection, num_blocks: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and token budget last.
 
         One whose prompt another is about to compute lets others pass until it can be forked. Starts also stop where their blocks
@@ -188,10 +250,10 @@ class RunningSet:
         """
         most = self._share(self._table.num_running + min(len(self._waiting), self._table.num_free))
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        num_blocks, started = 0, []
+        started = []
         for sequence in self._waiting:
             is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
-            if is_full or budget <= 0 or not self._table.num_free:
+            if is_full or budget <= 0 or self._table.num_free < self._num_reserved() + self._num_rows(sequence):
                 break
             if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
                 break
@@ -209,6 +271,15 @@ class RunningSet:
             num_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
         for sequence in started:
             self._waiting.discard(sequence)
+
+    def _num_rows(self, sequence: Sequence) -> int:
+        """Rows that a request takes."""
+        return sequence.request.params.beam_width if sequence.is_beam else 1
+
+    def _num_reserved(self) -> int:
+        """Rows that running searches have not taken yet."""
+        groups = {beam.group for beam in self.beams.values() if beam.is_running} if self.beams else ()
+        return sum(group.num_missing_rows for group in groups)
 
     def _add_admission(self, selection: Selection, sequence: Sequence) -> None:
         selection.admissions.append(admission_row(sequence, sequence.seq_index, self._config.vocab_size))
@@ -263,10 +334,25 @@ class RunningSet:
         """
         sequence = self._table.sequences[seq_index]
         assert sequence is not None, "a sequence alone always fits: larger ones were refused"
-        sequence.token_ids = self._table.known_tokens(seq_index).copy()
-        self.release(sequence)
+        if sequence.is_beam:
+            sequence = self._suspend(self.beams[sequence].group)
+        else:
+            sequence.token_ids = self._table.known_tokens(seq_index).copy()
+            self.release(sequence)
         self._waiting.put_back(sequence)
         self.num_preemptions += 1
+
+    def _suspend(self, group: BeamGroup) -> Sequence:
+        """Take the rows of all beams of a search; returns the sequence that starts first when it goes on."""
+        tokens = []
+        for beam in group.beams:
+            sequence = beam.sequence
+            tokens.append(
+                self._table.known_tokens(sequence.seq_index).copy() if beam.is_running else sequence.token_ids
+            )
+            if beam.is_running:
+                self.release(sequence)
+        return group.suspend(tokens)
 
 
 def _microbatches_by_seqs(config: SchedulerConfig) -> list[int]:

@@ -10,7 +10,8 @@ from phalanx.parallel.errors import CapacityError, ConfigError, ExecutorError, R
 from phalanx.runtime.kv_cache import CachePlanner
 from phalanx.runtime.request import FinishReason, Logprob, Request, TokenDelta
 from phalanx.runtime.sampling.masks import GuideMasks
-from phalanx.runtime.scheduler.admission import make_mask, make_sequence
+from phalanx.runtime.scheduler.admission import make_mask, make_sequence, num_alternatives
+from phalanx.runtime.scheduler.beams import BeamGroup
 from phalanx.runtime.scheduler.deltas import DeltaBatch
 from phalanx.runtime.scheduler.plan_builder import CacheChanges, PlannedStep, build_plan
 from phalanx.runtime.scheduler.results import (
@@ -56,6 +57,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running = RunningSet(config, cache, self._table, self._waiting)
         self._sequences: dict[str, Sequence] = {}
+        self._searches: dict[str, BeamGroup] = {}
         self._deadlines = Deadlines()
         self._in_flight: deque[PlannedStep] = deque()
         self._batches: list[DeltaBatch] = []
@@ -73,6 +75,8 @@ class Scheduler:
         if request.request_id in self._sequences:
             raise RequestError(f"request_id={request.request_id!r} is in use; choose another", "request_id")
         sequence = make_sequence(request, self._num_submitted, self._config, self._cache)
+        if request.params.beam_width > 1 and request.fork_from is not None:
+            return self._follow(sequence, request.fork_from)
         if len(self._waiting) >= self._config.max_queued_requests:
             raise CapacityError(
                 f"{len(self._waiting)} requests are waiting, the most that --max-queued-requests="
@@ -83,6 +87,8 @@ class Scheduler:
         self._num_submitted += 1
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
+        if sequence.is_beam:
+            self._searches[request.request_id] = BeamGroup.start(sequence, self._running.beams)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, sequence)
         if request.params.max_tokens == 0 and not sequence.lacks_prompt_logprobs:
@@ -199,6 +205,8 @@ class Scheduler:
         table = self._table
         # Rows whose sequence ended or was preempted while the step was in flight are passed over.
         rows = np.flatnonzero(table.epochs[planned.seq_indices] == planned.epochs)
+        if self._running.beams:
+            rows = self._apply_beams(planned.seq_indices, rows, result)
         seq_indices, token_ids = planned.seq_indices[rows], result.token_ids[rows]
         lengths = table.append(seq_indices, token_ids)
         if table.masks:
@@ -221,6 +229,79 @@ class Scheduler:
         for seq_index, token_id in zip(seq_indices.tolist(), token_ids.tolist(), strict=True):
             if seq_index in masks and token_id >= 0:
                 masks[seq_index].accept(token_id)
+
+    def _apply_beams(self, seq_indices: SeqIndexArray, rows: SeqIndexArray, result: StepResult) -> SeqIndexArray:
+        """Take candidates of beams, and advance searches that have all of theirs; returns the rows that are not beams'."""
+        table = self._table
+        are_beams = table.is_beam[seq_indices[rows]]
+        table.settle(seq_indices[rows[are_beams]])
+        groups: dict[BeamGroup, None] = {}
+        for row in rows[are_beams].tolist():
+            sequence = table.sequences[seq_indices[row]]
+            beam = None if sequence is None else self._running.beams.get(sequence)
+            if sequence is None or beam is None:  # its search has just failed
+                continue
+            if result.token_ids[row] < 0:
+                self._fail(sequence)
+                continue
+            count = num_alternatives(sequence, self._config.vocab_size)
+            pairs = zip(result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True)
+            beam.next_tokens = list(pairs)
+            groups[beam.group] = None
+        for group in groups:
+            if not group.leader.has_ended and group.is_complete:
+                self._running.advance_beams(group)
+                if group.search.is_done:
+                    self._finish(group)
+        return rows[~are_beams]
+
+    def _finish(self, group: BeamGroup) -> None:
+        """Give the answers of a search, best first, to its request and to those that follow it."""
+        requests = [group.leader, *group.followers]
+        self._forget(group.leader)
+        answers = tuple(group.search.hypotheses)
+        for sequence, answer in zip(requests, answers, strict=False):
+            if sequence is not group.leader:
+                if sequence.has_ended:
+                    continue
+                self._forget(sequence)
+            params, last = sequence.request.params, answer.tokens[-1].token_id
+            self._emit(
+                TokenDelta(
+                    sequence.request.request_id,
+                    answer.token_ids,
+                    logprobs=() if params.logprobs is None else answer.tokens,
+                    prompt_logprobs=_all_prompt_logprobs(sequence),
+                    finish_reason=answer.finish_reason,
+                    stop_reason=last if answer.finish_reason == "stop" and last in params.stop_token_ids else None,
+                    num_cached_tokens=max(sequence.num_cached_tokens, 0),
+                    hypotheses=answers if sequence is group.leader else (),
+                )
+            )
+
+    def _follow(self, sequence: Sequence, leader_id: str) -> int:
+        """Register a request that gets the next best answer of a search.
+
+        Raises:
+            RequestError: there is no such search, it is of another prompt, or all its answers are taken.
+        """
+        group = self._searches.get(leader_id)
+        same = (sequence.request.prompt_token_ids, sequence.request.params)
+        if group is None or (group.leader.request.prompt_token_ids, group.leader.request.params) != same:
+            raise RequestError(
+                f"fork_from={leader_id!r} is not a beam search for the same prompt with the same parameters; submit it first",
+                "fork_from",
+            )
+        if len(group.followers) + 1 >= group.search.width:
+            raise RequestError(
+                f"fork_from={leader_id!r} has beam_width={group.search.width} answers, all taken", "fork_from"
+            )
+        group.followers.append(sequence)
+        self._num_submitted += 1
+        self._sequences[sequence.request.request_id] = sequence
+        if sequence.request.deadline is not None:
+            self._deadlines.add(sequence.request.deadline, sequence)
+        return sequence.number
 
     def _apply_special(self, sequence: Sequence, result: StepResult, row: int, code: int, first_news: bool) -> None:
         """A token that ends its request, has log-probabilities, or is the first and has more to tell."""
@@ -262,7 +343,12 @@ class Scheduler:
     def _fail(self, sequence: Sequence) -> None:
         """End a sequence whose numbers are broken, and never share what it left in the cache."""
         position = int(self._table.num_known[sequence.seq_index])
-        self._running.discard(sequence)
+        if sequence.is_beam:
+            group = self._running.beams[sequence].group
+            sequence = group.leader
+            self._running.discard_beams(group)
+        else:
+            self._running.discard(sequence)
         self._end(
             sequence,
             "error",
@@ -273,18 +359,26 @@ class Scheduler:
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End a request without another token."""
         scored = reason == "length"  # asked for no tokens, and has what it asked for
-        self._forget(sequence)
-        self._emit(
-            TokenDelta(
-                sequence.request.request_id,
-                prompt_logprobs=_all_prompt_logprobs(sequence) if scored else None,
-                finish_reason=reason,
-                num_cached_tokens=max(sequence.num_cached_tokens, 0) if scored else 0,
-                error=error,
-            )
+        group = self._searches.get(sequence.request.request_id)
+        ended = (
+            [sequence, *(follower for follower in group.followers if not follower.has_ended)] if group else [sequence]
         )
+        for one in ended:
+            self._forget(one)
+            self._emit(
+                TokenDelta(
+                    one.request.request_id,
+                    prompt_logprobs=_all_prompt_logprobs(one) if scored else None,
+                    finish_reason=reason,
+                    num_cached_tokens=max(one.num_cached_tokens, 0) if scored else 0,
+                    error=error,
+                )
+            )
 
     def _forget(self, sequence: Sequence) -> None:
+        group = self._searches.pop(sequence.request.request_id, None)
+        if group is not None:
+            self._running.end_beams(group)
         self._running.end(sequence)
         sequence.has_ended = True
         del self._sequences[sequence.request.request_id]

@@ -51,6 +51,7 @@ class Sequence:
         prompt_logprobs: those known so far; None unless asked for.
         has_ended: its last delta was given.
         group: sequences with its prompt, if requests named each other.
+        is_beam: it computes a beam of a search (`phalanx.runtime.scheduler.beams`).
     """
 
     number: int
@@ -66,6 +67,7 @@ class Sequence:
     prompt_logprobs: list[Logprob | None] | None = None
     has_ended: bool = False
     group: PromptGroup | None = None
+    is_beam: bool = False
 
     @property
     def salt(self) -> bytes:
@@ -124,6 +126,7 @@ class SequenceTable:
         has_first_news: its first token comes with more: prompt log-probabilities or the number of cached
             tokens.
         request_ids: ``[max_num_seqs]`` of str.
+        is_beam: the row belongs to a beam search.
         sequences: the records.
     """
 
@@ -146,6 +149,7 @@ class SequenceTable:
         self.last_turns = np.zeros(max_num_seqs, np.int64)
         self.wants_logprobs = np.zeros(max_num_seqs, np.bool_)
         self.has_first_news = np.zeros(max_num_seqs, np.bool_)
+        self.is_beam = np.zeros(max_num_seqs, np.bool_)
         self.request_ids = np.full(max_num_seqs, "", np.object_)
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self._free_indices = list(range(max_num_seqs))
@@ -184,6 +188,9 @@ class SequenceTable:
         self.wants_logprobs[seq_index] = sequence.request.params.logprobs is not None
         self.has_first_news[seq_index] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
         self.request_ids[seq_index] = sequence.request.request_id
+        self.is_beam[seq_index] = sequence.is_beam
+        if sequence.is_beam:
+            self.lookahead[seq_index] = 0
         self.sequences[seq_index] = sequence
 
     def remove(self, seq_index: int) -> None:
@@ -261,6 +268,15 @@ class SequenceTable:
         """Whether the output of a row ends in one of its stop sequences."""
         output = self.known_tokens(seq_index)[self.num_prompt[seq_index] :]
         return any(output[-len(tokens) :].tolist() == tokens for tokens in self.stop_sequences[seq_index])
+
+    def settle(self, seq_indices: SeqIndexArray) -> None:
+        """Count a sample of each row as arrived without adding a token."""
+        self.num_pending[seq_indices] -= 1
+
+    def append_one(self, seq_index: int, token_id: int) -> None:
+        """Add a token that was not sampled in this row's step but chosen afterwards."""
+        self.token_ids[seq_index, self.num_known[seq_index]] = token_id
+        self.num_known[seq_index] += 1
 
     def _set_end_ids(self, seq_index: int, end_token_ids: tuple[int, ...]) -> None:
         missing = len(end_token_ids) - len(self.end_ids)

@@ -20,7 +20,17 @@ from phalanx.runtime.sampling.fields import (
     read_fields,
     restricts_tokens,
 )
-from phalanx.runtime.sampling.rules import Flag, Real, Rule, Texts, TokenIds, TokenLists, TokenNumbers, Whole
+from phalanx.runtime.sampling.rules import (
+    EarlyStopping,
+    Flag,
+    Real,
+    Rule,
+    Texts,
+    TokenIds,
+    TokenLists,
+    TokenNumbers,
+    Whole,
+)
 from phalanx.runtime.step import ADMISSION
 
 from ..support.records import admission
@@ -30,6 +40,7 @@ TYPES: dict[type[Rule], type] = {
     Whole: int,
     Real: float,
     Flag: bool,
+    EarlyStopping: bool,
     Texts: tuple,
     TokenIds: tuple,
     TokenLists: tuple,

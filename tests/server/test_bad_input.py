@@ -103,7 +103,6 @@ COMPLETION_FIELDS: list[tuple[str, Any, str | None]] = [
     ("tools", [], None),
     ("messages", HI, None),
     ("temprature", 0.5, None),
-    ("use_beam_search", True, None),
     ("cache_salt", "x", None),
 ]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from phalanx import LLM, SamplingParams
 from phalanx.runtime.server.link.bridge import STATS_SECONDS
 
 from .jobs import Job, is_open_mpi, serve
@@ -192,6 +193,29 @@ def test_answers_match_what_clients_ask_for(job: Job) -> None:
         "exclude_input_in_output": True,
     }  # fmt: skip
     assert re.fullmatch("[0-9]{3}", job.server.post("/v2/models/ensemble/generate", inputs).json["text_output"])
+
+
+def test_beam_search_through_every_door_gives_the_answers_of_llm(job: Job, tiny: Path) -> None:
+    """Best first, each choice with its own log-probabilities; two prompts that are the same are two searches."""
+    prompt = [97, 98, 99]
+    with LLM(tiny, load_format="dummy", max_model_len=512) as llm:
+        (output,) = llm.generate(prompt, SamplingParams(max_tokens=9, beam_width=3))
+    expected = [list(hypothesis.token_ids) for hypothesis in output.hypotheses]
+    asked = {"prompt": [prompt, prompt], "max_tokens": 9, "return_token_ids": True, "logprobs": 0}
+    for fields in ({"use_beam_search": True, "n": 3}, {"beam_width": 3, "n": 3}):
+        answer = job.server.post(PATH, asked | fields)
+        assert [choice["token_ids"] for choice in answer.json["choices"]] == expected * 2
+    best = job.server.post(PATH, {**asked, "prompt": prompt, "use_beam_search": True, "best_of": 3}).json["choices"]
+    assert [choice["token_ids"] for choice in best] == expected[:1]
+    stream = job.server.post(PATH, {**asked, "prompt": prompt, "beam_width": 3, "stream": True}).body.decode()
+    streamed = [json.loads(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
+    found = [token for event in streamed for choice in event["choices"] for token in choice.get("token_ids") or ()]
+    assert found == expected[0]
+    tensors = {"text_input": "abc", "max_tokens": 9, "beam_width": 3, "exclude_input_in_output": True}
+    whole = job.server.post("/v2/models/ensemble/generate", tensors)
+    assert whole.status == 200, whole.body
+    refused = job.server.post(PATH, {"prompt": prompt, "use_beam_search": True, "n": 3, "top_p": 0.5})
+    assert (refused.status, refused.error["param"]) == (400, "top_p")
 
 
 def test_echoed_scores_are_those_of_generation(job: Job) -> None:

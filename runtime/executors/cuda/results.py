@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.runtime.request import MAX_LOGPROBS
+from phalanx.runtime.sampling.fields import MAX_ALTERNATIVES
 from phalanx.runtime.step import StepResult
 
 __all__ = ["ResultLayout", "ResultViews"]
@@ -44,7 +44,7 @@ class ResultLayout:
     @staticmethod
     def most_words(max_rows: int) -> int:
         """Words of the largest result of ``max_rows`` rows."""
-        return ResultLayout(max_rows, MAX_LOGPROBS).num_words
+        return ResultLayout(max_rows, MAX_ALTERNATIVES).num_words
 
     @property
     def num_words(self) -> int:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, read_fields
+from phalanx.runtime.sampling.fields import MAX_BEAM_WIDTH, SAMPLING_FIELDS, read_fields
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.sampling.rules import MAX_INT32, Whole
 from phalanx.runtime.server.errors import from_request_error, invalid
@@ -50,7 +50,13 @@ class Query:
 
 
 _TOKEN_NAMES = MappingProxyType(
-    {"request_output_len": "max_tokens", "runtime_top_k": "top_k", "runtime_top_p": "top_p", "streaming": "stream"}
+    {
+        "request_output_len": "max_tokens",
+        "runtime_top_k": "top_k",
+        "runtime_top_p": "top_p",
+        "streaming": "stream",
+        "len_penalty": "length_penalty",
+    }
 )
 """Inputs of ``tensorrt_llm`` that ``ensemble`` calls otherwise."""
 
@@ -60,8 +66,6 @@ _READ = frozenset(
         "return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "stream", "input_ids",
         "input_lengths", "stop_words", "stop_words_list", "bad_words", "bad_words_list",
         "guided_decoding_guide_type", "guided_decoding_guide",
-        # of beam search only
-        "length_penalty", "len_penalty", "early_stopping", "beam_search_diversity_rate",
     }
 )  # fmt: skip
 
@@ -69,7 +73,7 @@ _GUIDE_KINDS = MappingProxyType({"json": "json", "json_schema": "json", "regex":
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "beam_width": (1,),
+        "beam_search_diversity_rate": (0,),
         "embedding_bias_weights": (0,),
         "lora_task_id": (0,),
         "prompt_table_extra_id": (0,),
@@ -95,7 +99,7 @@ def parse_rows(contract: ModelContract, rows: Sequence[Row], vocab_size: int) ->
     for row in named:
         _refuse_unsupported(row)
     first = named[0]
-    for name in ("num_return_sequences", "stream", "exclude_input_in_output", "return_log_probs"):
+    for name in ("num_return_sequences", "beam_width", "stream", "exclude_input_in_output", "return_log_probs"):
         if any(row.get(name) != first.get(name) for row in named):
             raise invalid(f"{name} differs between rows; send them as separate requests", name)
     makes_tokens = contract.name == "tensorrt_llm"
@@ -135,7 +139,13 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         fields[name] = without_empty(row.get(name)) or None
     try:
         max_tokens = Whole(1, MAX_INT32).check("max_tokens", row["max_tokens"])
-        n = Whole(1, MAX_CHOICES).check("num_return_sequences", row.get("num_return_sequences", 1))
+        beam_width = Whole(1, MAX_BEAM_WIDTH).check("beam_width", row.get("beam_width", 1))
+        n = Whole(1, MAX_CHOICES).check("num_return_sequences", row.get("num_return_sequences", beam_width))
+        if n > beam_width > 1:
+            raise RequestError(
+                f"num_return_sequences={n} is above beam_width={beam_width}; use at most that many",
+                "num_return_sequences",
+            )
         sampling = {**_DEFAULTS, **read_fields(fields, "triton")}
     except RequestError as error:
         raise from_request_error(error) from None

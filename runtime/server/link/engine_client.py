@@ -226,9 +226,9 @@ class EngineClient(asyncio.Protocol):
             self._report_drained()
 
     def submit(
-        self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline: float | None
+        self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline: float | None, num_choices: int = 1
     ) -> GenerationGroup:
-        """Queue requests; `admit` has made room. The group must be closed."""
+        """Queue requests, ``num_choices`` in a row for each prompt; `admit` has made room. The group must be closed."""
         if self.failure is not None:
             raise self.failed()
         if self._transport is None:
@@ -240,6 +240,8 @@ class EngineClient(asyncio.Protocol):
         for index, (request_id, (token_ids, params)) in enumerate(zip(ids, prompts, strict=True)):
             self._open[request_id] = (group, index)
             first = first_with.setdefault(token_ids, request_id)
+            if params.beam_width > 1:  # a search gives its answers to the choices of one prompt
+                first = ids[index - index % num_choices]
             fork_from = None if first == request_id else first
             self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from)))
         return group

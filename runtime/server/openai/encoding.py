@@ -81,7 +81,7 @@ async def _with_word_tokens(services: Services, params: SamplingParams) -> Sampl
 
 def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
     """Parameters of one of several choices: each draws its own tokens, repeatably where the request has a seed."""
-    if params.seed is None or choice == 0:
+    if params.seed is None or choice == 0 or params.beam_width > 1:
         return params
     return dataclasses.replace(params, seed=split_mix64(params.seed, choice))
 
@@ -121,7 +121,9 @@ def _params(services: Services, generation: Generation, num_prompt: int) -> Samp
         raise invalid("the prompt is empty; give at least one token", "prompt")
     max_tokens = _max_tokens(generation, num_prompt, services.model.max_model_len)
     try:
-        return SamplingParams(**{**services.sampling_defaults, **generation.sampling, "max_tokens": max_tokens})
+        # A beam search samples nothing, so the checkpoint's defaults for sampling are not for it.
+        defaults = services.sampling_defaults if generation.sampling.get("beam_width", 1) == 1 else {}
+        return SamplingParams(**{**defaults, **generation.sampling, "max_tokens": max_tokens})
     except RequestError as error:
         raise from_request_error(error) from None
 

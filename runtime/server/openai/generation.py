@@ -71,6 +71,7 @@ class GenerationJob:
         self.group = self.services.client.submit(
             [(choice.prompt_token_ids, choice.params) for choice in self.choices],
             self.services.deadline(self.arrival),
+            self.n,
         )
 
     def close(self) -> None:

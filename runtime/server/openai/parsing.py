@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.runtime.sampling.fields import MAX_BEAM_WIDTH
 from phalanx.runtime.server.errors import invalid
 from phalanx.runtime.server.openai.answer_format import Reply, Served
 from phalanx.runtime.server.openai.chat import ChatFormat
@@ -97,7 +98,8 @@ def parse_completion(body: bytes) -> ApiGeneration:
     options = _stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
-    num_candidates = _num_candidates(request)
+    num_candidates = request.n if request.use_beam_search else _num_candidates(request)
+    sampling |= _beams(request, sampling, request.best_of)
     if num_candidates > request.n:
         sampling |= {"logprobs": 0}
     if request.logprobs is not None:
@@ -117,6 +119,20 @@ def parse_completion(body: bytes) -> ApiGeneration:
         stream=request.stream,
         reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts, num_candidates), options),
     )
+
+
+def _beams(request: GenerationRequest, sampling: dict[str, Any], best_of: int | None = None) -> dict[str, Any]:
+    """``beam_width``, as ``use_beam_search`` with ``best_of`` or ``n`` means it."""
+    width = sampling.get("beam_width")
+    if width is None and request.use_beam_search:
+        width = best_of or request.n
+    if width is None:
+        return {}
+    if width > MAX_BEAM_WIDTH:
+        raise invalid(f"a beam search of width {width} is too wide; use at most {MAX_BEAM_WIDTH}", "n")
+    if 1 < width < request.n:
+        raise invalid(f"n={request.n} is above the width {width} of the beam search; use at most that many", "n")
+    return {"beam_width": width}
 
 
 def _num_candidates(request: CompletionRequest) -> int:
@@ -143,6 +159,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
     if request.logprobs:
         sampling |= {"logprobs": request.top_logprobs}
+    sampling |= _beams(request, sampling)
     prompt = conversation(request)
     if prompt.tools is not None:
         sampling = prompt.tools.sampling(sampling)

@@ -61,6 +61,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    use_beam_search: bool | None = None
 
     # Other spellings of structured_outputs (see `with_guide`)
     guided_choice: list[str] | None = None
@@ -82,13 +83,11 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     cache_salt: Any = None
     kv_transfer_params: Any = None
-    length_penalty: Any = None
     logits_processors: Any = None
     priority: Any = None
     prompt_logprobs: Any = None
     spaces_between_special_tokens: Any = None
     truncate_prompt_tokens: Any = None
-    use_beam_search: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -182,7 +181,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "functions": ([],),
         "include": ([], ["reasoning.encrypted_content"]),
         "kv_transfer_params": (),
-        "length_penalty": (1,),
         "logits_processors": ([],),
         "max_tool_calls": (),
         "mcp_servers": ([],),
@@ -205,7 +203,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "top_logprobs": (0,),
         "truncate_prompt_tokens": (),
         "truncation": ("disabled",),
-        "use_beam_search": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }

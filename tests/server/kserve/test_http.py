@@ -237,7 +237,6 @@ def test_the_benchmark_form_of_sglang(server: Server) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"beam_width": 2}, "beam_width is not supported"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is out of range"),
         ({"bad_words": "no" * 600}, "bad_words holds a string of 1200 characters"),
         ({"return_context_logits": True}, "return_context_logits is not supported"),

@@ -1,0 +1,194 @@
+"""Beam search through `LLM`: the same answers whatever else runs, however short the cache is, and in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx import LLM, SamplingParams
+from phalanx.kernels.device import gpu_is_available
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import RequestError
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.request import Hypothesis, Request, RequestOutput
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+from tests.support.fake_cupy import install_fake_device
+
+PROMPTS = [
+    np.random.default_rng(index).integers(3, 101, length).tolist() for index, length in enumerate((1, 7, 16, 31))
+]
+WIDTHS = (2, 3, 4, 5)
+AMPLE: dict[str, Any] = {"engine": "numpy", "max_model_len": 64}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path_factory.mktemp("llama"))
+
+
+def beams(width: int) -> SamplingParams:
+    return SamplingParams(max_tokens=21, beam_width=width, logprobs=0, stop_token_ids=(17, 40))
+
+
+def answers(output: RequestOutput) -> list[tuple[int, ...]]:
+    return [hypothesis.token_ids for hypothesis in output.hypotheses]
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> list[list[tuple[int, ...]]]:
+    """Each search alone."""
+    with LLM(directory, **AMPLE) as llm:
+        return [answers(llm.generate(prompt, beams(width))[0]) for prompt, width in zip(PROMPTS, WIDTHS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 5},
+        {"max_num_seqs": 6, "block_size": 4, "num_kv_blocks": 70, "max_num_batched_tokens": 5},
+        {"max_num_seqs": 16, "block_size": 4, "num_kv_blocks": 66, "prefix_caching": False},
+        {"max_num_seqs": 14, "block_size": 1, "num_kv_blocks": 266, "max_num_batched_tokens": 16},
+    ],
+    ids=["few rows", "few of everything", "few blocks", "blocks of one token"],
+)  # fmt: skip
+def test_searches_in_a_crowd_equal_each_alone(
+    directory: Path, expected: list[list[tuple[int, ...]]], options: dict[str, Any]
+) -> None:
+    sampled = SamplingParams(max_tokens=20, seed=3)
+    with LLM(directory, **AMPLE | options) as llm:
+        alone = llm.generate(PROMPTS[1], sampled)[0].token_ids
+        crowd = [prompt for prompt in PROMPTS for _ in range(2)]
+        params = [one for width in WIDTHS for one in (beams(width), sampled)]
+        outputs = llm.generate(crowd, params)
+        assert [answers(output) for output in outputs[::2]] == expected
+        assert outputs[3].token_ids == alone
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_searches_do_not_depend_on_the_layout(
+    directory: Path, expected: list[list[tuple[int, ...]]], tp: int, pp: int
+) -> None:
+    def rank(comm: Communicator) -> list[list[tuple[int, ...]]]:
+        with LLM(directory, comm=comm, tensor_parallel_size=tp, pipeline_parallel_size=pp, **AMPLE) as llm:
+            return [answers(output) for output in llm.generate(PROMPTS, [beams(width) for width in WIDTHS])]
+
+    assert run_ranks(tp * pp, rank) == [expected] * (tp * pp)
+
+
+def test_searches_on_the_cuda_engine_find_the_same(
+    directory: Path,
+    expected: list[list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """With kernels emulated where there is no GPU: forked blocks, copies, alternatives of a beam's row."""
+    if not gpu_is_available():
+        install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+    sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 12, "num_kv_blocks": 20}
+    with LLM(directory, max_model_len=64, engine="cuda", dtype="float32", **sizes) as llm:
+        outputs = llm.generate(PROMPTS[1:3], [beams(width) for width in WIDTHS[1:3]])
+        assert [answers(output) for output in outputs] == expected[1:3]
+
+
+def test_the_best_answer_is_the_output_and_scores_are_sums_of_its_logprobs(directory: Path) -> None:
+    with LLM(directory, **AMPLE) as llm:
+        (output,) = llm.generate(PROMPTS[2], beams(4))
+        assert output.logprobs is not None
+        best = output.hypotheses[0]
+        assert (output.token_ids, output.finish_reason) == (best.token_ids, best.finish_reason)
+        total = sum(logprob.logprob for logprob in output.logprobs)
+        assert best.total == pytest.approx(total)
+        assert best.score == pytest.approx(total / len(output.token_ids))
+        scored = llm.generate([*PROMPTS[2], *best.token_ids], SamplingParams(max_tokens=0, prompt_logprobs=0))[0]
+        assert scored.prompt_logprobs is not None
+        again = [entry.logprob for entry in scored.prompt_logprobs[len(PROMPTS[2]) :] if entry is not None]
+        assert again == pytest.approx([logprob.logprob for logprob in output.logprobs], abs=1e-5)
+
+
+def test_followers_get_the_next_best_answers_and_end_with_their_leader(directory: Path) -> None:
+    with LLM(directory, **AMPLE) as llm:
+        engine = llm._replica.engine
+        assert engine is not None
+
+        def run(ids: list[str], cancelled: str | None = None) -> dict[str, Any]:
+            for request_id in ids:
+                first = None if request_id == ids[0] else ids[0]
+                engine.submit(Request(request_id, tuple(PROMPTS[1]), beams(3), fork_from=first))
+            found = []
+            for _ in range(4):
+                found += engine.step()
+            if cancelled is not None:
+                engine.cancel(cancelled)
+            while engine.has_work:
+                found += engine.step()
+            found += engine.scheduler.take_deltas()
+            return {delta.request_id: delta for delta in found}
+
+        deltas = run(["a", "b", "c"])
+        hypotheses: tuple[Hypothesis, ...] = deltas["a"].hypotheses
+        assert [deltas[name].token_ids for name in "abc"] == [one.token_ids for one in hypotheses]
+        deltas = run(["d", "e", "f"], cancelled="e")
+        assert (deltas["e"].finish_reason, deltas["f"].token_ids) == ("cancelled", hypotheses[2].token_ids)
+        deltas = run(["g", "h"], cancelled="g")
+        assert [deltas[name].finish_reason for name in "gh"] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_p": 0.5}, r"top_p=0.5 cannot be combined with beam_width=2"),
+        ({"logit_bias": {1: 5.0}}, r"logit_bias=.* cannot be combined"),
+        ({"repetition_penalty": 1.1}, r"repetition_penalty=1.1 cannot be combined"),
+        ({"temperature": 0.7}, r"temperature=0.7 cannot be combined"),
+        ({"beam_width": 33}, r"beam_width=33 is out of range; use at most 32"),
+        ({"early_stopping": "soon"}, r"early_stopping='soon' is not supported"),
+    ],
+)
+def test_fields_that_a_search_would_ignore_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**{"beam_width": 2, **fields})
+
+
+def test_a_search_that_can_never_fit_is_refused(directory: Path) -> None:
+    with LLM(directory, **AMPLE | {"max_num_seqs": 3, "block_size": 16, "num_kv_blocks": 4}) as llm:
+        with pytest.raises(RequestError, match="beam_width=4 needs 4 of 3 sequences at once"):
+            llm.generate(PROMPTS[0], beams(4))
+        with pytest.raises(RequestError, match="beam_width=3 needs 6 of 4 cache blocks"):
+            llm.generate(PROMPTS[0], beams(3))
+        assert len(llm.generate(PROMPTS[0], beams(2))[0].hypotheses) == 2
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_answers_and_scores_equal_transformers(directory: Path, early: Any, length_penalty: float) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    ends = (17, 40)
+    with LLM(directory, **AMPLE) as llm:
+        for prompt, width in zip(PROMPTS, WIDTHS, strict=True):
+            params = SamplingParams(
+                max_tokens=21, beam_width=width, length_penalty=length_penalty, early_stopping=early, ignore_eos=True,
+                stop_token_ids=ends,
+            )  # fmt: skip
+            (output,) = llm.generate(prompt, params)
+            found = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), num_beams=width,
+                num_return_sequences=width, max_new_tokens=21, do_sample=False, early_stopping=early, eos_token_id=list(ends),
+                length_penalty=length_penalty, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+            expected = [_until_end(tokens, ends) for tokens in found.sequences[:, len(prompt) :].tolist()]
+            assert answers(output) == expected
+            scores = [hypothesis.score for hypothesis in output.hypotheses]
+            np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=2e-6, atol=2e-4)
+
+
+def _until_end(token_ids: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:
+    first = next((index for index, token in enumerate(token_ids) if token in ends), len(token_ids) - 1)
+    return tuple(token_ids[: first + 1])
