@@ -34,6 +34,7 @@ imports: setup
 
 key-tables: setup
 	python tools/key_tables.py
+	python -m tools.engine_matrix
 
 # Configs, tokenizers and templates of a directory of downloaded models: make try-models DIR=...
 try-models: setup

@@ -1,4 +1,4 @@
-"""docs/config_keys.md says what the code does."""
+"""docs/config_keys.md and the table of engines in docs/models.md say what the code does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_the_documented_keys_are_those_of_the_code() -> None:
     tables = runpy.run_path(str(ROOT / "tools" / "key_tables.py"))
     assert (ROOT / "docs" / "config_keys.md").read_text() == tables["document"](), "run `make key-tables`"
+
+
+def test_the_documented_engines_of_each_family_are_those_that_accept_it() -> None:
+    from tools.engine_matrix import PATH, document
+
+    assert PATH.read_text() == document(), "run `make key-tables`"
 
 
 def test_no_key_has_two_uses() -> None:
