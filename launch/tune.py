@@ -68,12 +68,14 @@ def gemm_problems(
 ) -> Iterator[GemmProblem]:
     """The distinct products of one block and the head on rank 0 of ``tp``, as the CUDA executor poses them."""
     from phalanx.kernels.cublaslt import GemmProblem
+    from phalanx.runtime.models.shapes import use_of
 
+    experts = use_of(model, config).experts  # multiplied by own kernels, which are not timed
     specs = {spec.name: spec for spec in model.weights(config, range(1), first=False, last=True)}
     seen: set[tuple[int, int, bool]] = set()
     for name, spec in specs.items():
         shape = spec.local_shape(0, tp)
-        if len(shape) != 2 or not name.endswith(".weight"):
+        if len(shape) != 2 or not name.endswith(".weight") or spec.owner.rpartition(".")[0] in experts:
             continue
         bias = specs.get(name.removesuffix("weight") + "bias")
         # A row-parallel bias is added once, after the sum over ranks.

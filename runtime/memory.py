@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
@@ -115,28 +116,31 @@ def plan_memory(
     Raises:
         ConfigError: the model cannot be split so.
     """
-    itemsize = DTYPE_BYTES[dtype]
+    itemsize, experts = DTYPE_BYTES[dtype], use_of(model, config).experts
+    state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
     result = []
-    for rank in range(layout.tp * layout.pp):
-        place = Topology(layout, rank)
-        layers = stage_layers(config.num_layers, layout.pp)[place.stage]
-        specs = model.weights(config, layers, place.is_first_stage, place.is_last_stage)
+    for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp)):
+        places = [Topology(layout, stage * layout.tp + tp_rank) for tp_rank in range(layout.tp)]
+        specs = model.weights(config, layers, places[0].is_first_stage, places[0].is_last_stage)
         attention = [model.decode.attention(config, layer) for layer in layers]
         components = components_of(format_weights(specs, formats))
-        state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
-        result.append(
+        workspace = partial(
+            workspace_bytes, model, config, formats, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
+            itemsize=itemsize, experts=experts,
+        )  # fmt: skip
+        result += [
             RankMemory(
-                rank=rank,
-                stage=place.stage,
+                rank=place.rank,
+                stage=stage,
                 tp_rank=place.tp_rank,
                 layers=layers,
                 weights=weight_bytes(components, place.tp_rank, layout.tp, itemsize),
-                workspace=workspace_bytes(model, config, formats, place, max_num_seqs, max_num_tokens, itemsize)
-                + state,
+                workspace=workspace(place) + state,
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
                 kv_block_bytes=kv_block_bytes(attention, place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize),
             )
-        )
+            for place in places
+        ]
     return tuple(result)
 
 
@@ -184,8 +188,12 @@ def workspace_bytes(
     max_num_seqs: int,
     max_num_tokens: int,
     itemsize: int,
+    experts: Mapping[str, ExpertsSpec] | None = None,
 ) -> int:
-    """Room for the activations and logits of the largest step on one rank, by its largest layer; see `activation_bytes`."""
+    """Room for the activations and logits of the largest step on one rank, by its largest layer; see `activation_bytes`.
+
+    ``experts``: those of the model by name, if they are known.
+    """
     tp = place.tp_rank, place.layout.tp
     layers = stage_layers(config.num_layers, place.layout.pp)[place.stage]
     logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
@@ -194,14 +202,14 @@ def workspace_bytes(
     if place.is_last_stage:
         logit_rows += -(-ADJUSTED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
-    experts = use_of(model, config).experts
+    mixtures = use_of(model, config).experts if experts is None else experts
 
     def of_layer(layer: int) -> int:
         weights = format_weights(model.decode.block_weights(config, layer), formats)
         specs = [weight.spec for weight in weights]
         quantized = [weight.spec for weight in weights if isinstance(weight.format, RowCodes)]
         activations = activation_bytes(
-            specs, experts, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
+            specs, mixtures, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
         )
         codes = _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
         return activations + codes + _product_bytes(weights, itemsize, *tp)

@@ -46,6 +46,11 @@ def test_a_row_parallel_bias_is_in_the_product_only_without_tensor_parallelism()
     assert not split[64, 128]
 
 
+def test_experts_are_not_timed():
+    mixtral = {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    assert [(o, i) for _, o, i, _ in shapes(mixtral, 1)] == [(96, 64), (64, 64), (112, 64)]
+
+
 @pytest.mark.parametrize("tokens", ["", "1,x", "0", "-3,4"])
 def test_a_wrong_list_of_tokens_is_the_users_mistake(tokens):
     command = [sys.executable, "-m", "launch.tune", f"--tokens={tokens}"]
