@@ -28,7 +28,8 @@ def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict
     """
     stages_of: Counter[Part] = Counter()
     for specs in stages:
-        stages_of.update({part.stored for spec in specs for part in spec.parts})
+        # Each once, but in their order: sets of strings have another in every process, and manifests are compared by bytes.
+        stages_of.update([*dict.fromkeys(part.stored for spec in specs for part in spec.parts)])
     plan: dict[str, Counter[int]] = defaultdict(Counter)
     for part, num_stages in stages_of.items():
         for number, elements in _copies_in_stage(part, tp_size).items():

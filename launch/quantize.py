@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.arguments import CommandParser, add_model_argument, job_arguments, run_command
+from phalanx.launch.arguments import (
+    CommandParser,
+    add_model_argument,
+    add_model_file_argument,
+    job_arguments,
+    run_command,
+)
 from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
+    from phalanx.runtime.models import Model
 
 __all__ = ["main"]
 
@@ -27,6 +34,7 @@ def build_parser() -> CommandParser:
         "compressed-tensors, the format of transformers and vLLM, and loads here; loading it there has not been tried.",
     )
     add_model_argument(parser, "Hugging Face directory with float weights (default: the demo checkpoint)")
+    add_model_file_argument(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     parser.add_argument("--scheme", choices=("fp8", "int8", "w8a16", "w4a16"), required=True,
                         help="fp8, int8: weights by row, inputs by token; w8a16, w4a16: weights only")  # fmt: skip
@@ -44,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.checkpoints.checkpoint import open_checkpoint
     from phalanx.checkpoints.quantization.writer import Scheme, write_quantized
     from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.models.user_file import model_from_file
 
     if comm.size > 1:
         raise ConfigError(f"launch.quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
     with open_checkpoint(args.model) as checkpoint:
-        chosen = _matrices(checkpoint)
+        chosen = _matrices(checkpoint, model_from_file(args.model_file))
         with Progress("quantizing", len(chosen), "matrices") as progress:
             errors = write_quantized(
                 checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, args.output,
@@ -69,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _matrices(checkpoint: Checkpoint) -> set[str]:
+def _matrices(checkpoint: Checkpoint, own: Model | None) -> set[str]:
     """Names of the tensors to quantise: whole matrices of layers, as the model declares them."""
     from phalanx.checkpoints.formats import DENSE
     from phalanx.checkpoints.quantization.held import quantized_while_loading
@@ -77,7 +86,7 @@ def _matrices(checkpoint: Checkpoint) -> set[str]:
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.models.registry import find_model
 
-    model = find_model(checkpoint.config)
+    model = find_model(checkpoint.config, own)
     specs = model.weights(model.read_config(checkpoint.config))
     if any(checkpoint.formats.choose(spec) != DENSE for spec in filter(quantized_while_loading, specs)):
         raise ConfigError("--model is quantised already; use the checkpoint that it was made from")

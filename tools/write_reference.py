@@ -86,9 +86,54 @@ def _default(field: dataclasses.Field[object]) -> str:
     return "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
 
 
+def engines_page() -> str:
+    """Which engine runs which family, by what the executors declare and what the families' test configurations use."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from phalanx.runtime.executors.cuda.ops import CAPABILITIES as CUDA
+    from phalanx.runtime.executors.numpy.ops import CAPABILITIES as NUMPY
+    from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES as TENSORRT
+    from phalanx.runtime.models import find_model
+    from phalanx.runtime.models.shapes import use_of
+    from tests.support.checkpoints import CASES
+
+    uses: dict[str, list[set[str]]] = {}
+    for case in CASES:
+        model = find_model(case.config)
+        names = {feature.name for feature in use_of(model, model.read_config(case.config)).features}
+        uses.setdefault(model.architecture, []).append(names)
+    lines = [
+        NOTE, "# Families and engines\n",
+        "What each executor declares, compared with what the configurations of `tests/support` use of each family. *refused*: every",
+        "configuration is refused, by these names, before weights are read; *without*: configurations that use these are refused. Sizes",
+        "have limits, too (the CUDA engine takes heads of up to 256 in multiples of 8). `phalanx check MODEL` says it for one model.",
+        "Which of them have run on GPUs is in [README.md](../../README.md).\n",
+        "| family | NumPy | CUDA | TensorRT |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for architecture, used in sorted(uses.items()):
+        verdicts = [
+            _verdict([sorted(each - engine.features.keys()) for each in used]) for engine in (NUMPY, CUDA, TENSORRT)
+        ]
+        lines.append(f"| `{architecture}` | {' | '.join(verdicts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(lacking: list[list[str]]) -> str:
+    """``lacking``: what an engine lacks for each configuration; an option is implied by its operation."""
+    names = sorted({name for each in lacking for name in each})
+    shown = ", ".join(f"`{name}`" for name in names if not any(name.startswith(f"{other}.") for other in names))
+    if not names:
+        return "yes"
+    return f"without {shown}" if [] in lacking else f"refused: {shown}"
+
+
 def pages() -> dict[Path, str]:
     """Every page, by its file."""
-    return {DIRECTORY / "commands.md": commands_page(), DIRECTORY / "python.md": python_page()}
+    return {
+        DIRECTORY / "commands.md": commands_page(),
+        DIRECTORY / "python.md": python_page(),
+        DIRECTORY / "engines.md": engines_page(),
+    }
 
 
 def main() -> None:

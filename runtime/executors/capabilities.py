@@ -8,7 +8,7 @@ are at their default need no entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -95,18 +95,21 @@ class Capabilities:
         Raises:
             ConfigError: naming engine, model and the first feature that is missing.
         """
+        complaint = next(self.complaints(model, config, dtype), None)
+        if complaint is not None:
+            way_out = "" if self.engine == "numpy" else "; use --engine numpy"
+            raise ConfigError(f"the {self.engine} engine cannot run {config.architecture}: {complaint}{way_out}")
+
+    def complaints(self, model: Model, config: ModelConfig, dtype: str) -> Iterator[str]:
+        """What the engine lacks for the model, a clause each. Raises as `use_of`."""
         if "decode" not in model.passes:
-            raise self._refusal(config, f"it has no decoding pass (only {', '.join(model.passes)})")
+            yield f"it has no decoding pass (only {', '.join(model.passes)})"
         if dtype not in self.dtypes:
-            raise self._refusal(config, f"dtype={dtype} is not supported (only {', '.join(sorted(self.dtypes))})")
+            yield f"dtype={dtype} is not supported (only {', '.join(sorted(self.dtypes))})"
         for feature in use_of(model, config).features:
             limit = self.features.get(feature.name)
             if limit is None:
                 value = "" if feature.value is None else f"={feature.value}"
-                raise self._refusal(config, f"{feature.name}{value} is not supported")
-            if complaint := limit.complaint(feature.name, feature.value):
-                raise self._refusal(config, complaint)
-
-    def _refusal(self, config: ModelConfig, reason: str) -> ConfigError:
-        way_out = "" if self.engine == "numpy" else "; use --engine numpy"
-        return ConfigError(f"the {self.engine} engine cannot run {config.architecture}: {reason}{way_out}")
+                yield f"{feature.name}{value} is not supported"
+            elif complaint := limit.complaint(feature.name, feature.value):
+                yield complaint

@@ -120,7 +120,7 @@ def test_check_says_what_the_model_is_and_what_each_engine_lacks(
     assert lines[4].startswith("tensorrt: ")
     mixtral = write_checkpoint(CASES_BY_NAME["mixtral-plain"], directory.parent / "mixtral")
     assert check.main(["--model", str(mixtral)]) == 0
-    assert "tensorrt: the tensorrt engine cannot run MixtralForCausalLM: experts" in capsys.readouterr().out
+    assert "\ntensorrt: experts is not supported; experts.num_experts=5 is not supported; " in capsys.readouterr().out
 
 
 HEADER = "from dataclasses import replace\nfrom phalanx.models import built_in\nPHALANX_API = 1\nLLAMA = built_in('LlamaForCausalLM')\n"

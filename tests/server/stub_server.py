@@ -28,7 +28,7 @@ class StubOptions(msgspec.Struct):
 
     Attributes:
         directory: where the tokenizer is.
-        step_seconds: a step begins so long after the one before, however long that took.
+        step_seconds: from the end of one step to the end of the next, whatever is done meanwhile.
         fail_after_steps: raise in this step.
         hang_after_steps: sleep for ever in this step.
         start_seconds: how long the engine takes to start.
@@ -57,7 +57,7 @@ class StubEngine:
         self._options = options
         self._open: dict[str, tuple[Request, int]] = {}
         self._plain: set[str] = set()
-        self._next_step = 0.0
+        self._last_step = 0.0
         self._news: list[TokenDelta] = []
         self.num_steps = 0
 
@@ -70,6 +70,8 @@ class StubEngine:
             raise RequestError("token 13 brings bad luck; leave it out", "prompt")
         if FULL_TOKEN in request.prompt_token_ids:
             raise CapacityError("the stub is full; try again later", 7.0)
+        if not self.has_work:
+            self._last_step = time.monotonic()
         self._open[request.request_id] = (request, 0)
         params = request.params
         if params.logprobs is None and not params.stop_token_ids and request.deadline is None:
@@ -101,10 +103,9 @@ class StubEngine:
         return [in_columns(deltas), DeltaBatch(np.array(plain_ids, np.object_), token_ids=np.array(plain_tokens))]
 
     def _wait_for_step(self) -> None:
-        now, period = time.monotonic(), self._options.step_seconds
-        if self._next_step + period > now:
-            time.sleep(self._next_step + period - now)
-        self._next_step = max(self._next_step + period, now)
+        now = time.monotonic()
+        self._last_step = max(self._last_step + self._options.step_seconds, now)
+        time.sleep(self._last_step - now)
 
     def replica_stats(self) -> list[ReplicaStats]:
         scheduler = SchedulerStats(len(self._open), 0, len(self._open), 100, 3, 20, 5)
