@@ -16,7 +16,8 @@
 // Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
 // HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
 // item's queries load during this item, which short prompts need. With KV_FP8 feeders convert codes to float16 on the way, since
-// converting in the computing warpgroups would compete with the softmax for registers and issue slots.
+// converting in the computing warpgroups would compete with the softmax for registers and issue slots; they stage the codes
+// of one tile ahead in shared memory, because a load that is waited for costs more than a tile's products.
 #define ROWS 128
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
@@ -36,6 +37,9 @@ constexpr int FEEDER_REGISTERS = 56, COMPUTE_REGISTERS = 224;
 struct Shared {
     alignas(1024) unsigned char query[QUERY_SLOTS][ROWS * HEAD_DIM * 2];
     alignas(1024) unsigned char ring[RING][TILE_BYTES];
+#if KV_FP8
+    alignas(16) unsigned char codes[2][KEYS * HEAD_DIM];
+#endif
     alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
@@ -59,6 +63,8 @@ struct Feeder {
     Shared& shared;
     const int thread, lane;
     RingCursor ring, query;
+    int staging = 0, converting = 0;  // tiles of codes, with KV_FP8
+    bool has_staged = false;
 
     __device__ __forceinline__ int first_row() const { return thread / PIECES; }
     __device__ __forceinline__ int piece() const { return thread % PIECES; }
@@ -103,33 +109,52 @@ struct Feeder {
     }
 
 #if KV_FP8
-    // Lane i of each warp holds the tile's page i. A thread converts 16 codes of a row; rows past the sequence become zeros.
+    static constexpr int CODE_PIECES = HEAD_DIM / 16, ROWS_AT_ONCE = FEEDERS / CODE_PIECES;  // pieces of 16 codes
+
+    // Lane i of each warp holds the tile's page i. The codes of one tile are on their way while those of the tile before convert.
     __device__ __forceinline__ void copy_tile(const KvElement* pages, const Work& work, int tile, int page) {
-        constexpr int CODE_PIECES = HEAD_DIM / 16, ROWS_AT_ONCE = FEEDERS / CODE_PIECES;
-        constexpr int BATCH = KEYS / ROWS_AT_ONCE < 4 ? KEYS / ROWS_AT_ONCE : 4;  // loads in flight
-        const int code_piece = thread % CODE_PIECES, first = thread / CODE_PIECES;
+        stage(pages, work, tile, page);
+        if (has_staged) convert<1>();
+        has_staged = true;
+    }
+
+    __device__ __forceinline__ void end() { convert<0>(); }
+
+    // A thread copies the pieces that it converts later, so that it waits for nobody else. Rows past the sequence become zeros.
+    __device__ __forceinline__ void stage(const KvElement* pages, const Work& work, int tile, int page) {
+        const int first = thread / CODE_PIECES;
         const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
-        const KvElement* const column = pages + work.kv_head * BLOCK_SIZE * HEAD_DIM + code_piece * 16;
+        const KvElement* const column = pages + work.kv_head * BLOCK_SIZE * HEAD_DIM + thread % CODE_PIECES * 16;
+        const unsigned destination = shared_address(shared.codes[staging]) + thread * 16;
+#pragma unroll 4
+        for (int row = 0; row < KEYS; row += ROWS_AT_ONCE) {
+            const int key = tile * KEYS + first + row;
+            const long long from = __shfl_sync(~0u, page, (first + row) / PAGE_ROWS) * page_elements + key % BLOCK_SIZE * HEAD_DIM;
+            copy_16_bytes(destination + row * HEAD_DIM, column + from, key < work.seq_len);
+        }
+        commit_copies();
+        staging ^= 1;
+    }
+
+    // The oldest staged tile; `LATEST` younger ones may still be on their way. Lanes whose pieces would meet in the same banks
+    // (4 pieces of codes, 8 of operands apart) store their two halves in opposite order.
+    template <int LATEST>
+    __device__ __forceinline__ void convert() {
+        wait_for_copies_but<LATEST>();
         barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
         const unsigned destination = shared_address(shared.ring[ring.slot]);
-#pragma unroll 1
-        for (int batch = first; batch < KEYS; batch += BATCH * ROWS_AT_ONCE) {
-            uint4 codes[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int row = batch + i * ROWS_AT_ONCE, key = tile * KEYS + row;
-                const KvElement* source = column + __shfl_sync(~0u, page, row / PAGE_ROWS) * page_elements + key % BLOCK_SIZE * HEAD_DIM;
-                codes[i] = key < work.seq_len ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int row = batch + i * ROWS_AT_ONCE;
-                store_16_bytes(destination + swizzled(KEYS, row, 2 * code_piece), operands_of(codes[i].x, codes[i].y));
-                store_16_bytes(destination + swizzled(KEYS, row, 2 * code_piece + 1), operands_of(codes[i].z, codes[i].w));
-            }
+        const unsigned char* const source = shared.codes[converting] + thread * 16;
+        const int first = thread / CODE_PIECES, code_piece = thread % CODE_PIECES, order = code_piece / 4 % 2;
+#pragma unroll 4
+        for (int row = 0; row < KEYS; row += ROWS_AT_ONCE) {
+            const uint4 codes = *reinterpret_cast<const uint4*>(source + row * HEAD_DIM);
+            const uint4 low = operands_of(codes.x, codes.y), high = operands_of(codes.z, codes.w);
+            store_16_bytes(destination + swizzled(KEYS, first + row, 2 * code_piece + order), order ? high : low);
+            store_16_bytes(destination + swizzled(KEYS, first + row, 2 * code_piece + 1 - order), order ? low : high);
         }
         arrive(shared.full[ring.slot]);
         ring.advance(RING);
+        converting ^= 1;
     }
 #else
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
@@ -151,6 +176,8 @@ struct Feeder {
         arrive(shared.full[ring.slot]);
         ring.advance(RING);
     }
+
+    __device__ __forceinline__ void end() {}
 #endif
 
     __device__ __forceinline__ void run(WorkQueue& queue) {
@@ -170,6 +197,7 @@ struct Feeder {
             work = next;
             page = next_first_page;
         }
+        end();
     }
 };
 

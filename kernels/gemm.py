@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
-from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gemv, gemv_takes
+from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gated_gemv, gemv, gemv_takes
 from phalanx.kernels.gemv8 import GEMV8_SHAPES, gemv8, gemv8_takes
 from phalanx.kernels.library import Library
 from phalanx.kernels.packed import (
@@ -27,7 +28,7 @@ from phalanx.kernels.scale_sums import scale_sums
 from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["WORKSPACE_BYTES", "Gemm", "Operands", "open_gemm", "problem_of"]
+__all__ = ["MAX_GATED_TOKENS", "WORKSPACE_BYTES", "Gemm", "Operands", "open_gemm", "problem_of"]
 
 WORKSPACE_BYTES = 64 << 20
 """Device memory for cuBLASLt's split-k partial sums; more than its algorithms ask for at model shapes."""
@@ -35,6 +36,9 @@ WORKSPACE_BYTES = 64 << 20
 MOST_BORROWED_TOKENS = 256
 """Up to here a problem that was not timed takes the timing of the next larger number of tokens."""
 
+
+MAX_GATED_TOKENS = MAX_PACKED_TOKENS
+"""Most tokens of a product that a kernel may compute together with the gated activation after it."""
 
 _MOST_GUESSED_TOKENS = 8
 _CODE_ALIGNMENT = 16
@@ -81,8 +85,8 @@ def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = Fa
 
 def _scaled_problem(operands: Operands, has_more: bool) -> GemmProblem:
     x, weight, out, bias = operands.x, operands.weight, operands.out, operands.bias
-    assert isinstance(x, QuantizedRows), "a quantised weight needs codes"
     assert isinstance(weight, QuantizedRows)
+    assert isinstance(x, QuantizedRows), "a quantised weight needs codes"
     if x.kind != weight.kind or has_more:
         raise ExecutorError(f"a product of {x.kind} and {weight.kind} codes with epilogues is not available")
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
@@ -129,6 +133,25 @@ class Gemm:
             return
         self.run(problem, self.choice(problem), operands)
 
+    def gated(self, x: Array | QuantizedRows, weight: Weight, out: Array, activation: ActivationName) -> bool:
+        """``out = f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], both rounded first, where a kernel that streams the weight does it.
+
+        x [T, I]; weight [2F, I]; out [T, F]. False, and nothing done, where the product is another kernel's.
+        """
+        if isinstance(x, QuantizedRows) or isinstance(weight, QuantizedRows):
+            return False  # the activation's own kernel makes codes at once
+        packed = weight.layout if isinstance(weight, PackedWeight) else ""
+        out_features, in_features = weight.shape
+        problem = GemmProblem(x.shape[0], out_features, in_features, x.dtype.name, out.dtype.name, packed=packed)
+        shape = self.choice(problem).kernel
+        if not isinstance(shape, GemvShape):
+            return False
+        if isinstance(weight, PackedWeight):
+            gemv_packed(self._library, x, weight, out, gated=activation, shape=shape)
+        else:
+            gated_gemv(self._library, x, weight, out, activation, shape=shape)
+        return True
+
     def choice(self, problem: GemmProblem) -> GemmChoice:
         """What the tuner found fastest for this problem or one much like it, else a good guess."""
         if problem not in self._choices:
@@ -144,7 +167,7 @@ class Gemm:
         """
         most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
         if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
-            return GemvShape(8, 2, 2) if problem.packed else GemvShape()
+            return GemvShape(8, 1, 4) if problem.packed else GemvShape()
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
@@ -168,10 +191,10 @@ class Gemm:
         import cupy
 
         x, weight, bias = operands.x, operands.weight, operands.bias
-        if isinstance(x, QuantizedRows):
-            self._run_scaled(problem, choice, x, operands)
+        if isinstance(weight, QuantizedRows):
+            self._run_scaled(problem, choice, weight, operands)
             return
-        assert not isinstance(weight, QuantizedRows)
+        assert not isinstance(x, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
             if isinstance(weight, PackedWeight):
                 gemv_packed(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
@@ -198,11 +221,11 @@ class Gemm:
         unpack_weight(self._library, weight, values)
         return values
 
-    def _run_scaled(self, problem: GemmProblem, choice: GemmChoice, x: QuantizedRows, operands: Operands) -> None:
+    def _run_scaled(self, problem: GemmProblem, choice: GemmChoice, weight: QuantizedRows, operands: Operands) -> None:
         import cupy
 
-        weight, bias = operands.weight, operands.bias
-        assert isinstance(weight, QuantizedRows)
+        x, bias = operands.x, operands.bias
+        assert isinstance(x, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
             gemv8(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return

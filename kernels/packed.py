@@ -2,8 +2,7 @@
 """Packed weights: codes of 4 or 8 bits with scales of groups, multiplied by inputs of 16 bits. Everything enqueues and does not wait.
 
 Few tokens stream the codes (`gemv_packed`). For many, a weight is first unpacked to plain values in a scratch region, which a
-product of plain values then reads: at a thousand tokens that costs less than a tenth of the product, and tensor cores are used as
-well as they are for plain weights.
+product of plain values then reads: docs/quantisation.md says what that costs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library
-from phalanx.kernels.product_sizes import packed_row_bytes
+from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -39,8 +38,8 @@ _LANE_BYTES = 16
 _PIECE = 8
 _SMALLEST_GROUP = 32
 _NUM_THREADS = 128
-_ROWS_PER_TILE = 8
-_TOKENS_PER_TILE = 16
+_ROWS_PER_TILE = 16
+_TOKENS_PER_TILE = 8
 _MOST_SUMS = 96
 """Accumulator tiles of a block's warps, 512 bytes each, that fit its shared memory."""
 
@@ -48,7 +47,7 @@ MAX_PACKED_TOKENS = 64
 
 GEMV_PACKED_SHAPES = tuple(
     GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
-    for num_warps, row_blocks, unroll in ((8, 1, 4), (8, 2, 2), (8, 2, 4), (4, 4, 2), (8, 4, 2), (4, 2, 4), (4, 8, 1))
+    for num_warps, row_blocks, unroll in ((8, 1, 2), (8, 1, 4), (16, 1, 2), (8, 2, 2), (4, 2, 2), (4, 2, 4), (4, 4, 1))
     for prefetch_bytes in (0, 2048)
 )
 """What the tuner tries."""
@@ -161,18 +160,18 @@ def gemv_packed(
     require("out", out, (num_tokens, outputs), x)
     if bias is not None:
         require("bias", bias, (rows,), x)
-    chosen = shape or GemvShape(num_warps=8, row_blocks=2, unroll=2)
+    chosen = shape or GemvShape(num_warps=8, row_blocks=1, unroll=4)
     row_blocks = max(chosen.row_blocks, 2) if gated else chosen.row_blocks
     if not fits_block(chosen, num_tokens):
         row_blocks = 2 if gated else 1
     defines = _defines(weight.kind, weight.group, weight.zero is not None) | {
         "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": row_blocks, "UNROLL": chosen.unroll,
-        "PREFETCH_BYTES": chosen.prefetch_bytes, "TOKEN_TILES": ceil_div(num_tokens, _TOKENS_PER_TILE),
-        "MANY": int(num_tokens > 8), "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
+        "TOKEN_TILES": ceil_div(num_tokens, _TOKENS_PER_TILE), "WHOLE_CHUNKS": int(columns % codes_per_chunk(weight.kind) == 0),
+        "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
         "HAS_BIAS": int(bias is not None),
     }  # fmt: skip
     kernel = library.function("gemv_packed", "gemv_packed", 0, **defines)
-    sizes: tuple[Any, ...] = (np.int32(num_tokens), np.int32(rows), np.int32(columns))
+    sizes: tuple[Any, ...] = (np.int32(num_tokens), np.int32(rows), np.int32(columns), np.int32(chosen.prefetch_bytes))
     rows_per_block = (row_blocks // 2 if gated else row_blocks) * _ROWS_PER_TILE
     arguments = (x, weight.codes, weight.scale, weight.zero, bias, out, *sizes)
     kernel((ceil_div(outputs, rows_per_block),), (chosen.num_warps * 32,), arguments)

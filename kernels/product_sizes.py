@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SUM_BYTES", "packed_row_bytes", "unpacked_bytes"]
+__all__ = ["SUM_BYTES", "codes_per_chunk", "packed_row_bytes", "unpacked_bytes"]
 
 SUM_BYTES = 32 << 20
 """Room for the int32 sums of an int8 product, made slab by slab: what stays in the second-level cache until it is scaled."""
@@ -14,10 +14,14 @@ SUM_BYTES = 32 << 20
 _CHUNK_BYTES = 64
 
 
+def codes_per_chunk(kind: str) -> int:
+    """Codes, ``int4``, ``int8`` or ``fp8``, to which rows of packed weights are padded."""
+    return _CHUNK_BYTES * (2 if kind == "int4" else 1)
+
+
 def packed_row_bytes(columns: int, kind: str) -> int:
-    """Bytes of a row of ``columns`` packed codes: ``int4``, ``int8`` or ``fp8``."""
-    codes_per_chunk = _CHUNK_BYTES * (2 if kind == "int4" else 1)
-    return -(-columns // codes_per_chunk) * _CHUNK_BYTES
+    """Bytes of a row of ``columns`` packed codes."""
+    return -(-columns // codes_per_chunk(kind)) * _CHUNK_BYTES
 
 
 def unpacked_bytes(shape: tuple[int, ...], itemsize: int) -> int:

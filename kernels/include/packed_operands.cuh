@@ -29,14 +29,18 @@ __device__ __forceinline__ uint32 zero_offset(int zero) {
     return both((0x8000u | Digits<scalar>::BASE) + static_cast<uint32>(HALF_RANGE + zero));
 }
 
+// The lowest nibble of each half, for `operands`. An instruction takes one constant besides registers; two known ones would cost a
+// move at every use, so this one depends on a number that only we know to be positive.
+__device__ __forceinline__ uint32 nibble_mask(int positive) { return 0x000f000fu - (positive < 0 ? 1u : 0u); }
+
 // Columns 2 i and 2 i + 1 of a piece in operand word i: code - zero, exact.
-__device__ __forceinline__ void operands(const uint32* piece, uint32 offset, uint32 (&pairs)[4]) {
+__device__ __forceinline__ void operands(const uint32* piece, uint32 offset, uint32 mask, uint32 (&pairs)[4]) {
     using D = Digits<scalar>;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32 word = piece[CODES == 4 ? 0 : i / 2];
         if constexpr (CODES == 4) {
-            pairs[i] = fma_pair((word >> 4 * i & 0x000f000fu) | both(D::BASE), both(D::ONE), offset, scalar());
+            pairs[i] = fma_pair((word >> 4 * i & mask) | both(D::BASE), both(D::ONE), offset, scalar());
         } else if constexpr (CODES == 1) {
             const uint32 high = __byte_perm(word, 0, i % 2 ? 0x3424u : 0x1404u);  // in the upper byte of each half
             const uint32 digits = (high & 0x80008000u) | (high & 0x7f007f00u) >> D::E4M3_SHIFT;

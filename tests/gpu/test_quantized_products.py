@@ -46,10 +46,10 @@ def gemm() -> Iterator[Gemm]:
     gemm.close()
 
 
-def results(gemm: Gemm, device: CudaDevice, operands: Operands) -> Iterator[tuple[Any, np.ndarray]]:
-    """What every candidate computes."""
+def results(gemm: Gemm, device: CudaDevice, operands: Operands, step: int = 1) -> Iterator[tuple[Any, np.ndarray]]:
+    """What every ``step``-th candidate computes."""
     problem = problem_of(operands)
-    for candidate in gemm.candidates(problem):
+    for candidate in gemm.candidates(problem)[::step]:
         operands.out.view(np.uint8).fill(0xFF)
         gemm.run(problem, GemmChoice(candidate), operands)
         yield candidate, device.get(operands.out)
@@ -103,15 +103,17 @@ def test_every_packed_candidate_equals_float64(
     x = np.random.default_rng(6).standard_normal((num_tokens, in_features)).astype(BFLOAT16)
     wide = x.astype(np.float64)
     expected = wide @ case.values.T
-    # One rounding of the result; unpacked values are rounded to bfloat16 besides.
-    limit = 1.02 * 2.0**-8 * np.abs(expected) + 2.0**-8 * np.sqrt(wide**2 @ (case.values**2).T)
+    # One rounding of the result and float32 sums; unpacked values are rounded to bfloat16 besides.
+    rounding, norms = 1.02 * 2.0**-8 * np.abs(expected), np.sqrt(wide**2 @ (case.values**2).T)
     operands = Operands(
         device.put(x), case.packed(device), device.poisoned((num_tokens, out_features), BFLOAT16), None,
         cupy.empty(unpacked_bytes((out_features, in_features), 2), np.uint8),
     )  # fmt: skip
     found = 0
-    for candidate, out in results(gemm, device, operands):
+    step = 1 if kind == "int4" and group == 128 and num_tokens in (1, 16) else 6  # each is a compilation
+    for candidate, out in results(gemm, device, operands, step):
         error = np.abs(out.astype(np.float64) - expected)
+        limit = rounding + norms * (2.0**-14 if isinstance(candidate, GemvShape) else 2.0**-7)
         assert np.all(error <= limit), (candidate, float((error / limit).max()))
         found += isinstance(candidate, GemvShape)
     assert (found > 0) == (num_tokens <= 64)

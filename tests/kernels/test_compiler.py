@@ -32,8 +32,8 @@ SPECS = [
     *(
         (
             "gemv_packed",
-            {"CODES": codes, "GROUP": group, "HAS_ZERO": zero, "NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 2, "PREFETCH_BYTES": 2048,
-             "TOKEN_TILES": 2, "MANY": 1, "GATED": 0, "ACTIVATION": "silu", "HAS_BIAS": 1},
+            {"CODES": codes, "GROUP": group, "HAS_ZERO": zero, "NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 2, "TOKEN_TILES": 2,
+             "WHOLE_CHUNKS": 0, "GATED": 0, "ACTIVATION": "silu", "HAS_BIAS": 1},
         )
         for codes, group, zero in ((4, 32, 1), (8, 128, 1), (1, 0, 0))
     ),

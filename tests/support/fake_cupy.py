@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from phalanx.checkpoints.quantization.numbers import E4M3, Codes, dequantize
+from phalanx.kernels.gemv import gated_gemv, gemv_takes
 from phalanx.kernels.packed import PackedWeight, gemv_packed, layout_suits_gemv, unpack_weight
 from phalanx.kernels.quantize import QuantizedRows
 from phalanx.parallel.communicator import Communicator
@@ -194,7 +195,30 @@ class HostGroup:
         self._host.close()
 
 
-def product(library: Any, x: Any, weight: Any, out: Any, bias: Any, scratch: Any = None) -> None:
+class FakeGemm:
+    """`Gemm` without cuBLASLt: products by NumPy; gated ones by the kernels that stream weights, which need 16 bits."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __call__(self, *operands: Any, scratch: Any = None) -> None:
+        product(self._library, *operands, scratch=scratch)
+
+    def gated(self, x: Any, weight: Any, out: Any, activation: Any) -> bool:
+        if isinstance(weight, QuantizedRows):
+            return False
+        if isinstance(weight, PackedWeight):
+            suits = x.dtype.itemsize == 2 and layout_suits_gemv(len(x), weight.columns, weight.layout)
+            run: Any = partial(gemv_packed, gated=activation)
+        else:
+            suits = gemv_takes(len(x), weight.shape[1], x.dtype.name)
+            run = partial(gated_gemv, activation=activation)
+        if suits:
+            run(self._library, x, weight, out)
+        return suits
+
+
+def product(library: Any, x: Any, weight: Any, out: Any, bias: Any = None, scratch: Any = None) -> None:
     """What `Gemm` computes, by NumPy; packed weights by the kernel that streams them, or unpacked where it does not take them."""
     if isinstance(weight, PackedWeight):
         if x.dtype.itemsize == 2 and layout_suits_gemv(len(x), weight.columns, weight.layout):
@@ -226,7 +250,7 @@ def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
         patch.setitem(sys.modules, name, module)
     library = OneAtATime(EmulatedLibrary(cache))
     patch.setattr(cuda_factory, "KernelLibrary", lambda: library)
-    patch.setattr(cuda_factory, "open_gemm", lambda library: partial(product, library))
+    patch.setattr(cuda_factory, "open_gemm", FakeGemm)
     patch.setattr(cuda_factory, "tune_products", lambda *_: None)
     patch.setattr(cuda_factory, "open_device_group", lambda comm, members: HostGroup(comm.split(members)))
     patch.setattr(cuda_factory, "_tensor_group", lambda _library, comm, members: HostGroup(comm.split(members)))

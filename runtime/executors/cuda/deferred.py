@@ -4,6 +4,8 @@ A product with a quantised weight takes codes, one with a float weight values; t
 either in one kernel, but model files name neither. So with quantised weights such an operation returns a `Deferred`, and the
 operation that follows, in program order, makes it: `CudaOps` holds at most one at a time, and every operation that is not a
 product makes it as plain values first. No kernel changes its place among the others by this.
+
+In the same way a product of few tokens waits for the gated activation that may follow: kernels that stream a weight compute both.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.quantize import CodeKind, QuantizedRows
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 
-__all__ = ["Deferred", "Rows", "quantized_rows"]
+__all__ = ["Deferred", "DeferredProduct", "Rows", "quantized_rows"]
 
 Write = Callable[["DeviceArray | QuantizedRows"], None]
 """Enqueues the kernel that fills its argument, in the form that the argument has."""
@@ -65,8 +68,47 @@ class Deferred:
         return out
 
 
+class DeferredProduct:
+    """A product ``[T, O]`` of few tokens, whose consumer may be a gated activation that the same kernel computes.
+
+    Args:
+        write: enqueues the product.
+        write_gated: enqueues product and activation, if one kernel does both; False if not.
+    """
+
+    __slots__ = ("_pool", "_values", "_write", "_write_gated", "dtype", "shape")
+
+    def __init__(
+        self, pool: ActivationPool, shape: tuple[int, int], dtype: Any, write: Callable[[DeviceArray], None],
+        write_gated: Callable[[DeviceArray, ActivationName], bool],
+    ) -> None:  # fmt: skip
+        self._pool, self.shape, self.dtype = pool, shape, dtype
+        self._write, self._write_gated = write, write_gated
+        self._values: DeviceArray | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether no kernel has run yet."""
+        return self._values is None
+
+    def values(self) -> DeviceArray:
+        """``[T, O]``."""
+        if self._values is None:
+            self._values = self._pool.array(self.shape, self.dtype)
+            self._write(self._values)
+        return self._values
+
+    def gated(self, name: ActivationName) -> DeviceArray | None:
+        """``f(gate) * up`` ``[T, O / 2]`` of the product ``[gate | up]``, if one kernel makes both; None if none does."""
+        out = self._pool.array((self.shape[0], self.shape[1] // 2), self.dtype)
+        return out if self._write_gated(out, name) else None
+
+
 Rows = Any
-"""A `DeviceArray` or a `Deferred`."""
+"""A `DeviceArray`, a `Deferred` or a `DeferredProduct`."""
 
 
 def quantized_rows(pool: ActivationPool, shape: tuple[int, int], kind: CodeKind) -> QuantizedRows:

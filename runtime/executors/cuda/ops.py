@@ -17,7 +17,7 @@ from phalanx.kernels.activation import ActivationName, activation, gated_activat
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
 from phalanx.kernels.experts import MAX_CHOICES, MAX_EXPERTS, ExpertRows, Routing, combine, grouped_product, route
-from phalanx.kernels.gemm import Gemm
+from phalanx.kernels.gemm import MAX_GATED_TOKENS, Gemm
 from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
@@ -35,7 +35,7 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities, Limit
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
-from phalanx.runtime.executors.cuda.deferred import Deferred, Rows, Write, quantized_rows
+from phalanx.runtime.executors.cuda.deferred import Deferred, DeferredProduct, Rows, Write, quantized_rows
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
@@ -108,7 +108,7 @@ class CudaOps(Ops[DeviceArray]):
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
-        self._pending: Deferred | None = None
+        self._pending: Deferred | DeferredProduct | None = None
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
         """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
@@ -182,8 +182,20 @@ class CudaOps(Ops[DeviceArray]):
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.column_linear`; the bias in the product's epilogue."""
-        return self._product(x, name, self._weights.linear(name).bias)
+        """See `Ops.column_linear`; the bias in the product's epilogue. Products of few tokens wait for their consumer."""
+        bias = self._weights.linear(name).bias
+        if bias is not None or len(x) > MAX_GATED_TOKENS:
+            return self._product(x, name, bias)
+        weight, rows = self._matrix(name), self._operand(x, name)
+
+        def write(out: DeviceArray) -> None:
+            self._multiply(rows, name, out, None)
+
+        def write_gated(out: DeviceArray, kind: ActivationName) -> bool:
+            return self._multiply_gated(rows, name, out, kind)
+
+        self._pending = DeferredProduct(self._pool, (len(x), weight.shape[0]), x.dtype, write, write_gated)
+        return self._pending
 
     def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
         return self._product(x, name, None)
@@ -201,7 +213,7 @@ class CudaOps(Ops[DeviceArray]):
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """See `Ops.row_linear`; alone, a rank adds the bias in the product's epilogue."""
         if self._group.size == 1:
-            return self.column_linear(x, name)
+            return self._product(x, name, self._weights.linear(name).bias)
         return super().row_linear(x, name)
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
@@ -228,6 +240,9 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
+        if isinstance(x, DeferredProduct) and x is self._pending and (out := x.gated(_ACTIVATIONS[kind])) is not None:
+            self._pending = None
+            return out
         x = self._values(x)
 
         def write(out: Any) -> None:
@@ -278,17 +293,32 @@ class CudaOps(Ops[DeviceArray]):
         rows = x if self._num_kept else self._gather(self._values(x), self._logit_rows)
         if self._stops_before_logits:
             return rows
-        logits = self.column_linear(rows, name)
+        logits = self._product(rows, name, self._weights.linear(name).bias)
         if soft_cap:
             cap_logits(self._library, logits, soft_cap)
         return logits
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
-        weight = self._matrix(name)
-        rows = self._codes(x, weight.kind) if isinstance(weight, QuantizedRows) else self._values(x)
-        out = self._pool.array((len(x), weight.shape[0]), x.dtype)
-        self._gemm(rows, weight, out, bias, scratch=self._scratch(weight, out.dtype.itemsize))
+        rows = self._operand(x, name)
+        out = self._pool.array((len(x), self._matrix(name).shape[0]), x.dtype)
+        self._multiply(rows, name, out, bias)
         return out
+
+    def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
+        """``x`` in the form in which the matrix takes it."""
+        weight = self._matrix(name)
+        return self._codes(x, weight.kind) if isinstance(weight, QuantizedRows) else self._values(x)
+
+    def _multiply(
+        self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, bias: DeviceArray | None
+    ) -> None:
+        weight = self._matrix(name)
+        self._gemm(rows, weight, out, bias, scratch=self._scratch(weight, out.dtype.itemsize))
+
+    def _multiply_gated(
+        self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, kind: ActivationName
+    ) -> bool:
+        return self._gemm.gated(rows, self._matrix(name), out, kind)
 
     def _scratch(self, weight: DeviceArray | QuantizedRows | PackedWeight, itemsize: int) -> DeviceArray | None:
         """What a product with ``weight`` may overwrite. Pieces of one size, so that all weights share them."""
@@ -329,12 +359,13 @@ class CudaOps(Ops[DeviceArray]):
     def _values(self, x: Rows) -> DeviceArray:
         """``x`` in the compute type."""
         self._settle(x)
-        return x.values() if isinstance(x, Deferred) else x
+        return x.values() if isinstance(x, Deferred | DeferredProduct) else x
 
     def _codes(self, x: Rows, kind: CodeKind) -> QuantizedRows:
         self._settle(x)
         if isinstance(x, Deferred):
             return x.codes(kind)
+        x = self._values(x)
         out = quantized_rows(self._pool, x.shape, kind)
         quantize_rows(self._library, x, out)
         return out

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from phalanx.kernels.activation import ActivationName
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.hosts import host_ids
 from phalanx.runtime.config import Activation
@@ -110,15 +111,13 @@ class TracedOps(CudaOps):
         super().__init__(*parts)
         self._timeline = timeline
 
-    def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `CudaOps.column_linear`."""
+    def _multiply(self, rows: Any, name: str, out: DeviceArray, bias: DeviceArray | None) -> None:
         with self._timeline.device(name, "GEMM"):
-            return super().column_linear(x, name)
+            super()._multiply(rows, name, out, bias)
 
-    def row_linear_partial(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `CudaOps.row_linear_partial`."""
+    def _multiply_gated(self, rows: Any, name: str, out: DeviceArray, kind: ActivationName) -> bool:
         with self._timeline.device(name, "GEMM"):
-            return super().row_linear_partial(x, name)
+            return super()._multiply_gated(rows, name, out, kind)
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
         """See `CudaOps.attention`."""
