@@ -31,7 +31,8 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 FORMAT: Final = "phalanx-split"
 """Also ``format`` in the metadata of every rank's file."""
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MAX_MANIFEST_BYTES = 32 << 20
 
 
@@ -40,10 +41,15 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SplitLayout(_Struct, frozen=True):
-    """Sizes of the axes that the split was made for."""
+    """Sizes of the axes that the split was made for.
+
+    Attributes:
+        stages: first layer, and the one after the last, of each pipeline stage; empty in version 1, which divided by number.
+    """
 
     tp: int
     pp: int
+    stages: tuple[tuple[int, int], ...] = ()
 
 
 class SourceTensor(_Struct, frozen=True):
@@ -136,9 +142,9 @@ def read_manifest(directory: ModelDirectory) -> Manifest:
     """
     raw = parse_json(directory.read(MANIFEST_FILE, MAX_MANIFEST_BYTES), MANIFEST_FILE)
     version = raw.get("version") if isinstance(raw, dict) else None
-    if version != VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{MANIFEST_FILE} has version {str(version)[:40]!r}; this Phalanx reads {VERSION}; split again"
+            f"{MANIFEST_FILE} has version {str(version)[:40]!r}; this Phalanx reads 1 to {VERSION}; split again"
         )
     try:
         manifest = msgspec.convert(raw, Manifest, strict=True)

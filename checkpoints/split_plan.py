@@ -21,6 +21,7 @@ class SplitJob:
         architecture: name of the model family, for the manifest.
         stages: weight declaration of each pipeline stage, components of their formats.
         tp_size: tensor-parallel ranks of each stage.
+        layers: which layers each stage has, for the manifest.
         ignored: regular expressions of tensors that are left out.
         dtype: stored format to convert plain weights to (``BF16``); None = as they are.
         model_code: digest of the file that defines the family, for the manifest; empty for built-in ones.
@@ -32,6 +33,7 @@ class SplitJob:
     ignored: tuple[str, ...] = ()
     dtype: str | None = None
     model_code: str = ""
+    layers: tuple[range, ...] = ()
 
     @property
     def all_specs(self) -> list[WeightSpec]:

@@ -158,7 +158,7 @@ def _manifest(
         info = infos[stored_names[name]]
         copies = {str(number): elements for number, elements in counts.items()}
         sources[stored_names[name]] = SourceTensor(info.shape, info.dtype, copies)
-    layout = SplitLayout(job.tp_size, len(job.stages))
+    layout = SplitLayout(job.tp_size, len(job.stages), tuple((layers.start, layers.stop) for layers in job.layers))
     manifest = Manifest(FORMAT, VERSION, job.architecture, layout, CHUNK_BYTES, sources, tuple(entries), job.model_code)
     verify_coverage(manifest)
     return manifest

@@ -78,19 +78,18 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
     """What to write, from the model's own declaration of its weights."""
     from phalanx.checkpoints.formats import components_of, format_weights
     from phalanx.checkpoints.split_plan import SplitJob
-    from phalanx.parallel.sharding import stage_layers
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.tied import with_stored_head
 
     model, formats = find_model(checkpoint.config, own), checkpoint.formats
     config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
-    last = layout.pp - 1
+    last, divided = layout.pp - 1, model.stages(config, layout.pp)
     stages = tuple(
         components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))
-        for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp))
+        for stage, layers in enumerate(divided)
     )
     ignored = (*model.ignored_tensors, *formats.ignored_tensors)
-    return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype], model.code)
+    return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype], model.code, divided)
 
 
 def _report(report: SplitReport, output: Path, seconds: float) -> None:

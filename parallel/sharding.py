@@ -8,6 +8,7 @@ follows each pair.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
@@ -149,20 +150,56 @@ def local_experts(num_experts: int, num_held: int, rank: int, size: int) -> rang
     return range(span.start, span.stop)
 
 
-def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
-    """Blocks of each pipeline stage; where they do not divide, earlier stages hold one more (the last has the LM head).
+def stage_layers(costs: Sequence[int], head_cost: int, num_stages: int) -> tuple[range, ...]:
+    """Layers of each pipeline stage, so that the stage with the most to do has as little as possible; the last has the head, too.
+
+    Among such divisions earlier stages hold more. Whole numbers in, so that every rank finds the same.
+
+    Args:
+        costs: of each layer, in any unit.
+        head_cost: of what follows the last layer, in the same unit.
 
     Raises:
-        ConfigError: a stage would have no block.
+        ConfigError: a stage would have no layer.
     """
+    num_layers = len(costs)
     if num_layers < num_stages:
         raise ConfigError(
             f"num_layers={num_layers} cannot fill pp_size={num_stages} stages; use a pp_size of at most {num_layers}"
         )
-    small, extra = divmod(num_layers, num_stages)
-    stages, start = [], 0
-    for stage in range(num_stages):
-        stop = start + small + (stage < extra)
+    limit = _least_limit(costs, head_cost, num_stages)
+    stages, start, left = [], 0, sum(costs) + head_cost
+    for num_left in range(num_stages, 1, -1):
+        stop, cost = start + 1, costs[start]
+        # At least an even share of what is left, within the limit, and no more than leaves every later stage a layer.
+        while cost * num_left < left and cost + costs[stop] <= limit and num_layers - stop >= num_left:
+            cost += costs[stop]
+            stop += 1
+        while not _fits(costs[stop:], head_cost, num_left - 1, limit):
+            cost += costs[stop]
+            stop += 1
         stages.append(range(start, stop))
-        start = stop
-    return tuple(stages)
+        start, left = stop, left - cost
+    return (*stages, range(start, num_layers))
+
+
+def _least_limit(costs: Sequence[int], head_cost: int, num_stages: int) -> int:
+    low, high = 0, sum(costs) + head_cost
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(costs, head_cost, num_stages, middle) else (middle + 1, high)
+    return low
+
+
+def _fits(costs: Sequence[int], head_cost: int, num_stages: int, limit: int) -> bool:
+    """Whether ``num_stages`` stages of at least one layer can each stay within ``limit``; fills them from the head backwards."""
+    if len(costs) < num_stages or head_cost + costs[-1] > limit:
+        return False
+    num_used, cost = 1, head_cost + costs[-1]
+    for layer_cost in reversed(costs[:-1]):
+        if cost + layer_cost > limit:
+            num_used, cost = num_used + 1, 0
+        cost += layer_cost
+        if cost > limit:
+            return False
+    return num_used <= num_stages

@@ -18,7 +18,7 @@ from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
 from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
-from phalanx.parallel.sharding import local_kv_heads, stage_layers
+from phalanx.parallel.sharding import local_kv_heads
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ModelConfig
@@ -119,7 +119,7 @@ def plan_memory(
     itemsize, experts = DTYPE_BYTES[dtype], use_of(model, config).experts
     state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
     result = []
-    for stage, layers in enumerate(stage_layers(config.num_layers, layout.pp)):
+    for stage, layers in enumerate(model.stages(config, layout.pp)):
         places = [Topology(layout, stage * layout.tp + tp_rank) for tp_rank in range(layout.tp)]
         specs = model.weights(config, layers, places[0].is_first_stage, places[0].is_last_stage)
         attention = [model.decode.attention(config, layer) for layer in layers]
@@ -195,7 +195,7 @@ def workspace_bytes(
     ``experts``: those of the model by name, if they are known.
     """
     tp = place.tp_rank, place.layout.tp
-    layers = stage_layers(config.num_layers, place.layout.pp)[place.stage]
+    layers = model.stages(config, place.layout.pp)[place.stage]
     logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]

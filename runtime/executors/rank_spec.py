@@ -16,7 +16,7 @@ from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.progress import RankProgress
-from phalanx.parallel.sharding import local_kv_heads, stage_layers
+from phalanx.parallel.sharding import local_kv_heads
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
@@ -55,7 +55,7 @@ class RankSpec:
     @property
     def layers(self) -> range:
         """Global numbers of the blocks of this rank's stage."""
-        return stage_layers(self.config.num_layers, self.topology.layout.pp)[self.topology.stage]
+        return self.model.stages(self.config, self.topology.layout.pp)[self.topology.stage]
 
     @property
     def attention(self) -> dict[int, AttentionSpec]:

@@ -10,7 +10,6 @@ from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, FormattedWeig
 from phalanx.checkpoints.loader import WeightSink, load_weights
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models import Model
@@ -146,7 +145,7 @@ def stage_weights(model: Model, config: ModelConfig, formats: FormatPlan, topolo
     Raises:
         ConfigError: the model cannot be split so.
     """
-    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+    layers = model.stages(config, topology.layout.pp)[topology.stage]
     specs = model.weights(config, layers, topology.is_first_stage, topology.is_last_stage)
     return format_weights(specs, formats)
 

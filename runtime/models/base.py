@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from phalanx.checkpoints.spec import Part, WeightSpec
-from phalanx.parallel.sharding import Shard
+from phalanx.parallel.sharding import Shard, stage_layers
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
@@ -153,6 +154,21 @@ class Family(Generic[Config]):
         reader.finish(self.architecture)
         return config
 
+    def stages(self, config: Config, num_stages: int) -> tuple[range, ...]:
+        """Layers of each pipeline stage: the only place where they are divided.
+
+        A layer costs what its matrices weigh, which is what a decoding step reads and multiplies; so does the head (2.4 layers of
+        Llama-3-8B). The embedding is looked up and costs nothing.
+
+        Raises:
+            ConfigError: a stage would have no layer.
+        """
+        passes = self.passes.values()
+        owners = {layer: each for each in passes for layer in each.layers(config)}
+        costs = [_num_weights(owners[layer].block_weights(config, layer)) for layer in range(config.num_layers)]
+        last = owners[config.num_layers - 1]
+        return stage_layers(costs, _num_weights(last.head_weights(config)), num_stages)
+
     @property
     def decode(self) -> Pass[Config]:
         """The pass that gives a sequence its next token; executors refuse models without one before they use it."""
@@ -168,6 +184,11 @@ class Family(Generic[Config]):
         layers = range(config.num_layers) if layers is None else layers
         specs = [spec for each in self.passes.values() for spec in each.weights(config, layers, first, last)]
         return list(dict.fromkeys(specs))
+
+
+def _num_weights(specs: Iterable[WeightSpec]) -> int:
+    """Elements of all matrices; vectors take no time."""
+    return sum(math.prod(spec.local_shape(0, 1)) for spec in specs if len(spec.local_shape(0, 1)) > 1)
 
 
 Model: TypeAlias = Family[Any]

@@ -15,7 +15,6 @@ from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.split_plan import SplitJob
 from phalanx.checkpoints.splitter import SplitReport, split_checkpoint
 from phalanx.parallel.communicator import SelfCommunicator
-from phalanx.parallel.sharding import stage_layers
 from phalanx.runtime.models import find_model
 
 __all__ = ["load_rank", "read_all", "split"]
@@ -30,10 +29,10 @@ def split(path: Path, output: Path, tp: int, pp: int, dtype: str | None = None, 
             components_of(
                 format_weights(model.weights(config, layers, stage == 0, stage == pp - 1), checkpoint.formats)
             )
-            for stage, layers in enumerate(stage_layers(config.num_layers, pp))
+            for stage, layers in enumerate(model.stages(config, pp))
         )
         ignored = (*model.ignored_tensors, *checkpoint.formats.ignored_tensors)
-        job = SplitJob(model.architecture, stages, tp, ignored, dtype)
+        job = SplitJob(model.architecture, stages, tp, ignored, dtype, layers=model.stages(config, pp))
         return split_checkpoint(checkpoint.source, ModelDirectory.at(path), job, output, SelfCommunicator(), threads)
 
 
@@ -51,6 +50,6 @@ def load_rank(path: Path, tp: int, pp: int, rank: int) -> dict[str, np.ndarray[A
         model = find_model(checkpoint.config)
         config = model.read_config(checkpoint.config)
         stage, tp_rank = divmod(rank, tp)
-        specs = model.weights(config, stage_layers(config.num_layers, pp)[stage], stage == 0, stage == pp - 1)
+        specs = model.weights(config, model.stages(config, pp)[stage], stage == 0, stage == pp - 1)
         load_weights(checkpoint.source, specs, tp_rank, tp, sink, model.ignored_tensors, model.weights(config))
     return sink.weights

@@ -117,9 +117,12 @@ def test_manifest_describes_the_files_exactly(checkpoints: Callable[[str], Path]
     stored = load_file(original / "model.safetensors")
     split(original, tmp_path / "s", 2, 2)
     manifest = json.loads((tmp_path / "s" / MANIFEST_FILE).read_text())
-    assert (manifest["format"], manifest["version"]) == ("phalanx-split", 1)
+    assert (manifest["format"], manifest["version"]) == ("phalanx-split", 2)
     assert manifest["architecture"] == "GPT2LMHeadModel"
-    assert manifest["layout"] == {"tp": 2, "pp": 2}
+    layout = manifest["layout"]
+    assert (layout["tp"], layout["pp"]) == (2, 2)
+    (first, cut), (same, last) = layout["stages"]
+    assert first == 0 < cut == same < last
     assert [entry["file"] for entry in manifest["ranks"]] == [f"rank_0000{rank}.safetensors" for rank in range(4)]
     for entry in manifest["ranks"]:
         raw = (tmp_path / "s" / entry["file"]).read_bytes()
@@ -199,7 +202,7 @@ def mutate(manifest: dict[str, Any], what: str) -> None:
         case "unknown field":
             manifest["compression"] = "zip"
         case "newer version":
-            manifest["version"] = 2
+            manifest["version"] = 3
         case "no version":
             del manifest["version"]
         case "huge layout":

@@ -15,7 +15,6 @@ from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.launch.plan import main
 from phalanx.parallel.errors import CheckpointError, ConfigError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.runtime.models import find_model
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
@@ -82,7 +81,7 @@ def test_weights_are_exactly_what_a_rank_loads(
     config = model.read_config(CASES_BY_NAME[name].config)
     for rank in result["ranks"]:
         stage = rank["rank"] // tp
-        layers = stage_layers(config.num_layers, pp)[stage]
+        layers = model.stages(config, pp)[stage]
         assert rank["layers"] == [layers.start, layers.stop]
         sink = NumpySink()
         with open_checkpoint(path) as checkpoint:
@@ -138,7 +137,7 @@ def test_table_names_every_rank_and_part(llama_3_8b: Path, capsys: pytest.Captur
     assert main(["--model", str(llama_3_8b), "--tp", "2", "--pp", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:7] == ["rank", "layers", "embedding", "attention", "mlp", "norms", "head"]
-    assert [line.split()[:2] for line in lines[2:6]] == [["0", "0-15"], ["1", "0-15"], ["2", "16-31"], ["3", "16-31"]]
+    assert [line.split()[:2] for line in lines[2:6]] == [["0", "0-16"], ["1", "0-16"], ["2", "17-31"], ["3", "17-31"]]
 
 
 def test_it_needs_neither_numpy_nor_mpi(llama_3_8b: Path) -> None:

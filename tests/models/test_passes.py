@@ -9,10 +9,9 @@ import pytest
 
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.numpy.ops import CAPABILITIES as NUMPY
-from phalanx.runtime.models import blocks, declarations
+from phalanx.runtime.models import blocks, declarations, find_model
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, token_table
 from phalanx.runtime.models.shapes import Shape, ShapeOps, use_of
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
@@ -140,7 +139,7 @@ def test_the_output_of_a_pass_is_hidden_states_or_logits() -> None:
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
 def test_stages_of_one_chain_hold_every_weight_and_tables_where_a_pass_begins_and_ends(num_stages: int) -> None:
-    stages = stage_layers(CONFIG.num_layers, num_stages)
+    stages = ENCODER_DECODER.stages(CONFIG, num_stages)
     held = [
         {spec.name for spec in ENCODER_DECODER.weights(CONFIG, layers, stage == 0, stage == num_stages - 1)}
         for stage, layers in enumerate(stages)
@@ -157,3 +156,14 @@ def test_executors_say_which_part_of_such_models_they_lack() -> None:
         NUMPY.check(ENCODER, CONFIG, "float32")
     with pytest.raises(ConfigError, match=r"attention\.keys=encoder is not supported"):
         NUMPY.check(ENCODER_DECODER, CONFIG, "float32")
+
+
+def test_stages_are_divided_by_what_their_matrices_weigh_and_the_head_counts() -> None:
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = find_model(raw)
+    config = model.read_config(raw)
+    assert [[len(stage) for stage in model.stages(config, pp)] for pp in (1, 2, 4)] == [[32], [17, 15], [9, 9, 9, 5]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -94,16 +96,34 @@ def test_vocabulary_is_padded_to_equal_parts(vocab: int, size: int) -> None:
 @given(layers=st.integers(1, 90), stages=st.integers(1, 12))
 def test_stages_cover_all_layers_in_order(layers: int, stages: int) -> None:
     assume(layers >= stages)
-    parts = stage_layers(layers, stages)
+    parts = stage_layers([1] * layers, 0, stages)
     assert [layer for part in parts for layer in part] == list(range(layers))
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
-    assert lengths == sorted(lengths, reverse=True), "the last stage also has the LM head"
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), head=st.integers(0, 20), stages=st.integers(1, 4))
+def test_no_other_division_has_a_faster_slowest_stage(costs: list[int], head: int, stages: int) -> None:
+    assume(len(costs) >= stages)
+
+    def slowest(cuts: tuple[int, ...]) -> int:
+        bounds = (0, *cuts, len(costs))
+        return max(
+            sum(costs[low:high]) + head * (high == len(costs))
+            for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        )
+
+    parts = stage_layers(costs, head, stages)
+    assert all(parts)
+    assert [layer for part in parts for layer in part] == list(range(len(costs)))
+    every = [slowest(cuts) for cuts in itertools.combinations(range(1, len(costs)), stages - 1)]
+    assert slowest(tuple(part.start for part in parts[1:])) == min(every)
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_layers=3 cannot fill pp_size=4"):
-        stage_layers(3, 4)
+        stage_layers([1, 1, 1], 0, 4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.sharding import Span, stage_layers
+from phalanx.parallel.sharding import Span
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
@@ -55,7 +55,7 @@ class NumpyExecutor:
     ) -> None:  # fmt: skip
         self._config, self._topology = config, topology
         self._tp, self._pp = comm.split(topology.tp_group), comm.split(topology.pp_group)
-        self._layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+        self._layers = model.stages(config, topology.layout.pp)[topology.stage]
         rank, size = topology.tp_rank, topology.layout.tp
         self._vocabulary: Span = vocabulary_shard().span(config.vocab_size, rank, size)
         threads = Threads(thread_count())

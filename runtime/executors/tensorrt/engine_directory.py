@@ -28,7 +28,7 @@ from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
 __all__ = ["EngineDirectory", "EngineIdentity", "identify", "weights_checksum"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when networks change so that engines built before must not be used."""
 
 _REBUILD = "build it again with python -m launch.build"

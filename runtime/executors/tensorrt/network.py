@@ -21,7 +21,6 @@ import numpy as np
 
 from phalanx.checkpoints.dtypes import FLOAT_DTYPES, dtype_from_config
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.sharding import stage_layers
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.attention import LocalHeads
 from phalanx.runtime.config import ModelConfig
@@ -115,7 +114,7 @@ def cache_shapes(
 ) -> dict[str, tuple[int, int, int]]:
     """Cache inputs of a stage and the extents ``[K local, P, C]`` of one slot; their outputs end in ``.updated``."""
     shapes = {}
-    for layer in stage_layers(config.num_layers, topology.layout.pp)[topology.stage]:
+    for layer in model.stages(config, topology.layout.pp)[topology.stage]:
         heads = LocalHeads.of(model.decode.attention(config, layer), topology.tp_rank, topology.layout.tp)
         for kind in ("keys", "values"):
             shapes[f"{kind}.{layer}"] = (heads.num_kv_heads, shape.slot_length, heads.head_dim)
@@ -136,7 +135,7 @@ def write_network(
         ConfigError: the model has a feature that a network cannot express.
         ExecutorError: TensorRT refused a layer.
     """
-    layers = stage_layers(config.num_layers, topology.layout.pp)[topology.stage]
+    layers = model.stages(config, topology.layout.pp)[topology.stage]
     slots = cache_shapes(model, config, topology, shape)
     hidden, step = _step_inputs(graph, config, topology, shape)
     caches = {name: graph.input(name, shape.numpy_dtype, (-1, *extents)) for name, extents in slots.items()}
