@@ -39,6 +39,24 @@ def plan(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> dic
     return result
 
 
+@pytest.mark.parametrize(("bits", "columns"), [(4, 14336), (8, 14336), (4, 14400)])
+def test_packed_weights_count_as_a_gpu_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, columns: int
+) -> None:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    section = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    config = {**LLAMA_3_8B, "intermediate_size": columns, "quantization_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (rank,) = plan(capsys, tmp_path)["ranks"]
+    in_chunk = 512 // bits  # codes of 64 bytes, to which rows are padded
+    row_bytes = {inner: -(-inner // in_chunk) * 64 + inner // 64 * 4 for inner in (4096, columns)}
+    assert rank["weights"]["mlp"] == 32 * (2 * columns * row_bytes[4096] + 4096 * row_bytes[columns])
+    assert rank["weights"]["attention"] == 32 * (4096 + 2 * 1024 + 4096) * row_bytes[4096]
+
+
 def test_llama_3_8b_on_one_gpu_by_hand(llama_3_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = plan(capsys, llama_3_8b, "--gpu-memory-gib", "80")
     (rank,) = result["ranks"]
