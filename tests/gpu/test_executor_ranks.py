@@ -15,9 +15,9 @@ import pytest
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from tests.gpu.test_executor import CASES, prompts
-from tests.models.test_against_transformers import TOLERANCE, log_softmax
+from tests.models.test_against_transformers import log_softmax
 from tests.support.checkpoints import CheckpointCase, write_checkpoint
-from tests.support.gpus import skip_without_gpus
+from tests.support.gpus import GPU_TOLERANCE, skip_without_gpus
 from tests.support.launcher import ROOT, run_module
 from tests.support.reference import Reference, prompt_token_ids, transformers_reference
 
@@ -90,7 +90,7 @@ def test_layouts_equal_transformers_on_the_gpu(
     (line,) = generate(directory, tp, pp, [prompt], *flags)
     assert tuple(line["token_ids"]) == transformers_values.greedy
     expected = log_softmax(transformers_values.logits)
-    tolerance = TOLERANCE * float(np.ptp(transformers_values.logits))
+    tolerance = GPU_TOLERANCE * float(np.ptp(transformers_values.logits))
     for position, entry in enumerate(line["prompt_logprobs"][1:], 1):
         row = expected[position - 1]
         assert entry["token_id"] == prompt[position]

@@ -10,9 +10,9 @@ import pytest
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.llm import LLM
 from tests.gpu.test_executor_ranks import DEEP, generate
-from tests.models.test_against_transformers import TOLERANCE, log_softmax
+from tests.models.test_against_transformers import log_softmax
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
-from tests.support.gpus import skip_without_gpus
+from tests.support.gpus import GPU_TOLERANCE, skip_without_gpus
 from tests.support.reference import Reference, prompt_token_ids, transformers_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
@@ -55,9 +55,10 @@ def test_families_equal_transformers_on_the_gpu(
     skip_without_gpus(tp * pp)
     prompt = prompt_token_ids(family)
     flags = ("--max-tokens", str(len(transformers_values.greedy)), "--temperature", "0", "--prompt-logprobs", "0")
-    (line,) = generate(directory, tp, pp, [prompt], *flags)
+    length = () if family.max_model_len is None else ("--max-model-len", str(family.max_model_len))
+    (line,) = generate(directory, tp, pp, [prompt], *flags, *length)
     assert tuple(line["token_ids"]) == transformers_values.greedy
     expected = log_softmax(transformers_values.logits)[np.arange(len(prompt) - 1), prompt[1:]]
     measured = [entry["logprob"] for entry in line["prompt_logprobs"][1:]]
-    tolerance = TOLERANCE * float(np.ptp(transformers_values.logits))
+    tolerance = GPU_TOLERANCE * float(np.ptp(transformers_values.logits))
     np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.gpu.test_executor_ranks import generate
-from tests.models.test_against_transformers import TOLERANCE, log_softmax
+from tests.models.test_against_transformers import log_softmax
 from tests.support.checkpoints import ARCEE, CASES_BY_NAME, CheckpointCase, write_checkpoint
-from tests.support.gpus import skip_without_gpus
+from tests.support.gpus import GPU_TOLERANCE, skip_without_gpus
 from tests.support.reference import load_reference, prompt_token_ids
 
 pytestmark = pytest.mark.gpu
@@ -37,4 +37,4 @@ def test_two_ranks_equal_transformers(case: CheckpointCase, flags: tuple[str, ..
     assert tuple(line["token_ids"]) == reference.greedy
     expected = log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
     measured = [entry["logprob"] for entry in line["prompt_logprobs"][1:]]
-    np.testing.assert_allclose(measured, expected, rtol=0, atol=TOLERANCE * float(np.ptp(reference.logits)))
+    np.testing.assert_allclose(measured, expected, rtol=0, atol=GPU_TOLERANCE * float(np.ptp(reference.logits)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-__all__ = ["num_gpus", "skip_without_gpus"]
+__all__ = ["GPU_TOLERANCE", "num_gpus", "skip_without_gpus"]
+
+GPU_TOLERANCE = 2e-4
+"""Of the logits' range, in float32: a GPU sums in another order than the processor, and its functions are coarser."""
 
 
 def num_gpus() -> int:

@@ -140,8 +140,7 @@ def _baichuan(case: CheckpointCase, directory: Path) -> Model:
     model = _filled(LlamaForCausalLM(LlamaConfig(**_fields(case.config), attn_implementation="eager")), tensors)
     if "max_position_embeddings" not in case.config:
         model.model.rotary_emb.inv_freq.zero_()
-        forward, heads = model.forward, case.config["num_attention_heads"]
-        model.forward = lambda token_ids: forward(token_ids, attention_mask=_alibi_mask(heads, token_ids.shape[1]))
+        model.forward = partial(_with_alibi, model.forward, case.config["num_attention_heads"])
     return model
 
 
@@ -218,6 +217,11 @@ def _megatron_as_qwen2(c: Mapping[str, Any], tensors: dict[str, Any]) -> Model:
         max_position_embeddings=c["max_position_embeddings"], rope_theta=c["rotary_base"], rms_norm_eps=1e-5,
     )  # fmt: skip
     return _filled(Qwen2ForCausalLM(config), filled)
+
+
+def _with_alibi(forward: Callable[..., Any], heads: int, token_ids: Any) -> Any:
+    mask = _alibi_mask(heads, token_ids.shape[1])
+    return forward(token_ids, attention_mask=mask.to(token_ids.device))
 
 
 def _alibi_mask(heads: int, length: int) -> Any:
