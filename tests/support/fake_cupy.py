@@ -254,4 +254,4 @@ def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
     patch.setattr(cuda_factory, "tune_products", lambda *_: None)
     patch.setattr(cuda_factory, "open_device_group", lambda comm, members: HostGroup(comm.split(members)))
     patch.setattr(cuda_factory, "_tensor_group", lambda _library, comm, members: HostGroup(comm.split(members)))
-    patch.setattr(cuda_graphs.GraphCache, "_capture", lambda *_: False)
+    patch.setattr(cuda_graphs.GraphCache, "_capture", lambda *_: None)

@@ -68,7 +68,10 @@ class _Entry:
 
 
 class GraphCache(Generic[Outputs]):
-    """Runs a program of a step eagerly the first time that its key appears, captures it the second, then replays it.
+    """Runs a program of a step eagerly the first two times that its key appears, captures it after the second, then replays it.
+
+    Captured right after it ran, a program finds everything as the run left it: a TensorRT engine changes shapes in the run, not in
+    the capture.
 
     Args:
         stream: where everything runs; not the default stream, which cannot be captured.
@@ -91,8 +94,10 @@ class GraphCache(Generic[Outputs]):
         if entry is None:
             self._entries[key] = _Entry()
             return program(key)
-        if entry.graph is None and not self._capture(key, entry, program):
-            return program(key)
+        if entry.graph is None:
+            returned = program(key)
+            self._capture(key, entry, program)
+            return returned
         entry.graph.launch(self._stream)
         outputs: Outputs = entry.outputs
         return outputs
@@ -102,9 +107,9 @@ class GraphCache(Generic[Outputs]):
         for entry in self._entries.values():
             entry.graph = entry.outputs = None
 
-    def _capture(self, key: StepKey, entry: _Entry, program: Callable[[StepKey], Outputs]) -> bool:
+    def _capture(self, key: StepKey, entry: _Entry, program: Callable[[StepKey], Outputs]) -> None:
         if not self._enabled or self.num_captured >= _MOST_GRAPHS:
-            return False
+            return
         from cupy.cuda import runtime
 
         self._stream.begin_capture(runtime.streamCaptureModeThreadLocal)
@@ -113,4 +118,3 @@ class GraphCache(Generic[Outputs]):
         finally:
             graph = self._stream.end_capture()
         entry.graph = graph
-        return True
