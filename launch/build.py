@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.parallel.topology import Layout, Topology
     from phalanx.runtime.executors.tensorrt.builder import build_engine
     from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, identify
-    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
+    from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
 
     layout = Layout(tp=args.tp, pp=args.pp)
     ranks = [Topology(layout, rank) for rank in _ranks(args, layout)]
@@ -131,39 +131,55 @@ def _ranks(args: argparse.Namespace, layout: Layout) -> Sequence[int]:
 def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
     from phalanx.checkpoints.formats import format_weights
     from phalanx.parallel.errors import ConfigError
-    from phalanx.runtime.executors.tensorrt.builder import BuildRequest, network_shape
+    from phalanx.runtime.executors.tensorrt.builder import BuildRequest, check_model, network_shape
     from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
     from phalanx.runtime.models import find_model
     from phalanx.runtime.models.tied import with_stored_head
     from phalanx.runtime.models.user_file import model_from_file
 
-    if args.stripped and not library.can_refit:
+    if args.stripped and not (library.can_refit or library.computes_segments):
         raise ConfigError(f"--stripped is not supported by {library.name}; leave it out, or install tensorrt")
     model = find_model(checkpoint.config, model_from_file(args.model_file))
     config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
-    shape = network_shape(config, args.dtype, args.max_num_seqs, args.max_model_len, args.max_num_batched_tokens)
+    shape = network_shape(
+        config,
+        args.dtype,
+        args.max_num_seqs,
+        args.max_model_len,
+        args.max_num_batched_tokens,
+        library.computes_segments,
+    )
     targets = args.target_compute_capability or library.default_targets()
     library.check_targets(targets)
-    CAPABILITIES.check(model, config, shape.dtype)
+    check_model(library, model, config, shape.dtype)
     weights = format_weights(model.weights(config), checkpoint.formats)
     CAPABILITIES.check_formats(config, weights)
-    return BuildRequest(model, config, shape, targets, args.stripped, checkpoint.formats)
+    return BuildRequest(model, config, shape, targets, args.stripped or library.computes_segments, checkpoint.formats)
 
 
 def _plan_line(request: BuildRequest, library: TensorRT) -> str:
     shape = request.shape
+    start = f"{request.config.architecture} {shape.dtype} with {library.name} for compute capability {', '.join(request.targets)}: "
+    if library.computes_segments:
+        return (
+            f"{start}segments for up to {shape.max_num_seqs} sequences and {shape.max_prefill_tokens} tokens in a step"
+        )
     return (
-        f"{request.config.architecture} {shape.dtype} with {library.name} for compute capability {', '.join(request.targets)}: "
-        f"{shape.max_num_seqs} sequences of up to {shape.max_model_len} tokens, prompt chunks of up to "
+        f"{start}{shape.max_num_seqs} sequences of up to {shape.max_model_len} tokens, prompt chunks of up to "
         f"{shape.max_prefill_tokens}"
     )
 
 
 def _report_line(path: Path, report: BuildReport) -> str:
+    end = f"peak host memory {report.peak_bytes / 1e9:.2f} GB"
+    if not report.shard_bytes:
+        return (
+            f"{path.name}: {report.num_segments} segments of {report.num_layers} layers in all, without weights, built in "
+            f"{report.build_seconds:.1f} s, {report.engine_bytes / 1e6:.1f} MB, {end}"
+        )
     return (
         f"{path.name}: {report.num_layers} layers, shard {report.shard_bytes / 1e9:.3f} GB read in {report.load_seconds:.1f} s, "
-        f"built in {report.build_seconds:.1f} s, engine {report.engine_bytes / 1e9:.3f} GB, "
-        f"peak host memory {report.peak_bytes / 1e9:.2f} GB"
+        f"built in {report.build_seconds:.1f} s, engine {report.engine_bytes / 1e9:.3f} GB, {end}"
     )
 
 

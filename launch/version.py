@@ -13,7 +13,7 @@ __all__ = ["installed_versions", "version_text"]
 
 _PACKAGES = (
     "numpy", "mpi4py", "mpich", "openmpi", "tokenizers", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python",
-    "nvidia-nccl-cu13", "nvidia-nccl-cu12", "tensorrt", "tensorrt-rtx-cu13-bindings",
+    "nvidia-nccl-cu13", "nvidia-nccl-cu12", "tensorrt", "tensorrt-bindings", "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
 
 

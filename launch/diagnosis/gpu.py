@@ -112,7 +112,7 @@ def _nccl() -> str:
 
 def _tensorrt() -> str | Check:
     from phalanx.runtime.executors.tensorrt.device import compute_capability
-    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
+    from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
 
     library = load_tensorrt()
     here = compute_capability()

@@ -25,7 +25,7 @@ _BASE = (
     "prometheus-client", "rich",
 )  # fmt: skip
 _OPTIONAL = (
-    "phalanx-llm", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "tensorrt",
+    "phalanx-llm", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "tensorrt", "tensorrt-bindings",
     "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
 

@@ -134,7 +134,7 @@ class TrtExecutor(Executor):
         positions: Sequence[int] = (),
     ) -> list[Array]:  # fmt: skip
         from phalanx.runtime.executors.tensorrt.graph import Graph
-        from phalanx.runtime.executors.tensorrt.library import load_tensorrt
+        from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
         from phalanx.runtime.executors.tensorrt.ops import StepTensors, TrtOps
         from tests.tensorrt.interpreter import NetworkInterpreter
 
@@ -249,7 +249,7 @@ def _cuda_steps(executor: CudaExecutor, spec: AttentionSpec, weights: Mapping[st
 def _trt_steps(spec: AttentionSpec, weights: Mapping[str, Array]) -> Any:
     """A network of attention alone, interpreted, with a slot for each sequence; the chunks of a step follow each other."""
     from phalanx.runtime.executors.tensorrt.graph import Graph
-    from phalanx.runtime.executors.tensorrt.library import load_tensorrt
+    from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
     from phalanx.runtime.executors.tensorrt.ops import StepTensors, TrtOps
     from tests.tensorrt.interpreter import NetworkInterpreter
 

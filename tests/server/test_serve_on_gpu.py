@@ -1,10 +1,11 @@
-"""``launch.serve`` with the CUDA engine on the GPUs of this machine, tensor-parallel over two where there are two.
+"""``launch.serve`` with the CUDA engine, or that of ``PHALANX_GPU_ENGINE``, on the GPUs of this machine, tensor-parallel over two where there are two.
 
 The assertions are those of `test_serve`; only the job differs.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from .test_serve import (  # noqa: F401 (collected here again, with this module'
 
 pytestmark = pytest.mark.gpu
 
+ENGINE = os.environ.get("PHALANX_GPU_ENGINE", "cuda")
+
 
 def layouts() -> list[tuple[str, ...]]:
     """Flags for one GPU, and for two."""
@@ -47,19 +50,19 @@ def num_ranks(flags: tuple[str, ...]) -> int:
 @pytest.fixture(scope="module", params=layouts(), ids=" ".join)
 def job(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Job]:  # noqa: F811
     sizes = ("--max-num-seqs", "16", "--num-kv-blocks", "32")  # a quarter of what 64 requests need
-    with serve_tiny(tiny, num_ranks(request.param), "--engine", "cuda", *request.param, *sizes) as running:
+    with serve_tiny(tiny, num_ranks(request.param), "--engine", ENGINE, *request.param, *sizes) as running:
         yield running
 
 
 @pytest.mark.parametrize("flags", layouts()[1:], ids=" ".join)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_a_rank_ends_everything_and_tells_clients(tiny: Path, flags: tuple[str, ...], rank: int) -> None:  # noqa: F811
-    with serve_tiny(tiny, num_ranks(flags), "--engine", "cuda", *flags) as running:
+    with serve_tiny(tiny, num_ranks(flags), "--engine", ENGINE, *flags) as running:
         assert_killing_a_rank_ends_everything(running, rank)
 
 
 def test_sigterm_drains(tiny: Path) -> None:  # noqa: F811
-    with serve_tiny(tiny, 0, "--engine", "cuda") as running:
+    with serve_tiny(tiny, 0, "--engine", ENGINE) as running:
         stream = running.server.open_stream(PATH, LONG | {"max_tokens": 100})
         running.server.process.send_signal(signal.SIGTERM)
         assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"

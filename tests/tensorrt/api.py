@@ -78,6 +78,40 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "Weights": ("__init__",),
 }  # fmt: skip
 
+SEGMENT_MEMBERS: dict[str, tuple[str, ...]] = {
+    "ActivationType": ("RELU", "SIGMOID", "TANH"),
+    "Builder": (
+        "__init__", "build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile",
+    ),
+    "BuilderFlag": ("FP16", "OBEY_PRECISION_CONSTRAINTS", "TF32"),
+    "DataType": ("FLOAT", "HALF", "INT32"),
+    "ElementWiseOperation": ("DIV", "MAX", "MIN", "PROD", "SUM"),
+    "IBuilderConfig": (
+        "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache", "get_timing_cache",
+        "max_aux_streams", "set_flag", "set_tactic_sources", "set_timing_cache",
+    ),
+    "ICudaEngine": ("create_execution_context_without_device_memory", "device_memory_size"),
+    "IExecutionContext": (
+        "device_memory", "execute_async_v3", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
+    ),
+    "ILayer": ("get_output", "precision", "set_input", "set_output_type"),
+    "ILogger": ("__init__", "log"),
+    "INetworkDefinition": (
+        "add_activation", "add_cast", "add_concatenation", "add_constant", "add_elementwise", "add_gather", "add_input",
+        "add_matrix_multiply", "add_reduce", "add_shape", "add_slice", "add_unary", "mark_output", "num_layers",
+    ),
+    "IOptimizationProfile": ("set_shape",),
+    "ITensor": ("dtype", "name", "shape"),
+    "ITimingCache": ("serialize",),
+    "MatrixOperation": ("NONE", "TRANSPOSE"),
+    "NetworkDefinitionCreationFlag": ("EXPLICIT_BATCH",),
+    "ReduceOperation": ("AVG",),
+    "Runtime": ("__init__", "deserialize_cuda_engine"),
+    "UnaryOperation": ("ERF", "SQRT"),
+    "Weights": ("__init__",),
+}  # fmt: skip
+"""What segments use, all of which TensorRT 8.6 has."""
+
 _ONLY_RTX = frozenset(
     {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability",
      "IExecutionContext.is_stream_capturable", "DynamicShapesKernelSpecializationStrategy",
@@ -99,10 +133,15 @@ ABSENT: dict[str, frozenset[str]] = {
 Signature = dict[str, list[str]]
 
 
+def members_of(version: str) -> dict[str, tuple[str, ...]]:
+    """The names that Phalanx uses of a release."""
+    return SEGMENT_MEMBERS if version.startswith("8.") else MEMBERS
+
+
 def record(module: ModuleType) -> dict[str, list[Signature] | None]:
     """``Class.member`` -> its signatures, or None for what is not a function; absent names are left out."""
     found: dict[str, list[Signature] | None] = {}
-    for class_name, members in MEMBERS.items():
+    for class_name, members in members_of(module.__version__).items():
         owner = getattr(module, class_name, None)
         if owner is None:
             continue
@@ -119,7 +158,7 @@ def _signatures(member: Any, name: str) -> list[Signature] | None:
 
 
 def _parameters(text: str) -> Signature:
-    """Names of all parameters behind ``self`` and of those without a default."""
+    """Names of all parameters after ``self`` and of those without a default."""
     parts = re.split(r", (?=\w+: )", text)[1:]
     return {
         "names": [part.split(":", 1)[0] for part in parts],
@@ -133,18 +172,21 @@ _STAND_IN = "".join(
         "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
         "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion",
         "getPluginRegistry", "initLibNvInferPlugins",
+        # of 8.6 alone
+        "_ZN14nvcaffeparser117createCaffeParserEv", "_ZN14nvcaffeparser123shutdownProtobufLibraryEv",
+        "_ZN11nvuffparser15createUffParserEv", "_ZN11nvuffparser8FieldMapC1EPKcPKvNS_9FieldTypeEi",
     )
 )  # fmt: skip
 
 
 def record_wheel(wheel: Path) -> dict[str, list[Signature] | None]:
-    """Record the bindings in a ``tensorrt_cu13_bindings`` wheel, in a process of its own."""
+    """Record the bindings in a ``tensorrt_cu13_bindings`` or ``tensorrt_bindings`` wheel, in a separate process."""
     major = wheel.name.split("-")[1].split(".")[0]
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(wheel).extractall(folder)
         source = Path(folder) / "stand_in.c"
         source.write_text(_STAND_IN)
-        for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+        for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvparsers"):
             name = f"lib{library}.so.{major}"
             command = [
                 _compiler(),

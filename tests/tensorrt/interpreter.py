@@ -122,7 +122,11 @@ class NetworkInterpreter:
         return operations[layer.op.name](x, y)
 
     def _unary(self, layer: Any, operands: Sequence[Array]) -> Array:
-        operations: dict[str, Callable[[Array], Array]] = {"SQRT": np.sqrt, "NOT": np.logical_not}
+        operations: dict[str, Callable[[Array], Array]] = {
+            "SQRT": np.sqrt,
+            "NOT": np.logical_not,
+            "ERF": lambda x: np.vectorize(math.erf)(x).astype(np.float32),
+        }
         return operations[layer.op.name](operands[0])
 
     def _activation(self, layer: Any, operands: Sequence[Array]) -> Array:

@@ -17,7 +17,8 @@ from phalanx.runtime.executors.tensorrt.builder import BuildRequest, load_shard
 from phalanx.runtime.executors.tensorrt.engine_session import PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
 from phalanx.runtime.executors.tensorrt.graph import Graph
-from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
+from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
+from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.network import (
     NetworkShape,
     RankNetwork,

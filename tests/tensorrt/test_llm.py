@@ -17,6 +17,7 @@ from phalanx.parallel.topology import Layout
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt import build as trt_build
 from phalanx.runtime.executors.tensorrt.builder import network_shape
+from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
@@ -28,7 +29,7 @@ LIMITS = {"max_num_seqs": 3, "max_model_len": 48, "max_num_batched_tokens": 12}
 def _interpret(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Let the executor open a session that interprets its network."""
 
-    def open_session(spec: RankSpec) -> tuple[InterpretedSession, NetworkShape]:
+    def open_session(spec: RankSpec, library: TensorRT) -> tuple[InterpretedSession, NetworkShape]:
         topology = spec.topology
         shape = network_shape(spec.config, spec.options.dtype, LIMITS["max_num_seqs"], LIMITS["max_model_len"], 5)
         groups = spec.comm.split(topology.tp_group), spec.comm.split(topology.pp_group)

@@ -1,4 +1,4 @@
-"""Engines on a GPU against the NumPy engine. Run by tests/gpu/run_tensorrt.sh; has not run yet."""
+"""Engines on a GPU against the NumPy engine. Run by tests/gpu/run_tensorrt.sh with releases from 10.16, on no GPU yet."""
 
 from __future__ import annotations
 

@@ -18,11 +18,13 @@ from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.registry import choose_engine
+from phalanx.runtime.executors.tensorrt import installed
 from phalanx.runtime.executors.tensorrt import library as trt_adapter
 from phalanx.runtime.executors.tensorrt.build import create_trt_executor
 from phalanx.runtime.executors.tensorrt.builder import network_shape
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
-from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
+from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
+from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.loading import check_sizes, find_engine
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.models import find_model
@@ -77,7 +79,7 @@ def _importing(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType | 
             raise found
         return found
 
-    monkeypatch.setattr(trt_adapter.importlib, "import_module", import_module)
+    monkeypatch.setattr(installed.importlib, "import_module", import_module)
 
 
 def _module(version: str) -> Any:
@@ -116,7 +118,7 @@ def test_of_two_libraries_the_one_that_can_work_here_is_taken(
     capability: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _importing(monkeypatch, {"tensorrt": _module("11.4.0.106"), "tensorrt_rtx": _module("1.7.1.116")})
-    monkeypatch.setattr(trt_adapter, "compute_capability", lambda: capability)
+    monkeypatch.setattr(installed, "compute_capability", lambda: capability)
     assert load_tensorrt().flavour == expected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
@@ -40,12 +40,13 @@ from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
-from phalanx.runtime.models.base import vocabulary_shard
+from phalanx.runtime.models import Model
+from phalanx.runtime.models.base import Pass, vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
-__all__ = ["create_cuda_executor", "select_device"]
+__all__ = ["create_cuda_executor", "create_lowered_executor", "select_device"]
 
 _FIRST_WITH_FP8 = 89
 _CODE_ALIGNMENT = 16
@@ -61,10 +62,25 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
     """
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if packed(one.format) is None])
-    limits = _step_limits(spec)
-    device, stream = select_device()
+    return create_lowered_executor(spec, lambda model: model.decode)
+
+
+def create_lowered_executor(
+    spec: RankSpec, lower: Callable[[Model], Pass[Any]], library_name: str = ""
+) -> tuple[CudaExecutor, int]:
+    """As `create_cuda_executor`, for a model that has been checked.
+
+    Args:
+        lower: what steps run in place of the model's decode pass; called with this rank's GPU and stream current.
+        library_name: of what computes that, for reports; empty = our own kernels and cuBLASLt.
+
+    Raises:
+        ConfigError, CheckpointError: as `create_cuda_executor`.
+    """
     import cupy
 
+    limits = _step_limits(spec)
+    device, stream = select_device()
     with device, stream:
         library = KernelLibrary()
         _check_quantized(spec, library.architecture)
@@ -73,7 +89,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
             weights = _load(spec, library)
             gemm = open_gemm(library)
             timeline = Timeline(stream) if spec.options.trace else None
-            stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline)
+            stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline, lower)
             sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)
             tune_products(gemm, stage, sizes, limits.max_num_seqs, spec.comm)
             stage.run(_largest_step(limits))
@@ -82,7 +98,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
             max_model_len = longest_sequence(spec.config, spec.options, num_blocks)
             attention.allocate(num_blocks)
             stage.arrays.hold_tokens(cupy.zeros((num_blocks, limits.block_size), np.int32))
-            executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline)
+            executor = CudaExecutor(stage, attention, limits, groups, stream, num_blocks, timeline, library_name)
         # Outside the context: aborting NCCL blocks while captured graphs hold the communicator.
         executor.warm_up(spec.comm)
     return executor, max_model_len
@@ -206,6 +222,7 @@ def _stage(
     weights: Weights[DeviceArray],
     groups: CudaGroups,
     timeline: Timeline | None,
+    lower: Callable[[Model], Pass[Any]],
 ) -> tuple[CudaStage, CudaAttention]:
     import cupy
 
@@ -232,7 +249,7 @@ def _stage(
     hidden = cupy.zeros((hidden_rows, config.hidden_size), device_dtype(spec.dtype))
     results = cupy.zeros(ResultLayout.most_words(limits.max_logit_rows) if topology.is_last_stage else 0, np.int32)
     step = StepKernels(library, arrays, limits.block_size, STEP_LAYOUT.defines)
-    stage = CudaStage(spec.model, config, topology, spec.layers, step, ops, sampler, hidden, results)
+    stage = CudaStage(lower(spec.model), config, topology, spec.layers, step, ops, sampler, hidden, results)
     return stage, attention
 
 

@@ -62,6 +62,7 @@ class CudaExecutor:
         stream: where steps run.
         num_kv_blocks: N, equal on all ranks.
         timeline: record one; steps then run without graphs.
+        library_name: of what computes the model, for reports; empty = our own kernels and cuBLASLt.
 
     Attributes:
         step_times: of a pipeline, after `warm_up`.
@@ -69,7 +70,7 @@ class CudaExecutor:
 
     def __init__(
         self, stage: CudaStage, attention: CudaAttention, limits: StepLimits, groups: CudaGroups, stream: Any,
-        num_kv_blocks: int, timeline: Timeline | None = None,
+        num_kv_blocks: int, timeline: Timeline | None = None, library_name: str = "",
     ) -> None:  # fmt: skip
         import cupy
 
@@ -82,7 +83,7 @@ class CudaExecutor:
         self._ring = StepRing(self.depth + 1, stage.arrays.plan.size, result_words, groups.all, self._graphs.clear)
         self._inbox = stage.results if self.topology.is_last_stage else cupy.empty(max(result_words, 1), np.int32)
         self._in_flight: deque[StepBuffers] = deque()
-        self._timeline = timeline
+        self._timeline, self._library_name = timeline, library_name
         self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
         self.step_times: StepTimes | None = None
 
@@ -108,11 +109,11 @@ class CudaExecutor:
 
     @property
     def device(self) -> str:
-        """Name of this rank's GPU."""
+        """This rank's GPU, and the library that computes if it is not our own."""
         import cupy
 
         name: bytes = cupy.cuda.runtime.getDeviceProperties(self._device.id)["name"]
-        return name.decode()
+        return f"{self._library_name} on {name.decode()}" if self._library_name else name.decode()
 
     @property
     def device_times(self) -> DeviceTimes:

@@ -103,7 +103,7 @@ class CudaOps(Ops[DeviceArray]):
         self._last_layer = num_layers - 1
         self._num_rows = 0
         self._num_kept = 0
-        self._logit_rows, self._stops_before_logits = range(0), False
+        self._logit_rows, self.stops_before_logits = range(0), False
         self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
@@ -125,7 +125,7 @@ class CudaOps(Ops[DeviceArray]):
 
         ``stop_before``: it returns what it would have multiplied, so that the head gives hidden states.
         """
-        self._logit_rows, self._stops_before_logits = rows, stop_before
+        self._logit_rows, self.stops_before_logits = rows, stop_before
 
     def embedding(self, name: str, scale: float = 1.0) -> DeviceArray:
         table = self._weights.embedding(name)
@@ -152,7 +152,7 @@ class CudaOps(Ops[DeviceArray]):
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
         x = self._values(x)
-        residual = self._rows_of(residual, x)
+        residual = self.rows_of(residual, x)
         weight, _ = self._weights.norm(name)
         total = x if residual is None else residual
 
@@ -169,7 +169,7 @@ class CudaOps(Ops[DeviceArray]):
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
         x = self._values(x)
-        residual = self._rows_of(residual, x)
+        residual = self.rows_of(residual, x)
         weight, bias = self._weights.norm(name)
         total = x if residual is None else residual
 
@@ -218,7 +218,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
         x, y = self._values(x), self._values(y)
-        x, y = self._rows_of(x, y), self._rows_of(y, x)
+        x, y = self.rows_of(x, y), self.rows_of(y, x)
         out = self._pool.array(x.shape, x.dtype)
         add(self._library, x, y, out)
         return out
@@ -290,13 +290,26 @@ class CudaOps(Ops[DeviceArray]):
 
     def logits(self, x: DeviceArray, name: str, soft_cap: float = 0.0) -> DeviceArray:
         """See `Ops.logits`; over the rows of `bind_logits`."""
-        rows = x if self._num_kept else self._gather(self._values(x), self._logit_rows)
-        if self._stops_before_logits:
+        rows = self.logit_rows(x)
+        if self.stops_before_logits:
             return rows
         logits = self._product(rows, name, self._weights.linear(name).bias)
         if soft_cap:
             cap_logits(self._library, logits, soft_cap)
         return logits
+
+    def logit_rows(self, x: DeviceArray) -> DeviceArray:
+        """The rows of ``x`` that `bind_logits` named; all of them where only these are left."""
+        return x if self._num_kept else self._gather(self._values(x), self._logit_rows)
+
+    @property
+    def weights(self) -> Weights[DeviceArray]:
+        """This rank's shard."""
+        return self._weights
+
+    def empty(self, like: DeviceArray, width: int) -> DeviceArray:
+        """An uninitialised ``[T, width]`` for the rest of the step, of the rows and type of ``like``."""
+        return self._pool.array((len(like), width), like.dtype)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         rows = self._operand(x, name)
@@ -370,7 +383,7 @@ class CudaOps(Ops[DeviceArray]):
         quantize_rows(self._library, x, out)
         return out
 
-    def _rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
+    def rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
         """``x`` with the rows that ``other`` has: those kept, where ``other`` was computed after the last attention."""
         if x is None or len(x) <= len(other):
             return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from phalanx.kernels.step_update import StepArrays, StepKernels
 from phalanx.parallel.topology import Topology
@@ -13,7 +14,7 @@ from phalanx.runtime.executors.cuda.ops import CudaOps
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.sampler import CudaSampler
 from phalanx.runtime.memory import LOGIT_ROWS
-from phalanx.runtime.models import Model
+from phalanx.runtime.models.base import Pass
 
 __all__ = ["CudaStage"]
 
@@ -23,12 +24,13 @@ class CudaStage:
     """Enqueues this rank's share of the step whose packed plan lies in ``step.arrays.plan``.
 
     Attributes:
+        decode: the model's pass, or what stands for it.
         layers: global numbers of the blocks of this stage.
         hidden: ``[max tokens, D]`` what the previous stage handed over.
         results: int32 words, laid out by `ResultLayout`.
     """
 
-    model: Model
+    decode: Pass[Any]
     config: ModelConfig
     topology: Topology
     layers: range
@@ -77,20 +79,20 @@ class CudaStage:
         """What the output projection would take; ``rows`` of those that ask for it."""
         first = layout.num_rows
         self.ops.bind_logits(range(first + rows.start, first + rows.stop), stop_before=True)
-        hidden = self.model.decode.head(self.ops, self.config, x, None)
+        hidden = self.decode.head(self.ops, self.config, x, None)
         layout.hidden_bytes(self.results)[rows.start : rows.stop] = hidden.view("uint8")
 
     def _blocks(self, key: StepKey, num_logit_rows: int, num_kept: int) -> tuple[DeviceArray, DeviceArray | None]:
         self.step.update(key.num_rows, num_logit_rows)
         self.ops.bind(key.num_rows, key.has_prefill, num_kept)
         received = None if self.topology.is_first_stage else self.hidden[: key.num_rows]
-        return self.model.decode.run(self.ops, self.config, self.layers, received)
+        return self.decode.run(self.ops, self.config, self.layers, received)
 
     def _sample(
         self, key: StepKey, x: DeviceArray, residual: DeviceArray | None, rows: range, layout: ResultLayout
     ) -> None:
         self.ops.bind_logits(rows)
-        logits = self.model.decode.head(self.ops, self.config, x, residual)
+        logits = self.decode.head(self.ops, self.config, x, residual)
         views = layout.views(self.results).rows(rows)
         self.sampler.choose(logits, rows, key.filters, key.adjusts, views.token_ids)
         self.step.store_tokens(views.token_ids, rows.start)

@@ -1,31 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting a TensorRT executor together: an engine that was built before or is built now, and its session."""
+"""Putting a TensorRT executor together: an engine that was built before or is built now, and its session.
+
+TensorRT 8.6, which has no layers for attention, computes segments within the CUDA executor.
+"""
 
 from __future__ import annotations
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
+from phalanx.runtime.executors.tensorrt.builder import check_model
 from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
-from phalanx.runtime.executors.tensorrt.loading import open_session
+from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
+from phalanx.runtime.executors.tensorrt.library8 import TensorRT8
+from phalanx.runtime.executors.tensorrt.loading import find_engine, open_device, open_session
 from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
+from phalanx.runtime.executors.tensorrt.segments.build import create_segment_executor
 
 __all__ = ["create_trt_executor"]
 
 
-def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor, int]:
+def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor | CudaExecutor, int]:
     """Load this rank's engine, building it if there is none yet; also the longest sequence. *Collective over the replica.*
 
     Raises:
         ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
         CheckpointError: the checkpoint does not fit the model.
     """
-    CAPABILITIES.check(spec.model, spec.config, spec.dtype)
+    library = load_tensorrt()
+    check_model(library, spec.model, spec.config, spec.dtype)
     CAPABILITIES.check_formats(spec.config, spec.declared)
     if spec.options.quantize != "none" or spec.options.kv_cache_dtype == "fp8":
         raise ConfigError(
             f"the tensorrt engine cannot run --quantize={spec.options.quantize} --kv-cache-dtype={spec.options.kv_cache_dtype}; "
             "use --engine cuda or numpy for fp8"
         )
-    session, shape = open_session(spec)
+    if isinstance(library, TensorRT8):
+        _, _, capability = open_device(library)
+        path, request = find_engine(library, spec, capability)
+        return create_segment_executor(spec, library, path, request.shape)
+    session, shape = open_session(spec, library)
     pipeline = spec.comm.split(spec.topology.pp_group)
     return TrtExecutor(session, shape, spec.topology, pipeline), spec.options.max_model_len or shape.max_model_len

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,25 @@ from phalanx.runtime.config import DTypeName, ModelConfig
 from phalanx.runtime.executors.sizes import longest_requested
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT
+from phalanx.runtime.executors.tensorrt.library8 import TensorRT8
 from phalanx.runtime.executors.tensorrt.log import BuildLog
 from phalanx.runtime.executors.tensorrt.network import NetworkShape, RankNetwork, write_network
 from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
+from phalanx.runtime.executors.tensorrt.segments.plans import SegmentBuilder, digest, profile_sizes, write_plans
+from phalanx.runtime.executors.tensorrt.segments.programs import check_segments, rank_programs
 from phalanx.runtime.executors.weights import Weights, load_stage
 from phalanx.runtime.models import Model
 
-__all__ = ["BuildReport", "BuildRequest", "Progress", "build_engine", "load_shard", "network_shape", "replace_file"]
+__all__ = [
+    "BuildReport",
+    "BuildRequest",
+    "Progress",
+    "build_engine",
+    "check_model",
+    "load_shard",
+    "network_shape",
+    "replace_file",
+]
 
 _DEFAULT_LONGEST = 4096
 """Tokens: a slot is allocated in full for every sequence, so a model's 131,072 positions are no default."""
@@ -62,11 +75,12 @@ class BuildReport:
     """What a build took.
 
     Attributes:
-        num_layers: of the network, as TensorRT counts.
-        shard_bytes: this rank's weights in the compute type.
+        num_layers: of the network, as TensorRT counts; of all different segments.
+        shard_bytes: this rank's weights in the compute type; 0 where the engine holds none.
         engine_bytes: the plan on disk.
         peak_bytes: most resident memory of the process so far.
         load_seconds, build_seconds: reading the shard; all of TensorRT's work, writing included.
+        num_segments: how many engines the file holds.
     """
 
     num_layers: int
@@ -75,17 +89,21 @@ class BuildReport:
     peak_bytes: int
     load_seconds: float
     build_seconds: float
+    num_segments: int = 1
 
 
 def network_shape(
-    config: ModelConfig, dtype: DTypeName, max_num_seqs: int, max_model_len: int | None, max_num_batched_tokens: int
-) -> NetworkShape:
-    """Sizes of engines from an operator's choices.
+    config: ModelConfig, dtype: DTypeName, max_num_seqs: int, max_model_len: int | None, max_num_batched_tokens: int,
+    is_segmented: bool = False,
+) -> NetworkShape:  # fmt: skip
+    """Sizes of engines from an operator's choices; segments hold no cache, so they fit sequences of any length.
 
     Raises:
         ConfigError: longer sequences than the model has positions for, or a size below 1.
     """
     length = longest_requested(config, max_model_len)
+    if is_segmented:
+        return NetworkShape(config.compute_dtype(dtype), max_num_seqs, config.max_positions, max_num_batched_tokens)
     if max_model_len is None:
         length = min(length, _DEFAULT_LONGEST)
     return NetworkShape(config.compute_dtype(dtype), max_num_seqs, length, min(max_num_batched_tokens, length))
@@ -106,6 +124,8 @@ def build_engine(
         ExecutorError: TensorRT failed; the message gives what it logged.
     """
     start = time.perf_counter()
+    if isinstance(library, TensorRT8):
+        return _build_segments(library, request, topology, path, timing_cache, progress)
     CAPABILITIES.check(request.model, request.config, request.shape.dtype)
     if progress is not None:
         progress("reading weights", 0, 0)
@@ -130,6 +150,41 @@ def build_engine(
         load_seconds=loaded - start,
         build_seconds=time.perf_counter() - loaded,
     )
+
+
+def check_model(library: TensorRT, model: Model, config: ModelConfig, dtype: str) -> None:
+    """Refuse what engines of ``library`` cannot compute.
+
+    Raises:
+        ConfigError: with the first feature that is missing.
+    """
+    if library.computes_segments:
+        check_segments(model, config, dtype)
+    else:
+        CAPABILITIES.check(model, config, dtype)
+
+
+def _build_segments(
+    library: TensorRT8, request: BuildRequest, topology: Topology, path: Path, timing_cache: Path, progress: Progress | None
+) -> BuildReport:  # fmt: skip
+    """As `build_engine`, with a plan for each different segment; no weights are read."""
+    start, shape = time.perf_counter(), request.shape
+    check_segments(request.model, request.config, shape.dtype)
+    segments = rank_programs(request.model, request.config, request.formats, topology).segments
+    sizes = profile_sizes(shape.max_num_seqs, shape.max_prefill_tokens)
+    timings = timing_cache.read_bytes() if timing_cache.exists() else b""
+    maker = SegmentBuilder(library, shape.numpy_dtype, sizes, timings)
+    plans = {}
+    for index, segment in enumerate(segments):
+        if progress is not None:
+            progress("building segments", index, len(segments))
+        plans[digest(segment)] = maker.build(segment)
+    engine_bytes = write_plans(path, plans, replace_file)
+    replace_file(timing_cache, maker.timings)
+    return BuildReport(
+        maker.num_layers, 0, engine_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        load_seconds=0.0, build_seconds=time.perf_counter() - start, num_segments=len(plans),
+    )  # fmt: skip
 
 
 def load_shard(request: BuildRequest, source: TensorSource, topology: Topology) -> Weights[Array]:
@@ -205,8 +260,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """Where this process writes first: several may make the same file at once."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Where this rank writes first: several may make the same file at once."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
 
 
 def _distinct_bytes(weights: Weights[Array]) -> int:

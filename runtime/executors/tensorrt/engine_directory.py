@@ -58,7 +58,7 @@ class EngineIdentity:
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         for name in ("bos_token_id", "eos_token_ids"):
             del config[name]
-        return {
+        fields = {
             "format": _FORMAT,
             "model_config": config,
             "tensor_parallel_size": self.layout.tp,
@@ -69,6 +69,8 @@ class EngineIdentity:
             "target_compute_capabilities": list(self.targets),
             **({"model_code": self.model_code} if self.model_code else {}),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(fields))  # tuples as lists, as they are read back
+        return plain
 
     @property
     def key(self) -> str:

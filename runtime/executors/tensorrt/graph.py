@@ -38,6 +38,7 @@ class Graph:
         self._trt: Any = library.module
         self._memory: list[Array] = []
         self._constants: dict[tuple[int, tuple[int, ...]], ITensor] = {}
+        self._types: dict[str, Any] = {}  # by tensor: what its layer was told, which 8.6 may not repeat
 
     # Inputs, outputs, constants
 
@@ -49,10 +50,13 @@ class Graph:
         """A network input; -1 = extent given at run time."""
         return _made(self.network.add_input(name, self.dtype(dtype), shape), f"input {name}")
 
-    def output(self, name: str, tensor: ITensor) -> None:
-        """Make ``tensor`` a network output."""
+    def output(self, name: str, tensor: ITensor, dtype: np.dtype[Any] | None = None) -> None:
+        """Make ``tensor`` a network output; ``dtype``: its type, where the network does not fix that."""
+        self._types[name] = self._type(tensor)
         tensor.name = name
         self.network.mark_output(tensor)
+        if dtype is not None:
+            self.library.keep_output_type(tensor, self.dtype(dtype))
 
     def weight(self, name: str, array: Array, shape: tuple[int, ...] | None = None) -> ITensor:
         """A checkpoint weight. Tied weights share memory and become one constant, named after the first."""
@@ -82,23 +86,26 @@ class Graph:
     def _constant(self, array: Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
         assert array.flags.c_contiguous
         self._memory.append(array)
-        weights = self.library.weights(self.dtype(array.dtype), array.ctypes.data, array.size)
+        weights = self.library.weights(array)
         return _made(self.network.add_constant(shape, weights), "constant"), weights
 
     # Shapes
 
     def shape(self, x: ITensor) -> ITensor:
-        """Extents of ``x`` at run time, int64."""
+        """Extents of ``x`` at run time."""
         return self.network.add_shape(x).get_output(0)
 
     def extents(self, *parts: ITensor | int) -> ITensor:
         """A shape tensor from one-element shape tensors and known extents."""
-        tensors = [self.constant(np.array([part], np.int64)) if isinstance(part, int) else part for part in parts]
+        tensors = [self._number(part) if isinstance(part, int) else part for part in parts]
         return self.network.add_concatenation(tensors).get_output(0)
+
+    def _number(self, value: int) -> ITensor:
+        return self.constant(np.array([value], self.library.shape_dtype))
 
     def extent(self, shape: ITensor, axis: int) -> ITensor:
         """One element of a shape tensor, as a shape tensor."""
-        return self.gather(shape, self.constant(np.array([axis], np.int32)))
+        return self.network.add_gather(shape, self.constant(np.array([axis], np.int32)), 0).get_output(0)
 
     def reshape(self, x: ITensor, shape: ITensor | tuple[int, ...]) -> ITensor:
         """``x`` with other extents: known ones (-1 = what is left), or a shape tensor."""
@@ -132,28 +139,28 @@ class Graph:
             layer.set_input(1, shape)
         if after is not None:
             layer.second_transpose = self._trt.Permutation(after)
-        return layer.get_output(0)
+        return self._result(layer, x)
 
     def columns(self, x: ITensor, start: int, shape: ITensor) -> ITensor:
         """``[T, D] -> [T, n]``: columns from ``start``; ``shape`` is ``T, n``."""
         layer = self.network.add_slice(x, (0, start), (0, 0), (1, 1))
         layer.set_input(2, shape)
-        return layer.get_output(0)
+        return self._result(layer, x)
 
     # Arithmetic
 
     def binary(self, operation: str, x: ITensor, y: ITensor) -> ITensor:
         """Element by element; ``operation`` names an ``ElementWiseOperation``."""
         kind = getattr(self._trt.ElementWiseOperation, operation)
-        return _made(self.network.add_elementwise(x, y, kind), operation).get_output(0)
+        return self._result(_made(self.network.add_elementwise(x, y, kind), operation), x)
 
     def unary(self, operation: str, x: ITensor) -> ITensor:
         """Element by element; ``operation`` names a ``UnaryOperation``."""
-        return self.network.add_unary(x, getattr(self._trt.UnaryOperation, operation)).get_output(0)
+        return self._result(self.network.add_unary(x, getattr(self._trt.UnaryOperation, operation)), x)
 
     def activation(self, operation: str, x: ITensor) -> ITensor:
         """Element by element; ``operation`` names an ``ActivationType``."""
-        return self.network.add_activation(x, getattr(self._trt.ActivationType, operation)).get_output(0)
+        return self._result(self.network.add_activation(x, getattr(self._trt.ActivationType, operation)), x)
 
     def select(self, condition: ITensor, x: ITensor, y: ITensor) -> ITensor:
         """``x`` where ``condition``, else ``y``."""
@@ -162,17 +169,25 @@ class Graph:
     def cast(self, x: ITensor, dtype: np.dtype[Any]) -> ITensor:
         """``x`` in another type; ``x`` itself if it has it already."""
         target = self.dtype(dtype)
-        return x if x.dtype == target else self.network.add_cast(x, target).get_output(0)
+        if self._type(x) == target:
+            return x
+        result = self.network.add_cast(x, target).get_output(0)
+        self._types[result.name] = target
+        return result
 
     def matmul_transposed(self, x: ITensor, weight: ITensor) -> ITensor:
         """``x @ weight.T``: ``[T, in] x [out, in] -> [T, out]``."""
         none, transpose = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
-        return _made(self.network.add_matrix_multiply(x, none, weight, transpose), "matrix product").get_output(0)
+        layer = _made(self.network.add_matrix_multiply(x, none, weight, transpose), "matrix product")
+        return self._result(layer, x)
+
+    def mean(self, x: ITensor) -> ITensor:
+        """Mean over the last axis: ``[T, D] -> [T, 1]``."""
+        return self._result(self.network.add_reduce(x, self._trt.ReduceOperation.AVG, 1 << 1, True), x)
 
     def mean_square(self, x: ITensor) -> ITensor:
         """Mean of squares over the last axis: ``[T, D] -> [T, 1]``."""
-        square = self.binary("PROD", x, x)
-        return self.network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << 1, True).get_output(0)
+        return self.mean(self.binary("PROD", x, x))
 
     def row_sums(self, x: ITensor) -> ITensor:
         """Sum over the last axis: ``[B, V] -> [B]``."""
@@ -227,6 +242,16 @@ class Graph:
         layer.num_ranks = num_ranks
         layer.metadata = operation  # the layer does not expose its operation; readers of the network find it here
         return layer.get_output(0)
+
+    def _result(self, layer: Any, like: ITensor) -> ITensor:
+        """The output of ``layer``, in the type of ``like``."""
+        dtype, result = self._type(like), layer.get_output(0)
+        self.library.keep_type(layer, dtype)
+        self._types[result.name] = dtype
+        return result
+
+    def _type(self, x: ITensor) -> Any:
+        return self._types.get(x.name, x.dtype)
 
 
 def _made(layer: Any, what: str) -> Any:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that knows which TensorRT is installed and how its releases differ.
+"""How the releases of TensorRT differ.
 
 Two products share one network API: ``tensorrt`` (10.16 and 11.x) and ``tensorrt_rtx`` (1.7, TensorRT for RTX). Everything
-that differs between them or between releases is a method here; the rest of the executor never asks for a version.
+that differs between them or between releases is a method here; the rest of the executor never asks for a version. TensorRT 8.6,
+which lacks a decoder's layers, is a subclass: `phalanx.runtime.executors.tensorrt.library8`.
 
     difference                  tensorrt 10.16       tensorrt 11.x        tensorrt_rtx 1.7
     attention                   add_attention        add_attention_v2     add_attention_v2
@@ -16,7 +17,6 @@ that differs between them or between releases is a method here; the rest of the 
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,26 +24,19 @@ from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.checkpoints.dtypes import FLOAT_DTYPES
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.tensorrt.device import compute_capability
 
-__all__ = ["Flavour", "ITensor", "TensorRT", "load_tensorrt"]
+__all__ = ["Flavour", "ITensor", "TensorRT", "library_warnings_ignored"]
 
 ITensor: TypeAlias = Any
 """A symbolic tensor of a network under construction (``tensorrt.ITensor``; the library has no type information)."""
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 
-_MODULES: dict[Flavour, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt", "tensorrt_bindings"),
-    "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-}
-_RELEASES: dict[Flavour, tuple[tuple[int, int], tuple[int, int]]] = {
-    "tensorrt": ((10, 16), (12, 0)),
-    "tensorrt_rtx": ((1, 7), (2, 0)),
-}
 _DATA_TYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.float32): "FLOAT",
     FLOAT_DTYPES["F16"]: "HALF",
@@ -51,9 +44,6 @@ _DATA_TYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.int32): "INT32",
     np.dtype(np.int64): "INT64",
 }
-_INSTALL = (
-    "install one: pip install -e '.[tensorrt]' (data centre GPUs) or '.[tensorrt-rtx]' (RTX GPUs) in Phalanx's checkout"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +97,28 @@ class TensorRT:
         """The library's type for a NumPy type."""
         return getattr(self.module.DataType, _DATA_TYPES[np.dtype(dtype)])
 
+    @property
+    def computes_segments(self) -> bool:
+        """Whether networks hold only what lies between attention and sums; see `phalanx.runtime.executors.tensorrt.segments`."""
+        return False
+
+    @property
+    def has_fused_layers(self) -> bool:
+        """Whether networks have layers for GELU and normalisation."""
+        return True
+
+    @property
+    def shape_dtype(self) -> np.dtype[Any]:
+        """The type of shape tensors."""
+        return np.dtype(np.int64)
+
     # Networks
+
+    def keep_type(self, layer: Any, dtype: Any) -> None:
+        """Compute and return ``dtype`` in ``layer``: networks here are strongly typed already."""
+
+    def keep_output_type(self, tensor: ITensor, dtype: Any) -> None:
+        """Return ``dtype`` as a network output: networks here are strongly typed already."""
 
     def create_network(self, builder: Any) -> Any:
         """An empty strongly typed ``INetworkDefinition``: types are as written, never chosen by the builder."""
@@ -130,9 +141,9 @@ class TensorRT:
         layer.decomposable = True
         return layer.get_output(0)
 
-    def weights(self, dtype: Any, address: int, count: int) -> Any:
+    def weights(self, array: NDArray[Any]) -> Any:
         """A view of host memory, which must stay untouched until the engine is built."""
-        return self.module.Weights(dtype, address, count)
+        return self.module.Weights(self.data_type(array.dtype), array.ctypes.data, array.size)
 
     # Building
 
@@ -202,12 +213,12 @@ class TensorRT:
 
     def set_timing_cache(self, config: Any, serialized: bytes) -> None:
         """Start from earlier measurements of kernels."""
-        with _library_warnings_ignored():
+        with library_warnings_ignored():
             config.set_timing_cache(config.create_timing_cache(serialized), False)
 
     def timing_cache(self, config: Any) -> bytes:
         """The measurements after a build."""
-        with _library_warnings_ignored():
+        with library_warnings_ignored():
             return bytes(config.get_timing_cache().serialize())
 
     def logger(self, report: Callable[[str, str], None]) -> Any:
@@ -301,49 +312,6 @@ class TensorRT:
         return True
 
 
-def load_tensorrt() -> TensorRT:
-    """The TensorRT that is installed; of two, the one that can do something on this machine.
-
-    Raises:
-        ConfigError: there is none, its libraries are missing, or its release is not supported.
-    """
-    order: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
-    if compute_capability() is None:
-        order = ("tensorrt_rtx", "tensorrt")  # the only one that builds without a GPU
-    reasons: list[str] = []
-    for flavour in order:
-        for name in _MODULES[flavour]:
-            module = _import(name, reasons)
-            if module is not None:
-                return _checked(module, flavour)
-    found = f"found {'; '.join(reasons)}" if reasons else "none is installed"
-    raise ConfigError(f"--engine tensorrt needs TensorRT, but {found}; {_INSTALL}")
-
-
-def _import(name: str, reasons: list[str]) -> ModuleType | None:
-    try:
-        with _library_warnings_ignored():
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            reasons.append(f"{name}, which lacks {error.name}")
-    except (ImportError, OSError) as error:
-        reasons.append(f"{name}, whose libraries do not load ({error})")
-    return None
-
-
-def _checked(module: ModuleType, flavour: Flavour) -> TensorRT:
-    version = str(module.__version__)
-    lowest, limit = _RELEASES[flavour]
-    release = tuple(int(part) for part in version.split(".")[:2])
-    if not lowest <= release < limit:
-        raise ConfigError(
-            f"{flavour} {version} is installed, but Phalanx needs at least {lowest[0]}.{lowest[1]} and below "
-            f"{limit[0]}.{limit[1]}; {_INSTALL}"
-        )
-    return TensorRT(module, flavour, version)
-
-
-def _library_warnings_ignored() -> warnings.catch_warnings[None]:
+def library_warnings_ignored() -> warnings.catch_warnings[None]:
     """The bindings warn of calls that one of the two products has deprecated and the other needs."""
     return warnings.catch_warnings(action="ignore", category=DeprecationWarning)

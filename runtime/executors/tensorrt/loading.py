@@ -7,6 +7,7 @@ import logging
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,35 +23,25 @@ from phalanx.runtime.executors.tensorrt.builder import BuildRequest, build_engin
 from phalanx.runtime.executors.tensorrt.device import compute_capability
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
 from phalanx.runtime.executors.tensorrt.graph import Array
-from phalanx.runtime.executors.tensorrt.library import TensorRT, load_tensorrt
+from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.session import DeviceSession, LoadedEngine, SessionGroups
 
-__all__ = ["check_sizes", "find_engine", "open_session", "refit"]
+__all__ = ["check_sizes", "find_engine", "open_device", "open_session", "refit"]
 
 _LOG = logging.getLogger("phalanx.tensorrt")
 
 
-def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
+def open_session(spec: RankSpec, library: TensorRT) -> tuple[DeviceSession, NetworkShape]:
     """This rank's engine, ready to run, and the sizes that it was built for. *Collective over the replica.*
 
     Raises:
-        ConfigError: no TensorRT, no GPU that it supports, or engines that do not fit what is asked for.
+        ConfigError: no GPU that ``library`` supports, or engines that do not fit what is asked for.
         CheckpointError: the checkpoint does not fit the model.
         ExecutorError: the engine cannot be loaded.
     """
-    library = load_tensorrt()
-    if compute_capability() is None:
-        raise ConfigError(
-            "--engine tensorrt found no GPU here; engines can be built here (python -m launch.build) and run on a machine "
-            "that has one, or use --engine numpy"
-        )
-    from phalanx.runtime.executors.cuda.build import select_device
-
-    device, stream = select_device()
-    capability = compute_capability(device.id) or ""
-    library.check_target(capability)
+    device, stream, capability = open_device(library)
     path, request = find_engine(library, spec, capability)
     loaded = _deserialize(library, path)
     with device, stream:
@@ -64,6 +55,25 @@ def open_session(spec: RankSpec) -> tuple[DeviceSession, NetworkShape]:
     return session, request.shape
 
 
+def open_device(library: TensorRT) -> tuple[Any, Any, str]:
+    """This rank's GPU, made current; a stream on it; its compute capability.
+
+    Raises:
+        ConfigError: there is none, or ``library`` does not support it.
+    """
+    if compute_capability() is None:
+        raise ConfigError(
+            "--engine tensorrt found no GPU here; engines can be built here (python -m launch.build) and run on a machine "
+            "that has one, or use --engine numpy"
+        )
+    from phalanx.runtime.executors.cuda.build import select_device
+
+    device, stream = select_device()
+    capability = compute_capability(device.id) or ""
+    library.check_target(capability)
+    return device, stream, capability
+
+
 def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Path, BuildRequest]:
     """This rank's plan and what it was built from; without ``engine_dir``, built if need be. *Collective.*
 
@@ -71,12 +81,13 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
         ConfigError: engines in ``engine_dir`` are missing, stale, for another machine or too small.
     """
     config, options, topology = spec.config, spec.options, spec.topology
-    checksum = _shared_checksum(spec.checkpoint, spec.comm)
+    checksum = "" if library.computes_segments else _shared_checksum(spec.checkpoint, spec.comm)
     if options.engine_dir is not None:
         return _given_engine(library, spec, options.engine_dir, capability, checksum)
     shape = network_shape(
-        config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens
-    )
+        config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens,
+        library.computes_segments,
+    )  # fmt: skip
     request = BuildRequest(spec.model, config, shape, (capability,), formats=spec.checkpoint.formats)
     identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,), spec.model.code)
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
@@ -105,6 +116,8 @@ def _given_engine(
     identity = EngineIdentity(config, shape, topology.layout, weights, library.name, (capability,), spec.model.code)
     path = directory.check(identity, topology.replica_rank, capability)
     check_sizes(spec.options, config, shape)
+    if library.computes_segments and spec.options.max_num_batched_tokens > shape.max_prefill_tokens:
+        raise _beyond("max_num_batched_tokens", spec.options.max_num_batched_tokens, shape.max_prefill_tokens)
     return path, BuildRequest(spec.model, config, shape, (capability,), stripped, spec.checkpoint.formats)
 
 
@@ -123,11 +136,15 @@ def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape)
     for name, value in (("max_num_seqs", options.max_num_seqs), ("max_model_len", options.max_model_len or 1)):
         limit = getattr(shape, name)
         if value > limit:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag}={value} exceeds the {limit} that the engines were built for; use {flag} {limit}, or build them "
-                "again with python -m launch.build"
-            )
+            raise _beyond(name, value, limit)
+
+
+def _beyond(name: str, value: int, limit: int) -> ConfigError:
+    flag = "--" + name.replace("_", "-")
+    return ConfigError(
+        f"{flag}={value} exceeds the {limit} that the engines were built for; use {flag} {limit}, or build them "
+        "again with python -m launch.build"
+    )
 
 
 def _shared_checksum(checkpoint: Checkpoint, comm: Communicator) -> str:
@@ -169,8 +186,7 @@ def refit(loaded: LoadedEngine, weights: Mapping[str, Array], stream: int) -> No
                 f"the engine needs weight {name!r}, which is missing from the checkpoint; build it again"
             )
         array = weights[name]
-        view = library.weights(library.data_type(array.dtype), array.ctypes.data, array.size)
-        if not refitter.set_named_weights(name, view):
+        if not refitter.set_named_weights(name, library.weights(array)):
             raise ExecutorError(f"the engine rejects weight {name!r} {array.shape}; build it again")
     if (left := refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(stream):
         raise ExecutorError(f"the engine could not be refitted, {len(left)} weight(s) are missing; build it again")

@@ -2,13 +2,13 @@
 """`Ops` that write layers into a TensorRT network instead of computing: the same models, lowered.
 
 Between operations a tensor is ``[T, D]`` in the compute type, T = B N tokens of B sequences with N tokens each (decoding: N = 1;
-prefill: B = 1), so that a matrix product is one GEMM and not one per sequence. Only attention sees the batch axis. Norms,
-rotation and scaling are done in float32, as the reference does.
+prefill: B = 1), so that a matrix product is one GEMM and not one per sequence. Only attention sees the batch axis. Rotation
+and scaling are done in float32, as the reference does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from phalanx.parallel.sharding import Span
 from phalanx.runtime.attention import AttentionSpec, LocalHeads
-from phalanx.runtime.config import Activation, RopeConfig
+from phalanx.runtime.config import RopeConfig
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
+from phalanx.runtime.executors.tensorrt.layers import Constants, TrtLayers
 from phalanx.runtime.executors.tensorrt.library import ITensor
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import Ops
@@ -27,7 +28,6 @@ from phalanx.runtime.rope import rotary_table
 __all__ = ["CAPABILITIES", "StepTensors", "TrtOps"]
 
 _FLOAT32 = np.dtype(np.float32)
-_ACTIVATIONS: Mapping[Activation, str] = {"gelu_tanh": "GELU_TANH", "gelu": "GELU_ERF", "relu": "RELU"}
 
 _HIDDEN = -60000.0
 """Added to the score of a position that must not be seen: within float16, and its exponential is 0 in every type."""
@@ -58,7 +58,7 @@ class StepTensors:
     slot_length: int
 
 
-class TrtOps(Ops[ITensor]):
+class TrtOps(TrtLayers, Ops[ITensor]):
     """One rank's operations as layers of ``graph``.
 
     Args:
@@ -73,15 +73,14 @@ class TrtOps(Ops[ITensor]):
         self, graph: Graph, weights: Weights[Array], dtype: np.dtype[Any], vocabulary: Span,
         caches: Mapping[int, tuple[ITensor, ITensor]], step: StepTensors, rank: int, num_ranks: int,
     ) -> None:  # fmt: skip
-        self._graph, self._weights, self._dtype = graph, weights, dtype
-        self._vocabulary, self._caches = vocabulary, caches
+        self._graph, self._vocabulary, self._caches = graph, vocabulary, caches
         self._step, self._rank, self._num_ranks = step, rank, num_ranks
         self.updated_caches: dict[int, tuple[ITensor, ITensor]] = {}
         shape = graph.shape(step.positions)
         self._num_seqs, self._seq_tokens = graph.extent(shape, 0), graph.extent(shape, 1)
-        self._num_tokens = graph.binary("PROD", self._num_seqs, self._seq_tokens)
+        num_tokens = graph.binary("PROD", self._num_seqs, self._seq_tokens)
+        super().__init__(graph, Constants(graph, weights), dtype, num_tokens)
         self._flat_positions = graph.reshape(step.positions, (-1,))
-        self._shapes: dict[tuple[str, int, int], ITensor] = {}
         self._masks: dict[int, ITensor] = {}
         self._rotary: dict[RopeConfig, tuple[ITensor, ITensor]] = {}
 
@@ -91,7 +90,7 @@ class TrtOps(Ops[ITensor]):
         graph = self._graph
         assert self._step.token_ids is not None, "only the first pipeline stage embeds tokens"
         ids = graph.reshape(self._step.token_ids, (-1,))
-        table = self._weight(name)
+        table = self._parameters.matrix(name)
         rows = graph.gather(table, ids) if self._num_ranks == 1 else self.all_reduce(self._local_rows(table, ids))
         return (
             rows if scale == 1.0 else self._in_float32(rows, lambda x: graph.binary("PROD", x, graph.scalar(scale, 2)))
@@ -113,85 +112,10 @@ class TrtOps(Ops[ITensor]):
         return graph.select(graph.reshape(mine, (-1, 1)), rows, nothing)
 
     def position_embedding(self, x: ITensor, name: str) -> ITensor:
-        return self.add(x, self._graph.gather(self._weight(name), self._flat_positions))
-
-    # Norms
-
-    def rms_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
-        graph = self._graph
-        weight = graph.cast(self._row(f"{name}.weight", self._weights.norm(name)[0]), _FLOAT32)
-        if weight_offset:
-            weight = graph.binary("SUM", weight, graph.scalar(weight_offset, 2))
-
-        def normalise(x: ITensor) -> ITensor:
-            variance = graph.binary("SUM", graph.mean_square(x), graph.scalar(eps, 2))
-            return graph.binary("PROD", graph.binary("DIV", x, graph.unary("SQRT", variance)), weight)
-
-        return self._in_float32(x, normalise)
-
-    def layer_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
-        graph = self._graph
-        weight, bias = self._weights.norm(name)
-        bias = np.zeros_like(weight) if bias is None else bias
-        scale, shift = (
-            graph.cast(self._row(f"{name}.{kind}", array), _FLOAT32)
-            for kind, array in (("weight", weight), ("bias", bias))
-        )
-        if weight_offset:
-            scale = graph.binary("SUM", scale, graph.scalar(weight_offset, 2))
-        return self._in_float32(x, lambda x: graph.layer_norm(x, scale, shift, eps))
-
-    # Matrix products
-
-    def column_linear(self, x: ITensor, name: str) -> ITensor:
-        return self.add_bias(self.row_linear_partial(x, name), name)
-
-    def row_linear_partial(self, x: ITensor, name: str) -> ITensor:
-        return self._graph.matmul_transposed(x, self._weight(name))
-
-    def add_bias(self, x: ITensor, name: str) -> ITensor:
-        bias = self._weights.linear(name).bias
-        return x if bias is None else self.add(x, self._row(f"{name}.bias", bias))
+        return self.add(x, self._graph.gather(self._parameters.matrix(name), self._flat_positions))
 
     def all_reduce(self, x: ITensor) -> ITensor:
         return x if self._num_ranks == 1 else self._graph.all_reduce(x, self._num_ranks)
-
-    def logits(self, x: ITensor, name: str, soft_cap: float = 0.0) -> ITensor:
-        # The network passes only the rows that need logits.
-        rows = self.column_linear(x, name)
-        if not soft_cap:
-            return rows
-        graph, cap = self._graph, self._graph.scalar(soft_cap, 2)
-        return self._in_float32(
-            rows, lambda x: graph.binary("PROD", graph.activation("TANH", graph.binary("DIV", x, cap)), cap)
-        )
-
-    # Element by element
-
-    def add(self, x: ITensor, y: ITensor) -> ITensor:
-        return self._graph.binary("SUM", x, y)
-
-    def scale(self, x: ITensor, factor: float) -> ITensor:
-        graph = self._graph
-        return self._in_float32(x, lambda x: graph.binary("PROD", x, graph.scalar(factor, 2)))
-
-    def clip(self, x: ITensor, limit: float) -> ITensor:
-        graph = self._graph
-        high, low = (graph.cast(graph.scalar(value, 2), self._dtype) for value in (limit, -limit))
-        return graph.binary("MAX", graph.binary("MIN", x, high), low)
-
-    def activation(self, x: ITensor, kind: Activation) -> ITensor:
-        if kind == "relu2":
-            positive = self._graph.activation("RELU", x)
-            return self._graph.binary("PROD", positive, positive)
-        if kind == "silu":
-            return self._graph.binary("PROD", x, self._graph.activation("SIGMOID", x))
-        return self._graph.activation(_ACTIVATIONS[kind], x)
-
-    def gated_activation(self, x: ITensor, kind: Activation) -> ITensor:
-        width = x.shape[1] // 2
-        gate, up = (self._columns(x, start, width) for start in (0, width))
-        return self._graph.binary("PROD", self.activation(gate, kind), up)
 
     # Attention
 
@@ -248,22 +172,3 @@ class TrtOps(Ops[ITensor]):
             nothing, hidden = (graph.constant(np.full((1, 1, 1, 1), value, self._dtype)) for value in (0.0, _HIDDEN))
             self._masks[window] = graph.select(visible, nothing, hidden)
         return self._masks[window]
-
-    # Helpers
-
-    def _weight(self, name: str) -> ITensor:
-        return self._graph.weight(f"{name}.weight", self._weights.array(name))
-
-    def _row(self, name: str, array: Array) -> ITensor:
-        """A vector as ``[1, D]``."""
-        return self._graph.weight(name, array, (1, array.size))
-
-    def _columns(self, x: ITensor, start: int, width: int) -> ITensor:
-        key = ("columns", width, 0)
-        if key not in self._shapes:
-            self._shapes[key] = self._graph.extents(self._num_tokens, width)
-        return self._graph.columns(x, start, self._shapes[key])
-
-    def _in_float32(self, x: ITensor, compute: Callable[[ITensor], ITensor]) -> ITensor:
-        """``compute`` in float32, the result in the compute type."""
-        return self._graph.cast(compute(self._graph.cast(x, _FLOAT32)), self._dtype)

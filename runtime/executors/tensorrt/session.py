@@ -3,7 +3,8 @@
 
 Each number of decoding slots has its own context, with fixed shapes and addresses, because a captured graph refers to
 what its context held; prefill has one, bound anew to the slot of each chunk. All share one block of scratch memory, since passes
-run one after the other on one stream. This module has not run on a GPU (docs/tensorrt.md says how it can).
+run one after the other on one stream. This module has not run on a GPU: TensorRT 8.6, which has,
+computes segments instead.
 """
 
 from __future__ import annotations
