@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import (
@@ -14,6 +15,8 @@ from phalanx.launch.arguments import (
     own_arguments,
     run_command,
 )
+from phalanx.launch.layouts import GPUS, Estimate, Load, best_layouts
+from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
@@ -74,15 +77,81 @@ def build_parser() -> CommandParser:
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="most tokens in one step")
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens in one cache block")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--optimise", choices=("throughput", "latency"),
+                        help="compare all layouts of --ranks: most tokens a second, or shortest time per token of one request")  # fmt: skip
+    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs that --optimise may use")
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), default="h100", help="which ones, for --optimise (also their memory)"
+    )
+    parser.add_argument("--input-len", type=int, default=1024, metavar="TOKENS", help="of a prompt, for --optimise")
+    parser.add_argument("--output-len", type=int, default=256, metavar="TOKENS", help="of an answer, for --optimise")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = own_arguments(build_parser(), argv)
+    if args.optimise is not None:
+        return _optimise(args)
     result = plan(args)
+    result.pop("step_record")
     print(json.dumps(result) if args.json else _table(result))
     return 0
+
+
+def _optimise(args: argparse.Namespace) -> int:
+    if args.ranks is None:
+        raise ConfigError("--optimise needs --ranks N, the number of GPUs; add it")
+    if min(args.input_len, args.output_len) < 1:
+        raise ConfigError(f"--input-len={args.input_len} and --output-len={args.output_len} must be at least 1")
+    if args.gpu_memory_gib is None:
+        args.gpu_memory_gib = GPUS[args.gpu].gib
+    found = best_layouts(args, plan, Load(args.input_len, args.output_len))
+    if args.json:
+        print(
+            json.dumps(
+                {"optimise": args.optimise, "ranks": args.ranks, "gpu": args.gpu, "layouts": list(map(asdict, found))}
+            )
+        )
+    else:
+        print(_comparison(args, found))
+    return 0
+
+
+def _comparison(args: argparse.Namespace, found: Sequence[Estimate]) -> str:
+    header = f"{'dp':>4} {'pp':>4} {'tp':>4} {'tokens/s':>10} {'ms/token':>9} {'sequences':>10}  from"
+    lines = [
+        f"{each.dp:>4} {each.pp:>4} {each.tp:>4} "
+        + (
+            each.problem
+            or f"{each.tokens_per_second:>10,.0f} {each.token_seconds * 1e3:>9.2f} {each.num_seqs:>10}  {each.source}"
+        )
+        for each in found
+    ]
+    return "\n".join([header, *lines, _reason(args.optimise, found)])
+
+
+def _reason(optimise: str, found: Sequence[Estimate]) -> str:
+    best, others = found[0], [each for each in found[1:] if not each.problem]
+    if best.problem:
+        return "no layout fits; use more --ranks, larger GPUs, or a smaller --max-model-len"
+    flags = f"use --dp {best.dp} --pp {best.pp} --tp {best.tp}"
+    if not others:
+        return f"{flags}: it is the only layout that fits"
+    if optimise == "throughput":
+        gain = best.tokens_per_second / others[0].tokens_per_second
+        cause = (
+            "replicas share nothing and wait for nobody" if best.dp > 1 else "its weights leave more room for sequences"
+        )
+    else:
+        gain = others[0].token_seconds / best.token_seconds
+        cause = (
+            "each GPU reads a share of every layer's weights"
+            if best.tp > 1
+            else "sums between GPUs cost more than they save"
+        )
+    second = others[0]
+    return f"{flags}: {cause}; {gain:.2f} times as good as the next, dp {second.dp} x pp {second.pp} x tp {second.tp}"
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,11 +165,13 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.formats import read_formats
     from phalanx.checkpoints.quantization.held import held_formats
-    from phalanx.runtime.memory import plan_memory
+    from phalanx.kernels.compiler import cache_directory
+    from phalanx.runtime.memory import DTYPE_BYTES, plan_memory
     from phalanx.runtime.models.expert_parallel import with_expert_parallel
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.user_file import model_from_file
+    from phalanx.runtime.step_records import StepRecord, record_path
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
     model = find_model(raw, model_from_file(args.model_file))
@@ -122,7 +193,12 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=options.max_model_len,
         block_size=options.block_size,
     )
+    itemsize = DTYPE_BYTES[dtype]
+    path = record_path(cache_directory(), config, dtype, options.quantize, options.layout.tp, options.layout.pp)
     return {
+        "step_record": StepRecord.read(path),
+        "hidden_size": config.hidden_size,
+        "itemsize": itemsize,
         "model": config.architecture,
         "dtype": dtype,
         "quantize": options.quantize,
@@ -174,7 +250,6 @@ def _rank(memory: RankMemory) -> dict[str, Any]:
 
 def _fit(ranks: Sequence[RankMemory], options: EngineConfig, max_model_len: int, gib: float | None) -> dict[str, Any]:
     """How many blocks and sequences fit next to the weights; null without a memory size."""
-    from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.memory import RESERVE_BYTES, num_kv_blocks
 
     blocks_per_seq = -(-max_model_len // options.block_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.liveness.progress import RankProgress
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
@@ -30,6 +31,7 @@ from phalanx.runtime.models.expert_parallel import with_expert_parallel
 from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.models.user_file import shared_model
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
+from phalanx.runtime.step_records import StepRecord, record_path
 from phalanx.runtime.text import Tokenizer, tokenizer_end_token
 
 __all__ = ["Replica", "build_replica"]
@@ -120,6 +122,13 @@ def build_replica(
             _planner(executor.cache, options, max_model_len),
             guides,
         )
+        if executor.step_times is not None:
+            record = StepRecord(executor.device, executor.step_times.rows, executor.step_times.stage_seconds)
+            record.write(
+                record_path(
+                    cache_directory(), config, spec.dtype, options.quantize, options.layout.tp, options.layout.pp
+                )
+            )
         engine = Engine(scheduler, executor, control, progress)
     progress.wait()
     return Replica(
