@@ -82,7 +82,7 @@ def layouts_of(num_ranks: int) -> Iterator[tuple[int, int, int]]:
                 yield tp, pp, num_ranks // (tp * pp)
 
 
-def best_layouts(args: argparse.Namespace, plan: Any, load: Load) -> list[Estimate]:
+def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> list[Estimate]:
     """Every layout of ``args.ranks``, the best for ``args.optimise`` first, those that cannot be used last.
 
     ``plan``: `phalanx.launch.plan.plan`.
@@ -97,7 +97,7 @@ def best_layouts(args: argparse.Namespace, plan: Any, load: Load) -> list[Estima
         one = copy.copy(args)
         one.tp, one.pp, one.dp = tp, pp, dp
         try:
-            estimates.append(estimate(plan(one), GPUS[args.gpu], load))
+            estimates.append(estimate(plan(one), gpu, load))
         except ConfigError as error:
             estimates.append(Estimate(tp, pp, dp, problem=str(error)))
     throughput = args.optimise == "throughput"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
     from phalanx.runtime.memory import RankMemory
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main", "plan", "reason"]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -106,7 +106,7 @@ def _optimise(args: argparse.Namespace) -> int:
         raise ConfigError(f"--input-len={args.input_len} and --output-len={args.output_len} must be at least 1")
     if args.gpu_memory_gib is None:
         args.gpu_memory_gib = GPUS[args.gpu].gib
-    found = best_layouts(args, plan, Load(args.input_len, args.output_len))
+    found = best_layouts(args, plan, GPUS[args.gpu], Load(args.input_len, args.output_len))
     if args.json:
         print(
             json.dumps(
@@ -128,10 +128,11 @@ def _comparison(args: argparse.Namespace, found: Sequence[Estimate]) -> str:
         )
         for each in found
     ]
-    return "\n".join([header, *lines, _reason(args.optimise, found)])
+    return "\n".join([header, *lines, reason(args.optimise, found)])
 
 
-def _reason(optimise: str, found: Sequence[Estimate]) -> str:
+def reason(optimise: str, found: Sequence[Estimate]) -> str:
+    """Which layout to use and why, in one line."""
     best, others = found[0], [each for each in found[1:] if not each.problem]
     if best.problem:
         return "no layout fits; use more --ranks, larger GPUs, or a smaller --max-model-len"

@@ -27,6 +27,7 @@ from phalanx.launch.arguments import (
     own_arguments,
     run_command,
 )
+from phalanx.launch.auto_layout import set_layout
 from phalanx.launch.drain import DrainSignals
 from phalanx.launch.front import model_names, start_frontend
 from phalanx.launch.loading import start_progress
@@ -97,6 +98,8 @@ def build_parser() -> CommandParser:
     server.add_argument("--insecure", action="store_true", help="serve other machines without a key")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
+    parser.add_argument("--layout", choices=("auto",),
+                        help="auto: choose dp, pp and tp for most tokens a second, as launch.plan --optimise throughput")  # fmt: skip
     add_engine_arguments(parser)
     return parser
 
@@ -204,6 +207,7 @@ def _run_rank(
     from phalanx.runtime.replica import build_replica
     from phalanx.runtime.server.link.leaders import connect_leaders, serve_rank_0
 
+    set_layout(args, world)
     config = engine_config(args, world.size)
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait, perhaps on one replica.
     queue = config.max_queued_requests + config.max_num_seqs * config.layout.dp

@@ -81,6 +81,20 @@ def test_a_stopped_replica_ends_the_job_and_its_rank_is_named(tiny: Path) -> Non
         assert f"pid {pid}) has given no sign of life" in errors
 
 
+def test_an_automatic_layout_of_a_small_model_is_replicas(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--layout", "auto", "--max-model-len", "64") as job:
+        assert "dp 2 x pp 1 x tp 1" in job.server.get("/server_info").json["layout"]
+        assert job.server.lines_with("--layout auto: use --dp 2 --pp 1 --tp 1: ")
+        assert "choices" in job.server.post(PATH, {"prompt": "a", "max_tokens": 3}).json
+
+
+def test_an_automatic_layout_next_to_sizes_is_refused(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--layout", "auto", "--dp", "2", wait_for="") as job:
+        status, errors = job.server.wait()
+    assert status == 2
+    assert errors.count("phalanx: --layout auto chooses dp, pp and tp; leave --dp 2 out") == 1
+
+
 def test_without_ulfm_a_lost_replica_ends_the_job(tiny: Path) -> None:
     with serve_tiny(tiny, 2, "--dp", "2") as job:
         streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
