@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
 
 from launch import build
+from phalanx.runtime.models.user_file import model_from_file
 
-from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
+from ..support.checkpoints import ARCEE, CASES_BY_NAME, write_checkpoint
 
 FAMILIES = ("llama-bfloat16", "gpt2-float16", "gemma-wide-heads-bfloat16", "demo")
 LAYOUTS = tuple(itertools.product((1, 2, 4), (1, 2)))
@@ -102,6 +103,16 @@ def test_one_rank_can_be_built_alone_beside_the_others(run_build: Callable[..., 
     run_build("gpt2-float16", *target, "--rank", "0")
     assert len(list(second.parent.glob("*.engine"))) == 2
     assert json.loads((second.parent / "config.json").read_text())["key"] == key
+
+
+def test_engines_of_a_model_file_carry_its_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_from_file(ARCEE.model_file)
+    assert model is not None
+    path, output = write_checkpoint(ARCEE, tmp_path / "arcee"), tmp_path / "engines"
+    arguments = ["--model", str(path), "--model-file", str(ARCEE.model_file), "--output", str(output), *SIZES]
+    assert build.main([*arguments, "--dtype", "float16", "--target-compute-capability", "8.9"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(output / "arcee_float16_tp1_pp1_rank0.engine")]
+    assert json.loads((output / "config.json").read_text())["model_code"] == model.code
 
 
 def test_dummy_weights_need_no_checkpoint_but_a_config(run_build: Callable[..., list[Path]], tmp_path: Path) -> None:

@@ -108,6 +108,15 @@ def test_every_feature_of_a_family_is_lowered(name: str, checkpoint: Callable[[s
     assert _difference(_interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("name", "tp"), [("llama-grouped-heads", 3), ("falcon-one-norm", 2)])
+def test_ranks_with_more_heads_than_others_give_the_reference_logits(
+    name: str, tp: int, checkpoint: Callable[[str], Path]
+) -> None:
+    path = checkpoint(name)
+    steps, expected, _ = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
+    assert _difference(_interpreted(path, Layout(tp=tp), steps)[0], expected) <= TOLERANCE
+
+
 def test_float16_network_holds_rounded_weights_and_the_same_graph(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("llama-grouped-heads")
     steps, expected, _ = _reference(path, 101, rounding="F16")
