@@ -24,7 +24,9 @@ PATH = "/v1/completions"
 @pytest.fixture(scope="module")
 def job(tiny: Path) -> Iterator[Job]:
     """dp 2 x tp 2."""
-    with serve_tiny(tiny, 4, "--dp", "2", "--pp", "1", "--max-num-seqs", "4", "--max-queued-requests", "2") as running:
+    with serve_tiny(
+        tiny, 4, "--dp", "2", "--pp", "1", "--max-num-seqs", "4", "--max-queued-requests", "2", "--http-processes", "2"
+    ) as running:
         yield running
 
 

@@ -21,7 +21,7 @@ from .test_serve import LONG, tiny
 __all__ = ["tiny"]
 
 PATH = "/v1/completions"
-SLOW = {**LONG, "n": 64, "temperature": 0, "return_token_ids": True}
+SLOW = {**LONG, "max_tokens": 250, "n": 32, "temperature": 0, "return_token_ids": True}
 """Seconds of work on a small model."""
 
 
@@ -33,7 +33,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def supervised(tiny: Path, num_ranks: int, *flags: str, wait_for: str = "READY") -> Iterator[Job]:
     mark = uuid.uuid4().hex
-    model = ("--model", str(tiny), "--load-format", "dummy", "--max-num-seqs", "128")
+    model = ("--model", str(tiny), "--load-format", "dummy", "--max-num-seqs", "128", "--http-processes", "2")
     path = f"{Path(mpirun()).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "launch.serve", "--supervise", "-n", str(num_ranks), "--port", "0"]
     with start([*command, *model, *flags], **{MARK: mark, "PATH": path}, **ENVIRONMENT) as server:
@@ -57,7 +57,7 @@ def test_after_a_failure_streams_end_with_an_error_and_whole_answers_come_all_th
         with ThreadPoolExecutor(1) as pool:
             stream = job.server.open_stream(PATH, LONG)
             whole = pool.submit(job.server.post, PATH, SLOW)
-            while job.server.get("/metrics").body.find(b"phalanx_requests_running 65.0") < 0:
+            while job.server.get("/metrics").body.find(b"phalanx_requests_running 33.0") < 0:
                 continue
             os.kill(job.rank(1), signal.SIGKILL)
             assert events(stream)[-1]["error"]["code"] == "engine_failed"
@@ -67,7 +67,7 @@ def test_after_a_failure_streams_end_with_an_error_and_whole_answers_come_all_th
             answer = whole.result()
         assert answer.status == 200
         assert all(choice["token_ids"][:8] == expected for choice in answer.json["choices"])
-        assert len(answer.json["choices"]) == 64
+        assert len(answer.json["choices"]) == 32
         assert job.server.lines_with("READY again")
         os.kill(job.server.process.pid, signal.SIGTERM)
         status, errors = job.server.wait()
@@ -80,7 +80,7 @@ def test_a_request_is_asked_again_once_only_and_restarts_are_limited(tiny: Path)
         whole = pool.submit(job.server.post, PATH, SLOW)
         for count in range(2):
             job.server.wait_for("READY", count + 1)
-            while job.server.get("/metrics").body.find(b"phalanx_requests_running 64.0") < 0:
+            while job.server.get("/metrics").body.find(b"phalanx_requests_running 32.0") < 0:
                 continue
             os.kill(engine(job), signal.SIGKILL)
         assert (whole.result().status, whole.result().error["code"]) == (500, "engine_failed")
