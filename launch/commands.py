@@ -15,6 +15,7 @@ COMMANDS = {
     "build": "build TensorRT engines, one per rank",
     "check": "check a model's functions and declarations before any weight is read",
     "plan": "memory per rank and how many sequences fit",
+    "slurm": "a Slurm batch script for a model, each line explained",
     "tune": "show or refresh the GEMM tuning cache of this GPU",
     "completion": "a script that completes commands and flags in your shell",
     "doctor": "what works on this machine, with a fix for each failure",

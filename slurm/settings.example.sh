@@ -7,9 +7,13 @@ SHARED_DIR=$SLURM_SUBMIT_DIR
 source "$SLURM_SUBMIT_DIR/.venv/bin/activate"
 # module load openmpi
 
-# How ranks start. pmix: Open MPI and most site builds; pmi2: MPICH, and the mpich package from PyPI. Ranks are numbered
-# node by node (block), so that a tensor-parallel group stays inside a node.
+# How ranks start: keep the line for the MPI library of the environment (srun --mpi=list says what this Slurm speaks). Ranks are
+# numbered node by node (block), so that a tensor-parallel group stays inside a node. Open MPI, and most site builds:
 LAUNCHER=(srun --mpi=pmix --kill-on-bad-exit=1 --distribution=block)
+# MPICH, and the mpich package from PyPI:
+# LAUNCHER=(srun --mpi=pmi2 --kill-on-bad-exit=1 --distribution=block)
+# Either, where Slurm's PMI does not fit it; submit with sbatch --signal=B:USR1@120 then, as the warning must reach mpirun:
+# LAUNCHER=(mpirun)
 # In a container, Slurm still starts the ranks and the MPI inside must speak the same PMI:
 # LAUNCHER+=(apptainer exec --nv "$SHARED_DIR/phalanx.sif")
 # LAUNCHER+=(--container-image="$SHARED_DIR/phalanx.sqsh")    # Enroot with Pyxis

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from .commands import ROOT
+from .commands import ROOT, run
 
 SLURM = ROOT / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
+RENDERED = "launch.slurm"
 FAKE_SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >> "$SRUN_LOG"; shift; done
 exec "$@"
@@ -55,6 +56,15 @@ def commands(script: Path) -> Iterator[tuple[str, list[str]]]:
     text = script.read_text().replace("\\\n", " ")
     for command, rest in re.findall(r"python -m launch\.(\w+)(.*)", text):
         yield command, re.findall(r"(?<=\s)--[a-z-]+", rest)
+
+
+def find_script(name: str, command: str, directory: Path) -> str:
+    """The path of a script of the repository, or of one that ``launch.slurm`` writes for a job of one rank."""
+    if name != RENDERED:
+        return str(SLURM / f"{name}.sbatch")
+    path = directory / "rendered.sbatch"
+    path.write_text(run("slurm", "--run", command, "--gpus-per-node", "1").stdout)
+    return str(path)
 
 
 def directives(script: Path) -> set[str]:
@@ -101,8 +111,9 @@ def test_every_setting_of_the_example_is_used_and_every_one_used_is_in_the_examp
     assert used == given
 
 
-def test_generate_leaves_whole_results(job: dict[str, str], tmp_path: Path) -> None:
-    script = [str(SLURM / "generate.sbatch")]
+@pytest.mark.parametrize("name", ["generate", RENDERED])
+def test_generate_leaves_whole_results(name: str, job: dict[str, str], tmp_path: Path) -> None:
+    script = [find_script(name, "generate", tmp_path)]
     result = subprocess.run(
         ["bash", *script], env=job, cwd="/", capture_output=True, text=True, timeout=60, check=False
     )
@@ -135,11 +146,11 @@ def test_generate_that_fails_leaves_no_results(job: dict[str, str], tmp_path: Pa
     assert not (tmp_path / "results-4711.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["serve-one-node", "serve-multi-node"])
+@pytest.mark.parametrize("name", ["serve-one-node", "serve-multi-node", RENDERED])
 def test_servers_say_where_they_are_and_drain(name: str, job: dict[str, str], tmp_path: Path) -> None:
     endpoint = tmp_path / "endpoint-4711.json"
     process = subprocess.Popen(
-        ["bash", str(SLURM / f"{name}.sbatch")], env=job, cwd="/", stderr=subprocess.PIPE, text=True
+        ["bash", find_script(name, "serve", tmp_path)], env=job, cwd="/", stderr=subprocess.PIPE, text=True
     )
     with process:
         assert process.stderr is not None
