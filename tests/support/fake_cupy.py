@@ -103,6 +103,8 @@ class Event:
 
 
 class Device:
+    id = 0
+
     def __init__(self, index: int = 0) -> None: ...
 
     def __enter__(self) -> Device:
@@ -127,6 +129,7 @@ def _elapsed_ms(start: Event, end: Event) -> float:
 def _fake_cupy() -> types.ModuleType:
     runtime = types.ModuleType("cupy.cuda.runtime")
     runtime.__dict__.update(
+        getDeviceProperties=lambda device: {"name": b"emulator"},
         memcpyAsync=lambda target, source, size, kind, stream: ctypes.memmove(target, source, size),
         memcpy2DAsync=_copy_rows,
         memcpyHostToDevice=1,

@@ -48,7 +48,8 @@ class Graph:
 
     def input(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ITensor:
         """A network input; -1 = extent given at run time."""
-        return _made(self.network.add_input(name, self.dtype(dtype), shape), f"input {name}")
+        self._types[name] = self.dtype(dtype)
+        return _made(self.network.add_input(name, self._types[name], shape), f"input {name}")
 
     def output(self, name: str, tensor: ITensor, dtype: np.dtype[Any] | None = None) -> None:
         """Make ``tensor`` a network output; ``dtype``: its type, where the network does not fix that."""
@@ -87,7 +88,9 @@ class Graph:
         assert array.flags.c_contiguous
         self._memory.append(array)
         weights = self.library.weights(array)
-        return _made(self.network.add_constant(shape, weights), "constant"), weights
+        layer = _made(self.network.add_constant(shape, weights), "constant")
+        self._types[layer.get_output(0).name] = self.dtype(array.dtype)
+        return layer, weights
 
     # Shapes
 
