@@ -74,11 +74,9 @@ class Deadlines:
             self._prune_at = 2 * len(self._heap) + _MIN_PRUNE
         heapq.heappush(self._heap, (deadline, sequence.number, sequence))
 
-    def take_overdue(self, now: float) -> list[Sequence]:
-        """Live sequences whose deadline is at or before ``now``."""
-        overdue = []
+    def take_overdue(self, now: float) -> Iterator[Sequence]:
+        """Live sequences whose deadline is at or before ``now``; those that end with an earlier one are left out."""
         while self._heap and self._heap[0][0] <= now:
             sequence = heapq.heappop(self._heap)[2]
             if not sequence.has_ended:
-                overdue.append(sequence)
-        return overdue
+                yield sequence

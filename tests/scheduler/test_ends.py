@@ -135,8 +135,8 @@ def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
         deadlines.add(2000.0 - number, sequence)
         sequence.has_ended = True
     assert len(deadlines) < 200
-    assert deadlines.take_overdue(999.0) == []
-    assert deadlines.take_overdue(5000.0) == [lasting]
+    assert list(deadlines.take_overdue(999.0)) == []
+    assert list(deadlines.take_overdue(5000.0)) == [lasting]
 
 
 def test_logits_that_are_not_finite_end_one_request_and_leave_nothing_to_share() -> None:
