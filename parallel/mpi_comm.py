@@ -243,7 +243,8 @@ def _mpi(start: bool = True) -> Any:
     """
     import mpi4py
 
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    # With a rank lost, Open MPI's MPI_Finalize sometimes waits for it forever; under ULFM its launcher does without.
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, not survives_lost_ranks()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
