@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations of the feed-forward part.
 //     gated: out = f(gate) * up, from x = [gate | up] of [T, 2F] to [T, F].
-//     plain: out = f(x + bias) on [T, F]; out may be x.
-// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (one of activation.cuh), HAS_BIAS.
+//     plain: out = f(x) on [T, F]; out may be x.
+// Defines: SCALAR, FEATURES (F), VEC (divides F), NUM_THREADS, ACTIVATION (one of activation.cuh).
 // Grid: (chunks of NUM_THREADS * VEC columns, T).
 // Reference: the same in float64, rounded once. Shazeer 2020 (gated variants); Hendrycks and Gimpel 2016 (GELU).
 #include "activation.cuh"
@@ -25,16 +25,15 @@ gated(const scalar* __restrict__ x, scalar* __restrict__ out) {
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-plain(const scalar* x, const scalar* __restrict__ bias, scalar* out) {
+plain(const scalar* x, scalar* out) {
     let_next_start();
     wait_for_previous();
     const int at = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
     if (at >= FEATURES) return;
     const int64 row = blockIdx.y;
-    float value[VEC], shift[VEC] = {};
+    float value[VEC];
     load(x + row * FEATURES + at, value);
-    if constexpr (HAS_BIAS) load(bias + at, shift);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) value[i] = ACTIVATION(value[i] + shift[i]);
+    for (int i = 0; i < VEC; ++i) value[i] = ACTIVATION(value[i]);
     store(out + row * FEATURES + at, value);
 }

@@ -28,7 +28,7 @@ def gated_activation(library: Library, x: Array, out: Array | QuantizedRows, nam
     num_tokens, features = out.shape
     require("x", x, (num_tokens, 2 * features), out)
     require("out", out, (num_tokens, features), out)
-    kernel, grid, block = _kernel(library, "gated", out, name, has_bias=False)
+    kernel, grid, block = _kernel(library, "gated", out, name)
     kernel(grid, block, (x, out))
 
 
@@ -53,19 +53,17 @@ def _gated_quantized(library: Library, x: Array, out: QuantizedRows, name: Activ
     kernel((num_tokens,), (num_threads,), (x, out.codes, out.scale))
 
 
-def activation(library: Library, x: Array, out: Array, name: ActivationName, bias: Array | None = None) -> None:
-    """``out = f(x + bias)``. x, out [T, F] (out may be x); bias [F]."""
+def activation(library: Library, x: Array, out: Array, name: ActivationName) -> None:
+    """``out = f(x)``. x, out [T, F]; out may be x."""
     num_tokens, features = out.shape
     require("x", x, (num_tokens, features), out)
     require("out", out, (num_tokens, features), out)
-    if bias is not None:
-        require("bias", bias, (features,), out)
-    kernel, grid, block = _kernel(library, "plain", out, name, has_bias=bias is not None)
-    kernel(grid, block, (x, bias, out))
+    kernel, grid, block = _kernel(library, "plain", out, name)
+    kernel(grid, block, (x, out))
 
 
 def _kernel(
-    library: Library, function: str, out: Array, name: ActivationName, has_bias: bool
+    library: Library, function: str, out: Array, name: ActivationName
 ) -> tuple[KernelFunction, tuple[int, int], tuple[int]]:
     num_tokens, features = out.shape
     width = vector_width(out, features)
@@ -78,7 +76,6 @@ def _kernel(
         VEC=width,
         NUM_THREADS=num_threads,
         ACTIVATION=_known(name),
-        HAS_BIAS=int(has_bias),
     )
     return kernel, (ceil_div(features, width * num_threads), num_tokens), (num_threads,)
 

@@ -29,13 +29,13 @@ _REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums a
 
 @dataclass(frozen=True, slots=True)
 class GemmProblem:
-    """``out[T, O] = f(x[T, I] @ weight[O, I].T + bias) + out``: everything that decides which algorithm is best.
+    """``out[T, O] = x[T, I] @ weight[O, I].T + bias``: everything that decides which algorithm is best.
 
     Attributes:
         dtype: of x and weight. ``fp8`` and ``int8`` are codes with a float32 scale for each row of x and of weight.
         out_dtype: of out and, for codes, of bias. ``int32``: the sums of int8 codes, not scaled.
         packed: layout of a packed weight (``int4/128z``), whose values x is multiplied by; "" = weight is like x.
-        has_bias, has_gelu (tanh form), accumulate: which of the optional terms there are.
+        has_bias: whether there is a bias.
     """
 
     num_tokens: int
@@ -44,18 +44,12 @@ class GemmProblem:
     dtype: str
     out_dtype: str
     has_bias: bool = False
-    has_gelu: bool = False
-    accumulate: bool = False
     packed: str = ""
 
     @property
     def key(self) -> str:
         """The problem as one word, for a cache file."""
-        options = "".join(
-            name
-            for name, present in (("+bias", self.has_bias), ("+gelu", self.has_gelu), ("+out", self.accumulate))
-            if present
-        )
+        options = "+bias" if self.has_bias else ""
         dtypes = f"{self.dtype}{'*' if self.packed else ''}{self.packed}>{self.out_dtype}"
         return f"{self.num_tokens}x{self.out_features}x{self.in_features}:{dtypes}{options}"
 
@@ -188,7 +182,7 @@ class CublasLt:
         with self._errors(problem):
             lt.matmul(
                 self._handle, handles.operation, factors[1].ctypes.data, weight, handles.weight, x, handles.x,
-                factors[problem.accumulate].ctypes.data, out, handles.out, out, handles.out, words.ctypes.data,
+                factors[0].ctypes.data, out, handles.out, out, handles.out, words.ctypes.data,
                 self._workspace.data.ptr, algorithm.workspace_bytes, stream,
             )  # fmt: skip
 
@@ -215,13 +209,7 @@ class CublasLt:
         operation = lt.matmul_desc_create(int(compute), _CUDA_TYPES["int32" if problem.has_integer_sums else "float32"])
         attribute, epilogue = lt.MatmulDescAttribute, lt.Epilogue
         self._set(operation, attribute.TRANSA, np.int32(1))  # CUBLAS_OP_T
-        kinds = {
-            (False, False): epilogue.DEFAULT,
-            (True, False): epilogue.BIAS,
-            (False, True): epilogue.GELU,
-            (True, True): epilogue.GELU_BIAS,
-        }
-        self._set(operation, attribute.EPILOGUE, np.uint32(kinds[problem.has_bias, problem.has_gelu]))
+        self._set(operation, attribute.EPILOGUE, np.uint32(epilogue.BIAS if problem.has_bias else epilogue.DEFAULT))
         dtype, out_dtype = _CUDA_TYPES[problem.dtype], _CUDA_TYPES[problem.out_dtype]
         if problem.has_bias:
             self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(out_dtype if problem.has_scales else dtype))

@@ -60,16 +60,14 @@ class Operands:
     scratch: Array | None = None
 
 
-def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = False) -> GemmProblem:
+def problem_of(operands: Operands) -> GemmProblem:
     """The problem that ``operands`` pose. Raises ExecutorError when their shapes or dtypes do not fit together."""
     x, weight, out, bias = operands.x, operands.weight, operands.out, operands.bias
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     if isinstance(weight, QuantizedRows):
-        return _scaled_problem(operands, has_gelu or accumulate)
+        return _scaled_problem(operands)
     assert not isinstance(x, QuantizedRows), "codes need a quantised weight"
     packed = weight.layout if isinstance(weight, PackedWeight) else ""
-    if packed and (has_gelu or accumulate):
-        raise ExecutorError(f"a product of {packed} codes with epilogues is not available")
     if isinstance(weight, PackedWeight):
         require("x", x, (num_tokens, weight.columns), x)
     else:
@@ -79,16 +77,16 @@ def problem_of(operands: Operands, has_gelu: bool = False, accumulate: bool = Fa
         require("bias", bias, (out_features,), x)
     names = (x.dtype.name, out.dtype.name)
     return GemmProblem(
-        num_tokens, out_features, in_features, *names, bias is not None, has_gelu, accumulate, packed
+        num_tokens, out_features, in_features, *names, bias is not None, packed
     )  # fmt: skip
 
 
-def _scaled_problem(operands: Operands, has_more: bool) -> GemmProblem:
+def _scaled_problem(operands: Operands) -> GemmProblem:
     x, weight, out, bias = operands.x, operands.weight, operands.out, operands.bias
     assert isinstance(weight, QuantizedRows)
     assert isinstance(x, QuantizedRows), "a quantised weight needs codes"
-    if x.kind != weight.kind or has_more:
-        raise ExecutorError(f"a product of {x.kind} and {weight.kind} codes with epilogues is not available")
+    if x.kind != weight.kind:
+        raise ExecutorError(f"a product of {x.kind} and {weight.kind} codes is not available")
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     require_codes(x, (num_tokens, in_features))
     require_codes(weight, (out_features, in_features))
@@ -115,17 +113,15 @@ class Gemm:
         out: Array,
         bias: Array | None = None,
         *,
-        has_gelu: bool = False,
-        accumulate: bool = False,
         scratch: Array | None = None,
     ) -> None:
-        """``out = f(x @ weight.T + bias)``, plus ``out`` with ``accumulate``; f is GELU's tanh form with ``has_gelu``.
+        """``out = x @ weight.T + bias``.
 
-        x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32. Some of cuBLASLt's algorithms round
-        the product to out's dtype before they add ``out``. Codes are multiplied by their rows' scales. ``scratch``: see `Operands`.
+        x [T, I]; weight [O, I]; bias [O]; out [T, O], of the same dtype or float32. Codes are multiplied by their rows' scales.
+        ``scratch``: see `Operands`.
         """
         operands = Operands(x, weight, out, bias, scratch)
-        problem = problem_of(operands, has_gelu, accumulate)
+        problem = problem_of(operands)
         if bias is not None and problem.dtype == "fp8" and not _suits_gemv(problem):
             # cuBLASLt adds a bias to scaled codes for some shapes only (not for 257 x 96 x 14336).
             self(x, weight, out)
@@ -199,10 +195,7 @@ class Gemm:
             if isinstance(weight, PackedWeight):
                 gemv_packed(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             else:
-                gemv(
-                    self._library, x, weight, operands.out,
-                    bias=bias, accumulate=problem.accumulate, shape=choice.kernel,
-                )  # fmt: skip
+                gemv(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
         values = self._unpacked(weight, x, operands.scratch) if isinstance(weight, PackedWeight) else weight
         self.cublaslt.run(
@@ -301,7 +294,7 @@ def _suits_gemv(problem: GemmProblem) -> bool:
     if problem.packed:
         return layout_suits_gemv(problem.num_tokens, problem.in_features, problem.packed) and is_narrow
     takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
-    return takes and problem.out_dtype == problem.dtype and not problem.has_gelu
+    return takes and problem.out_dtype == problem.dtype
 
 
 def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:

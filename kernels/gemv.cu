@@ -7,7 +7,7 @@
 // A block computes ROW_BLOCKS * 8 outputs (GATED: 8), its warps sharing the k range; grid: outputs over that.
 // Defines: SCALAR (__half or __nv_bfloat16), NUM_WARPS, ROW_BLOCKS (GATED: 2), UNROLL,
 //     PREFETCH_BYTES (of each row into the second-level cache ahead of time), MANY (T > 8), GATED, ACTIVATION,
-//     HAS_BIAS, ACCUMULATE.
+//     HAS_BIAS.
 // Limits: float32 sums in an order that depends on NUM_WARPS and UNROLL alone.
 // Reference: x @ weight.T in float64.
 #include "activation.cuh"
@@ -98,7 +98,6 @@ gemv(const scalar* __restrict__ x, const scalar* __restrict__ weight, const scal
         scalar* const to = out + static_cast<int64>(token) * out_features + output;
         if constexpr (HAS_BIAS) value += to_float(bias[output]);
         if constexpr (GATED) value = ACTIVATION(rounded(value)) * rounded(up);
-        if constexpr (ACCUMULATE) value += to_float(*to);
         assign(*to, value);
     }
 }

@@ -52,10 +52,9 @@ def gemv(
     out: Array,
     *,
     bias: Array | None = None,
-    accumulate: bool = False,
     shape: GemvShape | None = None,
 ) -> None:
-    """``out = x @ weight.T + bias``, plus ``out`` with ``accumulate``. x [T, I]; weight [O, I]; bias [O]; out [T, O].
+    """``out = x @ weight.T + bias``. x [T, I]; weight [O, I]; bias [O]; out [T, O].
 
     T at most ``MAX_GEMV_TOKENS``, I a multiple of 32, float16 or bfloat16.
     """
@@ -65,7 +64,7 @@ def gemv(
     if bias is not None:
         require("bias", bias, (out_features,), x)
     shape = shape or GemvShape()
-    kernel = _kernel(library, x, shape, has_bias=bias is not None, accumulate=accumulate)
+    kernel = _kernel(library, x, shape, has_bias=bias is not None)
     _launch(kernel, shape, shape.row_blocks * _ROWS_PER_TILE, (x, weight, bias, out))
 
 
@@ -102,7 +101,6 @@ def _kernel(
     shape: GemvShape,
     activation: ActivationName | None = None,
     has_bias: bool = False,
-    accumulate: bool = False,
 ) -> KernelFunction:
     return library.function(
         "gemv",
@@ -116,7 +114,6 @@ def _kernel(
         GATED=int(activation is not None),
         ACTIVATION=activation or "silu",
         HAS_BIAS=int(has_bias),
-        ACCUMULATE=int(accumulate),
     )
 
 

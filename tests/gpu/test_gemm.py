@@ -46,14 +46,9 @@ def random(dtype, *shape):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(DTYPES[dtype])
 
 
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def check(out, expected, x, weight, dtype, rounded_before=0.0):
-    """``rounded_before``: a term that may have been rounded to storage before the last sum."""
+def check(out, expected, x, weight, dtype):
     products = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
-    limit = RTOL[dtype] * (np.abs(expected) + np.abs(rounded_before)) + ATOL * products.max()
+    limit = RTOL[dtype] * np.abs(expected) + ATOL * products.max()
     assert np.all(np.abs(get(out) - expected) <= limit), float(np.abs(get(out) - expected).max())
 
 
@@ -62,31 +57,25 @@ SHAPES = [(1, 256, 128), (3, 512, 2048), (17, 320, 1024), (130, 1000, 640), (257
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("has_bias", "has_gelu", "accumulate"),
-    [(False, False, False), (True, False, False), (True, True, False), (False, True, False), (False, False, True)],
-)
-def test_every_candidate_equals_float64(gemm, dtype, shape, has_bias, has_gelu, accumulate):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_candidate_equals_float64(gemm, dtype, shape, has_bias):
     num_tokens, out_features, in_features = shape
     x, weight = random(dtype, num_tokens, in_features), random(dtype, out_features, in_features)
-    bias, old = random(dtype, out_features), random(dtype, num_tokens, out_features)
+    bias = random(dtype, out_features)
     expected = x.astype(np.float64) @ weight.astype(np.float64).T
     expected = expected + bias.astype(np.float64) if has_bias else expected
-    expected = gelu(expected) if has_gelu else expected
-    product = expected if accumulate else 0.0
-    expected = expected + old.astype(np.float64) if accumulate else expected
     problem = None
     on_device = (put(x), put(weight))
     candidates = [None]
     while candidates:
-        start = put(old if accumulate else np.full_like(old, np.nan))
+        start = put(np.full((num_tokens, out_features), np.nan).astype(x.dtype))
         operands = Operands(*on_device, start, put(bias) if has_bias else None)
         if problem is None:
-            problem = problem_of(operands, has_gelu, accumulate)
+            problem = problem_of(operands)
             candidates = gemm.candidates(problem)
             assert candidates
         gemm.run(problem, GemmChoice(candidates.pop()), operands)
-        check(start, expected, x, weight, dtype, product)
+        check(start, expected, x, weight, dtype)
 
 
 def test_bfloat16_products_can_be_written_as_float32(gemm):

@@ -32,14 +32,13 @@ def test_gated_activation_takes_the_gate_first(device, random_normal, dtype, num
     assert_close(device.get(out), reference(name, gate) * up)
 
 
-@pytest.mark.parametrize(("name", "has_bias"), [("gelu_tanh", True), ("relu", False)])
+@pytest.mark.parametrize("name", ["gelu_tanh", "relu"])
 @pytest.mark.parametrize(("dtype", "num_tokens", "features"), SIZES)
-def test_plain_activation_may_work_in_place(device, random_normal, dtype, num_tokens, features, name, has_bias):
-    x, bias = random_normal(dtype, num_tokens, features, scale=2.0), random_normal(dtype, features)
+def test_plain_activation_may_work_in_place(device, random_normal, dtype, num_tokens, features, name):
+    x = random_normal(dtype, num_tokens, features, scale=2.0)
     on_device = device.put(x)
-    activation(device.library, on_device, on_device, name, bias=device.put(bias) if has_bias else None)
-    total = x.astype(np.float64) + (bias.astype(np.float64) if has_bias else 0.0)
-    assert_close(device.get(on_device), reference(name, total))
+    activation(device.library, on_device, on_device, name)
+    assert_close(device.get(on_device), reference(name, x.astype(np.float64)))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

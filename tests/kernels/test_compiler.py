@@ -39,7 +39,7 @@ SPECS = [
     ),
     ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1}),
     ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2}),
-    ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf", "HAS_BIAS": 1}),
+    ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf"}),
     (
         "rotary_kv_write",
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "VEC": 8,
@@ -59,8 +59,7 @@ SPECS = [
     ),
     (
         "gemv",
-        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "PREFETCH_BYTES": 4096, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0,
-         "ACCUMULATE": 0},
+        {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4, "PREFETCH_BYTES": 4096, "MANY": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0},
     ),
     (
         "experts_route",

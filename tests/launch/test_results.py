@@ -70,7 +70,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; give --resume"):
         ResultFile(path, resume=False)
     path.write_text("precious\n")
-    with pytest.raises(ConfigError, match="line 1 is no result"):
+    with pytest.raises(ConfigError, match="line 1 is not a result"):
         ResultFile(path, resume=True)
     assert path.read_text() == "precious\n"
 

@@ -361,7 +361,6 @@ def test_a_broken_checkpoint_is_one_line_and_status_2(tiny: Path, tmp_path: Path
         (("--request-timeout", "-1"), "--request-timeout"),
         (("--api-key-file", "/nowhere"), "/nowhere"),
         (("--model", "/nowhere"), "/nowhere"),
-        (("--dp", "4"), "one server per replica"),
         (("--no-such-flag",), "--no-such-flag"),
     ],
 )

@@ -100,14 +100,14 @@ def test_a_grpc_port_in_use_is_refused() -> None:
 
 
 def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_them(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from launch import serve as command
+    from launch import front, serve
     from phalanx.parallel.errors import ConfigError
 
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
-    arguments = command.build_parser().parse_args(["--grpc-port", "9001"])
+    monkeypatch.setattr(front, "find_spec", lambda name: None)
+    arguments = serve.build_parser().parse_args(["--grpc-port", "9001"])
     with pytest.raises(ConfigError, match=r"pip install 'tritonclient\[grpc\]'"):
-        command._grpc_port(arguments)
-    assert command._grpc_port(command.build_parser().parse_args([])) is None
-    assert "serving without gRPC: --grpc-port 8001 needs grpcio" in capsys.readouterr().err
+        front._grpc_port(arguments)
+    assert front._grpc_port(serve.build_parser().parse_args([])) is None
+    assert "serving without gRPC: --grpc-port 8001 needs grpcio" in caplog.text
