@@ -1,11 +1,12 @@
-"""``python -m launch.eval``: loss, perplexity and bits per byte of a checkpoint on a text file."""
+"""``python -m launch.eval``: loss, perplexity and bits per byte of a checkpoint on a text file, and its divergence from another."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,26 +20,14 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.loading import start_llm
-from phalanx.launch.progress import Progress
 from phalanx.launch.sharing import read_text
 
 if TYPE_CHECKING:
+    from phalanx.launch.divergence import Divergence, Predictions
+    from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.llm import LLM
-    from phalanx.runtime.request import RequestOutput, TokenDelta
 
-__all__ = ["Evaluation", "Window", "evaluate", "main", "windows_over"]
-
-WINDOWS_AT_ONCE = 64
-"""Windows whose results are held at one time; bounds memory on long texts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Tokens ``start`` to ``stop`` of the text, seen together; those from ``first_scored`` on count."""
-
-    start: int
-    stop: int
-    first_scored: int
+__all__ = ["Evaluation", "evaluate", "main"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +60,24 @@ class Evaluation:
         return self.total_loss / math.log(2) / self.num_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One model on the text. ``predictions`` only where there is another model to compare with."""
+
+    evaluation: Evaluation
+    windows: dict[str, int]
+    setup: dict[str, Any]
+    seconds: float
+    token_ids: list[int]
+    predictions: Predictions | None
+
+
 def build_parser() -> CommandParser:
-    """What to score, how, then model, layout and engine."""
-    parser = CommandParser(prog="launch.eval", description="Loss and perplexity of a checkpoint on a text file.")
+    """What to score, how, what to compare with, then model, layout and engine."""
+    parser = CommandParser(
+        prog="launch.eval",
+        description="Loss and perplexity of a checkpoint on a text file, and with --against its divergence from another.",
+    )
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--context", type=int, metavar="TOKENS",
                         help="length of a window (default: the longest that the model allows)")  # fmt: skip
@@ -81,24 +85,46 @@ def build_parser() -> CommandParser:
                         help="how far each window moves on (default: context - 1; less gives tokens more context, slower)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
+    _add_reference_arguments(parser)
     add_parallel_arguments(parser)
     add_engine_arguments(parser)
     return parser
 
 
+def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--against``, and how the reference runs: quantisation and cache as its checkpoint says, the rest as the model."""
+    from phalanx.runtime.executors.registry import ENGINES
+
+    group = parser.add_argument_group("reference (runs after the model, on the same ranks)")
+    group.add_argument("--against", type=Path, metavar="DIR",
+                       help="report the KL divergence from this checkpoint, and how many best tokens change")  # fmt: skip
+    group.add_argument("--against-quantize", choices=("none", "fp8", "int8"), default="none",
+                       help="its --quantize (default: none)")  # fmt: skip
+    group.add_argument("--against-kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
+                       help="its --kv-cache-dtype (default: auto)")  # fmt: skip
+    group.add_argument("--against-dtype", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="its --dtype (default: the model's)")  # fmt: skip
+    group.add_argument("--against-engine", choices=("auto", *ENGINES), help="its --engine (default: the model's)")
+    group.add_argument("--against-tp", type=int, metavar="N", help="its --tp (default: the model's)")
+    group.add_argument("--against-pp", type=int, metavar="N", help="its --pp (default: the model's)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args, world = job_arguments(build_parser(), argv)
+    reference_args = _reference_arguments(args)
     text = read_text(world, "--text", args.text)
 
-    with start_llm(args, world) as llm:
-        context = llm.max_model_len if args.context is None else args.context
-        stride = context - 1 if args.stride is None else args.stride
-        started = time.perf_counter()
-        evaluation = evaluate(llm, text, context, stride)
-        if llm.is_leader:
-            settings = {"context": context, "stride": stride, "seconds": time.perf_counter() - started}
-            print(_to_json(evaluation, args, llm, settings) if args.json else _to_text(evaluation, args.text))
+    model = _run(args, world, text, is_compared=reference_args is not None)
+    reference, divergence = None, None
+    if reference_args is not None:
+        for name, value in model.windows.items():
+            setattr(reference_args, name, value)
+        reference = _run(reference_args, world, text, is_compared=True)
+        divergence = _divergence(reference, model, args.against)
+    if world.rank == 0:
+        show = _to_json if args.json else _to_text
+        print(show(args.text, model, reference, divergence))
     return 0
 
 
@@ -110,112 +136,120 @@ def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
     Raises:
         RequestError: no tokenizer, a text of fewer than two tokens, or windows that do not fit the model.
     """
-    from phalanx.parallel.errors import RequestError
-    from phalanx.runtime.request import SamplingParams
+    from phalanx.launch.scoring import encode, scored_tokens
 
-    _check_windows(context, stride, llm.max_model_len)
-    token_ids, num_bytes = _encode(llm, text)
-    windows = list(windows_over(len(token_ids), context, stride))
-    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-    total_loss = 0.0
-    # With replicas it shows the first one's share.
-    with Progress("scoring", (len(token_ids) - 1) // llm.layout.dp, "tokens", shown=llm.is_leader) as progress:
-        for first in range(0, len(windows), WINDOWS_AT_ONCE):
-            batch = windows[first : first + WINDOWS_AT_ONCE]
-            prompts = [token_ids[window.start : window.stop] for window in batch]
-            outputs = llm.run(prompts, [params] * len(batch), _advance(progress, batch))
-            for window, output in zip(batch, outputs, strict=True):
-                if output.error is not None:
-                    raise RequestError(f"tokens {window.start} to {window.stop} of the text: {output.error}")
-                total_loss += _loss(window, output)
+    token_ids, num_bytes = encode(llm, text)
+    windows = scored_tokens(llm, token_ids, context, stride)
+    total_loss = -math.fsum(item.logprob for window in windows for item in window)
     return Evaluation(len(token_ids) - 1, num_bytes, total_loss)
 
 
-def windows_over(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows that score each of ``num_tokens`` but the first once; ``stride`` is below ``context``."""
-    start, scored = 0, 1
-    while scored < num_tokens:
-        stop = min(start + context, num_tokens)
-        yield Window(start, stop, scored)
-        start, scored = start + stride, stop
+def _reference_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
+    """The reference's arguments, under the names of the model's; None without ``--against``.
+
+    Raises:
+        ConfigError: arguments of a reference without one.
+    """
+    from phalanx.parallel.errors import ConfigError
+
+    given = {
+        "quantize": args.against_quantize,
+        "kv_cache_dtype": args.against_kv_cache_dtype,
+        **{name: value for name in ("dtype", "engine", "tp", "pp") if (value := getattr(args, f"against_{name}"))},
+    }
+    if args.against is None:
+        if given != {"quantize": "none", "kv_cache_dtype": "auto"}:
+            raise ConfigError("--against-... describes the model that --against names; give --against DIR")
+        return None
+    reference = copy.copy(args)
+    for name, value in {**given, "model": args.against}.items():
+        setattr(reference, name, value)
+    return reference
 
 
-def _loss(window: Window, output: RequestOutput) -> float:
-    assert output.prompt_logprobs is not None
-    scored = output.prompt_logprobs[window.first_scored - window.start :]
-    return -math.fsum(item.logprob for item in scored if item is not None)
+def _run(args: argparse.Namespace, world: Communicator, text: str, is_compared: bool) -> _Run:
+    """Load one model and score the text. *Collective.*"""
+    from phalanx.launch.divergence import NUM_ALTERNATIVES, gather
+    from phalanx.launch.scoring import encode, scored_tokens
+
+    with start_llm(args, world) as llm:
+        context = llm.max_model_len if args.context is None else args.context
+        stride = context - 1 if args.stride is None else args.stride
+        started = time.perf_counter()
+        token_ids, num_bytes = encode(llm, text)
+        predictions = None
+        if is_compared:
+            predictions = gather(scored_tokens(llm, token_ids, context, stride, NUM_ALTERNATIVES))
+            evaluation = Evaluation(len(token_ids) - 1, num_bytes, predictions.total_loss)
+        else:
+            evaluation = evaluate(llm, text, context, stride)
+        seconds = time.perf_counter() - started
+        return _Run(
+            evaluation, {"context": context, "stride": stride}, _setup(args, llm), seconds, token_ids, predictions
+        )
 
 
-def _encode(llm: LLM, text: str) -> tuple[list[int], int]:
-    """The text's tokens after the tokenizer's own begin token, if it has one, and the bytes that are scored."""
+def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
+    layout = llm.layout
+    return {
+        "model": "demo" if args.model is None else str(args.model), "dtype": args.dtype, "quantize": args.quantize,
+        "kv_cache_dtype": args.kv_cache_dtype, "device": llm.device, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp,
+    }  # fmt: skip
+
+
+def _divergence(reference: _Run, model: _Run, against: Path) -> Divergence:
+    from phalanx.launch.divergence import compare
     from phalanx.parallel.errors import RequestError
 
-    if llm.tokenizer is None:
-        raise RequestError("the checkpoint has no tokenizer.json, so a text cannot be scored; add it to the directory")
-    token_ids = llm.tokenizer.encode(text, add_special_tokens=False)
-    begin = llm.tokenizer.encode(text)[:1]
-    unscored = 0
-    if begin == token_ids[:1]:
-        unscored = len(llm.tokenizer.decode(begin, skip_special_tokens=False).encode())
-    else:
-        token_ids = (*begin, *token_ids)
-    if len(token_ids) < 2:
-        raise RequestError("the text has fewer than two tokens, so nothing can be scored; give a longer one")
-    return list(token_ids), len(text.encode()) - unscored
+    if reference.token_ids != model.token_ids:
+        raise RequestError(f"--against {against} cuts the text into other tokens; give a model with the same tokenizer")
+    assert reference.predictions is not None
+    assert model.predictions is not None
+    return compare(reference.predictions, model.predictions)
 
 
-def _check_windows(context: int, stride: int, longest: int) -> None:
-    from phalanx.parallel.errors import RequestError
+def _figures(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "loss": evaluation.loss, "perplexity": evaluation.perplexity, "bits_per_byte": evaluation.bits_per_byte,
+    }  # fmt: skip
 
-    if not 2 <= context <= longest:
-        raise RequestError(
-            f"--context={context} is outside 2 to {longest}, the longest sequence of this model and cache"
+
+def _to_text(path: Path, model: _Run, reference: _Run | None, divergence: Divergence | None) -> str:
+    evaluation = model.evaluation
+    head = f"{path}: {evaluation.num_tokens:,} tokens, {evaluation.num_bytes:,} bytes\n"
+    if reference is None or divergence is None:
+        return (
+            f"{head}loss           {evaluation.loss:.4f} nats a token\n"
+            f"perplexity     {evaluation.perplexity:.4f}\n"
+            f"bits per byte  {evaluation.bits_per_byte:.4f}"
         )
-    if not 1 <= stride < context:
-        raise RequestError(
-            f"--stride={stride} is outside 1 to {context - 1}; a window must begin with a token of the one before it"
-        )
+    rows = [("", "model", "reference")]
+    rows += [(name.replace("_", " "), str(value), str(reference.setup[name])) for name, value in model.setup.items()]
+    others = _figures(reference.evaluation)
+    rows += [
+        (name.replace("_", " "), f"{value:.4f}", f"{others[name]:.4f}") for name, value in _figures(evaluation).items()
+    ]
+    wide = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
+    table = "".join(f"{name:{wide[0]}}{one:{wide[1]}}{other}\n" for name, one, other in rows)
+    return head + table + divergence.description
 
 
-def _advance(progress: Progress, windows: Sequence[Window]) -> Callable[[int, TokenDelta, str], None]:
-    """What `LLM.run` calls as windows of this batch end."""
-
-    def advance(index: int, delta: TokenDelta, text: str) -> None:
-        if delta.finish_reason is not None:
-            progress.advance(windows[index].stop - windows[index].first_scored)
-
-    return advance
-
-
-def _to_text(evaluation: Evaluation, path: Path) -> str:
-    return (
-        f"{path}: {evaluation.num_tokens:,} tokens, {evaluation.num_bytes:,} bytes\n"
-        f"loss           {evaluation.loss:.4f} nats a token\n"
-        f"perplexity     {evaluation.perplexity:.4f}\n"
-        f"bits per byte  {evaluation.bits_per_byte:.4f}"
-    )
-
-
-def _to_json(evaluation: Evaluation, args: argparse.Namespace, llm: LLM, settings: dict[str, Any]) -> str:
+def _to_json(path: Path, model: _Run, reference: _Run | None, divergence: Divergence | None) -> str:
     import msgspec
 
-    report = {
-        "model": "demo" if args.model is None else str(args.model),
-        "text": str(args.text),
-        "num_tokens": evaluation.num_tokens,
-        "num_bytes": evaluation.num_bytes,
-        "loss": evaluation.loss,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
-        **settings,
-        "dtype": args.dtype,
-        "quantize": args.quantize,
-        "kv_cache_dtype": args.kv_cache_dtype,
-        "device": llm.device,
-        "tp": llm.layout.tp,
-        "pp": llm.layout.pp,
-        "dp": llm.layout.dp,
+    report: dict[str, Any] = {
+        "text": str(path),
+        "num_tokens": model.evaluation.num_tokens,
+        "num_bytes": model.evaluation.num_bytes,
+        **_figures(model.evaluation),
+        **model.windows,
+        "seconds": model.seconds,
+        **model.setup,
     }
+    if reference is not None and divergence is not None:
+        report["against"] = {
+            **reference.setup, **_figures(reference.evaluation), "seconds": reference.seconds, **divergence.figures,
+        }  # fmt: skip
     return msgspec.json.encode(report).decode()
 
 

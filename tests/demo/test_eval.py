@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.launch.eval import Evaluation, windows_over
+from phalanx.launch.eval import Evaluation
+from phalanx.launch.scoring import windows_over
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXCERPT = "importlib.metadata._functools.txt"
