@@ -61,7 +61,7 @@ class GuideCompiler:
     def start(self, guide: Guide) -> GuideMask:
         """The masks of a new sequence; does not wait for the first."""
         self._tokenizer = self._tokenizer or self._threads.submit(self._make_tokenizer)
-        return GuideMask(self._threads, lambda: self.matcher(guide), self._vocab_size)
+        return GuideMask(self._threads, lambda: self.matcher(guide), self._vocab_size, guide.name)
 
     def prepare(self) -> None:
         """Read the tokenizer on a thread, before the first guide needs it; does nothing where llguidance is not installed.
@@ -103,7 +103,7 @@ def check_guide(guide: Guide) -> None:
         RequestError: it cannot be compiled, is too large, or nothing can match it; llguidance is not installed.
     """
     tokenizer = _library().LLTokenizer("byte")
-    _next_mask(_compile(tokenizer, guide, step_max_items=_CHECKED_ITEMS), tokenizer.vocab_size)
+    _next_mask(_compile(tokenizer, guide, step_max_items=_CHECKED_ITEMS), tokenizer.vocab_size, guide.name)
 
 
 def _compile(tokenizer: Any, guide: Guide, **stricter: int) -> Any:
@@ -114,10 +114,10 @@ def _compile(tokenizer: Any, guide: Guide, **stricter: int) -> Any:
     try:
         grammar = _grammar(library, guide)
     except (ValueError, RecursionError) as error:
-        raise _refusal(str(error)) from None
+        raise _refusal(guide.name, str(error)) from None
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():
-        raise _refusal(matcher.get_error())
+        raise _refusal(guide.name, matcher.get_error())
     return matcher
 
 
@@ -126,8 +126,8 @@ class GuideMask:
 
     follows_tokens = True
 
-    def __init__(self, threads: ThreadPoolExecutor, begin: Callable[[], Any], vocab_size: int) -> None:
-        self._threads, self._vocab_size = threads, vocab_size
+    def __init__(self, threads: ThreadPoolExecutor, begin: Callable[[], Any], vocab_size: int, name: str) -> None:
+        self._threads, self._vocab_size, self._name = threads, vocab_size, name
         self._matcher: Any = None
         self._next: Future[Int32Array] = threads.submit(self._begin, begin)
 
@@ -157,21 +157,21 @@ class GuideMask:
 
     def _begin(self, begin: Callable[[], Any]) -> Int32Array:
         self._matcher = begin()
-        return _next_mask(self._matcher, self._vocab_size)
+        return _next_mask(self._matcher, self._vocab_size, self._name)
 
     def _advance(self, token_id: int) -> Int32Array:
         if not self._matcher.consume_token(token_id):
             raise RequestError(
-                f"token {token_id} does not fit {FIELD}: biases or bad words left no token that does", FIELD
+                f"token {token_id} does not fit {self._name}: biases or bad words left no token that does", self._name
             )
-        return _next_mask(self._matcher, self._vocab_size)
+        return _next_mask(self._matcher, self._vocab_size, self._name)
 
 
-def _next_mask(matcher: Any, vocab_size: int) -> Int32Array:
+def _next_mask(matcher: Any, vocab_size: int, name: str) -> Int32Array:
     words = np.zeros(mask_words(vocab_size), np.int32)
     packed = np.frombuffer(matcher.compute_bitmask(), np.int32)
     if matcher.is_error():
-        raise _refusal(matcher.get_error())
+        raise _refusal(name, matcher.get_error())
     words[: len(packed)] = packed[: len(words)]
     return words
 
@@ -199,9 +199,9 @@ def _gbnf_to_lark(text: str) -> str:
     return lark
 
 
-def _refusal(reason: str) -> RequestError:
+def _refusal(name: str, reason: str) -> RequestError:
     first = reason.strip().splitlines()[0] if reason.strip() else "nothing can match it"
-    return RequestError(f"{FIELD} cannot be compiled: {first[:200]}; simplify it", FIELD)
+    return RequestError(f"{name} cannot be compiled: {first[:200]}; simplify it", name)
 
 
 def _library() -> Any:

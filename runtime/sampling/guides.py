@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -30,10 +30,12 @@ class Guide:
 
     Attributes:
         text: a JSON schema, a regular expression, a grammar of Lark or GBNF, or a JSON list of texts.
+        name: the field that held it, for errors.
     """
 
     kind: GuideKind
     text: str
+    name: str = field(default="structured_outputs", compare=False)
 
 
 class GuideRule:
@@ -57,6 +59,7 @@ class GuideRule:
 
     def check(self, name: str, value: Any) -> Guide:
         if isinstance(value, Guide):
+            name = value.name
             value = {value.kind: json.loads(value.text) if value.kind == "choice" else value.text}
         if not isinstance(value, Mapping):
             raise RequestError(f"{name}={shown(value)} is not an object; {_WAY_OUT}", name)
@@ -83,27 +86,27 @@ def _schema(name: str, value: Any) -> Guide:
         raise RequestError(f"{name} holds a schema that is not JSON: {shown(str(error))}", name) from None
     if not isinstance(schema, (Mapping, bool)):
         raise RequestError(f"{name} holds the schema {shown(schema)}; use an object", name)
-    return Guide("json", text)
+    return Guide("json", text, name)
 
 
 def _any_object(name: str, value: Any) -> Guide:
     if value is not True:
         raise RequestError(f"{name}: json_object={shown(value)} is not true", name)
-    return Guide("json", _ANY_OBJECT)
+    return Guide("json", _ANY_OBJECT, name)
 
 
 def _regex(name: str, value: Any) -> Guide:
-    return Guide("regex", _text(name, value))
+    return Guide("regex", _text(name, value), name)
 
 
 def _grammar(name: str, value: Any) -> Guide:
-    return Guide("grammar", _text(name, value))
+    return Guide("grammar", _text(name, value), name)
 
 
 def _choice(name: str, value: Any) -> Guide:
     if not isinstance(value, (list, tuple)) or not value:
         raise RequestError(f"{name}: choice={shown(value)} is not a list of strings", name)
-    return Guide("choice", msgspec.json.encode([_text(name, text) for text in value]).decode())
+    return Guide("choice", msgspec.json.encode([_text(name, text) for text in value]).decode(), name)
 
 
 def _text(name: str, value: Any) -> str:

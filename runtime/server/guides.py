@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from phalanx.parallel.errors import CapacityError, RequestError
-from phalanx.runtime.guidance import FIELD, check_guide
+from phalanx.runtime.guidance import check_guide
 from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.server.errors import from_request_error, invalid, overloaded
 
@@ -40,7 +40,9 @@ class GuideChecker:
         try:
             await asyncio.wait_for(asyncio.shield(work), CHECK_SECONDS)
         except TimeoutError:
-            raise invalid(f"{FIELD} took longer than {CHECK_SECONDS:g} s to compile; simplify it", FIELD) from None
+            raise invalid(
+                f"{guide.name} took longer than {CHECK_SECONDS:g} s to compile; simplify it", guide.name
+            ) from None
         except RequestError as error:
             raise from_request_error(error) from None
 

@@ -108,7 +108,7 @@ class Services:
 
     async def check_guide(self, guide: Guide) -> None:
         """Raise 400 if the engine could not use a guide."""
-        self.need_tokenizer("structured_outputs")
+        self.need_tokenizer(guide.name)
         await self.guides.check(guide)
 
     async def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> tuple[int, ...]:

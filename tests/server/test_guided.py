@@ -17,6 +17,7 @@ from phalanx.runtime.server.openai.parsing import parse_chat, parse_completion
 from .servers import Server
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+LOOP = {"$ref": "#"}
 AS_JSON = Guide("json", msgspec.json.encode(SCHEMA).decode())
 
 
@@ -75,6 +76,23 @@ def test_what_cannot_be_compiled_is_a_400_before_the_engine_sees_it(server: Serv
     error = answer.json["error"]
     assert error["param"] == "structured_outputs"
     assert error["message"].startswith("structured_outputs cannot be compiled")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        ("/v1/completions", {"guided_regex": "(("}, "guided_regex"),
+        ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": LOOP}}}, "response_format"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": LOOP}}}, "text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compiled_is_refused_by_the_name_that_the_client_used(
+    server: Server, path: str, fields: dict[str, Any], name: str
+) -> None:
+    prompt = {"input": "a"} if path == "/v1/responses" else {"prompt": "a"}
+    answer = server.post(path, prompt | fields)
+    assert (answer.status, answer.json["error"]["param"]) == (400, name)
+    assert answer.json["error"]["message"].startswith(f"{name} cannot be compiled")
 
 
 def test_without_a_tokenizer_guides_are_refused(token_server: Server) -> None:

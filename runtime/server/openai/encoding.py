@@ -7,7 +7,6 @@ import dataclasses
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import SamplingParams
-from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
@@ -27,23 +26,12 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
     if (guide := generation.sampling.get("structured_outputs")) is not None:
-        await _check_guide(services, generation, guide)
+        await services.check_guide(guide)
     encoded = []
     for prompt in generation.prompts:
         token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
-
-
-async def _check_guide(services: Services, generation: Generation, guide: Guide) -> None:
-    """Raise 400 if the engine could not use a guide; one that follows from tools is refused under their name."""
-    try:
-        await services.check_guide(guide)
-    except ApiError as error:
-        prompt = generation.prompts[0]
-        if isinstance(prompt, Conversation) and prompt.tools is not None and error.param == "structured_outputs":
-            raise invalid(f"the schemas of tools cannot be enforced: {error}", "tools", error.code) from None
-        raise
 
 
 async def render(services: Services, prompt: Conversation) -> str:
