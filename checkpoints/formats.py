@@ -27,10 +27,15 @@ __all__ = [
     "Format",
     "FormatPlan",
     "FormattedWeight",
+    "Multiply",
     "components_of",
     "format_weights",
     "read_formats",
 ]
+
+
+Multiply = Callable[["Array", "Array"], "Array"]
+"""``x [T, in], weight [out, in] -> x @ weight.T``, all float32."""
 
 
 class Format(Protocol):
@@ -54,14 +59,21 @@ class Format(Protocol):
         ...
 
     def dequantize(self, components: Mapping[str, Array]) -> Array:
-        """The values that the components of one rank stand for, float32 in the shape of the weight.
+        """The values that the components of one rank stand for, float32 in the shape of the weight."""
+        ...
 
-        This is the definition of the format; the NumPy engine computes with it.
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What `product` takes for the components; made once, of float32, which a processor multiplies fastest.
+
+        All arrays but ``input_scale`` have an entry for each output along axis 0, so outputs can be computed apart.
         """
         ...
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        """What a product with this weight takes for its input ``[T, in]``: float32, quantised and back where it is."""
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        """Outputs ``[T, out]`` for inputs ``[T, in]``, float32, without a bias: the definition that all engines follow.
+
+        ``multiply`` is how the caller multiplies float32 matrices.
+        """
         ...
 
 
@@ -83,9 +95,11 @@ class Dense:
         """The weight itself."""
         return components["weight"]
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        """The input itself."""
-        return x
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        return components
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        return multiply(x, operand["weight"])
 
 
 DENSE = Dense()

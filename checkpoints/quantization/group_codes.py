@@ -18,6 +18,7 @@ from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
+    from phalanx.checkpoints.formats import Multiply
     from phalanx.checkpoints.source import Array
 
 __all__ = ["GroupCodes", "Stored"]
@@ -128,11 +129,14 @@ class GroupCodes:
         values *= self._spread(components["scale"], codes.shape[1])
         return values
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        """Itself, or the values of its codes."""
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        return {"weight": self.dequantize(components)}
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
         from phalanx.checkpoints.quantization.numbers import dequantize, quantize_groups
 
-        return x if self.input == "plain" else dequantize(quantize_groups(x, self.group), self.group)
+        inputs = x if self.input == "plain" else dequantize(quantize_groups(x, self.group), self.group)
+        return multiply(inputs, operand["weight"])
 
     def _spread(self, groups: Array, columns: int) -> Array:
         import numpy as np

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Multiply
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -59,9 +59,11 @@ class PackedCodes:
         """As stored."""
         return self.stored.dequantize(components)
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        """The input itself."""
-        return x
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self.stored.operand(components)
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        return self.stored.product(x, operand, multiply)
 
 
 def packed(chosen: Format) -> PackedCodes | None:

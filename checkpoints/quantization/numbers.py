@@ -9,6 +9,7 @@ Shapes: T rows (tokens, or output features of a weight), I columns, G groups of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ __all__ = [
     "quantize_groups",
     "quantize_rows",
     "quantize_static",
+    "sums_of_codes",
     "to_codes",
 ]
 
@@ -42,6 +44,8 @@ INT8_MAX = 127.0
 FP8_SMALLEST_SCALE = np.float32(1.0 / (448 * 512))
 """Keeps the inverse finite for rows of zeros."""
 INT8_SMALLEST_SCALE = np.float32(2.0**-40)
+EXACT_COLUMNS = 1024
+"""Products of int8 codes are at most 2**14, and float32 holds every integer up to 2**24: so many are summed exactly, in any order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,17 @@ def dequantize(codes: Codes, group: int = 0) -> Float32Array:
     values: Float32Array = codes.codes.astype(np.float32)
     values *= _spread(codes.scale, group, values.shape[1])
     return values
+
+
+def sums_of_codes(
+    x: NDArray[np.int8], weight: Float32Array, multiply: Callable[[Float32Array, Float32Array], Float32Array]
+) -> NDArray[np.int32]:
+    """``x @ weight.T`` of int8 codes ``[T, I]`` and ``[O, I]``, the latter held as float32: exact, whatever order ``multiply`` adds in."""
+    total = np.zeros((len(x), len(weight)), np.int32)
+    for start in range(0, x.shape[1], EXACT_COLUMNS):
+        columns = slice(start, start + EXACT_COLUMNS)
+        total += multiply(x[:, columns].astype(np.float32), weight[:, columns]).astype(np.int32)
+    return total
 
 
 def expand_blocks(scale: NDArray[Any], rows: int, block_rows: int) -> Float32Array:

@@ -16,7 +16,8 @@ from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from phalanx.checkpoints.quantization.numbers import CodeKind
+    from phalanx.checkpoints.formats import Multiply
+    from phalanx.checkpoints.quantization.numbers import CodeKind, Codes
     from phalanx.checkpoints.source import Array
 
 __all__ = ["FP8_ROWS", "INT8_ROWS", "RowCodes"]
@@ -86,16 +87,37 @@ class RowCodes:
 
         return dequantize(Codes(components["codes"], components["scale"][:, None]))
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        """The float32 values that the codes of ``x`` ``[T, in]`` stand for."""
-        from phalanx.checkpoints.quantization.numbers import dequantize, quantize_rows, quantize_static
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        if not self._multiplies_integers:
+            inputs = {name: array for name, array in components.items() if name == "input_scale"}
+            return {**inputs, "weight": self.dequantize(components)}
+        return {**components, "codes": components["codes"].astype("float32")}
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        from phalanx.checkpoints.quantization.numbers import dequantize, sums_of_codes
 
         if self.input == "plain":
-            return x
+            return multiply(x, operand["weight"])
+        inputs = self._input_codes(x, operand)
+        if not self._multiplies_integers:
+            return multiply(dequantize(inputs), operand["weight"])
+        sums = sums_of_codes(inputs.codes, operand["codes"], multiply)
+        scaled: Array = sums.astype("float32")
+        scaled *= inputs.scale
+        scaled *= operand["scale"]
+        return scaled
+
+    @property
+    def _multiplies_integers(self) -> bool:
+        return self.kind == "int8" and self.input != "plain"
+
+    def _input_codes(self, x: Array, operand: Mapping[str, Array]) -> Codes:
+        from phalanx.checkpoints.quantization.numbers import quantize_rows, quantize_static
+
         if self.input == "static":
             # Parts of a merged weight see one input: the largest of their scales keeps the range of all of them.
-            return dequantize(quantize_static(x, float(components["input_scale"].max()), self.kind))
-        return dequantize(quantize_rows(x, self.kind, self.input_ceiling))
+            return quantize_static(x, float(operand["input_scale"].max()), self.kind)
+        return quantize_rows(x, self.kind, self.input_ceiling)
 
 
 FP8_ROWS, INT8_ROWS = RowCodes("fp8"), RowCodes("int8")

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.encoding import Block
-from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Multiply
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 
 Array = np.ndarray[Any, Any]
@@ -105,8 +105,11 @@ class ToyFormat:
             shard = replace(shard, unit=shard.unit // self.group, has_short_last=False)
         return replace(part, source=_stored(part, "scales"), shape=shape, shard=shard, encoding=Widened())
 
-    def round_input(self, x: Array, components: Mapping[str, Array]) -> Array:
-        return x
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        return {"weight": self.dequantize(components)}
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        return multiply(x, operand["weight"])
 
 
 def _gain(part: Part) -> Part:

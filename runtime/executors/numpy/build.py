@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from phalanx.checkpoints.formats import ALL_DENSE, DENSE
+from phalanx.checkpoints.formats import ALL_DENSE
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
@@ -42,7 +42,7 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     share = available_host_bytes() // launch_info().local_size
     refuse_what_cannot_fit(spec, ALL_DENSE, 4, share, "this host")  # whatever the format, the products are of float32
     weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
-    weights = weights.converted(lambda weight: _dequantized(_quantized(weight, spec.quantized)))
+    weights = weights.converted(lambda weight: _operand(_quantized(weight, spec.quantized)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
@@ -60,12 +60,9 @@ def _quantized(weight: Weight[Array], quantized: Mapping[str, RowCodes]) -> Weig
     return replace(weight, format=chosen, components=chosen.quantize(weight.components["weight"]))
 
 
-def _dequantized(weight: Weight[Array]) -> Weight[Array]:
-    """The same weight as float32 values: a processor multiplies nothing faster than that. Inputs follow the format."""
-    if weight.format == DENSE:
-        return weight
-    rest = {name: array for name, array in weight.components.items() if name == "input_scale"}
-    return replace(weight, components={**rest, "weight": weight.format.dequantize(weight.components)})
+def _operand(weight: Weight[Array]) -> Weight[Array]:
+    """The same weight with what the format's product takes."""
+    return replace(weight, components=weight.format.operand(weight.components))
 
 
 def _num_blocks(spec: RankSpec) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ class NumpyOps(Ops[Float32Array]):
     """One rank's operations; `bind` sets the step.
 
     Args:
-        weights: this rank's shard, dense.
+        weights: this rank's shard, as operands of their formats' products.
         vocabulary: rows of the vocabulary that this rank holds.
         comm: the tensor-parallel group.
         attention: key/value cache and attention over it.
@@ -143,7 +144,10 @@ class NumpyOps(Ops[Float32Array]):
 
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         weight = self._weights.linear(name)
-        return product(weight.format.round_input(x, weight.components), weight.components["weight"], self._threads)
+        return weight.format.product(x, weight.components, self._multiply)
+
+    def _multiply(self, x: Float32Array, weight: Float32Array) -> Float32Array:
+        return product(x, weight, self._threads)
 
     def add_bias(self, x: Float32Array, name: str) -> Float32Array:
         bias = self._weights.linear(name).bias
@@ -184,21 +188,20 @@ class NumpyOps(Ops[Float32Array]):
         if spec.renormalise:
             shares /= shares.sum(axis=1, keepdims=True)
         gate_up, down = (self._weights.linear(f"{name}.{kind}") for kind in ("gate_up", "down"))
-        down_weight = down.components["weight"]
-        num_held = len(gate_up.components["weight"]) // (2 * down_weight.shape[1])
+        num_held = _num_outputs(down.components) // x.shape[1]
         held = local_experts(spec.num_experts, num_held, self._comm.rank, self._comm.size)
-        gates, downs = (np.split(one, num_held) for one in (gate_up.components["weight"], down_weight))
-        x, out = gate_up.format.round_input(x, gate_up.components), np.zeros_like(x)
+        gates, downs = (_split(one.components, num_held) for one in (gate_up, down))
+        out = np.zeros_like(x)
         for number, expert in enumerate(held):
             rows, places = np.nonzero(chosen == expert)
             if len(rows):
-                hidden = self.gated_activation(product(x[rows], gates[number], self._threads), spec.activation)
-                hidden = down.format.round_input(hidden, down.components)
-                out[rows] += shares[rows, places, None] * product(hidden, downs[number], self._threads)
+                hidden = gate_up.format.product(x[rows], gates[number], self._multiply)
+                hidden = self.gated_activation(hidden, spec.activation)
+                out[rows] += shares[rows, places, None] * down.format.product(hidden, downs[number], self._multiply)
         return out
 
     def sigmoid_gate(self, x: Float32Array, y: Float32Array, name: str) -> Float32Array:
-        x *= np.float32(1) / (np.float32(1) + np.exp(-product(y, self._weights.array(name), self._threads)))
+        x *= np.float32(1) / (np.float32(1) + np.exp(-self.row_linear_partial(y, name)))
         return x
 
     def _by_rows(self, function: Callable[[Float32Array], Float32Array], x: Float32Array, width: int) -> Float32Array:
@@ -234,6 +237,20 @@ class NumpyOps(Ops[Float32Array]):
             np.tanh(rows / np.float32(soft_cap), out=rows)
             rows *= np.float32(soft_cap)
         return rows
+
+
+def _num_outputs(operand: Mapping[str, NDArray[Any]]) -> int:
+    return max(map(len, operand.values()))
+
+
+def _split(operand: Mapping[str, NDArray[Any]], count: int) -> list[dict[str, NDArray[Any]]]:
+    """Operands of ``count`` weights that are held as one; what all outputs share (``input_scale``) goes to each."""
+    outputs = _num_outputs(operand)
+    step = outputs // count
+    return [
+        {name: array[first : first + step] if len(array) == outputs else array for name, array in operand.items()}
+        for first in range(0, outputs, step)
+    ]
 
 
 def _silu(x: Float32Array) -> Float32Array:
