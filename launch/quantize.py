@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phalanx.launch.arguments import (
     CommandParser,
@@ -19,6 +21,8 @@ from phalanx.launch.progress import Progress
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
+    from phalanx.checkpoints.quantization.scheme import Scheme
+    from phalanx.runtime.calibration.method import CalibratedMethod, OutputError
     from phalanx.runtime.models import Model
 
 __all__ = ["main"]
@@ -30,7 +34,7 @@ def build_parser() -> CommandParser:
     """Flags as in INTERFACES, as far as there are methods."""
     parser = CommandParser(
         prog="launch.quantize",
-        description="Quantise the matrices of a float checkpoint's layers by rounding to nearest, one at a time. The result is in "
+        description="Quantise the matrices of a float checkpoint's layers, one layer at a time. The result is in "
         "compressed-tensors, the format of transformers and vLLM, and loads here; loading it there has not been tried.",
     )
     add_model_argument(parser, "Hugging Face directory with float weights (default: the demo checkpoint)")
@@ -38,10 +42,18 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     parser.add_argument("--scheme", choices=("fp8", "int8", "w8a16", "w4a16"), required=True,
                         help="fp8, int8: weights by row, inputs by token; w8a16, w4a16: weights only")  # fmt: skip
-    parser.add_argument("--method", choices=("rtn",), default="rtn", help="rtn: round to nearest")
+    parser.add_argument("--method", choices=("rtn", "smoothquant"), default="rtn",
+                        help="rtn: round to nearest; smoothquant (fp8, int8): outliers of inputs move into weights")  # fmt: skip
+    parser.add_argument("--calibration", type=Path, metavar="FILE",
+                        help="UTF-8 text for smoothquant, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
                         help="columns that share a scale; 0 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write each weight's relative error as JSON")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write each weight's relative error, and with a calibration its output's before and after, as JSON",
+    )
     return parser
 
 
@@ -50,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, comm = job_arguments(build_parser(), argv)
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
-    from phalanx.checkpoints.quantization.writer import Scheme, write_quantized
+    from phalanx.checkpoints.quantization.scheme import Scheme
+    from phalanx.checkpoints.quantization.writer import RoundToNearest, write_quantized
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.models.user_file import model_from_file
 
@@ -58,11 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"launch.quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
+    if args.calibration is not None and args.method == "rtn":
+        raise ConfigError("--calibration has no effect with --method=rtn; leave it out, or use --method smoothquant")
     with open_checkpoint(args.model) as checkpoint:
-        chosen = _matrices(checkpoint, model_from_file(args.model_file))
+        own = model_from_file(args.model_file)
+        stored, chosen = _matrices(checkpoint, own)
+        calibrated = None if args.method == "rtn" else _calibrated(args, scheme, checkpoint, own, stored, chosen)
+        method = calibrated or RoundToNearest(scheme)
         with Progress("quantizing", len(chosen), "matrices") as progress:
             errors = write_quantized(
-                checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, args.output,
+                checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, method, args.output,
                 lambda name: progress.advance(name in chosen),
             )  # fmt: skip
     largest = max(errors, key=errors.__getitem__)
@@ -70,16 +88,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         "%s: %d matrices as %s; relative error %.4f on average, %.4f at most (%s)",
         args.output, len(errors), args.scheme, sum(errors.values()) / len(errors), errors[largest], largest,
     )  # fmt: skip
+    report: dict[str, Any] = {"scheme": args.scheme, "method": args.method, "group_size": group_size, "errors": errors}
+    if calibrated is not None:
+        report["output_errors"] = {name: asdict(error) for name, error in calibrated.output_errors.items()}
+        _say(args.method, list(calibrated.output_errors.values()))
     if args.report is not None:
-        args.report.write_text(
-            json.dumps({"scheme": args.scheme, "group_size": group_size, "errors": errors}, indent=1)
-        )
+        args.report.write_text(json.dumps(report, indent=1))
     comm.close()
     return 0
 
 
-def _matrices(checkpoint: Checkpoint, own: Model | None) -> set[str]:
-    """Names of the tensors to quantise: whole matrices of layers, as the model declares them."""
+def _calibrated(
+    args: argparse.Namespace, scheme: Scheme, checkpoint: Checkpoint, own: Model | None, stored: Mapping[str, str],
+    chosen: set[str],
+) -> CalibratedMethod:  # fmt: skip
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.calibration.layers import LayerRuns
+    from phalanx.runtime.calibration.method import CalibratedMethod, check_method
+    from phalanx.runtime.calibration.text import calibration_windows, default_text
+    from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.text import Tokenizer
+
+    check_method(args.method, scheme)
+    try:
+        text = default_text() if args.calibration is None else args.calibration.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--calibration={args.calibration} cannot be read: {error}; give a file of UTF-8 text"
+        ) from None
+    model = find_model(checkpoint.config, own)
+    config = model.read_config(checkpoint.config)
+    windows = calibration_windows(text, Tokenizer.from_directory(checkpoint.path), config.max_positions)
+    runs = LayerRuns(checkpoint, model, config, windows)
+    return CalibratedMethod(args.method, scheme, model, config, stored, chosen, runs)
+
+
+def _say(method: str, errors: Sequence[OutputError]) -> None:
+    before, kept = (sum(each) / max(len(errors), 1) for each in ([e.rtn for e in errors], [e.written for e in errors]))
+    _LOG.info(
+        "%s: relative error of outputs %.4f on average instead of %.4f; %d of %d matrices are better rounded to nearest",
+        method, kept, before, sum(not error.is_kept for error in errors), len(errors),
+    )  # fmt: skip
+
+
+def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str], set[str]]:
+    """Stored name of every declared tensor; and of those to quantise: whole matrices of layers, as the model declares them."""
     from phalanx.checkpoints.formats import DENSE
     from phalanx.checkpoints.quantization.held import quantized_while_loading
     from phalanx.checkpoints.resolve import resolve
@@ -100,7 +153,7 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> set[str]:
                     "use --quantize fp8 when serving"
                 )
             chosen.add(stored[part.source])
-    return chosen
+    return stored, chosen
 
 
 if __name__ == "__main__":

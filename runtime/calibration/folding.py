@@ -1,0 +1,50 @@
+"""Factors of columns that move from a product's input into its weight: the norm before it is divided by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NormFold", "fold_into_norm", "smoothquant_factors"]
+
+Float32Array = NDArray[np.float32]
+_ALPHA = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class NormFold:
+    """A norm with smaller outputs.
+
+    Attributes:
+        weight: ``[D]`` in the stored format.
+        factors: ``[D]`` float32, by which the columns of the products must be multiplied.
+    """
+
+    weight: NDArray[Any]
+    factors: Float32Array
+
+
+def smoothquant_factors(input_amax: Float32Array, weight_amax: Float32Array) -> Float32Array:
+    """``input_amax**0.5 / weight_amax**0.5`` for each column (Xiao et al. 2023 with alpha 0.5), 1 where either is zero."""
+    is_used = (input_amax > 0) & (weight_amax > 0)
+    x, w = (np.where(is_used, amax, np.float32(1)) for amax in (input_amax, weight_amax))
+    factors: Float32Array = (x**_ALPHA / w ** (1 - _ALPHA)).astype(np.float32)
+    return factors
+
+
+def fold_into_norm(stored: NDArray[Any], weight_offset: float, wanted: Float32Array) -> NormFold:
+    """Divide a norm by about ``wanted``.
+
+    The quotient is rounded to the stored format; the factors are what it comes to then, so that norm times product stays what it was.
+    A channel that the format cannot divide so keeps its weight.
+    """
+    offset = np.float32(weight_offset)
+    whole = stored.astype(np.float32) + offset
+    divided = (whole / wanted - offset).astype(stored.dtype)
+    rounded = divided.astype(np.float32) + offset
+    is_possible = np.isfinite(rounded) & (rounded != 0) & (whole != 0)
+    factors = np.where(is_possible, whole / np.where(is_possible, rounded, np.float32(1)), np.float32(1))
+    return NormFold(np.where(is_possible, divided, stored), factors.astype(np.float32))

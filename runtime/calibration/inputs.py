@@ -1,0 +1,40 @@
+"""What is kept of the inputs of one product over a text: bounded by the product's width, whatever the text's length."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["KEPT_ROWS", "ProductInputs"]
+
+Float32Array = NDArray[np.float32]
+KEPT_ROWS = 512
+"""Rows that are kept whole to judge by."""
+_LEAST_STRIDE = 8
+
+
+class ProductInputs:
+    """Statistics of the rows of an input ``[T, in]``, and a sample of rows that take no part in them.
+
+    Args:
+        width: ``in``.
+        num_tokens: rows that will come, so that the sample is spread over all of them.
+    """
+
+    def __init__(self, width: int, num_tokens: int) -> None:
+        self.amax = np.zeros(width, np.float32)
+        self._stride = max(_LEAST_STRIDE, -(-num_tokens // KEPT_ROWS))
+        self._kept: list[Float32Array] = []
+        self._num_rows = 0
+
+    def add(self, x: Float32Array) -> None:
+        """Count further rows."""
+        is_kept = (np.arange(self._num_rows, self._num_rows + len(x)) % self._stride) == self._stride - 1
+        self._num_rows += len(x)
+        self._kept.append(x[is_kept])
+        np.maximum(self.amax, np.abs(x[~is_kept]).max(axis=0, initial=0), out=self.amax)
+
+    @property
+    def sample(self) -> Float32Array:
+        """``[at most 512, in]`` rows that the statistics have not seen."""
+        return np.concatenate(self._kept)

@@ -1,0 +1,209 @@
+"""Methods of `launch.quantize` that look at inputs: SmoothQuant, each matrix judged on rows that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.checkpoints.quantization.scheme import Scheme
+from phalanx.checkpoints.quantization.writer import Quantized
+from phalanx.checkpoints.spec import WeightSpec
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.calibration.folding import fold_into_norm, smoothquant_factors
+from phalanx.runtime.calibration.folds import Fold, find_folds
+from phalanx.runtime.calibration.inputs import ProductInputs
+from phalanx.runtime.calibration.layers import LayerRuns
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.weights import Weights
+from phalanx.runtime.models import Model
+
+__all__ = ["CalibratedMethod", "MethodName", "OutputError", "check_method"]
+
+Array = NDArray[Any]
+Float32Array = NDArray[np.float32]
+MethodName = Literal["smoothquant"]
+
+
+def check_method(name: MethodName, scheme: Scheme) -> None:
+    """Raise `ConfigError` if the method does not apply to the scheme."""
+    if name == "smoothquant" and scheme.is_weight_only:
+        raise ConfigError(
+            f"--method=smoothquant does not fit --scheme={scheme.name}, which leaves inputs as they are; use rtn"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """Relative error of a product's output on rows that took no part in the calibration.
+
+    Attributes:
+        rtn: of rounding to nearest.
+        calibrated: of what the method proposes.
+        is_kept: whether the proposal was written; rounding to nearest is, where the proposal is no better.
+    """
+
+    rtn: float
+    calibrated: float
+    is_kept: bool
+
+    @property
+    def written(self) -> float:
+        """That of what was written."""
+        return self.calibrated if self.is_kept else self.rtn
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What is written for the tensors of one layer, by their stored names."""
+
+    matrices: dict[str, Quantized] = field(default_factory=dict)
+    norms: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stored matrix of a product: its name, and its values ``[out, in]``."""
+
+    name: str
+    values: Float32Array
+
+
+class CalibratedMethod:
+    """Quantises layer after layer, each by what a text's hidden states are there in the original model.
+
+    Holds one layer at a time: its weights, the statistics of its inputs, and what is to be written of it.
+
+    Args:
+        stored: name in the checkpoint of every declared source tensor.
+        chosen: the matrices to quantise, by their stored names.
+        runs: the calibration text, before the first layer.
+
+    Raises:
+        ConfigError: the method does not fit the scheme or the model.
+    """
+
+    def __init__(
+        self, name: MethodName, scheme: Scheme, model: Model, config: ModelConfig, stored: Mapping[str, str],
+        chosen: set[str], runs: LayerRuns,
+    ) -> None:  # fmt: skip
+        check_method(name, scheme)
+        self._name, self._scheme, self._runs = name, scheme, runs
+        self._chosen = chosen
+        self._specs = [model.weights(config, range(n, n + 1), False, False) for n in range(config.num_layers)]
+        self._stored = stored
+        self._folds = {fold.norm: fold for fold in find_folds(model, config)}
+        self._layer_of = {
+            stored[part.source]: number for number, specs in enumerate(self._specs) for spec in specs for part in spec.parts
+        }  # fmt: skip
+        self._next, self._layer = 0, _Layer()
+        self.output_errors: dict[str, OutputError] = {}
+
+    def order(self, names: Sequence[str]) -> Sequence[str]:
+        return sorted(names, key=lambda name: (self._layer_of.get(name, -1), name))
+
+    def plain(self, name: str, array: Array) -> Array:
+        self._advance(name)
+        return self._layer.norms.get(name, array)
+
+    def quantize(self, name: str, weight: Array) -> Quantized:
+        self._advance(name)
+        return self._layer.matrices.pop(name)
+
+    def _advance(self, name: str) -> None:
+        while self._next <= self._layer_of.get(name, -1):
+            self._calibrate(self._next)
+            self._next += 1
+
+    def _calibrate(self, number: int) -> None:
+        inputs: dict[str, ProductInputs] = {}
+
+        def record(name: str, x: Float32Array) -> None:
+            if name not in inputs:
+                inputs[name] = ProductInputs(x.shape[1], self._runs.num_tokens)
+            inputs[name].add(x)
+
+        weights, self._layer = self._runs.run(number, record), _Layer()
+        specs = {spec.owner: spec for spec in self._specs[number] if self._is_chosen(spec)}
+        for owner in specs.keys() - inputs.keys():
+            raise ConfigError(
+                f"--method={self._name} has no inputs of {owner}, whose products are not seen one by one (experts); use --method rtn"
+            )
+        for spec in self._specs[number]:
+            if spec.owner in self._folds and spec.kind == "weight":
+                done = self._smooth(self._folds[spec.owner], spec, specs, weights, inputs)
+                specs = {owner: each for owner, each in specs.items() if owner not in done}
+        for spec in specs.values():
+            for part in _parts(spec, self._stored, weights):
+                self._keep(part, _rounded(part.values, self._scheme))
+
+    def _is_chosen(self, spec: WeightSpec) -> bool:
+        return spec.kind == "weight" and self._stored[spec.parts[0].source] in self._chosen
+
+    def _smooth(
+        self, fold: Fold, norm: WeightSpec, specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
+        inputs: Mapping[str, ProductInputs],
+    ) -> set[str]:  # fmt: skip
+        """Divide a norm's outputs and multiply the columns that they meet; returns the products that are done."""
+        if not all(owner in specs for owner in fold.products) or len(norm.parts) > 1:
+            return set()
+        parts = [part for owner in fold.products for part in _parts(specs[owner], self._stored, weights)]
+        seen, sample = inputs[fold.products[0]], inputs[fold.products[0]].sample
+        name = self._stored[norm.parts[0].source]
+        stored, bias = self._runs.stored(name), weights.norm(fold.norm)[1]
+        if bias is not None:
+            return set()
+        largest = np.max([np.abs(part.values).max(axis=0) for part in parts], axis=0)
+        folded = fold_into_norm(stored, fold.weight_offset, smoothquant_factors(seen.amax, largest))
+        scheme, factors = self._scheme, folded.factors
+        plain, divided = scheme.round_input(sample), scheme.round_input(sample / factors)
+        nearest = [_rounded(part.values, scheme) for part in parts]
+        smoothed = [_rounded(part.values * factors, scheme) for part in parts]
+        before = [
+            _output_error(part.values, sample, one.values, plain) for part, one in zip(parts, nearest, strict=True)
+        ]
+        after = [
+            _output_error(part.values, sample, one.values, divided) for part, one in zip(parts, smoothed, strict=True)
+        ]
+        is_kept = sum(after) < sum(before)
+        for part, *errors in zip(parts, before, after, strict=True):
+            self.output_errors[part.name] = OutputError(errors[0], errors[1], is_kept)
+        for part, one, two in zip(parts, nearest, smoothed, strict=True):
+            self._keep(_Part(part.name, part.values * factors) if is_kept else part, two if is_kept else one)
+        if is_kept:
+            self._layer.norms[name] = folded.weight
+        return set(fold.products)
+
+    def _keep(self, part: _Part, rounded: _Rounded) -> None:
+        self._layer.matrices[part.name] = Quantized(
+            rounded.tensors, _relative(rounded.values - part.values, part.values)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    tensors: Mapping[str, Array]
+    values: Float32Array
+
+
+def _rounded(values: Float32Array, scheme: Scheme) -> _Rounded:
+    return _Rounded(*scheme.quantize(values))
+
+
+def _parts(spec: WeightSpec, stored: Mapping[str, str], weights: Weights[Float32Array]) -> list[_Part]:
+    merged = weights.linear(spec.owner).components["weight"]
+    ends = np.cumsum([part.shape[0] for part in spec.parts])
+    pieces = np.split(merged, ends[:-1])
+    return [_Part(stored[part.source], piece) for part, piece in zip(spec.parts, pieces, strict=True)]
+
+
+def _output_error(weight: Float32Array, x: Float32Array, values: Float32Array, rounded: Float32Array) -> float:
+    exact = x @ weight.T
+    return _relative(rounded @ values.T - exact, exact)
+
+
+def _relative(difference: Float32Array, exact: Float32Array) -> float:
+    return float(np.linalg.norm(difference)) / max(float(np.linalg.norm(exact)), 1e-30)

@@ -1,0 +1,55 @@
+"""The text that a calibration reads, in windows of tokens."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.parallel.errors import ConfigError, RequestError
+from phalanx.runtime.text import Tokenizer
+
+__all__ = ["MAX_TOKENS", "calibration_windows", "default_text"]
+
+MAX_TOKENS = 32_768
+"""Of a text; more of it adds time and little else."""
+_WINDOW = 512
+_BYTES = 4 * MAX_TOKENS
+"""Of the default text: about as many tokens as count, and no more to encode than that."""
+
+
+def default_text() -> str:
+    """Phalanx's own sources, English prose and Python: no model was trained on this text before it was written."""
+    folder = files("phalanx.runtime")
+    assert isinstance(folder, Path)
+    text = ""
+    for path in sorted(folder.rglob("*.py")):
+        text += path.read_text("utf-8")
+        if len(text) > _BYTES:
+            break
+    return text
+
+
+def calibration_windows(text: str, tokenizer: Tokenizer | None, longest: int) -> list[NDArray[np.int32]]:
+    """Up to 32,768 tokens of ``text`` in windows of 512, or of ``longest`` if that is less.
+
+    Each begins with what the tokenizer puts before a text.
+
+    Raises:
+        ConfigError: no tokenizer, or a text too short to keep rows for judging.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "the checkpoint has no tokenizer.json, so a text cannot be read for calibration; add it, or use --method rtn"
+        )
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)[:MAX_TOKENS]
+    except RequestError as error:
+        raise ConfigError(f"the calibration text cannot be read: {error}") from None
+    if len(ids) < 64:
+        raise ConfigError(f"the calibration text has {len(ids)} tokens; give one of at least 64, better of 32,768")
+    begin = [token for token in tokenizer.encode("")[:1] if token != ids[0]]
+    size = min(_WINDOW, longest) - len(begin)
+    return [np.array([*begin, *ids[start : start + size]], np.int32) for start in range(0, len(ids), size)]

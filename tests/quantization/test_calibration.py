@@ -1,0 +1,149 @@
+"""``launch.quantize`` with a calibration text: better than rounding to nearest where inputs have outliers, no worse elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from phalanx.launch.quantize import main
+from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.calibration.folding import fold_into_norm
+from phalanx.runtime.llm import LLM
+from phalanx.runtime.request import SamplingParams
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "checkpoints" / "demo"
+HELD_OUT = ROOT / "tests" / "demo" / "held_out" / "operator.txt"
+GAIN = 64.0
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with three outlier channels after each norm: the norm's weight times 64, the columns that read it by 64 less.
+
+    Powers of two: without quantisation it computes exactly what the demo does.
+    """
+    path = tmp_path_factory.mktemp("twin") / "model"
+    shutil.copytree(DEMO, path)
+    tensors = {name: array for file in path.glob("*.safetensors") for name, array in load_file(file).items()}
+    for file in (*path.glob("*.safetensors"), *path.glob("*.index.json")):
+        file.unlink()
+    generator = np.random.default_rng(7)
+    readers = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+               "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+    for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+        layer, norm = name.removesuffix(".weight").rsplit(".", 1)
+        channels = generator.choice(len(tensors[name]), 3, replace=False)
+        tensors[name][channels] *= tensors[name].dtype.type(GAIN)
+        for reader in readers[norm]:
+            weight = tensors[f"{layer}.{reader}.weight"]
+            weight[:, channels] = weight[:, channels] / weight.dtype.type(GAIN)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8,000 or so tokens of Python that the demo has not seen, and that nothing is measured on."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    folder = ROOT / "runtime" / "scheduler"
+    path.write_text("".join(each.read_text("utf-8") for each in sorted(folder.glob("*.py")))[:32_000])
+    return path
+
+
+def logprobs(model: Path, tp: int = 1) -> np.ndarray[Any, Any]:
+    """Of each token of a held-out text."""
+
+    def rank(comm: Communicator) -> list[float]:
+        with LLM(model, tensor_parallel_size=tp, comm=comm, engine="numpy") as llm:
+            assert llm.tokenizer is not None
+            ids = llm.tokenizer.encode(HELD_OUT.read_text("utf-8"))
+            [output] = llm.run([ids], [SamplingParams(max_tokens=0, prompt_logprobs=0)])
+        assert output.prompt_logprobs is not None
+        return [each.logprob for each in output.prompt_logprobs if each is not None]
+
+    return np.array(run_ranks(tp, rank)[0])
+
+
+def divergence(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """About the KL divergence for distributions this near: half the mean square of the difference of log-probabilities."""
+    return float(np.square(one - other).mean()) / 2
+
+
+def quantized(model: Path, output: Path, scheme: str, method: str, text: Path, *more: str) -> dict[str, Any]:
+    calibration = [] if method == "rtn" else ["--calibration", str(text)]
+    report = output.with_suffix(".json")
+    arguments = ["--model", str(model), "--output", str(output), "--scheme", scheme, "--method", method]
+    assert main([*arguments, *calibration, "--report", str(report), *more]) == 0
+    result: dict[str, Any] = json.loads(report.read_text())
+    return result
+
+
+def test_on_outliers_smoothquant_restores_what_rounding_to_nearest_loses_at_any_layout(
+    outliers: Path, text: Path, tmp_path: Path
+) -> None:
+    quantized(outliers, tmp_path / "rtn", "int8", "rtn", text)
+    report = quantized(outliers, tmp_path / "smooth", "int8", "smoothquant", text)
+    exact = logprobs(outliers)
+    assert divergence(exact, logprobs(tmp_path / "rtn")) > 0.3
+    assert divergence(exact, logprobs(tmp_path / "smooth")) < 0.02
+    assert divergence(exact, logprobs(tmp_path / "smooth", tp=2)) < 0.02
+    errors = report["output_errors"]
+    assert errors.keys() == {name for name in report["errors"] if "o_proj" not in name and "down_proj" not in name}
+    assert all(error["is_kept"] and error["calibrated"] < 0.5 * error["rtn"] for error in errors.values())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_on_the_demo_smoothquant_is_no_worse_than_rounding_to_nearest(text: Path, tmp_path: Path, scheme: str) -> None:
+    quantized(DEMO, tmp_path / "rtn", scheme, "rtn", text)
+    quantized(DEMO, tmp_path / "smooth", scheme, "smoothquant", text)
+    exact = logprobs(DEMO)
+    nearest, smooth = (divergence(exact, logprobs(tmp_path / name)) for name in ("rtn", "smooth"))
+    assert smooth < 1.15 * nearest  # they differ by a tenth from text to text
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_folded_norm_times_its_factors_is_the_norm_in_any_format(offset: float) -> None:
+    generator = np.random.default_rng(3)
+    stored = generator.normal(1 - offset, 0.5, 257).astype(ml_dtypes.bfloat16)
+    stored[5] = -offset  # a channel that is off
+    wanted = np.exp(generator.normal(0, 2, 257)).astype(np.float32)
+    folded = fold_into_norm(stored, offset, wanted)
+    whole = stored.astype(np.float64) + offset
+    np.testing.assert_allclose((folded.weight.astype(np.float64) + offset) * folded.factors, whole, rtol=1e-6)
+    assert folded.weight.dtype == stored.dtype
+    assert folded.factors[5] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "w4a16", "--method", "smoothquant"], "--method=smoothquant does not fit --scheme=w4a16"),
+        (["--scheme", "int8", "--calibration", "text"], "--calibration has no effect with --method=rtn"),
+        (["--scheme", "int8", "--method", "smoothquant", "--calibration", "/nowhere/text"], "cannot be read"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--model", str(DEMO), "--output", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_without_a_tokenizer_and_texts_of_a_few_words_are_refused(tmp_path: Path) -> None:
+    dense = write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path / "dense")
+    arguments = ["--output", str(tmp_path / "out"), "--scheme", "int8", "--method", "smoothquant"]
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        main(["--model", str(dense), *arguments])
+    (tmp_path / "text").write_text("Too short.")
+    with pytest.raises(ConfigError, match="give one of at least 64"):
+        main([*arguments, "--calibration", str(tmp_path / "text")])
