@@ -133,8 +133,8 @@ class GuideMask:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask, or why there is none, is there without waiting."""
-        return self._next.done()
+        """Whether the next mask is there."""
+        return self._next.done() and self._next.exception() is None
 
     @property
     def problem(self) -> str | None:

@@ -34,7 +34,7 @@ class TokenMask(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask, or why there is none, is there without waiting."""
+        """Whether the next mask is there, so that `words` does not wait. Never true of a mask with a `problem`."""
         ...
 
     @property
