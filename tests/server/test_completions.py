@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import Logprob, SamplingParams
+from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.completions import CompletionFormat
+from phalanx.runtime.server.openai.parsing import parse_completion
 from phalanx.runtime.server.openai.protocol import CompletionRequest
 
 from .servers import Server, stub_server
@@ -284,3 +287,32 @@ def test_best_of_counts_all_that_was_generated(server: Server) -> None:
 def test_best_of_needs_answers_to_compare(server: Server, fields: dict[str, Any]) -> None:
     answer = server.post(PATH, {"prompt": "a", **fields})
     assert (answer.status, answer.error["param"]) == (400, "best_of")
+
+
+def test_search_of_one_beam_is_greedy() -> None:
+    asked = parse_completion(b'{"prompt": "a", "use_beam_search": true}')
+    assert (asked.n, asked.sampling.get("beam_width", 1), asked.sampling["temperature"]) == (1, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"use_beam_search": True, "n": 2, "best_of": 1}, "n"),
+        ({"use_beam_search": True, "n": 2, "beam_width": 1}, "n"),
+        ({"beam_width": 2, "n": 3}, "n"),
+        ({"beam_width": 2, "best_of": 4}, "best_of"),
+        ({"beam_width": 4, "best_of": 2}, "best_of"),
+        ({"use_beam_search": True, "best_of": 33}, "n"),
+    ],
+)
+def test_width_of_a_search_that_does_not_fit_its_answers_is_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(json.dumps({"prompt": "a", **fields}).encode())
+    assert caught.value.param == param
+
+
+def test_answers_of_a_search_keep_the_order_of_their_scores() -> None:
+    """No second choice by log-probability per token, which ``length_penalty`` would contradict."""
+    asked = parse_completion(b'{"prompt": "a", "n": 2, "best_of": 4, "beam_width": 4}')
+    assert asked.n == 2
+    assert "logprobs" not in asked.sampling

@@ -98,8 +98,9 @@ def parse_completion(body: bytes) -> ApiGeneration:
     options = _stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
-    num_candidates = request.n if request.use_beam_search else _num_candidates(request)
-    sampling |= _beams(request, sampling, request.best_of)
+    beams = _beams(request, sampling, request.best_of)
+    sampling |= beams
+    num_candidates = request.n if beams else _num_candidates(request)
     if num_candidates > request.n:
         sampling |= {"logprobs": 0}
     if request.logprobs is not None:
@@ -122,17 +123,17 @@ def parse_completion(body: bytes) -> ApiGeneration:
 
 
 def _beams(request: GenerationRequest, sampling: dict[str, Any], best_of: int | None = None) -> dict[str, Any]:
-    """``beam_width``, as ``use_beam_search`` with ``best_of`` or ``n`` means it."""
-    width = sampling.get("beam_width")
-    if width is None and request.use_beam_search:
-        width = best_of or request.n
-    if width is None:
+    """``beam_width``, as ``use_beam_search`` with ``best_of`` or ``n`` means it; a search with one beam is greedy."""
+    width = sampling.get("beam_width", (best_of or request.n) if request.use_beam_search else 1)
+    if width == 1 and not request.use_beam_search:
         return {}
     if width > MAX_BEAM_WIDTH:
         raise invalid(f"a beam search of width {width} is too wide; use at most {MAX_BEAM_WIDTH}", "n")
-    if 1 < width < request.n:
+    if width < request.n:
         raise invalid(f"n={request.n} is above the width {width} of the beam search; use at most that many", "n")
-    return {"beam_width": width}
+    if best_of not in (None, width):
+        raise invalid(f"best_of={best_of} differs from the width {width} of the beam search; leave it out", "best_of")
+    return {"beam_width": width} if width > 1 else {"temperature": 0.0}
 
 
 def _num_candidates(request: CompletionRequest) -> int:
