@@ -8,7 +8,7 @@ import numpy as np
 
 from phalanx.parallel.errors import CapacityError, ConfigError, ExecutorError, RequestError
 from phalanx.runtime.kv_cache import CachePlanner
-from phalanx.runtime.request import FinishReason, Logprob, Request, TokenDelta
+from phalanx.runtime.request import FinishReason, Hypothesis, Logprob, Request, TokenDelta
 from phalanx.runtime.sampling.masks import GuideMasks
 from phalanx.runtime.scheduler.admission import make_mask, make_sequence, num_alternatives
 from phalanx.runtime.scheduler.beams import BeamGroup
@@ -258,26 +258,33 @@ class Scheduler:
     def _finish(self, group: BeamGroup) -> None:
         """Give the answers of a search, best first, to its request and to those that follow it."""
         requests = [group.leader, *group.followers]
-        self._forget(group.leader)
-        answers = tuple(group.search.hypotheses)
+        answers = tuple(group.hypotheses)
         for sequence, answer in zip(requests, answers, strict=False):
-            if sequence is not group.leader:
-                if sequence.has_ended:
-                    continue
+            if not sequence.has_ended:
                 self._forget(sequence)
-            params, last = sequence.request.params, answer.tokens[-1].token_id
-            self._emit(
-                TokenDelta(
-                    sequence.request.request_id,
-                    answer.token_ids,
-                    logprobs=() if params.logprobs is None else answer.tokens,
-                    prompt_logprobs=_all_prompt_logprobs(sequence),
-                    finish_reason=answer.finish_reason,
-                    stop_reason=last if answer.finish_reason == "stop" and last in params.stop_token_ids else None,
-                    num_cached_tokens=max(sequence.num_cached_tokens, 0),
-                    hypotheses=answers if sequence is group.leader else (),
+                self._emit_answer(sequence, answer, group)
+        for sequence in requests[len(answers) :]:
+            if not sequence.has_ended:
+                self._end(
+                    sequence,
+                    "error",
+                    f"the beam search has {len(answers)} answers, as the vocabulary allows no more; ask for fewer, or for longer ones",
                 )
+
+    def _emit_answer(self, sequence: Sequence, answer: Hypothesis, group: BeamGroup) -> None:
+        params, last = sequence.request.params, answer.tokens[-1].token_id
+        self._emit(
+            TokenDelta(
+                sequence.request.request_id,
+                answer.token_ids,
+                logprobs=() if params.logprobs is None else answer.tokens,
+                prompt_logprobs=_all_prompt_logprobs(group.leader),
+                finish_reason=answer.finish_reason,
+                stop_reason=last if answer.finish_reason == "stop" and last in params.stop_token_ids else None,
+                num_cached_tokens=max(sequence.num_cached_tokens, 0),
+                hypotheses=tuple(group.hypotheses) if sequence is group.leader else (),
             )
+        )
 
     def _follow(self, sequence: Sequence, leader_id: str) -> int:
         """Register a request that gets the next best answer of a search.

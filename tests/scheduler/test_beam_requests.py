@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from phalanx.runtime.request import TokenDelta
 from phalanx.runtime.scheduler import Scheduler
 
-from .harness import make_request, make_scheduler
+from .harness import make_request, make_result, make_scheduler, plan_step
 
 
 def submit_search(scheduler: Scheduler, num_requests: int, deadline: float | None = None, **params: object) -> None:
@@ -22,3 +25,49 @@ def test_leader_and_followers_of_one_deadline_all_end_at_it() -> None:
     assert {delta.request_id: delta.finish_reason for delta in deltas} == dict.fromkeys("abc", "error")
     assert len(deltas) == 3
     assert not scheduler.has_work
+
+
+def run_search(scheduler: Scheduler, top_ids: list[int]) -> dict[str, TokenDelta]:
+    """Give every beam these candidates, each half as probable as the one before it, until the search ends."""
+    for _ in range(20):
+        if not scheduler.has_work:
+            break
+        plan = plan_step(scheduler)
+        top_logprobs = np.log(0.5) * np.arange(1, len(top_ids) + 1, dtype=np.float32)
+        result = make_result(plan, top_ids[0])
+        result.logprobs = np.zeros(len(result.token_ids), np.float32)
+        result.top_ids = np.tile(np.array(top_ids, np.int32), (len(result.token_ids), 1))
+        result.top_logprobs = np.tile(top_logprobs, (len(result.token_ids), 1))
+        scheduler.apply(result, 0.0)
+    deltas = scheduler.take_deltas()
+    assert len({delta.request_id for delta in deltas}) == len(deltas)
+    return {delta.request_id: delta for delta in deltas}
+
+
+def test_requests_end_where_the_vocabulary_has_fewer_answers_than_beams() -> None:
+    scheduler = make_scheduler(vocab_size=3)
+    submit_search(scheduler, 4, prompt=(0, 2), beam_width=4, max_tokens=1)
+    deltas = run_search(scheduler, [2, 0, 1])
+    assert [deltas[name].token_ids for name in "abc"] == [(2,), (0,), (1,)]
+    assert deltas["d"].finish_reason == "error"
+    assert "has 3 answers" in str(deltas["d"].error)
+    assert not scheduler.has_work
+
+
+def test_search_without_any_answer_ends_with_an_error() -> None:
+    """Every token of the vocabulary is an end token, and none may come before ``min_tokens``."""
+    scheduler = make_scheduler(vocab_size=3)
+    submit_search(scheduler, 2, prompt=(0, 2), beam_width=2, max_tokens=4, min_tokens=1, stop_token_ids=(0, 2))
+    deltas = run_search(scheduler, [2, 0, 1])
+    assert [deltas[name].finish_reason for name in "ab"] == ["error", "error"]
+    assert "has 0 answers" in str(deltas["a"].error)
+    assert not scheduler.has_work
+
+
+def test_followers_have_the_prompt_logprobs_too() -> None:
+    scheduler = make_scheduler(vocab_size=8)
+    submit_search(scheduler, 2, prompt=(4, 5, 6), beam_width=2, max_tokens=2, prompt_logprobs=0)
+    deltas = run_search(scheduler, [2, 3, 4, 5])
+    assert deltas["a"].prompt_logprobs is not None
+    assert len(deltas["a"].prompt_logprobs) == 3
+    assert deltas["b"].prompt_logprobs == deltas["a"].prompt_logprobs
