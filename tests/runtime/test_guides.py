@@ -147,9 +147,9 @@ def test_a_sequence_whose_mask_is_late_holds_up_no_other(monkeypatch: pytest.Mon
     may_go_on = threading.Event()
     next_mask = guidance._next_mask
 
-    def late(matcher: Any, vocab_size: int) -> Any:
+    def late(matcher: Any, vocab_size: int, name: str) -> Any:
         assert may_go_on.wait(60)
-        return next_mask(matcher, vocab_size)
+        return next_mask(matcher, vocab_size, name)
 
     monkeypatch.setattr(guidance, "_next_mask", late)
     with LLM(engine="numpy", max_num_seqs=2, max_model_len=256) as llm:
