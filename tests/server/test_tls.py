@@ -12,6 +12,7 @@ import openai
 import pytest
 import tritonclient.grpc
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.server.settings import FrontendSettings
@@ -104,11 +105,20 @@ def test_half_a_pair_is_refused(files: Files) -> None:
 
 
 def test_files_that_do_not_belong_together_are_refused(files: Files, tmp_path: Path) -> None:
-    other = tmp_path / "other.pem"
+    other, locked, empty = tmp_path / "other.pem", tmp_path / "locked.pem", tmp_path / "empty.pem"
     trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(other)
+    key = serialization.load_pem_private_key(Path(files["key"]).read_bytes(), None)
+    secret = serialization.BestAvailableEncryption(b"secret")
+    locked.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, secret)
+    )
+    empty.touch()
     for certificate, key, reason in (
         (files["chain"], str(other), "KEY_VALUES_MISMATCH"),
-        (files["key"], files["key"], "cannot be used together"),
+        (files["key"], files["key"], "a certificate or a key is missing"),
+        (str(empty), files["key"], "a certificate or a key is missing"),
+        (files["chain"], str(empty), "a certificate or a key is missing"),
+        (files["chain"], str(locked), "the key has a password"),
         (files["chain"], str(tmp_path / "none.pem"), "--ssl-keyfile .*none.pem cannot be read"),
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -23,11 +23,19 @@ def server_context(certificate: str | None, key: str | None) -> ssl.SSLContext |
         _read(flag, path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    asked: list[None] = []
+
+    def no_password() -> str:
+        """OpenSSL would ask for one on the terminal, which no job has."""
+        asked.append(None)
+        return ""
+
     try:
-        # A key with a password would be asked for on the terminal, which no job has.
-        context.load_cert_chain(certificate, key, password=lambda: "")
+        context.load_cert_chain(certificate, key, password=no_password)
     except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or "the key has a password"
+        reason = (
+            "the key has a password" if asked else getattr(error, "reason", None) or "a certificate or a key is missing"
+        )
         raise ConfigError(
             f"--ssl-certfile {certificate} and --ssl-keyfile {key} cannot be used together ({reason}); "
             "give a certificate chain and its key without a password, both PEM"
