@@ -175,6 +175,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required", "tools": []}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "tools"),
     ({"tool_choice": "required", "structured_outputs": {"regex": "a"}}, "tools"),
+    ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": [1]}}}]}, "tools"),
     ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}]}, "tools"),
     ({"tool_choice": "required", "tools": [
         {"type": "function", "function": {"name": name, "parameters": {"$defs": {"x": {"type": kind}}, "$ref": "#/$defs/x"}}}

@@ -24,7 +24,8 @@ def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, p
     """Return the schema of a list of at least one call, ``{"name", "parameters"}``; at most one unless ``parallel``.
 
     Raises:
-        ApiError: 400: two functions define a name of ``$defs``, to which references lead from the top, differently.
+        ApiError: 400: two functions define a name of ``$defs``, to which references lead from the top, differently,
+            or ``$defs`` is not an object.
     """
     shared: dict[str, dict[str, Any]] = {}
     calls = [_call_schema(name, arguments_schema(parameters), shared) for name, parameters in functions]
@@ -34,7 +35,10 @@ def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, p
 
 def _call_schema(name: str, parameters: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for key in _SHARED:
-        for defined, schema in parameters.pop(key, {}).items():
+        definitions = parameters.pop(key, {})
+        if not isinstance(definitions, dict):
+            raise invalid(f"tools: {key} of {name} is not an object of schemas; correct it", "tools")
+        for defined, schema in definitions.items():
             if shared.setdefault(key, {}).setdefault(defined, schema) != schema:
                 raise invalid(f"tools: two functions define {key}/{defined} differently; rename one of them", "tools")
     return {
