@@ -10,6 +10,7 @@
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 pack_weight(const unsigned char* __restrict__ codes, uint4* __restrict__ packed, int columns, int lanes) {
+    wait_for_previous();  // and no let_next_start: what comes next may read the packed weight before it waits
     const int lane = blockIdx.x * NUM_THREADS + threadIdx.x;
     if (lane >= lanes) return;
     Words result = {};

@@ -139,5 +139,9 @@ def test_log_probabilities_follow_the_numpy_engine(name: str, tmp_path: Path) ->
     module, section = checkpoints.ALL[name]
     writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
     output = checkpoints.logprobs(checkpoints.generate(tmp_path / "quantised", engine="cuda", dtype="bfloat16"))
-    expected = checkpoints.logprobs(checkpoints.generate(tmp_path / "quantised", dtype="bfloat16"))
-    assert np.abs(output - expected).max() < 0.1
+    expected, exact = (
+        checkpoints.logprobs(checkpoints.generate(tmp_path / "quantised", dtype=dtype))
+        for dtype in ("bfloat16", "float32")
+    )
+    # Two roundings to bfloat16 at different places; int8 codes of activations that are near a half turn over besides.
+    assert np.abs(output - expected).max() < 2 * np.abs(expected - exact).max() + 0.05

@@ -180,3 +180,11 @@ def test_every_source_has_a_header_that_says_what_it_is():
     for path in sorted(compiler.SOURCE_DIRECTORY.glob("*.cu")):
         head = path.read_text().split("#include")[0]
         assert len(head.splitlines()) >= 4, f"{path.name} does not say what it is"
+
+
+def test_every_kernel_that_may_start_early_waits_for_the_one_before():
+    for path in sorted(compiler.SOURCE_DIRECTORY.glob("*.cu")):
+        if load_source(path.stem).overlaps_previous:
+            kernels = path.read_text().split('extern "C" __global__')[1:]
+            for kernel in kernels:
+                assert kernel.count("wait_for_previous();") == 1, f"{path.name}: {kernel.strip().splitlines()[1][:60]}"
