@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from phalanx.parallel.errors import ConfigError
+
 if TYPE_CHECKING:
     from phalanx.parallel.liveness.watch import RankWatch
 
@@ -48,6 +50,12 @@ class DrainSignals:
         self._drain = drain
         if self._num_signals:
             self._start_drain()
+
+    @staticmethod
+    def check_limit(limit_seconds: float) -> None:
+        """Raise ConfigError for a limit that no drain can keep."""
+        if not 0 <= limit_seconds < 1e9:
+            raise ConfigError(f"--shutdown-timeout={limit_seconds:g} is out of range; use seconds from 0 (default 25)")
 
     def end_with(self, watch: RankWatch, limit_seconds: float) -> None:
         """Who ends the ranks when requests take longer than the limit, or are not waited for."""

@@ -32,7 +32,7 @@ from phalanx.launch.drain import DrainSignals
 from phalanx.launch.front import model_names, start_frontend
 from phalanx.launch.loading import start_progress
 from phalanx.launch.start_block import describe, host_names, start_block
-from phalanx.launch.supervise import PLACE_VARIABLE, supervise
+from phalanx.launch.supervise import PLACE_VARIABLE, check_unsupervised, supervise
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import fields
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = own_arguments(build_parser(), argv)
         if args.supervise:
             return supervise(args, sys.argv[1:] if argv is None else argv)
+        check_unsupervised(args)
     door = _Door()
     try:
         args, world = job_arguments(build_parser(), argv, door.open)
@@ -145,6 +146,7 @@ class _Door:
         """
         from phalanx.runtime.server.link.frontend import Frontend
 
+        DrainSignals.check_limit(args.shutdown_timeout)
         self.announcement = Announcement(model_names(args)[0], args.endpoint_file)
         if (place := os.environ.get(PLACE_VARIABLE)) is not None:
             self.frontend = Frontend.connect(place)

@@ -25,7 +25,7 @@ from phalanx.parallel.errors import CommunicatorError, ConfigError
 if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
 
-__all__ = ["PLACE_VARIABLE", "supervise"]
+__all__ = ["PLACE_VARIABLE", "check_unsupervised", "launcher_words", "supervise"]
 
 _LOG = logging.getLogger("phalanx.serve")
 PLACE_VARIABLE = "PHALANX_HTTP_PLACE"
@@ -48,7 +48,7 @@ def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
     """
     from phalanx.launch.front import start_frontend
 
-    command = [*_launcher(args), sys.executable, "-P", "-m", "launch.serve", *words]
+    command = [*launcher_words(args), sys.executable, "-P", "-m", "launch.serve", *words]
     if args.max_restarts < 0:
         raise ConfigError(f"--max-restarts={args.max_restarts} is below 0; use 0 to start once")
     frontend = start_frontend(args, outlives_engine=True)
@@ -58,7 +58,19 @@ def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
     return supervisor.run()
 
 
-def _launcher(args: argparse.Namespace) -> list[str]:
+def check_unsupervised(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that only a supervisor reads: ``-n 8`` would start one rank."""
+    for flag, value in (("--num-ranks", args.num_ranks), ("--launcher", args.launcher)):
+        if value is not None:
+            raise ConfigError(f"{flag}={value} says how --supervise starts ranks; add --supervise, or use mpirun -n")
+
+
+def launcher_words(args: argparse.Namespace) -> list[str]:
+    """Return what the ranks' command begins with; nothing for one rank without a launcher.
+
+    Raises:
+        ConfigError: the launcher or the number of ranks cannot be used.
+    """
     sizes = [size for size in (args.tp, args.pp, args.dp) if size is not None]
     num_ranks = args.num_ranks
     if num_ranks is None:
@@ -68,7 +80,10 @@ def _launcher(args: argparse.Namespace) -> list[str]:
     if num_ranks < 1:
         raise ConfigError(f"--num-ranks={num_ranks} is below 1; use the number of GPUs")
     if args.launcher is not None:
-        return shlex.split(args.launcher)
+        try:
+            return shlex.split(args.launcher)
+        except ValueError as error:
+            raise ConfigError(f"--launcher {args.launcher} cannot be read: {error}; close the quotation") from None
     return [] if num_ranks == 1 else ["mpirun", "-n", str(num_ranks)]
 
 

@@ -37,6 +37,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 < self.step < 1e9:
             raise ConfigError(f"--stall-timeout={self.step:g} is out of range; use seconds above 0 (default 300)")
+        if not 0 < self.start < 1e9:
+            raise ConfigError(f"--start-timeout={self.start:g} is out of range; use seconds above 0 (default 1800)")
 
     def of_silence(self, states: Sequence[RankState]) -> float:
         """The limit now. As soon as one rank is ready, all have loaded."""

@@ -1,0 +1,32 @@
+"""Mistakes in flags of ``launch.serve`` that are found before a rank loads anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from phalanx.launch.drain import DrainSignals
+from phalanx.launch.serve import build_parser
+from phalanx.launch.supervise import check_unsupervised, launcher_words
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.liveness.judge import Limits
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"), [(("-n", "2"), "--num-ranks=2"), (("--launcher", "srun"), "--launcher=srun")]
+)
+def test_flags_of_the_supervisor_need_it(flags: tuple[str, ...], start: str) -> None:
+    with pytest.raises(ConfigError, match=f"{start} says how --supervise starts ranks"):
+        check_unsupervised(build_parser().parse_args(flags))
+
+
+def test_an_open_quotation_in_the_launcher_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"--launcher mpirun '-n cannot be read: No closing quotation"):
+        launcher_words(build_parser().parse_args(["--supervise", "--launcher", "mpirun '-n"]))
+
+
+def test_limits_in_seconds_are_checked() -> None:
+    with pytest.raises(ConfigError, match="--start-timeout=0 is out of range"):
+        Limits(start=0.0)
+    for seconds in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"--shutdown-timeout=.* is out of range"):
+            DrainSignals.check_limit(seconds)
