@@ -46,6 +46,11 @@ class Format(Protocol):
         """What refusals, reports and `Capabilities.formats` call it: ``int8 with a scale per row``."""
         ...
 
+    @property
+    def scheme(self) -> str:
+        """How weights and activations are quantised, for people: ``fp8 by row, activations by token``; "" = not at all."""
+        ...
+
     def units(self, part: Part) -> tuple[int, ...]:
         """For each axis of ``part`` how many consecutive values must stay on one rank (a quantisation group); 1 = any."""
         ...
@@ -82,6 +87,7 @@ class Dense:
     """Plain values, stored in any float format and held in the compute type."""
 
     name: str = "dense"
+    scheme: str = ""
 
     def units(self, part: Part) -> tuple[int, ...]:
         """Any cut."""

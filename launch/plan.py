@@ -172,6 +172,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.user_file import model_from_file
+    from phalanx.runtime.quantisation import quantisation_in_words
     from phalanx.runtime.step_records import StepRecord, record_path
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
@@ -204,6 +205,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": dtype,
         "quantize": options.quantize,
         "kv_cache_dtype": options.kv_cache_dtype,
+        "quantisation": quantisation_in_words(model, config, stored, options),
         "tp": options.layout.tp,
         "pp": options.layout.pp,
         "dp": options.layout.dp,
@@ -299,6 +301,7 @@ def _table(result: dict[str, Any]) -> str:
         [
             f"{result['model']}, {result['dtype']}, {layout} = {result['num_gpus']} GPU(s); sizes in MiB",
             *lines,
+            result["quantisation"],
             _verdict(result),
         ]
     )

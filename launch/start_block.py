@@ -27,6 +27,7 @@ def host_names(world: Communicator) -> str:
 def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
     """Names and values, in the order in which they are shown."""
     from phalanx.runtime.executors.registry import choose_engine, engine_reason
+    from phalanx.runtime.quantisation import quantisation_in_words
 
     options, config, cache = replica.options, replica.config, replica.executor.cache
     layout = options.layout
@@ -38,6 +39,7 @@ def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
         "engine": f"{choose_engine(options.engine)}: {engine_reason(options.engine)}",
         "device": replica.executor.device,
         "dtype": config.compute_dtype(options.dtype),
+        "quantisation": quantisation_in_words(replica.family, config, replica.checkpoint.formats, options),
         "layout": f"dp {layout.dp} x pp {layout.pp} x tp {layout.tp} = {layout.world_size} rank(s)",
         "hosts": hosts,
         "context": f"{replica.max_model_len:,} tokens",

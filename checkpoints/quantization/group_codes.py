@@ -76,6 +76,10 @@ class GroupCodes:
         return f"{self.label} in groups of {self.group}" if self.group else f"{self.label} by rows"
 
     @property
+    def scheme(self) -> str:
+        return self.name if self.input == "plain" else f"{self.name}, activations likewise"
+
+    @property
     def kind(self) -> Literal["int4", "int8", "fp8"]:
         """What a code is."""
         if self.stored.dtype == "F8_E4M3":

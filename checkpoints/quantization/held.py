@@ -37,6 +37,10 @@ class PackedCodes:
         return self.stored.name
 
     @property
+    def scheme(self) -> str:
+        return self.stored.scheme
+
+    @property
     def kind(self) -> Literal["int4", "int8", "fp8"]:
         """What a code is."""
         return self.stored.kind

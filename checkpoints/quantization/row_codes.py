@@ -48,6 +48,11 @@ class RowCodes:
         ceiling = "" if self.input_ceiling == math.inf else f" up to {self.input_ceiling:g}"
         return f"{self.kind} rows" if self.input == "plain" else f"{self.kind} rows x {self.input}{ceiling}"
 
+    @property
+    def scheme(self) -> str:
+        inputs = {"tokens": ", activations by token", "static": ", activations by tensor, static", "plain": ""}
+        return f"{self.kind} by {self.scale_of}{inputs[self.input]}"
+
     def units(self, part: Part) -> tuple[int, ...]:
         """Any cut."""
         return (1,) * len(part.shape)

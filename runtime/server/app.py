@@ -227,4 +227,5 @@ class Routes:
             "created": self._services.created,
             "owned_by": "phalanx",
             "max_model_len": self._services.model.max_model_len,
+            "quantization": self._services.model.about.get("quantisation"),
         }

@@ -146,6 +146,30 @@ def test_impossible_plans_are_refused(arguments: list[str], expected: str, llama
         main(["--model", str(llama_3_8b), *arguments])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "section", "words"),
+    [
+        ((), None, "weights: not quantised; cache: not quantised"),
+        (("--quantize", "fp8", "--kv-cache-dtype", "fp8"), None,
+         "weights: fp8 by row, activations by token; cache: fp8 with a scale of 1"),
+        ((), {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+         "weights: fp8 by tensor, activations by tensor, static; cache: fp8 with the checkpoint's scales"),
+        (("--kv-cache-dtype", "bfloat16"), {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
+         "weights: int4 in groups of 128; cache: not quantised"),
+    ],
+    ids=["plain", "while loading", "static", "groups"],
+)  # fmt: skip
+def test_it_says_how_weights_activations_and_cache_are_quantised(
+    arguments: tuple[str, ...], section: dict[str, Any] | None, words: str, llama_3_8b: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = LLAMA_3_8B if section is None else {**LLAMA_3_8B, "quantization_config": section}
+    (llama_3_8b / "config.json").write_text(json.dumps(config))
+    assert plan(capsys, llama_3_8b, *arguments)["quantisation"] == words
+    assert main(["--model", str(llama_3_8b), *arguments]) == 0
+    assert words in capsys.readouterr().out
+
+
 def test_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         main(["--model", str(tmp_path)])

@@ -149,6 +149,9 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
     }
     assert info["layout"] == "dp 1 x pp 2 x tp 2 = 4 rank(s)"
     assert info["cache"] == "64 blocks x 8 = 512 tokens"
+    assert info["quantisation"] == "weights: not quantised; cache: not quantised"
+    (card,) = job.server.get("/v1/models").json["data"]
+    assert card["quantization"] == info["quantisation"]
     assert info["engine"].startswith("numpy: ") or info["engine"].startswith("cuda: ")
     assert "curl http://127.0.0.1:" in shown["ask"]
 

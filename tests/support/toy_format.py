@@ -76,6 +76,7 @@ class ToyFormat:
 
     group: int
     name = "toy int4"
+    scheme = "toy int4"
 
     def units(self, part: Part) -> tuple[int, ...]:
         return 1, self.group
