@@ -14,7 +14,7 @@ from phalanx.checkpoints.encoding import Block
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
-__all__ = ["AWQ_ORDER", "PackedWords", "Scales"]
+__all__ = ["AWQ_ORDER", "GroupIndex", "PackedWords", "Scales"]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word holds value ``AWQ_ORDER[i]`` of its eight."""
@@ -38,6 +38,24 @@ class Scales:
 
         wide: Array = np.repeat(stored.astype(np.float32), self.rows, axis=0)
         return wide if wide.ndim == 1 else np.repeat(wide, self.columns, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupIndex:
+    """The group of each column ``[I]``, for all of ``rows`` rows: GPTQ's ``g_idx``, values as declared ``[O, I]``."""
+
+    rows: int
+    dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})
+
+    def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
+        """One row of indices for all rows."""
+        return Block(1, self.rows), Block()
+
+    def decode(self, stored: Array) -> Array:
+        """The same indices in every row."""
+        import numpy as np
+
+        return np.repeat(stored.astype(np.int32), self.rows, axis=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.encoding import Encoding
-from phalanx.checkpoints.quantization.encodings import PackedWords, Scales
+from phalanx.checkpoints.quantization.encodings import GroupIndex, PackedWords, Scales
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.formats import Multiply
@@ -41,6 +41,7 @@ class Stored:
         dtype: of codes in memory, I8 or F8_E4M3.
         transposed: tensors are ``[in, out]``.
         block_rows: rows that share a scale.
+        group_index: suffix of each column's group; "" = consecutive columns make a group.
     """
 
     codes: str
@@ -51,6 +52,7 @@ class Stored:
     dtype: str = "I8"
     transposed: bool = False
     block_rows: int = 1
+    group_index: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class GroupCodes:
     @property
     def name(self) -> str:
         """``int4 in groups of 128``."""
-        return f"{self.label} in groups of {self.group}" if self.group else f"{self.label} by rows"
+        order = " with activation order" if self.stored.group_index else ""
+        return f"{self.label} in groups of {self.group}{order}" if self.group else f"{self.label} by rows"
 
     @property
     def scheme(self) -> str:
@@ -94,7 +97,7 @@ class GroupCodes:
             ConfigError: the pieces would be too small to be worth it.
         """
         cut = self.group
-        for part in spec.parts:
+        for part in () if self.stored.group_index else spec.parts:
             if part.shard is not None and part.shard.axis == 1 and part.shard.groups and self.group:
                 cut = math.gcd(cut, part.shard.unit)
         if cut < min(self.group, SMALLEST_GROUP):
@@ -105,11 +108,14 @@ class GroupCodes:
         return replace(self, cut=cut)
 
     def units(self, part: Part) -> tuple[int, ...]:
-        """Columns in whole pieces of groups."""
-        return 1, max(self.cut, 1)
+        """Columns in whole pieces of groups; any where each column names its group."""
+        return 1, 1 if self.stored.group_index else max(self.cut, 1)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """``codes``, ``scale`` and, unless symmetric, ``zero``."""
+        """``codes``, ``scale``, unless symmetric ``zero``, and with activation order ``group_index`` ``[O, I]``.
+
+        With that order any column may belong to any group, so ranks that share columns all hold the scales of every group.
+        """
         stored = self.stored
         codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
         scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
@@ -120,6 +126,14 @@ class GroupCodes:
         if stored.zero:
             zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
             result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8", dummy=DummyRange(-1.0, 2.0)))
+        if stored.group_index:
+            indices = [
+                replace(self._part(part, stored.group_index, GroupIndex(part.source_extents[0])), transposed=False)
+                for part in spec.parts
+            ]
+            result.append(
+                WeightSpec(f"{spec.owner}.group_index", tuple(indices), dtype="I32", dummy=DummyRange(0.0, 1.0))
+            )
         return tuple(result)
 
     def dequantize(self, components: Mapping[str, Array]) -> Array:
@@ -129,8 +143,8 @@ class GroupCodes:
         codes = components["codes"]
         values: Array = codes.astype(np.float32)
         if "zero" in components:
-            values -= self._spread(components["zero"].astype(np.float32), codes.shape[1])
-        values *= self._spread(components["scale"], codes.shape[1])
+            values -= self._spread(components["zero"].astype(np.float32), components)
+        values *= self._spread(components["scale"], components)
         return values
 
     def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -142,10 +156,19 @@ class GroupCodes:
         inputs = x if self.input == "plain" else dequantize(quantize_groups(x, self.group), self.group)
         return multiply(inputs, operand["weight"])
 
-    def _spread(self, groups: Array, columns: int) -> Array:
+    def _spread(self, groups: Array, components: Mapping[str, Array]) -> Array:
+        """Values of groups ``[O, G]`` for the columns ``[O, I]``."""
         import numpy as np
 
-        return np.repeat(groups, self.cut, axis=1)[:, :columns] if self.cut else groups
+        index = components.get("group_index")
+        if index is None:
+            return np.repeat(groups, self.cut, axis=1)[:, : components["codes"].shape[1]] if self.cut else groups
+        if index.size and not 0 <= index.min() <= index.max() < groups.shape[1]:
+            raise CheckpointError(
+                f"a column of a weight is in group {index.min() if index.min() < 0 else index.max()} of {groups.shape[1]} "
+                f"({self.stored.group_index}); copy the checkpoint again"
+            )
+        return np.take_along_axis(groups, index, axis=1)
 
     def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
         if part.transposed:
@@ -159,7 +182,9 @@ class GroupCodes:
         """Of ``[O, G]`` values. Zero points are packed along rows and so never repeat along them."""
         columns = -(-part.shape[1] // self.cut) if self.cut else 1
         shard = part.shard
-        if shard is not None and shard.axis == 1:
+        if shard is not None and shard.axis == 1 and self.stored.group_index:
+            shard = None
+        elif shard is not None and shard.axis == 1:
             unit = shard.unit // self.cut if self.cut else 0
             shard = replace(shard, unit=unit, has_short_last=bool(columns % unit)) if unit else None
         repeats = self.group // self.cut if self.cut else 1

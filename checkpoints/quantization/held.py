@@ -71,7 +71,9 @@ class PackedCodes:
 
 
 def packed(chosen: Format) -> PackedCodes | None:
-    """How a GPU holds a stored format whose inputs are not quantised; None for all others."""
+    """How a GPU holds a stored format whose inputs are not quantised and whose groups are in order; None for all others."""
+    if isinstance(chosen, GroupCodes) and chosen.stored.group_index:
+        return None  # kernels take groups of consecutive columns
     if isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain":
         return PackedCodes(chosen)
     return None

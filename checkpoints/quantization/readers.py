@@ -132,19 +132,18 @@ def read_awq(section: Section) -> FormatPlan:
 
 
 def read_gptq(section: Section) -> FormatPlan:
-    """GPTQ v1 (zero points less one) and v2, 4 and 8 bits, without activation order."""
+    """GPTQ v1 (zero points less one) and v2, 4 and 8 bits; with activation order (``desc_act``) each column names its group."""
     bits, group = section.get("bits"), int(section.get("group_size", 128))
     form = str(section.get("checkpoint_format") or section.get("format") or "gptq")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise _refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
-    if section.get("desc_act"):
-        raise _refused("gptq desc_act=true", "use a checkpoint without activation order")
     if section.get("dynamic"):
         raise _refused("gptq with rules per module (dynamic)", "use a checkpoint with one scheme")
     half = 1 << (bits - 1)
     stored = Stored(
         "qweight", "scales", "qzeros", PackedWords(bits, axis=1, offset=half),
         PackedWords(bits, axis=0, offset=half, added=int(form == "gptq")), transposed=True,
+        group_index="g_idx" if section.get("desc_act") and group > 0 else "",
     )  # fmt: skip
     plan = _excluding(GroupCodes(f"int{bits}", stored, max(group, 0)), {**section, "ignore": ["lm_head"]})
     return FormatPlan(plan.choose, (r".*\.g_idx",))

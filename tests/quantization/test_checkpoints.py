@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.sinks import NumpySink
@@ -52,17 +53,17 @@ def _int(bits: int, group: int, symmetric: bool) -> tuple[Any, dict[str, Any]]:
     return writers.compressed_int(bits, group, symmetric), writers.compressed_section(weights, "pack-quantized")
 
 
-def _gptq(bits: int, group: int, symmetric: bool, v1: bool) -> tuple[Any, dict[str, Any]]:
+def _gptq(bits: int, group: int, symmetric: bool, v1: bool, in_order: bool = True) -> tuple[Any, dict[str, Any]]:
     form = "gptq" if v1 else "gptq_v2"
     section = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group or -1,
         "sym": symmetric,
-        "desc_act": False,
+        "desc_act": not in_order,
         "checkpoint_format": form,
     }
-    return writers.gptq(bits, group, symmetric, v1), section
+    return writers.gptq(bits, group, symmetric, v1, in_order), section
 
 
 WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -74,6 +75,8 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq-4-v2": _gptq(4, 16, False, False),
     "gptq-8-v1": _gptq(8, 16, False, True),
     "gptq-4-row-symmetric": _gptq(4, 0, True, True),
+    "gptq-4-order": _gptq(4, 16, False, True, in_order=False),
+    "gptq-8-order-wide": _gptq(8, 64, True, False, in_order=False),
     "awq": (
         writers.awq(16),
         {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
@@ -182,7 +185,9 @@ def test_quantised_inputs_do_what_their_definition_says(root: Path, name: str) -
     assert np.abs(split_over_ranks - plain).mean() < 0.4
 
 
-@pytest.mark.parametrize("name", ["ct-w4-g16-asymmetric", "gptq-4-v1", "awq", "ct-fp8-tensor", "hf-fp8-blocks"])
+@pytest.mark.parametrize(
+    "name", ["ct-w4-g16-asymmetric", "gptq-4-v1", "gptq-4-order", "awq", "ct-fp8-tensor", "hf-fp8-blocks"]
+)
 def test_splits_hold_the_same_values(root: Path, name: str, tmp_path: Path) -> None:
     quantised, _ = written(root, name)
     expected = generate(quantised, 2)
@@ -199,7 +204,7 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float16") for name in WEIGHT_ONLY), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
+    [*((name, "float16") for name in WEIGHT_ONLY if "order" not in name), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
 )  # fmt: skip
 def test_the_cuda_engine_computes_weight_only_checkpoints(
     root: Path, device: None, name: str, dtype: Any, tp: int
@@ -229,7 +234,7 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [("ct-fp8-static", "fp8 rows x static"), ("hf-fp8-blocks", "fp8 blocks in groups of 16"),
-     ("fbgemm", "fp8 rows x tokens up to 1200")],
+     ("fbgemm", "fp8 rows x tokens up to 1200"), ("gptq-4-order", "int4 in groups of 16 with activation order")],
 )  # fmt: skip
 def test_the_cuda_engine_names_the_schemes_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:
     with pytest.raises(ConfigError, match=f"the cuda engine cannot multiply {scheme} weights"):
@@ -283,7 +288,6 @@ def changed(path: Path, target: Path, section: dict[str, Any]) -> Path:
      ({"quant_method": "mxfp4"}, "quant_method='mxfp4'"),
      ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt quant_algo='NVFP4' cannot be loaded"),
      ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "gptq bits=3 .* use 4 or 8 bits"),
-     ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "gptq desc_act=true cannot be loaded"),
      ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version='gemv'"),
      (writers.compressed_section({**INT8, "num_bits": 2, "strategy": "group"}, "pack-quantized"), "num_bits=2"),
      (writers.compressed_section({**FLOAT8, "num_bits": 4, "strategy": "tensor_group"}, "nvfp4-pack-quantized"), "nvfp4-pack"),
@@ -296,6 +300,16 @@ def test_what_is_not_loaded_is_refused_by_name(
 ) -> None:
     with pytest.raises((ConfigError, CheckpointError), match=message):
         generate(changed(root / "dense", tmp_path / "changed", section))
+
+
+def test_a_column_of_a_group_that_does_not_exist_is_an_error(root: Path, tmp_path: Path) -> None:
+    quantised, _ = written(root, "gptq-4-order")
+    shutil.copytree(quantised, tmp_path / "damaged")
+    tensors = load_file(quantised / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.g_idx"][3] = 99
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a column of a weight is in group 99 of"):
+        generate(tmp_path / "damaged")
 
 
 def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:

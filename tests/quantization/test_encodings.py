@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords, Scales
+from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, GroupIndex, PackedWords, Scales
 
 
 def word(value: int) -> np.ndarray:
@@ -35,6 +35,10 @@ def test_words_hold_the_codes_that_their_packers_meant(encoding: PackedWords, st
     assert decoded.dtype == np.int8
     assert decoded.reshape(-1).tolist() == codes
     assert decoded.shape == ((len(codes), 1) if encoding.axis == 0 else (1, len(codes)))
+
+
+def test_every_row_of_a_weight_has_its_columns_groups() -> None:
+    assert GroupIndex(3).decode(np.array([[1, 0, 2]], np.int32)).tolist() == [[1, 0, 2]] * 3
 
 
 def test_scales_widen_exactly_and_repeat() -> None:

@@ -105,16 +105,21 @@ def compressed_section(
     }
 
 
-def gptq(bits: int, group: int, symmetric: bool, v1: bool) -> Callable[[Array], Written]:
+def gptq(bits: int, group: int, symmetric: bool, v1: bool, in_order: bool = True) -> Callable[[Array], Written]:
+    """Out of order, columns are quantised in an order that differs between modules, as GPTQ does it by activations."""
+    random = np.random.default_rng(7)
+
     def module(w: Array) -> Written:
-        codes, scales, zeros = grouped(w, bits, group, symmetric, np.float16)
+        order = np.arange(w.shape[1]) if in_order else random.permutation(w.shape[1])
+        back = np.argsort(order)
+        codes, scales, zeros = grouped(w[:, order], bits, group, symmetric, np.float16)
         stored = (zeros - int(v1)) % (1 << bits)
         columns = w.shape[1]
         tensors = {
-            "qweight": pack(codes, bits).T, "qzeros": pack(stored.T, bits), "scales": scales.T,
-            "g_idx": (np.arange(columns) // (group or columns)).astype(np.int32),
+            "qweight": pack(codes[:, back], bits).T, "qzeros": pack(stored.T, bits), "scales": scales.T,
+            "g_idx": (np.arange(columns) // (group or columns))[back].astype(np.int32),
         }  # fmt: skip
-        return tensors, values_of(codes, scales, zeros, group)
+        return tensors, values_of(codes, scales, zeros, group)[:, back]
 
     return module
 
