@@ -193,3 +193,17 @@ def test_other_forms_are_not_mistaken_for_known_ones(source: str) -> None:
 def test_templates_without_tools_are_recognised() -> None:
     tree = ImmutableSandboxedEnvironment().parse(chat_templates.CHATML)
     assert (takes_tools(tree), shows_tool_calls(tree)) == (False, False)
+
+
+def test_a_name_nested_too_deeply_leaves_text() -> None:
+    text = f'<tool_call>{{"name": {"[" * 100_000}{"]" * 100_000}, "arguments": {{}}}}</tool_call>'
+    assert read("hermes", [text]) == (text, [])
+
+
+def test_arguments_nested_too_deeply_are_like_others_that_are_no_json() -> None:
+    def found(arguments: str) -> tuple[str, int]:
+        call = json.dumps({"name": "add", "arguments": arguments})
+        text, calls = read("hermes", [f"<tool_call>{call}</tool_call>"])
+        return text, len(calls)
+
+    assert found("[" * 100_000) == found("[")

@@ -129,7 +129,7 @@ class JsonCall:
             return
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if self._key == "name" and isinstance(value, str) and value:
             self.name = value
@@ -171,5 +171,5 @@ def _is_object(text: object) -> bool:
     """Whether a string holds the JSON text of an object."""
     try:
         return isinstance(text, str) and isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
