@@ -42,10 +42,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     parser.add_argument("--scheme", choices=("fp8", "int8", "w8a16", "w4a16"), required=True,
                         help="fp8, int8: weights by row, inputs by token; w8a16, w4a16: weights only")  # fmt: skip
-    parser.add_argument("--method", choices=("rtn", "smoothquant"), default="rtn",
-                        help="rtn: round to nearest; smoothquant (fp8, int8): outliers of inputs move into weights")  # fmt: skip
+    parser.add_argument("--method", choices=("rtn", "smoothquant", "awq", "gptq"), default="rtn",
+                        help="rtn: round to nearest; smoothquant (fp8, int8): outliers of inputs move into weights; "
+                        "awq (w8a16, w4a16): columns with large inputs get finer codes; "
+                        "gptq (w8a16, w4a16): later columns make up for the rounding of earlier ones")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE",
-                        help="UTF-8 text for smoothquant, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
+                        help="UTF-8 text for smoothquant, awq and gptq, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
                         help="columns that share a scale; 0 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
     parser.add_argument(
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
     if args.calibration is not None and args.method == "rtn":
-        raise ConfigError("--calibration has no effect with --method=rtn; leave it out, or use --method smoothquant")
+        raise ConfigError("--calibration has no effect with --method=rtn; leave it out, or use another method")
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
         stored, chosen = _matrices(checkpoint, own)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NormFold", "fold_into_norm", "smoothquant_factors"]
+__all__ = ["NormFold", "awq_factors", "fold_into_norm", "smoothquant_factors"]
 
 Float32Array = NDArray[np.float32]
 _ALPHA = 0.5
@@ -33,6 +33,14 @@ def smoothquant_factors(input_amax: Float32Array, weight_amax: Float32Array) -> 
     x, w = (np.where(is_used, amax, np.float32(1)) for amax in (input_amax, weight_amax))
     factors: Float32Array = (x**_ALPHA / w ** (1 - _ALPHA)).astype(np.float32)
     return factors
+
+
+def awq_factors(input_mean: Float32Array, power: float) -> Float32Array:
+    """``input_mean**power`` for each column, around 1 (Lin et al. 2024); 1 where a column is always zero."""
+    is_used = input_mean > 0
+    raised = np.where(is_used, np.where(is_used, input_mean, np.float32(1)) ** np.float32(power), np.float32(1))
+    used = raised[is_used] if is_used.any() else raised
+    return np.where(is_used, raised / np.sqrt(used.max() * used.min()), np.float32(1)).astype(np.float32)
 
 
 def fold_into_norm(stored: NDArray[Any], weight_offset: float, wanted: Float32Array) -> NormFold:

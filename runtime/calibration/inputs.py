@@ -19,20 +19,35 @@ class ProductInputs:
     Args:
         width: ``in``.
         num_tokens: rows that will come, so that the sample is spread over all of them.
+        with_gram: sum up ``x.T @ x``, ``[in, in]`` float32, too.
     """
 
-    def __init__(self, width: int, num_tokens: int) -> None:
+    def __init__(self, width: int, num_tokens: int, with_gram: bool) -> None:
         self.amax = np.zeros(width, np.float32)
+        self._sum = np.zeros(width, np.float64)
+        self.gram = np.zeros((width, width), np.float32) if with_gram else None
         self._stride = max(_LEAST_STRIDE, -(-num_tokens // KEPT_ROWS))
         self._kept: list[Float32Array] = []
-        self._num_rows = 0
+        self._num_rows = self._num_counted = 0
 
     def add(self, x: Float32Array) -> None:
         """Count further rows."""
         is_kept = (np.arange(self._num_rows, self._num_rows + len(x)) % self._stride) == self._stride - 1
         self._num_rows += len(x)
         self._kept.append(x[is_kept])
-        np.maximum(self.amax, np.abs(x[~is_kept]).max(axis=0, initial=0), out=self.amax)
+        counted = x[~is_kept]
+        magnitudes = np.abs(counted)
+        np.maximum(self.amax, magnitudes.max(axis=0, initial=0), out=self.amax)
+        self._sum += magnitudes.sum(axis=0, dtype=np.float64)
+        self._num_counted += len(counted)
+        if self.gram is not None:
+            self.gram += counted.T @ counted
+
+    @property
+    def mean(self) -> Float32Array:
+        """``[in]`` mean magnitude of each column."""
+        mean: Float32Array = (self._sum / max(self._num_counted, 1)).astype(np.float32)
+        return mean
 
     @property
     def sample(self) -> Float32Array:

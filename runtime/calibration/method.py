@@ -1,8 +1,8 @@
-"""Methods of `launch.quantize` that look at inputs: SmoothQuant, each matrix judged on rows that it has not seen."""
+"""Methods of `launch.quantize` that look at inputs: SmoothQuant, AWQ and GPTQ, each matrix judged on rows that it has not seen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from phalanx.checkpoints.quantization.scheme import Scheme
 from phalanx.checkpoints.quantization.writer import Quantized
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.calibration.folding import fold_into_norm, smoothquant_factors
+from phalanx.runtime.calibration.folding import NormFold, awq_factors, fold_into_norm, smoothquant_factors
 from phalanx.runtime.calibration.folds import Fold, find_folds
+from phalanx.runtime.calibration.gptq import Spread, gptq
 from phalanx.runtime.calibration.inputs import ProductInputs
 from phalanx.runtime.calibration.layers import LayerRuns
 from phalanx.runtime.config import ModelConfig
@@ -25,14 +26,22 @@ __all__ = ["CalibratedMethod", "MethodName", "OutputError", "check_method"]
 
 Array = NDArray[Any]
 Float32Array = NDArray[np.float32]
-MethodName = Literal["smoothquant"]
+MethodName = Literal["smoothquant", "awq", "gptq"]
+
+
+_AWQ_STEPS = 20
+"""Powers of the inputs' magnitudes that are tried: 0.05 to 0.95."""
 
 
 def check_method(name: MethodName, scheme: Scheme) -> None:
     """Raise `ConfigError` if the method does not apply to the scheme."""
     if name == "smoothquant" and scheme.is_weight_only:
         raise ConfigError(
-            f"--method=smoothquant does not fit --scheme={scheme.name}, which leaves inputs as they are; use rtn"
+            f"--method=smoothquant does not fit --scheme={scheme.name}, which leaves inputs as they are; use awq, gptq or rtn"
+        )
+    if name != "smoothquant" and not scheme.is_weight_only:
+        raise ConfigError(
+            f"--method={name} does not fit --scheme={scheme.name}; use smoothquant or rtn, or w4a16 or w8a16"
         )
 
 
@@ -123,7 +132,7 @@ class CalibratedMethod:
 
         def record(name: str, x: Float32Array) -> None:
             if name not in inputs:
-                inputs[name] = ProductInputs(x.shape[1], self._runs.num_tokens)
+                inputs[name] = ProductInputs(x.shape[1], self._runs.num_tokens, self._name == "gptq")
             inputs[name].add(x)
 
         weights, self._layer = self._runs.run(number, record), _Layer()
@@ -132,6 +141,10 @@ class CalibratedMethod:
             raise ConfigError(
                 f"--method={self._name} has no inputs of {owner}, whose products are not seen one by one (experts); use --method rtn"
             )
+        if self._name == "gptq":
+            for owner, spec in specs.items():
+                self._round_in_order(_parts(spec, self._stored, weights), inputs[owner])
+            return
         for spec in self._specs[number]:
             if spec.owner in self._folds and spec.kind == "weight":
                 done = self._smooth(self._folds[spec.owner], spec, specs, weights, inputs)
@@ -142,6 +155,19 @@ class CalibratedMethod:
 
     def _is_chosen(self, spec: WeightSpec) -> bool:
         return spec.kind == "weight" and self._stored[spec.parts[0].source] in self._chosen
+
+    def _round_in_order(self, parts: Sequence[_Part], inputs: ProductInputs) -> None:
+        assert inputs.gram is not None
+        spread = Spread.of(inputs.gram)
+        for part in parts:
+            nearest = _rounded(part.values, self._scheme)
+            codes, scale, values = gptq(part.values, spread, self._scheme)
+            proposal = _Rounded(self._scheme.stored(codes, scale), values)
+            before, after = (
+                _output_error(part.values, inputs.sample, one.values, inputs.sample) for one in (nearest, proposal)
+            )
+            self.output_errors[part.name] = OutputError(before, after, after < before)
+            self._keep(part, proposal if after < before else nearest)
 
     def _smooth(
         self, fold: Fold, norm: WeightSpec, specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
@@ -156,18 +182,13 @@ class CalibratedMethod:
         stored, bias = self._runs.stored(name), weights.norm(fold.norm)[1]
         if bias is not None:
             return set()
-        largest = np.max([np.abs(part.values).max(axis=0) for part in parts], axis=0)
-        folded = fold_into_norm(stored, fold.weight_offset, smoothquant_factors(seen.amax, largest))
-        scheme, factors = self._scheme, folded.factors
-        plain, divided = scheme.round_input(sample), scheme.round_input(sample / factors)
+        scheme = self._scheme
+        folded = self._chosen_fold(parts, seen, lambda wanted: fold_into_norm(stored, fold.weight_offset, wanted))
+        factors, judged = folded.factors, sample[1::2]
         nearest = [_rounded(part.values, scheme) for part in parts]
         smoothed = [_rounded(part.values * factors, scheme) for part in parts]
-        before = [
-            _output_error(part.values, sample, one.values, plain) for part, one in zip(parts, nearest, strict=True)
-        ]
-        after = [
-            _output_error(part.values, sample, one.values, divided) for part, one in zip(parts, smoothed, strict=True)
-        ]
+        before = _output_errors(parts, judged, nearest, scheme.round_input(judged))
+        after = _output_errors(parts, judged, smoothed, scheme.round_input(judged / factors))
         is_kept = sum(after) < sum(before)
         for part, *errors in zip(parts, before, after, strict=True):
             self.output_errors[part.name] = OutputError(errors[0], errors[1], is_kept)
@@ -176,6 +197,22 @@ class CalibratedMethod:
         if is_kept:
             self._layer.norms[name] = folded.weight
         return set(fold.products)
+
+    def _chosen_fold(
+        self, parts: Sequence[_Part], seen: ProductInputs, folded: Callable[[Float32Array], NormFold]
+    ) -> NormFold:
+        """The method's only factors, or the best of several on every other row of the sample."""
+        largest = np.max([np.abs(part.values).max(axis=0) for part in parts], axis=0)
+        if self._name == "smoothquant":
+            return folded(smoothquant_factors(seen.amax, largest))
+        scheme, rows = self._scheme, seen.sample[::2]
+        proposals = [folded(awq_factors(seen.mean, step / _AWQ_STEPS)) for step in range(1, _AWQ_STEPS)]
+
+        def error(proposal: NormFold) -> float:
+            rounded = [_rounded(part.values * proposal.factors, scheme) for part in parts]
+            return sum(_output_errors(parts, rows, rounded, scheme.round_input(rows / proposal.factors)))
+
+        return min(proposals, key=error)
 
     def _keep(self, part: _Part, rounded: _Rounded) -> None:
         self._layer.matrices[part.name] = Quantized(
@@ -203,6 +240,12 @@ def _parts(spec: WeightSpec, stored: Mapping[str, str], weights: Weights[Float32
 def _output_error(weight: Float32Array, x: Float32Array, values: Float32Array, rounded: Float32Array) -> float:
     exact = x @ weight.T
     return _relative(rounded @ values.T - exact, exact)
+
+
+def _output_errors(
+    parts: Sequence[_Part], x: Float32Array, rounded: Sequence[_Rounded], seen: Float32Array
+) -> list[float]:
+    return [_output_error(part.values, x, one.values, seen) for part, one in zip(parts, rounded, strict=True)]
 
 
 def _relative(difference: Float32Array, exact: Float32Array) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "checkpoints" / "demo"
+HELD_OUT_TEXTS = [
+    path for path in sorted((ROOT / "tests" / "demo" / "held_out").glob("*.txt")) if path.name != "LICENSE.txt"
+]
 HELD_OUT = ROOT / "tests" / "demo" / "held_out" / "operator.txt"
 GAIN = 64.0
 
@@ -61,16 +65,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def logprobs(model: Path, tp: int = 1) -> np.ndarray[Any, Any]:
-    """Of each token of a held-out text."""
+def logprobs(model: Path, tp: int = 1, texts: Sequence[Path] = (HELD_OUT,)) -> np.ndarray[Any, Any]:
+    """Of each token of held-out texts."""
 
     def rank(comm: Communicator) -> list[float]:
         with LLM(model, tensor_parallel_size=tp, comm=comm, engine="numpy") as llm:
             assert llm.tokenizer is not None
-            ids = llm.tokenizer.encode(HELD_OUT.read_text("utf-8"))
-            [output] = llm.run([ids], [SamplingParams(max_tokens=0, prompt_logprobs=0)])
-        assert output.prompt_logprobs is not None
-        return [each.logprob for each in output.prompt_logprobs if each is not None]
+            ids = [llm.tokenizer.encode(text.read_text("utf-8")) for text in texts]
+            outputs = llm.run(ids, [SamplingParams(max_tokens=0, prompt_logprobs=0)] * len(ids))
+        return [each.logprob for output in outputs for each in output.prompt_logprobs or () if each is not None]
 
     return np.array(run_ranks(tp, rank)[0])
 
@@ -112,6 +115,25 @@ def test_on_the_demo_smoothquant_is_no_worse_than_rounding_to_nearest(text: Path
     assert smooth < 1.15 * nearest  # they differ by a tenth from text to text
 
 
+def test_on_outliers_awq_and_gptq_beat_rounding_to_nearest_at_any_layout(
+    outliers: Path, text: Path, tmp_path: Path
+) -> None:
+    group = ("--group-size", "16")
+    reports = {
+        method: quantized(outliers, tmp_path / method, "w4a16", method, text, *group)
+        for method in ("rtn", "awq", "gptq")
+    }
+    exact = logprobs(outliers, texts=HELD_OUT_TEXTS)
+    found = {method: divergence(exact, logprobs(tmp_path / method, texts=HELD_OUT_TEXTS)) for method in reports}
+    assert found["awq"] < 0.8 * found["rtn"]
+    assert found["gptq"] < found["rtn"]
+    for method in ("awq", "gptq"):
+        errors = reports[method]["output_errors"].values()
+        assert sum(error["calibrated"] for error in errors) < 0.8 * sum(error["rtn"] for error in errors)
+        one, two = (logprobs(tmp_path / method, tp=tp) for tp in (1, 2))
+        np.testing.assert_allclose(two, one, atol=1e-3)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_a_folded_norm_times_its_factors_is_the_norm_in_any_format(offset: float) -> None:
     generator = np.random.default_rng(3)
@@ -129,6 +151,8 @@ def test_a_folded_norm_times_its_factors_is_the_norm_in_any_format(offset: float
     ("arguments", "message"),
     [
         (["--scheme", "w4a16", "--method", "smoothquant"], "--method=smoothquant does not fit --scheme=w4a16"),
+        (["--scheme", "fp8", "--method", "awq"], "--method=awq does not fit --scheme=fp8"),
+        (["--scheme", "int8", "--method", "gptq"], "--method=gptq does not fit --scheme=int8"),
         (["--scheme", "int8", "--calibration", "text"], "--calibration has no effect with --method=rtn"),
         (["--scheme", "int8", "--method", "smoothquant", "--calibration", "/nowhere/text"], "cannot be read"),
     ],
