@@ -13,6 +13,7 @@ _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _SLURM_RUN = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
@@ -30,9 +31,9 @@ class LaunchInfo:
 def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
     """Read the variables of Open MPI, MPICH (Hydra), PMIx and Slurm.
 
-    Slurm's variables are also set in a batch script itself, so they count only inside a step (``SLURM_STEP_ID``).
+    Slurm's variables are also set in a batch script and in the shell of ``salloc``, so they count only inside a step.
     """
-    if environ.get("SLURM_STEP_ID") is None or environ.get("SLURM_STEP_ID") == "batch":
+    if not _is_in_slurm_step(environ):
         environ = {key: value for key, value in environ.items() if not key.startswith("SLURM_")}
     launcher = next((name for name in _RANK if name in environ), None)
     if launcher is None:
@@ -52,6 +53,12 @@ def forget_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
     """From now on this process is a rank of one: it neither waits for others nor ends them."""
     for name in (*_RANK, "SLURM_STEP_ID"):
         environ.pop(name, None)
+
+
+def _is_in_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Whether ``srun`` started this: the numbers of batch scripts and interactive shells begin at 0xfffffff0 (slurm.h)."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
 
 
 def _slurm_local_size(environ: Mapping[str, str]) -> int | None:

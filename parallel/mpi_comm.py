@@ -254,16 +254,21 @@ def _mpi(start: bool = True) -> Any:
         ) from error
     if start and not MPI.Is_initialized():
         info = launch_info()
-        _refuse_foreign_launcher(info, MPI.get_vendor()[0])
+        _refuse_foreign_launcher(info, *MPI.get_vendor())
         with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return MPI
 
 
-def _refuse_foreign_launcher(info: LaunchInfo, vendor: str) -> None:
+def _refuse_foreign_launcher(info: LaunchInfo, vendor: str, version: tuple[int, int, int]) -> None:
+    """Refuse what would end inside MPI's start with its own words, or as many jobs of one rank as there are ranks."""
     if info.launcher == "Open MPI" and vendor in _MPICH_FAMILY:
         raise ConfigError(_mismatch(info, f"the MPI library is {vendor}"))
+    # Open MPI joins ranks over PMIx; only releases before 5 could be built for PMI-2 as well.
+    has_no_pmi = info.launcher == "Slurm" or (info.launcher == "MPICH" and version[0] >= 5)
+    if vendor == "Open MPI" and info.size > 1 and has_no_pmi:
+        raise ConfigError(_mismatch(info, f"the MPI library is Open MPI {version[0]}, which needs PMIx"))
 
 
 def _mismatch(info: LaunchInfo, what: str) -> str:

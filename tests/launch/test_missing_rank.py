@@ -95,3 +95,13 @@ def test_a_limit_that_is_no_number_is_one_line() -> None:
     result = run("generate", *IDS, ranks=2, environ={"PHALANX_MPI_START_SECONDS": "soon"})
     assert result.returncode == 2
     assert "PHALANX_MPI_START_SECONDS='soon' is not a positive number of seconds" in result.stderr
+
+
+def test_a_step_of_slurm_without_a_pmi_is_refused_in_one_sentence() -> None:
+    """``srun --mpi=none``: MPICH would start as many jobs of one rank, Open MPI would end with a page of its own words."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
+    first, second = (run("generate", *IDS, environ={**step, "SLURM_PROCID": rank}) for rank in "01")
+    assert (first.returncode, first.stdout, first.stderr.count("\n")) == (2, "", 1)
+    assert "phalanx: Slurm started 4 ranks but" in first.stderr
+    assert "or srun --mpi=pmix (Open MPI) / --mpi=pmi2 (MPICH)" in first.stderr
+    assert (second.returncode, second.stdout, second.stderr) == (2, "", "")

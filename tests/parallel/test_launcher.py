@@ -21,9 +21,10 @@ from phalanx.parallel.launcher import LaunchInfo, launch_info
         ),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}, LaunchInfo(3, 8, 3, 8, "Slurm")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, LaunchInfo()),
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, LaunchInfo()),
         ({"SLURM_STEP_ID": "batch", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, LaunchInfo()),
     ],
-    ids=["by hand", "mpich", "openmpi", "srun step", "batch script, old", "batch script"],
+    ids=["by hand", "mpich", "openmpi", "srun step", "batch script, old", "shell of salloc", "batch script"],
 )  # fmt: skip
 def test_launch_info(environ: dict[str, str], expected: LaunchInfo) -> None:
     assert launch_info(environ) == expected
