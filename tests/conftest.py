@@ -58,6 +58,7 @@ EXPECTED_SKIPS = {
     "sentencepiece": "installed and run by .ci/run",
     "tiktoken": "installed and run by .ci/run",
     "Open MPI": "run by .ci/run with Open MPI",
+    "Slurm": "installed and run by .ci/run as root",
     "GPU": "of machines with another number of GPUs",
 }
 """Words of a reason, and what runs such a test. A skip for another reason is one to look at."""

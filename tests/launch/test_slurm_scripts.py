@@ -1,6 +1,6 @@
 """The batch scripts: valid shell, flags that exist, and what they do where ``srun`` is a stand-in that starts one rank.
 
-They are not run under a real Slurm here.
+`tests/slurm` runs them under a real Slurm.
 """
 
 from __future__ import annotations
