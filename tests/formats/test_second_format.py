@@ -177,8 +177,10 @@ def test_a_device_gets_the_same_components(
             np.testing.assert_array_equal(np.asarray(sink.weights[name]), array, err_msg=name)
 
 
-@pytest.mark.parametrize("engine", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("engine", ["cuda", pytest.param("tensorrt", marks=pytest.mark.tensorrt)])
 def test_engines_that_cannot_multiply_it_say_so_before_they_read(engine: str, checkpoints: tuple[Path, Path]) -> None:
+    if engine == "tensorrt":
+        pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
     message = (
         rf"the {engine} engine cannot multiply toy int4 weights, which layers\.0\.qkv of this LlamaForCausalLM has"
     )

@@ -143,7 +143,7 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
 }  # fmt: skip
 NOTHING_TO_DO = {("tensorrt", "all_reduce")}
 """A network of one rank would have its input as output."""
-REFUSED = {("tensorrt", name) for name in ("experts renormalised", "experts not renormalised", "sigmoid_gate")}
+REFUSED = {("tensorrt", name) for name in ("experts renormalised", "experts not renormalised")}
 """Models that use it are refused (tests/executors/test_capabilities.py)."""
 
 

@@ -77,10 +77,10 @@ def create_lowered_executor(
     Raises:
         ConfigError, CheckpointError: as `create_cuda_executor`.
     """
-    import cupy
-
     limits = _step_limits(spec)
     device, stream = select_device()
+    import cupy  # not before: without it `select_device` says what to install
+
     with device, stream:
         library = KernelLibrary()
         _check_quantized(spec, library.architecture)

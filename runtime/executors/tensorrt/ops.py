@@ -36,7 +36,7 @@ _HIDDEN = -60000.0
 CAPABILITIES = Capabilities(
     engine="tensorrt",
     dtypes=frozenset({"float32", "bfloat16", "float16"}),
-    features={**ALL_ENGINES, "logits.soft_cap": ANY},
+    features={**ALL_ENGINES, "logits.soft_cap": ANY, "sigmoid_gate": ANY},
 )
 """TensorRT's attention layer has a mask, but neither a soft cap nor ALiBi's biases."""
 
