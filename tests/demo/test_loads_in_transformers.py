@@ -15,8 +15,9 @@ import pytest
 
 from phalanx.checkpoints.quantization.numbers import dequantize, quantize_rows
 from phalanx.launch.quantize import main as quantize
+from phalanx.runtime.executors.numpy import executor
 from phalanx.runtime.llm import LLM
-from phalanx.runtime.request import RequestOutput, SamplingParams
+from phalanx.runtime.request import SamplingParams
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -25,9 +26,10 @@ Array = np.ndarray[Any, Any]
 NUM_TOKENS = 24
 WEIGHT_ONLY = {"w8a16": (), "w4a16": ("--group-size", "0"), "w4a16 g16": ("--group-size", "16")}
 SCHEMES = {"fp8": (), "int8": (), **WEIGHT_ONLY}
-NEAR_TIE = {"int8": 0.02}
-"""compressed-tensors scales int8 inputs by amax / 127.5, and the definition here by amax / 127. Where the two best tokens are
-nearer than this, in nats, either may follow. With the other schemes the tokens must be equal."""
+BOUNDS = {"fp8": 0.015, "int8": 0.004}
+"""Nats a token between the two programs: what each scheme may cost (`test_quantised_quality`). Where inputs are codes, tokens need not be
+equal: one code that rounds to its neighbour changes those of later layers. int8 inputs even have another scale in compressed-tensors,
+amax / 127.5 for amax / 127."""
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +48,27 @@ def transformers_model(directory: Path) -> Any:
 
 
 def log_probabilities(model: Any, token_ids: list[int]) -> Array:
-    """``[T - 1]`` of the tokens after the first."""
+    """``[T - 1, V]`` of what follows each token but the last."""
     import torch
 
     with torch.no_grad():
-        rows = torch.log_softmax(model(torch.tensor([token_ids])).logits[0].double(), -1).numpy()
-    result: Array = rows[np.arange(len(token_ids) - 1), token_ids[1:]]
-    return result
+        rows: Array = torch.log_softmax(model(torch.tensor([token_ids])).logits[0].double(), -1).numpy()
+    return rows[:-1]
+
+
+def our_log_probabilities(llm: LLM, token_ids: list[int]) -> Array:
+    """The same from Phalanx."""
+    rows: list[Array] = []
+    log_softmax = executor.log_softmax
+
+    def recorded(logits: Any) -> Any:
+        rows.append(log_softmax(logits))
+        return rows[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "log_softmax", recorded)
+        llm.generate([token_ids], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    return np.concatenate(rows)
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int]:
@@ -63,39 +79,27 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
     return answer
 
 
-def assert_same_tokens(theirs: list[int], ours: RequestOutput, near_tie: float) -> None:
-    """Equal, or equal up to a place where the two best tokens are nearer than ``near_tie``."""
-    if theirs == list(ours.token_ids):
-        return
-    assert ours.logprobs is not None
-    place = next(i for i, pair in enumerate(zip(theirs, ours.token_ids, strict=False)) if pair[0] != pair[1])
-    (first, best), (second, other) = ours.logprobs[place].top
-    assert best - other < near_tie, (place, theirs, ours.token_ids)
-    assert {theirs[place], ours.token_ids[place]} == {first, second}
-
-
 @pytest.mark.parametrize("name", SCHEMES)
-def test_same_tokens_and_log_probabilities(
-    name: str, compressed_tensors: None, demo: Path, reference: dict[str, Any], tmp_path: Path
+def test_same_distribution_and_for_weight_only_schemes_same_tokens(
+    name: str, compressed_tensors: None, demo: Path, held_out: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     assert quantize(["--output", str(output), "--scheme", name.split()[0], *SCHEMES[name]]) == 0
-    entries = reference["greedy"]
-    prompts = [entry["prompt_token_ids"] for entry in entries]
-    scored = prompts[0] + entries[0]["token_ids"]
+    prompts = [entry["prompt_token_ids"] for entry in reference["greedy"]]
     with LLM(output, engine="numpy", dtype="float32") as llm:
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, logprobs=2)
-        ours = llm.generate(prompts, params)
-        (whole,) = llm.generate([scored], SamplingParams(max_tokens=0, prompt_logprobs=0))
+        answers = llm.generate(prompts, SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0))
+        assert llm.tokenizer is not None
+        scored = list(llm.tokenizer.encode((held_out / "operator.txt").read_text("utf-8")))
+        ours = our_log_probabilities(llm, scored)
     model = transformers_model(output)
-    for prompt, answer in zip(prompts, ours, strict=True):
-        assert_same_tokens(greedy(model, prompt), answer, NEAR_TIE.get(name, 0.0))
     theirs = log_probabilities(model, scored)
-    assert np.abs(theirs - log_probabilities(transformers_model(demo), scored)).max() > 0.01, "it is quantised there"
-    if name in WEIGHT_ONLY:
-        assert whole.prompt_logprobs is not None
-        values = [item.logprob for item in whole.prompt_logprobs if item is not None]
-        np.testing.assert_allclose(values, theirs, rtol=0, atol=2e-5)
+    float_ones = log_probabilities(transformers_model(demo), scored)
+    assert np.abs(theirs - float_ones).max() > 0.01, "it is quantised there"
+    if name in BOUNDS:
+        assert (np.exp(theirs) * (theirs - ours)).sum(axis=1).mean() < BOUNDS[name]
+    else:
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(np.ptp(theirs)))
+        assert [greedy(model, prompt) for prompt in prompts] == [list(answer.token_ids) for answer in answers]
 
 
 def test_fp8_inputs_are_rounded_alike(compressed_tensors: None, tmp_path: Path) -> None:
