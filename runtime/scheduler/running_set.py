@@ -63,6 +63,7 @@ class RunningSet:
         self._microbatches = _microbatches_by_seqs(config)
         self._most_masked = most_masked_seqs(config.vocab_size)
         self._heirs: list[Sequence] = []
+        self._num_new_blocks = 0  # that the next plan must tell of for sequences which have started
         self.beams: dict[Sequence, Beam] = {}
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
@@ -79,15 +80,17 @@ class RunningSet:
         """
         if self._config.step_times is not None and self._is_full(num_in_flight):
             return Selection(np.empty(0, np.intp))
-        num_blocks = self._place_beams() if self.beams else 0
+        if self.beams:
+            self._place_beams()
         selection = Selection(self._choose_decodes())
         for heir in self._heirs:
             if heir.seq_index >= 0:
                 self._add_admission(selection, heir)
         self._add_chunks(selection)
-        self._admit(selection, num_blocks)
+        self._admit(selection)
         if selection.num_tokens:
             self._heirs.clear()
+            self._num_new_blocks = 0
         return selection
 
     def mark_filled(self, chunks: list[tuple[int, int]]) -> None:
@@ -134,8 +137,11 @@ class RunningSet:
             return
         if sum(len(other.biases) for other in (*self._heirs, heir)) > MAX_PLAN_BIASES or not self._may_run_masked(heir):
             return
+        if self._is_plan_full:
+            return
         num_cached = self._reserve(heir)
         if num_cached is not None:
+            self._count_blocks(heir)
             self._waiting.discard(heir)
             self._table.add(heir, num_cached)
             self._heirs.append(heir)
@@ -157,25 +163,31 @@ class RunningSet:
         self._cache.discard(sequence.seq_index)
         self._table.remove(sequence.seq_index)
 
-    def _place_beams(self) -> int:
+    @property
+    def _is_plan_full(self) -> bool:
+        """Whether the blocks of sequences that start are as many as a plan has room for, with one sequence over."""
+        return self._num_new_blocks >= self._config.max_num_batched_tokens
+
+    def _count_blocks(self, sequence: Sequence) -> None:
+        self._num_new_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
+
+    def _place_beams(self) -> None:
         """Give rows to beams that fork from running ones, oldest search first, taking them from younger requests if need be.
 
-        Returns how many blocks the plan must tell of. What it has no room for starts with the next plan.
+        What the plan has no room for starts with the next one.
         """
         waiting = [beam for beam in self.beams.values() if beam.parent is not None and not beam.is_running]
-        num_blocks = 0
         for beam in sorted(waiting, key=lambda beam: beam.sequence.number):
-            if num_blocks >= self._config.max_num_batched_tokens:
+            if self._is_plan_full:
                 break
             while beam.parent is not None and self._may_fork(beam, beam.parent):
                 if self._fork(beam, beam.parent):
-                    num_blocks += -(-len(beam.sequence.token_ids) // self._cache.block_size)
+                    self._count_blocks(beam.sequence)
                     break
                 youngest = self._table.youngest()
                 if int(self._table.numbers[youngest]) <= beam.sequence.number:
                     break
                 self._preempt(youngest)
-        return num_blocks
 
     def _may_fork(self, beam: Beam, parent: Beam) -> bool:
         seq_index = parent.sequence.seq_index
@@ -242,7 +254,7 @@ class RunningSet:
                 selection.chunks.append((seq_index, count))
                 budget -= count
 
-    def _admit(self, selection: Selection, num_blocks: int) -> None:
+    def _admit(self, selection: Selection) -> None:
         """Start waiting requests in order of arrival while rows, blocks and token budget last.
 
         One whose prompt another is about to compute lets others pass until it can be forked. Starts also stop where their blocks
@@ -252,7 +264,7 @@ class RunningSet:
         budget = self._config.max_num_batched_tokens - selection.num_tokens
         started = []
         for sequence in self._waiting:
-            is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
+            is_full = self._is_plan_full or len(selection.chunks) >= most
             if is_full or budget <= 0 or self._table.num_free < self._num_reserved() + self._num_rows(sequence):
                 break
             if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
@@ -268,7 +280,7 @@ class RunningSet:
             selection.chunks.append((sequence.seq_index, count))
             self._add_admission(selection, sequence)
             budget -= count
-            num_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
+            self._count_blocks(sequence)
         for sequence in started:
             self._waiting.discard(sequence)
 

@@ -7,8 +7,9 @@ import pytest
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import BlockPlanner, SlotPlanner
 from phalanx.runtime.scheduler import Scheduler
+from phalanx.runtime.step import StepLimits
 
-from .harness import CONFIG, make_prompt, make_request, make_scheduler, plan_step, run_step
+from .harness import CONFIG, make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
 
 PROMPT = make_prompt(10)
 
@@ -161,3 +162,23 @@ def test_a_plan_starts_no_more_long_prefixes_than_it_has_room_for() -> None:
     plan = plan_step(scheduler)
     assert len(plan.admissions) == 2, "30 blocks each, and at most one sequence more than 40"
     assert len(plan.new_blocks) <= 40 + 8 + 64
+
+
+def test_prompts_handed_over_at_once_are_no_more_than_a_plan_has_room_for() -> None:
+    """Many requests end in one step, and each leaves a long prompt to another: blocks beyond the plan's buffer start later."""
+    scheduler = make_scheduler(num_blocks=400, block_size=1, max_num_seqs=4)
+    for index in range(8):
+        prompt = make_prompt(40, first=10 + index % 4)
+        scheduler.submit(make_request(f"r{index}", prompt, fork_from=f"r{index - 4}" if index > 3 else None), 0.0)
+    for _ in range(4):
+        run_step(scheduler)
+    for index in range(4):
+        scheduler.cancel(f"r{index}", 0.0)
+    limits = StepLimits(4, CONFIG.max_num_batched_tokens, CONFIG.max_model_len, 1, CONFIG.vocab_size)
+    plans = []
+    for _ in range(3):
+        plans.append(plan_step(scheduler))
+        scheduler.apply(make_result(plans[-1]), 0.0)
+    assert max(len(plan.new_blocks) for plan in plans) <= 4 + CONFIG.max_num_batched_tokens + limits.blocks_per_seq
+    assert max(len(plan.words) for plan in plans) <= limits.max_plan_words
+    assert scheduler.stats().num_running == 4

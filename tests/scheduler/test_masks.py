@@ -30,7 +30,7 @@ class Masks:
     """Gives the mask of a guide whose compilation ends when it is looked at."""
 
     def start(self, guide: Guide) -> GuideMask:
-        return GuideMask(self, lambda: None, CONFIG.vocab_size)  # type: ignore[arg-type]
+        return GuideMask(self, lambda: None, CONFIG.vocab_size, "structured_outputs")  # type: ignore[arg-type]
 
     def submit(self, *_: Any) -> FailsWhileLookedAt:
         return FailsWhileLookedAt()
