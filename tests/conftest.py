@@ -57,6 +57,7 @@ EXPECTED_SKIPS = {
     "tensorrt": "installed and run by .ci/run",
     "sentencepiece": "installed and run by .ci/run",
     "tiktoken": "installed and run by .ci/run",
+    "network namespaces": "needs root and iproute2",
     "Open MPI": "run by .ci/run with Open MPI",
     "Slurm": "installed and run by .ci/run as root",
     "GPU": "of machines with another number of GPUs",

@@ -78,6 +78,15 @@ class Job:
             assert time.monotonic() < started + limit, [line for _, line in self.processes().values()]
         return time.monotonic() - started
 
+    def seconds_until_only_the_launcher_runs(self, limit: float = 10.0) -> float:
+        """How long some rank or HTTP process of the job still runs."""
+        started = time.monotonic()
+        while left := [
+            pid for module in (b"launch.serve", b"launch.http_process") for pid in self._find_all(self._mark, module)
+        ]:
+            assert time.monotonic() < started + limit, left
+        return time.monotonic() - started
+
     def _find(self, variable: bytes, command: bytes) -> int:
         found = self._find_all(variable, command)
         assert len(found) == 1, (variable, command, found)
@@ -96,12 +105,18 @@ class Job:
 
 
 @contextlib.contextmanager
-def serve(num_ranks: int, *flags: str, wait_for: str = "READY", launcher_flags: Sequence[str] = ()) -> Iterator[Job]:
-    """``mpirun -n num_ranks python -m launch.serve flags`` on any free port; without mpirun for 0 ranks."""
+def serve(
+    num_ranks: int,
+    *flags: str,
+    wait_for: str = "READY",
+    launcher_flags: Sequence[str] = (),
+    prefix: Sequence[str] = (),
+) -> Iterator[Job]:
+    """``prefix mpirun -n num_ranks python -m launch.serve flags`` on any free port; without mpirun for 0 ranks."""
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "launch.serve", "--port", "0", *flags]
     if num_ranks:
-        command = [mpirun(), *launcher_flags, "-n", str(num_ranks), *command]
+        command = [*prefix, mpirun(), *launcher_flags, "-n", str(num_ranks), *command]
     with start(command, **{MARK: mark}, **ENVIRONMENT) as server:
         job = Job(server, mark, num_ranks)
         if wait_for:
