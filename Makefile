@@ -53,7 +53,8 @@ test-guides: setup
 # Signals and missing ranks at every moment of every command, with whichever MPI is installed.
 test-launchers: setup
 	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
-		tests/launch/test_user_files.py tests/server/test_failures.py tests/parallel/test_scripts.py
+		tests/launch/test_user_files.py tests/server/test_failures.py tests/server/test_two_hosts.py \
+		tests/parallel/test_scripts.py
 
 # lm-eval as a client, from an environment of its own (0.8 GB): log-likelihoods within 1e-4 of a float64 reference.
 test-lm-eval: setup

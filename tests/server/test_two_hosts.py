@@ -17,6 +17,8 @@ from .test_serve import LONG, serve_tiny, tiny
 
 __all__ = ["tiny"]
 
+pytestmark = pytest.mark.slow  # make test-launchers
+
 ANSWER = {"prompt": "ab", "max_tokens": 12, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
 
 
