@@ -35,7 +35,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="launch.quantize",
         description="Quantise the matrices of a float checkpoint's layers, one layer at a time. The result is in "
-        "compressed-tensors, the format of transformers and vLLM, and loads here; loading it there has not been tried.",
+        "compressed-tensors, the format of transformers and vLLM; it loads here and in transformers (docs/quantisation.md says which versions).",
     )
     add_model_argument(parser, "Hugging Face directory with float weights (default: the demo checkpoint)")
     add_model_file_argument(parser)

@@ -21,7 +21,7 @@ _BYTES = 4 * MAX_TOKENS
 
 
 def default_text() -> str:
-    """Phalanx's own sources, English prose and Python: no model was trained on this text before it was written."""
+    """Phalanx's own sources: English prose and Python."""
     folder = files("phalanx.runtime")
     assert isinstance(folder, Path)
     text = ""
