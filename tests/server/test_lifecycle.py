@@ -188,6 +188,7 @@ def test_many_clients_that_leave_at_any_moment_leave_nothing_behind(model_direct
                 connections[0].getresponse().readline()
             for connection in connections:
                 connection.close()
-        while server.get("/metrics").body.find(b"phalanx_requests_running 0.0") < 0:
+        # Until the last connections are noticed to be closed the room is taken; the test's timeout is the limit.
+        while (answer := server.post(PATH, {"prompt": "a", "n": 64, "max_tokens": 1})).status == 429:
             continue
-        assert server.post(PATH, {"prompt": "a", "n": 64, "max_tokens": 1}).status == 200
+        assert answer.status == 200

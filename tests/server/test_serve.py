@@ -74,7 +74,8 @@ def job(tiny: Path) -> Iterator[Job]:
 
 def metric(job: Job, name: str) -> float:
     lines = job.server.get("/metrics").body.decode().splitlines()
-    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+    found = [line for line in lines if line.startswith(f"{name} ")]
+    return float(found[0].split()[1]) if found else math.nan  # not before the engine's first report
 
 
 def wait_until_idle(job: Job) -> None:
