@@ -65,8 +65,10 @@ def test_a_stopped_rank_of_an_idle_server_turns_health_red_and_ends_the_job(tiny
         assert answer.status == 503
         status, errors = job.server.wait()
         assert status != 0
-        assert f"rank {rank} (" in errors
-        assert "no sign of life" in errors
+        # Where rank 0 itself is stopped, MPICH's mpirun may cut off what the rank that noticed writes (docs/failures.md).
+        if rank or is_open_mpi() or "rank 0 has ended without a message" not in errors:
+            assert f"rank {rank} (" in errors
+            assert "no sign of life" in errors
         assert job.seconds_until_gone() < 10
 
 
