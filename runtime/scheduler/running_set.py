@@ -63,7 +63,6 @@ class RunningSet:
         self._microbatches = _microbatches_by_seqs(config)
         self._most_masked = most_masked_seqs(config.vocab_size)
         self._heirs: list[Sequence] = []
-        self._num_new_blocks = 0  # that the next plan must tell of for sequences which have started
         self.beams: dict[Sequence, Beam] = {}
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
@@ -90,7 +89,6 @@ class RunningSet:
         self._admit(selection)
         if selection.num_tokens:
             self._heirs.clear()
-            self._num_new_blocks = 0
         return selection
 
     def mark_filled(self, chunks: list[tuple[int, int]]) -> None:
@@ -137,11 +135,10 @@ class RunningSet:
             return
         if sum(len(other.biases) for other in (*self._heirs, heir)) > MAX_PLAN_BIASES or not self._may_run_masked(heir):
             return
-        if self._is_plan_full:
+        if self._num_heir_blocks >= self._config.max_num_batched_tokens:
             return
         num_cached = self._reserve(heir)
         if num_cached is not None:
-            self._count_blocks(heir)
             self._waiting.discard(heir)
             self._table.add(heir, num_cached)
             self._heirs.append(heir)
@@ -164,12 +161,12 @@ class RunningSet:
         self._table.remove(sequence.seq_index)
 
     @property
-    def _is_plan_full(self) -> bool:
-        """Whether the blocks of sequences that start are as many as a plan has room for, with one sequence over."""
-        return self._num_new_blocks >= self._config.max_num_batched_tokens
+    def _num_heir_blocks(self) -> int:
+        """Blocks of sequences that have started since the last plan: the next one must tell of them."""
+        return sum(self._num_blocks(heir) for heir in self._heirs if heir.seq_index >= 0)
 
-    def _count_blocks(self, sequence: Sequence) -> None:
-        self._num_new_blocks += -(-len(sequence.token_ids) // self._cache.block_size)
+    def _num_blocks(self, sequence: Sequence) -> int:
+        return -(-len(sequence.token_ids) // self._cache.block_size)
 
     def _place_beams(self) -> None:
         """Give rows to beams that fork from running ones, oldest search first, taking them from younger requests if need be.
@@ -178,11 +175,10 @@ class RunningSet:
         """
         waiting = [beam for beam in self.beams.values() if beam.parent is not None and not beam.is_running]
         for beam in sorted(waiting, key=lambda beam: beam.sequence.number):
-            if self._is_plan_full:
+            if self._num_heir_blocks >= self._config.max_num_batched_tokens:
                 break
             while beam.parent is not None and self._may_fork(beam, beam.parent):
                 if self._fork(beam, beam.parent):
-                    self._count_blocks(beam.sequence)
                     break
                 youngest = self._table.youngest()
                 if int(self._table.numbers[youngest]) <= beam.sequence.number:
@@ -262,9 +258,9 @@ class RunningSet:
         """
         most = self._share(self._table.num_running + min(len(self._waiting), self._table.num_free))
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        started = []
+        num_blocks, started = self._num_heir_blocks, []
         for sequence in self._waiting:
-            is_full = self._is_plan_full or len(selection.chunks) >= most
+            is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
             if is_full or budget <= 0 or self._table.num_free < self._num_reserved() + self._num_rows(sequence):
                 break
             if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
@@ -280,7 +276,7 @@ class RunningSet:
             selection.chunks.append((sequence.seq_index, count))
             self._add_admission(selection, sequence)
             budget -= count
-            self._count_blocks(sequence)
+            num_blocks += self._num_blocks(sequence)
         for sequence in started:
             self._waiting.discard(sequence)
 

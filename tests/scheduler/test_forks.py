@@ -9,7 +9,7 @@ from phalanx.runtime.kv_cache import BlockPlanner, SlotPlanner
 from phalanx.runtime.scheduler import Scheduler
 from phalanx.runtime.step import StepLimits
 
-from .harness import CONFIG, make_prompt, make_request, make_result, make_scheduler, plan_step, run_step
+from .harness import CONFIG, make_prompt, make_request, make_scheduler, plan_step, run_step
 
 PROMPT = make_prompt(10)
 
@@ -164,21 +164,38 @@ def test_a_plan_starts_no_more_long_prefixes_than_it_has_room_for() -> None:
     assert len(plan.new_blocks) <= 40 + 8 + 64
 
 
-def test_prompts_handed_over_at_once_are_no_more_than_a_plan_has_room_for() -> None:
-    """Many requests end in one step, and each leaves a long prompt to another: blocks beyond the plan's buffer start later."""
-    scheduler = make_scheduler(num_blocks=400, block_size=1, max_num_seqs=4)
-    for index in range(8):
-        prompt = make_prompt(40, first=10 + index % 4)
-        scheduler.submit(make_request(f"r{index}", prompt, fork_from=f"r{index - 4}" if index > 3 else None), 0.0)
-    for _ in range(4):
+def hand_over_at_once() -> Scheduler:
+    """Four requests that end with their first token have just left their prompts to others, as many blocks as a plan has tokens.
+
+    Three more wait whose prompts are known, so that they cost blocks but no tokens.
+    """
+    scheduler = make_scheduler(num_blocks=400, block_size=1)
+    known = [make_prompt(40, first=50 + index) for index in range(3)]
+    for index, prompt in enumerate(known):
+        scheduler.submit(make_request(f"known{index}", prompt, max_tokens=1), 0.0)
+    while scheduler.has_work:
         run_step(scheduler)
     for index in range(4):
-        scheduler.cancel(f"r{index}", 0.0)
-    limits = StepLimits(4, CONFIG.max_num_batched_tokens, CONFIG.max_model_len, 1, CONFIG.vocab_size)
-    plans = []
-    for _ in range(3):
-        plans.append(plan_step(scheduler))
-        scheduler.apply(make_result(plans[-1]), 0.0)
-    assert max(len(plan.new_blocks) for plan in plans) <= 4 + CONFIG.max_num_batched_tokens + limits.blocks_per_seq
-    assert max(len(plan.words) for plan in plans) <= limits.max_plan_words
-    assert scheduler.stats().num_running == 4
+        prompt = make_prompt(16, first=10 + index)
+        scheduler.submit(make_request(f"a{index}", prompt, max_tokens=1), 0.0)
+        scheduler.submit(make_request(f"b{index}", prompt, fork_from=f"a{index}"), 0.0)
+    for index, prompt in enumerate(known):
+        scheduler.submit(make_request(f"c{index}", prompt), 0.0)
+    run_step(scheduler)
+    return scheduler
+
+
+def test_prompts_handed_over_at_once_and_others_that_start_fit_one_plan() -> None:
+    scheduler = hand_over_at_once()
+    limits = StepLimits(CONFIG.max_num_seqs, CONFIG.max_num_batched_tokens, CONFIG.max_model_len, 1, CONFIG.vocab_size)
+    plan = plan_step(scheduler)
+    assert len(plan.new_blocks) >= 64, "all four were handed over"
+    assert len(plan.new_blocks) <= limits.max_num_seqs + limits.max_num_tokens + limits.blocks_per_seq
+    assert len(plan.words) <= limits.max_plan_words
+
+
+def test_prompts_handed_over_and_then_cancelled_keep_no_other_out() -> None:
+    scheduler = hand_over_at_once()
+    for index in range(4):
+        scheduler.cancel(f"b{index}", 0.0)
+    assert scheduler.plan(0.0) is not None
