@@ -28,6 +28,7 @@ from phalanx.runtime.step.times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import HostGroup, install_fake_device
 from tests.support.reference import prompt_token_ids
+from tests.support.thread_ranks import generate_on_threads
 
 TOLERANCE = 1e-3
 GPT2 = CASES_BY_NAME["gpt2-plain"]
@@ -59,14 +60,7 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 def generate(
     directory: Path, tp: int, pp: int, prompts: list[tuple[int, ...]], params: Any, engine: str = "cuda"
 ) -> list[RequestOutput]:
-    def rank(comm: Communicator) -> list[RequestOutput]:
-        with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine=engine, block_size=16,
-            max_num_seqs=3, max_num_batched_tokens=12, num_kv_blocks=20,
-        ) as llm:  # fmt: skip
-            return llm.generate(prompts, params)
-
-    return run_ranks(tp * pp, rank)[0]
+    return generate_on_threads(directory, prompts, params, tp, pp, engine=engine)
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)

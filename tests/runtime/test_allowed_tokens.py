@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
-from phalanx.parallel.thread_comm import run_ranks
-from phalanx.runtime.llm import LLM
-from phalanx.runtime.request import RequestOutput, SamplingParams
+from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling import mask_sizes
 from phalanx.runtime.sampling.masks import apply_mask, pack_mask
 from phalanx.runtime.scheduler import running_set
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from ..support.reference import prompt_token_ids
+from ..support.thread_ranks import generate_on_threads, tokens_of
 
 CASE = CASES_BY_NAME["llama-grouped-heads"]
 PROMPT = prompt_token_ids(CASE)
@@ -33,26 +30,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(CASE, tmp_path_factory.mktemp("allowed"))
 
 
-def generate(
-    directory: Path, prompts: list[tuple[int, ...]], params: Any, tp: int = 1, pp: int = 1, **options: Any
-) -> list[RequestOutput]:
-    def rank(comm: Communicator) -> list[RequestOutput]:
-        sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 12, "num_kv_blocks": 20, **options}
-        with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", **sizes
-        ) as llm:
-            return llm.generate(prompts, params)
-
-    return run_ranks(tp * pp, rank)[0]
-
-
-def tokens_of(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in outputs]
-
-
 def test_only_allowed_tokens_are_chosen_and_among_them_the_best(directory: Path) -> None:
     params = dataclasses.replace(PARAMS, temperature=0.0, allowed_token_ids=tuple(range(0, 101, 2)), logprobs=20)
-    (output,) = generate(directory, [PROMPT], params)
+    (output,) = generate_on_threads(directory, [PROMPT], params)
     assert output.logprobs is not None
     for entry in output.logprobs:
         assert entry.token_id == next(token for token, _ in entry.top if token % 2 == 0)
@@ -62,10 +42,10 @@ def test_only_allowed_tokens_are_chosen_and_among_them_the_best(directory: Path)
 def test_tokens_are_equal_in_every_layout(directory: Path, tp: int, pp: int) -> None:
     params = [dataclasses.replace(PARAMS, seed=index) for index in range(4)] + [SamplingParams(temperature=0.0)]
     params[1] = dataclasses.replace(params[1], top_k=3, repetition_penalty=1.4, logit_bias={5: 3.0, 6: 90.0})
-    expected = tokens_of(generate(directory, PROMPTS, params))
+    expected = tokens_of(generate_on_threads(directory, PROMPTS, params))
     assert all(set(tokens) <= set(ALLOWED) for tokens in expected[:4])
     assert len({token for tokens in expected[:4] for token in tokens}) > 4
-    assert tokens_of(generate(directory, PROMPTS, params, tp, pp)) == expected
+    assert tokens_of(generate_on_threads(directory, PROMPTS, params, tp, pp)) == expected
 
 
 @pytest.mark.parametrize("most", [1, 2, 100])
@@ -74,11 +54,14 @@ def test_neither_batches_nor_preemptions_nor_the_room_for_masks_change_tokens(
 ) -> None:
     params = [PARAMS, PARAMS, dataclasses.replace(PARAMS, allowed_token_ids=None), PARAMS, PARAMS]
     alone = [
-        generate(directory, [prompt], one)[0].token_ids for prompt, one in zip(PROMPTS, params, strict=True)
+        generate_on_threads(directory, [prompt], one)[0].token_ids for prompt, one in zip(PROMPTS, params, strict=True)
     ]  # fmt: skip
     monkeypatch.setattr(running_set, "most_masked_seqs", lambda _: most)
     for num_kv_blocks in (20, 12):
-        assert tokens_of(generate(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks)) == alone
+        assert (
+            tokens_of(generate_on_threads(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks))
+            == alone
+        )
 
 
 def test_masks_hold_a_bit_for_each_token_and_show_logits_that_are_not_finite() -> None:
@@ -99,4 +82,4 @@ def test_lists_that_allow_nothing_or_what_is_not_there_are_refused(directory: Pa
     with pytest.raises(RequestError, match="holds 0 tokens; use at least 1"):
         SamplingParams(allowed_token_ids=())
     with pytest.raises(RequestError, match="allowed_token_ids holds 101"):
-        generate(directory, [PROMPT], dataclasses.replace(PARAMS, allowed_token_ids=(3, 101)))
+        generate_on_threads(directory, [PROMPT], dataclasses.replace(PARAMS, allowed_token_ids=(3, 101)))

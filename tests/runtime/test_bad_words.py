@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
-from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.llm import LLM
-from phalanx.runtime.request import RequestOutput, SamplingParams
+from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.biases import BAN, token_biases
 from phalanx.runtime.sampling.rules import MAX_INT32
 from phalanx.runtime.text import Tokenizer
@@ -21,6 +18,7 @@ from phalanx.runtime.text.words import word_token_ids
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from ..support.launcher import ROOT
 from ..support.reference import prompt_token_ids
+from ..support.thread_ranks import generate_on_threads, tokens_of
 
 CASE = CASES_BY_NAME["llama-grouped-heads"]
 PROMPT = prompt_token_ids(CASE)
@@ -33,30 +31,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(CASE, tmp_path_factory.mktemp("words"))
 
 
-def generate(
-    directory: Path, prompts: list[tuple[int, ...]], params: Any, tp: int = 1, pp: int = 1, **options: Any
-) -> list[RequestOutput]:
-    def rank(comm: Communicator) -> list[RequestOutput]:
-        sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 12, "num_kv_blocks": 20, **options}
-        with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", **sizes
-        ) as llm:
-            return llm.generate(prompts, params)
-
-    return run_ranks(tp * pp, rank)[0]
-
-
-def tokens_of(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in outputs]
-
-
 def holds(token_ids: tuple[int, ...], word: tuple[int, ...]) -> bool:
     return any(token_ids[i : i + len(word)] == word for i in range(len(token_ids)))
 
 
 def bad_words(directory: Path) -> tuple[tuple[int, ...], ...]:
     """Of one, two and three tokens, all of which greedy decoding would generate."""
-    (plain,) = tokens_of(generate(directory, [PROMPT], GREEDY))
+    (plain,) = tokens_of(generate_on_threads(directory, [PROMPT], GREEDY))
     words = plain[2:5], plain[7:9], plain[11:12]
     assert len({token for word in words for token in word}) > 3, "words of different tokens"
     return words
@@ -65,7 +46,10 @@ def bad_words(directory: Path) -> tuple[tuple[int, ...], ...]:
 def test_the_last_token_of_a_bad_word_is_not_chosen_after_the_others(directory: Path) -> None:
     words = bad_words(directory)
     params = dataclasses.replace(GREEDY, bad_token_ids=words, logprobs=20)
-    (plain,), (output,) = generate(directory, [PROMPT], GREEDY), generate(directory, [PROMPT], params)
+    (plain,), (output,) = (
+        generate_on_threads(directory, [PROMPT], GREEDY),
+        generate_on_threads(directory, [PROMPT], params),
+    )
     assert output.logprobs is not None
     assert not any(holds(output.token_ids, word) for word in words)
     assert output.token_ids[:4] == plain.token_ids[:4], "nothing changes before the word would be complete"
@@ -89,25 +73,25 @@ def test_bad_words_are_equal_in_every_layout(directory: Path, tp: int, pp: int) 
         )
     ]
     params = [dataclasses.replace(one, seed=one.seed or 7) for one in params]
-    expected = tokens_of(generate(directory, PROMPTS, params))
-    assert tokens_of(generate(directory, PROMPTS, params, tp, pp)) == expected
+    expected = tokens_of(generate_on_threads(directory, PROMPTS, params))
+    assert tokens_of(generate_on_threads(directory, PROMPTS, params, tp, pp)) == expected
 
 
 def test_neither_batches_nor_preemptions_change_what_is_banned(directory: Path) -> None:
     params = dataclasses.replace(GREEDY, bad_token_ids=bad_words(directory), max_tokens=24)
-    alone = [generate(directory, [prompt], params)[0].token_ids for prompt in PROMPTS]
+    alone = [generate_on_threads(directory, [prompt], params)[0].token_ids for prompt in PROMPTS]
     for num_kv_blocks in (20, 12):
-        outputs = generate(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks)
+        outputs = generate_on_threads(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks)
         assert tokens_of(outputs) == alone
 
 
 def test_an_answer_ends_where_its_output_ends_in_a_stop_sequence(directory: Path) -> None:
-    (plain,) = tokens_of(generate(directory, [PROMPT], GREEDY))
+    (plain,) = tokens_of(generate_on_threads(directory, [PROMPT], GREEDY))
     sequences = (plain[4:7], (99, 98, 97), (plain[9],))
-    (output,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, stop_token_sequences=sequences))
+    (output,) = generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, stop_token_sequences=sequences))
     assert (output.token_ids, output.finish_reason) == (plain[:7], "stop")
     late = dataclasses.replace(GREEDY, stop_token_sequences=sequences, min_tokens=8)
-    (output,) = generate(directory, [PROMPT], late)
+    (output,) = generate_on_threads(directory, [PROMPT], late)
     assert (output.token_ids, output.finish_reason) == (plain[:10], "stop")
 
 
@@ -136,10 +120,10 @@ def test_text_is_generated_without_its_bad_words() -> None:
 
 def test_bad_words_without_a_tokenizer_are_refused_by_name(directory: Path) -> None:
     with pytest.raises(RequestError, match="bad_words are texts"):
-        generate(directory, [PROMPT], dataclasses.replace(GREEDY, bad_words=("x",)))
+        generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, bad_words=("x",)))
     for name in ("bad_token_ids", "stop_token_sequences"):
         with pytest.raises(RequestError, match=f"{name} holds 101"):
-            generate(directory, [PROMPT], dataclasses.replace(GREEDY, **{name: ((3, 101),)}))
+            generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, **{name: ((3, 101),)}))
 
 
 @pytest.mark.torch
@@ -158,5 +142,5 @@ def test_tokens_are_those_of_transformers(directory: Path) -> None:
             logits = model(known).logits[:, -1] - 2 * counts - 2 * (counts > 0)
             scores = processor(output, logits)
             known = torch.cat((known, scores.argmax(-1, keepdim=True)), dim=1)
-    (own,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, bad_token_ids=words))
+    (own,) = generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, bad_token_ids=words))
     assert list(own.token_ids) == known[0, len(PROMPT) :].tolist()

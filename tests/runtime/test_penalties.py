@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.parallel.communicator import Communicator, SelfCommunicator
-from phalanx.parallel.thread_comm import run_ranks
+from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.runtime.llm import LLM
-from phalanx.runtime.request import Request, RequestOutput, SamplingParams
+from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.sampling.adjust import adjust_logits
 from phalanx.runtime.sampling.biases import MAX_TOKEN_BIASES
 from phalanx.runtime.sampling.fields import adjusts_logits
@@ -21,6 +20,7 @@ from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from ..support.records import admission
 from ..support.reference import prompt_token_ids
+from ..support.thread_ranks import generate_on_threads, tokens_of
 
 CASE = CASES_BY_NAME["llama-grouped-heads"]
 PROMPT = prompt_token_ids(CASE)
@@ -37,23 +37,6 @@ PENALTIES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(CASE, tmp_path_factory.mktemp("penalties"))
-
-
-def generate(
-    directory: Path, prompts: list[tuple[int, ...]], params: Any, tp: int = 1, pp: int = 1, **options: Any
-) -> list[RequestOutput]:
-    def rank(comm: Communicator) -> list[RequestOutput]:
-        sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 12, "num_kv_blocks": 20, **options}
-        with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", **sizes
-        ) as llm:
-            return llm.generate(prompts, params)
-
-    return run_ranks(tp * pp, rank)[0]
-
-
-def tokens_of(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in outputs]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -90,7 +73,7 @@ def test_neutral_penalties_leave_a_sequence_out() -> None:
 def test_the_output_counts_and_the_prompt_does_not(directory: Path) -> None:
     """Frequency and presence move logits by known amounts, so the choice follows from the model's log-probabilities."""
     params = dataclasses.replace(GREEDY, presence_penalty=0.7, frequency_penalty=0.9, logprobs=20)
-    (output,) = generate(directory, [PROMPT], params)
+    (output,) = generate_on_threads(directory, [PROMPT], params)
     assert output.logprobs is not None
     changed = 0
     for index, entry in enumerate(output.logprobs):
@@ -104,9 +87,9 @@ def test_the_output_counts_and_the_prompt_does_not(directory: Path) -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_penalised_tokens_are_equal_in_every_layout(directory: Path, tp: int, pp: int) -> None:
     params = [dataclasses.replace(GREEDY, **fields) for fields in (*PENALTIES, {})]
-    expected = tokens_of(generate(directory, PROMPTS, params))
-    assert expected != tokens_of(generate(directory, PROMPTS, GREEDY))
-    assert tokens_of(generate(directory, PROMPTS, params, tp, pp)) == expected
+    expected = tokens_of(generate_on_threads(directory, PROMPTS, params))
+    assert expected != tokens_of(generate_on_threads(directory, PROMPTS, GREEDY))
+    assert tokens_of(generate_on_threads(directory, PROMPTS, params, tp, pp)) == expected
 
 
 @pytest.mark.parametrize("fields", PENALTIES, ids=str)
@@ -114,16 +97,18 @@ def test_neither_batches_nor_chunks_nor_preemptions_change_penalised_tokens(
     directory: Path, fields: dict[str, Any]
 ) -> None:
     params = dataclasses.replace(GREEDY, max_tokens=24, **fields)
-    alone = [generate(directory, [prompt], params, max_num_batched_tokens=64)[0].token_ids for prompt in PROMPTS]
+    alone = [
+        generate_on_threads(directory, [prompt], params, max_num_batched_tokens=64)[0].token_ids for prompt in PROMPTS
+    ]
     for num_kv_blocks in (20, 12):
-        outputs = generate(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks)
+        outputs = generate_on_threads(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks)
         assert tokens_of(outputs) == alone
 
 
 def test_tokens_of_a_reused_or_forked_prefix_count(directory: Path) -> None:
     """The prompt's first blocks are not computed again, by a later request and by a second answer to the same prompt."""
     params = dataclasses.replace(GREEDY, **PENALTIES[0])
-    (expected,) = tokens_of(generate(directory, [PROMPT], params))
+    (expected,) = tokens_of(generate_on_threads(directory, [PROMPT], params))
     with LLM(directory, comm=SelfCommunicator(), engine="numpy", block_size=4, max_num_seqs=3, num_kv_blocks=30) as llm:
         for _ in range(2):
             (output,) = llm.generate([PROMPT], params)
@@ -154,5 +139,5 @@ def test_greedy_tokens_with_a_repetition_penalty_are_those_of_transformers(direc
             scores = processors(known, model(known).logits[:, -1])
             known = torch.cat((known, scores.argmax(-1, keepdim=True)), dim=1)
     params = dataclasses.replace(GREEDY, max_tokens=20, repetition_penalty=penalty)
-    (output,) = generate(directory, [PROMPT], params)
+    (output,) = generate_on_threads(directory, [PROMPT], params)
     assert list(output.token_ids) == known[0, len(PROMPT) :].tolist()

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
-from phalanx.parallel.thread_comm import run_ranks
-from phalanx.runtime.llm import LLM
-from phalanx.runtime.request import RequestOutput
 from phalanx.runtime.sampling.adjust import adjust_logits
 from phalanx.runtime.sampling.biases import BAN, MAX_TOKEN_BIASES, token_biases
 from phalanx.runtime.sampling.fields import SamplingParams
@@ -22,6 +18,7 @@ from phalanx.runtime.step import ADMISSION, TOKEN_BIAS
 
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from ..support.reference import prompt_token_ids
+from ..support.thread_ranks import generate_on_threads
 
 CASE = CASES_BY_NAME["llama-grouped-heads"]
 PROMPT = prompt_token_ids(CASE)
@@ -33,27 +30,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(CASE, tmp_path_factory.mktemp("biases"))
 
 
-def generate(
-    directory: Path, prompts: list[tuple[int, ...]], params: SamplingParams, tp: int = 1, pp: int = 1, **options: Any
-) -> list[RequestOutput]:
-    def rank(comm: Communicator) -> list[RequestOutput]:
-        sizes = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 12, "num_kv_blocks": 20, **options}
-        with LLM(
-            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="numpy", **sizes
-        ) as llm:
-            return llm.generate(prompts, params)
-
-    return run_ranks(tp * pp, rank)[0]
-
-
 def min_tokens_params(directory: Path) -> SamplingParams:
-    ends = generate(directory, [PROMPT], GREEDY)[0].token_ids
+    ends = generate_on_threads(directory, [PROMPT], GREEDY)[0].token_ids
     return dataclasses.replace(GREEDY, min_tokens=6, stop_token_ids=ends)
 
 
 def test_before_min_tokens_the_best_token_that_ends_nothing_is_chosen(directory: Path) -> None:
     params = min_tokens_params(directory)
-    (output,) = generate(directory, [PROMPT], params)
+    (output,) = generate_on_threads(directory, [PROMPT], params)
     assert output.logprobs is not None
     assert len(output.token_ids) >= params.min_tokens
     for entry in output.logprobs[: params.min_tokens]:
@@ -66,22 +50,24 @@ def test_before_min_tokens_the_best_token_that_ends_nothing_is_chosen(directory:
 
 
 def test_logit_bias_moves_the_choice_to_what_the_biased_logits_say(directory: Path) -> None:
-    (plain,) = generate(directory, [PROMPT], GREEDY)
+    (plain,) = generate_on_threads(directory, [PROMPT], GREEDY)
     assert plain.logprobs is not None
     first = plain.logprobs[0]
     (best, highest), (second, lower) = first.top[:2]
     for bias, chosen in [(highest - lower + 0.01, second), (highest - lower - 0.01, best), (-100.0, best)]:
-        (output,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={str(second): bias}))
+        (output,) = generate_on_threads(
+            directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={str(second): bias})
+        )
         assert output.logprobs is not None
         assert output.token_ids[0] == chosen
         assert output.logprobs[0].top == first.top, "log-probabilities are the model's"
-    (banned,) = generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={best: -100}))
+    (banned,) = generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={best: -100}))
     assert best not in banned.token_ids
 
 
 def test_logit_bias_beyond_the_vocabulary_is_refused(directory: Path) -> None:
     with pytest.raises(RequestError, match="logit_bias holds 101; ids of this model go from 0 to 100"):
-        generate(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={101: 1}))
+        generate_on_threads(directory, [PROMPT], dataclasses.replace(GREEDY, logit_bias={101: 1}))
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
@@ -93,16 +79,16 @@ def test_logit_bias_beyond_the_vocabulary_is_refused(directory: Path) -> None:
 def test_biased_tokens_are_equal_in_every_layout(directory: Path, tp: int, pp: int, fields: dict[str, Any]) -> None:
     params = dataclasses.replace(min_tokens_params(directory), **fields)
     prompts = [PROMPT, PROMPT[:7], PROMPT[5:]]
-    expected = [output.token_ids for output in generate(directory, prompts, params)]
-    assert [output.token_ids for output in generate(directory, prompts, params, tp, pp)] == expected
+    expected = [output.token_ids for output in generate_on_threads(directory, prompts, params)]
+    assert [output.token_ids for output in generate_on_threads(directory, prompts, params, tp, pp)] == expected
 
 
 def test_neither_batches_nor_preemptions_change_biased_tokens(directory: Path) -> None:
     params = dataclasses.replace(min_tokens_params(directory), max_tokens=24, min_tokens=24, logprobs=None)
     prompts = [PROMPT, PROMPT[:7], PROMPT[5:], PROMPT[2:9], PROMPT[3:4]]
-    alone = [generate(directory, [prompt], params)[0].token_ids for prompt in prompts]
+    alone = [generate_on_threads(directory, [prompt], params)[0].token_ids for prompt in prompts]
     for num_kv_blocks in (20, 12):
-        outputs = generate(directory, prompts, params, block_size=4, num_kv_blocks=num_kv_blocks)
+        outputs = generate_on_threads(directory, prompts, params, block_size=4, num_kv_blocks=num_kv_blocks)
         assert [output.token_ids for output in outputs] == alone
 
 
