@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -81,8 +82,8 @@ class BeamGroup:
         """Whether all beams have their candidates."""
         return all(beam.next_tokens is not None for beam in self.beams)
 
-    def advance(self, table: SequenceTable) -> list[Sequence]:
-        """Choose the next beams once `is_complete`; returns sequences that hold rows and are not continued.
+    def advance(self, table: SequenceTable, release: Callable[[Sequence], None]) -> None:
+        """Choose the next beams once `is_complete`. Those that are not continued are released, before their sequences serve others.
 
         A beam's best continuation keeps its row. The others get `parent`, and take over its cache when there is a row for them.
         """
@@ -90,10 +91,11 @@ class BeamGroup:
         known = [table.known_tokens(beam.sequence.seq_index).copy() for beam in old]
         chosen = self.search.advance([Candidates(beam.tokens, beam.total, beam.next_tokens or ()) for beam in old])
         continued = {one.parent for one in chosen}
-        ended = [beam.sequence for index, beam in enumerate(old) if index not in continued]
-        for beam in old:
+        for index, beam in enumerate(old):
             del self.by_sequence[beam.sequence]
-        self._spare += ended
+            if index not in continued:
+                release(beam.sequence)
+                self._spare.append(beam.sequence)
         self.beams = []
         keepers: dict[int, Beam] = {}
         for one in chosen:
@@ -105,7 +107,6 @@ class BeamGroup:
                 beam = self._forked(keepers[one.parent], known[one.parent], tokens, one)
             self.by_sequence[beam.sequence] = beam
             self.beams.append(beam)
-        return ended
 
     def suspend(self, tokens: Items[Int32Array]) -> Sequence:
         """After all rows were taken: ``tokens`` are those of the beams. Returns the sequence that starts first, by itself."""

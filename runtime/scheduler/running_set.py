@@ -125,8 +125,7 @@ class RunningSet:
 
     def advance_beams(self, group: BeamGroup) -> None:
         """Go on with the next beams of a search whose beams have all been computed."""
-        for sequence in group.advance(self._table):
-            self.release(sequence)
+        group.advance(self._table, self.release)
 
     def _hand_over(self, group: PromptGroup) -> None:
         """Start a sequence that waits for the prompt of the group's leader, which is about to end, if it is its turn anyway."""

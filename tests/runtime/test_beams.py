@@ -14,6 +14,8 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import RequestError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.request import Hypothesis, Request, RequestOutput
+from phalanx.runtime.scheduler.running_set import RunningSet
+from phalanx.runtime.scheduler.sequences import Sequence
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 
@@ -192,3 +194,51 @@ def test_answers_and_scores_equal_transformers(directory: Path, early: Any, leng
 def _until_end(token_ids: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:
     first = next((index for index, token in enumerate(token_ids) if token in ends), len(token_ids) - 1)
     return tuple(token_ids[: first + 1])
+
+
+MANY = [np.random.default_rng(100 + index).integers(3, 101, 20).tolist() for index in range(10)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_preempted_searches_find_the_same_and_leave_in_the_cache_what_its_keys_say(
+    directory: Path, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams that were preempted, went on and were given up: prompts that begin like their answers continue as in a fresh engine."""
+    release = RunningSet.release
+
+    def checked_release(running: RunningSet, sequence: Sequence) -> None:
+        seq_index, table = sequence.seq_index, running._table
+        filled = table.known_tokens(seq_index)[: table.num_filled(seq_index)].copy() if seq_index >= 0 else None
+        release(running, sequence)
+        if filled is not None:
+            keys: list[bytes] = []
+            running._cache.extend_keys(keys, filled, sequence.salt)
+            assert sequence.keys[: len(keys)] == keys, "blocks are shared under keys of other tokens"
+
+    monkeypatch.setattr(RunningSet, "release", checked_release)
+    crowded = {"max_num_seqs": 40, "block_size": block_size, "num_kv_blocks": 180 // block_size}
+    searching = SamplingParams(max_tokens=21, beam_width=4, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=3, temperature=0.0, logprobs=0, ignore_eos=True)
+    with LLM(directory, **AMPLE | crowded) as llm:
+        outputs = llm.generate(MANY, searching)
+        assert llm._replica.engine is not None
+        assert llm._replica.engine.stats().num_preemptions > 0
+        longer = [
+            [*output.prompt_token_ids, *answer.token_ids[:length]]
+            for output in reversed(outputs)
+            for answer in output.hypotheses
+            for length in range(1, len(answer.token_ids), 2)
+        ]
+        found = [llm.generate(prompt, greedy)[0] for prompt in longer]
+        assert sum(output.num_cached_tokens for output in found) > 0
+    with LLM(directory, **AMPLE, prefix_caching=False) as llm:
+        assert [answers(output) for output in outputs] == [
+            answers(llm.generate(prompt, searching)[0]) for prompt in MANY
+        ]
+        expected = llm.generate(longer, greedy)
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        measured, wanted = ([entry.logprob for entry in logprobs] for logprobs in (one.logprobs, other.logprobs))
+        assert measured == pytest.approx(wanted, abs=1e-4)
