@@ -45,7 +45,10 @@ def test_an_example_runs_as_it_is_written(
     )
     if language == "python":  # here, because importing the clients again takes seconds
         (tmp_path / "example.py").write_text(text)
-        runpy.run_path(str(tmp_path / "example.py"))
+        made = runpy.run_path(str(tmp_path / "example.py"))
+        for client in made.values():  # left to the end of the example's process, which here is the whole suite's
+            if callable(close := getattr(client, "close", None)):
+                close()
     else:
         subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True, timeout=120)
     assert capfd.readouterr().out.strip()
