@@ -42,6 +42,7 @@ COPIED_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "ice_text.model",
     "qwen.tiktoken",
     "chat_template.jinja",
     "chat_template.json",

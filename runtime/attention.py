@@ -47,6 +47,8 @@ class AttentionSpec:
         causal: a token sees its sequence up to itself; False = all of it, which must then be in one step (encoders).
         cached: keys and values stay for later steps; False = they are used once (encoders).
         keys: whose keys and values are read, the tokens' own or those of an encoder's output (cross attention).
+        prefix_end: tokens that follow one another once in every prompt; those before the last of them, the prefix, see one
+            another, also the later ones (prefix language model, Raffel et al. 2020), and must be in one step. Empty = no prefix.
 
     Raises:
         ConfigError: fields that contradict each other.
@@ -64,6 +66,7 @@ class AttentionSpec:
     causal: bool = True
     cached: bool = True
     keys: Literal["own", "encoder"] = "own"
+    prefix_end: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
@@ -72,6 +75,10 @@ class AttentionSpec:
             )
         if self.window and not self.causal:
             raise ConfigError(f"window={self.window} needs causal attention; use window=0 where causal=False")
+        if self.prefix_end and (self.window or not self.causal or not self.cached):
+            raise ConfigError(
+                f"prefix_end={self.prefix_end} needs causal attention without a window over cached keys; leave it out"
+            )
 
     @staticmethod
     def of(config: ModelConfig) -> AttentionSpec:

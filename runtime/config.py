@@ -51,6 +51,9 @@ class RopeConfig:
         short_factors, long_factors: what each frequency is divided by (longrope): in engines for sequences up to
             ``original_max_positions``, and in those for longer ones.
         interleaved: pairs are neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama).
+        two_dimensional: two leading parts of each head are rotated, the first by the position in the prefix of the sequence
+            (`AttentionSpec.prefix_end`), at whose last token later ones stay, the second by the position after it, which is 0 in
+            the prefix (GLM, Du et al. 2022).
     """
 
     theta: float = 10000.0
@@ -67,6 +70,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     interleaved: bool = False
+    two_dimensional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,7 @@ class Family(Generic[Config]):
         other_names: further spellings of ``architecture``, e.g. the base model without LM head.
         ignored_tensors: regular expressions (full match) of checkpoint tensors that carry no information here.
         code: SHA-256 of the file that defines the family; empty for built-in ones.
+        told_by: keys of ``config.json``, of which one must be there where another family has the same name; empty = none has.
     """
 
     architecture: str
@@ -142,6 +143,7 @@ class Family(Generic[Config]):
     model_type: str = ""
     other_names: tuple[str, ...] = ()
     code: str = ""
+    told_by: tuple[str, ...] = ()
 
     def read_config(self, raw: Mapping[str, Any]) -> Config:
         """Read a parsed ``config.json``.

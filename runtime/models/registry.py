@@ -12,6 +12,7 @@ from phalanx.runtime.models.baichuan import BAICHUAN
 from phalanx.runtime.models.base import Model
 from phalanx.runtime.models.bloom import BLOOM
 from phalanx.runtime.models.chatglm import CHATGLM
+from phalanx.runtime.models.chatglm1 import CHATGLM1
 from phalanx.runtime.models.cohere import COHERE
 from phalanx.runtime.models.cohere2 import COHERE2
 from phalanx.runtime.models.falcon import FALCON
@@ -51,7 +52,7 @@ __all__ = ["MODELS", "built_in", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
     LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
-    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM, GLM, GLM4, COHERE, COHERE2,
+    OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM1, CHATGLM, GLM, GLM4, COHERE, COHERE2,
     NEMOTRON, GRANITE, SMOLLM3, STABLELM, MEGATRON,
 )  # fmt: skip
 
@@ -81,6 +82,8 @@ def find_model(raw_config: Mapping[str, Any], own: Model | None = None) -> Model
     names = _architectures(raw_config)
     model_type = raw_config.get("model_type")
     for model in MODELS.values() if own is None else (own,):
+        if model.told_by and not any(key in raw_config for key in model.told_by):
+            continue
         if any(name in (model.architecture, *model.other_names) for name in names):
             return model
         if not names and model_type == model.model_type:

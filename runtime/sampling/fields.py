@@ -195,11 +195,13 @@ DEVICE_COLUMNS: tuple[tuple[str, str], ...] = (
     ("seq_index", "<i4"),
     *((device.name, device.format) for _, device in _DEVICE_FIELDS),
     ("num_prompt", "<i4"),
+    ("num_prefix", "<i4"),
     ("num_biases", "<i4"),
     ("seed", "<u8"),
 )
-"""The admission record: names and NumPy types; all bits 0 is greedy and changes no logit. Always there: tokens of the prompt, how
-many token biases the sequence has (`sampling.biases`), and its seed, drawn where the request has none."""
+"""The admission record: names and NumPy types; all bits 0 is greedy and changes no logit. Always there: tokens of the prompt, those
+of its prefix (`AttentionSpec.prefix_end`), how many token biases the sequence has (`sampling.biases`), and its seed, drawn where the
+request has none."""
 
 _C_DECLARATIONS = {
     "<i4": "int {0};",

@@ -50,6 +50,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         biases=[] if is_beam else token_biases(params, len(token_ids), end_token_ids),
         prompt_logprobs=None if params.prompt_logprobs is None else [None],
         is_beam=is_beam,
+        num_prefix=_prefix_length(request.prompt_token_ids, config) if config.prefix_end else 0,
     )
 
 
@@ -83,7 +84,7 @@ def num_alternatives(sequence: Sequence, vocab_size: int) -> int:
 def admission_row(sequence: Sequence, seq_index: int, vocab_size: int) -> tuple[Any, ...]:
     """The `ADMISSION` of a sequence; the same whenever it is admitted again."""
     values = device_values(sequence.request.params, vocab_size)
-    row = (seq_index, *values, sequence.num_prompt, len(sequence.biases), sequence.seed)
+    row = (seq_index, *values, sequence.num_prompt, sequence.num_prefix, len(sequence.biases), sequence.seed)
     if sequence.is_beam:  # the scheduler chooses: executors find candidates, and need not sample
         beams = {"temperature": 0.0, "num_logprobs": num_alternatives(sequence, vocab_size)}
         row = tuple(beams.get(name, value) for name, value in zip(_COLUMNS, row, strict=True))
@@ -109,6 +110,28 @@ def _prompt_array(request: Request, vocab_size: int) -> Int32Array:
             "prompt",
         )
     return token_ids.astype(np.int32)
+
+
+def _prefix_length(token_ids: tuple[int, ...], config: SchedulerConfig) -> int:
+    """Tokens before the last of the model's `prefix_end`."""
+    ends = ", ".join(map(str, config.prefix_end))
+    if not all(token in token_ids for token in config.prefix_end):
+        raise RequestError(f"the prompt lacks the tokens {ends}, after which this model answers; add them", "prompt")
+    first, *others = (token_ids.index(token) for token in config.prefix_end)
+    if others != list(range(first + 1, first + 1 + len(others))):
+        raise RequestError(
+            f"the prompt has the tokens {ends}, after which this model answers, apart or more than once; use them once",
+            "prompt",
+        )
+    length, limit = first + len(others), config.longest_prefix
+    if length > limit:
+        raise RequestError(
+            f"the prompt has {length} tokens before its answer, which this model computes in one step of at most {limit}; "
+            "shorten the prompt (operator: --max-num-batched-tokens)",
+            "prompt",
+            "context_length_exceeded",
+        )
+    return length
 
 
 def _check_length(num_prompt: int, max_tokens: int, config: SchedulerConfig, cache: CachePlanner) -> None:

@@ -260,7 +260,11 @@ class RunningSet:
         num_blocks, started = self._num_heir_blocks, []
         for sequence in self._waiting:
             is_full = num_blocks >= self._config.max_num_batched_tokens or len(selection.chunks) >= most
-            if is_full or budget <= 0 or self._table.num_free < self._num_reserved() + self._num_rows(sequence):
+            if (
+                is_full
+                or budget < max(sequence.num_prefix, 1)
+                or self._table.num_free < self._num_reserved() + self._num_rows(sequence)
+            ):
                 break
             if len(selection.biases) + len(sequence.biases) > MAX_PLAN_BIASES:
                 break

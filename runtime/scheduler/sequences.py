@@ -52,6 +52,7 @@ class Sequence:
         has_ended: its last delta was given.
         group: sequences with its prompt, if requests named each other.
         is_beam: it computes a beam of a search (`phalanx.runtime.scheduler.beams`).
+        num_prefix: leading tokens that see one another, which one step computes (`AttentionSpec.prefix_end`).
     """
 
     number: int
@@ -68,11 +69,15 @@ class Sequence:
     has_ended: bool = False
     group: PromptGroup | None = None
     is_beam: bool = False
+    num_prefix: int = 0
 
     @property
     def salt(self) -> bytes:
-        """Sequences of another salt share no prefix with it."""
-        return self.request.cache_salt.encode()
+        """Sequences of another salt share no prefix with it. Tokens that see later ones belong to it."""
+        salt = self.request.cache_salt.encode()
+        if not self.num_prefix:
+            return salt
+        return self.num_prefix.to_bytes(4, "little") + self.token_ids[: self.num_prefix].tobytes() + salt
 
     @property
     def leader(self) -> Sequence | None:

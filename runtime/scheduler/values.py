@@ -21,6 +21,7 @@ class SchedulerConfig:
         max_queued_requests: requests that may wait to run.
         vocab_size: prompt token ids are below it.
         eos_token_ids: tokens that end a generation unless the request ignores them.
+        prefix_end: see `phalanx.runtime.attention.AttentionSpec`; prompts end their prefix with these tokens.
         num_microbatches: most plans of different sequences that are kept in flight.
         lookahead: 1 = a sequence may be planned again before its last token is known.
         seed: where the seeds of requests without one are drawn from.
@@ -36,10 +37,16 @@ class SchedulerConfig:
     max_queued_requests: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    prefix_end: tuple[int, ...] = ()
     num_microbatches: int = 1
     lookahead: int = 0
     seed: int = 0
     step_times: StepTimes | None = None
+
+    @property
+    def longest_prefix(self) -> int:
+        """Tokens that a step has room for next to one of every other sequence."""
+        return self.max_num_batched_tokens - self.max_num_seqs + 1
 
     def __post_init__(self) -> None:
         for name in (
@@ -54,6 +61,11 @@ class SchedulerConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 1; use at least 1")
         if self.lookahead not in (0, 1):
             raise ConfigError(f"lookahead={self.lookahead} is not known; use 0 or 1")
+        if self.prefix_end and self.longest_prefix < 1:
+            raise ConfigError(
+                f"--max-num-batched-tokens={self.max_num_batched_tokens} leaves no room for a prompt of a model that computes it "
+                f"in one step next to --max-num-seqs={self.max_num_seqs} sequences; raise one or lower the other"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.text.rank_file import is_rank_file, ranks_to_backend, read_ranks
-from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend
+from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend, to_spelt_backend
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
 
 __all__ = ["TOKENIZER_FILE", "has_tokenizer", "library_token_id", "load_backend"]
 
 TOKENIZER_FILE = "tokenizer.json"
-LIBRARY_FILES = ("tokenizer.model", "qwen.tiktoken")
+LIBRARY_FILES = ("tokenizer.model", "ice_text.model", "qwen.tiktoken")
 """A SentencePiece model, or ranks of tiktoken, which GLM-4 gives the name of the former."""
 MAX_TOKENIZER_BYTES = 1 << 30
 
@@ -67,7 +67,7 @@ def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tok
     """A library's vocabulary, followed by the tokens that only the code of its class names."""
     vocabulary, kind = _library_vocabulary(directory), files.tokenizer_class
     if isinstance(vocabulary, SentencePieceModel):
-        backend = to_backend(vocabulary)
+        backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary)
     elif kind.split is None:
         raise CheckpointError(
             f"{directory.path!s} holds tiktoken's ranks, but not how texts are split, which is known for QWenTokenizer and "
@@ -174,10 +174,12 @@ def _without_prepend(normalizer: Any) -> normalizers.Normalizer | None:
 def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
     """Put BOS before and EOS after each text where a flag says so, or where the class does and ``tokenizer.json`` says nothing."""
     kind, flags = files.tokenizer_class, files.flags
-    if kind.begins_with and backend.post_processor is None:
-        _surround(
-            backend, [(text, number) for text in kind.begins_with if (number := backend.token_to_id(text)) is not None]
+    if (kind.begins_with or kind.ends_with) and backend.post_processor is None:
+        begin, end = (
+            [(text, number) for text in texts if (number := backend.token_to_id(text)) is not None]
+            for texts in (kind.begins_with, kind.ends_with)
         )
+        _surround(backend, begin, end)
         return
     told = kind.reads_flags and ("add_bos_token" in flags or "add_eos_token" in flags)
     if not told and (backend.post_processor is not None or not kind.adds_bos):

@@ -7,16 +7,17 @@ Encoding follows the model's own algorithm: unigram by scores, byte-pair encodin
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["SentencePieceModel", "read_model", "to_backend"]
+__all__ = ["SentencePieceModel", "read_model", "to_backend", "to_spelt_backend"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _UNIGRAM, _BPE = 1, 2
@@ -81,20 +82,55 @@ def read_model(raw: bytes, name: str) -> SentencePieceModel:
 
 def to_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
     """Return the tokenizer that encodes as ``model`` does; control pieces are special tokens."""
+    backend = _backend(model)
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in _texts(model, _USER_DEFINED)])
+    return backend
+
+
+def to_spelt_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
+    """Return ChatGLM-6B's tokenizer: line ends, tabs and two spaces or more are pieces that the user defined, ``<n>`` for one.
+
+    Such pieces are cut out of the normalised text, so that no further space is put after them.
+
+    Raises:
+        CheckpointError: it is not a model of unigrams.
+    """
+    if model.algorithm != _UNIGRAM:
+        raise CheckpointError("ice_text.model is not a SentencePiece model of unigrams; restore it, or use token ids")
+    defined = sorted(_texts(model, _USER_DEFINED), key=len, reverse=True)
+    backend = _backend(model, [(text, piece) for text, piece in _spellings() if piece in defined])
+    if defined:
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated")
+    return backend
+
+
+def _backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -> tokenizers.Tokenizer:
+    """The tokenizer without pieces that the user defined; ``spelt``: texts that are written as pieces before all else."""
     backend = tokenizers.Tokenizer(_algorithm(model))
-    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(text, piece) for text, piece in spelt]
+    steps += [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(_MARK)] if model.dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
+    replaced = [decoders.Replace(_MARK, " "), *(decoders.Replace(piece, text) for text, piece in spelt)]
     strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
     fallback = [decoders.ByteFallback()] if model.byte_fallback else []
-    backend.decoder = decoders.Sequence([decoders.Replace(_MARK, " "), *fallback, decoders.Fuse(), *strip])
-    backend.add_special_tokens([piece.text for piece in model.pieces if piece.kind == _CONTROL])
-    backend.add_tokens(
-        [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.kind == _USER_DEFINED]
-    )
+    backend.decoder = decoders.Sequence([*replaced, *fallback, decoders.Fuse(), *strip])
+    backend.add_special_tokens(_texts(model, _CONTROL))
     return backend
+
+
+def _texts(model: SentencePieceModel, kind: int) -> list[str]:
+    return [piece.text for piece in model.pieces if piece.kind == kind]
+
+
+def _spellings() -> Iterator[tuple[str, str]]:
+    """What a text holds and the piece for it, in the order of replacement."""
+    yield "\n", "<n>"
+    yield "\t", "<|tab|>"
+    for count in range(80, 1, -1):
+        yield " " * count, f"<|blank_{count}|>"
 
 
 def _algorithm(model: SentencePieceModel) -> models.Model:

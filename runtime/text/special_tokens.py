@@ -37,6 +37,8 @@ class TokenizerClass:
         reads_prefix_space: whether ``add_prefix_space`` counts.
         own_tokens: special tokens that only its code names, whose ids follow the vocabulary's.
         begins_with: tokens that its code puts before every text.
+        ends_with: tokens that its code puts after every text.
+        spells_spaces: its code writes line ends, tabs and several spaces as pieces such as ``<n>`` and ``<|blank_2|>``.
         split: how texts are split where the vocabulary is a file of ranks.
     """
 
@@ -46,6 +48,8 @@ class TokenizerClass:
     reads_prefix_space: bool = False
     own_tokens: tuple[str, ...] = ()
     begins_with: tuple[str, ...] = ()
+    ends_with: tuple[str, ...] = ()
+    spells_spaces: bool = False
     split: WordSplit | None = None
 
 
@@ -79,6 +83,11 @@ _CHATGLM = TokenizerClass(
     ),
     begins_with=("[gMASK]", "sop"),
 )
+_CHATGLM1 = TokenizerClass(
+    {"bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "[MASK]"},
+    ends_with=("[gMASK]", "<sop>"),
+    spells_spaces=True,
+)
 _CHATGLM4 = TokenizerClass(begins_with=("[gMASK]", "<sop>"), split=WordSplit(_WORDS.replace("DIGITS", r"\p{N}{1,3}")))
 _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
     {
@@ -97,6 +106,7 @@ _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
         "CohereTokenizer": _COHERE,
         "QWenTokenizer": _QWEN,
         "ChatGLMTokenizer": _CHATGLM,
+        "ChatGLM1Tokenizer": _CHATGLM1,
         "ChatGLM4Tokenizer": _CHATGLM4,
         "T5Tokenizer": TokenizerClass({"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}),
     }

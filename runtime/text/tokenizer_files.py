@@ -100,7 +100,9 @@ _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_t
 
 
 def _class_name(directory: ModelDirectory, config: Mapping[str, Any]) -> str | None:
-    """The class that the file names; a SentencePiece model alone is Llama's."""
+    """The class that the file names; a SentencePiece model alone is Llama's, and ChatGLM's first has its own file's name."""
+    if directory.has("ice_text.model"):
+        return "ChatGLM1Tokenizer"
     name = config.get("tokenizer_class")
     if isinstance(name, str):
         return name

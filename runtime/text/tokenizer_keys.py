@@ -45,7 +45,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
         CheckpointError: naming the key.
     """
     for key, value in config.items():
-        if key in _KNOWN or value is None or value is False or value in ("", [], {}):
+        if key in _KNOWN or value is None or value is False or value in ("", 0, [], {}):
             continue
         if isinstance(value, float) and not math.isfinite(value):  # says nothing
             continue

@@ -276,6 +276,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16", "transformers_version": "4.52.0.dev0", "use_cache": True, "vocab_size": 151552,
     },
+    "ChatGLM 6B": {
+        "_name_or_path": "THUDM/chatglm-6b", "architectures": ["ChatGLMModel"],
+        "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}, "bos_token_id": 130004,
+        "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3,
+        "hidden_size": 4096, "inner_hidden_size": 16384, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048,
+        "model_type": "chatglm", "num_attention_heads": 32, "num_layers": 28, "position_encoding_2d": True,
+        "quantization_bit": 0, "torch_dtype": "float16", "transformers_version": "4.23.1", "use_cache": True,
+        "vocab_size": 130528,
+    },
     "ChatGLM3 6B": {
         "_name_or_path": "THUDM/chatglm3-6b", "model_type": "chatglm", "architectures": ["ChatGLMModel"],
         "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}, "add_bias_linear": False,
@@ -498,6 +507,7 @@ def test_what_transformers_saves_by_default_is_read(model: Model) -> None:
         assert model.architecture in (
             "InternLM2ForCausalLM",
             "ChatGLMModel",
+            "ChatGLMForConditionalGeneration",
             "QWenLMHeadModel",
             "BaichuanForCausalLM",
             "MegatronGPTModel",

@@ -13,7 +13,7 @@ from phalanx.runtime.models import MODELS
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.checkpoints.splitting import load_rank, read_all, split
 from tests.support.checkpoints import CASES, CheckpointCase, write_checkpoint
-from tests.support.reference import load_reference, prompt_token_ids
+from tests.support.reference import PREFIX_END, load_reference, prompt_token_ids
 
 from .test_against_transformers import log_softmax
 
@@ -36,12 +36,17 @@ def test_neither_chunks_nor_preemptions_nor_decoding_step_by_step_change_a_resul
 ) -> None:
     directory, prompt = write_checkpoint(case, tmp_path), prompt_token_ids(case)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, prompt_logprobs=1, logprobs=1)
+    prompts, num_tokens = [prompt, prompt[:5], prompt[3:]], 5
+    if case.prefix_end:  # which is never cut
+        prompts, num_tokens = [prompt, prompt[8:], prompt[3:]], PREFIX_END + len(case.prefix_end) + 2
     with LLM(directory, engine="numpy", block_size=4) as llm:
-        roomy = llm.generate([prompt, prompt[:5], prompt[3:]], params)
+        roomy = llm.generate(prompts, params)
         texts = [(*output.prompt_token_ids, *output.token_ids) for output in roomy]
         read = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1))
-    with LLM(directory, engine="numpy", block_size=4, num_kv_blocks=9, max_num_batched_tokens=5) as llm:
-        tight = llm.generate([prompt, prompt[:5], prompt[3:]], params)
+    with LLM(
+        directory, engine="numpy", block_size=4, num_kv_blocks=9, max_num_seqs=3, max_num_batched_tokens=num_tokens
+    ) as llm:
+        tight = llm.generate(prompts, params)
         engine = llm._replica.engine
         assert engine is not None
         assert engine.scheduler.stats().num_preemptions > 0

@@ -76,6 +76,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], ConfigChange]] = {
     "logit_scale ignored (litgpt#1089, llama.cpp#6033)": (("cohere-head-norms", "cohere2-windows"), fields(logit_scale=1.0)),
     "a rotary embedding in every layer": (("smollm3-plain",), fields(rotates=(True,) * 4)),
     "residual_multiplier ignored": (("granite-factors",), fields(residual_multiplier=1.0)),
+    "a prefix that sees only what came before": (("chatglm1-prefix",), fields(prefix_end=())),
+    "one stream of positions": (
+        ("chatglm1-prefix",), lambda config: replace(config, rope=replace(config.rope, two_dimensional=False)),
+    ),
 }  # fmt: skip
 
 
@@ -172,11 +176,15 @@ def test_padding_of_the_vocabulary_never_wins(tp: int, tmp_path: Path) -> None:
     assert run_ranks(tp, rank)[0] == load_reference(case).greedy[:8]
 
 
-def test_the_first_chatglm_is_refused_and_not_read_as_the_second() -> None:
+def test_the_first_chatglm_is_not_read_as_the_second() -> None:
     raw = {
         "architectures": ["ChatGLMModel"], "model_type": "chatglm", "hidden_size": 64, "num_layers": 2,
         "num_attention_heads": 4, "inner_hidden_size": 256, "max_sequence_length": 2048, "vocab_size": 130528,
         "position_encoding_2d": True, "layernorm_epsilon": 1e-05,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"position_encoding_2d=True in config\.json is not supported"):
-        find_model(raw).read_config(raw)
+    first = find_model(raw)
+    assert first.read_config(raw).prefix_end == (150001, 150004)
+    second = find_model({"architectures": ["ChatGLMModel"], "padded_vocab_size": 65024})
+    assert (first.architecture, second.architecture) == ("ChatGLMForConditionalGeneration", "ChatGLMModel")
+    with pytest.raises(ConfigError, match="quantization_bit=4"):
+        first.read_config({**raw, "quantization_bit": 4})

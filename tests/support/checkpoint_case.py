@@ -12,7 +12,7 @@ __all__ = ["CheckpointCase"]
 @dataclass(frozen=True, slots=True)
 class CheckpointCase:
     """A named configuration; ``config`` is what goes into ``config.json``, ``max_model_len`` what the engine is asked for,
-    ``model_file`` what defines the family if it is not built in."""
+    ``model_file`` what defines the family if it is not built in, ``prefix_end`` what ends the prefix of its prompts."""
 
     name: str
     config: dict[str, Any]
@@ -20,3 +20,4 @@ class CheckpointCase:
     layouts: tuple[tuple[int, int], ...] = field(default=tuple((tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)))
     max_model_len: int | None = None
     model_file: Path | None = None
+    prefix_end: tuple[int, ...] = ()

@@ -50,6 +50,19 @@ def _chatglm(name: str, **fields: Any) -> CheckpointCase:
     return CheckpointCase(f"chatglm-{name}", config, layouts=TWO_KV_HEADS)
 
 
+_CHATGLM1 = CheckpointCase(
+    "chatglm1-prefix",
+    {
+        "architectures": ["ChatGLMForConditionalGeneration"], "model_type": "chatglm", "vocab_size": 101, "hidden_size": 96,
+        "num_layers": 3, "num_attention_heads": 6, "inner_hidden_size": 120, "max_sequence_length": 128,
+        "position_encoding_2d": True, "layernorm_epsilon": 1e-5, "mask_token_id": 3, "pad_token_id": 3, **_SPECIAL,
+        "gmask_token_id": 0,
+    },
+    layouts=SIX_HEADS,
+    prefix_end=(0, 1),
+)  # fmt: skip
+
+
 def _qwen(name: str, **fields: Any) -> CheckpointCase:
     config = {
         "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "vocab_size": 101, "hidden_size": 96,
@@ -194,6 +207,7 @@ DECODERS = (
     _case("glm4", "Glm4ForCausalLM", "plain", head_dim=16, attention_bias=False, pad_token_id=0),
     _chatglm("groups", rope_ratio=50),
     _chatglm("own-keys", multi_query_attention=False, add_bias_linear=True),
+    _CHATGLM1,
     _qwen("plain"),
     _case("smollm3", "SmolLM3ForCausalLM", "plain", num_hidden_layers=4, pad_token_id=0),
     _case(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from phalanx.runtime.models import baichuan
@@ -97,6 +98,68 @@ def _chatglm(case: CheckpointCase, directory: Path) -> Model:
         attention_bias=c["add_qkv_bias"] or c["add_bias_linear"], max_position_embeddings=c["seq_length"],
     )  # fmt: skip
     return _filled(GlmForCausalLM(config), tensors)
+
+
+class _ChatGlm1:
+    """The published forward pass of ChatGLM-6B in plain torch, whole sequences at once; no class of transformers has its block."""
+
+    def __init__(self, case: CheckpointCase, directory: Path) -> None:
+        self.config, self.tensors = case.config, {name: value.float() for name, value in _tensors(directory).items()}
+
+    def eval(self) -> Model:
+        return self
+
+    def to(self, device: str) -> Model:
+        self.tensors = {name: value.to(device) for name, value in self.tensors.items()}
+        return self
+
+    def __call__(self, token_ids: Any) -> Any:
+        import torch
+
+        c, (tokens,) = self.config, token_ids.tolist()
+        context, mask_position = tokens.index(c["bos_token_id"]), tokens.index(c["gmask_token_id"])
+        positions, block_positions = (torch.arange(len(tokens)) for _ in range(2))
+        positions[context:] = mask_position
+        block_positions = (block_positions - context + 1).clamp(min=0)
+        visible = torch.ones(len(tokens), len(tokens)).tril().bool()
+        visible[:, :context] = True
+        x, alpha = self.tensors["transformer.word_embeddings.weight"][token_ids[0]], (2 * c["num_layers"]) ** 0.5
+        for layer in range(c["num_layers"]):
+            name = f"transformer.layers.{layer}"
+            y = self._norm(x, f"{name}.input_layernorm")
+            qkv = self._linear(y, f"{name}.attention.query_key_value").unflatten(-1, (c["num_attention_heads"], -1))
+            q, k, v = qkv.transpose(0, 1).chunk(3, dim=-1)
+            q, k = (
+                torch.cat((_turned(a, positions), _turned(b, block_positions)), -1)
+                for a, b in (q.chunk(2, -1), k.chunk(2, -1))
+            )
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible.to(q.device))
+            x = alpha * y + self._linear(mixed.transpose(0, 1).flatten(1), f"{name}.attention.dense")
+            y = self._norm(x, f"{name}.post_attention_layernorm")
+            hidden = torch.nn.functional.gelu(self._linear(y, f"{name}.mlp.dense_h_to_4h"), approximate="tanh")
+            x = alpha * y + self._linear(hidden, f"{name}.mlp.dense_4h_to_h")
+        logits = self._norm(x, "transformer.final_layernorm") @ self.tensors["lm_head.weight"].T
+        return SimpleNamespace(logits=logits[None])
+
+    def _norm(self, x: Any, name: str) -> Any:
+        import torch
+
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, self.config["layernorm_epsilon"])
+
+    def _linear(self, x: Any, name: str) -> Any:
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
+
+
+def _turned(x: Any, positions: Any) -> Any:
+    """``[H, T, C]`` rotated by halves, the base 10,000."""
+    import torch
+
+    half = x.shape[-1] // 2
+    angles = positions[:, None] / 10000 ** (torch.arange(half) / half)
+    cos, sin = angles.cos().to(x), angles.sin().to(x)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def _qwen(case: CheckpointCase, directory: Path) -> Model:
@@ -267,6 +330,7 @@ _OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
     "MPTForCausalLM": _mpt,
     "InternLM2ForCausalLM": _internlm2,
     "ChatGLMModel": _chatglm,
+    "ChatGLMForConditionalGeneration": _ChatGlm1,
     "QWenLMHeadModel": _qwen,
     "BaichuanForCausalLM": _baichuan,
     "MegatronGPTModel": _megatron,

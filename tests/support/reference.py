@@ -14,6 +14,7 @@ __all__ = ["PROMPT_LENGTH", "Reference", "load_reference", "prompt_token_ids", "
 
 FOLDER = Path(__file__).resolve().parent.parent / "reference"
 PROMPT_LENGTH = 19
+PREFIX_END = 11
 NUM_GREEDY = 32
 
 
@@ -26,9 +27,11 @@ class Reference:
 
 
 def prompt_token_ids(case: CheckpointCase) -> tuple[int, ...]:
-    """A fixed random prompt within the case's vocabulary, without its special tokens."""
+    """A fixed random prompt within the case's vocabulary, without its special tokens but those that end a prefix."""
     random = np.random.default_rng(len(case.name))
-    return tuple(random.integers(3, case.config.get("text_config", case.config)["vocab_size"], PROMPT_LENGTH).tolist())
+    tokens = random.integers(3, case.config.get("text_config", case.config)["vocab_size"], PROMPT_LENGTH).tolist()
+    tokens[PREFIX_END : PREFIX_END + len(case.prefix_end)] = case.prefix_end
+    return tuple(tokens)
 
 
 def load_reference(case: CheckpointCase) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,65 @@ def test_ids_and_texts_equal_the_library(algorithm: str, tmp_path: Path) -> None
         assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, text
         assert tokenizer.decode(ids) == reference.decode(ids)
     assert read_model(writer.getvalue(), "x").eos_id == reference.eos_id()
+
+
+SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+CHATGLM1 = {
+    "tokenizer_class": "ChatGLMTokenizer", "bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>",
+    "gmask_token": "[gMASK]", "mask_token": "[MASK]", "pad_token": "<pad>", "unk_token": "<unk>", "num_image_tokens": 0,
+}  # fmt: skip
+
+
+def spelt(text: str) -> str:
+    """What ChatGLM-6B's code makes of a text before the library sees it."""
+    text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+    for count in range(80, 1, -1):
+        text = text.replace(" " * count, f"<|blank_{count}|>")
+    return text
+
+
+def test_chatglm_6b_spells_spaces_as_pieces_and_ends_every_text(tmp_path: Path) -> None:
+    library: Any = pytest.importorskip("sentencepiece")
+    corpus = ["the quick brown fox jumps over the lazy dog 12 34", "你好 世界 日本語 émigré", "问答 [Round 0]"] * 20
+    blanks = [f"<|blank_{count}|>" for count in range(2, 81)]
+    writer = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=writer, vocab_size=460, model_type="unigram", byte_fallback=True,
+        user_defined_symbols=["<n>", "<|tab|>", *blanks], control_symbols=SPECIAL, hard_vocab_limit=False, minloglevel=2,
+        pad_id=3,
+    )  # fmt: skip
+    reference = library.SentencePieceProcessor(model_proto=writer.getvalue())
+    (tmp_path / "ice_text.model").write_bytes(writer.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CHATGLM1))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer is not None
+    gmask, start, end = (reference.piece_to_id(text) for text in ("[gMASK]", "<sop>", "<eop>"))
+    for text in (
+        "你好 世界",
+        "the  lazy\tfox\n\n  12",
+        "\n问",
+        "a" + " " * 81 + "b",
+        "émigré 🦙 x",
+        " x ",
+        "",
+        "日本\r\n",
+    ):
+        ids = reference.encode(spelt(text))
+        assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, text
+        assert tokenizer.encode(text) == (*ids, gmask, start)
+        expected = reference.decode(ids).replace("<n>", "\n").replace("<|tab|>", "\t")
+        for count in range(2, 81):
+            expected = expected.replace(f"<|blank_{count}|>", " " * count)
+        assert tokenizer.decode(ids) == expected, text
+        stream = tokenizer.detokenizer()
+        assert "".join(map(stream.push, ids)) + stream.flush() == expected
+    assert tokenizer.encode("[MASK]", add_special_tokens=False) == (reference.piece_to_id("[MASK]"),)
+    assert tokenizer.decode([gmask, start, end]) == ""
+    assert tokenizer_end_token(tmp_path) == end
+
+
+def test_chatglm_6bs_first_revision_whose_ids_begin_with_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ice_text.model").write_bytes(model())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CHATGLM1, "num_image_tokens": 20000}))
+    with pytest.raises(CheckpointError, match="num_image_tokens=20000"):
+        Tokenizer.from_directory(tmp_path)

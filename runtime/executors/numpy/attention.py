@@ -40,6 +40,7 @@ class _Sequence:
         start, length: position of the first query, and one past that of the last.
         blocks: of the whole sequence, in order.
         whole: the sequence's whole share of the step, for attention that looks ahead.
+        num_prefix: its leading tokens that see one another, where the attention has a prefix.
     """
 
     rows: slice
@@ -47,6 +48,7 @@ class _Sequence:
     length: int
     blocks: Int32Array
     whole: tuple[slice, int]
+    num_prefix: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class NumpyAttention:
                 heads = self.local_heads(spec)
                 shape = (heads.num_kv_heads, num_blocks, block_size, heads.head_dim)
                 self._pages[layer] = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self._positions = np.empty(0, np.int32)
+        self._positions = self._num_prefix = np.empty(0, np.int32)
         self._write = (self._positions, self._positions)
         self._sequences: list[_Sequence] = []
         self._tiles: list[_Sequence] = []
@@ -104,18 +106,20 @@ class NumpyAttention:
         """Prepare for a step whose diffs ``state`` already holds."""
         self._positions, tables = plan.positions, state.block_tables[0]
         row_seq_indices = np.repeat(plan.seq_indices, plan.num_scheduled_tokens)
+        num_prefix = state.sampling["num_prefix"][plan.seq_indices]
+        self._num_prefix = np.repeat(num_prefix, plan.num_scheduled_tokens)
         self._write = (
             tables[row_seq_indices, self._positions // self._block_size],
             self._positions % self._block_size,
         )
         ends = plan.cu_seqlens
         self._sequences = []
-        columns = (plan.seq_indices.tolist(), plan.starts.tolist(), plan.num_scheduled_tokens.tolist())
-        for index, (seq_index, start, count) in enumerate(zip(*columns, strict=True)):
+        columns = (plan.seq_indices, plan.starts, plan.num_scheduled_tokens, num_prefix)
+        for index, (seq_index, start, count, prefix) in enumerate(zip(*map(np.ndarray.tolist, columns), strict=True)):
             length = start + count
             blocks = tables[seq_index, : -(-length // self._block_size)]
             rows = slice(int(ends[index]), int(ends[index + 1]))
-            self._sequences.append(_Sequence(rows, start, length, blocks, (rows, length)))
+            self._sequences.append(_Sequence(rows, start, length, blocks, (rows, length), prefix))
         self._num_gathered = plan.num_decodes if plan.num_decodes >= MIN_GATHERED_DECODES else 0
         self._tiles = [tile for sequence in self._sequences[self._num_gathered :] for tile in _tiles(sequence)]
         self._shares_tiles = plan.num_tokens > plan.num_seqs  # one query alone is too little for a thread
@@ -133,8 +137,7 @@ class NumpyAttention:
         heads, kv_heads, dim = kind.heads.num_heads, kind.heads.num_kv_heads, kind.heads.head_dim
         packed = qkv.reshape(len(qkv), heads + 2 * kv_heads, dim)
         if spec.rope is not None:
-            cos, sin = (table[self._positions, None, :] for table in self._tables(spec.rope))
-            rotate(packed[:, : heads + kv_heads], cos, sin, spec.rope.interleaved)
+            self._rotate(packed[:, : heads + kv_heads], spec.rope)
         rows = (packed[:, heads : heads + kv_heads], packed[:, heads + kv_heads :])
         keys, values = (side.swapaxes(0, 1) for side in rows)
         if spec.cached:
@@ -145,6 +148,16 @@ class NumpyAttention:
         out = np.empty((len(qkv), heads, dim), np.float32)
         self._attend_all(_Layer(kind, queries, keys, values, out))
         return out.reshape(len(qkv), heads * dim)
+
+    def _rotate(self, heads: Float32Array, rope: RopeConfig) -> None:
+        """Rotate queries and keys ``[T, H + K, C]`` in place."""
+        positions = [self._positions]
+        if rope.two_dimensional:
+            last = np.maximum(self._num_prefix - 1, 0)
+            positions = [np.minimum(self._positions, last), np.maximum(self._positions - last, 0)]
+        for part, where in enumerate(positions):
+            cos, sin = (table[where, None, :] for table in self._tables(rope))
+            rotate(heads[..., part * rope.rotary_dim :], cos, sin, rope.interleaved)
 
     def _cached(self, x: Float32Array, layer: int, side: int) -> Float32Array:
         """What the cache holds of ``x`` ``[T, K, C]``: itself, or the values of its codes. ``side``: 0 keys, 1 values."""
@@ -191,7 +204,8 @@ class NumpyAttention:
         scores = scores.reshape(kv_heads, group, count, length)
         query_positions = np.arange(tile.start, tile.length, dtype=np.int32)
         key_positions = np.arange(length, dtype=np.int32)
-        kind.shape_scores(scores, query_positions[:, None], key_positions, key_positions[-1:])
+        num_prefix = tile.num_prefix if kind.spec.prefix_end else 0
+        kind.shape_scores(scores, query_positions[:, None], key_positions, key_positions[-1:], num_prefix)
         softmax(scores)
         mixed = scores.reshape(kv_heads, group * count, length) @ v
         mixed = mixed.reshape(kv_heads, group, count, dim)
@@ -201,6 +215,8 @@ class NumpyAttention:
         """Keys or values that a tile's queries may see: ``[K, L, C]``."""
         rows, total = tile.whole
         length = tile.length if spec.causal else total
+        if spec.prefix_end:
+            length = max(length, min(tile.num_prefix, total))
         if spec.cached:
             return _paged(source, tile.blocks[: -(-length // self._block_size)], length)
         return source[:, rows.start : rows.start + length]
@@ -241,7 +257,7 @@ def _tiles(sequence: _Sequence) -> Iterator[_Sequence]:
     for first in range(rows.start, rows.stop, QUERY_TILE):
         last = min(first + QUERY_TILE, rows.stop)
         start, length = sequence.start + first - rows.start, sequence.start + last - rows.start
-        yield _Sequence(slice(first, last), start, length, sequence.blocks, sequence.whole)
+        yield _Sequence(slice(first, last), start, length, sequence.blocks, sequence.whole, sequence.num_prefix)
 
 
 def _paged(pages: Float32Array, blocks: Int32Array, length: int) -> Float32Array:

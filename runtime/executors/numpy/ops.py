@@ -35,6 +35,8 @@ CAPABILITIES = Capabilities(
     features={
         **ALL_ENGINES,
         "attention.causal": ANY,
+        "attention.prefix_end": ANY,
+        "attention.rope.two_dimensional": ANY,
         "attention.cached": ANY,
         "attention.soft_cap": ANY,
         "attention.rope.long_factors": ANY,

@@ -43,11 +43,13 @@ class AttentionKind:
         return self.heads.num_heads // self.heads.num_kv_heads
 
     def shape_scores(
-        self, scores: Float32Array, query_positions: Int32Array, key_positions: Int32Array, last: Int32Array
-    ) -> None:
+        self, scores: Float32Array, query_positions: Int32Array, key_positions: Int32Array, last: Int32Array,
+        num_prefix: int = 0,
+    ) -> None:  # fmt: skip
         """Soft cap, ALiBi, mask, in place: scores ``[K, G, rows, L]``, query positions ``[rows, 1]``.
 
         ``last``: position of each row's sequence's last token, ``[rows, 1]`` or one for all; keys after it are padding.
+        ``num_prefix``: keys before this position are seen from anywhere.
         """
         spec = self.spec
         if spec.soft_cap:
@@ -57,6 +59,8 @@ class AttentionKind:
         if self.slopes is not None:
             scores -= self.slopes * distance.astype(np.float32)
         hidden = distance < 0 if spec.causal else key_positions > last
+        if num_prefix:
+            hidden &= key_positions >= num_prefix
         if spec.window:
             hidden |= distance >= spec.window
         if hidden.any():
