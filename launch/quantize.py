@@ -40,14 +40,17 @@ def build_parser() -> CommandParser:
     add_model_argument(parser, "Hugging Face directory with float weights (default: the demo checkpoint)")
     add_model_file_argument(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
-    parser.add_argument("--scheme", choices=("fp8", "int8", "w8a16", "w4a16"), required=True,
-                        help="fp8, int8: weights by row, inputs by token; w8a16, w4a16: weights only")  # fmt: skip
+    parser.add_argument("--scheme", choices=("fp8", "fp8-static", "int8", "w8a16", "w4a16"), required=True,
+                        help="fp8, int8: weights by row, inputs by token; fp8-static: weights by row, inputs by a scale that the "
+                        "calibration text gives; w8a16, w4a16: weights only")  # fmt: skip
     parser.add_argument("--method", choices=("rtn", "smoothquant", "awq", "gptq"), default="rtn",
-                        help="rtn: round to nearest; smoothquant (fp8, int8): outliers of inputs move into weights; "
+                        help="rtn: round to nearest; smoothquant (fp8, fp8-static, int8): outliers of inputs move into weights; "
                         "awq (w8a16, w4a16): columns with large inputs get finer codes; "
                         "gptq (w8a16, w4a16): later columns make up for the rounding of earlier ones")  # fmt: skip
+    parser.add_argument("--kv-cache", choices=("none", "fp8"), default="none",
+                        help="fp8: write scales of an fp8 cache that the calibration text gives (default: none)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE",
-                        help="UTF-8 text for smoothquant, awq and gptq, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
+                        help="UTF-8 text for smoothquant, awq, gptq, fp8-static and --kv-cache, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
                         help="columns that share a scale; 0 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
     parser.add_argument(
@@ -73,12 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"launch.quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
-    if args.calibration is not None and args.method == "rtn":
-        raise ConfigError("--calibration has no effect with --method=rtn; leave it out, or use another method")
+    reads_text = args.method != "rtn" or scheme.has_static_inputs or args.kv_cache == "fp8"
+    if args.calibration is not None and not reads_text:
+        raise ConfigError(
+            f"--calibration has no effect with --method=rtn --scheme={args.scheme}; leave it out, or use another method, "
+            "--scheme fp8-static or --kv-cache fp8"
+        )
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
         stored, chosen = _matrices(checkpoint, own)
-        calibrated = None if args.method == "rtn" else _calibrated(args, scheme, checkpoint, own, stored, chosen)
+        calibrated = _calibrated(args, scheme, checkpoint, own, stored, chosen) if reads_text else None
         method = calibrated or RoundToNearest(scheme)
         with Progress("quantizing", len(chosen), "matrices") as progress:
             errors = write_quantized(
@@ -93,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"scheme": args.scheme, "method": args.method, "group_size": group_size, "errors": errors}
     if calibrated is not None:
         report["output_errors"] = {name: asdict(error) for name, error in calibrated.output_errors.items()}
+        report |= {"input_ranges": calibrated.input_ranges, "cache_scales": calibrated.cache_scales}
+    if args.method != "rtn" and calibrated is not None:
         _say(args.method, list(calibrated.output_errors.values()))
     if args.report is not None:
         args.report.write_text(json.dumps(report, indent=1))
@@ -122,7 +131,7 @@ def _calibrated(
     config = model.read_config(checkpoint.config)
     windows = calibration_windows(text, Tokenizer.from_directory(checkpoint.path), config.max_positions)
     runs = LayerRuns(checkpoint, model, config, windows)
-    return CalibratedMethod(args.method, scheme, model, config, stored, chosen, runs)
+    return CalibratedMethod(args.method, scheme, model, config, stored, chosen, runs, args.kv_cache == "fp8")
 
 
 def _say(method: str, errors: Sequence[OutputError]) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.resolve import find_stored
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["read_kv_scales"]
+__all__ = ["attention_module", "read_kv_scales"]
 
 _NAMES = {
     "key": ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale"),
@@ -35,10 +36,15 @@ def read_kv_scales(source: TensorSource, attention: str, num_kv_heads: int) -> N
     return np.stack([_read(source, attention, kind, names, present, num_kv_heads) for kind, names in _NAMES.items()])
 
 
+def attention_module(name: str) -> str:
+    """``model.layers.3.self_attn`` of ``model.layers.3.self_attn.q_proj.weight``."""
+    return name.removesuffix(".weight").rpartition(".")[0]
+
+
 def _read(
     source: TensorSource, attention: str, kind: str, names: Sequence[str], present: set[str], num_kv_heads: int
 ) -> NDArray[np.float32]:
-    name = next((full for one in names if (full := f"{attention}.{one}") in present), None)
+    name = find_stored([f"{attention}.{one}" for one in names], present)
     if name is None:
         raise CheckpointError(
             f"quantization_config in config.json promises an fp8 key/value cache, but {attention} has no {kind} scale (looked for "

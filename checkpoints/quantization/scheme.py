@@ -6,19 +6,32 @@ amax / (range / 2), so that codes reach -128 and -8, as its own observers have i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.quantization.numbers import dequantize, quantize_rows
+from phalanx.checkpoints.quantization.numbers import (
+    E4M3_MAX,
+    FP8_SMALLEST_SCALE,
+    dequantize,
+    quantize_rows,
+    quantize_static,
+)
 from phalanx.checkpoints.source import TensorInfo
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["Scheme", "SchemeName"]
+__all__ = ["KV_CACHE_SCHEME", "Scheme", "SchemeName"]
 
-SchemeName = Literal["fp8", "int8", "w8a16", "w4a16"]
+KV_CACHE_SCHEME: Mapping[str, Any] = MappingProxyType(
+    {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+)
+"""``kv_cache_scheme`` of a checkpoint with a scale for the keys and one for the values of each layer."""
+
+SchemeName = Literal["fp8", "fp8-static", "int8", "w8a16", "w4a16"]
 Array = NDArray[Any]
 _BITS = {"w8a16": 8, "w4a16": 4}
 
@@ -41,8 +54,9 @@ class Scheme:
     def tensors(self, rows: int, columns: int) -> dict[str, TensorInfo]:
         """What a module of ``[rows, columns]`` is stored as, by suffix."""
         if self.name not in _BITS:
-            codes = "F8_E4M3" if self.name == "fp8" else "I8"
-            return {"weight": TensorInfo((rows, columns), codes), "weight_scale": TensorInfo((rows, 1), "F32")}
+            codes = TensorInfo((rows, columns), "F8_E4M3" if self.is_fp8 else "I8")
+            inputs = {"input_scale": TensorInfo((1,), "F32")} if self.has_static_inputs else {}
+            return {"weight": codes, "weight_scale": TensorInfo((rows, 1), "F32"), **inputs}
         words, groups = -(-columns * _BITS[self.name] // 32), columns // (self.group_size or columns)
         return {
             "weight_packed": TensorInfo((rows, words), "I32"),
@@ -51,8 +65,8 @@ class Scheme:
         }
 
     def quantize(self, weight: NDArray[np.float32]) -> tuple[dict[str, Array], NDArray[np.float32]]:
-        """The tensors, and the values that they stand for."""
-        if self.name == "fp8":
+        """The tensors but for ``input_scale``, and the values that they stand for."""
+        if self.is_fp8:
             codes = quantize_rows(weight)
             return {"weight": codes.codes, "weight_scale": codes.scale}, codes.codes.astype(np.float32) * codes.scale
         groups = weight.reshape(len(weight), -1, self.group_size or weight.shape[1])
@@ -61,6 +75,16 @@ class Scheme:
         return self.stored(rounded.reshape(weight.shape).astype(np.int8), scale), (rounded * scale[:, :, None]).reshape(
             weight.shape
         )
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether codes are e4m3."""
+        return self.name in ("fp8", "fp8-static")
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether a product's inputs share one scale, which a calibration text gives."""
+        return self.name == "fp8-static"
 
     @property
     def is_weight_only(self) -> bool:
@@ -90,23 +114,32 @@ class Scheme:
         shape = np.array(codes.shape, np.int64)
         return {"weight_packed": _packed(codes, self.bits), "weight_scale": scale, "weight_shape": shape}
 
-    def round_input(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What a product sees of its input ``[T, in]``."""
+    def input_scale(self, largest: float) -> NDArray[np.float32]:
+        """``[1]``: with which inputs up to the magnitude ``largest`` do not saturate."""
+        scale: NDArray[np.float32] = np.array([largest], np.float32) / np.float32(E4M3_MAX)
+        return np.maximum(scale, FP8_SMALLEST_SCALE)
+
+    def round_input(self, x: NDArray[np.float32], largest: float) -> NDArray[np.float32]:
+        """What a product sees of its input ``[T, in]``; ``largest`` magnitude that the calibration text gave it."""
         if self.is_weight_only:
             return x
-        return dequantize(quantize_rows(x, "fp8" if self.name == "fp8" else "int8"))
+        if self.has_static_inputs:
+            return dequantize(quantize_static(x, float(self.input_scale(largest)[0])))
+        return dequantize(quantize_rows(x, "fp8" if self.is_fp8 else "int8"))
 
     @property
     def section(self) -> dict[str, Any]:
         """``quantization_config``, less ``ignore``."""
-        is_packed, kind = self.name in _BITS, "float" if self.name == "fp8" else "int"
+        is_packed, kind = self.name in _BITS, "float" if self.is_fp8 else "int"
         weights: dict[str, Any] = {
             "num_bits": _BITS.get(self.name, 8), "type": kind, "symmetric": True, "dynamic": False,
             "strategy": "group" if self.group_size else "channel",
         }  # fmt: skip
         if self.group_size:
             weights["group_size"] = self.group_size
-        inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
+        strategy = "tensor" if self.has_static_inputs else "token"
+        inputs = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True,
+                  "dynamic": not self.has_static_inputs}  # fmt: skip
         layout = "pack-quantized" if is_packed else f"{kind}-quantized"
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None if is_packed else inputs,
                  "output_activations": None, "format": layout}  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.quantization.scheme import Scheme
+from phalanx.checkpoints.quantization.scheme import KV_CACHE_SCHEME, Scheme
 from phalanx.checkpoints.safetensors_layout import plan_file
 from phalanx.checkpoints.source import TensorInfo, TensorSource
 from phalanx.parallel.errors import ConfigError
@@ -41,6 +41,12 @@ class Method(Protocol):
     def quantize(self, name: str, weight: Array) -> Quantized:
         """The tensors that are written for a matrix ``[out, in]`` of any float format."""
 
+    def scale_names(self, name: str) -> Sequence[str]:
+        """Float32 scales of one element that follow a matrix: those of its layer's cache."""
+
+    def scales(self, name: str) -> Sequence[Array]:
+        """Their values, after `quantize` of the matrix."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoundToNearest:
@@ -58,6 +64,12 @@ class RoundToNearest:
         wide = weight.astype(np.float32)
         tensors, values = self.scheme.quantize(wide)
         return Quantized(tensors, float(np.linalg.norm(values - wide)) / max(float(np.linalg.norm(wide)), 1e-30))
+
+    def scale_names(self, name: str) -> Sequence[str]:
+        return ()
+
+    def scales(self, name: str) -> Sequence[Array]:
+        return ()
 
 
 def write_quantized(
@@ -83,7 +95,11 @@ def write_quantized(
     if output.exists():
         raise ConfigError(f"--output {str(output)!r} exists; remove it or choose another name")
     names = method.order(sorted(source.names()))
-    layout = [(stored, info) for name in names for stored, info in _stored(source, name, name in chosen, scheme)]
+    layout = []
+    for name in names:
+        layout += _stored(source, name, name in chosen, scheme)
+        layout += [(scale, TensorInfo((1,), "F32")) for scale in method.scale_names(name)]
+    has_cache_scales = any(method.scale_names(name) for name in names)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -98,10 +114,13 @@ def write_quantized(
                 tensors, errors[name] = method.quantize(name, array)
                 for suffix in scheme.tensors(*array.shape):
                     file.write(tensors[suffix].tobytes())
+                for scale in method.scales(name):
+                    file.write(scale.tobytes())
             progress(name)
     _copy_small_files(directory, partial)
     ignored = sorted(name.removesuffix(".weight") for name in names if name == "lm_head.weight")
-    section = {**scheme.section, "ignore": ignored or ["lm_head"]}
+    cache = {"kv_cache_scheme": dict(KV_CACHE_SCHEME)} if has_cache_scales else {}
+    section = {**scheme.section, "ignore": ignored or ["lm_head"], **cache}
     (partial / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
     partial.rename(output)
     return errors

@@ -14,16 +14,21 @@ _LEAST_STRIDE = 8
 
 
 class ProductInputs:
-    """Statistics of the rows of an input ``[T, in]``, and a sample of rows that take no part in them.
+    """Statistics of the rows of an input ``[T, in]``, and a sample of rows that take no part in them but for `range`.
 
     Args:
         width: ``in``.
         num_tokens: rows that will come, so that the sample is spread over all of them.
         with_gram: sum up ``x.T @ x``, ``[in, in]`` float32, too.
+
+    Attributes:
+        amax: ``[in]`` largest magnitude of each column.
+        range: the same with the rows of the sample: a static scale must not saturate on rows that were seen.
     """
 
     def __init__(self, width: int, num_tokens: int, with_gram: bool) -> None:
         self.amax = np.zeros(width, np.float32)
+        self.range = np.zeros(width, np.float32)
         self._sum = np.zeros(width, np.float64)
         self.gram = np.zeros((width, width), np.float32) if with_gram else None
         self._stride = max(_LEAST_STRIDE, -(-num_tokens // KEPT_ROWS))
@@ -35,8 +40,9 @@ class ProductInputs:
         is_kept = (np.arange(self._num_rows, self._num_rows + len(x)) % self._stride) == self._stride - 1
         self._num_rows += len(x)
         self._kept.append(x[is_kept])
-        counted = x[~is_kept]
-        magnitudes = np.abs(counted)
+        counted, all_magnitudes = x[~is_kept], np.abs(x)
+        np.maximum(self.range, all_magnitudes.max(axis=0, initial=0), out=self.range)
+        magnitudes = all_magnitudes[~is_kept]
         np.maximum(self.amax, magnitudes.max(axis=0, initial=0), out=self.amax)
         self._sum += magnitudes.sum(axis=0, dtype=np.float64)
         self._num_counted += len(counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import vocabulary_shard
 from phalanx.runtime.step import BatchState, StepPlan
 
-__all__ = ["LayerRuns", "Record"]
+__all__ = ["LayerRun", "LayerRuns", "Record"]
 
 Float32Array = NDArray[np.float32]
 Record = Callable[[str, Float32Array], None]
@@ -40,6 +41,32 @@ class RecordingOps(NumpyOps):
     def row_linear_partial(self, x: Float32Array, name: str) -> Float32Array:
         self._record(name, x)
         return super().row_linear_partial(x, name)
+
+
+class RecordingAttention(NumpyAttention):
+    """The NumPy engine's attention, which keeps the largest magnitudes of what it caches: ``amax`` ``[2]``, keys and values."""
+
+    def __init__(self, *parts: object) -> None:
+        """``parts``: the arguments of `NumpyAttention`."""
+        super().__init__(*parts)  # type: ignore[arg-type]
+        self.amax = np.zeros(2, np.float32)
+
+    def cached(self, x: Float32Array, layer: int, side: int) -> Float32Array:
+        self.amax[side] = max(self.amax[side], np.abs(x).max(initial=0))
+        return super().cached(x, layer, side)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """What a text did in one layer.
+
+    Attributes:
+        weights: the layer's.
+        cache_amax: ``[2]`` largest magnitudes of its rotated keys and of its values.
+    """
+
+    weights: Weights[Float32Array]
+    cache_amax: Float32Array
 
 
 class LayerRuns:
@@ -71,12 +98,12 @@ class LayerRuns:
         source = self._checkpoint.source
         return source.read(name, source.info(name).whole)
 
-    def run(self, layer: int, record: Record) -> Weights[Float32Array]:
-        """Run the next layer, whose number is ``layer``; returns its weights."""
+    def run(self, layer: int, record: Record) -> LayerRun:
+        """Run the next layer, whose number is ``layer``."""
         weights, spec = self._load(layer), self._model.decode.attention(self._config, layer)
         vocabulary = vocabulary_shard().span(self._config.vocab_size, 0, 1)
         longest = max(map(len, self._windows))
-        attention = NumpyAttention({layer: spec}, 1, longest, 0, 1, longest, self._threads)
+        attention = RecordingAttention({layer: spec}, 1, longest, 0, 1, longest, self._threads)
         ops = RecordingOps(record, weights, vocabulary, SelfCommunicator(), attention, self._threads)
         state, zero = BatchState.empty(1, 1), np.zeros(1, np.int32)
         for index, tokens in enumerate(self._windows):
@@ -85,7 +112,7 @@ class LayerRuns:
             attention.bind(plan, state)
             x, residual = self._model.decode.run(ops, self._config, range(layer, layer + 1), self._hidden[index])
             self._hidden[index] = x if residual is None else ops.add(x, residual)
-        return weights
+        return LayerRun(weights, attention.amax)
 
     def _load(self, layer: int) -> Weights[Float32Array]:
         model, config, formats = self._model, self._config, self._checkpoint.formats

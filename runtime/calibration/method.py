@@ -1,4 +1,7 @@
-"""Methods of `launch.quantize` that look at inputs: SmoothQuant, AWQ and GPTQ, each matrix judged on rows that it has not seen."""
+"""What `launch.quantize` learns from a text: ranges of inputs and caches, and SmoothQuant, AWQ and GPTQ.
+
+Each matrix of these methods is judged on rows that it has not seen.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.quantization.kv_scales import attention_module
+from phalanx.checkpoints.quantization.numbers import E4M3_MAX
 from phalanx.checkpoints.quantization.scheme import Scheme
-from phalanx.checkpoints.quantization.writer import Quantized
+from phalanx.checkpoints.quantization.writer import Quantized, RoundToNearest
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.calibration.folding import NormFold, awq_factors, fold_into_norm, smoothquant_factors
@@ -22,19 +27,22 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.models import Model
 
-__all__ = ["CalibratedMethod", "MethodName", "OutputError", "check_method"]
+__all__ = ["CACHE_HEADROOM", "CalibratedMethod", "MethodName", "OutputError", "check_method"]
 
 Array = NDArray[Any]
 Float32Array = NDArray[np.float32]
-MethodName = Literal["smoothquant", "awq", "gptq"]
+MethodName = Literal["rtn", "smoothquant", "awq", "gptq"]
 
-
+CACHE_HEADROOM = 1.25
+"""Ranges of cached keys and values are widened by this: e4m3 loses no precision by it, saturation is what costs."""
 _AWQ_STEPS = 20
 """Powers of the inputs' magnitudes that are tried: 0.05 to 0.95."""
 
 
 def check_method(name: MethodName, scheme: Scheme) -> None:
     """Raise `ConfigError` if the method does not apply to the scheme."""
+    if name == "rtn":
+        return
     if name == "smoothquant" and scheme.is_weight_only:
         raise ConfigError(
             f"--method=smoothquant does not fit --scheme={scheme.name}, which leaves inputs as they are; use awq, gptq or rtn"
@@ -71,6 +79,7 @@ class _Layer:
 
     matrices: dict[str, Quantized] = field(default_factory=dict)
     norms: dict[str, Array] = field(default_factory=dict)
+    cache_amax: Float32Array = field(default_factory=lambda: np.zeros(2, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,12 @@ class CalibratedMethod:
         stored: name in the checkpoint of every declared source tensor.
         chosen: the matrices to quantise, by their stored names.
         runs: the calibration text, before the first layer.
+        has_cache_scales: write scales of an fp8 cache.
+
+    Attributes:
+        output_errors: of each matrix that the method made a proposal for.
+        input_ranges: largest magnitude of each matrix's inputs as they were written, for schemes with static inputs.
+        cache_scales: by their names in the checkpoint.
 
     Raises:
         ConfigError: the method does not fit the scheme or the model.
@@ -97,10 +112,11 @@ class CalibratedMethod:
 
     def __init__(
         self, name: MethodName, scheme: Scheme, model: Model, config: ModelConfig, stored: Mapping[str, str],
-        chosen: set[str], runs: LayerRuns,
+        chosen: set[str], runs: LayerRuns, has_cache_scales: bool = False,
     ) -> None:  # fmt: skip
         check_method(name, scheme)
         self._name, self._scheme, self._runs = name, scheme, runs
+        self._nearest = RoundToNearest(scheme)
         self._chosen = chosen
         self._specs = [model.weights(config, range(n, n + 1), False, False) for n in range(config.num_layers)]
         self._stored = stored
@@ -108,8 +124,14 @@ class CalibratedMethod:
         self._layer_of = {
             stored[part.source]: number for number, specs in enumerate(self._specs) for spec in specs for part in spec.parts
         }  # fmt: skip
+        self._cached = {
+            stored[spec.parts[0].source] for specs in self._specs for spec in specs
+            if has_cache_scales and spec.owner.endswith(".qkv") and spec.kind == "weight"
+        }  # fmt: skip
         self._next, self._layer = 0, _Layer()
         self.output_errors: dict[str, OutputError] = {}
+        self.input_ranges: dict[str, float] = {}
+        self.cache_scales: dict[str, float] = {}
 
     def order(self, names: Sequence[str]) -> Sequence[str]:
         return sorted(names, key=lambda name: (self._layer_of.get(name, -1), name))
@@ -120,7 +142,22 @@ class CalibratedMethod:
 
     def quantize(self, name: str, weight: Array) -> Quantized:
         self._advance(name)
-        return self._layer.matrices.pop(name)
+        done = self._layer.matrices.pop(name, None) or self._nearest.quantize(name, weight)
+        if not self._scheme.has_static_inputs:
+            return done
+        return Quantized({**done.tensors, "input_scale": self._scheme.input_scale(self.input_ranges[name])}, done.error)
+
+    def scale_names(self, name: str) -> Sequence[str]:
+        if name not in self._cached:
+            return ()
+        return tuple(f"{attention_module(name)}.{side}_scale" for side in "kv")
+
+    def scales(self, name: str) -> Sequence[Array]:
+        names = self.scale_names(name)
+        amax = np.maximum(self._layer.cache_amax, np.float32(1e-6))
+        scales = np.float32(CACHE_HEADROOM) * amax / np.float32(E4M3_MAX)
+        self.cache_scales |= dict(zip(names, scales.tolist(), strict=False))
+        return list(scales.reshape(-1, 1)) if names else ()
 
     def _advance(self, name: str) -> None:
         while self._next <= self._layer_of.get(name, -1):
@@ -135,16 +172,29 @@ class CalibratedMethod:
                 inputs[name] = ProductInputs(x.shape[1], self._runs.num_tokens, self._name == "gptq")
             inputs[name].add(x)
 
-        weights, self._layer = self._runs.run(number, record), _Layer()
+        run = self._runs.run(number, record)
+        weights, self._layer = run.weights, _Layer(cache_amax=run.cache_amax)
         specs = {spec.owner: spec for spec in self._specs[number] if self._is_chosen(spec)}
+        if self._name == "rtn" and not self._scheme.has_static_inputs:
+            return
         for owner in specs.keys() - inputs.keys():
             raise ConfigError(
-                f"--method={self._name} has no inputs of {owner}, whose products are not seen one by one (experts); use --method rtn"
+                f"--method={self._name} --scheme={self._scheme.name} has no inputs of {owner}, whose products are not seen one by "
+                "one (experts); use --method rtn and a scheme without static inputs"
             )
+        for owner, spec in specs.items():
+            for part in spec.parts:
+                self.input_ranges[self._stored[part.source]] = float(inputs[owner].range.max())
         if self._name == "gptq":
             for owner, spec in specs.items():
                 self._round_in_order(_parts(spec, self._stored, weights), inputs[owner])
-            return
+        elif self._name != "rtn":
+            self._smooth_layer(number, specs, weights, inputs)
+
+    def _smooth_layer(
+        self, number: int, specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
+        inputs: Mapping[str, ProductInputs],
+    ) -> None:  # fmt: skip
         for spec in self._specs[number]:
             if spec.owner in self._folds and spec.kind == "weight":
                 done = self._smooth(self._folds[spec.owner], spec, specs, weights, inputs)
@@ -187,11 +237,13 @@ class CalibratedMethod:
         factors, judged = folded.factors, sample[1::2]
         nearest = [_rounded(part.values, scheme) for part in parts]
         smoothed = [_rounded(part.values * factors, scheme) for part in parts]
-        before = _output_errors(parts, judged, nearest, scheme.round_input(judged))
-        after = _output_errors(parts, judged, smoothed, scheme.round_input(judged / factors))
+        ranges = float(seen.range.max()), float((seen.range / factors).max())
+        before = _output_errors(parts, judged, nearest, scheme.round_input(judged, ranges[0]))
+        after = _output_errors(parts, judged, smoothed, scheme.round_input(judged / factors, ranges[1]))
         is_kept = sum(after) < sum(before)
         for part, *errors in zip(parts, before, after, strict=True):
             self.output_errors[part.name] = OutputError(errors[0], errors[1], is_kept)
+            self.input_ranges[part.name] = ranges[is_kept]
         for part, one, two in zip(parts, nearest, smoothed, strict=True):
             self._keep(_Part(part.name, part.values * factors) if is_kept else part, two if is_kept else one)
         if is_kept:
@@ -210,7 +262,7 @@ class CalibratedMethod:
 
         def error(proposal: NormFold) -> float:
             rounded = [_rounded(part.values * proposal.factors, scheme) for part in parts]
-            return sum(_output_errors(parts, rows, rounded, scheme.round_input(rows / proposal.factors)))
+            return sum(_output_errors(parts, rows, rounded, rows / proposal.factors))
 
         return min(proposals, key=error)
 

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
 from phalanx.checkpoints.quantization.held import held_formats, quantized_while_loading
-from phalanx.checkpoints.quantization.kv_scales import read_kv_scales
+from phalanx.checkpoints.quantization.kv_scales import attention_module, read_kv_scales
 from phalanx.checkpoints.quantization.row_codes import RowCodes
-from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.progress import RankProgress
@@ -109,7 +108,7 @@ class RankSpec:
         heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size)
         if not calibrated:
             return {layer: np.ones((2, heads.size), np.float32) for layer in self.layers}
-        modules = {weight.spec.owner: _attention_module(weight.spec) for weight in self.declared}
+        modules = {weight.spec.owner: attention_module(weight.spec.parts[0].source) for weight in self.declared}
         return {
             layer: np.ascontiguousarray(
                 read_kv_scales(self.checkpoint.source, modules[f"layers.{layer}.qkv"], self.config.num_kv_heads)[
@@ -135,8 +134,3 @@ class RankSpec:
     def tp_size(self) -> int:
         """Ranks of the tensor-parallel group."""
         return self.topology.layout.tp
-
-
-def _attention_module(spec: WeightSpec) -> str:
-    """``model.layers.3.self_attn`` of the weight that is read from its ``q_proj``."""
-    return spec.parts[0].source.removesuffix(".weight").rpartition(".")[0]

@@ -143,7 +143,7 @@ class NumpyAttention:
         if spec.cached:
             keys, values = self._pages[layer]
             for side, pages in enumerate((keys, values)):
-                pages[:, *self._write] = self._cached(rows[side], layer, side).swapaxes(0, 1)
+                pages[:, *self._write] = self.cached(rows[side], layer, side).swapaxes(0, 1)
         queries = packed[:, :heads] * np.float32(spec.scale)
         out = np.empty((len(qkv), heads, dim), np.float32)
         self._attend_all(_Layer(kind, queries, keys, values, out))
@@ -159,8 +159,8 @@ class NumpyAttention:
             cos, sin = (table[where, None, :] for table in self._tables(rope))
             rotate(heads[..., part * rope.rotary_dim :], cos, sin, rope.interleaved)
 
-    def _cached(self, x: Float32Array, layer: int, side: int) -> Float32Array:
-        """What the cache holds of ``x`` ``[T, K, C]``: itself, or the values of its codes. ``side``: 0 keys, 1 values."""
+    def cached(self, x: Float32Array, layer: int, side: int) -> Float32Array:
+        """What the cache is to hold of ``x`` ``[T, K, C]``: itself, or the values of its codes. ``side``: 0 keys, 1 values."""
         if self._kv_scales is None:
             return x
         scale = self._kv_scales[layer][side][:, None]
