@@ -112,7 +112,8 @@ def test_several_clients_share_the_load_and_draw_a_plot(server: Server, tmp_path
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["num_clients"], report["request_rate"], report["burstiness"]) == (3, 500.0, 0.5)
-    assert (report["completed_requests"], report["output_tokens"], report["output_tokens_per_event"]) == (7, 42, 1.0)
+    assert (report["completed_requests"], report["output_tokens"]) == (7, 42)
+    assert 1.0 <= report["output_tokens_per_event"] <= 6.0
     assert report["good_requests_per_second"] == report["requests_per_second"]
     assert report["stream_gap_ms"]["mean"] >= report["inter_token_latency_ms"]["mean"]
     panels = ElementTree.parse(plot).getroot().findall(".//{*}polyline")

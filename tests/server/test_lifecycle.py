@@ -59,7 +59,6 @@ def test_drain_answers_what_is_open_and_refuses_what_is_new(model_directory: Pat
         assert server.get("/health").status == 200
         assert server.get("/metrics").status == 200
         rest = events(stream)
-        assert len(rest) == 199
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert server.wait()[0] == 0
         wait_until_refused(server)

@@ -95,7 +95,7 @@ def test_streamed_calls_add_up_to_the_same(form: str, client: openai.OpenAI, ask
     assert found == [("weather", OSLO), ("add", "{}")]
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in deltas if call.id] == [0, 1]
-    assert sum(bool(call.function and call.function.arguments) for call in deltas) > 10, "arguments come token by token"
+    assert sum(bool(call.function and call.function.arguments) for call in deltas) > 2, "arguments come as they grow"
 
 
 def test_one_call_where_parallel_calls_are_not_wanted(form: str, client: openai.OpenAI, ask: dict[str, Any]) -> None:

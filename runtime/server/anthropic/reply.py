@@ -65,8 +65,8 @@ class MessageEvents:
         return _event("message_start", message=self.reply.message([], self.count()))
 
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
-        data = b"".join(self._grown(event) for event in events)
-        if not (events and events[-1].last):
+        data = self._grown("".join(event.text for event in events), last=events[-1].last)
+        if not events[-1].last:
             return data
         end = _end(choice, self.blocks)
         return data + self._block_stop() + _event("message_delta", delta=end, usage=_usage(self.count()))
@@ -77,9 +77,9 @@ class MessageEvents:
     def error(self, error: ApiError) -> bytes:
         return b"event: error\ndata: " + error.for_path("/v1/messages")[1] + b"\n\n"
 
-    def _grown(self, event: TokenEvent) -> bytes:
+    def _grown(self, pushed: str, *, last: bool) -> bytes:
         data = b""
-        for block, text, is_new in self.blocks.push(event.text, last=event.last):
+        for block, text, is_new in self.blocks.push(pushed, last=last):
             if is_new:
                 data += self._block_stop(block.index - 1) if block.index else b""
                 begun = {"type": "text", "text": ""} if block.name is None else _tool_use(block, {})

@@ -43,7 +43,7 @@ class AnswerFormat(Protocol):
         ...
 
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
-        """Chunks of a stream for some tokens."""
+        """Chunks of a stream for the tokens, one at least, that are there."""
         ...
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class StreamChunks(Protocol):
         ...
 
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
-        """Some tokens of one answer."""
+        """The tokens of one answer, one at least, that are there."""
         ...
 
     def usage(self) -> bytes:

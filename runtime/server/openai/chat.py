@@ -45,13 +45,12 @@ class ChatFormat:
         return [self._chunk(choice, {"role": "assistant", "content": ""})]
 
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
-        """One chunk a token, then an empty one with the reason for the end."""
-        chunks = [
-            self._chunk(choice, self._delta(choice, event), [event])
-            for event in events
-            if event.token_id is not None or event.text or (event.last and self.tools)
-        ]
-        if events and events[-1].last:
+        """One chunk with all of ``events``, then an empty one with the reason for the end."""
+        text, last = "".join(event.text for event in events), events[-1].last
+        chunks = []
+        if text or (last and self.tools) or any(event.token_id is not None for event in events):
+            chunks.append(self._chunk(choice, self._delta(choice, text, last=last), events))
+        if last:
             chunks.append(self._chunk(choice, {}, last=True))
         return chunks
 
@@ -69,10 +68,10 @@ class ChatFormat:
         ]
         return {**self._object("chat.completion", entries), "usage": usage}
 
-    def _delta(self, choice: Answer, event: TokenEvent) -> dict[str, Any]:
+    def _delta(self, choice: Answer, text: str, *, last: bool) -> dict[str, Any]:
         if self.tools is None:
-            return {"content": event.text}
-        return self._merged(self._pieces(choice, event.text, last=event.last), "index")
+            return {"content": text}
+        return self._merged(self._pieces(choice, text, last=last), "index")
 
     def _message(self, choice: Answer) -> dict[str, Any]:
         text = "".join(event.text for event in choice.events)

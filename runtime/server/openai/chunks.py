@@ -38,7 +38,7 @@ class ChunkWriter:
         return self._encoded([chunk for choice in choices for chunk in self._format.opening(choice)])
 
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
-        """One chunk a token, and what else the format writes at the start and end of an answer."""
+        """One chunk with all of ``events``, and what else the format writes at the start and end of an answer."""
         prepared = self._prepared.get(choice.index)
         if prepared is None:
             data = self._encoded(self._format.chunks(choice, events))
@@ -48,9 +48,8 @@ class ChunkWriter:
         if choice.finish_reason is not None:
             return self._encoded(self._format.chunks(choice, events))
         before, after = prepared
-        if len(events) == 1:
-            return before + _encode(events[0].text) + after
-        return b"".join([before + _encode(event.text) + after for event in events])
+        text = events[0].text if len(events) == 1 else "".join([event.text for event in events])
+        return before + _encode(text) + after
 
     def usage(self) -> bytes:
         """The chunk with the counts, if the stream was asked to include it."""

@@ -54,7 +54,7 @@ class CompletionFormat:
 
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         chunks = [self._choice(choice, [], last=False)] if self._echo_is_due(choice) else []
-        chunks += [self._choice(choice, [event], last=event.last) for event in events]
+        chunks.append(self._choice(choice, events, last=events[-1].last))
         return [self._object([chunk]) for chunk in chunks]
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:

@@ -83,36 +83,34 @@ class GenerationJob:
         self.held.close()
 
     def take(self) -> list[tuple[Answer, list[TokenEvent]]]:
-        """What became of which choice since the last call. An error shows after all that came before it.
+        """Each choice that has grown since the last call, once, with all that it grew by. An error shows after all that came before it.
 
         Raises:
             ApiError: a choice failed, or the engine is gone.
         """
         assert self.group is not None
-        self.raise_failure()
-        taken: list[tuple[Answer, list[TokenEvent]]] = []
+        if self.failed is not None:
+            self.raise_failure()
+        taken: dict[int, list[TokenEvent]] = {}
         num_tokens = 0
         for index, item in self.group.take():
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 continue
-            if isinstance(item, list):
-                events = choice.extend(item)
-                num_tokens += len(events)
-            else:
-                events = choice.take(item)
-                num_tokens += sum(event.token_id is not None for event in events)
+            num_before = choice.num_tokens
+            events = choice.extend(item) if isinstance(item, list) else choice.take(item)
+            num_tokens += choice.num_tokens - num_before
             if choice.finish_reason is not None:
                 self._cancel_if_stopped(choice, item)
             if choice.finish_reason == "error":
                 self.failed = choice
             elif events:
-                taken.append((choice, events))
+                taken[index] = taken[index] + events if index in taken else events
         if not taken:
             self.raise_failure()
         elif num_tokens:
             self._observe(num_tokens)
-        return taken
+        return [(self.choices[index], events) for index, events in taken.items()]
 
     @property
     def is_finished(self) -> bool:

@@ -124,8 +124,8 @@ class ResponseEvents:
         )
 
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
-        data = b"".join(self._grown(event) for event in events)
-        if not (events and events[-1].last):
+        data = self._grown("".join(event.text for event in events), last=events[-1].last)
+        if not events[-1].last:
             return data
         response = self.reply.ended(choice, self.blocks.blocks, self.count())
         data += self._block_done(self.blocks.blocks[-1], response["status"])
@@ -142,9 +142,9 @@ class ResponseEvents:
             "response.failed", response=response | {"error": {"code": "server_error", "message": str(error)}}
         )
 
-    def _grown(self, event: TokenEvent) -> bytes:
+    def _grown(self, pushed: str, *, last: bool) -> bytes:
         data = b""
-        for block, text, is_new in self.blocks.push(event.text, last=event.last):
+        for block, text, is_new in self.blocks.push(pushed, last=last):
             if is_new:
                 data += self._block_done(self.blocks.blocks[-2], "completed") if block.index else b""
                 data += self._block_added(block)
