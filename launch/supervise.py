@@ -8,7 +8,10 @@ error. The ranks are a job of their own (``mpirun``), so nothing of a failed one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
+import os
 import shlex
 import signal
 import subprocess
@@ -35,7 +38,10 @@ LONGEST_PAUSE_SECONDS = 60.0
 GOOD_SERVICE_SECONDS = 600.0
 """Ranks that served for so long did not fail at their start; the next failure is the first of a new row."""
 KILL_SECONDS = 5.0
-"""How long ranks have to end after a second signal."""
+"""How long ranks have to end after a second signal, and a launcher after SIGTERM."""
+LAUNCHER_SECONDS = 10.0
+"""How long a launcher has to end after rank 0: MPICH's waits for a host that is lost until TCP gives up."""
+FAILED = 1
 MISTAKE = 2
 """Exit status of ranks that would make the same mistake again."""
 
@@ -52,7 +58,7 @@ def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
     if args.max_restarts < 0:
         raise ConfigError(f"--max-restarts={args.max_restarts} is below 0; use 0 to start once")
     frontend = start_frontend(args, outlives_engine=True)
-    supervisor = _Supervisor(frontend, command, args.max_restarts)
+    supervisor = _Supervisor(frontend, command, args.max_restarts, args.start_timeout)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, supervisor.on_signal)
     return supervisor.run()
@@ -92,15 +98,19 @@ class _Supervisor:
     """The loop over jobs of ranks.
 
     Attributes:
+        start_seconds: longest that ranks may take until they are ready; they keep it themselves once their launcher has started them.
         draining: a signal or the admin route has asked for the end; no further job is started.
         ready_at: when the current job began to serve; None = it has not.
+        end_by: when the launcher of the current job must have ended.
     """
 
     frontend: Frontend
     command: Sequence[str]
     max_restarts: int
+    start_seconds: float
     draining: bool = False
     ready_at: float | None = None
+    end_by: float = math.inf
     num_failures: int = 0
     failed_at: float | None = None
     signals: list[int] = field(default_factory=list)
@@ -117,8 +127,8 @@ class _Supervisor:
                 status = self._run_job()
         except CommunicatorError as error:  # without the HTTP side there is nothing to restart for
             _LOG.error("%s", error)
-            self._kill()
-            status = 1
+            self._kill(KILL_SECONDS)
+            status = FAILED
         if status and not self.draining:
             self.frontend.tell_failed(f"the ranks ended with status {status}")
         self.frontend.stop()
@@ -132,7 +142,7 @@ class _Supervisor:
             self.process.send_signal(signal.SIGUSR1)
 
     def _run_job(self) -> int:
-        self.ready_at = None
+        self.ready_at, self.end_by = None, time.monotonic() + self.start_seconds + LAUNCHER_SECONDS
         try:
             self.process = subprocess.Popen(
                 self.command,
@@ -145,7 +155,11 @@ class _Supervisor:
         while (status := self.process.poll()) is None:
             self._listen(POLL_SECONDS)
             if len(self.signals) > 1:
-                self._kill()
+                self._kill(KILL_SECONDS)
+            elif time.monotonic() > self.end_by:
+                _LOG.warning("%s does not end although rank 0 is gone or has never come; it is killed", self.command[0])
+                self._kill(0.0)
+                return FAILED
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
         if self.draining and self.ready_at is None:  # told to end while ranks load, whatever their launcher makes of it
@@ -154,22 +168,29 @@ class _Supervisor:
 
     def _listen(self, timeout_seconds: float) -> None:
         """Take what the HTTP processes say."""
-        from phalanx.runtime.server.link.messages import DrainRequest, FrontendReady
+        from phalanx.runtime.server.link.messages import DrainRequest, EngineGone, FrontendReady
 
         try:
             received = self.frontend.channels.receive(timeout_seconds)
         except CommunicatorError:
             if not self.draining:
                 raise
-            time.sleep(timeout_seconds)  # the HTTP processes leave first
+            self._expect_end()  # the HTTP processes leave first
+            time.sleep(timeout_seconds)
             return
         for _, message in received:
             if isinstance(message, FrontendReady) and self.ready_at is None:
-                self.ready_at = time.monotonic()
+                self.ready_at, self.end_by = time.monotonic(), math.inf
                 if self.failed_at is not None:
                     _LOG.info("READY again %.1f s after the failure", self.ready_at - self.failed_at)
             elif isinstance(message, DrainRequest):
                 self.draining = True
+            elif isinstance(message, EngineGone):
+                self._expect_end()
+
+    def _expect_end(self) -> None:
+        """Rank 0 is gone, so the launcher ends soon or never."""
+        self.end_by = min(self.end_by, time.monotonic() + LAUNCHER_SECONDS)
 
     def _is_last(self, status: int) -> bool:
         if status in (0, MISTAKE) or self.draining:
@@ -194,14 +215,15 @@ class _Supervisor:
         while not self.draining and (left := self.failed_at + seconds - time.monotonic()) > 0:
             self._listen(min(left, POLL_SECONDS))
 
-    def _kill(self) -> None:
-        """End the ranks, who have been told before."""
+    def _kill(self, seconds: float) -> None:
+        """End the launcher, and with it the ranks, if they have not ended by themselves in ``seconds``."""
         assert self.process is not None
-        try:
-            self.process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, KILL_SECONDS)):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+                return
+            os.killpg(self.process.pid, number)
+        self.process.wait()
 
 
 def _exit_status(status: int) -> int:

@@ -26,6 +26,7 @@ from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
 from phalanx.parallel.liveness import judge
+from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.judge import Limits, RankState
 from phalanx.parallel.liveness.links import Link
 from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks
@@ -45,8 +46,8 @@ SAY_SECONDS = 1.0
 """How long a full pipe may hold up the end of the job."""
 ANSWER_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to report it before it does so itself."""
-SPEAKER_SECONDS = 0.3
-"""How long ranks above 1 stay when rank 0 is lost: launchers end rank 1, who speaks then, with the first that leaves."""
+SPEAKER_SECONDS = 2.0
+"""When rank 0 is lost rank 1 speaks, this much later rank 2, and then the others leave: the first to leave ends them all."""
 KEPT_REPORTS = 20
 _STACK_LINES = 24
 _ENDED_ELSEWHERE = (ConfigError, CheckpointError, RequestError, EndedElsewhereError, KeyboardInterrupt)
@@ -77,6 +78,7 @@ class RankWatch:
         self._on_failure, self._on_trouble, self._directory = on_failure, on_trouble, report_directory
         names = [name.decode() for name in gather_bytes(world, f"{socket.gethostname()}, pid {os.getpid()}".encode())]
         sockets, reason = connect_ranks(world)
+        self._held = HeldRanks.exchange(world, sockets)
         self._links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
         if reason is not None and world.rank == 0:
             _say(f"phalanx: ranks do not watch each other: {reason}; a lost rank is noticed by the launcher alone")
@@ -114,6 +116,7 @@ class RankWatch:
         """This rank has done its work; the others may end, too."""
         self._closing, self._end_at = True, None
         self._send_all(Leaving())
+        self._held.release()
 
     def fail(self, error: BaseException) -> None:
         """Let rank 0 report why this rank ends the job; returns on rank 0 itself, or when rank 0 does not answer."""
@@ -127,7 +130,8 @@ class RankWatch:
             time.sleep(ANSWER_SECONDS)  # rank 0's answer ends this process
         else:
             self._states[0].stacks = trace
-            self._keep(judge.report(f"{self._states[0]} {text}", self._states_at(time.monotonic())))
+            for line in self._keep(judge.report(f"{self._states[0]} {text}", self._states_at(time.monotonic()))):
+                _say(line)
 
     def end_by(self, seconds: float, status: int, reason: str) -> None:
         """End every rank with ``status`` unless this one has ended within ``seconds``; of several calls the earliest end counts.
@@ -262,28 +266,39 @@ class RankWatch:
         return sorted(self._states.values(), key=lambda state: state.rank)
 
     def _end_job(self, verdict: str, status: int = FAILED) -> NoReturn:
-        """Say why, tell clients, and end this process; the others follow when their connections close.
-
-        The line comes first: some launchers kill every rank within milliseconds of the first death.
-        """
-        if self._rank <= 1:  # rank 0 speaks for all; when it is the lost one, rank 1 does
-            _say(f"phalanx: {verdict}")
-        else:
-            time.sleep(SPEAKER_SECONDS)
+        """Say why, tell clients, and end this process; the others follow when their connections close."""
         if self._rank == 0:
-            self._on_failure(verdict)
-            if status == FAILED:
-                self._report(verdict)
+            self._speak(verdict, status)
             self._send_all(End(status))
+        else:
+            time.sleep(min(self._rank - 1, 2) * SPEAKER_SECONDS)
+            if self._rank <= 2:
+                _say(f"phalanx: {verdict}")
+        for state in self._states_at(time.monotonic()):
+            if state.silent > judge.SUSPICIOUS_SECONDS:
+                self._held.kill(state.rank)
         os._exit(status)
 
-    def _report(self, verdict: str) -> None:
-        self._send_all(StackRequest())
-        text = judge.report(verdict, self._collect_stacks())
-        _say("\n".join(text.splitlines()[1:]))
-        self._keep(text)
+    def _speak(self, verdict: str, status: int) -> None:
+        """Tell people, then clients.
+
+        The verdict comes first, because a launcher that sees a rank end kills the others within milliseconds. One that does not see it
+        looks for ended ranks whenever something is written: it gets the whole report at once.
+        """
+        parts = [f"phalanx: {verdict}"]
+        if not self._held:
+            _say(parts.pop())
+            self._on_failure(verdict)
+        if status == FAILED:
+            text = judge.report(verdict, self._collect_stacks())
+            parts += [*text.splitlines()[1:], *self._keep(text)]
+        if parts:
+            _say("\n".join(parts))
+        if self._held:
+            self._on_failure(verdict)
 
     def _collect_stacks(self) -> list[RankState]:
+        self._send_all(StackRequest())
         self._states[self._rank].stacks = _stacks()
         deadline = time.monotonic() + STACKS_SECONDS
         waiting = {link.sock.fileno(): link for link in self._links.values() if self._awaits_stacks(link.rank)}
@@ -305,9 +320,10 @@ class RankWatch:
     def _awaits_stacks(self, rank: int) -> bool:
         return rank in self._states and not self._states[rank].stacks
 
-    def _keep(self, text: str) -> None:
+    def _keep(self, text: str) -> list[str]:
+        """Write the report to a file; returns a line that says where, if there is a directory for it."""
         if self._directory is None:
-            return
+            return []
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             when = time.strftime("%Y-%m-%dT%H-%M-%S")
@@ -316,9 +332,8 @@ class RankWatch:
             for old in sorted(self._directory.glob("*.txt"))[:-KEPT_REPORTS]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            _say(f"phalanx: the report could not be kept in {self._directory}: {error.strerror}")
-        else:
-            _say(f"phalanx: this report is kept in {path}")
+            return [f"phalanx: the report could not be kept in {self._directory}: {error.strerror}"]
+        return [f"phalanx: this report is kept in {path}"]
 
     def _flush(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

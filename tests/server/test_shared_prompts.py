@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import msgspec
 
@@ -13,10 +14,10 @@ from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, Sub
 
 
 class RecordingTransport(asyncio.Transport):
-    """Keeps what is written to the engine."""
+    """Keeps what is written to the engine at the other end of ``sock``."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__({"socket": sock})
         self.written = bytearray()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -25,8 +26,10 @@ class RecordingTransport(asyncio.Transport):
 
 def test_requests_with_one_prompt_name_the_first_of_them() -> None:
     client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-    transport = RecordingTransport()
-    client.connection_made(transport)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport = RecordingTransport(ours)
+        client.connection_made(transport)
     client.submit([(prompt, SamplingParams(seed=seed)) for prompt in ((1, 2), (3, 4)) for seed in range(3)], None)
     messages = [
         msgspec.msgpack.decode(body, type=FromFrontend) for body in FrameDecoder().feed(bytes(transport.written))

@@ -10,8 +10,13 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from phalanx import launch
+from phalanx.launch.supervise import _Supervisor
+from phalanx.runtime.server.link.messages import EngineGone, FromFrontend, FrontendReady
 
 from .jobs import ENVIRONMENT, MARK, Job, mpirun
 from .servers import start
@@ -126,3 +131,37 @@ def test_under_mpirun_the_supervisor_refuses_to_start(tiny: Path) -> None:
         status, errors = server.wait()
     assert status == 2
     assert errors.count("without mpirun or srun") == 1
+
+
+class SupervisedFrontend:
+    """HTTP processes that say what is given."""
+
+    def __init__(self, *messages: FromFrontend) -> None:
+        self.channels, self.place, self.failure = self, "", ""
+        self._messages = list(messages)
+
+    def receive(self, timeout_seconds: float) -> list[tuple[int, FromFrontend]]:
+        return [(0, self._messages.pop(0))] if self._messages else []
+
+    def tell_failed(self, reason: str) -> None:
+        self.failure = reason
+
+    def stop(self) -> None:
+        return
+
+
+@pytest.mark.parametrize(
+    ("messages", "start_seconds"), [([FrontendReady(), EngineGone()], 1e6), ([], 0.0)], ids=["rank 0 lost", "no start"]
+)
+def test_a_launcher_that_does_not_end_is_killed(
+    monkeypatch: pytest.MonkeyPatch, messages: list[FromFrontend], start_seconds: float
+) -> None:
+    """As MPICH's with a lost host. It ignores SIGTERM here."""
+    monkeypatch.setattr(launch.supervise, "LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.1)
+    frontend: Any = SupervisedFrontend(*messages)
+    supervisor = _Supervisor(frontend, ["sh", "-c", "trap '' TERM; sleep 1000; sleep 1000"], 0, start_seconds)
+    assert supervisor.run() == 1
+    assert frontend.failure == "the ranks ended with status 1"
+    assert supervisor.process is not None
+    assert supervisor.process.returncode == -signal.SIGKILL

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import msgspec
 
 from phalanx.parallel.errors import CapacityError, CommunicatorError
+from phalanx.parallel.peers import peer_of
 from phalanx.runtime.request import Request, SamplingParams, TokenDelta
 from phalanx.runtime.server.board import Room
 from phalanx.runtime.server.errors import ApiError, invalid, overloaded, unavailable
@@ -158,8 +160,8 @@ class EngineClient(asyncio.Protocol):
     Args:
         room: the requests that are open in all HTTP processes.
         process: number of this HTTP process; it begins the ids of its requests.
-        on_change: called when requests are answered from now on, or a drain has begun, under a supervisor; None = no supervisor, so
-            the process ends with the engine.
+        on_change: under a supervisor, called when requests are answered from now on, a drain has begun, or the engine is lost; None =
+            no supervisor, so the process ends with the engine.
 
     Attributes:
         state: where the server is in its life.
@@ -195,6 +197,7 @@ class EngineClient(asyncio.Protocol):
         self._frames = FrameDecoder()
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
         self._transport: asyncio.Transport | None = None
+        self._engine_name = "rank 0"
         self._open: dict[str, tuple[GenerationGroup, int]] = {}
         self._marked: deque[GenerationGroup] = deque()
         self._is_delivering = False
@@ -303,7 +306,7 @@ class EngineClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket pair is attached to the loop, or the next engine has connected."""
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport, self._engine_name = transport, _peer_name(transport.get_extra_info("socket"))
         self._frames, self._is_held = FrameDecoder(), False
         if self._refusal is not None:
             self._send(self._refusal)
@@ -322,7 +325,8 @@ class EngineClient(asyncio.Protocol):
         """Rank 0 is gone."""
         self._transport = None
         if not self._is_stopped:
-            self._lose("rank 0 has ended without a message")
+            reason = "the launcher may have ended it because another rank was lost"
+            self._lose(f"{self._engine_name} has ended without a message; {reason}")
         if self._on_change is None:
             self._on_gone()
 
@@ -419,8 +423,9 @@ class EngineClient(asyncio.Protocol):
         if self._on_change is None or self.state in (ServerState.DRAINING, ServerState.FAILED):
             self.fail(reason)
             return
-        if self.state is ServerState.SERVING:
-            self._change(ServerState.STARTING)
+        was_serving = self.state is ServerState.SERVING
+        self._change(ServerState.STARTING)
+        if was_serving:
             self.phase = f"again, because the engine stopped: {reason}"
             _LOG.error("the engine stopped: %s", reason)
         self._end_groups(EngineLost(500, f"the engine stopped: {reason}", code="engine_failed"))
@@ -447,3 +452,8 @@ class EngineClient(asyncio.Protocol):
             self._transport.write(encode_frame(message))
         elif isinstance(message, FrontendRefused):
             self._refusal = message
+
+
+def _peer_name(sock: socket.socket) -> str:
+    """Rank 0 with its host and process id, as other ranks name it."""
+    return f"rank 0 ({socket.gethostname()}, pid {peer_of(sock).process})"

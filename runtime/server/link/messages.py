@@ -22,6 +22,7 @@ __all__ = [
     "DrainRequest",
     "Drained",
     "Draining",
+    "EngineGone",
     "Failed",
     "FrameDecoder",
     "FromFrontend",
@@ -73,6 +74,10 @@ class Phase(msgspec.Struct, tag=True, frozen=True):
 
 class DrainRequest(msgspec.Struct, tag=True, frozen=True):
     """An administrator asks for a drain."""
+
+
+class EngineGone(msgspec.Struct, tag=True, frozen=True):
+    """To the supervisor: rank 0 has ended, or has said that it will."""
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
@@ -144,7 +149,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
-FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | DrainRequest | Alive
+FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | DrainRequest | Alive | EngineGone
 ToFrontend = Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import struct
 from collections.abc import Callable
 
 import msgspec
 
+from phalanx.parallel.peers import peer_of
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.link.messages import (
     DrainRequest,
+    EngineGone,
     Failed,
     FrameDecoder,
     FromFrontend,
@@ -26,12 +26,9 @@ from phalanx.runtime.server.link.messages import (
 
 __all__ = ["EngineDoor", "SupervisorLink"]
 
-_CREDENTIALS = struct.Struct("3i")
-"""Process, user and group of the other end (unix(7), SO_PEERCRED)."""
-
 
 class SupervisorLink(asyncio.Protocol):
-    """Tells the supervisor when requests are answered and when a drain begins; is told when no further engine comes."""
+    """Tells the supervisor when requests are answered, a drain begins or the engine is lost; is told when no further engine comes."""
 
     def __init__(self, client: EngineClient, on_gone: Callable[[], None]) -> None:
         self._client, self._on_gone = client, on_gone
@@ -42,11 +39,13 @@ class SupervisorLink(asyncio.Protocol):
     def tell(self, state: ServerState) -> None:
         """The server is in another state."""
         messages: dict[ServerState, FromFrontend] = {
+            ServerState.STARTING: EngineGone(),
             ServerState.SERVING: FrontendReady(),
             ServerState.DRAINING: DrainRequest(),
+            ServerState.FAILED: EngineGone(),
         }
-        if self._transport is not None and (message := messages.get(state)) is not None:
-            self._transport.write(encode_frame(message))
+        if self._transport is not None:
+            self._transport.write(encode_frame(messages[state]))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -80,9 +79,7 @@ class EngineDoor(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        sock = transport.get_extra_info("socket")
-        _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        if user != os.getuid():
+        if peer_of(transport.get_extra_info("socket")).user != os.getuid():
             transport.abort()
             return
         transport.set_protocol(self._client)
