@@ -240,10 +240,14 @@ class RunningSet:
         return -(-num_seqs // self.num_microbatches(num_seqs))
 
     def _add_chunks(self, selection: Selection) -> None:
-        """More of the prompt that is partly computed; there is one at most, as the next gets what it leaves over."""
+        """More of what is partly computed, the oldest first.
+
+        There is one such prompt at most, as the next gets what it leaves over, and beams that start without their parent's cache.
+        """
         remaining = self._table.remaining()
         budget = self._config.max_num_batched_tokens - selection.num_tokens
-        for seq_index in np.flatnonzero(remaining > 1).tolist():
+        unfinished = np.flatnonzero(remaining > 1)
+        for seq_index in unfinished[np.argsort(self._table.numbers[unfinished], kind="stable")].tolist():
             count = min(int(remaining[seq_index]), budget)
             if count > 0:
                 selection.chunks.append((seq_index, count))

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from phalanx.parallel.errors import RequestError
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner
 from phalanx.runtime.request import Logprob, Request, TokenDelta
+from phalanx.runtime.sampling.guides import Guide
+from phalanx.runtime.sampling.masks import pack_mask
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 from phalanx.runtime.step import PENDING_TOKEN, BatchState, RowKind, StepPlan, StepResult
 
@@ -21,19 +26,62 @@ VOCAB_SIZE = 29
 NUM_TOP = 4
 
 
-def next_token(prefix: list[int], seed: int) -> int:
+def next_token(prefix: list[int], seed: int, allowed: Sequence[int] = range(VOCAB_SIZE)) -> int:
     """The token that the simulated model samples after a prefix."""
-    return zlib.crc32(repr((prefix, seed)).encode()) % VOCAB_SIZE
+    return allowed[zlib.crc32(repr((prefix, seed)).encode()) % len(allowed)]
 
 
-def logprob(prefix: list[int], token: int) -> float:
-    """Its log-probability of a token after a prefix."""
-    return -float(zlib.crc32(repr((prefix, token)).encode()) % 1000)
+def all_logprobs(prefix: Sequence[int]) -> list[float]:
+    """Its log-probabilities of all tokens after a prefix."""
+    state = zlib.crc32(repr(tuple(prefix)).encode())
+    return [-float(zlib.crc32(bytes((token,)), state) % 1000) for token in range(VOCAB_SIZE)]
 
 
-def top_logprobs(prefix: list[int]) -> list[tuple[int, float]]:
-    """The first few of the vocabulary, which serve as alternatives."""
-    return [(token, logprob(prefix, token)) for token in range(NUM_TOP)]
+def top_logprobs(prefix: Sequence[int]) -> list[tuple[int, float]]:
+    """Tokens with their log-probabilities, the most probable first."""
+    return sorted(enumerate(all_logprobs(prefix)), key=lambda pair: -pair[1])
+
+
+def allowed_after(generated: Sequence[int]) -> list[int]:
+    """What a guide of the simulation lets follow: another quarter of the vocabulary after each token."""
+    part = zlib.crc32(repr(tuple(generated)).encode()) % 4
+    return [token for token in range(VOCAB_SIZE) if token % 4 == part]
+
+
+class LateMask:
+    """A `TokenMask` of `allowed_after` that is ready a few looks later; after ``fails_after`` tokens there is none."""
+
+    follows_tokens = True
+
+    def __init__(self, fails_after: int | None) -> None:
+        self._fails_after, self._tokens, self._delay = fails_after, list[int](), 0
+
+    @property
+    def is_ready(self) -> bool:
+        self._delay -= 1
+        return self._delay < 0 and self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        return None if self._fails_after is None or len(self._tokens) < self._fails_after else "nothing can follow"
+
+    def wait(self, seconds: float) -> None:
+        self._delay = 0
+
+    def words(self) -> NDArray[np.int32]:
+        assert self.is_ready
+        return pack_mask(allowed_after(self._tokens), VOCAB_SIZE)
+
+    def accept(self, token_id: int) -> None:
+        self._tokens.append(token_id)
+        self._delay = sum(self._tokens) % 5
+
+
+class LateMasks:
+    """`GuideMasks` whose guides say after how many tokens their masks fail."""
+
+    def start(self, guide: Guide) -> LateMask:
+        return LateMask(int(guide.text) if guide.text != "never" else None)
 
 
 @dataclass
@@ -47,7 +95,27 @@ class Truth:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         for _ in range(self.request.params.max_tokens):
-            self.token_ids.append(next_token(self.token_ids, self.request.params.seed or 0))
+            allowed = self.allowed(len(self.token_ids))
+            self.token_ids.append(next_token(self.token_ids, self.request.params.seed or 0, allowed))
+
+    def allowed(self, length: int) -> Sequence[int]:
+        """Tokens that may follow the first ``length`` tokens."""
+        params = self.request.params
+        if params.structured_outputs is not None:
+            return allowed_after(self.token_ids[self.num_prompt : length])
+        return range(VOCAB_SIZE) if params.allowed_token_ids is None else params.allowed_token_ids
+
+    @property
+    def is_masked(self) -> bool:
+        return self.request.params.structured_outputs is not None or self.request.params.allowed_token_ids is not None
+
+    @property
+    def is_search(self) -> bool:
+        return self.request.params.beam_width > 1
+
+    def mask_fails(self, num_generated: int) -> bool:
+        guide = self.request.params.structured_outputs
+        return guide is not None and guide.text != "never" and num_generated >= int(guide.text)
 
     @property
     def num_prompt(self) -> int:
@@ -62,6 +130,8 @@ class Truth:
         params = self.request.params
         generated: list[int] = []
         for index in range(params.max_tokens):
+            if self.mask_fails(index):
+                return generated, "error", None
             token = self.sample(self.num_prompt + index)
             if token < 0:
                 return generated, "error", None
@@ -69,7 +139,7 @@ class Truth:
             if index >= params.min_tokens:
                 if token in params.stop_token_ids:
                     return generated, "stop", token
-                if token in eos_token_ids and not params.ignore_eos:
+                if token in eos_token_ids and (not params.ignore_eos or params.structured_outputs is not None):
                     return generated, "stop", None
         return generated, "length", None
 
@@ -87,7 +157,7 @@ class Truth:
 
 
 def expected_logprob(prefix: list[int], token: int, most: int) -> Logprob:
-    return Logprob(token, logprob(prefix, token), tuple(top_logprobs(prefix)[:most]))
+    return Logprob(token, all_logprobs(prefix)[token], tuple(top_logprobs(prefix)[:most]))
 
 
 @dataclass
@@ -98,6 +168,11 @@ class Tenancy:
     next_position: int | None = None
     last_sampled: int | None = None
 
+    def expects(self, tokens: list[int], start: int) -> bool:
+        """Whether these are the request's own tokens; of a beam, which may go any way, those of the prompt are known."""
+        known = self.truth.token_ids[: self.truth.num_prompt] if self.truth.is_search else self.truth.token_ids
+        return all(token == own for token, own in zip(tokens, known[start:], strict=False))
+
 
 class SimulatedExecutor:
     """Runs plans at once, in order; the driver decides when the leader sees a result."""
@@ -105,7 +180,7 @@ class SimulatedExecutor:
     def __init__(self, config: SchedulerConfig, cache: CachePlanner, truths: list[Truth]) -> None:
         self.config = config
         self.cache = cache
-        self.truth_of_seed = {truth.request.params.seed: truth for truth in truths}
+        self.truth_of_seed = {truth.request.params.seed: truth for truth in reversed(truths)}  # of a search, its leader
         blocks_per_seq = -(-config.max_model_len // cache.block_size)
         self.state = BatchState.empty(config.max_num_seqs, blocks_per_seq)
         self.contents = np.full((cache.num_blocks, cache.block_size), -9, np.int32)
@@ -180,7 +255,7 @@ class SimulatedExecutor:
                 assert tenancy.last_sampled is not None
                 tokens = [tenancy.last_sampled]
             if tokens != [-1]:  # what a NaN row sampled; its request ends when the leader sees it
-                assert tokens == tenancy.truth.token_ids[start : start + count]
+                assert tenancy.expects(tokens, start)
             positions = np.arange(start, start + count)
             blocks = self.state.block_tables[0, seq_index, positions // self.cache.block_size]
             self._check_sole_owner(seq_index, set(blocks.tolist()))
@@ -206,6 +281,7 @@ class SimulatedExecutor:
         assert plan.kinds.tolist() == sorted(plan.kinds.tolist())
         scored: list[tuple[list[int], int]] = []
         seqs = plan.cu_seqlens.searchsorted(plan.rows, "right") - 1
+        masks = plan.row_masks
         for row, kind, target, seq in zip(
             *(column.tolist() for column in (plan.rows, plan.kinds, plan.targets, seqs)), strict=True
         ):
@@ -213,14 +289,23 @@ class SimulatedExecutor:
             tenancy = self.tenancies[seq_index]
             prefix = self._read(seq_index, length)
             if prefix[-1] != -1:
-                assert prefix == tenancy.truth.token_ids[:length], "the block table leads to the sequence's own tokens"
+                assert tenancy.expects(prefix, 0), "the block table leads to the sequence's own tokens"
             if kind == RowKind.SAMPLE:
-                target = tenancy.truth.sample(length)
-                if target >= 0:
-                    target = next_token(prefix, tenancy.truth.request.params.seed or 0)
+                target = self._sample(tenancy.truth, prefix, masks.pop(len(scored), None))
                 tenancy.last_sampled = target
             scored.append((prefix, target))
+        assert not masks, "only rows that sample have masks"
         return self._result(plan, scored)
+
+    def _sample(self, truth: Truth, prefix: list[int], mask: NDArray[np.int32] | None) -> int:
+        length = len(prefix)
+        if truth.is_search:
+            return -1 if truth.nan_at is not None and length >= truth.nan_at else 0
+        assert (mask is not None) == truth.is_masked
+        if mask is not None and prefix[-1] != -1:
+            assert mask.tolist() == pack_mask(truth.allowed(length), VOCAB_SIZE).tolist()
+        is_finite = truth.sample(length) >= 0
+        return next_token(prefix, truth.request.params.seed or 0, truth.allowed(length)) if is_finite else -1
 
     def _result(self, plan: StepPlan, scored: list[tuple[list[int], int]]) -> StepResult:
         """As many log-probabilities and alternatives as anybody in the step asked for."""
@@ -235,7 +320,7 @@ class SimulatedExecutor:
         return StepResult(
             plan.step_id,
             token_ids,
-            np.array([logprob(prefix, token) for prefix, token in scored], np.float32),
+            np.array([all_logprobs(prefix)[token] for prefix, token in scored], np.float32),
             np.array([[token for token, _ in top] for top in tops], np.int32).reshape(len(scored), k),
             np.array([[value for _, value in top] for top in tops], np.float32).reshape(len(scored), k),
         )
@@ -246,7 +331,7 @@ class Driver:
 
     def __init__(self, config: SchedulerConfig, cache: CachePlanner, truths: list[Truth]) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, cache)
+        self.scheduler = Scheduler(config, cache, LateMasks())
         self.executor = SimulatedExecutor(config, cache, truths)
         self.truths = {truth.request.request_id: truth for truth in truths}
         self.depth = config.num_microbatches + config.lookahead
@@ -254,11 +339,21 @@ class Driver:
         self.now = 0.0
         self.plans: list[bytes] = []
         self.deltas: dict[str, list[TokenDelta]] = {}
+        self.followers: dict[str, list[str]] = {}
         self.live: list[str] = []
         self.overdue_for = 0
 
     def submit(self, request: Request) -> None:
-        self.scheduler.submit(request, self.now)
+        try:
+            self.scheduler.submit(request, self.now)
+        except RequestError:
+            self._log()
+            assert request.params.beam_width > 1, "only a follower can come too late"
+            assert request.fork_from not in (None, *self.live)
+            del self.truths[request.request_id]
+            return
+        if request.params.beam_width > 1:
+            self.followers.setdefault(request.fork_from or request.request_id, []).append(request.request_id)
         self.live.append(request.request_id)
         self.deltas[request.request_id] = []
         self._log()
@@ -273,7 +368,12 @@ class Driver:
         plan = self.scheduler.plan(self.now)
         self._log()
         if plan is None:
-            assert self.num_in_flight or not self.live, "something can always be planned when nothing is in flight"
+            waits = any(self.truths[name].request.params.structured_outputs is not None for name in self.live)
+            assert self.num_in_flight or waits or not self.live, (
+                "something can always be planned when nothing is in flight"
+            )
+            if not self.num_in_flight:
+                self.scheduler.wait_for_masks(0.0)
             return False
         self.executor.execute(plan)
         self.plans.append(plan.words.tobytes())
@@ -294,17 +394,27 @@ class Driver:
         while self.scheduler.has_work:
             while self.plan():
                 pass
-            assert self.collect() or not self.scheduler.has_work
+            self.collect()
             most_steps -= 1
             assert most_steps > 0, "the schedule does not end"
 
     def _check_oldest(self, plan: StepPlan) -> None:
-        """Nobody starves: the oldest live request is part of a plan at least this often."""
+        """The oldest request is part of a plan at least this often, or it waits and no younger one starts.
+
+        It may wait as long as younger ones run: they passed it while another computed its prompt, or while its mask was not there,
+        and they keep what they have. As none joins them, it starts when they end.
+        """
         if not self.live:
             return
         oldest = self.truths[self.live[0]]
-        planned = any(self.executor.tenancies[seq_index].truth is oldest for seq_index in plan.seq_indices.tolist())
-        self.overdue_for = 0 if planned else self.overdue_for + 1
+        of_plan, started = (
+            [self.executor.tenancies[seq_index].truth for seq_index in column.tolist()]
+            for column in (plan.seq_indices, plan.admissions["seq_index"])
+        )
+        if oldest in of_plan or oldest.request.params.structured_outputs is not None:
+            self.overdue_for = 0
+        elif started or not self.scheduler.stats().num_waiting:
+            self.overdue_for += 1
         rounds = -(-self.config.max_num_seqs // self.config.max_num_batched_tokens)
         assert self.overdue_for <= rounds + self.depth + 1
 

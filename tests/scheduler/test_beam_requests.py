@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from phalanx.runtime.kv_cache import SlotPlanner
 from phalanx.runtime.request import TokenDelta
 from phalanx.runtime.scheduler import Scheduler
+from phalanx.runtime.step import StepPlan, StepResult
 
-from .harness import make_request, make_result, make_scheduler, plan_step
+from .harness import CONFIG, make_prompt, make_request, make_result, make_scheduler, plan_step
 
 
 def submit_search(scheduler: Scheduler, num_requests: int, deadline: float | None = None, **params: object) -> None:
@@ -32,16 +36,19 @@ def run_search(scheduler: Scheduler, top_ids: list[int]) -> dict[str, TokenDelta
     for _ in range(20):
         if not scheduler.has_work:
             break
-        plan = plan_step(scheduler)
-        top_logprobs = np.log(0.5) * np.arange(1, len(top_ids) + 1, dtype=np.float32)
-        result = make_result(plan, top_ids[0])
-        result.logprobs = np.zeros(len(result.token_ids), np.float32)
-        result.top_ids = np.tile(np.array(top_ids, np.int32), (len(result.token_ids), 1))
-        result.top_logprobs = np.tile(top_logprobs, (len(result.token_ids), 1))
-        scheduler.apply(result, 0.0)
+        scheduler.apply(result_with(plan_step(scheduler), top_ids), 0.0)
     deltas = scheduler.take_deltas()
     assert len({delta.request_id for delta in deltas}) == len(deltas)
     return {delta.request_id: delta for delta in deltas}
+
+
+def result_with(plan: StepPlan, top_ids: list[int]) -> StepResult:
+    top_logprobs = np.log(0.5) * np.arange(1, len(top_ids) + 1, dtype=np.float32)
+    result = make_result(plan, top_ids[0])
+    result.logprobs = np.zeros(len(result.token_ids), np.float32)
+    result.top_ids = np.tile(np.array(top_ids, np.int32), (len(result.token_ids), 1))
+    result.top_logprobs = np.tile(top_logprobs, (len(result.token_ids), 1))
+    return result
 
 
 def test_requests_end_where_the_vocabulary_has_fewer_answers_than_beams() -> None:
@@ -71,3 +78,17 @@ def test_followers_have_the_prompt_logprobs_too() -> None:
     assert deltas["a"].prompt_logprobs is not None
     assert len(deltas["a"].prompt_logprobs) == 3
     assert deltas["b"].prompt_logprobs == deltas["a"].prompt_logprobs
+
+
+def test_beam_that_computes_its_prompt_again_comes_before_a_younger_prompt() -> None:
+    """In slots a fork shares nothing. Its row may be above that of a younger request, whose prompt is long."""
+    config = replace(CONFIG, max_num_seqs=3, max_num_batched_tokens=4)
+    scheduler = Scheduler(config, SlotPlanner(3, config.max_model_len))
+    submit_search(scheduler, 1, prompt=make_prompt(4), beam_width=2, max_tokens=4)
+    first = plan_step(scheduler)
+    scheduler.submit(make_request("young", make_prompt(40, first=30)), 0.0)
+    assert plan_step(scheduler).seq_indices.tolist() == [1]
+    scheduler.apply(result_with(first, [5, 6, 7, 8]), 0.0)
+    assert plan_step(scheduler).seq_indices.tolist() == [0, 2]
+    scheduler.apply(StepResult(1, np.empty(0, np.int32)), 0.0)
+    assert plan_step(scheduler).seq_indices.tolist() == [2, 1]

@@ -13,7 +13,8 @@ from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.scheduler import SchedulerConfig
 from phalanx.runtime.step.times import StepTimes
 
-from .simulation import NUM_TOP, VOCAB_SIZE, Driver, Truth
+from .simulation import NUM_TOP, VOCAB_SIZE, Driver, Truth, all_logprobs
+from .test_beam_search import plain_search
 
 EOS = (3, 7)
 MAX_MODEL_LEN = 24
@@ -105,7 +106,37 @@ def draw_truths(schedule: Schedule, random: Random) -> list[Truth]:
                 nan_at = None
         request = Request(f"r{index}", prompt, params, deadline, fork_from, salt)
         truths.append(Truth(request, nan_at))
+        if random.random() < 0.2:
+            truths[-1] = Truth(replace(request, params=masked(params, random), fork_from=None), nan_at)
+        elif random.random() < 0.2:
+            truths += draw_search(schedule, random, request, nan_at)
     return truths
+
+
+def masked(params: SamplingParams, random: Random) -> SamplingParams:
+    """The same with a mask: one for all tokens, or one after the other, which may fail."""
+    if random.random() < 0.3:
+        return replace(params, allowed_token_ids=tuple(sorted(random.sample(range(VOCAB_SIZE), 5))))
+    return replace(params, structured_outputs={"regex": random.choice(("never", "never", "0", "2"))}, min_tokens=0)
+
+
+def draw_search(schedule: Schedule, random: Random, request: Request, nan_at: int | None) -> list[Truth]:
+    """A beam search after a request's prompt, and requests that share its answers; none where it would not fit."""
+    width = random.randint(2, 5)
+    num_tokens = len(request.prompt_token_ids) + max(1, request.params.max_tokens)
+    blocks = width * -(-num_tokens // schedule.block_size)
+    if width > schedule.max_num_seqs or blocks > -(-MAX_MODEL_LEN // schedule.block_size) + schedule.extra_blocks:
+        return []
+    params = replace(
+        request.params, beam_width=width, seed=1000 + int(request.request_id[1:]), length_penalty=random.choice((0.0, 1.0, 2.0)),
+        early_stopping=random.choice((False, True, "never")), max_tokens=max(1, request.params.max_tokens), min_tokens=0,
+    )  # fmt: skip
+    leader = replace(request, request_id=f"{request.request_id}-0", params=params, fork_from=None)
+    others = [
+        replace(leader, request_id=f"{request.request_id}-{index}", fork_from=leader.request_id)
+        for index in range(1, random.randint(1, width))
+    ]
+    return [Truth(one, nan_at) for one in (leader, *others)]
 
 
 def run(schedule: Schedule) -> Driver:
@@ -118,6 +149,10 @@ def run(schedule: Schedule) -> Driver:
         act = random.random()
         if act < 0.4:
             driver.submit(to_submit.pop(0))
+            while (
+                to_submit and to_submit[0].params.beam_width > 1 and to_submit[0].fork_from and not schedule.disturbed
+            ):
+                driver.submit(to_submit.pop(0))
         elif act < 0.7:
             driver.plan()
         elif act < 0.92:
@@ -139,8 +174,11 @@ def check_outputs(driver: Driver) -> None:
     for request_id, truth in driver.truths.items():
         deltas = driver.deltas[request_id]
         tokens = driver.tokens(request_id)
-        expected, reason, stop_reason = truth.expected(EOS)
         last = deltas[-1]
+        if truth.is_search:
+            check_search(driver, truth)
+            continue
+        expected, reason, stop_reason = truth.expected(EOS)
         assert [delta.finish_reason is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
         if last.finish_reason == "cancelled" or (last.error and "deadline" in last.error):
             assert tokens == expected[: len(tokens)]
@@ -148,6 +186,29 @@ def check_outputs(driver: Driver) -> None:
         assert (tokens, last.finish_reason, last.stop_reason) == (expected, reason, stop_reason)
         assert (last.error is not None) == (reason == "error")
         check_logprobs(driver, truth)
+
+
+def check_search(driver: Driver, truth: Truth) -> None:
+    """One answer or an error, after the definition written out plainly."""
+    request, params = truth.request, truth.request.params
+    (delta,) = driver.deltas[request.request_id]
+    leader = request.fork_from or request.request_id
+    if delta.finish_reason == "cancelled" or (delta.error and "deadline" in delta.error):
+        assert delta.token_ids == ()
+        return
+    if delta.error is not None:
+        assert truth.nan_at is not None
+        assert "not finite" in delta.error
+        return
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    answers = plain_search(
+        lambda tokens: all_logprobs((*request.prompt_token_ids, *tokens)),
+        params.beam_width, params.max_tokens, ends, params.length_penalty, params.early_stopping,
+    )  # fmt: skip
+    assert delta.token_ids == answers[driver.followers[leader].index(request.request_id)]
+    if request.request_id == leader:
+        assert [hypothesis.token_ids for hypothesis in delta.hypotheses] == answers
+    assert delta.prompt_logprobs == truth.expected_prompt_logprobs()
 
 
 def check_logprobs(driver: Driver, truth: Truth) -> None:
@@ -179,7 +240,7 @@ def check_nothing_left(driver: Driver) -> None:
         assert len(set(blocks)) == len(blocks) == -(-most // cache.block_size)
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedules)
 def test_every_request_gets_its_own_tokens_and_nothing_is_left_over(schedule: Schedule) -> None:
     driver = run(schedule)
@@ -187,7 +248,7 @@ def test_every_request_gets_its_own_tokens_and_nothing_is_left_over(schedule: Sc
     check_nothing_left(driver)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedules)
 def test_same_input_gives_same_plans(schedule: Schedule) -> None:
     first, second = run(schedule), run(schedule)
@@ -195,7 +256,7 @@ def test_same_input_gives_same_plans(schedule: Schedule) -> None:
     assert first.deltas == second.deltas
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedules, st.integers(1, 4), st.none() | step_times, st.integers(0, 1), st.integers(1, 30))
 def test_tokens_do_not_depend_on_the_schedule(
     schedule: Schedule, num_microbatches: int, times: StepTimes | None, lookahead: int, max_num_batched_tokens: int
@@ -210,6 +271,7 @@ def test_tokens_do_not_depend_on_the_schedule(
         paged=not schedule.paged,
     )
     first, second = run(schedule), run(other)
+    assert first.deltas.keys() == second.deltas.keys()
     for request_id in first.deltas:
         assert first.tokens(request_id) == second.tokens(request_id)
         assert first.deltas[request_id][-1].finish_reason == second.deltas[request_id][-1].finish_reason
