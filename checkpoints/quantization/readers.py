@@ -100,6 +100,8 @@ def _fp8_blocks(scale: str, rows: int, columns: int, plain: bool = False) -> For
 def read_fp8(section: Section) -> FormatPlan:
     """Hugging Face ``fp8`` (DeepSeek's blocks) and vLLM's of the same name (a scale for each tensor)."""
     block = section.get("weight_block_size")
+    if not block and section.get("activation_scheme") is None:  # blocks of 128 in transformers, an error in vLLM
+        raise _refused("fp8 without activation_scheme and weight_block_size", "write the one by which it was quantised")
     scheme = str(section.get("activation_scheme") or "dynamic")
     if block:
         if scheme != "dynamic":

@@ -286,6 +286,7 @@ def changed(path: Path, target: Path, section: dict[str, Any]) -> Path:
      ({"quant_method": "torchao"}, "quant_method='torchao'"),
      ({"quant_method": "compressed-tensors"}, "compressed-tensors without config_groups"),
      ({"quant_method": "mxfp4"}, "quant_method='mxfp4'"),
+     ({"quant_method": "fp8"}, "fp8 without activation_scheme and weight_block_size"),
      ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt quant_algo='NVFP4' cannot be loaded"),
      ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "gptq bits=3 .* use 4 or 8 bits"),
      ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq version='gemv'"),
