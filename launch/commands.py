@@ -11,7 +11,7 @@ COMMANDS = {
     "bench": "throughput and latency",
     "split": "write one weight shard per rank",
     "quantize": "write a float checkpoint as fp8, int8 or 4-bit weights",
-    "convert": "join the pieces of a Megatron-LM checkpoint",
+    "convert": "turn a checkpoint of Megatron-LM, NeMo or FasterTransformer into a directory that loads",
     "build": "build TensorRT engines, one per rank",
     "check": "check a model's functions and declarations before any weight is read",
     "plan": "memory per rank and how many sequences fit",

@@ -1,20 +1,23 @@
-"""``launch.convert``: pieces of Megatron-LM's ranks become the checkpoint that they were cut from."""
+"""``launch.convert``: pieces of Megatron-LM's, NeMo's and FasterTransformer's ranks become the checkpoint that they were cut from."""
 
 from __future__ import annotations
 
 import argparse
+import configparser
 import enum
 import json
 import sys
+import tarfile
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
-from phalanx.checkpoints.megatron import canonical_name
+from phalanx.checkpoints.conversion.megatron import canonical_name
 from phalanx.launch.convert import main
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.models import find_model
@@ -142,6 +145,280 @@ def test_pieces_become_the_checkpoint_that_they_were_cut_from(
         main(arguments)
 
 
+NEMO: dict[str, dict[str, Any]] = {
+    "megatron-gpt3": {"encoder_seq_length": 128, "max_position_embeddings": "${.encoder_seq_length}", "openai_gelu": True},
+    "megatron-rope": {
+        "position_embedding_type": "rope", "rotary_percentage": 0.5, "bias_activation_fusion": False, "normalization": "layernorm1p",
+        "share_embeddings_and_output_weights": False,
+    },
+    "megatron-llama": {
+        "position_embedding_type": "rope", "rotary_base": 5000, "activation": "fast-swiglu", "num_query_groups": 2,
+        "normalization": "rmsnorm", "bias": False, "qkv_bias": True, "share_embeddings_and_output_weights": False,
+    },
+}  # fmt: skip
+"""What ``model_config.yaml`` says of the same models."""
+
+
+def write_nemo(
+    name: str, directory: Path, tp: int, pp: int, is_core: bool = False, gates_apart: bool = False
+) -> dict[str, np.ndarray]:
+    """Save a case as NeMo's ranks would, below ``directory / "nemo"``; returns its tensors."""
+    torch = pytest.importorskip("torch")
+    tensors = load_file(write_checkpoint(CASES_BY_NAME[name], directory / "whole") / "model.safetensors")
+    root, each = directory / "nemo", -(-3 // pp)
+    root.mkdir()
+    config = {
+        "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 96,
+        "max_position_embeddings": 128, "layernorm_epsilon": 1e-5, "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp, "apply_query_key_layer_scaling": True, **NEMO[name],
+    }  # fmt: skip
+    if gates_apart:
+        config["activation"] = "swiglu"
+    (root / "model_config.yaml").write_text(yaml.safe_dump(config))
+    for stage in range(pp):
+        for rank in range(tp):
+            state = {}
+            for full, value in tensors.items():
+                parts = full.split(".")
+                layer = int(parts[3]) if "layers" in parts else 0 if "embedding" in parts else 2
+                if layer // each != stage:
+                    continue
+                if "layers" in parts:
+                    parts[3] = str(layer - stage * each)
+                own = torch.from_numpy(
+                    piece(full, value, rank, tp, 3.0, 4, "swiglu" in str(config.get("activation"))).copy()
+                )
+                short = ".".join(parts)
+                for old, new in {**CORE_NAMES, PREFIX: ""}.items() if is_core else ():
+                    short = short.replace(old, new)
+                state[f"model.{short}"] = own
+                if gates_apart and "dense_h_to_4h" in short:
+                    state[f"model.{short}"], second = own.chunk(2)
+                    state[f"model.{short.replace('4h.', '4h_2.')}"] = second
+            if stage == pp - 1 and pp > 1 and "share_embeddings_and_output_weights" not in config:
+                state["model.word_embeddings.weight"] = torch.zeros(64, 64)  # the last stage's copy of the table
+            kinds = ("", f"mp_rank_{rank:02d}", f"tp_rank_{rank:02d}_pp_rank_{stage:03d}")
+            folder = root / kinds[2 if pp > 1 else tp > 1]
+            folder.mkdir(exist_ok=True)
+            torch.save(state, folder / "model_weights.ckpt")
+    return tensors
+
+
+def convert(source: str, path: Path, output: Path, *options: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and ``config.json`` that the command writes."""
+    assert main(["--from", source, "--input", str(path), "--output", str(output), *options]) == 0
+    return load_file(output / "model.safetensors"), json.loads((output / "config.json").read_text())
+
+
+def same_model(written: dict[str, Any], case: dict[str, Any]) -> bool:
+    """Whether two ``config.json`` mean the same, special tokens apart."""
+    special = {key: case[key] for key in ("bos_token_id", "eos_token_id")}
+    return bool(find_model(written).read_config({**written, **special}) == find_model(case).read_config(case))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "options"),
+    [
+        ("megatron-gpt3", 1, 1, {}), ("megatron-gpt3", 2, 3, {}), ("megatron-rope", 2, 1, {"is_core": True}),
+        ("megatron-llama", 2, 2, {"is_core": True}), ("megatron-llama", 2, 1, {"gates_apart": True}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["archive", "directory"])
+def test_nemo_checkpoints_become_the_model_that_they_were_cut_from(
+    name: str, tp: int, pp: int, options: dict[str, bool], form: str, tmp_path: Path
+) -> None:
+    expected = write_nemo(name, tmp_path, tp, pp, **options)
+    path = tmp_path / "nemo"
+    if form == "archive":
+        path = tmp_path / "model.nemo"
+        with tarfile.open(path, "w:gz" if tp == 1 else "w") as archive:
+            archive.add(tmp_path / "nemo", ".")
+    actual, written = convert("nemo", path, tmp_path / "out", "--vocab-size", "101")
+    assert actual.keys() == expected.keys()
+    assert all(actual[key].tobytes() == expected[key].tobytes() for key in expected)
+    assert same_model(written, CASES_BY_NAME[name].config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../escaped.yaml", tarfile.REGTYPE, r"holds '\.\./escaped\.yaml', which leads out of the archive"),
+        ("/etc/passwd", tarfile.REGTYPE, "holds '/etc/passwd', which leads out of the archive"),
+        ("model_weights.ckpt", tarfile.SYMTYPE, "holds 'model_weights.ckpt', which is no file but a link or device"),
+        ("model_weights.ckpt", tarfile.LNKTYPE, "which is no file but a link or device"),
+    ],
+)
+def test_an_archive_that_leads_out_of_itself_is_refused(name: str, kind: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.nemo"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    with pytest.raises(CheckpointError, match=message):
+        main(["--from", "nemo", "--input", str(path), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "holds no model_config.yaml"),
+        ("- 1", "is not a mapping"),
+        ("a: [", "is not YAML"),
+        (
+            {"activation": "geglu"},
+            "activation='geglu' in model_config.yaml is not supported; supported: gelu, openai-gelu, swiglu",
+        ),
+        ({"num_moe_experts": 8}, "num_moe_experts=8 in model_config.yaml is not supported"),
+        ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln'"),
+        ({"hidden_size": "${x}"}, r"hidden_size='\$\{x\}' in model_config.yaml is not a whole number"),
+        ({}, "holds no model_weights.ckpt; distributed checkpoints"),
+    ],
+)
+def test_what_is_no_such_nemo_checkpoint_is_refused(config: Any, message: str, tmp_path: Path) -> None:
+    good = {
+        "hidden_size": 64,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "max_position_embeddings": 128,
+    }
+    if config is not None:
+        text = config if isinstance(config, str) else yaml.safe_dump({**good, **config})
+        (tmp_path / "model_config.yaml").write_text(text)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        main(["--from", "nemo", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
+def write_faster_transformer(name: str, directory: Path, ranks: int, dtype: str) -> dict[str, np.ndarray]:
+    """Write a case in FasterTransformer's layout; returns its tensors under transformers' names."""
+    case = CASES_BY_NAME[name].config
+    stored = load_file(write_checkpoint(CASES_BY_NAME[name], directory / "whole") / "model.safetensors")
+    tensors = {key: value.astype({"fp32": np.float32, "fp16": np.float16}[dtype]) for key, value in stored.items()}
+    folder, kind = directory / f"{ranks}-gpu", {"gpt2-plain": "gpt", "gptj-plain": "gptj", "llama-plain": "llama"}[name]
+    folder.mkdir()
+
+    def save(name: str, value: np.ndarray, axis: int | None = None) -> None:
+        shares = [value] if axis is None else np.split(value, ranks, axis)
+        for rank, share in enumerate(shares):
+            (folder / (f"model.{name}.bin" if axis is None else f"model.{name}.{rank}.bin")).write_bytes(
+                share.tobytes()
+            )
+
+    layers, heads = case.get("n_layer", 3), case.get("n_head", 4)
+    d = case.get("n_embd", case.get("hidden_size"))
+    top = {"gpt": ("transformer.wte", "transformer.ln_f"), "gptj": ("transformer.wte", "transformer.ln_f"),
+           "llama": ("model.embed_tokens", "model.norm")}[kind]  # fmt: skip
+    save("wte", np.concatenate([tensors[f"{top[0]}.weight"], np.zeros((5, d), tensors[f"{top[0]}.weight"].dtype)]))
+    for side in ("weight", "bias") if kind != "llama" else ("weight",):
+        save(f"final_layernorm.{side}", tensors[f"{top[1]}.{side}"])
+    if kind == "gpt":
+        save("wpe", tensors["transformer.wpe.weight"])
+    else:
+        for side in ("weight", "bias") if kind == "gptj" else ("weight",):
+            save(f"lm_head.{side}", tensors[f"lm_head.{side}"])
+    for number in range(layers):
+        old, new = f"{'model.layers' if kind == 'llama' else 'transformer.h'}.{number}", f"layers.{number}"
+        attention = f"{old}.{'self_attn' if kind == 'llama' else 'attn'}"
+        if kind == "gpt":
+            save(f"{new}.attention.query_key_value.weight", tensors[f"{attention}.c_attn.weight"].reshape(d, 3, d), 2)
+            save(f"{new}.attention.query_key_value.bias", tensors[f"{attention}.c_attn.bias"].reshape(3, d), 1)
+            save(f"{new}.attention.dense.weight", tensors[f"{attention}.c_proj.weight"], 0)
+            save(f"{new}.attention.dense.bias", tensors[f"{attention}.c_proj.bias"])
+        else:
+            qkv = np.stack([tensors[f"{attention}.{letter}_proj.weight"] for letter in "qkv"]).transpose(2, 0, 1)
+            save(f"{new}.attention.query_key_value.weight", qkv, 2)
+            out = tensors[f"{attention}.{'o' if kind == 'llama' else 'out'}_proj.weight"]
+            save(f"{new}.attention.dense.weight", out.T, 0)
+        if kind == "llama":
+            for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+                save(f"{new}.{norm}", tensors[f"{old}.{norm}"])
+            for each, axis in (("gate", 1), ("up", 1), ("down", 0)):
+                save(f"{new}.mlp.{each}_proj.weight", tensors[f"{old}.mlp.{each}_proj.weight"].T, axis)
+            continue
+        norms = {"ln_1": "input_layernorm"} | ({"ln_2": "post_attention_layernorm"} if kind == "gpt" else {})
+        for norm, theirs in norms.items():
+            for side in ("weight", "bias"):
+                save(f"{new}.{theirs}.{side}", tensors[f"{old}.{norm}.{side}"])
+        up, down = (f"{old}.mlp.{each}" for each in (("c_fc", "c_proj") if kind == "gpt" else ("fc_in", "fc_out")))
+        save(
+            f"{new}.mlp.dense_h_to_4h.weight",
+            tensors[f"{up}.weight"] if kind == "gpt" else tensors[f"{up}.weight"].T,
+            1,
+        )
+        save(f"{new}.mlp.dense_h_to_4h.bias", tensors[f"{up}.bias"], 0)
+        save(
+            f"{new}.mlp.dense_4h_to_h.weight",
+            tensors[f"{down}.weight"] if kind == "gpt" else tensors[f"{down}.weight"].T,
+            0,
+        )
+        save(f"{new}.mlp.dense_4h_to_h.bias", tensors[f"{down}.bias"])
+    section = {
+        "model_name": name, "head_num": heads, "size_per_head": d // heads, "num_layer": layers, "tensor_para_size": ranks,
+        "inter_size": case.get("intermediate_size", 4 * d), "vocab_size": case["vocab_size"], "start_id": 1, "end_id": 2,
+        "weight_data_type": dtype, "layernorm_eps": 1e-5, "max_pos_seq_len": 128,
+    } | ({} if kind == "gpt" else {"rotary_embedding": case.get("rotary_dim", d // heads)})  # fmt: skip
+    parser = configparser.ConfigParser()
+    parser[kind] = {key: str(value) for key, value in section.items()}
+    with open(folder / "config.ini", "w") as file:
+        parser.write(file)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["gpt2-plain", "gptj-plain", "llama-plain"])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (4, "fp16")])
+def test_binary_directories_of_fastertransformer_become_the_checkpoint_that_they_were_cut_from(
+    name: str, ranks: int, dtype: str, tmp_path: Path
+) -> None:
+    expected = write_faster_transformer(name, tmp_path, ranks, dtype)
+    actual, written = convert("fastertransformer", tmp_path / f"{ranks}-gpu", tmp_path / "out")
+    assert actual.keys() == expected.keys()
+    assert all(actual[key].tobytes() == expected[key].tobytes() for key in expected)
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
+    assert same_model(
+        written, {**CASES_BY_NAME[name].config, "torch_dtype": "float32" if dtype == "fp32" else "float16"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inter_size": "12"}, r"dense_h_to_4h\.weight\.0\.bin has \d+ bytes, but float32 \(48, 6\) takes 1152"),
+        (
+            {"weight_data_type": "int8"},
+            "weight_data_type=int8 in config.ini is not supported; supported: fp32, fp16, bf16",
+        ),
+        ({"layernorm_type": "post_layernorm"}, "layernorm_type=post_layernorm"),
+        ({"tensor_para_size": "4"}, "holds 2 files .* of tensor_para_size=4"),
+        ({"num_layer": "5"}, r"layers\.3\.input_layernorm\.weight\.bin is missing"),
+        ({"vocab_size": "200"}, r"model\.wte\.bin has 102 rows, but 200 tokens are wanted"),
+        ({"head_num": "four"}, "head_num='four' in config.ini is not a whole number"),
+        ({"activation_type": "geglu"}, "activation_type=geglu"),
+    ],
+)
+def test_binary_directories_that_do_not_fit_their_config_are_refused(
+    change: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_faster_transformer("gpt2-plain", tmp_path, 2, "fp32")
+    parser = configparser.ConfigParser()
+    parser.read(tmp_path / "2-gpu" / "config.ini")
+    parser["gpt"].update(change)
+    with open(tmp_path / "2-gpu" / "config.ini", "w") as file:
+        parser.write(file)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        main(["--from", "fastertransformer", "--input", str(tmp_path / "2-gpu"), "--output", str(tmp_path / "out")])
+
+
+def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path: Path) -> None:
+    arguments = ["--from", "fastertransformer", "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match=r"holds no config\.ini; give the directory of a layout"):
+        main(arguments)
+    (tmp_path / "config.ini").write_text("[bert]\n")
+    with pytest.raises(ConfigError, match=r"describes \['bert'\]; \[gpt\]\[gptj\]\[llama\] can be converted"):
+        main(arguments)
+
+
 @pytest.mark.torch
 def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
@@ -178,7 +455,10 @@ def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path:
 
 def test_a_rank_that_is_missing_and_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_01").mkdir()
-    with pytest.raises(ConfigError, match="does not hold mp_rank_00/model_optim_rng"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mp_rank_00/model_optim_rng\.pt and so on for every rank was not found: tensor-parallel rank 0",
+    ):
         main(["--from", "megatron", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.router\.weight is no tensor of a GPT"):
         canonical_name("decoder.layers.0.mlp.router.weight", 0)

@@ -21,7 +21,9 @@ __all__ = ["MegatronLayout", "canonical_name", "config_of", "join_pieces"]
 PREFIX = "language_model."
 _STACK = re.compile(r"(?:language_model\.)?(?:encoder|transformer|decoder)\.(.*)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.*)")
-_IGNORED = re.compile(r".*(_extra_state|rotary_pos_emb\.inv_freq|rotary_emb\.inv_freq)|word_embeddings_for_head\..*")
+_IGNORED = re.compile(
+    r".*(_extra_state|rotary_pos_emb\.inv_freq|rotary_emb\.inv_freq)|(word_embeddings_for_head|word_embeddings)\..*"
+)
 _RENAMED = (
     (r"(self_)?attention\.linear_qkv\.layer_norm_(weight|bias)", r"input_layernorm.\2"),
     (r"mlp\.linear_fc1\.layer_norm_(weight|bias)", r"post_attention_layernorm.\1"),

@@ -1,0 +1,213 @@
+"""NeMo's GPT checkpoints: a ``.nemo`` archive, or the directory that it was unpacked into.
+
+It holds ``model_config.yaml`` and ``model_weights.ckpt``, or one of these for each rank below ``mp_rank_00`` or
+``tp_rank_00_pp_rank_000``. Members of the archive are read where they lie; nothing is unpacked.
+
+Source: ``nemo/collections/nlp/parts/nlp_overrides.py`` (names) and the ``megatron_gpt`` models (keys) of NeMo 1.x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from phalanx.checkpoints.conversion.megatron import MegatronLayout
+from phalanx.checkpoints.conversion.megatron_files import by_stage, join_stages, whole_model
+from phalanx.checkpoints.conversion.torch_file import array_of, read_torch_file
+from phalanx.checkpoints.conversion.whole import WholeModel
+from phalanx.parallel.errors import CheckpointError, ConfigError
+
+__all__ = ["read_nemo"]
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+_PLACE = re.compile(rf"(?:(?:mp_rank_(\d+)|tp_rank_(\d+)_pp_rank_(\d+))/)?{re.escape(WEIGHTS)}")
+_MOST_CONFIG_BYTES = 1 << 20
+_REFUSED = {
+    "transformer_block_type": "pre_ln", "headscale": False, "num_moe_experts": None, "megatron_legacy": False,
+    "seq_len_interpolation_factor": None, "apply_rope_scaling": False, "scale_positional_embedding": False, "qk_layernorm": False,
+    "normalize_attention_scores": True, "sliding_window": None, "window_size": None, "mcore_customization_config": None,
+    "apply_embedding_scaling": False, "peft": None, "virtual_pipeline_model_parallel_size": None, "rotary_interleaved": False,
+}  # fmt: skip
+"""Keys that must be absent or have this value."""
+_ACTIVATIONS = {
+    "gelu": "gelu", "openai-gelu": "gelu_pytorch_tanh", "quick-gelu": None, "swiglu": "silu", "fast-swiglu": "silu",
+    "squared-relu": "relu2",
+}  # fmt: skip
+_NORMS = {"layernorm": "LayerNorm", "layernorm1p": "LayerNorm1P", "rmsnorm": "RMSNorm"}
+
+
+class _Files(Protocol):
+    """The files of a checkpoint by their names in it."""
+
+    def names(self) -> list[str]: ...
+
+    def open(self, name: str) -> IO[bytes]: ...
+
+
+def read_nemo(path: Path, vocab_size: int) -> WholeModel:
+    """Join the pieces of a ``.nemo`` file or directory. ``vocab_size``: rows to keep of the vocabulary; 0 = all.
+
+    Raises:
+        ConfigError: a file is missing, or the model is of a kind that is not supported.
+        CheckpointError: a file is damaged, or the archive holds a link or a name that leads out of it.
+    """
+    with _opened(path) as files:
+        config = _read_config(files, path)
+        arguments = arguments_of(config)
+        heads = arguments["num_attention_heads"]
+        layout = MegatronLayout(3.0, heads, arguments["num_query_groups"], arguments["swiglu"], vocab_size)
+        stages = by_stage(_places(files, path), f"{WEIGHTS} in {path}")
+        pieces = ([_piece(files, name) for name in ranks] for ranks in stages)
+        return whole_model(join_stages(pieces, layout), arguments)
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments that ``model_config.yaml`` stands for.
+
+    Raises:
+        ConfigError: a key asks for something that the family does not have.
+    """
+    for key, value in _REFUSED.items():
+        if config.get(key) not in (None, value):
+            raise ConfigError(f"{key}={config[key]!r} in {CONFIG} is not supported; only {value!r} is")
+    kind, norm = config.get("activation", "gelu"), config.get("normalization", "layernorm")
+    activation = _ACTIVATIONS.get(kind)
+    if activation is None or norm not in _NORMS:
+        key, value = ("activation", kind) if activation is None else ("normalization", norm)
+        known = (name for name, meant in (_ACTIVATIONS if activation is None else _NORMS).items() if meant)
+        raise ConfigError(f"{key}={value!r} in {CONFIG} is not supported; supported: {', '.join(known)}")
+    bias, heads = config.get("bias", True), _whole(config, "num_attention_heads")
+    is_fused = bias and config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True))
+    return {
+        "hidden_size": _whole(config, "hidden_size"),
+        "num_layers": _whole(config, "num_layers"),
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_query_groups") or heads,
+        "group_query_attention": True,
+        "kv_channels": config.get("kv_channels"),
+        "ffn_hidden_size": _whole(config, "ffn_hidden_size"),
+        "max_position_embeddings": _whole(config, "max_position_embeddings"),
+        "layernorm_epsilon": config.get("layernorm_epsilon", 1e-5),
+        "normalization": "LayerNorm" if norm == "layernorm1p" else _NORMS[norm],
+        "apply_layernorm_1p": norm == "layernorm1p",
+        "position_embedding_type": config.get("position_embedding_type", "learned_absolute"),
+        "rotary_percent": config.get("rotary_percentage", 1.0),
+        "rotary_base": config.get("rotary_base", 10000),
+        "swiglu": activation == "silu",
+        "squared_relu": activation == "relu2",
+        # The kernel that adds the bias computes the tanh form.
+        "bias_gelu_fusion": kind == "openai-gelu" or bool(config.get("openai_gelu")) or bool(is_fused),
+        "add_bias_linear": bias,
+        "add_qkv_bias": bool(config.get("qkv_bias", False)),
+        "untie_embeddings_and_output_weights": not config.get("share_embeddings_and_output_weights", True),
+    }
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    """A number, which may be given as another key: ``${.encoder_seq_length}``."""
+    value = given = config.get(key)
+    if isinstance(value, str) and (other := re.fullmatch(r"\$\{(?:\.|model\.)?(\w+)\}", value)):
+        value = config.get(other[1])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={given!r} in {CONFIG} is not a whole number above 0; the file is damaged")
+    return value
+
+
+def _piece(files: _Files, name: str) -> dict[str, Any]:
+    """One rank's tensors, under Megatron's names."""
+    with files.open(name) as file:
+        state: Mapping[str, Any] = read_torch_file(file, name)
+    named = {key.removeprefix("model."): value for key, value in state.items()}
+    gates = [key for key in named if ".mlp.dense_h_to_4h_2." in key]
+    for key in gates:  # its product with the other's activation is taken: gate, then this half
+        other = key.replace("dense_h_to_4h_2", "dense_h_to_4h")
+        named[other] = np.concatenate([array_of(named[other]), array_of(named.pop(key))])
+    return named
+
+
+def _places(files: _Files, path: Path) -> dict[tuple[int, int], str]:
+    """Names of the ranks' weights by (pipeline stage, tensor-parallel rank)."""
+    found = {}
+    for name in files.names():
+        if match := _PLACE.fullmatch(name):
+            found[int(match[3] or 0), int(match[2] or match[1] or 0)] = name
+    if not found:
+        raise ConfigError(
+            f"{path} holds no {WEIGHTS}; distributed checkpoints (model_weights/) are not read: save it with NeMo as one file a rank"
+        )
+    return found
+
+
+def _read_config(files: _Files, path: Path) -> dict[str, Any]:
+    import yaml
+
+    if CONFIG not in files.names():
+        raise ConfigError(f"{path} holds no {CONFIG}; give a .nemo file, or the directory that it was unpacked into")
+    with files.open(CONFIG) as file:
+        text = file.read(_MOST_CONFIG_BYTES)
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{CONFIG} of {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{CONFIG} of {path} is not a mapping; restore the file")
+    inner = config.get("model")
+    return inner if isinstance(inner, dict) else config
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Files]:
+    if path.is_dir():
+        yield _Directory(path)
+        return
+    try:
+        archive = tarfile.open(path)  # noqa: SIM115  closed below
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(
+            f"--input {str(path)!r} is neither a .nemo archive nor a directory of one: {error}; name one"
+        ) from None
+    with archive:
+        yield _Archive(archive, path)
+
+
+class _Directory:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def names(self) -> list[str]:
+        files = (*self._path.glob("*"), *self._path.glob("*/*"))
+        return [file.relative_to(self._path).as_posix() for file in files if file.is_file()]
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(self._path / name, "rb")
+
+
+class _Archive:
+    """The members of a tar file. Raises CheckpointError for one that is a link, or whose name leads out of it."""
+
+    def __init__(self, archive: tarfile.TarFile, path: Path) -> None:
+        self._archive, self._members = archive, {}
+        for member in archive:
+            place = PurePosixPath(member.name)
+            if place.is_absolute() or ".." in place.parts:
+                raise CheckpointError(f"{path} holds {member.name!r}, which leads out of the archive; do not trust it")
+            if member.isfile():
+                self._members[place.as_posix()] = member
+            elif not member.isdir():
+                raise CheckpointError(
+                    f"{path} holds {member.name!r}, which is no file but a link or device; do not trust it"
+                )
+
+    def names(self) -> list[str]:
+        return list(self._members)
+
+    def open(self, name: str) -> IO[bytes]:
+        file = self._archive.extractfile(self._members[name])
+        assert file is not None, name
+        return file
