@@ -281,7 +281,9 @@ def _lead(
     assert frontend is not None
     assert announcement is not None
     engine = router_over(replica.engine, leaders, replica.topology.layout, watch)
-    bridge = EngineBridge(engine, frontend.channels, on_drain_request=signals.drain)
+    bridge = EngineBridge(
+        engine, frontend.channels, on_drain_request=signals.drain, num_saturated=lambda: watch.num_saturated
+    )
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts)
     model = _model_info(replica, max_open_requests, sampling_defaults, about)

@@ -105,7 +105,7 @@ class Engine:
             self.last_in_flight = self.in_flight
             result = self.executor.collect()
             self.in_flight -= 1
-            self.progress.end_step(self.in_flight)
+            self.progress.end_step(self.in_flight, self.executor.num_saturated)
             self.num_steps += 1
             self.scheduler.apply(result, self.clock())
         else:
@@ -154,7 +154,7 @@ def follow(control: ControlChannel, executor: Executor, progress: RankProgress) 
         plan = StepPlan.unpack(words)
         progress.begin_step(plan.step_id)
         _execute(executor, plan)
-        progress.end_step(0)
+        progress.end_step(0, executor.num_saturated)
 
     handlers: dict[OrderKind, Callable[[Int32Array], None]] = {
         OrderKind.PLAN: execute,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,14 @@ from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import follow
 from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
+from phalanx.runtime.quantisation import has_fp8_cache, saturation_in_words
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["LLM", "Progress", "Prompt"]
+
+_LOG = logging.getLogger("phalanx.llm")
 
 
 class LLM:
@@ -74,7 +78,7 @@ class LLM:
         with progress.reporting(on_phase):
             self._replica = build_replica(None if model is None else Path(model), config, world, progress)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)
-        self._closed = False
+        self._closed = self._has_warned = False
         self._failure: str | None = None
         self._ids = map(str, itertools.count())
 
@@ -160,9 +164,27 @@ class LLM:
             replica.engine.release()
         with self._unusable_after_failure():
             outcomes = self._share(outcome)
+            self._warn_of_saturation()
         if interruption is not None:
             raise interruption
         return _all_outputs(outcomes, len(prompts))
+
+    @property
+    def has_fp8_cache(self) -> bool:
+        """Whether keys and values are held as fp8."""
+        return has_fp8_cache(self._replica.checkpoint.formats, self._replica.options)
+
+    def num_saturated(self) -> int:
+        """Keys and values that the fp8 caches of all ranks could not hold so far. *Collective.*"""
+        own = np.array(self._replica.executor.num_saturated)
+        return int(self._replica.world.all_gather(own).sum())
+
+    def _warn_of_saturation(self) -> None:
+        """Say it once, on the first rank. *Collective.*"""
+        if self.has_fp8_cache and not self._has_warned and (count := self.num_saturated()):
+            self._has_warned = True
+            if self.is_leader:
+                _LOG.warning("%s", saturation_in_words(count))
 
     def close(self) -> None:
         """Release the executor and the groups. *Collective.*"""

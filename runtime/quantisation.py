@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
     from phalanx.runtime.models import Model
 
-__all__ = ["quantisation_in_words"]
+__all__ = ["has_fp8_cache", "quantisation_in_words", "saturation_in_words"]
 
 
 def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan, options: EngineConfig) -> str:
@@ -26,8 +26,20 @@ def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan,
     return f"weights: {' and '.join(schemes) or 'not quantised'}; cache: {_cache(stored, options)}"
 
 
+def has_fp8_cache(stored: FormatPlan, options: EngineConfig) -> bool:
+    """Whether keys and values are held as fp8, by the operator's choice or the checkpoint's."""
+    return options.kv_cache_dtype == "fp8" or (stored.has_kv_scales and options.kv_cache_dtype == "auto")
+
+
+def saturation_in_words(count: int) -> str:
+    """A warning about ``count`` values that did not fit an fp8 cache."""
+    return (
+        f"{count:,} keys or values were too large for the fp8 cache and were cut to the largest that its scales allow, which "
+        "changes answers; calibrate the checkpoint (launch.quantize --kv-cache fp8), or use --kv-cache-dtype bfloat16"
+    )
+
+
 def _cache(stored: FormatPlan, options: EngineConfig) -> str:
-    wanted = options.kv_cache_dtype
-    if stored.has_kv_scales and wanted in ("auto", "fp8"):
-        return "fp8 with the checkpoint's scales"
-    return "fp8 with a scale of 1" if wanted == "fp8" else "not quantised"
+    if not has_fp8_cache(stored, options):
+        return "not quantised"
+    return "fp8 with the checkpoint's scales" if stored.has_kv_scales else "fp8 with a scale of 1"

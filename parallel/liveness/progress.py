@@ -27,6 +27,7 @@ class Stamp(msgspec.Struct, frozen=True, tag=True):
         collective: the collective that it is in; empty = none.
         num_collectives: collectives begun since the start.
         seconds: since this activity began or its last step ended.
+        num_saturated: keys and values that its cache could not hold, since the start.
     """
 
     activity: Activity = "starting"
@@ -35,6 +36,7 @@ class Stamp(msgspec.Struct, frozen=True, tag=True):
     collective: str = ""
     num_collectives: int = 0
     seconds: float = 0.0
+    num_saturated: int = 0
 
     def __str__(self) -> str:
         step = f", step {self.step}" if self.step >= 0 else ""
@@ -45,7 +47,17 @@ class Stamp(msgspec.Struct, frozen=True, tag=True):
 class RankProgress:
     """The state behind a rank's stamps. Writers pay for a few attribute stores."""
 
-    __slots__ = ("_clock", "_on_phase", "_since", "activity", "collective", "current_phase", "num_collectives", "step")
+    __slots__ = (
+        "_clock",
+        "_on_phase",
+        "_since",
+        "activity",
+        "collective",
+        "current_phase",
+        "num_collectives",
+        "num_saturated",
+        "step",
+    )
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -55,7 +67,7 @@ class RankProgress:
         self.current_phase = "starting"
         self.step = -1
         self.collective = ""
-        self.num_collectives = 0
+        self.num_collectives = self.num_saturated = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -92,14 +104,18 @@ class RankProgress:
         if self.activity != "stepping":
             self.activity, self._since = "stepping", self._clock()
 
-    def end_step(self, num_in_flight: int) -> None:
-        """A step has ended; without another in flight this rank waits for work."""
+    def end_step(self, num_in_flight: int, num_saturated: int = 0) -> None:
+        """A step has ended; without another in flight this rank waits for work.
+
+        ``num_saturated``: keys and values that this rank's cache could not hold, since the start.
+        """
+        self.num_saturated = num_saturated
         self.activity = "stepping" if num_in_flight else "waiting"
         self._since = self._clock()
 
     def wait(self) -> None:
         """This rank is ready and has nothing to do."""
-        self.end_step(0)
+        self.end_step(0, self.num_saturated)
 
     def _tell(self, done: int, total: int | None) -> None:
         if self._on_phase is not None:
@@ -108,4 +124,6 @@ class RankProgress:
     def stamp(self) -> Stamp:
         """This moment; called by the thread that watches."""
         seconds = self._clock() - self._since
-        return Stamp(self.activity, self.current_phase, self.step, self.collective, self.num_collectives, seconds)
+        return Stamp(
+            self.activity, self.current_phase, self.step, self.collective, self.num_collectives, seconds, self.num_saturated
+        )  # fmt: skip

@@ -85,6 +85,7 @@ class RankWatch:
         self._states = {rank: RankState(rank, names[rank]) for rank in (world.rank, *self._links)}
         self._heard = dict.fromkeys(self._links, time.monotonic())
         self._left_at: dict[int, float] = {}
+        self._num_saturated = dict.fromkeys(self._links, 0)
         self._lock = threading.Lock()
         self._closing = self._failure_told = False
         self._trouble: str | None = None
@@ -111,6 +112,11 @@ class RankWatch:
         Only where the launcher and MPI let it. ``on_loss`` is told the group and why, in the watching thread.
         """
         self._on_loss, self._spare = on_loss, tuple(groups)
+
+    @property
+    def num_saturated(self) -> int:
+        """On rank 0: keys and values that all ranks' caches could not hold, lost ranks' among them; a moment late."""
+        return self._progress.num_saturated + sum(self._num_saturated.values())
 
     def close(self) -> None:
         """This rank has done its work; the others may end, too."""
@@ -188,6 +194,7 @@ class RankWatch:
         match message:
             case Stamp():
                 state.stamp = message
+                self._num_saturated[state.rank] = message.num_saturated
             case Failure():
                 self._failed(state, message)
             case Leaving():

@@ -53,6 +53,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_saturated(self) -> int:
+        """Keys and values of this rank that an fp8 cache could not hold and cut to its largest, so far; may be a few steps late."""
+        ...
+
+    @property
     def depth(self) -> int:
         """Steps that may be in flight before the leader must collect one: pipeline stages, plus one if it runs ahead."""
         ...

@@ -168,6 +168,7 @@ class EngineMetrics(Collector):
                 sum(s.prefix_query_tokens for s in everyone),
             ),
             ("prefix_cache_hit_tokens", "Tokens found in the prefix cache", sum(s.prefix_hit_tokens for s in everyone)),
+            ("kv_saturated", "Keys and values that an fp8 cache could not hold", self.stats.num_saturated),
         ):
             yield CounterMetricFamily(f"phalanx_{name}", text, count)
 

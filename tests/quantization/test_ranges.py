@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -23,6 +22,7 @@ from phalanx.runtime.request import SamplingParams
 from tests.support.calibrating_llama import CalibratingLlama
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
+from tests.support.short_demo import write_short_demo
 
 Array = np.ndarray[Any, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,15 +32,7 @@ NUM_LAYERS = 2
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first two layers of the demo, with its tokenizer."""
-    demo, path = ROOT / "checkpoints" / "demo", tmp_path_factory.mktemp("short") / "dense"
-    path.mkdir()
-    tensors = {name: array for file in demo.glob("*.safetensors") for name, array in load_file(file).items()}
-    kept = ("model.embed", "model.norm", *(f"model.layers.{layer}." for layer in range(NUM_LAYERS)))
-    save_file({name: array for name, array in tensors.items() if name.startswith(kept)}, path / "model.safetensors")
-    config = json.loads((demo / "config.json").read_text("utf-8"))
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": NUM_LAYERS}))
-    shutil.copy(demo / "tokenizer.json", path)
-    return path
+    return write_short_demo(tmp_path_factory.mktemp("short") / "dense", NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")

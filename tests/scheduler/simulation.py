@@ -177,6 +177,8 @@ class Tenancy:
 class SimulatedExecutor:
     """Runs plans at once, in order; the driver decides when the leader sees a result."""
 
+    num_saturated = 0
+
     def __init__(self, config: SchedulerConfig, cache: CachePlanner, truths: list[Truth]) -> None:
         self.config = config
         self.cache = cache

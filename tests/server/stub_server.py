@@ -180,7 +180,7 @@ def main() -> int:
     say(f"GRPC {frontend.grpc_port}")
     say(f"BOUND {frontend.url}")
     time.sleep(options.start_seconds)
-    bridge = EngineBridge(StubEngine(options), frontend.channels)
+    bridge = EngineBridge(StubEngine(options), frontend.channels, num_saturated=lambda: 11)
     _drain_on_signal(bridge)
     model = ModelInfo(options.directory, options.vocab_size, options.max_model_len, options.max_open_requests)
     try:

@@ -61,6 +61,7 @@ def test_metrics_count_what_happens(server: Server) -> None:
 def test_metrics_show_the_engines_counts(server: Server) -> None:
     shown = metrics(server)
     assert shown["phalanx_preemptions_total"] == 3
+    assert shown["phalanx_kv_saturated_total"] == 11
     assert shown["phalanx_prefix_cache_query_tokens_total"] == 20
     assert shown["phalanx_prefix_cache_hit_tokens_total"] == 5
     assert 0 <= shown["phalanx_kv_cache_usage_ratio"] <= 1

@@ -66,6 +66,9 @@ class CudaAttention:
 
     Each kind of attention that a model names (window, soft cap, ...) gets its kernels when it is first used, which must
     be outside a capture; every kind divides each step's work once, before its first layer.
+
+    Attributes:
+        saturated: ``[1]`` int32, counts values beyond the largest code of fp8 pages modulo 2**32; None = other pages.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class CudaAttention:
         import cupy
 
         self._fp8: dict[int, Fp8Pages] = {}
+        self.saturated: DeviceArray | None = None
         if kv_scales is not None:
-            saturated = cupy.zeros(1, np.int32)
-            self._fp8 = {layer: Fp8Pages(cupy.asarray(scales), saturated) for layer, scales in kv_scales.items()}
+            self.saturated = cupy.zeros(1, np.int32)
+            self._fp8 = {layer: Fp8Pages(cupy.asarray(scales), self.saturated) for layer, scales in kv_scales.items()}
         self._library, self._layout, self._limits, self._arrays, self._pool = library, layout, limits, arrays, pool
         self._pages = layout.allocate(1)
         self._kinds: dict[AttentionSpec, PagedAttention] = {}

@@ -116,6 +116,10 @@ class CudaExecutor:
         return f"{self._library_name} on {name.decode()}" if self._library_name else name.decode()
 
     @property
+    def num_saturated(self) -> int:
+        return self._ring.num_saturated
+
+    @property
     def device_times(self) -> DeviceTimes:
         """Of this rank's GPU, a few steps late; idle only on the leader, which alone collects."""
         return self._ring.times
@@ -138,6 +142,8 @@ class CudaExecutor:
             buffers.describe(plan, layout)
             self._compute(plan, key, layout)
             self._return_results(buffers, layout)
+            if self._attention.saturated is not None:
+                download(buffers.saturated, self._attention.saturated, self._stream)
             buffers.end.record(self._stream)
         if self.topology.is_leader:
             self._in_flight.append(buffers)

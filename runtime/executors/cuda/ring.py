@@ -27,15 +27,19 @@ class StepBuffers:
 
     Attributes:
         plan_words, result_words: pinned memory that the device reads the plan from and writes the results to.
+        saturated: pinned ``[1]``, the device's count of saturated values after the step.
         start, end: events around the step's work on the device; ``result`` when the pinned result is there.
+        number: counts the uses of all buffers.
         follows: it was started before the step before it was collected.
     """
 
     plan_words: NDArray[np.int32]
     result_words: NDArray[np.int32]
+    saturated: NDArray[np.int32]
     start: Any
     end: Any
     result: Any
+    number: int = 0
     in_use: bool = False
     follows: bool = False
     step_id: int = 0
@@ -71,12 +75,24 @@ class StepRing:
             StepBuffers(
                 pinned_array((plan_words,), np.int32),
                 pinned_array((max(result_words, 1),), np.int32),
+                pinned_array((1,), np.int32),
                 *(cupy.cuda.Event() for _ in range(3)),
             )
             for _ in range(size)
         ]
-        self._next = 0
+        for buffers in self._ring:
+            buffers.saturated[:] = 0
+        self._next = self._num_acquired = 0
+        self._num_saturated = self._last_saturated = self._last_counted = 0
         self.times = DeviceTimes()
+
+    @property
+    def num_saturated(self) -> int:
+        """Values that did not fit fp8 pages, over the steps that the device has finished."""
+        for buffers in (*self._ring[self._next :], *self._ring[: self._next]):  # from the oldest
+            if buffers.in_use and buffers.end.done:
+                self._count(buffers)
+        return self._num_saturated
 
     def acquire(self) -> StepBuffers:
         """The next buffers, in turn; waits for the device if it is still on the step that used it before."""
@@ -86,6 +102,8 @@ class StepRing:
             self.wait(buffers.end)
             self.wait(buffers.result)
             self._account(buffers)
+        self._num_acquired += 1
+        buffers.number = self._num_acquired
         return buffers
 
     def wait(self, event: Any) -> None:
@@ -108,8 +126,16 @@ class StepRing:
     def _account(self, buffers: StepBuffers) -> None:
         import cupy
 
+        self._count(buffers)
         elapsed = cupy.cuda.get_elapsed_time
         following = self._ring[self._next]
         waited = following.follows and following.start.done
         idle_seconds = max(0.0, elapsed(buffers.end, following.start) / 1e3) if waited else 0.0
         self.times += DeviceTimes(elapsed(buffers.start, buffers.end) / 1e3, idle_seconds)
+
+    def _count(self, buffers: StepBuffers) -> None:
+        """Take over a step's count, unless a later step's was taken. The device counts modulo 2**32; one step adds less."""
+        if buffers.number > self._last_counted:
+            found = int(buffers.saturated[0])
+            self._num_saturated += (found - self._last_saturated) % (1 << 32)
+            self._last_counted, self._last_saturated = buffers.number, found

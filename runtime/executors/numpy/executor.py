@@ -77,6 +77,10 @@ class NumpyExecutor:
         return f"{_processor_name()}, {thread_count()} thread(s) per rank"
 
     @property
+    def num_saturated(self) -> int:
+        return self._attention.num_saturated
+
+    @property
     def depth(self) -> int:
         """One step per pipeline stage."""
         return self._topology.layout.pp

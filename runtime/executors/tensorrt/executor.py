@@ -44,6 +44,7 @@ class TrtExecutor:
 
     lookahead = 0
     device_times: DeviceTimes | None = None
+    num_saturated = 0
     step_times: StepTimes | None = None
 
     def __init__(self, session: EngineSession, shape: NetworkShape, topology: Topology, pipeline: Communicator) -> None:

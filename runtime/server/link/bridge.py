@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from phalanx.parallel.errors import CapacityError, CheckpointError, CommunicatorError, RequestError
 from phalanx.runtime.engine import ReplicaStats
+from phalanx.runtime.quantisation import saturation_in_words
 from phalanx.runtime.request import Request
 from phalanx.runtime.scheduler import DeltaBatch
 from phalanx.runtime.server.link.channel import FrontendChannels
@@ -29,6 +31,8 @@ from phalanx.runtime.server.link.messages import (
 )
 
 __all__ = ["EngineBridge", "ServedEngine"]
+
+_LOG = logging.getLogger("phalanx.serve")
 
 STATS_SECONDS = 0.2
 IDLE_SECONDS = 0.1
@@ -68,6 +72,7 @@ class EngineBridge:
 
     Args:
         on_drain_request: what to do when an administrator asks for a drain; None = drain.
+        num_saturated: how many keys and values the ranks' fp8 caches could not hold so far.
     """
 
     def __init__(
@@ -76,7 +81,9 @@ class EngineBridge:
         channels: FrontendChannels,
         clock: Callable[[], float] = time.monotonic,
         on_drain_request: Callable[[], None] | None = None,
+        num_saturated: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._num_saturated, self._has_warned = num_saturated, False
         self._on_drain_request = on_drain_request or self.request_drain
         self._engine = engine
         self._channels = channels
@@ -182,7 +189,11 @@ class EngineBridge:
         if now < self._next_stats:
             return
         self._next_stats = now + STATS_SECONDS
-        self._channels.send(Stats(self._engine.replica_stats()))
+        count = self._num_saturated()
+        if count and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning("%s", saturation_in_words(count))
+        self._channels.send(Stats(self._engine.replica_stats(), count))
         self._check_answers()
 
     def _check_answers(self) -> None:

@@ -124,9 +124,14 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True):
-    """Counts of every replica, in order; sent several times a second as a sign of life, and answered by `Alive`."""
+    """Counts of every replica, in order; sent several times a second as a sign of life, and answered by `Alive`.
+
+    Attributes:
+        num_saturated: keys and values that fp8 caches of all ranks could not hold, since the start.
+    """
 
     replicas: list[ReplicaStats]
+    num_saturated: int = 0
 
 
 class Draining(msgspec.Struct, tag=True, frozen=True):
