@@ -20,6 +20,10 @@ if launch_info().size > 1:
     _root.mkdir(exist_ok=True)
     os.environ["PYTEST_DEBUG_TEMPROOT"] = str(_root)
 
+# Tests start commands some thousand times. Without bytecode files each start would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Tests compare rank counts; a BLAS that starts a thread per core in each rank only makes them slow.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")

@@ -15,7 +15,8 @@ step "formatting" ruff format --check .
 step "lint" ruff check .
 step "types" mypy
 step "import contracts" env PYTHONPATH=tools/tree lint-imports
-step "tests, one process" python -m pytest -q
+# A test process for each core, four at most: every second test waits for commands that it has started.
+step "tests without ranks" python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 for ranks in 2 3 4 8; do
     step "tests under mpirun, $ranks ranks" tests/run_mpi.sh "$ranks"
 done
