@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 EXPECTED_SKIPS = {
     "slow": "run with -m slow",
+    "--with-mpi": "run by tests/run_mpi.sh on 2, 3, 4 and 8 ranks",
     "no NVIDIA GPU": "run by tests/gpu/run_gpu.sh on a machine with one",
+    "cupy": "run by tests/gpu/run_gpu.sh on a machine with a GPU",
     "torch": "installed and run by .ci/run",
     "transformers": "installed and run by .ci/run",
     "TensorRT": "installed and run by .ci/run",
