@@ -54,7 +54,7 @@ test-guides: setup
 test-launchers: setup
 	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
 		tests/launch/test_user_files.py tests/server/test_failures.py tests/server/test_two_hosts.py \
-		tests/parallel/test_scripts.py
+		tests/server/test_unusual_faults.py tests/parallel/test_scripts.py
 
 # lm-eval as a client, from an environment of its own (0.8 GB): log-likelihoods within 1e-4 of a float64 reference.
 test-lm-eval: setup

@@ -7,6 +7,7 @@ else, with rank, phase and cause. Heavy imports happen inside functions: ``--hel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -151,16 +152,18 @@ def _report_mistake(error: Exception) -> bool:
     everybody = all_ranks_failed()
     if launch_info().rank == 0 or not everybody:
         prefix = "" if isinstance(error, UsageError) else "phalanx: "
-        sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
+            sys.stderr.flush()
     return not everybody
 
 
 def _report_failure(error: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    sys.stderr.write(f"phalanx: rank {launch_info().rank} failed{notes}: {type(error).__name__}: {error}\n")
-    traceback.print_exc()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a reader that is gone must not keep the others from being ended
+        sys.stderr.write(f"phalanx: rank {launch_info().rank} failed{notes}: {type(error).__name__}: {error}\n")
+        traceback.print_exc()
+        sys.stderr.flush()
 
 
 def _flush() -> bool:

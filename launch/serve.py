@@ -7,12 +7,13 @@ Rank 0 starts the HTTP processes before anything else, so that the port answers 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,16 +221,29 @@ def _run_rank(
         )
     leaders = connect_leaders(world, replica.topology)
     if replica.engine is None:
-        with progress.phase("executing steps"):
+        with progress.phase("executing steps"), _in_service():
             follow(replica.control, replica.executor, progress)
     elif world.rank:
-        with progress.phase("serving"):
+        with progress.phase("serving"), _in_service():
             serve_rank_0(leaders[0], replica.engine, _model_info(replica, queue, {}, {}))
     else:
-        with progress.phase("serving"):
+        with progress.phase("serving"), _in_service():
             defaults = {} if args.no_generation_config else replica.generation.sampling_defaults()
             _lead(replica, leaders, watch, door, hosts, queue, signals, defaults)
     replica.executor.close()
+
+
+@contextlib.contextmanager
+def _in_service() -> Iterator[None]:
+    """Too little memory is a mistake in flags while ranks load; later it is a failure, which another start may not meet.
+
+    Raises:
+        RuntimeError: in place of MemoryError, for which `run_command` has the status of a mistake.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeError(f"not enough memory: {error}") from error
 
 
 def _progress() -> RankProgress:

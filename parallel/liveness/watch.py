@@ -135,8 +135,9 @@ class RankWatch:
             self._flush(TELL_SECONDS)
             time.sleep(ANSWER_SECONDS)  # rank 0's answer ends this process
         else:
-            self._states[0].stacks = trace
-            for line in self._keep(judge.report(f"{self._states[0]} {text}", self._states_at(time.monotonic()))):
+            self._states[0].stacks, verdict = trace, f"{self._states[0]} {text}"
+            self._on_failure(verdict)
+            for line in self._keep(judge.report(verdict, self._states_at(time.monotonic()))):
                 _say(line)
 
     def end_by(self, seconds: float, status: int, reason: str) -> None:

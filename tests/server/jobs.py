@@ -111,10 +111,11 @@ def serve(
     wait_for: str = "READY",
     launcher_flags: Sequence[str] = (),
     prefix: Sequence[str] = (),
+    program: Sequence[str | Path] = ("-m", "launch.serve"),
 ) -> Iterator[Job]:
-    """``prefix mpirun -n num_ranks python -m launch.serve flags`` on any free port; without mpirun for 0 ranks."""
+    """``prefix mpirun -n num_ranks python program flags`` on any free port; without mpirun for 0 ranks."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "launch.serve", "--port", "0", *flags]
+    command = [sys.executable, *map(str, program), "--port", "0", *flags]
     if num_ranks:
         command = [*prefix, mpirun(), *launcher_flags, "-n", str(num_ranks), *command]
     with start(command, **{MARK: mark}, **ENVIRONMENT) as server:

@@ -1,0 +1,146 @@
+"""Faults within a step, and around the HTTP processes: no hang, nothing left running, no wrong token, the right rank named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from .jobs import Job, serve
+from .test_lifecycle import events
+from .test_serve import LONG, serve_tiny, tiny
+
+__all__ = ["tiny"]
+
+PATH = "/v1/completions"
+FAULTY = """
+import ctypes, os, sys, launch
+from phalanx.launch import serve
+from phalanx.launch.arguments import run_command
+from phalanx.parallel.launcher import launch_info
+from phalanx.runtime.executors.numpy.executor import NumpyExecutor
+
+class Faulty(NumpyExecutor):
+    steps = 0
+
+    def execute(self, plan):
+        self.steps += 1
+        if launch_info().rank == {rank} and self.steps == 20:
+            {fault}
+        super().execute(plan)
+
+import phalanx.runtime.executors.numpy.build as build
+build.NumpyExecutor = Faulty
+run_command(serve.main, sys.argv[1:])
+"""
+ANSWER = {"prompt": "ab", "max_tokens": 12, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where reports are kept."""
+    monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path))
+    return tmp_path / "failures"
+
+
+@contextlib.contextmanager
+def serve_faulty(tiny: Path, directory: Path, rank: int, fault: str) -> Iterator[Job]:
+    """tp 2 x pp 2, and something happens to one rank in its twentieth step."""
+    script = directory / "launch.serve.py"  # by which a job finds its ranks
+    script.write_text(FAULTY.format(rank=rank, fault=fault))
+    flags = ("--model", str(tiny), "--load-format", "dummy", "--tp", "2", "--pp", "2", "--stall-timeout", "4")
+    with serve(4, *flags, program=(script,)) as job:
+        yield job
+
+
+FAULTS = [
+    ("raise MemoryError('planted')", "not enough memory: planted"),
+    ("os._exit(0)", "has ended"),
+    ("sys.exit(0)", "SystemExit: 0"),
+    ("while True: pass", "no step has ended"),
+    ("ctypes.PyDLL(None).sleep(1000)", "no sign of life"),
+    ("os.close(2); raise ZeroDivisionError('planted')", "ZeroDivisionError: planted"),
+    ("ctypes.string_at(0)", "has ended"),
+]
+"""Code, and what is said of it: the last but two keep Python from running, close standard error, and crash."""
+QUICK = (0, 1, 4)
+"""Run on one rank each by default; all on both by ``make test-launchers``."""
+
+
+@pytest.mark.parametrize(
+    ("rank", "fault", "said"),
+    [
+        pytest.param(rank, *fault, marks=() if (number in QUICK and rank == 3 * (number % 2)) else pytest.mark.slow)
+        for number, fault in enumerate(FAULTS)
+        for rank in (0, 3)
+    ],
+)
+def test_a_fault_in_a_step_ends_every_stream_and_names_the_rank(
+    tiny: Path, tmp_path: Path, rank: int, fault: str, said: str
+) -> None:
+    with serve_faulty(tiny, tmp_path, rank, fault) as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
+        for stream in streams:
+            error = events(stream)[-1]["error"]
+            assert error["code"] == "engine_failed"
+            assert f"rank {rank} (" in error["message"]
+        status, errors = job.server.wait()
+        assert status not in (0, 2)
+        assert said in errors
+        assert re.search(rf"rank {rank}\b", errors)
+        assert job.seconds_until_gone() < 10
+
+
+def test_an_http_process_that_is_stopped_for_a_moment_answers_all_it_had_open(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--http-processes", "2") as job:
+        streams = [job.server.open_stream(PATH, LONG) for _ in range(4)]
+        stopped = job.http_processes()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        threading.Event().wait(0.5)  # how long it is stopped, not a wait for something
+        os.kill(stopped, signal.SIGCONT)
+        assert all(events(stream)[-1]["choices"][0]["finish_reason"] == "length" for stream in streams)
+
+
+def test_a_killed_http_process_of_several_ends_the_job_and_is_named(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--http-processes", "3") as job:
+        pid = job.http_processes()[1]
+        os.kill(pid, signal.SIGKILL)
+        status, errors = job.server.wait()
+        assert status not in (0, 2)
+        assert f"(pid {pid}) is gone" in errors
+        assert job.seconds_until_gone() < 10
+
+
+def test_a_server_without_free_descriptors_answers_who_is_connected_and_others_later(tiny: Path) -> None:
+    with serve_tiny(tiny, 2, "--http-processes", "1") as job:
+        expected = job.server.post(PATH, ANSWER).json["choices"]
+        for pid in (job.http_process(), job.rank(0), job.rank(1)):
+            count = len(os.listdir(f"/proc/{pid}/fd")) + 2
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, count))
+        stream = job.server.open_stream(PATH, LONG)
+        with contextlib.ExitStack() as stack:
+            address = urlsplit(job.server.url)
+            for _ in range(20):
+                stack.enter_context(socket.create_connection((address.hostname or "", address.port or 0)))
+            assert events(stream)[-1]["choices"][0]["finish_reason"] == "length"
+        assert job.server.post(PATH, ANSWER).json["choices"] == expected
+        os.kill(job.rank(1), signal.SIGKILL)
+        assert "rank 1 (" in job.server.wait()[1]
+
+
+def test_a_report_that_cannot_be_kept_is_printed_all_the_same(tiny: Path, reports: Path) -> None:
+    reports.write_text("not a directory")
+    with serve_tiny(tiny, 2) as job:
+        os.kill(job.rank(1), signal.SIGKILL)
+        errors = job.server.wait()[1]
+        assert "rank 1 (" in errors
+        assert f"the report could not be kept in {reports}: " in errors
