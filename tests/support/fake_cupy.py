@@ -1,7 +1,8 @@
 """Just enough of CuPy, over NumPy, to run the CUDA executor's host side and its kernels (emulated) where there is no
 GPU.
 
-Streams run everything at once and graphs are not captured; what only a device shows is for ``tests/gpu``.
+Streams run everything at once and graphs are not captured; what only a device shows is for ``tests/gpu``. One thing that a device
+rarely shows is held to here: the source of an asynchronous copy stays as it is until the copy is done, unless it is page-locked.
 """
 
 from __future__ import annotations
@@ -88,7 +89,28 @@ class Stream:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        _COPIES.is_waited_for = True
+
+
+class _Copies(threading.local):
+    """Of this rank's host memory: whether the last source that was not page-locked has been waited for."""
+
+    is_waited_for = True
+
+    def check(self) -> None:
+        assert self.is_waited_for, "an asynchronous copy from memory that is not page-locked was not waited for"
+
+
+_COPIES = _Copies()
+_PINNED: dict[int, int] = {}
+"""Address -> size of page-locked memory."""
+
+
+def _pinned(size: int) -> bytearray:
+    memory = bytearray(max(size, 1))
+    _PINNED[ctypes.addressof(ctypes.c_char.from_buffer(memory))] = len(memory)
+    return memory
 
 
 class Event:
@@ -118,8 +140,10 @@ class Device:
 def _copy_rows(
     target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: int
 ) -> None:
+    _COPIES.check()
     for row in range(height):
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+    _COPIES.is_waited_for = any(start <= source < start + size for start, size in list(_PINNED.items()))
 
 
 def _elapsed_ms(start: Event, end: Event) -> float:
@@ -142,7 +166,7 @@ def _fake_cupy() -> types.ModuleType:
     cuda.__dict__.update(
         runtime=runtime, Stream=Stream, Event=Event, Device=Device, Memory=Memory, UnownedMemory=UnownedMemory,
         MemoryPointer=MemoryPointer, get_current_stream=Stream, get_elapsed_time=_elapsed_ms,
-        alloc_pinned_memory=lambda size: bytearray(max(size, 1)),
+        alloc_pinned_memory=_pinned,
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
     cupy.__dict__.update(
@@ -164,6 +188,7 @@ class OneAtATime:
 
     def function(self, *names: Any, **defines: Any) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
+            _COPIES.check()
             with self._lock:
                 self._library.function(*names, **defines)(*arguments, **options)
 

@@ -95,10 +95,10 @@ class CudaSink:
             region.data.ptr, region.strides[0] if region.ndim == 2 else row_bytes, values.ctypes.data, row_bytes,
             row_bytes, values.size // values.shape[-1], runtime.memcpyHostToDevice, self._stream.ptr,
         )  # fmt: skip
-        if self._staging:
+        if self._staging and np.may_share_memory(values, self._staging[self._turn][0]):
             self._staging[self._turn][1].record(self._stream)
-        if not np.shares_memory(values, array):
-            self._stream.synchronize()  # a temporary: it must outlive the copy
+        else:
+            self._stream.synchronize()  # decoded or converted, so freed when this returns: it must outlive the copy
 
     def generate(self, destination: DeviceArray, index: Index, dummy: DummySlice) -> None:
         """Make dummy weights in place."""
