@@ -90,10 +90,10 @@ class Answer:
         self.num_tokens += 1
         if self.stream is None:
             return ""
-        piece = self.stream.push((token_id,))
-        if piece.stop is not None:
-            self._stop(piece.stop)
-        return piece.text
+        text, stop = self.stream.step(token_id)
+        if stop is not None:
+            self._stop(stop)
+        return text
 
     def extend(self, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Add plain next tokens and return an event for each. What comes after a stop text does not count."""

@@ -35,23 +35,41 @@ class ByteDetokenizer:
     characters in it, which a stream that has already shown them cannot do.
     """
 
-    def __init__(self, rules: DecodingRules, token_bytes: Callable[[int, bool], bytes | None]) -> None:
-        """``token_bytes(token_id, first)`` gives what a token adds, None for one that leaves no trace in a text."""
+    def __init__(
+        self,
+        rules: DecodingRules,
+        token_bytes: Callable[[int, bool], bytes | None],
+        known_texts: dict[int, str] | None = None,
+    ) -> None:
+        """``token_bytes(token_id, first)`` gives what a token adds, None for one that leaves no trace in a text.
+
+        ``known_texts`` remembers the text of tokens that begin and end between characters, for all that share these arguments.
+        """
         self._token_bytes = token_bytes
+        self._known_texts = {} if known_texts is None else known_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = True
         self._spaces_to_strip = rules.stripped_spaces
+        self._is_between = False
 
     def push(self, token_id: int) -> str:
-        """See `Detokenizer.push`."""
+        if self._is_between:
+            known = self._known_texts.get(token_id)
+            if known is not None:
+                return known
         data = self._token_bytes(token_id, self._first)
         if data is None:
             return ""
         self._first = False
-        return self._utf8.decode(self._strip(data) if self._spaces_to_strip else data)
+        text = self._utf8.decode(self._strip(data) if self._spaces_to_strip else data)
+        was_between = self._is_between
+        self._is_between = not self._spaces_to_strip and not self._utf8.getstate()[0]
+        if was_between and self._is_between:
+            self._known_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
-        """See `Detokenizer.flush`."""
+        self._is_between = False
         return self._utf8.decode(b"", final=True)
 
     def _strip(self, data: bytes) -> bytes:
@@ -77,7 +95,6 @@ class WindowDetokenizer:
         self._last_text = ""
 
     def push(self, token_id: int) -> str:
-        """See `Detokenizer.push`."""
         self._window.append(token_id)
         self._pending += 1
         text = self._decode(self._window)
@@ -91,7 +108,6 @@ class WindowDetokenizer:
         return self._advance(text) if grows and not 0 < self._incomplete < LONGEST_CHARACTER_BYTES else ""
 
     def flush(self) -> str:
-        """See `Detokenizer.flush`."""
         text = self._decode(self._window)
         return text[len(self._context_text) :]
 

@@ -51,6 +51,7 @@ class Tokenizer:
         self._backend = backend
         self._rules = _decoding_rules(backend)
         self._known_bytes: dict[int, bytes] = {}
+        self._known_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
         self._special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -133,9 +134,8 @@ class Tokenizer:
                 lambda ids: self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
             )
         else:
-            detokenizer = ByteDetokenizer(
-                self._rules, self._visible_bytes if skip_special_tokens else self._spelt_bytes
-            )
+            token_bytes = self._visible_bytes if skip_special_tokens else self._spelt_bytes
+            detokenizer = ByteDetokenizer(self._rules, token_bytes, self._known_texts[skip_special_tokens])
         for token_id in prompt_token_ids[-_CONTEXT_TOKENS:]:
             detokenizer.push(token_id)
         return detokenizer

@@ -41,6 +41,7 @@ class GenerationJob:
     Attributes:
         n: answers to each prompt.
         choices: the answers, those to one prompt in a row.
+        num_unfinished: choices that have not ended well.
         held: what is released when the request is over.
     """
 
@@ -49,6 +50,7 @@ class GenerationJob:
     arrival: float
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
+    num_unfinished: int = 0
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
     first_token: float | None = None
@@ -67,6 +69,7 @@ class GenerationJob:
                 self.choices.append(
                     Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
                 )
+        self.num_unfinished = len(self.choices)
         self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         self.group = self.services.client.submit(
             [(choice.prompt_token_ids, choice.params) for choice in self.choices],
@@ -91,34 +94,42 @@ class GenerationJob:
         assert self.group is not None
         if self.failed is not None:
             self.raise_failure()
-        taken: dict[int, list[TokenEvent]] = {}
-        num_tokens = 0
-        for index, item in self.group.take():
-            choice = self.choices[index]
-            if choice.finish_reason is not None:
-                continue
-            num_before = choice.num_tokens
-            events = choice.extend(item) if isinstance(item, list) else choice.take(item)
-            num_tokens += choice.num_tokens - num_before
-            if choice.finish_reason is not None:
-                self._cancel_if_stopped(choice, item)
-            if choice.finish_reason == "error":
-                self.failed = choice
-            elif events:
-                taken[index] = taken[index] + events if index in taken else events
+        news = self.group.take()
+        grown = [self._grow(index, item) for index, item in news]
+        if len(news) != 1:
+            grown = _by_choice(grown)
+        taken = [(choice, events) for choice, events in grown if events]
         if not taken:
             self.raise_failure()
-        elif num_tokens:
+            return taken
+        num_tokens = 0
+        for _, events in taken:
+            num_tokens += len(events) - (events[-1].token_id is None)
+        if num_tokens:
             self._observe(num_tokens)
-        return [(self.choices[index], events) for index, events in taken.items()]
+        return taken
+
+    def _grow(self, index: int, item: list[int] | TokenDelta) -> tuple[Answer, list[TokenEvent]]:
+        """A choice and what it grows by with ``item``: nothing, if it had ended or fails now."""
+        choice = self.choices[index]
+        if choice.finish_reason is not None:
+            return choice, []
+        events = choice.extend(item) if isinstance(item, list) else choice.take(item)
+        if choice.finish_reason is None:
+            return choice, events
+        if choice.finish_reason == "error":
+            self.failed = choice
+            return choice, []
+        self.num_unfinished -= 1
+        if choice.stopped_by_text and (isinstance(item, list) or item.finish_reason is None):
+            assert self.group is not None
+            self.group.cancel(index)  # the engine does not see texts
+        return choice, events
 
     @property
     def is_finished(self) -> bool:
         """Whether every choice has ended well."""
-        for choice in self.choices:  # noqa: SIM110 (asked for every token, and a generator would cost more than the loop)
-            if choice.finish_reason in (None, "error"):
-                return False
-        return True
+        return not self.num_unfinished
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far. What was cached counts once a prompt: for the first of its answers."""
@@ -130,11 +141,6 @@ class GenerationJob:
             "total_tokens": self.num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
-
-    def _cancel_if_stopped(self, choice: Answer, item: list[int] | TokenDelta) -> None:
-        if choice.stopped_by_text and (isinstance(item, list) or item.finish_reason is None):
-            assert self.group is not None
-            self.group.cancel(choice.index)
 
     async def next(self) -> list[tuple[Answer, list[TokenEvent]]]:
         """Wait until `take` returns something, or raises.
@@ -181,7 +187,7 @@ class GenerationJob:
             Answer.start(choice.index, choice.prompt_token_ids, choice.params, self.services.tokenizer)
             for choice in self.choices
         ]
-        self.failed = self.last_token = None
+        self.failed, self.last_token, self.num_unfinished = None, None, len(self.choices)
         self.group = client.submit([(choice.prompt_token_ids, choice.params) for choice in self.choices], deadline)
 
     def raise_failure(self) -> None:
@@ -220,6 +226,14 @@ class GenerationJob:
             metrics.prompt_length.observe(len(choice.prompt_token_ids))
             metrics.generation_length.observe(choice.num_tokens)
             metrics.finished.labels(choice.finish_reason or "cancelled").inc()
+
+
+def _by_choice(grown: Sequence[tuple[Answer, list[TokenEvent]]]) -> list[tuple[Answer, list[TokenEvent]]]:
+    """Each choice once, in the order of its first event, with all its events."""
+    merged: dict[int, tuple[Answer, list[TokenEvent]]] = {}
+    for choice, events in grown:
+        merged.setdefault(choice.index, (choice, []))[1].extend(events)
+    return list(merged.values())
 
 
 async def generate(services: Services, request: Request, parse: Callable[[bytes], ApiGeneration]) -> Response:
@@ -333,8 +347,8 @@ class GenerationStream:
 
     def _write(self, taken: list[tuple[Answer, list[TokenEvent]]]) -> None:
         assert self._writer is not None
-        data = b"".join([self._chunks.tokens(choice, events) for choice, events in taken])
-        if self._job.is_finished:
+        data = b"".join([self._chunks.tokens(choice, events) for choice, events in taken]) if taken else b""
+        if not self._job.num_unfinished:
             self._finish(data + self._chunks.usage())
         elif data:
             self._writer.write(data)

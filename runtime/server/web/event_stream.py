@@ -41,19 +41,16 @@ class EventWriter:
     """Writes a stream's events.
 
     Attributes:
-        is_finished: `finish` was called.
+        is_finished: `finish` or `close` was called.
     """
 
     def __init__(self, connection: Connection) -> None:
+        self.is_finished = False
         self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.create_future()
         self._is_silent = True
         self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
-
-    @property
-    def is_finished(self) -> bool:
-        return self._end.done()
 
     @property
     def is_writable(self) -> bool:
@@ -69,8 +66,7 @@ class EventWriter:
     def finish(self, data: bytes) -> None:
         """Send the last events."""
         self.write(data)
-        if not self._end.done():
-            self._end.set_result(None)
+        self._set_end()
 
     def on_writable(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever a slow client has caught up."""
@@ -84,6 +80,10 @@ class EventWriter:
         """Stop writing comments and calling back."""
         self._timer.cancel()
         self._connection.call_when_writable(None)
+        self._set_end()
+
+    def _set_end(self) -> None:
+        self.is_finished = True
         if not self._end.done():
             self._end.set_result(None)
 
