@@ -106,3 +106,15 @@ def test_a_closed_end_is_an_error_with_a_way_out() -> None:
         with pytest.raises(CommunicatorError, match="HTTP process 0 is gone"):
             channel.send(Stop())
         assert not channel.flush(1.0)
+
+
+def test_a_burst_of_requests_is_taken_a_few_before_each_step() -> None:
+    with channel_pair() as (channels, theirs):
+        requests = [Request(str(number), tuple(range(200, 500)), SamplingParams()) for number in range(100)]
+        theirs.sendall(b"".join(encode_frame(Submit(request)) for request in requests))
+        taken = []
+        while len(taken) < len(requests):
+            turn = channels.receive(1.0)
+            assert 0 < len(turn) < 40
+            taken += turn
+        assert [message for _, message in taken] == [Submit(request) for request in requests]

@@ -17,7 +17,10 @@ from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, ToF
 
 __all__ = ["Channel", "FrontendChannel", "FrontendChannels", "ReplicaChannel"]
 
-_READ_BYTES = 1 << 18
+REQUEST_BYTES = 1 << 15
+"""What a leader reads of an HTTP process before its next step: some 30 requests, a millisecond of work. The rest of a burst waits."""
+DELTA_BYTES = 1 << 18
+"""What rank 0 reads of another leader: more than one step writes, so that nothing piles up."""
 
 Sent = TypeVar("Sent", FromFrontend, ToFrontend)
 Received = TypeVar("Received", FromFrontend, ToFrontend)
@@ -29,10 +32,12 @@ class Channel(Generic[Sent, Received]):
     Args:
         name: of the process, for errors.
         received: the type of its messages.
+        read_bytes: most that one `read` takes.
     """
 
-    def __init__(self, sock: socket.socket, name: str, received: Any) -> None:
+    def __init__(self, sock: socket.socket, name: str, received: Any, read_bytes: int) -> None:
         sock.setblocking(False)
+        self._read_bytes = read_bytes
         self.name = name
         self._sock = sock
         self._frames = FrameDecoder()
@@ -77,13 +82,13 @@ class Channel(Generic[Sent, Received]):
             raise self._gone() from error
 
     def read(self) -> list[Received]:
-        """What has arrived.
+        """What has arrived, as far as ``read_bytes`` go.
 
         Raises:
             CommunicatorError: the other end is closed.
         """
         try:
-            data = self._sock.recv(_READ_BYTES)
+            data = self._sock.recv(self._read_bytes)
         except BlockingIOError:
             return []
         except OSError as error:
@@ -104,14 +109,14 @@ class FrontendChannel(Channel[ToFrontend, FromFrontend]):
     """A leader's channel to what sends it requests: an HTTP process, or on another replica's leader rank 0."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
-        super().__init__(sock, name, FromFrontend)
+        super().__init__(sock, name, FromFrontend, REQUEST_BYTES)
 
 
 class ReplicaChannel(Channel[FromFrontend, ToFrontend]):
     """Rank 0's channel to another replica's leader."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
-        super().__init__(sock, name, ToFrontend)
+        super().__init__(sock, name, ToFrontend, DELTA_BYTES)
 
 
 class FrontendChannels:
