@@ -25,15 +25,68 @@ TEXTS = (
     "Hello, world", " leading space", "tab\tand\nnewline\n\n", "naïve café", "日本語のテキスト", "🦙👨‍👩‍👧‍👦", "ไทย हिन्दी", "1234567890", "a" * 40, "",
     "<s></s><|im_start|>user", "def f(x):\n    return x  # 3.14",
 )  # fmt: skip
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+FUNCTIONS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": '<b>Now</b> & "here" é',
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "enum": ["Köln"]}},
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any, *calls: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
+
+
+def _call(name: str, arguments: dict[str, Any], call_id: str = "abcdefgh1") -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _result(content: Any, call_id: str = "abcdefgh1", **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": call_id, **more}
+
+
+def _parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
 CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi\n"}],
+    [_user("Hi")],
+    [SYSTEM, _user(" Hi\n")],
+    [_user("Hi"), _assistant("Yes?"), _user("<|im_end|>é")],
+    [SYSTEM, _user("a"), _assistant(" b "), _user("日本語 🦙 \u2028"), _assistant("d"), _user("")],
+    [_user("Hi"), _assistant("Hello")],
+    [_user("2+2"), _assistant("<think>\nhm\n</think>\n\n4"), _user("3+3")],
+    [_user(_parts("one", "two"))],
+    [{"role": "system", "content": _parts("s")}, _user(_parts("a")), _assistant(_parts("b", "c")), _user("d")],
+    [_user("w?"), _assistant("", _call("weather", {"city": "Köln", "days": 2})), _result('{"t": 3}', name="weather")],
+    [SYSTEM, _user("w?"), _assistant(None, _call("now", {})), _result("x"), _assistant("It is x."), _user("thanks")],
     [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yes?"},
-        {"role": "user", "content": "<|im_end|>é"},
+        _user("w?"),
+        _assistant("both", _call("weather", {"city": "Köln"}), _call("now", {}, "abcdefgh2")),
+        _result("1", name="weather"),
+        _result(_parts("2", "3"), "abcdefgh2", name="now"),
     ],
-    [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}],
+    [_user("w?"), _assistant(None, _call("now", {}))],
+    [{"role": "developer", "content": "D"}, _user("x")],
+    [_user("a"), SYSTEM, _user("c")],
+    [_user("a"), _user("b")],
+    [_assistant("b"), _user("c")],
+    [SYSTEM],
 )
 
 
@@ -73,14 +126,14 @@ def main() -> int:
     tally = Tally()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = str(path.relative_to(root))
-        for kind, action in _actions(path):
+        for kind, action in _actions(path, tally.counts):
             tally.attempt(kind, name, action)
     for key, count in sorted(tally.counts.items()):
         sys.stdout.write(f"{count:6} {key}\n")
     return int(tally.failed or not tally.counts)
 
 
-def _actions(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def _actions(path: Path, counts: Counter[str]) -> Iterator[tuple[str, Callable[[], object]]]:
     if path.name == "generation_config.json":
         yield "generation_config", lambda: GenerationConfig.read(_json(path))
     elif path.name.endswith("config.json") and path.name != "tokenizer_config.json":
@@ -88,9 +141,9 @@ def _actions(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     elif path.name == "tokenizer.json":
         yield "tokenizer", lambda: _try_tokenizer(path.parent)
     elif path.suffix == ".jinja":
-        yield "template", lambda: _try_template(path.read_text())
+        yield "template", lambda: _try_template(path.read_text(), counts)
     elif path.name == "tokenizer_config.json" and isinstance(source := _json(path).get("chat_template"), str):
-        yield "template", lambda: _try_template(source)
+        yield "template", lambda: _try_template(source, counts)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -120,34 +173,53 @@ def _reference_tokenizer(directory: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def _try_template(source: str) -> None:
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    template = ChatTemplate.compile(source, tokens)
+def _try_template(source: str, counts: Counter[str]) -> None:
+    template = ChatTemplate.compile(source, SPECIAL_TOKENS)
     for messages in CONVERSATIONS:
-        if not template.walks_parts and isinstance(messages[0]["content"], list):
-            continue  # such a template gets one text, where transformers would print a Python list
-        for prompt in (True, False):
-            _compare(template, source, messages, prompt, tokens)
+        for tools in (None, FUNCTIONS):
+            for options in _render_options(messages):
+                counts[f"rendering: {_compare(template, source, messages, tools, options)}"] += 1
+
+
+def _render_options(messages: list[dict[str, Any]]) -> list[dict[str, bool]]:
+    """With and without the beginning of an answer, and going on with the last message where that is the assistant's."""
+    both = [{"add_generation_prompt": prompt} for prompt in (True, False)]
+    return [*both, {"continue_final_message": True}] if messages[-1]["role"] == "assistant" else both
 
 
 def _compare(
-    template: ChatTemplate, source: str, messages: list[dict[str, Any]], prompt: bool, tokens: dict[str, str]
-) -> None:
+    template: ChatTemplate,
+    source: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    options: dict[str, bool],
+) -> str:
+    """What came of it: ``equal``, ``refused by both``, or ``done`` where transformers is not installed."""
     ours: str | None
     try:
-        ours = template.render(messages, add_generation_prompt=prompt)
+        ours = template.render(messages, tools=tools, **options)
     except PhalanxError:  # the template refuses these messages; then transformers' does, too
         ours = None
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
     except ImportError:
-        return
+        return "done"
+    shown = [_as_shown(message, template.walks_parts) for message in messages]
     try:
-        [theirs], _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=prompt, **tokens)
+        [theirs], _ = render_jinja_template([shown], tools=tools, chat_template=source, **options, **SPECIAL_TOKENS)
     except Exception:
         theirs = None
     if ours != theirs:
-        raise DifferenceError(f"{messages[-1]['content']!r} renders as {ours!r:.120} instead of {theirs!r:.120}")
+        raise DifferenceError(f"{messages}, {options} renders as {ours!r:.120} instead of {theirs!r:.120}")
+    return "refused by both" if ours is None else "equal"
+
+
+def _as_shown(message: dict[str, Any], walks_parts: bool) -> dict[str, Any]:
+    """The message as vLLM hands it to a template: no content is the empty text, and parts are one text unless it walks through them."""
+    content = message["content"] or ""
+    if isinstance(content, list) and not walks_parts:
+        content = "\n".join(part["text"] for part in content)
+    return {**message, "content": content}
 
 
 if __name__ == "__main__":

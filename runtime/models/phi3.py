@@ -14,6 +14,7 @@ __all__ = ["PHI3"]
 def read_fields(reader: ConfigReader) -> MistralConfig:
     """Read ``config.json`` of a ``Phi3ForCausalLM``."""
     head_dim = reader.head_dim()
+    reader.ignore("full_attn_mod", "interpolate_factor")  # of Phi 4 mini, whose own code does not read them either
     return MistralConfig(
         architecture="Phi3ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=4096, norm_eps=1e-5),

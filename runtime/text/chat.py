@@ -21,8 +21,11 @@ __all__ = ["TEMPLATE_OPTIONS", "ChatTemplate", "message_text"]
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 """Variables that a request may set; any other could change what the template's author meant."""
 
-_MARKER = "CONTINUE_FINAL_MESSAGE_HERE "
-"""Follows the last message while it is rendered; its space shows whether the template trims messages."""
+_MARKER = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Follows the last message while it is rendered; its space shows whether the template trims messages.
+
+It is that of transformers: templates of LFM 2.5 look for it, and write a message's calls before it.
+"""
 
 MAX_RENDER_SECONDS = 5.0
 MAX_RENDERED_CHARACTERS = 1 << 24
@@ -102,7 +105,7 @@ class ChatTemplate:
         return _cut_at_marker(text, final) if continue_final_message else text
 
 
-def message_text(content: Any) -> str | None:
+def message_text(content: Any) -> str:
     """Return a message's content as one text: a text, or ``{"type": "text", "text": ...}`` parts joined by newlines, as in vLLM.
 
     Raises:
@@ -112,14 +115,16 @@ def message_text(content: Any) -> str | None:
     return "\n".join(part["text"] for part in parts) if isinstance(parts, list) else parts
 
 
-def message_parts(content: Any) -> str | list[dict[str, str]] | None:
+def message_parts(content: Any) -> str | list[dict[str, str]]:
     """Return a message's content as templates that go through its parts take it: a text, or the list of text parts.
+
+    None, as in a message that only calls tools, is the empty text, as in vLLM: many templates print it, as the word None.
 
     Raises:
         RequestError: a part is not text.
     """
     if content is None or isinstance(content, str):
-        return content
+        return content or ""
     if not isinstance(content, (list, tuple)):
         raise RequestError(f"content is a {type(content).__name__}; use a string or a list of text parts", "messages")
     return [{"type": "text", "text": _part_text(part)} for part in content]

@@ -69,7 +69,7 @@ WITH_CALLS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "How is it?"}],
     [
         {"role": "user", "content": "How is it?"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "-3", "tool_call_id": "a1B2c3D4e"},
     ],
     [
@@ -99,6 +99,13 @@ def test_tools_and_calls_are_written_as_transformers_writes_them(
             render(source, conversation, tools=tools)
         return
     assert render(source, conversation, tools=tools) == expected
+
+
+@pytest.mark.parametrize("message", [{"content": None}, {}])
+def test_no_content_is_the_empty_text(message: dict[str, Any]) -> None:
+    source = "{% for m in messages %}{{ '<' + m.role + '>' + m['content'] }}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", **message, "tool_calls": [CALL]}]
+    assert render(source, messages) == "<user>xx<assistant>"
 
 
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
@@ -263,6 +270,11 @@ def test_the_last_of_several_parts_is_continued() -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PARTS}]
     assert render(WALKS[0], messages, continue_final_message=True) == "Hionetwo"
     assert render(JOINED[1], messages, continue_final_message=True) == "Hione\ntwo"
+
+
+def test_a_template_may_know_the_mark_of_a_message_that_goes_on() -> None:
+    source = "{% for m in messages %}{{ 'calls' if m.content.endswith('CONTINUE_FINAL_MESSAGE_TAG ') }}{{ m.content }}{% endfor %}"
+    assert render(source, [{"role": "assistant", "content": "Sure"}], continue_final_message=True) == "callsSure"
 
 
 @pytest.mark.parametrize("content", [None, "", []])
