@@ -55,7 +55,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
 
 
 def make_mask(params: SamplingParams, config: SchedulerConfig, guides: GuideMasks | None) -> TokenMask | None:
-    """Which tokens a new sequence may choose; None = any.
+    """Which tokens a new sequence may choose; None = any, or it chooses none.
 
     Raises:
         RequestError: it has a guide, and there is nothing that compiles them.
@@ -68,6 +68,9 @@ def make_mask(params: SamplingParams, config: SchedulerConfig, guides: GuideMask
                 "structured_outputs needs an end token, but the checkpoint names none; leave it out",
                 "structured_outputs",
             )
+    if params.max_tokens == 0:
+        return None
+    if params.structured_outputs is not None and guides is not None:
         return guides.start(params.structured_outputs)
     if params.allowed_token_ids is None:
         return None

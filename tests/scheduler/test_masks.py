@@ -5,13 +5,15 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.guidance import GuideMask
 from phalanx.runtime.kv_cache import BlockPlanner
 from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.scheduler import Scheduler
 
-from .harness import CONFIG, make_request
+from .harness import CONFIG, make_request, make_result, plan_step
 
 
 class FailsWhileLookedAt(Future[Any]):
@@ -46,3 +48,16 @@ def test_guide_that_fails_while_a_step_is_planned_ends_its_request_alone() -> No
     (delta,) = scheduler.take_deltas()
     assert (delta.finish_reason, delta.error) == ("error", "the grammar is too large")
     assert not scheduler.has_work
+
+
+def test_request_that_only_scores_its_prompt_needs_no_mask() -> None:
+    cache = BlockPlanner(64, 4, CONFIG.max_num_seqs, CONFIG.max_model_len)
+    scheduler = Scheduler(CONFIG, cache, Masks())
+    scheduler.submit(make_request("a", structured_outputs={"regex": "a+"}, max_tokens=0, prompt_logprobs=0), 0.0)
+    plan = plan_step(scheduler)
+    result = make_result(plan)
+    result.logprobs = np.zeros(len(result.token_ids), np.float32)
+    scheduler.apply(result, 0.0)
+    (delta,) = scheduler.take_deltas()
+    assert (delta.finish_reason, delta.error) == ("length", None)
+    assert delta.prompt_logprobs is not None
