@@ -92,8 +92,8 @@ def build_parser() -> CommandParser:
     server.add_argument("--metrics-compatibility", nargs="+", default=[], metavar="SERVER",
                         help="show metrics under the names of vllm or triton, too")  # fmt: skip
     server.add_argument("--tool-call-parser", default="auto", metavar="FORM",
-                        help="how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, none; "
-                        "auto (default) takes the form that the chat template teaches")  # fmt: skip
+                        help="how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, pythonic, qwen3_coder, glm45, "
+                        "deepseek_v3, none; auto (default) takes the form that the chat template teaches")  # fmt: skip
     server.add_argument("--no-generation-config", action="store_true",
                         help="ignore the sampling defaults of generation_config.json")  # fmt: skip
     server.add_argument("--insecure", action="store_true", help="serve other machines without a key")

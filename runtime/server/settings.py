@@ -16,7 +16,9 @@ __all__ = ["METRICS_OF", "TOOL_CALL_PARSERS", "FrontendSettings"]
 METRICS_OF = ("vllm", "triton")
 """Servers whose names of metrics are known."""
 
-TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "none")
+TOOL_CALL_PARSERS = (
+    "auto", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder", "glm45", "deepseek_v3", "none",
+)  # fmt: skip
 """The forms of tool calls that can be read; ``auto`` takes the one that the chat template teaches."""
 
 

@@ -24,6 +24,17 @@ from phalanx.runtime.text.tool_calls import (
 from . import chat_templates
 
 NAMES = ("weather", "add")
+SCHEMAS = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": ["integer", "null"]},
+            "exact": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+            "near": {"type": "array"},
+        },
+    }
+}
 Calls = list[tuple[str, str]]
 
 CASES: list[tuple[str, str, str, Calls]] = [
@@ -60,11 +71,47 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("mistral", '[TOOL_CALLS]add{"a": 1}', "", [("add", '{"a": 1}')]),
     ("mistral", "[TOOL_CALLS] [1, 2]", "[TOOL_CALLS] [1, 2]", []),
     ("mistral", "[TOOL_CALLS]not a name {", "[TOOL_CALLS]not a name {", []),
+    ("pythonic", "It is 5 degrees.", "It is 5 degrees.", []),
+    ("pythonic", '[weather(city="Oslo")]', "", [("weather", '{"city": "Oslo"}')]),
+    ("pythonic", "[weather(city='San Francisco', metric='celsius'), add(a=-1, b=[2, 3.5], c={'x': True}, d=None)]", "",
+     [("weather", '{"city": "San Francisco", "metric": "celsius"}'), ("add", '{"a": -1, "b": [2,3.5], "c": {"x":true}, "d": null}')]),
+    ("pythonic", "<|python_start|>[add(), add(a=true)]<|python_end|>", "", [("add", "{}"), ("add", '{"a": true}')]),
+    ("pythonic", "[ add(a='1, (2)] \\' \"3\"', b=x + 1) ]", "", [("add", '{"a": "1, (2)] \' \\"3\\"", "b": "x + 1"}')]),
+    ("pythonic", "[weather('Oslo', 3)]", "", [("weather", '{"city": "Oslo", "days": 3}')]),
+    ("pythonic", '[weather(city="Os', "", [("weather", "")]),
+    ("pythonic", "[print(1)]", "[print(1)]", []),
+    ("pythonic", "[1, 2]", "[1, 2]", []),
+    ("pythonic", "[weather]", "[weather]", []),
+    ("qwen3_coder", "Just text.", "Just text.", []),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n"
+     "</tool_call>", "", [("weather", '{"city": "Oslo", "days": 3}')]),
+    ("qwen3_coder", "I look.\n\n<tool_call>\n<function=weather>\n<parameter=city>\n  12\n  \"<b>\"\n</parameter>\n<parameter=exact>\nFalse\n</parameter>\n"
+     "<parameter=near>\n[1, {\"a\": null}]\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=add>\n</function>\n</tool_call>", "I look.",
+     [("weather", '{"city": "  12\\n  \\"<b>\\"", "exact": false, "near": [1,{"a":null}]}'), ("add", "{}")]),
+    ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=free>\nNaN\n</parameter>\n</function>\n</tool_call> done", "done", [("add", '{"free": "NaN"}')]),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3", "",
+     [("weather", '{"city": "Oslo"')]),
+    ("qwen3_coder", '<tool_call>{"name": "add"}</tool_call>', '<tool_call>{"name": "add"}</tool_call>', []),
+    ("qwen3_coder", "<tool_call>\n<function=no name>", "<tool_call>\n<function=no name>", []),
+    ("glm45", "a < b <tool", "a < b <tool", []),
+    ("glm45", "I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
+     "</tool_call>\n<tool_call>add\n</tool_call>", "I look.", [("weather", '{"city": "Oslo", "days": 3}'), ("add", "{}")]),
+    ("glm45", "<tool_call>weather<arg_key>city</arg_key><arg_value>null</arg_value><arg_key>exact</arg_key><arg_value>true</arg_value></tool_call>", "",
+     [("weather", '{"city": "null", "exact": true}')]),
+    ("glm45", "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>two\nlines</arg_value>\n</tool_call>", "", [("add", '{"a": "two\\nlines"}')]),
+    ("glm45", "<tool_call>two words\n</tool_call>", "<tool_call>two words\n</tool_call>", []),
+    ("deepseek_v3", "Bonjour", "Bonjour", []),
+    ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>weather\n```json\n{\"city\": \"Oslo\"}\n```<\uff5ctool\u2581call\u2581end\uff5c>\n<\uff5ctool\u2581call\u2581begin\uff5c>function"
+     "<\uff5ctool\u2581sep\uff5c>add\n```json\n{}\n```<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>", "", [("weather", '{"city": "Oslo"}'), ("add", "{}")]),
+    ("deepseek_v3", "Sure.<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>weather<\uff5ctool\u2581sep\uff5c>{\"city\": \"Oslo\"}<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>{}<\uff5ctool\u2581call\u2581end\uff5c>"
+     "<\uff5ctool\u2581calls\u2581end\uff5c>", "Sure.", [("weather", '{"city": "Oslo"}'), ("function", "{}")]),
+    ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>weather<\uff5ctool\u2581sep\uff5c>{\"city\": \"Os", "", [("weather", '{"city": "Os')]),
+    ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", []),
 ]  # fmt: skip
 
 
 def read(form: str, tokens: list[str], **options: bool) -> tuple[str, Calls]:
-    reader = tool_call_reader(form, NAMES, **options)
+    reader = tool_call_reader(form, NAMES, schemas=SCHEMAS, **options)
     pieces = [piece for token in tokens for piece in reader.push(token)] + reader.finish()
     text, names, arguments = "", list[str](), list[str]()
     for piece in pieces:
@@ -132,7 +179,8 @@ def test_arguments_stream_before_the_call_ends() -> None:
 @pytest.mark.parametrize("form", sorted(TOOL_CALL_FORMS))
 def test_without_parallel_calls_only_the_first_counts(form: str) -> None:
     answer = next(answer for kind, answer, _, calls in CASES if kind == form and len(calls) == 2)
-    assert read(form, [answer], parallel=False) == ("", read(form, [answer])[1][:1])
+    text, calls = read(form, [answer])
+    assert read(form, [answer], parallel=False) == (text, calls[:1])
 
 
 def read_with(reader: ToolCallReader, answer: str) -> tuple[str, Calls]:
@@ -181,13 +229,33 @@ def test_forms_are_recognised_by_what_templates_teach(name: str) -> None:
     "source",
     [
         "{{ messages }}",
-        "{{ tools }} <tool_call>\n<function=f>\n<parameter=x>",
-        "{{ tools }} <tool_call>{function-name}\n<arg_key>",
+        "{{ tools }} <tool_call>{function-name}\n<invoke>",
+        "{{ tools }} <tool_call>\n<function=f>\n<arg_key>",
         "{{ tools }} [TOOL_CALLS] <tool_call>{\"name\": ",
     ],
 )  # fmt: skip
 def test_other_forms_are_not_mistaken_for_known_ones(source: str) -> None:
     assert detect_form(source) is None
+
+
+@pytest.mark.parametrize(
+    ("form", "taught"),
+    [
+        ("pythonic", "[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]"),
+        ("qwen3_coder", "<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>"),
+        ("glm45", "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>"),
+        ("deepseek_v3", "{{'<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>'}}"),
+    ],
+)
+def test_a_form_is_recognised_by_the_words_of_its_models_templates(form: str, taught: str) -> None:
+    assert detect_form("{% for tool in tools %}{% endfor %}" + taught) == form
+
+
+@given(st.dictionaries(st.text("abc_", min_size=1, max_size=5), JSON, max_size=3))
+def test_python_literals_come_through_as_json(arguments: dict[str, object]) -> None:
+    written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    text, [(name, found)] = read("pythonic", list(f"[add({written})]"))
+    assert (text, name, json.loads(found)) == ("", "add", arguments)
 
 
 def test_templates_without_tools_are_recognised() -> None:

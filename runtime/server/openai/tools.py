@@ -113,7 +113,8 @@ class ToolUse:
         if self.is_required:
             return CallListReader(self.names, parallel=self.parallel)
         assert form is not None
-        return tool_call_reader(form, self.names, parallel=self.parallel)
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.described}
+        return tool_call_reader(form, self.names, parallel=self.parallel, schemas=schemas)
 
     def sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sampling fields of a request, ``given``, with what the tools add to them.

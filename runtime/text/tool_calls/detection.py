@@ -17,6 +17,10 @@ _TAUGHT: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "hermes": re.compile(r"""<tool_call>(?:\s|\\n)*\{+\s*\\?["'](?:name|arguments)"""),
         "llama3_json": re.compile(r"""\{\\?"name\\?": function name, \\?"parameters\\?": dictionary"""),
         "mistral": re.compile(r"\[TOOL_CALLS\]"),
+        "pythonic": re.compile(r"\[func_name1\("),
+        "qwen3_coder": re.compile(r"<function="),
+        "glm45": re.compile(r"<arg_key>"),
+        "deepseek_v3": re.compile(r"<\uff5ctool\u2581calls\u2581begin\uff5c>"),
     }
 )
 """The words by which a template shows a model, or repeats to it, how a call is written."""

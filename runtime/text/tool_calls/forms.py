@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from phalanx.runtime.text.tool_calls.json_call import JsonValue
+from phalanx.runtime.text.tool_calls.pythonic import PythonicReader
 from phalanx.runtime.text.tool_calls.reader import ToolCallReader
+from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmReader, QwenCoderReader
 
 __all__ = ["TOOL_CALL_FORMS", "ArgumentsReader", "CallListReader", "tool_call_reader"]
 
@@ -95,6 +98,8 @@ class LlamaReader(ToolCallReader):
 class MistralReader(ToolCallReader):
     """``[TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]``, or from tokenizer version 11 on ``[TOOL_CALLS]f[ARGS]{...}``, repeated."""
 
+    _is_list = False
+
     def _first_step(self) -> Callable[[], bool]:
         return self._text
 
@@ -110,6 +115,7 @@ class MistralReader(ToolCallReader):
         self._buffer = stripped
         if stripped.startswith("["):
             self._raw, self._buffer, self._step = self._raw + "[", stripped[1:], self._read_call
+            self._is_list = True
         else:
             self._step = self._named_head
         return True
@@ -124,19 +130,15 @@ class MistralReader(ToolCallReader):
             self._not_a_call()
             return True
         self._begin_call(name)
+        self._is_list = False
         self._raw, self._buffer, self._value = "", bracket + rest, JsonValue()
-        self._step = self._named_arguments
+        self._step = self._read_arguments
         return True
 
-    def _named_arguments(self) -> bool:
-        used, ended = self._value.push(self._buffer)
-        self._add_arguments(self._buffer[:used])
-        self._buffer = self._buffer[used:]
-        if ended:
-            self._step = self._between
-        return ended
-
     def _after_call(self) -> bool:
+        if not self._is_list:
+            self._step = self._between
+            return True
         if not self._skip_spaces():
             return False
         mark, self._buffer = self._buffer[0], self._buffer[1:]
@@ -155,13 +157,23 @@ class MistralReader(ToolCallReader):
 
 
 TOOL_CALL_FORMS: Mapping[str, type[ToolCallReader]] = MappingProxyType(
-    {"hermes": HermesReader, "llama3_json": LlamaReader, "mistral": MistralReader}
+    {
+        "hermes": HermesReader,
+        "llama3_json": LlamaReader,
+        "mistral": MistralReader,
+        "pythonic": PythonicReader,
+        "qwen3_coder": QwenCoderReader,
+        "glm45": GlmReader,
+        "deepseek_v3": DeepSeekReader,
+    }
 )
 
 
-def tool_call_reader(form: str, names: Collection[str], *, parallel: bool = True) -> ToolCallReader:
-    """Return a reader of one answer's calls in ``form``, a key of `TOOL_CALL_FORMS`."""
-    return TOOL_CALL_FORMS[form](names, parallel=parallel)
+def tool_call_reader(
+    form: str, names: Collection[str], *, parallel: bool = True, schemas: Mapping[str, Any] | None = None
+) -> ToolCallReader:
+    """Return a reader of one answer's calls in ``form``, a key of `TOOL_CALL_FORMS`; see `ToolCallReader`."""
+    return TOOL_CALL_FORMS[form](names, parallel=parallel, schemas=schemas)
 
 
 class CallListReader(ToolCallReader):

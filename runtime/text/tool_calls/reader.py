@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from phalanx.runtime.text.tool_calls.json_call import JsonCall
+from phalanx.runtime.text.tool_calls.arguments import json_text
+from phalanx.runtime.text.tool_calls.json_call import JsonCall, JsonValue
 
 __all__ = ["CallPiece", "ToolCallReader"]
 
@@ -35,10 +37,17 @@ class ToolCallReader(ABC):
     Args:
         names: of the functions that may be called.
         parallel: report more than the first call.
+        schemas: of the functions' parameters, by name; forms whose arguments are not JSON take types from them.
     """
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+    def __init__(
+        self, names: Collection[str], *, parallel: bool = True, schemas: Mapping[str, Any] | None = None
+    ) -> None:
         self._names = frozenset(names)
+        self._schemas = schemas or {}
+        self._schema: Any = None
+        self._num_arguments = 0
+        self._value = JsonValue()
         self._parallel = parallel
         self._buffer = ""
         self._raw = ""
@@ -126,12 +135,36 @@ class ToolCallReader(ABC):
     def _begin_call(self, name: str) -> None:
         self._is_named = True
         self._num_calls += 1
+        self._schema, self._num_arguments = self._schemas.get(name), 0
         if self._parallel or self._num_calls == 1:
             self._pieces.append(CallPiece("", self._num_calls - 1, name))
 
     def _add_arguments(self, text: str) -> None:
         if text and (self._parallel or self._num_calls == 1):
             self._pieces.append(CallPiece(text, self._num_calls - 1))
+
+    def _add_argument(self, key: str, value: Any) -> None:
+        """Add one argument of a form that does not write them as JSON."""
+        self._add_arguments(f"{', ' if self._num_arguments else '{'}{json_text(key)}: {json_text(value)}")
+        self._num_arguments += 1
+
+    def _end_arguments(self) -> None:
+        """End the object that `_add_argument` began."""
+        self._add_arguments("}" if self._num_arguments else "{}")
+
+    def _read_arguments(self) -> bool:
+        """Read the JSON object that is a call's arguments; ``_value`` finds its end."""
+        used, ended = self._value.push(self._buffer)
+        self._add_arguments(self._buffer[:used])
+        self._buffer = self._buffer[used:]
+        if ended:
+            self._step = self._after_call
+        return ended
+
+    def _tag(self, *tags: str) -> str | None:
+        """The tag with which the buffer begins, "" for none of them; None if that is not certain before more text comes."""
+        found = next((tag for tag in tags if self._buffer.startswith(tag)), "")
+        return None if not found and any(tag.startswith(self._buffer) for tag in tags) else found
 
     def _add_text(self, text: str) -> None:
         if text:
