@@ -167,6 +167,8 @@ def _not_a_directory(path: Path, exists: bool) -> str:
     if exists:
         kind = describe_directory([path.name]) or ""
         return f"model directory {str(path)!r} is a file; give a directory with config.json and *.safetensors{kind and f' ({kind})'}"
+    if path.is_symlink():
+        return f"model directory {str(path)!r} is a link to {os.readlink(path)!r}, where there is no directory; correct the link"
     message = f"model directory {str(path)!r} does not exist; give a directory with config.json and *.safetensors"
     if is_model_name(str(path)):
         message += f". If it is the name of a model: it is not in the Hugging Face cache {str(cache_root())!r}; `hf download {path}` gets it"

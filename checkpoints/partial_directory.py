@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from phalanx.checkpoints.files import PARTIAL_SUFFIX
@@ -60,6 +60,24 @@ class PartialDirectory:
         self._acquire()
         return self._clear()
 
+    @contextlib.contextmanager
+    def written(self) -> Iterator[Path]:
+        """Create it, yield where files go, and commit it; after a failure it is removed.
+
+        Raises:
+            ConfigError: as `create`, or a file cannot be written.
+        """
+        self.create()
+        try:
+            yield self.path
+            self.commit()
+        except OSError as error:
+            self.discard()
+            raise ConfigError(f"cannot write {str(self.path)!r}: {error.strerror}; nothing was left there") from error
+        except BaseException:
+            self.discard()
+            raise
+
     def commit(self) -> None:
         """Give it its name: the last step."""
         os.rename(self.path, self._output)
@@ -88,7 +106,7 @@ class PartialDirectory:
         if foreign := [name for name in names if not self._is_ours(name)]:
             self._release()
             raise ConfigError(
-                f"{str(self.path)!r} holds {foreign[0]!r}, which launch.split did not write; remove that directory"
+                f"{str(self.path)!r} holds {foreign[0]!r}, which an interrupted run did not leave; remove that directory"
             )
         for name in names:
             os.unlink(self.path / name)

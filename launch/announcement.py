@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -35,16 +36,23 @@ class Announcement:
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.file is not None and not os.access(self.file.parent, os.W_OK | os.X_OK):
+        if self.file is None:
+            return
+        try:
+            if self.file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self._partial(self.file).touch()
+            self._partial(self.file).unlink()
+        except OSError as error:
             raise ConfigError(
-                f"--endpoint-file {self.file} cannot be written: {self.file.parent} is missing or not writable; "
-                "make that directory first"
-            )
+                f"--endpoint-file {self.file} cannot be written: {error.strerror}; name a file in a directory that may be "
+                "written to"
+            ) from None
 
     def publish(self, url: str) -> None:
         """The server at ``url`` answers. The file appears whole or not at all."""
         if self.file is not None:
-            partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+            partial = self._partial(self.file)
             partial.write_text(json.dumps(self._endpoint(url)) + "\n")
             partial.replace(self.file)
         sys.stderr.write(f"READY {url}\n")
@@ -54,6 +62,10 @@ class Announcement:
         """The server ends."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+    @staticmethod
+    def _partial(file: Path) -> Path:
+        return file.with_name(f"{file.name}.{os.getpid()}")
 
     def _endpoint(self, url: str) -> dict[str, str | int | None]:
         address = urlsplit(url)

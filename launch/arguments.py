@@ -41,6 +41,8 @@ class _Model(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         if values is None or values == argparse.SUPPRESS:
             return
+        if not values:
+            raise argparse.ArgumentError(self, "the name is empty; give one, or leave it out for the demo checkpoint")
         given = getattr(namespace, "model", None)
         if given is not None and given != Path(values):
             if isinstance(parser, CommandParser) and parser.is_from_settings(self):
@@ -63,7 +65,7 @@ def add_model_file_argument(parser: argparse._ActionsContainer) -> None:
                         help="Python file that defines the model's family (docs/howto/own-model.md)")  # fmt: skip
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: CommandParser) -> None:
     """Which model, in which type, on which engine."""
     from phalanx.runtime.executors.registry import ENGINES
 
@@ -91,6 +93,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
                        help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
+    parser.no_effect("without --engine tensorrt; add that", lambda args: args.engine != "tensorrt", "--engine-dir")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output")
     group.add_argument("--seed", type=int, default=0, help="of random weights, and of requests without one")
 

@@ -104,8 +104,10 @@ def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | 
     from phalanx.parallel.liveness.watch import RankWatch
     from phalanx.runtime.replica import build_replica
 
-    args.max_queued_requests = args.max_queued_requests or args.num_prompts
-    args.max_model_len = args.max_model_len or args.input_len + args.output_len
+    if args.max_queued_requests is None:
+        args.max_queued_requests = args.num_prompts
+    if args.max_model_len is None:
+        args.max_model_len = args.input_len + args.output_len
     options = dataclasses.replace(engine_config(args, world.size), trace=args.trace is not None)
     if options.layout.dp > 1:
         raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")

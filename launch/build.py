@@ -62,6 +62,7 @@ def build_parser() -> CommandParser:
                         help="GPUs to build for (default: the one here)")  # fmt: skip
     parser.add_argument("--stripped", action="store_true",
                         help="leave the weights out: one engine for all checkpoints of this shape, filled in when loaded")  # fmt: skip
+    parser.no_effect("without --load-format dummy; add that", lambda args: args.load_format != "dummy", "--seed")
     return parser
 
 

@@ -37,19 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, comm = job_arguments(build_parser(), argv)
 
     from phalanx.checkpoints import conversion
+    from phalanx.checkpoints.partial_directory import PartialDirectory
     from phalanx.parallel.errors import ConfigError
 
     if comm.size > 1:
         raise ConfigError(f"launch.convert was started on {comm.size} ranks; it needs one")
-    if args.output.exists():
-        raise ConfigError(f"--output {str(args.output)!r} exists; remove it or choose another name")
     readers = {
         "megatron": conversion.read_megatron,
         "nemo": conversion.read_nemo,
         "fastertransformer": conversion.read_faster_transformer,
     }
-    model = readers[args.source](args.input, args.vocab_size)
-    conversion.write_directory(model, args.output)
+    with PartialDirectory(args.output, lambda name: name in conversion.WRITTEN_FILES).written() as partial:
+        model = readers[args.source](args.input, args.vocab_size)
+        conversion.write_directory(model, partial)
     _LOG.info("%s: %s, %d tensors", args.output, model.config["architectures"][0], len(model.tensors))
     comm.close()
     return 0

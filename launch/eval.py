@@ -20,7 +20,7 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.loading import start_llm
-from phalanx.launch.sharing import read_text
+from phalanx.launch.sharing import agree, read_text
 
 if TYPE_CHECKING:
     from phalanx.launch.divergence import Divergence, Predictions
@@ -91,7 +91,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_reference_arguments(parser: CommandParser) -> None:
     """``--against``, and how the reference runs: quantisation and cache as its checkpoint says, the rest as the model."""
     from phalanx.runtime.executors.registry import ENGINES
 
@@ -107,12 +107,17 @@ def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--against-engine", choices=("auto", *ENGINES), help="its --engine (default: the model's)")
     group.add_argument("--against-tp", type=int, metavar="N", help="its --tp (default: the model's)")
     group.add_argument("--against-pp", type=int, metavar="N", help="its --pp (default: the model's)")
+    parser.no_effect("without --against, the model that it describes; add that", lambda args: args.against is None,
+                     "--against-quantize", "--against-kv-cache-dtype", "--against-dtype", "--against-engine", "--against-tp",
+                     "--against-pp")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args, world = job_arguments(build_parser(), argv)
     reference_args = _reference_arguments(args)
+    if reference_args is not None:
+        agree(world, lambda: _check_reference(reference_args.model))
     text = read_text(world, "--text", args.text)
 
     model = _run(args, world, text, is_compared=reference_args is not None)
@@ -145,26 +150,27 @@ def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
 
 
 def _reference_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
-    """The reference's arguments, under the names of the model's; None without ``--against``.
-
-    Raises:
-        ConfigError: arguments of a reference without one.
-    """
-    from phalanx.parallel.errors import ConfigError
-
+    """The reference's arguments, under the names of the model's; None without ``--against``."""
     given = {
         "quantize": args.against_quantize,
         "kv_cache_dtype": args.against_kv_cache_dtype,
         **{name: value for name in ("dtype", "engine", "tp", "pp") if (value := getattr(args, f"against_{name}"))},
     }
     if args.against is None:
-        if given != {"quantize": "none", "kv_cache_dtype": "auto"}:
-            raise ConfigError("--against-... describes the model that --against names; give --against DIR")
         return None
     reference = copy.copy(args)
     for name, value in {**given, "model": args.against}.items():
         setattr(reference, name, value)
     return reference
+
+
+def _check_reference(path: Path) -> bytes:
+    """Find out before the model runs whether the reference is there."""
+    from phalanx.checkpoints.config_files import read_config
+    from phalanx.checkpoints.files import ModelDirectory
+
+    read_config(ModelDirectory.at(path))
+    return b""
 
 
 def _run(args: argparse.Namespace, world: Communicator, text: str, is_compared: bool) -> _Run:

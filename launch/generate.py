@@ -55,6 +55,10 @@ def build_parser() -> CommandParser:
     output.add_argument("--output", type=Path, metavar="FILE.jsonl",
                         help="write JSON lines here, each as soon as all earlier ones are done")  # fmt: skip
     output.add_argument("--resume", action="store_true", help="keep what --output holds and generate only the rest")
+    parser.no_effect("without --beam-width above 1; add that", lambda args: _is_free(args) and (args.beam_width or 1) < 2,
+                     "--length-penalty")  # fmt: skip
+    parser.no_effect("at --temperature 0, the default of this command; give another", lambda args: _is_free(args) and not args.temperature,
+                     "--top-k", "--top-p", "--min-p")  # fmt: skip
     add_model_arguments(parser)
     add_parallel_arguments(parser)
     add_engine_arguments(parser)
@@ -79,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         outputs = _generate(args, llm, prompts, params, file, done)
     refused = [entry for entry in done.values() if entry.get("finish_reason") == "error"]
     return 2 if refused or any(output.finish_reason == "error" for output in outputs) else 0
+
+
+def _is_free(args: argparse.Namespace) -> bool:
+    """Whether the flags alone say how to sample; lines of a file may say more."""
+    return args.input_file is None
 
 
 def _check(parser: CommandParser, args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ GPUS = {
 }
 """NVIDIA's data sheets (SXM; L40S over PCIe 4.0)."""
 
+MAX_RANKS = 1 << 20
+"""More than any machine has, and few enough for all layouts to be compared at once."""
 FLOPS_SHARE, MEMORY_SHARE = 0.6, 0.8
 """What kernels reach of the peaks."""
 SUM_SECONDS = 10e-6
@@ -76,10 +79,14 @@ class Estimate:
 
 def layouts_of(num_ranks: int) -> Iterator[tuple[int, int, int]]:
     """``(tp, pp, dp)`` with a product of ``num_ranks``."""
-    for tp in range(1, num_ranks + 1):
-        for pp in range(1, num_ranks // tp + 1):
-            if num_ranks % (tp * pp) == 0:
-                yield tp, pp, num_ranks // (tp * pp)
+    for tp in _divisors(num_ranks):
+        for pp in _divisors(num_ranks // tp):
+            yield tp, pp, num_ranks // (tp * pp)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> list[Estimate]:
@@ -88,10 +95,10 @@ def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> l
     ``plan``: `phalanx.launch.plan.plan`.
 
     Raises:
-        ConfigError: fewer than one rank.
+        ConfigError: fewer than one rank, or more than `MAX_RANKS`.
     """
-    if args.ranks < 1:
-        raise ConfigError(f"--ranks={args.ranks} is below 1; use the number of GPUs")
+    if not 1 <= args.ranks <= MAX_RANKS:
+        raise ConfigError(f"--ranks={args.ranks} is out of range; use the number of GPUs, 1 to {MAX_RANKS:,}")
     estimates = []
     for tp, pp, dp in layouts_of(args.ranks):
         one = copy.copy(args)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from phalanx.launch.settings import Settings, variable_name
@@ -76,6 +78,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=_as_started(prog), allow_abbrev=False, formatter_class=_Help, **options)
         self._settings = Settings(())
         self._origins: dict[str, str] = {}
+        self._without_effect: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {}
+        self.register("type", Path, _path)
+        self.register("type", float, _finite)
         self.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
         self.add_argument("--config", metavar="FILE", help="YAML, TOML or JSON file with flags as keys")
         # Without a default here: that of a mode, as in `bench throughput`, would replace what its command was given.
@@ -113,7 +118,29 @@ class CommandParser(argparse.ArgumentParser):
         words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
         added = [] if self.modes() else list(self._words_from_settings(words))
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*words[:end], *added, *words[end:]], namespace)
+        given = [*words[:end], *added]
+        found, rest = super().parse_known_args([*given, *words[end:]], namespace)
+        self._refuse_without_effect(given, found)
+        return found, rest
+
+    def no_effect(self, where: str, applies: Callable[[argparse.Namespace], object], *flags: str) -> None:
+        """Have ``flags`` refused where they would change nothing.
+
+        Args:
+            where: when that is, and what to do: ``without --supervise; add that``.
+            applies: whether it is so with these arguments.
+        """
+        known = self.flags()
+        for flag in flags:
+            for name in known[flag].option_strings:
+                self._without_effect[name] = where, applies
+
+    def _refuse_without_effect(self, words: Sequence[str], args: argparse.Namespace) -> None:
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag in self._without_effect and self._without_effect[flag][1](args):
+                where, name = self._without_effect[flag][0], "/".join(self._option_string_actions[flag].option_strings)
+                self.error(f"argument {name}: has no effect {where}, or leave {flag} out")
 
     def error(self, message: str) -> NoReturn:
         """Raise what `run_command` prints once for all ranks."""
@@ -147,6 +174,10 @@ class CommandParser(argparse.ArgumentParser):
     def _suggestion(self, rest: Sequence[str]) -> str:
         known = [flag for parser in (self, *self.modes().values()) for flag in parser.flags()]
         word = next((word for word in rest if word.startswith("-")), "").partition("=")[0].replace("_", "-")
+        if word in known:
+            return (
+                f"; it belongs to {' and '.join(name for name, mode in self.modes().items() if word in mode.flags())}"
+            )
         close = [flag for flag in known if len(word) > 3 and flag.startswith(word)]
         close += difflib.get_close_matches(word, known, n=1)
         return f"; did you mean {close[0]}?" if close else ""
@@ -167,7 +198,7 @@ class CommandParser(argparse.ArgumentParser):
         for name, value in self._settings.variables.items():
             if name in known:
                 yield known[name], value, name
-            elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.93):
+            elif (close := difflib.get_close_matches(name, known, n=1, cutoff=0.93)) and not _is_setting(name):
                 self.error(f"environment variable {name} is not a setting; did you mean {close[0]}?")
 
     def _config(self) -> Iterator[tuple[str, Any, str]]:
@@ -195,6 +226,27 @@ class CommandParser(argparse.ArgumentParser):
         if answer is None:
             self.error(f"{origin}={value!r} is neither yes nor no; use true or false")
         return bool(answer)
+
+
+def _is_setting(name: str) -> bool:
+    """Whether another command takes the variable."""
+    from phalanx.launch.completion import command_parsers
+
+    return any(variable_name(flag) == name for parser in command_parsers().values() for flag in parser.flags())
+
+
+def _path(text: str) -> Path:
+    """An empty one would be the working directory: as a rule a variable of a script that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give one, or leave the flag out")
+    return Path(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number; leave the flag out where there is no limit")
+    return number
 
 
 def _as_started(prog: str) -> str:

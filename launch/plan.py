@@ -85,6 +85,10 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--input-len", type=int, default=1024, metavar="TOKENS", help="of a prompt, for --optimise")
     parser.add_argument("--output-len", type=int, default=256, metavar="TOKENS", help="of an answer, for --optimise")
+    parser.no_effect("without --optimise; add that", lambda args: args.optimise is None,
+                     "--ranks", "--gpu", "--input-len", "--output-len")  # fmt: skip
+    parser.no_effect("with --optimise, which compares all layouts; leave that out", lambda args: args.optimise is not None,
+                     "--tp", "--pp", "--dp")  # fmt: skip
     return parser
 
 

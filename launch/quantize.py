@@ -18,6 +18,7 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.progress import Progress
+from phalanx.launch.sharing import check_writable, read_text
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--kv-cache", choices=("none", "fp8"), default="none",
                         help="fp8: write scales of an fp8 cache that the calibration text gives (default: none)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE",
-                        help="UTF-8 text for smoothquant, awq, gptq, fp8-static and --kv-cache, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
+                        help="UTF-8 text for smoothquant, awq, gptq, fp8-static and --kv-cache, or - for standard input, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
                         help="columns that share a scale; 0 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
     parser.add_argument(
@@ -58,6 +59,11 @@ def build_parser() -> CommandParser:
         type=Path,
         metavar="FILE",
         help="write each weight's relative error, and with a calibration its output's before and after, as JSON",
+    )
+    parser.no_effect(
+        "without another --method, --scheme fp8-static or --kv-cache fp8; add one of them",
+        _reads_no_text,
+        "--calibration",
     )
     return parser
 
@@ -76,16 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"launch.quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
-    reads_text = args.method != "rtn" or scheme.has_static_inputs or args.kv_cache == "fp8"
-    if args.calibration is not None and not reads_text:
-        raise ConfigError(
-            f"--calibration has no effect with --method=rtn --scheme={args.scheme}; leave it out, or use another method, "
-            "--scheme fp8-static or --kv-cache fp8"
-        )
+    if args.report is not None:
+        check_writable(comm, "--report", args.report)
+    text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration)
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
         stored, chosen = _matrices(checkpoint, own)
-        calibrated = _calibrated(args, scheme, checkpoint, own, stored, chosen) if reads_text else None
+        calibrated = None if _reads_no_text(args) else _calibrated(args, text, scheme, checkpoint, own, stored, chosen)
         method = calibrated or RoundToNearest(scheme)
         with Progress("quantizing", len(chosen), "matrices") as progress:
             errors = write_quantized(
@@ -109,11 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _reads_no_text(args: argparse.Namespace) -> bool:
+    return bool(args.method == "rtn" and args.scheme != "fp8-static" and args.kv_cache == "none")
+
+
 def _calibrated(
-    args: argparse.Namespace, scheme: Scheme, checkpoint: Checkpoint, own: Model | None, stored: Mapping[str, str],
-    chosen: set[str],
+    args: argparse.Namespace, text: str | None, scheme: Scheme, checkpoint: Checkpoint, own: Model | None,
+    stored: Mapping[str, str], chosen: set[str],
 ) -> CalibratedMethod:  # fmt: skip
-    from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.calibration.layers import LayerRuns
     from phalanx.runtime.calibration.method import CalibratedMethod, check_method
     from phalanx.runtime.calibration.text import calibration_windows, default_text
@@ -121,15 +127,11 @@ def _calibrated(
     from phalanx.runtime.text import Tokenizer
 
     check_method(args.method, scheme)
-    try:
-        text = default_text() if args.calibration is None else args.calibration.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--calibration={args.calibration} cannot be read: {error}; give a file of UTF-8 text"
-        ) from None
     model = find_model(checkpoint.config, own)
     config = model.read_config(checkpoint.config)
-    windows = calibration_windows(text, Tokenizer.from_directory(checkpoint.path), config.max_positions)
+    windows = calibration_windows(
+        default_text() if text is None else text, Tokenizer.from_directory(checkpoint.path), config.max_positions
+    )
     runs = LayerRuns(checkpoint, model, config, windows)
     return CalibratedMethod(args.method, scheme, model, config, stored, chosen, runs, args.kv_cache == "fp8")
 

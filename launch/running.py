@@ -20,6 +20,7 @@ from phalanx.launch.parser import CommandParser, UsageError
 from phalanx.launch.settings import Settings
 from phalanx.launch.sharing import agree
 from phalanx.launch.signals import PRECEDENCE_SECONDS, catch_signals, interruption, leave_signals_alone
+from phalanx.launch.streams import open_closed_streams
 from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
 from phalanx.parallel.launcher import forget_launcher, launch_info
 
@@ -32,6 +33,7 @@ SPOKESMAN_SECONDS = 1.0
 """How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
 rank 0 must have spoken by then."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_WAYS_OUT = {errno.EBADF: "send it to a file or to /dev/null"}
 _ANSWERED_ALONE = ("-h", "--help", "--version")
 
 
@@ -94,6 +96,7 @@ def own_arguments(parser: CommandParser, argv: Sequence[str] | None) -> argparse
 
 def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and turn what it raises into the exit status, never leaving other ranks waiting."""
+    open_closed_streams()
     leave_signals_alone()
     if launch_info().size == 1:
         catch_signals(rank=0)
@@ -121,8 +124,9 @@ def _leave_with(error: BaseException) -> NoReturn:
         notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         size = "use smaller --num-kv-blocks, --max-num-seqs, --block-size or --max-num-batched-tokens; launch.plan shows sizes"
         _leave(2, abort=_report_mistake(ConfigError(f"not enough memory{notes}: {error}; {size}")))
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        sys.stderr.write(f"phalanx: {error.filename or 'the output'} cannot be written: {error.strerror}; make room\n")
+    if isinstance(error, OSError) and error.errno in (*_DISK_ERRORS, *_WAYS_OUT):
+        way_out = _WAYS_OUT.get(error.errno, "make room")
+        sys.stderr.write(f"phalanx: {error.filename or 'the output'} cannot be written: {error.strerror}; {way_out}\n")
         _leave(1, abort=True)
     if isinstance(error, EndedElsewhereError):
         time.sleep(PRECEDENCE_SECONDS)

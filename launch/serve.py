@@ -33,7 +33,7 @@ from phalanx.launch.drain import DrainSignals
 from phalanx.launch.front import model_names, start_frontend
 from phalanx.launch.loading import start_progress
 from phalanx.launch.start_block import describe, host_names, start_block
-from phalanx.launch.supervise import PLACE_VARIABLE, check_unsupervised, supervise
+from phalanx.launch.supervise import PLACE_VARIABLE, supervise
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import fields
@@ -85,6 +85,8 @@ def build_parser() -> CommandParser:
                         help="how --supervise starts them (default: mpirun -n N; without ranks to start, none)")  # fmt: skip
     server.add_argument("--max-restarts", type=int, default=10, metavar="N",
                         help="restarts in a row; ten minutes of service begin a new row (default 10)")  # fmt: skip
+    parser.no_effect("without --supervise, which starts ranks; add that (mpirun -n starts them, too)", lambda args: not args.supervise,
+                     "--num-ranks", "--launcher", "--max-restarts")  # fmt: skip
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
                         help="write host, port and model here when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
@@ -113,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = own_arguments(build_parser(), argv)
         if args.supervise:
             return supervise(args, sys.argv[1:] if argv is None else argv)
-        check_unsupervised(args)
     door = _Door()
     try:
         args, world = job_arguments(build_parser(), argv, door.open)

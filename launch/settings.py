@@ -6,6 +6,7 @@ The command line wins over the environment, the environment over the file. A fil
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -45,13 +46,17 @@ class Settings:
             ConfigError: the file cannot be read, or it is not a table of flags.
         """
         variables = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
-        name = _config_file(words) or variables.get(variable_name(_CONFIG), "")
+        name = _config_file(words)
+        if name is None:
+            name = variables.get(variable_name(_CONFIG), "")
+        elif not name:
+            raise ConfigError(f"{_CONFIG} names no file; give one, or leave it out")
         config = _for_command(_load(Path(name)), command, name) if name else {}
         return cls(tuple(words), variables, name, config)
 
     def encode(self) -> bytes:
-        """For the other ranks."""
-        return json.dumps(asdict(self)).encode()
+        """For the other ranks. Values that only YAML and TOML have, such as dates, become the text that flags take anyway."""
+        return json.dumps(asdict(self), default=str).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Settings:
@@ -65,9 +70,9 @@ def variable_name(flag: str) -> str:
     return PREFIX + flag.removeprefix("--").replace("-", "_").upper()
 
 
-def _config_file(words: Sequence[str]) -> str:
-    """The last ``--config FILE`` or ``--config=FILE``; empty = none."""
-    found = ""
+def _config_file(words: Sequence[str]) -> str | None:
+    """The last ``--config FILE`` or ``--config=FILE``; None = there is none."""
+    found = None
     for place, word in enumerate(words):
         if word == _CONFIG:
             found = "".join(words[place + 1 : place + 2])
@@ -95,12 +100,35 @@ def _load(path: Path) -> Any:
 
 
 def _load_yaml(text: str, path: Path) -> Any:
+    """YAML, of which JSON is a part; PyYAML itself would take the last of two equal keys."""
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _unique_keys_loader())
     except yaml.YAMLError as error:
         raise ConfigError(f"{_CONFIG} {path} is not YAML: {error}; correct the file") from None
+    except RecursionError:
+        raise ConfigError(f"{_CONFIG} {path} is nested too deeply; flags are at its top level") from None
+
+
+@functools.cache
+def _unique_keys_loader() -> Any:
+    import yaml
+
+    class UniqueKeysLoader(yaml.SafeLoader):  # type: ignore[misc]
+        """Loads values only, and refuses a key that is there twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeysLoader
 
 
 def _for_command(loaded: Any, command: str, name: str) -> dict[str, Any]:

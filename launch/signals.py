@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 __all__ = ["PRECEDENCE_SECONDS", "Interruption", "catch_signals", "interruption", "leave_signals_alone"]
@@ -19,10 +20,15 @@ PRECEDENCE_SECONDS = 2.0
 """How long ranks above 0 wait for rank 0 to end the job."""
 LAST_SECONDS = 10.0
 """How long rank 0 may save what is finished. It is also the way out where a library swallowed the interrupt."""
+_IMPORT_SECONDS = 0.02
+"""After so long an interrupt that came during an import is tried again."""
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 
 class Interruption:
     """The handler of the ending signals, and the memory of one that came.
+
+    An import is not interrupted: extension modules print what stops theirs, as a traceback.
 
     Attributes:
         status: what the process must exit with; None = no signal came.
@@ -31,15 +37,36 @@ class Interruption:
     def __init__(self, rank: int) -> None:
         self.status: int | None = None
         self._rank = rank
+        self._deadline = 0.0
+        self._has_raised = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.status is not None:
             self._end()
         self.status = 128 + number
         sys.unraisablehook = lambda _: None  # an interrupt inside a destructor is not worth a traceback
-        signal.signal(signal.SIGALRM, lambda *_: self._end())
-        signal.setitimer(signal.ITIMER_REAL, PRECEDENCE_SECONDS if self._rank else LAST_SECONDS)
-        if self._rank == 0:
+        self._deadline = time.monotonic() + (PRECEDENCE_SECONDS if self._rank else LAST_SECONDS)
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        self._interrupt(frame)
+
+    def leave(self) -> None:
+        """The command has ended by itself: no interrupt any more, and as long as ever until the interpreter must be gone."""
+        self._has_raised = True
+        if self.status is not None:
+            signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
+
+    def _on_alarm(self, _: int, frame: FrameType | None) -> None:
+        if self._has_raised or time.monotonic() >= self._deadline:
+            self._end()
+        self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType | None) -> None:
+        """Interrupt rank 0, now or when the import that ``frame`` is part of has ended; the others wait for it to end them."""
+        left = max(self._deadline - time.monotonic(), 1e-6)
+        is_later = self._rank == 0 and _is_importing(frame)
+        signal.setitimer(signal.ITIMER_REAL, min(left, _IMPORT_SECONDS) if is_later else left)
+        if self._rank == 0 and not is_later:
+            self._has_raised = True
             raise KeyboardInterrupt
 
     def _end(self) -> None:
@@ -51,8 +78,16 @@ class Interruption:
         os._exit(status)
 
 
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != _IMPORT_SYSTEM:
+        frame = frame.f_back
+    return frame is not None
+
+
 def leave_signals_alone() -> None:
     """Give the ending signals their default action: before MPI is up, and when nothing is left to save."""
+    if isinstance(handler := signal.getsignal(signal.SIGINT), Interruption):
+        handler.leave()
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

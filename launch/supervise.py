@@ -28,7 +28,7 @@ from phalanx.parallel.errors import CommunicatorError, ConfigError
 if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
 
-__all__ = ["PLACE_VARIABLE", "check_unsupervised", "launcher_words", "supervise"]
+__all__ = ["PLACE_VARIABLE", "launcher_words", "supervise"]
 
 _LOG = logging.getLogger("phalanx.serve")
 PLACE_VARIABLE = "PHALANX_HTTP_PLACE"
@@ -62,13 +62,6 @@ def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, supervisor.on_signal)
     return supervisor.run()
-
-
-def check_unsupervised(args: argparse.Namespace) -> None:
-    """Raise ConfigError for flags that only a supervisor reads: ``-n 8`` would start one rank."""
-    for flag, value in (("--num-ranks", args.num_ranks), ("--launcher", args.launcher)):
-        if value is not None:
-            raise ConfigError(f"{flag}={value} says how --supervise starts ranks; add --supervise, or use mpirun -n")
 
 
 def launcher_words(args: argparse.Namespace) -> list[str]:

@@ -43,6 +43,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--tokens", default=_TOKENS, metavar="LIST", help=f"tokens in a step (default {_TOKENS})")
     parser.add_argument("--again", action="store_true", help="measure again what has been measured before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.no_effect("without --model, whose products are timed; add that", lambda args: args.model is None,
+                     "--tp", "--dtype", "--tokens", "--again")  # fmt: skip
     return parser
 
 

@@ -29,7 +29,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("data", self.dp)):
             if size < 1:
-                raise ConfigError(f"{name}-parallel-size={size} is below 1; use 1 to switch that axis off")
+                raise ConfigError(f"--{name}-parallel-size={size} is below 1; use 1 to switch that axis off")
 
     @property
     def world_size(self) -> int:

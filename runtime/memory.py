@@ -120,8 +120,9 @@ def plan_memory(
     state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
     result = []
     for stage, layers in enumerate(model.stages(config, layout.pp)):
-        places = [Topology(layout, stage * layout.tp + tp_rank) for tp_rank in range(layout.tp)]
-        specs = model.weights(config, layers, places[0].is_first_stage, places[0].is_last_stage)
+        # One after the other: a tp that the model cannot be split by is refused with the first, however large it is.
+        places = (Topology(layout, stage * layout.tp + tp_rank) for tp_rank in range(layout.tp))
+        specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
         attention = [model.decode.attention(config, layer) for layer in layers]
         components = components_of(format_weights(specs, formats))
         workspace = partial(

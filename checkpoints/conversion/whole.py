@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from phalanx.checkpoints.safetensors_layout import plan_file
 from phalanx.checkpoints.source import Array, TensorInfo
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["WholeModel", "config_dtype", "write_directory"]
+__all__ = ["WRITTEN_FILES", "WholeModel", "config_dtype", "write_directory"]
+
+WRITTEN_FILES = ("model.safetensors", "config.json")
 
 _NAMES = {FLOAT_DTYPES[name]: name for name in PLAIN_DTYPES}
 _CONFIG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -35,23 +36,19 @@ def config_dtype(array: Array) -> str:
     return _CONFIG_NAMES[_stored_name(array)]
 
 
-def write_directory(model: WholeModel, output: Path) -> None:
-    """Write ``model.safetensors`` and ``config.json`` into a directory that gets its name at the end.
+def write_directory(model: WholeModel, directory: Path) -> None:
+    """Write `WRITTEN_FILES`.
 
     Raises:
         CheckpointError: a tensor is of a type other than float32, float16 and bfloat16.
     """
     layout = [(name, TensorInfo(array.shape, _stored_name(array))) for name, array in sorted(model.tensors.items())]
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with open(partial / "model.safetensors", "wb") as file:
+    with open(directory / "model.safetensors", "wb") as file:
         file.write(plan_file(layout, {"format": "pt"}).header)
         for name, _ in layout:
             file.write(np.ascontiguousarray(model.tensors[name]).view(np.uint8).data)
     given = {key: value for key, value in model.config.items() if value is not None}
-    (partial / "config.json").write_text(json.dumps(given, indent=2) + "\n")
-    partial.rename(output)
+    (directory / "config.json").write_text(json.dumps(given, indent=2) + "\n")
 
 
 def _stored_name(array: Array) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.partial_directory import PartialDirectory
 from phalanx.checkpoints.quantization.scheme import KV_CACHE_SCHEME, Scheme
 from phalanx.checkpoints.safetensors_layout import plan_file
 from phalanx.checkpoints.source import TensorInfo, TensorSource
@@ -20,6 +21,7 @@ from phalanx.parallel.errors import ConfigError
 __all__ = ["Method", "Quantized", "RoundToNearest", "write_quantized"]
 
 Array = NDArray[Any]
+WRITTEN = ("model.safetensors", "config.json")
 
 
 class Quantized(NamedTuple):
@@ -90,21 +92,17 @@ def write_quantized(
         progress: told each tensor's name once it is written.
 
     Raises:
-        ConfigError: a matrix does not fit the scheme's groups, or ``output`` exists.
+        ConfigError: a matrix does not fit the scheme's groups, or ``output`` exists or cannot be written.
     """
-    if output.exists():
-        raise ConfigError(f"--output {str(output)!r} exists; remove it or choose another name")
     names = method.order(sorted(source.names()))
     layout = []
     for name in names:
         layout += _stored(source, name, name in chosen, scheme)
         layout += [(scale, TensorInfo((1,), "F32")) for scale in method.scale_names(name)]
     has_cache_scales = any(method.scale_names(name) for name in names)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = PartialDirectory(output, lambda name: name in WRITTEN or (directory / name).is_file())
     errors = {}
-    with open(partial / "model.safetensors", "wb") as file:
+    with unfinished.written() as partial, open(partial / "model.safetensors", "wb") as file:
         file.write(plan_file(layout, {"format": "pt"}).header)
         for name in names:
             array = source.read(name, source.info(name).whole)
@@ -117,12 +115,11 @@ def write_quantized(
                 for scale in method.scales(name):
                     file.write(scale.tobytes())
             progress(name)
-    _copy_small_files(directory, partial)
-    ignored = sorted(name.removesuffix(".weight") for name in names if name == "lm_head.weight")
-    cache = {"kv_cache_scheme": dict(KV_CACHE_SCHEME)} if has_cache_scales else {}
-    section = {**scheme.section, "ignore": ignored or ["lm_head"], **cache}
-    (partial / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
-    partial.rename(output)
+        _copy_small_files(directory, partial)
+        ignored = sorted(name.removesuffix(".weight") for name in names if name == "lm_head.weight")
+        cache = {"kv_cache_scheme": dict(KV_CACHE_SCHEME)} if has_cache_scales else {}
+        section = {**scheme.section, "ignore": ignored or ["lm_head"], **cache}
+        (partial / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
     return errors
 
 

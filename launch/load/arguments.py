@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
+
+from phalanx.launch.parser import CommandParser
 
 __all__ = ["add_serve_arguments"]
 
 
-def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+def add_serve_arguments(parser: CommandParser) -> None:
     """Flags of this mode only."""
     parser.add_argument("--url", required=True, metavar="http://HOST:PORT", help="address of the server")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the first model that the server lists")
@@ -31,3 +32,4 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="prompt token ids are below this")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrival times")
+    parser.no_effect("without --request-rate; add that", lambda args: args.request_rate is None, "--burstiness")

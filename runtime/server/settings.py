@@ -85,6 +85,12 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port={self.port} is not a valid TCP port; use 0 (any free one) to 65535")
+        if not self.host.strip() or "/" in self.host:
+            raise ConfigError(
+                f"--host={self.host!r} is not an address; use 127.0.0.1, 0.0.0.0 (all) or a name, without http://"
+            )
+        if not all(name.strip() for name in self.model_names):
+            raise ConfigError("--served-model-name holds an empty name; leave it out for the directory's")
         if self.grpc_port is not None and (not 0 <= self.grpc_port <= 65_535 or self.grpc_port == self.port != 0):
             raise ConfigError(
                 f"--grpc-port={self.grpc_port} is not a valid TCP port, or the same as --port; use 0 (any free one) to 65535"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +10,7 @@ import pytest
 from phalanx.launch.arguments import add_model_arguments
 from phalanx.launch.diagnosis.check import Check
 from phalanx.launch.diagnosis.ranks import engine_checks
+from phalanx.launch.parser import CommandParser
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import EngineConfig, EngineName
 from phalanx.runtime.executors.registry import ENGINES, choose_engine, with_default_sizes
@@ -21,7 +21,7 @@ def test_the_table_has_every_engine_name_but_auto() -> None:
 
 
 def test_the_command_line_and_the_doctor_know_the_engines_of_the_table() -> None:
-    parser = argparse.ArgumentParser()
+    parser = CommandParser("launch.test")
     add_model_arguments(parser)
     for name in ENGINES:
         assert parser.parse_args(["--engine", name]).engine == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from phalanx.launch.arguments import add_model_arguments
+from phalanx.launch.bench import build_parser
 from phalanx.launch.commands import COMMANDS
 from phalanx.launch.completion import command_parsers
 from phalanx.launch.parser import CommandParser, UsageError
@@ -101,12 +103,58 @@ def test_a_table_named_after_a_command_is_for_that_command(name: str, text: str,
         ("a.yaml", "a: [", "is not YAML"),
         ("a.yaml", "- a", "is not a table"),
         ("a.ini", "", "has an unknown suffix; name it .yaml"),
+        ("a.yaml", "seed: 1\nport: 2\nseed: 3\n", "the key 'seed' is there twice.*line 3"),
+        ("a.json", '{"seed": 1, "serve": {"port": 2, "port": 3}}', "the key 'port' is there twice"),
+        ("a.toml", "seed = 1\nseed = 2\n", "is not TOML"),
+        ("a.json", "[" * 5000, "is nested too deeply"),
     ],
 )
 def test_a_broken_configuration_is_one_line(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
         Settings.read(("--config", str(tmp_path / name)), "eval")
+
+
+@pytest.mark.parametrize("words", [("--config", ""), ("--config=",)])
+def test_a_configuration_without_a_name_is_not_overlooked(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--config names no file"):
+        Settings.read(words, "eval")
+
+
+def test_values_that_only_yaml_has_reach_other_ranks_as_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("served-model-name: 2026-11-28\n")
+    settings = Settings.read(("--config", str(tmp_path / "a.yaml")), "serve")
+    assert Settings.decode(settings.encode()).config == {"served-model-name": "2026-11-28"}
+
+
+@pytest.mark.parametrize("flag", ["--model=", "--model-file=", "--engine-dir="])
+def test_an_empty_path_is_not_the_working_directory(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"argument {flag[:-1]}: .* is empty; give one"):
+        parse(flag)
+
+
+def test_a_flag_of_another_mode_is_not_suggested_to_itself() -> None:
+    with pytest.raises(UsageError, match=r"unrecognized arguments: --url; it belongs to serve"):
+        build_parser().parse_args(["throughput", "--url", "http://127.0.0.1:1"])
+
+
+def test_a_variable_of_another_command_is_not_a_misspelling() -> None:
+    """``--ranks`` is of plan, ``--rank`` of build."""
+    words = Settings(("--output", "engines"), {"PHALANX_RANKS": "8"})
+    assert command_parsers()["build"].parse_settings(words).rank is None
+
+
+def test_an_empty_variable_of_a_path_is_named() -> None:
+    with pytest.raises(UsageError, match=r"argument --model: the name is empty; .* \(from PHALANX_MODEL\)"):
+        parse(variables={"PHALANX_MODEL": ""})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_number_must_be_finite(value: str) -> None:
+    parser = CommandParser("launch.test")
+    parser.add_argument("--seconds", type=float, help="n")
+    with pytest.raises(UsageError, match=f"argument --seconds: '{value}' is not a finite number; leave the flag out"):
+        parser.parse_args([f"--seconds={value}"])
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -87,7 +87,7 @@ def test_measured_times_are_interpolated_and_grow_in_proportion_beyond_the_last(
     ("flags", "expected"),
     [
         ([], "--optimise needs --ranks N"),
-        (["--ranks", "0"], "--ranks=0 is below 1"),
+        (["--ranks", "0"], "--ranks=0 is out of range; use the number of GPUs, 1 to 1,048,576"),
         (["--ranks", "1", "--output-len", "0"], "must be at least 1"),
     ],
 )

@@ -13,11 +13,13 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from phalanx.launch.commands import COMMANDS
 from tests.server.jobs import is_open_mpi
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
@@ -44,34 +46,61 @@ def command_of(process: int) -> str:
         return ""
 
 
-def ranks_of(mark: str) -> list[int]:
-    """The interpreters that run a command: not the launcher, its helpers or the HTTP process."""
-    return [
-        pid
-        for pid in processes(mark)
-        if " -m launch." in (line := command_of(pid)) and "mpirun" not in line and "http_process" not in line
-    ]
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command under way, the mark that its processes carry, and the files that take what it writes."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    num_ranks: int
+    written: tuple[Path, Path]
+
+    def ranks(self) -> list[int]:
+        """The interpreters that run a command: not the launcher, its helpers or the HTTP process."""
+        return [
+            pid
+            for pid in processes(self.mark)
+            if " -m launch." in (line := command_of(pid)) and "mpirun" not in line and "http_process" not in line
+        ]
+
+    def num_with(self, library: str) -> int:
+        """How many ranks have loaded ``library``."""
+        return sum(library in maps(pid) for pid in self.ranks())
+
+    def has_written(self) -> bool:
+        """Whether a word has come: progress, a result, the start block."""
+        return any(path.stat().st_size for path in self.written)
 
 
 # A signal to a launcher that has not started its ranks yet is not one of them: MPICH's loses it, and the job runs on.
-MOMENTS: dict[str, Callable[[str, int], bool]] = {
-    "one interpreter": lambda mark, ranks: len(ranks_of(mark)) >= 1,
-    "all interpreters": lambda mark, ranks: len(ranks_of(mark)) >= ranks,
-    "NumPy on one rank": lambda mark, ranks: any("_multiarray_umath" in maps(pid) for pid in ranks_of(mark)),
-    "NumPy on all ranks": lambda mark, ranks: sum("_multiarray_umath" in maps(pid) for pid in ranks_of(mark)) >= ranks,
-    "MPI on one rank": lambda mark, ranks: any("libmpi" in maps(pid) for pid in ranks_of(mark)),
-    "MPI on all ranks": lambda mark, ranks: sum("libmpi" in maps(pid) for pid in ranks_of(mark)) >= ranks,
-    "tokenizer": lambda mark, ranks: any("tokenizers" in maps(pid) for pid in ranks_of(mark)),
+MOMENTS: dict[str, Callable[[Job], bool]] = {
+    "one interpreter": lambda job: len(job.ranks()) >= 1,
+    "all interpreters": lambda job: len(job.ranks()) >= job.num_ranks,
+    "NumPy on one rank": lambda job: job.num_with("_multiarray_umath") >= 1,
+    "NumPy on all ranks": lambda job: job.num_with("_multiarray_umath") >= job.num_ranks,
+    "MPI on one rank": lambda job: job.num_with("libmpi") >= 1,
+    "MPI on all ranks": lambda job: job.num_with("libmpi") >= job.num_ranks,
+    "tokenizer": lambda job: job.num_with("tokenizers") >= 1,
+    "first words": lambda job: job.has_written(),
 }
-COMMANDS = {
+WORDS = {
     "generate": ("--prompt", "def main(", "--max-tokens", "500", "--ignore-eos", "--stream"),
     "serve": ("--port", "0"),
     "eval": ("--text", "tests/demo/held_out/modulefinder.txt"),
     "bench": ("throughput", "--num-prompts", "64", "--output-len", "128"),
     "split": ("--output", "{}/split", "--tp", "2"),
+    "quantize": ("--output", "{}/quantised", "--scheme", "int8"),
+    "convert": ("--from", "megatron", "--input", "{}", "--output", "{}/converted"),
+    "build": ("--engine", "tensorrt", "--output", "{}/engines"),
+    "check": (),
+    "slurm": ("--nodes", "1", "--gpus-per-node", "2", "--gpu-memory-gib", "80"),
+    "tune": (),
+    "completion": ("bash",),
     "doctor": (),
     "plan": (),
 }
+ENDED_BY_ITSELF = {0, 2}
+"""Before the signal came; 2 where the command lacks TensorRT, a GPU or a checkpoint of Megatron's."""
 STATUSES = {
     number: {128 + number, number, number | signal.SIGKILL, -number} for number in (signal.SIGINT, signal.SIGTERM)
 }
@@ -95,40 +124,48 @@ def interrupted_before_us(errors: str) -> bool:
 
 
 @contextmanager
-def job(command: str, ranks: int, directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(command: str, ranks: int, directory: Path) -> Iterator[Job]:
     name, value = MARK, uuid.uuid4().hex
-    arguments = [word.replace("{}", str(directory)) for word in COMMANDS[command]]
+    arguments = [word.replace("{}", str(directory)) for word in WORDS[command]]
     layout = ["--pp", str(ranks)] if command in ("generate", "serve", "eval", "bench") and ranks else []
-    process = subprocess.Popen(
-        command_line(command, *arguments, *layout, ranks=ranks), cwd=ROOT, text=True,
-        env={**os.environ, **LAUNCHER_ENVIRONMENT, name: value}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    written = directory / "output", directory / "errors"
+    with written[0].open("wb") as output, written[1].open("wb") as errors:
+        process = subprocess.Popen(
+            command_line(command, *arguments, *layout, ranks=ranks), cwd=ROOT,
+            env={**os.environ, **LAUNCHER_ENVIRONMENT, name: value}, stdout=output, stderr=errors,
+        )  # fmt: skip
     mark = f"{name}={value}"
-    try:
-        with process:
-            yield process, mark
-    finally:
-        for pid in processes(mark):
-            os.kill(pid, signal.SIGKILL)
+    with process:
+        try:
+            yield Job(process, mark, max(ranks, 1), written)
+        finally:
+            for pid in processes(mark):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def assert_a_signal_ends_all(command: str, ranks: int, moment: str, number: signal.Signals, directory: Path) -> None:
-    with job(command, ranks, directory) as (process, mark):
+    with started(command, ranks, directory) as job:
         reached = time.monotonic() + MOMENT_SECONDS
-        while not MOMENTS[moment](mark, max(ranks, 1)) and process.poll() is None and time.monotonic() < reached:
+        while not MOMENTS[moment](job) and job.process.poll() is None and time.monotonic() < reached:
             continue
-        process.send_signal(number)
+        job.process.send_signal(number)
         try:
-            _, errors = process.communicate(timeout=LIMIT_SECONDS)
+            status = job.process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"hangs: {[command_of(pid) for pid in processes(mark)]}")
+            pytest.fail(f"hangs: {[command_of(pid) for pid in processes(job.mark)]}")
         deadline = time.monotonic() + LIMIT_SECONDS
-        while ranks_of(mark) and time.monotonic() < deadline:
+        while job.ranks() and time.monotonic() < deadline:
             continue
-        assert ranks_of(mark) == []
+        assert job.ranks() == []
+        errors = job.written[1].read_text()
         if not interrupted_before_us(errors):
-            assert process.returncode in {0, *STATUSES[number], *([1] if ranks and is_open_mpi() else [])}, errors
+            assert status in {*ENDED_BY_ITSELF, *STATUSES[number], *([1] if ranks and is_open_mpi() else [])}, errors
             assert "Traceback" not in errors
+
+
+def test_every_command_is_signalled() -> None:
+    assert WORDS.keys() == COMMANDS.keys()
 
 
 @needs_mpirun
@@ -143,7 +180,7 @@ def test_a_signal_ends_every_rank(
 @needs_mpirun
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WORDS)
 @pytest.mark.parametrize("ranks", [0, 3])
 def test_a_signal_at_any_moment_ends_every_rank_of_any_command(
     command: str, ranks: int, moment: str, number: signal.Signals, tmp_path: Path

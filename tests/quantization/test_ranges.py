@@ -160,7 +160,10 @@ def test_the_cuda_engine_reads_and_uses_the_cache_scales_that_were_written(
 
 def test_a_text_that_nothing_would_read_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["--output", str(tmp_path / "out"), "--calibration", str(text)]
-    with pytest.raises(ConfigError, match="--calibration has no effect with --method=rtn --scheme=fp8; leave it out"):
+    with pytest.raises(
+        ConfigError,
+        match="--calibration: has no effect without another --method, --scheme fp8-static or --kv-cache fp8",
+    ):
         main(["--model", str(dense), *arguments, "--scheme", "fp8"])
 
 

@@ -6,17 +6,9 @@ import pytest
 
 from phalanx.launch.drain import DrainSignals
 from phalanx.launch.serve import build_parser
-from phalanx.launch.supervise import check_unsupervised, launcher_words
+from phalanx.launch.supervise import launcher_words
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.judge import Limits
-
-
-@pytest.mark.parametrize(
-    ("flags", "start"), [(("-n", "2"), "--num-ranks=2"), (("--launcher", "srun"), "--launcher=srun")]
-)
-def test_flags_of_the_supervisor_need_it(flags: tuple[str, ...], start: str) -> None:
-    with pytest.raises(ConfigError, match=f"{start} says how --supervise starts ranks"):
-        check_unsupervised(build_parser().parse_args(flags))
 
 
 def test_an_open_quotation_in_the_launcher_is_a_mistake() -> None:

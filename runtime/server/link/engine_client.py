@@ -374,7 +374,7 @@ class EngineClient(asyncio.Protocol):
             case Trouble(text):
                 self.trouble = text
             case Failed(text):
-                self._lose(text)
+                self._lose(text, is_said=self.state is ServerState.STARTING)
             case Stop():
                 self._is_stopped = True
                 self._on_gone()
@@ -410,18 +410,23 @@ class EngineClient(asyncio.Protocol):
         else:
             entry[0].fail(invalid(refused.message, refused.param, refused.code))
 
-    def fail(self, reason: str) -> None:
-        """The engine is gone for good: every request gets this reason."""
+    def fail(self, reason: str, is_said: bool = False) -> None:
+        """The engine is gone for good: every request gets this reason.
+
+        Args:
+            is_said: whether the ranks have printed it, and the server has never been ready: then there is no log to complete.
+        """
         if self.failure is None:
             self.failure = reason
             self._change(ServerState.FAILED)
-            _LOG.error("the engine stopped: %s", reason)
+            if not is_said:
+                _LOG.error("the engine stopped: %s", reason)
         self._end_groups(self.failed())
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, is_said: bool = False) -> None:
         """The engine is gone; under a supervisor, unless it was draining, another one starts."""
         if self._on_change is None or self.state in (ServerState.DRAINING, ServerState.FAILED):
-            self.fail(reason)
+            self.fail(reason, is_said)
             return
         was_serving = self.state is ServerState.SERVING
         self._change(ServerState.STARTING)

@@ -57,7 +57,7 @@ class SupervisorLink(asyncio.Protocol):
                 case Phase(text):
                     self._client.phase = text
                 case Failed(text):
-                    self._client.fail(text)
+                    self._client.fail(text, is_said=self._client.state is ServerState.STARTING)
                 case Stop():
                     self._leave()
 
@@ -67,7 +67,7 @@ class SupervisorLink(asyncio.Protocol):
 
     def _leave(self) -> None:
         if self._client.state is ServerState.STARTING:
-            self._client.fail("the server was told to end")
+            self._client.fail("the server was told to end", is_said=True)
         self._on_gone()
 
 

@@ -1,0 +1,29 @@
+"""Standard streams that a shell closed (``>&-``): no traceback, no socket in their place, and lost output is said."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from .commands import ROOT, command_line
+
+
+def run_in_shell(redirections: str, *words: str) -> subprocess.CompletedProcess[str]:
+    line = " ".join(f"'{word}'" for word in command_line(*words))
+    return subprocess.run(
+        ["bash", "-c", f"{line} {redirections}"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("redirections", [">&-", ">&- <&-"])
+def test_output_to_a_closed_stream_is_one_line(redirections: str) -> None:
+    result = run_in_shell(redirections, "plan")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "phalanx: standard output cannot be written: it is closed; send it to a file" in result.stderr
+
+
+@pytest.mark.parametrize(("words", "status"), [(("plan",), 0), (("plan", "--tp", "0"), 2), (("plan", "--speed"), 2)])
+def test_the_status_is_the_same_without_standard_error(words: tuple[str, ...], status: int) -> None:
+    result = run_in_shell("2>&- <&-", *words)
+    assert (result.returncode, bool(result.stdout), result.stderr) == (status, status == 0, "")
