@@ -43,6 +43,7 @@ class Answer:
         finish_reason: None while it runs.
         stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it.
         error: why it failed, if it did.
+        error_param: the field of the request that is at fault; None = none is.
         hypotheses: all answers of a beam search, best first.
         events: all events so far, if they were added by `collect`.
     """
@@ -57,6 +58,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_param: str | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
     events: list[TokenEvent] = field(default_factory=list)
 
@@ -162,7 +164,8 @@ class Answer:
         self.finish_reason, self.stop_reason = "stop", stop
 
     def _finish(self, delta: TokenDelta, reason: FinishReason, events: list[TokenEvent]) -> None:
-        self.finish_reason, self.stop_reason, self.error = reason, delta.stop_reason, delta.error
+        self.finish_reason, self.stop_reason = reason, delta.stop_reason
+        self.error, self.error_param = delta.error, delta.error_param
         held = ""
         if self.stream is not None:
             piece = self.stream.finish()

@@ -79,6 +79,8 @@ class TokenDelta:
     error: str | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
     """All answers of a beam search, best first; this delta's tokens are those of one of them."""
+    error_param: str | None = None
+    """The field of the request that ``error`` is about; None = the request is not at fault."""
 
     def ends_with_stop_token(self, params: SamplingParams) -> bool:
         """Whether the last token is the one that ended the request: it counts, but is no text."""

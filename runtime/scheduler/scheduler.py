@@ -338,10 +338,11 @@ class Scheduler:
                 self._end(sequence, "length")
 
     def _end_without_mask(self) -> None:
-        """End sequences that have no next mask, each with the reason."""
+        """End sequences that have no next mask, each with the reason: its guide."""
         for sequence in self._running.masked():
             if sequence.mask is not None and sequence.mask.problem is not None:
-                self._end(sequence, "error", sequence.mask.problem)
+                guide = sequence.request.params.structured_outputs
+                self._end(sequence, "error", sequence.mask.problem, None if guide is None else guide.name)
 
     def _end_overdue(self, now: float) -> None:
         for sequence in self._deadlines.take_overdue(now):
@@ -363,7 +364,9 @@ class Scheduler:
             "represent this input (try --dtype float32)",
         )
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, error_param: str | None = None
+    ) -> None:
         """End a request without another token."""
         scored = reason == "length"  # asked for no tokens, and has what it asked for
         group = self._searches.get(sequence.request.request_id)
@@ -379,6 +382,7 @@ class Scheduler:
                     finish_reason=reason,
                     num_cached_tokens=max(one.num_cached_tokens, 0) if scored else 0,
                     error=error,
+                    error_param=error_param,
                 )
             )
 

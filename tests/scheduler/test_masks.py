@@ -47,6 +47,7 @@ def test_guide_that_fails_while_a_step_is_planned_ends_its_request_alone() -> No
     assert scheduler.plan(0.0) is None
     (delta,) = scheduler.take_deltas()
     assert (delta.finish_reason, delta.error) == ("error", "the grammar is too large")
+    assert delta.error_param == "structured_outputs", "the client's mistake, not the server's"
     assert not scheduler.has_work
 
 

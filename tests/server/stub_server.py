@@ -48,6 +48,8 @@ FORBIDDEN_TOKEN = 13
 """A prompt with this token is refused by the stub, as the engine may refuse what the HTTP side let pass."""
 FULL_TOKEN = 14
 """A prompt with this token finds the stub's queue full."""
+GUIDE_TOKEN = 15
+"""A prompt with this token fails as a guide does that is wrong, instead of giving it."""
 
 
 class StubEngine:
@@ -118,6 +120,11 @@ class StubEngine:
             return self._end(TokenDelta(request_id, finish_reason="error", error="its deadline has passed"))
         if 12 in prompt and count == 2:
             return self._end(TokenDelta(request_id, finish_reason="error", error="its logits are not finite"))
+        if GUIDE_TOKEN in prompt and count == prompt.index(GUIDE_TOKEN):
+            error = "no token fits structured_outputs any more"
+            return self._end(
+                TokenDelta(request_id, finish_reason="error", error=error, error_param="structured_outputs")
+            )
         scores = None
         if count == 0 and params.prompt_logprobs is not None:
             scored = [self._logprob(token, params.prompt_logprobs) for token in prompt[1:]]

@@ -15,6 +15,7 @@ from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.parsing import parse_chat, parse_completion
 
 from .servers import Server
+from .stub_server import GUIDE_TOKEN
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 LOOP = {"$ref": "#"}
@@ -143,3 +144,20 @@ def test_a_guide_that_takes_too_long_is_a_400_and_too_many_at_once_a_429(monkeyp
         (400, True)
     }
     assert len(late) == guides.MOST_CHECKS
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"best_of": 3}])
+def test_a_guide_that_fails_in_the_engine_is_a_400(server: Server, fields: dict[str, Any]) -> None:
+    answer = server.post("/v1/completions", {"prompt": [5, GUIDE_TOKEN], "max_tokens": 9, **fields})
+    assert (answer.status, answer.error["param"]) == (400, "structured_outputs")
+    assert answer.error["message"] == "no token fits structured_outputs any more"
+
+
+def test_a_stream_whose_guide_fails_has_the_status_or_an_event_that_says_so(server: Server) -> None:
+    early = server.post("/v1/completions", {"prompt": [GUIDE_TOKEN], "max_tokens": 9, "stream": True})
+    assert (early.status, early.error["type"]) == (400, "invalid_request_error")
+    *tokens, last = server.stream(
+        "/v1/completions", {"prompt": [5, 6, GUIDE_TOKEN], "max_tokens": 9, "return_token_ids": True}
+    )
+    assert [token for event in tokens for token in event["choices"][0]["token_ids"]] == [5, 6]
+    assert (last["error"]["type"], last["error"]["param"]) == ("invalid_request_error", "structured_outputs")

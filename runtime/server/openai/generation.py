@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
-from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.link.engine_client import EngineLost, GenerationGroup
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
@@ -200,6 +200,8 @@ class GenerationJob:
         deadline = self.services.deadline(self.arrival)
         if deadline is not None and time.monotonic() >= deadline:
             raise self._too_late()
+        if failed.error_param is not None:
+            raise invalid(failed.error or "the request cannot be answered", failed.error_param)
         raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=_NO_RETRY)
 
     def _too_late(self) -> ApiError:

@@ -138,9 +138,8 @@ class ResponseEvents:
         assert self.choice is not None
         output = [self.reply.item(block, "incomplete") for block in self.blocks.blocks]
         response = self.reply.response("failed", self.choice.params, output)
-        return self._event(
-            "response.failed", response=response | {"error": {"code": "server_error", "message": str(error)}}
-        )
+        code = "server_error" if error.status >= 500 else "invalid_prompt"
+        return self._event("response.failed", response=response | {"error": {"code": code, "message": str(error)}})
 
     def _grown(self, pushed: str, *, last: bool) -> bytes:
         data = b""
