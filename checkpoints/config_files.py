@@ -9,6 +9,7 @@ from typing import Any
 
 from phalanx.checkpoints.file_kinds import describe_directory
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.quantization_files import QUANTIZATION_FILES, with_quantization_file
 from phalanx.parallel.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -35,6 +36,7 @@ TOOL_TEMPLATE = "tool_use.jinja"
 COPIED_FILES = (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
+    *QUANTIZATION_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -62,14 +64,15 @@ def demo_path() -> Path:
 
 
 def read_config(directory: ModelDirectory) -> dict[str, Any]:
-    """Parsed ``config.json``.
+    """Parsed ``config.json``, with the ``quantization_config`` of a file next to it if it has none.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
+        ConfigError: the two describe different quantisations.
     """
     if not directory.has(CONFIG_FILE):
         raise CheckpointError(_without_config(directory))
-    return directory.read_json(CONFIG_FILE)
+    return with_quantization_file(directory.read_json(CONFIG_FILE), directory)
 
 
 def read_generation_config(directory: ModelDirectory) -> dict[str, Any]:

@@ -28,6 +28,7 @@ __all__ = [
     "FormatPlan",
     "FormattedWeight",
     "Multiply",
+    "Unread",
     "components_of",
     "format_weights",
     "read_formats",
@@ -112,18 +113,40 @@ DENSE = Dense()
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """Tensors that quantisers write though they say nothing new.
+
+    Attributes:
+        pattern: regular expression (full match) of their names.
+        holds: what they must hold, for messages: ``zeros``.
+        is_so: whether a tensor does.
+    """
+
+    pattern: str
+    holds: str
+    is_so: Callable[[Array], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class FormatPlan:
     """Which weight of a checkpoint has which format.
 
     Attributes:
         choose: format of a matrix, by the source modules of its parts. Biases and norms are always dense.
         ignored_tensors: regular expressions (full match) of tensors that the formats store but do not need.
+        unread: tensors that are stored, too, and hold nothing that the formats do not say: they are looked at, not used.
         has_kv_scales: the checkpoint promises scales of an fp8 key/value cache (`phalanx.checkpoints.quantization.kv_scales`).
     """
 
     choose: Callable[[WeightSpec], Format]
     ignored_tensors: tuple[str, ...] = ()
     has_kv_scales: bool = False
+    unread: tuple[Unread, ...] = ()
+
+    @property
+    def not_used(self) -> tuple[str, ...]:
+        """Regular expressions (full match) of all tensors that may be there and are not used."""
+        return (*self.ignored_tensors, *(each.pattern for each in self.unread))
 
 
 ALL_DENSE = FormatPlan(lambda spec: DENSE)

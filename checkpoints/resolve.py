@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from phalanx.checkpoints.dtypes import PLAIN_DTYPES
+from phalanx.checkpoints.formats import Unread
 from phalanx.checkpoints.quantized import quantized_tensors
 from phalanx.checkpoints.source import Index, TensorSource
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -14,7 +15,7 @@ from phalanx.parallel.errors import CheckpointError
 _ROTARY_TABLES = r"(.*\.)?rotary_(pos_)?emb\.((original_)?inv_freq|_?(cos|sin)(_cached)?|freqs_cis)"
 """Buffers that trainers and old releases of transformers saved."""
 
-__all__ = ["find_stored", "fit_index", "list_names", "resolve", "stored_index"]
+__all__ = ["check_unread", "find_stored", "fit_index", "list_names", "resolve", "stored_index"]
 
 
 def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
@@ -45,6 +46,21 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     for part, dtype in declared:
         _check_tensor(source, stored_names[part.source], part, dtype)
     return stored_names
+
+
+def check_unread(source: TensorSource, used: Collection[str], unread: Sequence[Unread]) -> None:
+    """Look at the tensors of ``source`` that are not ``used``, and that a quantisation format says hold nothing new.
+
+    Raises:
+        CheckpointError: one holds something else.
+    """
+    for name in sorted(set(source.names()).difference(used)):
+        kind = next((each for each in unread if re.fullmatch(each.pattern, name)), None)
+        if kind is not None and not kind.is_so(source.read(name, source.info(name).whole)):
+            raise CheckpointError(
+                f"tensor {name!r}, which the model does not use, does not hold {kind.holds}; config.json belongs to another model or "
+                "describes another quantisation"
+            )
 
 
 def stored_index(part: Part, rank: int, size: int, shape: tuple[int, ...]) -> Index:

@@ -88,7 +88,7 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
         components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))
         for stage, layers in enumerate(divided)
     )
-    ignored = (*model.ignored_tensors, *formats.ignored_tensors)
+    ignored = (*model.ignored_tensors, *formats.not_used)
     return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype], model.code, divided)
 
 

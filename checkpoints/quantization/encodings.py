@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from phalanx.checkpoints.encoding import Block
+from phalanx.parallel.errors import CheckpointError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
@@ -67,6 +68,8 @@ class PackedWords:
         offset: subtracted, so that 8-bit codes fit int8 too.
         added: added before, modulo ``2 ** bits`` (GPTQ v1 stores zero points less one).
         order: place of each element of a word among its values; empty = in order.
+        is_middle: zero points of symmetric GPTQ codes, which are half the range. Writers disagree about whether to store them less one,
+            whatever they call the format: both are taken, nothing else is.
     """
 
     bits: int
@@ -74,6 +77,7 @@ class PackedWords:
     offset: int = 0
     added: int = 0
     order: tuple[int, ...] = ()
+    is_middle: bool = False
     dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
@@ -90,9 +94,27 @@ class PackedWords:
         if self.order:
             shifts = shifts[np.argsort(self.order)]
         fields = (stored.astype(np.uint32)[..., None] >> shifts) & np.uint32(mask)
+        if self.is_middle:
+            fields = _middle(fields, 1 << (self.bits - 1), self.added)
         codes = ((fields.astype(np.int32) + self.added) & mask) - self.offset
         if self.axis == 0:
             codes = codes.transpose(0, 2, 1)
         rows, columns = stored.shape
         shape = (rows * per_word, columns) if self.axis == 0 else (rows, columns * per_word)
         return codes.reshape(shape).astype(np.int8)
+
+
+def _middle(fields: Array, half: int, added: int) -> Array:
+    """``fields`` that stand for ``half`` once ``added`` is added, if all of them are ``half`` or all are one less.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
+    import numpy as np
+
+    if fields.size and not ((fields == half).all() or (fields == half - 1).all()):
+        raise CheckpointError(
+            f"quantization_config says sym=true, but zero points are {np.unique(fields)[:4].tolist()}, not all {half - 1} or all {half}; "
+            "restore its config.json, or copy the checkpoint again"
+        )
+    return np.full_like(fields, half - added)

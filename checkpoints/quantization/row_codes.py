@@ -65,7 +65,15 @@ class RowCodes:
             WeightSpec(f"{spec.owner}.scale", tuple(map(self._scale_part, spec.parts)), dtype="F32"),
         ]
         if self.input == "static":
-            inputs = tuple(Part(f"{_module(part)}.input_scale", (1,), encoding=Scales()) for part in spec.parts)
+            inputs = tuple(
+                Part(
+                    f"{_module(part)}.input_scale",
+                    (1,),
+                    aliases=(f"{_module(part)}.activation_scale",),
+                    encoding=Scales(),
+                )
+                for part in spec.parts
+            )
             result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32"))
         return tuple(result)
 
@@ -75,7 +83,7 @@ class RowCodes:
         shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
         rows = part.source_extents[0] if self.scale_of == "tensor" else 1
         return Part(
-            f"{_module(part)}.{self.scale}", part.shape[:1], shard,
+            f"{_module(part)}.{self.scale}", part.shape[:1], shard, aliases=(f"{_module(part)}.{self.scale}_inv",),
             first_row=part.first_row, source_rows=part.source_rows, encoding=Scales(rows),
         )  # fmt: skip
 

@@ -120,6 +120,6 @@ class LayerRuns:
         declared = format_weights(specs, formats)
         everything = components_of(format_weights(model.weights(config), formats))
         sink = NumpySink()
-        ignored = (*model.ignored_tensors, r"lm_head\.weight", *formats.ignored_tensors)
+        ignored = (*model.ignored_tensors, r"lm_head\.weight", *formats.not_used)
         load_weights(self._checkpoint.source, components_of(declared), 0, 1, sink, ignored, everything)
         return Weights.of(declared, sink.weights)

@@ -1,0 +1,61 @@
+"""What readers of ``quantization_config`` share: from rules about modules to formats of weights, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
+from phalanx.checkpoints.spec import WeightSpec
+from phalanx.parallel.errors import ConfigError
+
+__all__ = ["KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "fp8_blocks", "of_parts", "refused"]
+
+Section = Mapping[str, Any]
+Chooser = Callable[[str], Format]
+"""Format of a module, by its name in the checkpoint."""
+
+KV_SCALES = (r".*\.(k_scale|v_scale|kv_scale)", r".*\.[kv]_proj\.output_scale")
+WAY_OUT = "use the unquantised checkpoint, or one in compressed-tensors fp8, int8, w8a16 or w4a16"
+
+
+def fp8_blocks(scale: str, rows: int, columns: int, plain: bool = False) -> Format:
+    """Codes with a scale for each block, named ``scale``; inputs with one for each group of as many columns, unless they are plain."""
+    stored = Stored("weight", scale, dtype="F8_E4M3", block_rows=rows)
+    return GroupCodes("fp8 blocks", stored, columns, input="plain" if plain else "fp8 groups")
+
+
+def excluding(chosen: Format, section: Section) -> FormatPlan:
+    """``chosen`` for every module whose path contains none of the excluded names."""
+    names = ("modules_to_not_convert", "ignored_layers", "ignore")
+    excluded = tuple(str(name) for key in names for name in section.get(key) or ())
+    if not excluded:
+        excluded = ("lm_head",)
+    return FormatPlan(of_parts(lambda module: DENSE if any(name in module for name in excluded) else chosen))
+
+
+def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
+    """A weight's format by the modules of its parts, which must agree. Tables of embeddings are dense."""
+
+    def of_weight(spec: WeightSpec) -> Format:
+        if not (spec.owner.startswith("layers.") or spec.owner == "lm_head") or spec.owner.endswith("norm"):
+            return DENSE
+        modules = [part.source.removesuffix(".weight") for part in spec.parts]
+        if any("embed" in module or "wte" in module for module in modules):
+            return DENSE  # a head that is tied to the table
+        formats = {choose(module) for module in modules}
+        if len(formats) > 1:
+            raise ConfigError(
+                f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {', '.join(modules)}, which are "
+                "computed as one product; use a checkpoint with one scheme for them"
+            )
+        (chosen,) = formats
+        return chosen.for_weight(spec) if isinstance(chosen, GroupCodes) else chosen
+
+    return of_weight
+
+
+def refused(what: str, way_out: str) -> ConfigError:
+    """The error that names what cannot be loaded, and what to do."""
+    return ConfigError(f"quantization_config in config.json: {what} cannot be loaded; {way_out}")

@@ -1,0 +1,106 @@
+"""compressed-tensors: which module has which format.
+
+Source: compressed-tensors ``quantization/{quant_args,quant_scheme,quant_config}.py`` and ``utils/match.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, Section, fp8_blocks, of_parts, refused
+from phalanx.checkpoints.quantization.encodings import PackedWords
+from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+
+__all__ = ["read_compressed_tensors"]
+
+
+def read_compressed_tensors(section: Section) -> FormatPlan:
+    """``config_groups`` with targets, and ``ignore``."""
+    sparsity = section.get("sparsity_config") or {}
+    if sparsity and sparsity.get("format", "dense") != "dense":
+        raise refused(f"compressed-tensors sparsity format={sparsity.get('format')!r}", "use the dense checkpoint")
+    if (section.get("transform_config") or {}).get("config_groups"):
+        raise refused("compressed-tensors with transforms (transform_config)", "use a checkpoint without rotations")
+    if not section.get("config_groups"):
+        raise refused("compressed-tensors without config_groups", "restore its config.json")
+    groups = [
+        (tuple(group.get("targets") or ("Linear",)), _compressed_format(group, section))
+        for group in (section.get("config_groups") or {}).values()
+    ]
+    ignored = tuple(section.get("ignore") or ())
+
+    def choose(module: str) -> Format:
+        if _targets(ignored, module):
+            return DENSE
+        return next((chosen for targets, chosen in groups if "Linear" in targets or _targets(targets, module)), DENSE)
+
+    scheme = section.get("kv_cache_scheme")
+    if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
+        raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
+    ignored_tensors = (r".*\.weight_shape", *(KV_SCALES if scheme else ()))
+    return FormatPlan(of_parts(choose), ignored_tensors, has_kv_scales=bool(scheme))
+
+
+def _compressed_format(group: Section, section: Section) -> Format:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    layout = group.get("format") or section.get("format") or ""
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    what = f"compressed-tensors format={layout!r} num_bits={bits} type={kind!r} strategy={strategy!r}"
+    if weights.get("actorder") == "group":
+        raise refused(f"{what} actorder='group'", "use a checkpoint without activation order")
+    if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
+        if kind == "float" and strategy == "block":
+            rows, columns = weights.get("block_structure") or (128, 128)
+            if inputs is not None:
+                _check_groups(inputs, int(columns), what)
+            return fp8_blocks("weight_scale", int(rows), int(columns), plain=inputs is None)
+        if strategy in ("tensor", "channel") and weights.get("symmetric", True):
+            return RowCodes(
+                "fp8" if kind == "float" else "int8", scale_of="tensor" if strategy == "tensor" else "row",
+                input=_input_kind(inputs, what),
+            )  # fmt: skip
+    if layout == "pack-quantized" and kind == "int" and bits in (4, 8) and inputs is None:
+        half = 1 << (bits - 1)
+        columns = 0 if strategy == "channel" else int(weights.get("group_size") or 0)
+        zero = "" if weights.get("symmetric", True) else "weight_zero_point"
+        stored = Stored(
+            "weight_packed", "weight_scale", zero,
+            PackedWords(bits, axis=1, offset=half), PackedWords(bits, axis=0, offset=half) if zero else None,
+        )  # fmt: skip
+        return GroupCodes(f"int{bits}", stored, columns)
+    raise refused(what, WAY_OUT)
+
+
+def _input_kind(inputs: Section | None, what: str) -> Any:
+    if inputs is None:
+        return "plain"
+    if not inputs.get("symmetric", True):
+        raise refused(f"{what} with asymmetric activations", "use a checkpoint with symmetric ones")
+    if inputs.get("num_bits") != 8:
+        raise refused(f"{what} with activations of {inputs.get('num_bits')} bits", WAY_OUT)
+    dynamic, strategy = inputs.get("dynamic"), inputs.get("strategy")
+    kinds: dict[tuple[Any, Any], str] = {(True, "token"): "tokens", (False, "tensor"): "static"}
+    kind = kinds.get((dynamic, strategy))
+    if kind is None:
+        raise refused(f"{what} with activations strategy={strategy!r} dynamic={dynamic}", WAY_OUT)
+    return kind
+
+
+def _check_groups(inputs: Section, columns: int, what: str) -> None:
+    found = inputs.get("strategy"), inputs.get("group_size"), inputs.get("dynamic"), inputs.get("num_bits")
+    if found != ("group", columns, True, 8):
+        raise refused(
+            f"{what} with activations strategy={found[0]!r} group_size={found[1]} dynamic={found[2]}", WAY_OUT
+        )
+
+
+def _targets(names: Sequence[str], module: str) -> bool:
+    """Whether compressed-tensors' ``names`` (exact, or ``re:`` and an expression matched from the start) have the module."""
+    return any(
+        re.match(name.removeprefix("re:"), module) is not None if name.startswith("re:") else name == module
+        for name in map(str, names)
+    )

@@ -1,0 +1,230 @@
+"""``quantization_config`` as widely used checkpoints have it: each becomes what its quantiser meant, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from phalanx.checkpoints.config_files import read_config
+from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.formats import FormatPlan, read_formats
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.runtime.models import find_model
+from tests.support.checkpoints import write_checkpoint
+
+from . import test_checkpoints as checkpoints
+from . import writers
+
+NULLS = {"actorder": None, "block_structure": None, "group_size": None, "observer_kwargs": {}}
+CHANNEL = {**NULLS, "dynamic": False, "num_bits": 8, "observer": "minmax", "strategy": "channel", "symmetric": True}
+TOKEN = {**NULLS, "dynamic": True, "num_bits": 8, "observer": None, "strategy": "token", "symmetric": True}
+
+
+def compressed(weights: dict[str, Any], inputs: dict[str, Any] | None, layout: str, **more: Any) -> dict[str, Any]:
+    """As llm-compressor writes it."""
+    group = {"input_activations": inputs, "output_activations": None, "targets": ["Linear"], "weights": weights}
+    return {
+        "config_groups": {"group_0": group}, "format": layout, "global_compression_ratio": 1.239, "ignore": ["lm_head"],
+        "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "frozen", **more,
+    }  # fmt: skip
+
+
+FP8_DYNAMIC = compressed({**CHANNEL, "type": "float"}, {**TOKEN, "type": "float"}, "float-quantized")
+FP8_STATIC = compressed(
+    {**CHANNEL, "type": "float", "strategy": "tensor"},
+    {**TOKEN, "type": "float", "strategy": "tensor", "dynamic": False, "observer": "minmax"}, "naive-quantized",
+)  # fmt: skip
+W8A8 = compressed({**CHANNEL, "type": "int"}, {**TOKEN, "type": "int"}, "int-quantized")
+W4A16 = compressed(
+    {**CHANNEL, "type": "int", "num_bits": 4, "strategy": "group", "group_size": 128, "actorder": "weight"}, None,
+    "pack-quantized", version="0.12.2", sparsity_config={}, transform_config={},
+)  # fmt: skip
+FP8_BLOCK = compressed(
+    {**CHANNEL, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+    {**TOKEN, "type": "float", "strategy": "group", "group_size": 128}, "float-quantized",
+)  # fmt: skip
+THE_BLOKE_GPTQ = {
+    "bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": True, "sym": True, "true_sequential": True,
+    "model_name_or_path": None, "model_file_base_name": "model", "quant_method": "gptq",
+}  # fmt: skip
+QWEN_GPTQ_INT8 = {
+    "batch_size": 1, "bits": 8, "block_name_to_quantize": None, "cache_block_outputs": True, "damp_percent": 0.01,
+    "dataset": None, "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128, "max_input_length": None,
+    "model_seqlen": None, "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None,
+    "pad_token_id": None, "quant_method": "gptq", "sym": True, "tokenizer": None, "true_sequential": True,
+    "use_cuda_fp16": False, "use_exllama": True,
+}  # fmt: skip
+AWQ = {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm", "zero_point": True}  # fmt: skip
+QWEN_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+AUTO_FP8_KV = {"activation_scheme": "static", "ignored_layers": ["lm_head"], "kv_cache_scheme": "static", "quant_method": "fp8"}  # fmt: skip
+FBGEMM_405B = {"activation_scale_ub": 1200.0, "quant_method": "fbgemm_fp8", "modules_to_not_convert": [
+    "lm_head", *(f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qkvo"),
+    *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")),
+]}  # fmt: skip
+MODELOPT_FILE = {
+    "producer": {"name": "modelopt", "version": "0.23.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+}  # fmt: skip
+MODELOPT = {
+    "config_groups": {"group_0": {"input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+                                  "weights": {"dynamic": False, "num_bits": 8, "type": "float"}, "targets": ["Linear"]}},
+    "ignore": ["lm_head"], "quant_algo": "FP8", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": {"name": "modelopt", "version": "0.37.0"}, "quant_method": "modelopt",
+}  # fmt: skip
+
+
+def schemes(plan: FormatPlan) -> dict[str, str]:
+    """Of a Llama's matrices of two layers, by what the model calls them."""
+    config = {**checkpoints.LLAMA.config, "num_hidden_layers": 2, "hidden_size": 256, "head_dim": 128,
+              "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 512}  # fmt: skip
+    model = find_model(config)
+    specs = model.weights(model.read_config(config))
+    return {spec.owner: plan.choose(spec).name for spec in specs if len(spec.parts[0].shape) > 1}
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        (FP8_DYNAMIC, "fp8 rows x tokens"), (FP8_STATIC, "fp8 rows x static"), (W8A8, "int8 rows x tokens"),
+        (W4A16, "int4 in groups of 128"), (FP8_BLOCK, "fp8 blocks in groups of 128"),
+        (THE_BLOKE_GPTQ, "int4 in groups of 128 with activation order"), (QWEN_GPTQ_INT8, "int8 in groups of 128"),
+        (AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"), (AUTO_FP8_KV, "fp8 rows x static"),
+        (MODELOPT, "fp8 rows x static"), ({"quant_method": "modelopt", **MODELOPT_FILE}, "fp8 rows x static"),
+    ],
+)  # fmt: skip
+def test_sections_of_published_checkpoints_are_read(section: dict[str, Any], name: str) -> None:
+    plan = read_formats({"quantization_config": section})
+    found = schemes(plan)
+    assert {scheme for owner, scheme in found.items() if owner.startswith("layers.")} == {name}
+    assert found["embed"] == found.get("lm_head", "dense") == "dense"
+    promises_cache = section.get("kv_cache_scheme") or section.get("quantization", {}).get("kv_cache_quant_algo")
+    assert plan.has_kv_scales == bool(promises_cache)
+
+
+def test_modules_that_are_named_one_by_one_stay_as_they_are() -> None:
+    found = schemes(read_formats({"quantization_config": FBGEMM_405B}))
+    quantised = {owner for owner, scheme in found.items() if scheme == "fp8 rows x tokens up to 1200"}
+    assert quantised == {"layers.1.gate_up", "layers.1.down"}
+    inside = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+    section = {**QWEN_GPTQ_INT8, "modules_in_block_to_quantize": inside}
+    found = schemes(read_formats({"quantization_config": section}))
+    assert {owner for owner, scheme in found.items() if scheme != "dense"} == {
+        f"layers.{layer}.{owner}" for layer in range(2) for owner in ("qkv", "gate_up")
+    }
+
+
+ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({**W4A16, "transform_config": ROTATED}, "with transforms"),
+        ({**FP8_DYNAMIC, "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}}, "kv_cache_scheme="),
+        (compressed({**CHANNEL, "type": "float"}, {**TOKEN, "type": "float", "strategy": "tensor"}, "float-quantized"),
+         "activations strategy='tensor' dynamic=True"),
+        ({**AUTO_FP8_KV, "kv_cache_scheme": "dynamic"}, "kv_cache_scheme='dynamic'"),
+        ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "kv_cache_quant_algo='NVFP4'"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "quant_algo='W4A16_AWQ'"),
+        ({**QWEN_GPTQ_INT8, "dynamic": {"-:.*down.*": {}}}, "rules per module"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "quant_method='auto-round'"),
+    ],
+)  # fmt: skip
+def test_what_would_be_computed_wrongly_is_refused_by_name(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_formats({"quantization_config": section})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(checkpoints.CASE, tmp_path_factory.mktemp("published") / "dense")
+
+
+def test_a_file_of_the_quantiser_stands_in_for_config_json_and_must_not_contradict_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(checkpoints.CASE.config))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT_FILE))
+    plan = read_formats(read_config(ModelDirectory.at(tmp_path)))
+    assert plan.has_kv_scales
+    assert schemes(plan)["layers.0.qkv"] == "fp8 rows x static"
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoints.CASE.config, "quantization_config": {**MODELOPT, "quant_algo": "NVFP4"}}))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"quant_algo is 'NVFP4' in .*, but 'FP8' in hf_quant_config.json"):
+        read_config(ModelDirectory.at(tmp_path))
+    (tmp_path / "hf_quant_config.json").unlink()
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": False}))
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoints.CASE.config, "quantization_config": THE_BLOKE_GPTQ}))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"group_size is 128 in .*, but 64 in quantize_config\.json"):
+        read_config(ModelDirectory.at(tmp_path))
+
+
+def gptq(dense: Path, path: Path, symmetric: bool = True, v1: bool = True) -> tuple[Path, Path]:
+    module, section = checkpoints._gptq(4, 16, symmetric, v1)
+    writers.write(dense, path / "quantised", path / "twin", module, section)
+    return path / "quantised", path / "twin"
+
+
+def change(path: Path, name: str, tensor: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {name: tensor}, path / "model.safetensors")
+
+
+def test_biases_of_zeros_that_autogptq_adds_are_looked_at_and_left_out(dense: Path, tmp_path: Path) -> None:
+    quantised, twin = gptq(dense, tmp_path)
+    rows = len(load_file(twin / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"])
+    change(quantised, "model.layers.1.self_attn.o_proj.bias", np.zeros(rows, np.float16))
+    output, expected = checkpoints.generate(quantised), checkpoints.generate(twin)
+    np.testing.assert_allclose(checkpoints.logprobs(output), checkpoints.logprobs(expected), atol=5e-5)
+    change(quantised, "model.layers.1.self_attn.o_proj.bias", np.full(rows, 0.5, np.float16))
+    with pytest.raises(CheckpointError, match=r"o_proj\.bias', which the model does not use, does not hold zeros"):
+        checkpoints.generate(quantised)
+
+
+def test_an_order_of_groups_that_desc_act_denies_is_an_error(dense: Path, tmp_path: Path) -> None:
+    quantised, _ = gptq(dense, tmp_path)
+    name = "model.layers.0.mlp.down_proj.g_idx"
+    change(quantised, name, load_file(quantised / "model.safetensors")[name][::-1].copy())
+    with pytest.raises(CheckpointError, match="does not hold groups of 16 columns in order"):
+        checkpoints.generate(quantised)
+
+
+@pytest.mark.parametrize("v1", [True, False])
+def test_symmetric_zero_points_mean_the_same_under_either_label(dense: Path, tmp_path: Path, v1: bool) -> None:
+    quantised, twin = gptq(dense, tmp_path, v1=v1)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2" if v1 else "gptq"  # mislabelled
+    (quantised / "config.json").write_text(json.dumps(config))
+    for weight in (loaded := checkpoints.load(quantised, 1, 0)).values():
+        expected = checkpoints.load(twin, 1, 0).linear(weight.name) if weight.format.name != "dense" else None
+        if expected is not None:
+            values = weight.format.dequantize(weight.components)
+            np.testing.assert_array_equal(values, expected.components["weight"])
+    assert loaded
+
+
+def test_a_checkpoint_that_says_symmetric_with_other_zero_points_is_an_error(dense: Path, tmp_path: Path) -> None:
+    quantised, _ = gptq(dense, tmp_path, symmetric=False)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"]["sym"] = True
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="says sym=true, but zero points are"):
+        checkpoints.load(quantised, 1, 0)
+
+
+def test_cache_scales_of_autofp8_are_read(dense: Path, tmp_path: Path) -> None:
+    section = {"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static", "ignored_layers": ["lm_head"]}  # fmt: skip
+    scales = {
+        f"model.layers.{layer}.self_attn.kv_scale": np.array(0.02, np.float32)
+        for layer in range(checkpoints.CASE.config["num_hidden_layers"])
+    }
+    writers.write(dense, tmp_path / "kv", tmp_path / "twin", writers.fp8("tensor", input_scale=0.02), section, scales)
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "kv", plain)
+    cached, other = (
+        checkpoints.logprobs(checkpoints.generate(plain, kv_cache_dtype=one)) for one in ("auto", "float32")
+    )
+    assert 0 < np.abs(cached - other).mean() < 0.4
