@@ -7,7 +7,7 @@ from typing import Literal
 
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
-from phalanx.kernels.quantize import LARGEST_ROW, QUANTIZED_DEFINES, QuantizedRows, require_codes
+from phalanx.kernels.quantize import LARGEST_ROW, QuantizedRows, quantized_defines, require_codes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["ACTIVATIONS", "ActivationName", "activation", "gated_activation"]
@@ -48,9 +48,9 @@ def _gated_quantized(library: Library, x: Array, out: QuantizedRows, name: Activ
         VEC=width,
         NUM_THREADS=num_threads,
         ACTIVATION=_known(name),
-        QUANTIZED=QUANTIZED_DEFINES[out.kind],
+        **quantized_defines(out),
     )
-    kernel((num_tokens,), (num_threads,), (x, out.codes, out.scale))
+    kernel((num_tokens,), (num_threads,), (x, out.codes, out.scale, out.bound))
 
 
 def activation(library: Library, x: Array, out: Array, name: ActivationName) -> None:

@@ -5,7 +5,8 @@
 // RMSNorm has no mean and no bias, and takes the mean square for the variance. Without a residual nothing is written
 // back. Shapes: x, residual, out [T, D]; weight, bias [D]. out may be x. One block a row.
 // Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_BIAS.
-//     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh.
+//     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh, also for
+//     STATIC_SCALE and bound.
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
 // Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
 #include "dtype.cuh"
@@ -18,7 +19,7 @@ constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weight,
      const scalar* __restrict__ bias, scalar* out, unsigned char* __restrict__ codes,
-     float* __restrict__ scale, float epsilon, float weight_offset) {
+     float* __restrict__ scale, float epsilon, float weight_offset, float bound) {
     let_next_start();
     wait_for_previous();
     const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
@@ -76,7 +77,7 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
         }
     }
     if constexpr (QUANTIZED) {
-        const RowScale own = row_scale(block_reduce<NUM_THREADS>(amax, Max()));
+        const RowScale own = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
         if (threadIdx.x == 0) scale[blockIdx.x] = own.scale;
 #pragma unroll
         for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {

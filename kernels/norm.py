@@ -7,7 +7,7 @@ import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import Library
-from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
+from phalanx.kernels.quantize import QuantizedRows, quantized_defines, require_codes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -90,11 +90,12 @@ def _norm(
         LAYER_NORM=int(is_layer_norm),
         HAS_RESIDUAL=int(residual is not None),
         HAS_BIAS=int(bias is not None),
-        QUANTIZED=QUANTIZED_DEFINES[codes.kind if codes else None],
+        **quantized_defines(codes),
     )
     written = (dense, codes.codes if codes else None, codes.scale if codes else None)
     arguments = (x, residual, weight, bias, *written, np.float32(epsilon), np.float32(weight_offset))
-    kernel((num_tokens,), (num_threads,), arguments)
+    bound = np.float32(0) if codes is None else codes.bound
+    kernel((num_tokens,), (num_threads,), (*arguments, bound))
 
 
 def _block_size(num_vectors: int) -> int:

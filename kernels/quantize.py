@@ -3,19 +3,44 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import Library
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["LARGEST_ROW", "QUANTIZED_DEFINES", "CodeKind", "QuantizedRows", "quantize_rows", "require_codes"]
+__all__ = [
+    "LARGEST_ROW",
+    "QUANTIZED_DEFINES",
+    "CodeKind",
+    "CodeRule",
+    "QuantizedRows",
+    "quantize_rows",
+    "quantized_defines",
+    "require_codes",
+]
 
 CodeKind = Literal["fp8", "int8"]
 QUANTIZED_DEFINES: dict[CodeKind | None, int] = {None: 0, "fp8": 1, "int8": 2}
 LARGEST_ROW = 65536
 """Columns of the longest row that the kernels keep in registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodeRule:
+    """How kernels make codes of rows.
+
+    Attributes:
+        bound: on the magnitudes that make a row's scale; with ``is_static`` the scale of all rows.
+    """
+
+    kind: CodeKind
+    bound: float = math.inf
+    is_static: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +50,13 @@ class QuantizedRows:
     Attributes:
         codes: ``[T, I]`` bytes on the device: e4m3 (fp8) or int8, as uint8.
         scale: ``[T]`` float32.
+        rule: by which kernels are to fill them; None = with each row's own scale.
     """
 
     codes: Array
     scale: Array
     kind: CodeKind
+    rule: CodeRule | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,6 +65,17 @@ class QuantizedRows:
 
     def __len__(self) -> int:
         return self.codes.shape[0]
+
+    @property
+    def bound(self) -> np.float32:
+        """The rule's, as kernels take it."""
+        return np.float32(math.inf if self.rule is None else self.rule.bound)
+
+
+def quantized_defines(rows: QuantizedRows | None) -> dict[str, int]:
+    """Defines of a kernel that fills ``rows``, or plain values."""
+    is_static = rows is not None and rows.rule is not None and rows.rule.is_static
+    return {"QUANTIZED": QUANTIZED_DEFINES[None if rows is None else rows.kind], "STATIC_SCALE": int(is_static)}
 
 
 def require_codes(rows: QuantizedRows, shape: tuple[int, int]) -> None:
@@ -64,6 +102,6 @@ def quantize_rows(library: Library, x: Array, out: QuantizedRows) -> None:
         COLUMNS=columns,
         VEC=width,
         NUM_THREADS=num_threads,
-        QUANTIZED=QUANTIZED_DEFINES[out.kind],
+        **quantized_defines(out),
     )
-    kernel((num_rows,), (num_threads,), (x, out.codes, out.scale))
+    kernel((num_rows,), (num_threads,), (x, out.codes, out.scale, out.bound))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.quantization.numbers import CodeKind, Codes
     from phalanx.checkpoints.source import Array
 
-__all__ = ["FP8_ROWS", "INT8_ROWS", "RowCodes"]
+__all__ = ["FP8_BOUNDED", "FP8_ROWS", "FP8_STATIC", "INT8_ROWS", "RowCodes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class RowCodes:
     @property
     def name(self) -> str:
         """``fp8 rows x tokens``."""
-        ceiling = "" if self.input_ceiling == math.inf else f" up to {self.input_ceiling:g}"
+        ceiling = "" if self.input_ceiling == math.inf else " up to a bound"
         return f"{self.kind} rows" if self.input == "plain" else f"{self.kind} rows x {self.input}{ceiling}"
 
     @property
@@ -135,6 +135,8 @@ class RowCodes:
 
 FP8_ROWS, INT8_ROWS = RowCodes("fp8"), RowCodes("int8")
 """What ``--quantize`` makes."""
+FP8_STATIC, FP8_BOUNDED = RowCodes("fp8", input="static"), RowCodes("fp8", input_ceiling=1200.0)
+"""What calibrated and FBGEMM's checkpoints hold besides; the bound is each one's own."""
 
 
 def _module(part: Part) -> str:

@@ -2,8 +2,9 @@
 // Rows of values to 8-bit codes with one float32 scale a row, by the definitions of checkpoints/quantization/numbers.py:
 //     fp8:  scale = max(amax / 448, 1 / (448 * 512)),  code = e4m3(x * (1 / scale))
 //     int8: scale = max(amax / 127, 2^-40),            code = clip(round(x * (1 / scale)), -128, 127)
-// amax is the largest |x| of the values as they would have been stored, so fused and separate kernels give the same codes.
-// Compile-time parameter: QUANTIZED (0 = off, 1 = fp8, 2 = int8).
+// amax is the largest |x| of the values as they would have been stored, at most `bound` (infinity = none), so fused and separate
+// kernels give the same codes. With STATIC_SCALE all rows have the scale `bound`, and what is beyond its range saturates.
+// Compile-time parameters: QUANTIZED (0 = off, 1 = fp8, 2 = int8), STATIC_SCALE.
 #pragma once
 #include "fp8.cuh"
 
@@ -14,8 +15,10 @@ struct RowScale {
 // Magnitudes compare like unsigned integers, and NaN above all: a row with a NaN gets a NaN for its scale.
 __device__ __forceinline__ unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
-__device__ __forceinline__ RowScale row_scale(unsigned amax_bits) {
-    const float amax = __uint_as_float(amax_bits);
+__device__ __forceinline__ RowScale row_scale(unsigned amax_bits, float bound) {
+    if constexpr (STATIC_SCALE) return {bound, __fdiv_rn(1.0f, bound)};
+    const float largest = __uint_as_float(amax_bits);
+    const float amax = largest > bound ? bound : largest;  // NaN stays
     const float smallest = QUANTIZED == 2 ? 9.094947017729282e-13f : 4.359654017857143e-06f;
     const float scale = __fdiv_rn(amax, QUANTIZED == 2 ? 127.0f : 448.0f);
     const float floored = scale < smallest ? smallest : scale;

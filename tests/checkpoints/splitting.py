@@ -31,7 +31,7 @@ def split(path: Path, output: Path, tp: int, pp: int, dtype: str | None = None, 
             )
             for stage, layers in enumerate(model.stages(config, pp))
         )
-        ignored = (*model.ignored_tensors, *checkpoint.formats.ignored_tensors)
+        ignored = (*model.ignored_tensors, *checkpoint.formats.not_used)
         job = SplitJob(model.architecture, stages, tp, ignored, dtype, layers=model.stages(config, pp))
         return split_checkpoint(checkpoint.source, ModelDirectory.at(path), job, output, SelfCommunicator(), threads)
 

@@ -25,8 +25,8 @@ SPECS = [
     ("head_norm", HEADS | {"OWN_WEIGHTS": 1, "LAYER_NORM": 1}),
     ("scale_and_clip", {"VEC": 8, "NUM_THREADS": 256}),
     ("soft_cap", {"VEC": 8, "NUM_THREADS": 256}),
-    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_BIAS": 0, "QUANTIZED": 1}),
-    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0}),
+    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_BIAS": 0, "QUANTIZED": 1, "STATIC_SCALE": 0}),
+    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0}),
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
     *(
@@ -37,8 +37,8 @@ SPECS = [
         )
         for codes, group, zero in ((4, 32, 1), (8, 128, 1), (1, 0, 0))
     ),
-    ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1}),
-    ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2}),
+    ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1, "STATIC_SCALE": 0}),
+    ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2, "STATIC_SCALE": 0}),
     ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf"}),
     (
         "rotary_kv_write",
@@ -55,7 +55,7 @@ SPECS = [
     (
         "gemv8",
         {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 2, "PREFETCH_BYTES": 4096, "TOKEN_TILES": 2, "MANY": 1, "HAS_BIAS": 1,
-         "QUANTIZED": 2},
+         "QUANTIZED": 2, "STATIC_SCALE": 0},
     ),
     (
         "gemv",
@@ -101,7 +101,7 @@ def test_fp8_products_compile_where_the_tensor_cores_have_them(cache):
         "MANY": 1,
         "HAS_BIAS": 0,
     }
-    spec = KernelSpec.of("gemv8", defines | {"QUANTIZED": 1, "SCALAR": "__nv_bfloat16"})
+    spec = KernelSpec.of("gemv8", defines | {"QUANTIZED": 1, "STATIC_SCALE": 0, "SCALAR": "__nv_bfloat16"})
     for architecture in ("sm_89", "sm_90a", "sm_120"):
         assert compile_cubin(spec, architecture, cache).startswith(b"\x7fELF")
     with pytest.raises(ExecutorError, match="mma_16x8x32"):

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.numbers import E4M3
+from phalanx.checkpoints.quantization.numbers import E4M3, quantize_static
 from phalanx.checkpoints.quantization.numbers import quantize_rows as reference_rows
 from phalanx.kernels.activation import gated_activation
 from phalanx.kernels.norm import layer_norm, rms_norm
-from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
+from phalanx.kernels.quantize import CodeKind, CodeRule, QuantizedRows, quantize_rows
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES, KernelDevice
@@ -102,6 +102,34 @@ def test_gated_activation_writes_the_codes_of_what_it_would_have_stored(
     for out in (dense, rows):
         gated_activation(device.library, x, out, name)
     assert_same_codes(device, rows, device.get(dense))
+
+
+RULES = [CodeRule("fp8", 0.005, is_static=True), CodeRule("fp8", 1.5), CodeRule("int8", 1.5)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_static_scales_and_bounds_give_the_reference_codes_fused_or_not(
+    device: KernelDevice, random_normal: Any, rule: CodeRule
+) -> None:
+    x, gated = random_normal(BFLOAT16, 3, 688), random_normal(BFLOAT16, 3, 1376, scale=2.0)
+    weight = device.put(random_normal(BFLOAT16, 688))
+    runs: list[Any] = [
+        lambda out: quantize_rows(device.library, device.put(x), out) if isinstance(out, QuantizedRows) else None,
+        lambda out: rms_norm(device.library, device.put(x), weight, out, epsilon=1e-5),
+        lambda out: gated_activation(device.library, device.put(gated), out, "silu"),
+    ]
+    for run in runs:
+        dense, rows = device.put(x), empty_rows(device, 3, 688, rule.kind)
+        rows = QuantizedRows(rows.codes, rows.scale, rule.kind, rule)
+        run(dense)
+        run(rows)
+        values = device.get(dense).astype(np.float32)
+        assert (np.abs(values) > (448 * rule.bound if rule.is_static else rule.bound)).any(), "some saturate"
+        expected = (
+            quantize_static(values, rule.bound) if rule.is_static else reference_rows(values, rule.kind, rule.bound)
+        )
+        np.testing.assert_array_equal(device.get(rows.scale), expected.scale[:, 0])
+        np.testing.assert_array_equal(device.get(rows.codes), expected.codes.view(np.uint8))
 
 
 def test_rows_that_do_not_fit_registers_are_refused(device: KernelDevice) -> None:

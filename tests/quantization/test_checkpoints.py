@@ -223,7 +223,9 @@ def test_weight_only_experts_are_held_as_plain_values(tmp_path: Path, device: No
     np.testing.assert_allclose(logprobs(output), logprobs(generate(tmp_path / "twin")), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ct-fp8-channel", "ct-fp8-tensor", "ct-int8"])
+@pytest.mark.parametrize(
+    "name", ["ct-fp8-channel", "ct-fp8-tensor", "ct-int8", "ct-fp8-static", "modelopt-fp8", "fbgemm"]
+)
 def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, name: str) -> None:
     quantised, twin = written(root, name)
     expected, plain = logprobs(generate(quantised)), logprobs(generate(twin))
@@ -233,8 +235,7 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("ct-fp8-static", "fp8 rows x static"), ("hf-fp8-blocks", "fp8 blocks in groups of 16"),
-     ("fbgemm", "fp8 rows x tokens up to 1200"), ("gptq-4-order", "int4 in groups of 16 with activation order")],
+    [("hf-fp8-blocks", "fp8 blocks in groups of 16"), ("gptq-4-order", "int4 in groups of 16 with activation order")],
 )  # fmt: skip
 def test_the_cuda_engine_names_the_schemes_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:
     with pytest.raises(ConfigError, match=f"the cuda engine cannot multiply {scheme} weights"):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from phalanx.kernels.activation import ActivationName
-from phalanx.kernels.quantize import CodeKind, QuantizedRows
+from phalanx.kernels.quantize import CodeRule, QuantizedRows
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 
@@ -40,7 +40,7 @@ class Deferred:
         self._pool, self.shape, self.dtype = pool, shape, dtype
         self._write, self._write_again = write, write_again
         self._values: DeviceArray | None = None
-        self._codes: dict[CodeKind, QuantizedRows] = {}
+        self._codes: dict[CodeRule, QuantizedRows] = {}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -56,11 +56,11 @@ class Deferred:
             self._values = self._filled(self._pool.array(self.shape, self.dtype))
         return self._values
 
-    def codes(self, kind: CodeKind) -> QuantizedRows:
+    def codes(self, rule: CodeRule) -> QuantizedRows:
         """The codes of what `values` would hold."""
-        if kind not in self._codes:
-            self._codes[kind] = self._filled(quantized_rows(self._pool, self.shape, kind))
-        return self._codes[kind]
+        if rule not in self._codes:
+            self._codes[rule] = self._filled(quantized_rows(self._pool, self.shape, rule))
+        return self._codes[rule]
 
     def _filled(self, out: Any) -> Any:
         self._write(out)
@@ -111,6 +111,6 @@ Rows = Any
 """A `DeviceArray`, a `Deferred` or a `DeferredProduct`."""
 
 
-def quantized_rows(pool: ActivationPool, shape: tuple[int, int], kind: CodeKind) -> QuantizedRows:
+def quantized_rows(pool: ActivationPool, shape: tuple[int, int], rule: CodeRule) -> QuantizedRows:
     """Uninitialised codes and scales for the rest of the step."""
-    return QuantizedRows(pool.array(shape, "uint8"), pool.array(shape[:1], "float32"), kind)
+    return QuantizedRows(pool.array(shape, "uint8"), pool.array(shape[:1], "float32"), rule.kind, rule)

@@ -12,7 +12,7 @@ from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.held import PackedCodes
-from phalanx.checkpoints.quantization.row_codes import FP8_ROWS, INT8_ROWS, RowCodes
+from phalanx.checkpoints.quantization.row_codes import FP8_BOUNDED, FP8_ROWS, FP8_STATIC, INT8_ROWS, RowCodes
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
@@ -23,7 +23,7 @@ from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
-from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
+from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.sigmoid_gate import sigmoid_gate
@@ -74,7 +74,7 @@ CAPABILITIES = Capabilities(
         "experts.renormalise": ANY,
         "sigmoid_gate": ANY,
     },
-    formats=frozenset({DENSE.name, FP8_ROWS.name, INT8_ROWS.name}),
+    formats=frozenset({DENSE.name, FP8_ROWS.name, FP8_STATIC.name, FP8_BOUNDED.name, INT8_ROWS.name}),
 )
 
 
@@ -105,6 +105,7 @@ class CudaOps(Ops[DeviceArray]):
         self._num_kept = 0
         self._logit_rows, self.stops_before_logits = range(0), False
         self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
+        self._rules: dict[str, CodeRule] = {}
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
@@ -320,7 +321,7 @@ class CudaOps(Ops[DeviceArray]):
     def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
         """``x`` in the form in which the matrix takes it."""
         weight = self._matrix(name)
-        return self._codes(x, weight.kind) if isinstance(weight, QuantizedRows) else self._values(x)
+        return self._codes(x, self._rule(name)) if isinstance(weight, QuantizedRows) else self._values(x)
 
     def _multiply(
         self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, bias: DeviceArray | None
@@ -374,12 +375,20 @@ class CudaOps(Ops[DeviceArray]):
         self._settle(x)
         return x.values() if isinstance(x, Deferred | DeferredProduct) else x
 
-    def _codes(self, x: Rows, kind: CodeKind) -> QuantizedRows:
+    def _rule(self, name: str) -> CodeRule:
+        """How the inputs of a product with codes are quantised."""
+        if name not in self._rules:
+            weight = self._weights.linear(name)
+            assert isinstance(weight.format, RowCodes)
+            self._rules[name] = _rule_of(weight.format, weight.components)
+        return self._rules[name]
+
+    def _codes(self, x: Rows, rule: CodeRule) -> QuantizedRows:
         self._settle(x)
         if isinstance(x, Deferred):
-            return x.codes(kind)
+            return x.codes(rule)
         x = self._values(x)
-        out = quantized_rows(self._pool, x.shape, kind)
+        out = quantized_rows(self._pool, x.shape, rule)
         quantize_rows(self._library, x, out)
         return out
 
@@ -399,3 +408,10 @@ class CudaOps(Ops[DeviceArray]):
         gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
         gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
         return gathered
+
+
+def _rule_of(chosen: RowCodes, components: Mapping[str, DeviceArray]) -> CodeRule:
+    """Parts of a merged weight see one input: the largest of their static scales keeps the range of all of them."""
+    if chosen.input == "static":
+        return CodeRule(chosen.kind, float(components["input_scale"].max()), is_static=True)
+    return CodeRule(chosen.kind, chosen.input_ceiling)
