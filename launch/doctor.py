@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["diagnose", "main"]
 
 
+MOST_SECONDS = 1e6
+"""What timers of the system can take is more, and longer than anybody waits."""
+
+
 def build_parser() -> CommandParser:
     """``--json`` and ``--timeout``."""
     parser = CommandParser(
@@ -40,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, the same on every rank."""
     parser = build_parser()
     args = parser.parse_settings(Settings.read(sys.argv[1:] if argv is None else argv, parser.command))
-    if args.timeout <= 0:
-        parser.error(f"--timeout={args.timeout:g} is not above 0; use for example 120")
+    if not 0 < args.timeout < MOST_SECONDS:
+        parser.error(
+            f"--timeout={args.timeout:g} is out of range; use seconds above 0 and below {MOST_SECONDS:g}, for example 120"
+        )
     os.environ[START_SECONDS_VARIABLE] = str(args.timeout)
     watchdog = threading.Timer(args.timeout, _give_up, [args.timeout])
     watchdog.daemon = True

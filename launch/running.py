@@ -20,7 +20,7 @@ from phalanx.launch.parser import CommandParser, UsageError
 from phalanx.launch.settings import Settings
 from phalanx.launch.sharing import agree
 from phalanx.launch.signals import PRECEDENCE_SECONDS, catch_signals, interruption, leave_signals_alone
-from phalanx.launch.streams import open_closed_streams
+from phalanx.launch.streams import prepare_streams
 from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
 from phalanx.parallel.launcher import forget_launcher, launch_info
 
@@ -32,7 +32,7 @@ __all__ = ["job_arguments", "own_arguments", "run_command"]
 SPOKESMAN_SECONDS = 1.0
 """How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
 rank 0 must have spoken by then."""
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _WAYS_OUT = {errno.EBADF: "send it to a file or to /dev/null"}
 _ANSWERED_ALONE = ("-h", "--help", "--version")
 
@@ -96,7 +96,7 @@ def own_arguments(parser: CommandParser, argv: Sequence[str] | None) -> argparse
 
 def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and turn what it raises into the exit status, never leaving other ranks waiting."""
-    open_closed_streams()
+    prepare_streams()
     leave_signals_alone()
     if launch_info().size == 1:
         catch_signals(rank=0)
@@ -118,12 +118,16 @@ def _leave_with(error: BaseException) -> NoReturn:
         _leave(1, abort=True)
     if isinstance(error, (ConfigError, CheckpointError, RequestError)):
         _leave(2, abort=_report_mistake(error))
+    if isinstance(error, PermissionError) and error.filename is not None:
+        place = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}"
+        mistake = ConfigError(f"{place}; change its permissions or those of its parents, or give another path")
+        _leave(2, abort=_report_mistake(mistake))
     if isinstance(error, SystemExit) and _is_agreed(error):
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     if isinstance(error, MemoryError):
         notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         size = "use smaller --num-kv-blocks, --max-num-seqs, --block-size or --max-num-batched-tokens; launch.plan shows sizes"
-        _leave(2, abort=_report_mistake(ConfigError(f"not enough memory{notes}: {error}; {size}")))
+        _leave(2, abort=_report_mistake(ConfigError(f"not enough memory{notes}{str(error) and f': {error}'}; {size}")))
     if isinstance(error, OSError) and error.errno in (*_DISK_ERRORS, *_WAYS_OUT):
         way_out = _WAYS_OUT.get(error.errno, "make room")
         sys.stderr.write(f"phalanx: {error.filename or 'the output'} cannot be written: {error.strerror}; {way_out}\n")

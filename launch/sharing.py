@@ -91,6 +91,8 @@ def _read(flag: str, path: Path) -> bytes:
         return path.read_bytes()
     except IsADirectoryError:
         raise ConfigError(f"{flag} {path} is a directory; give a file, or - for standard input") from None
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{flag} {path} cannot be read: {reason}; check the path") from None

@@ -1,14 +1,18 @@
-"""Standard streams that were closed before the start (``>&-``): nothing else may take their place, and no output is lost silently."""
+"""Standard streams as a command finds them: closed (``>&-``), or in an encoding without the characters of a text."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
 import sys
 from typing import Any, NoReturn
 
-__all__ = ["open_closed_streams"]
+__all__ = ["prepare_streams"]
+
+
+_ESCAPES = "phalanx.json-escapes"
 
 
 class _Closed(io.TextIOBase):
@@ -18,11 +22,13 @@ class _Closed(io.TextIOBase):
         raise OSError(errno.EBADF, "it is closed", "standard output")
 
 
-def open_closed_streams() -> None:
-    """Take the descriptors 0 to 2 that are free, which the next socket would get, and have Python's streams know.
+def prepare_streams() -> None:
+    r"""Have no stream fail that a command could write to in another way.
 
-    What is written to a closed standard error is gone, as its owner wished; to a closed standard output, an error.
+    Free descriptors among 0 to 2, which the next socket would get, are taken. What is written to a closed standard error is gone, as its
+    owner wished; to a closed standard output, an error. Characters that an encoding lacks are written as JSON escapes (``\u65e5``).
     """
+    codecs.register_error(_ESCAPES, _escaped)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -33,3 +39,13 @@ def open_closed_streams() -> None:
         given.stderr = os.fdopen(2, "w")
     if sys.stdout is None:
         given.stdout = _Closed()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPES)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4)), error.end

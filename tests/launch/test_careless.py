@@ -147,7 +147,7 @@ MISTAKES = (
 
 ELSEWHERE = {
     "Ctrl-C on the server under Open MPI": "tests/server/test_serve.py::test_an_interrupted_open_mpi_ends_with_an_error",
-    "standard output closed (`>&-`)": "tests/launch/test_closed_streams.py::test_output_to_a_closed_stream_is_one_line",
+    "standard output closed (`>&-`)": "tests/launch/test_streams.py::test_output_to_a_closed_stream_is_one_line",
     "a flag without the one that it needs": "tests/launch/test_flags_without_effect.py::test_a_flag_that_needs_another_is_refused_without_it",
     "a key that is twice in the file of `--config`": "tests/launch/test_command_line.py::test_a_broken_configuration_is_one_line",
     "`nan` or `inf` for a number": "tests/launch/test_command_line.py::test_a_number_must_be_finite",

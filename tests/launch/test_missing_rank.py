@@ -69,6 +69,7 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(rank:
     [
         ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted"),
         ("sys.exit(3)", "SystemExit: 3"),
+        ("raise PermissionError(13, 'Permission denied', 'locked/model')", "'locked/model' cannot be used: Permission denied; change its permissions"),
         ("from phalanx.parallel.errors import ConfigError; raise ConfigError('a file of one host')", "a file of one host"),
     ],
 )  # fmt: skip

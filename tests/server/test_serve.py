@@ -22,6 +22,7 @@ import pytest
 
 from phalanx import LLM, SamplingParams
 from phalanx.runtime.server.link.bridge import STATS_SECONDS
+from tests.support.launcher import ROOT
 
 from .jobs import Job, is_open_mpi, serve
 from .test_lifecycle import events
@@ -145,6 +146,8 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
     shown = dict(line.removeprefix("phalanx: ").rstrip().split(maxsplit=1) for line in block)
     info = job.server.get("/server_info").json
     assert list(shown) == [*info, "ask"]
+    recorded = (ROOT / "docs/howto/session.md").read_text()
+    assert re.findall(r"^phalanx: (\w+)  ", recorded, re.MULTILINE) == list(shown)
     assert {name: " ".join(value.split()) for name, value in info.items()} == {
         name: " ".join(value.split()) for name, value in shown.items() if name != "ask"
     }

@@ -1,4 +1,4 @@
-"""Standard streams that a shell closed (``>&-``): no traceback, no socket in their place, and lost output is said."""
+"""Standard streams that a shell closed (``>&-``) or whose encoding lacks characters: no traceback, and lost output is said."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from .commands import ROOT, command_line
+from .commands import ROOT, command_line, run
 
 
 def run_in_shell(redirections: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -27,3 +27,12 @@ def test_output_to_a_closed_stream_is_one_line(redirections: str) -> None:
 def test_the_status_is_the_same_without_standard_error(words: tuple[str, ...], status: int) -> None:
     result = run_in_shell("2>&- <&-", *words)
     assert (result.returncode, bool(result.stdout), result.stderr) == (status, status == 0, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_text_that_the_encoding_lacks_is_escaped(encoding: str) -> None:
+    """As in JSON, so that lines for machines stay JSON in any encoding."""
+    text = run(
+        "generate", "--prompt", "日\N{GRINNING FACE}", "--max-tokens", "0", environ={"PYTHONIOENCODING": encoding}
+    )
+    assert (text.returncode, text.stdout, text.stderr) == (0, "\\u65e5\\ud83d\\ude00\n", "")
