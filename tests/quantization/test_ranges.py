@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from tests.support.calibrating_llama import CalibratingLlama
-from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 from tests.support.short_demo import write_short_demo
 
@@ -167,14 +169,19 @@ def test_a_text_that_nothing_would_read_is_refused(dense: Path, text: Path, tmp_
         main(["--model", str(dense), *arguments, "--scheme", "fp8"])
 
 
+def write_words(directory: Path) -> Path:
+    """A tokenizer of the numbers 0 to 63, and a text of 100 of them, whose path is returned."""
+    tokenizer = Tokenizer(WordLevel({str(token): token for token in range(64)}, "0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = directory.with_suffix(".txt")
+    text.write_text(" ".join(str(token % 64) for token in range(100)))
+    return text
+
+
 def test_experts_get_cache_scales_but_no_static_inputs(tmp_path: Path) -> None:
     experts = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "experts")
-    words = WordLevel({str(token): token for token in range(64)}, "0")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(experts / "tokenizer.json"))
-    (tmp_path / "text").write_text(" ".join(str(token % 64) for token in range(100)))
-    arguments = ["--model", str(experts), "--calibration", str(tmp_path / "text")]
+    arguments = ["--model", str(experts), "--calibration", str(write_words(experts))]
     with pytest.raises(
         ConfigError, match=r"has no inputs of layers\.0\.experts.* use --method rtn and a scheme without static"
     ):
@@ -182,3 +189,38 @@ def test_experts_get_cache_scales_but_no_static_inputs(tmp_path: Path) -> None:
     assert main([*arguments, "--output", str(tmp_path / "fp8"), "--scheme", "fp8", "--kv-cache", "fp8"]) == 0
     assert "model.layers.0.self_attn.k_scale" in tensors_of(tmp_path / "fp8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("fp8", "rtn"), ("fp8-static", "smoothquant"), ("w4a16", "gptq", "--group-size", "32")], ids=str)  # fmt: skip
+def test_memory_holds_one_layer_however_many_there_are(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    scheme, method, *more = arguments
+
+    def peak(num_layers: int) -> int:
+        config = {**CASES_BY_NAME["llama-grouped-heads"].config, "hidden_size": 192, "intermediate_size": 384, "head_dim": 48,
+                  "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": num_layers}  # fmt: skip
+        path = write_checkpoint(CheckpointCase("deep", config), tmp_path / f"{num_layers}")
+        text = write_words(path)
+        command = [
+            "--model",
+            str(path),
+            "--output",
+            str(tmp_path / f"out-{num_layers}"),
+            "--scheme",
+            scheme,
+            "--method",
+            method,
+        ]
+        calibration = [] if method == "rtn" else ["--calibration", str(text)]
+        tracemalloc.start()
+        assert main([*command, *calibration, *more]) == 0
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    layer_bytes = 4 * (4 * 192 * 192 + 3 * 192 * 384)
+    peak(2)  # imports and other things that are allocated once
+    shutil.rmtree(tmp_path / "2")
+    shutil.rmtree(tmp_path / "out-2")
+    few, many = peak(2), peak(6)
+    assert few > layer_bytes / 8, "something was seen"
+    assert many < few + layer_bytes
