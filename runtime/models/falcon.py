@@ -50,6 +50,8 @@ def read_fields(reader: ConfigReader) -> FalconConfig:
     norms = reader.integer("num_ln_in_parallel_attn", 2 if is_new else 1)
     reader.refuse_unless("num_ln_in_parallel_attn", norms if norms == 1 or (norms == 2 and is_new) else 1)
     reader.refuse_unless("apply_residual_connection_post_layernorm", False)
+    size = reader.integer("ffn_hidden_size", reader.integer("ff_factor", 4) * reader.integer(width))
+    reader.refuse_unless("ff_factor", size / reader.integer(width))  # which Falcon 11B has, too
     rope = reader.rope(head_dim)
     return FalconConfig(
         architecture="FalconForCausalLM",
@@ -59,7 +61,7 @@ def read_fields(reader: ConfigReader) -> FalconConfig:
         num_heads=num_heads,
         num_kv_heads=reader.integer(given, num_heads) if is_new else few_heads,
         head_dim=head_dim,
-        intermediate_size=reader.integer("ffn_hidden_size", 4 * reader.integer(width)),
+        intermediate_size=size,
         max_positions=reader.integer("max_position_embeddings", 2048),
         norm_eps=reader.number("layer_norm_epsilon", 1e-5),
         activation=reader.activation("activation", "gelu"),

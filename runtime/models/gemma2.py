@@ -34,6 +34,7 @@ def read_fields(reader: ConfigReader) -> Gemma2Config:
     """Read ``config.json`` of a ``Gemma2ForCausalLM``."""
     head_dim, num_layers = reader.integer("head_dim", 256), reader.integer("num_hidden_layers")
     reader.ignore("cache_implementation", "hidden_act")
+    window = reader.nullable(reader.either("sliding_window", "sliding_window_size"), 4096)
     return Gemma2Config(
         architecture="Gemma2ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=8192, norm_eps=1e-6, num_kv_heads=4),
@@ -41,7 +42,7 @@ def read_fields(reader: ConfigReader) -> Gemma2Config:
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", True),
         attention_bias=reader.flag("attention_bias", False),
-        windows=reader.windows(num_layers, reader.nullable("sliding_window", 4096), lambda layer: layer % 2 == 0),
+        windows=reader.windows(num_layers, window, lambda layer: layer % 2 == 0),
         query_scalar=reader.number("query_pre_attn_scalar", 256.0),
         score_cap=reader.nullable_number("attn_logit_softcapping", 50.0),
         logit_cap=reader.nullable_number("final_logit_softcapping", 30.0),

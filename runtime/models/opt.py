@@ -40,7 +40,12 @@ class OptConfig(ModelConfig):
 def read_fields(reader: ConfigReader) -> OptConfig:
     """Read ``config.json`` of an ``OPTForCausalLM``; epsilon is not in it."""
     norm_first, num_heads = reader.flag("do_layer_norm_before", True), reader.integer("num_attention_heads")
-    reader.refuse_unless("layer_norm_elementwise_affine", True)
+    for name, value in {
+        "layer_norm_elementwise_affine": True,
+        "learned_embeddings": True,
+        "scale_embeddings": False,
+    }.items():
+        reader.refuse_unless(name, value)
     is_removed = reader.flag("_remove_final_layer_norm", False)
     return OptConfig(
         architecture="OPTForCausalLM",

@@ -14,6 +14,8 @@ __all__ = ["PHI3"]
 def read_fields(reader: ConfigReader) -> MistralConfig:
     """Read ``config.json`` of a ``Phi3ForCausalLM``."""
     head_dim = reader.head_dim()
+    for name, value in {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}.items():
+        reader.refuse_unless(name, value)  # of Phi 4 mini
     reader.ignore("full_attn_mod", "interpolate_factor")  # of Phi 4 mini, whose own code does not read them either
     return MistralConfig(
         architecture="Phi3ForCausalLM",

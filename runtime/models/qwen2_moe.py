@@ -45,6 +45,7 @@ def read_fields(reader: ConfigReader) -> Qwen2MoeConfig:
     head_dim = reader.head_dim()
     slides, first = reader.flag("use_sliding_window", False), reader.integer("max_window_layers", 28, minimum=0)
     window = reader.nullable("sliding_window", 4096) if slides else 0
+    reader.ignore("sliding_window")  # which published files name without `use_sliding_window`
     num_layers = reader.integer("num_hidden_layers")
     return Qwen2MoeConfig(
         architecture="Qwen2MoeForCausalLM",

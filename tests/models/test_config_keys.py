@@ -96,6 +96,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "torch_dtype": "float16", "transformers_version": "4.20.0.dev0", "use_cache": True, "vocab_size": 50272,
         "word_embed_proj_dim": 512,
     },
+    "Galactica 1.3B": {
+        "_remove_final_layer_norm": False, "activation_function": "gelu", "architectures": ["OPTForCausalLM"],
+        "attention_dropout": 0.1, "bos_token_id": 0, "do_layer_norm_before": True, "dropout": 0.1, "enable_bias": True,
+        "eos_token_id": 2, "ffn_dim": 8192, "hidden_size": 2048, "init_std": 0.02, "layer_norm_elementwise_affine": True,
+        "layerdrop": 0.0, "learned_embeddings": True, "max_position_embeddings": 2048, "model_type": "opt",
+        "num_attention_heads": 32, "num_hidden_layers": 24, "pad_token_id": 1, "scale_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": 50000,
+        "word_embed_proj_dim": 2048,
+    },
+    "Falcon 11B": {
+        "activation": "gelu", "alibi": False, "apply_residual_connection_post_layernorm": False,
+        "architectures": ["FalconForCausalLM"], "attention_dropout": 0.0, "bias": False, "bos_token_id": 11,
+        "eos_token_id": 11, "ff_factor": 4, "ffn_hidden_size": 16384, "hidden_dropout": 0.0, "hidden_size": 4096,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 8192, "model_type": "falcon",
+        "multi_query": True, "new_decoder_architecture": True, "num_attention_heads": 32, "num_hidden_layers": 60,
+        "num_kv_heads": 8, "num_ln_in_parallel_attn": 1, "parallel_attn": True, "rope_scaling": None,
+        "rope_theta": 500042.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "vocab_size": 65024,
+    },
     "Falcon 7B, older keys": {
         "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["RWForCausalLM"],
         "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_RW.RWConfig"}, "bias": False,
@@ -196,6 +215,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32",
         "use_cache": True, "vocab_size": 256000,
     },
+    "Gemma 2 27B": {
+        "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+        "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "initializer_range": 0.02,
+        "intermediate_size": 36864, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 32,
+        "num_hidden_layers": 46, "num_key_value_heads": 16, "pad_token_id": 0, "query_pre_attn_scalar": 144,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+        "torch_dtype": "float32", "use_cache": True, "vocab_size": 256000, "_attn_implementation": "eager",
+    },
     "MPT 7B": {
         "architectures": ["MPTForCausalLM"], "attn_config": {
             "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "attn_type": "multihead_attention",
@@ -250,6 +279,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         },
         "sliding_window": 262144, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
         "vocab_size": 32064,
+    },
+    "Phi 4 mini": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 199999,
+        "embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072,
+        "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "original_max_position_embeddings": 4096,
+        "pad_token_id": 199999, "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0", "use_cache": True, "vocab_size": 200064,
     },
     "InternLM 2 chat 7B": {
         "architectures": ["InternLM2ForCausalLM"], "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
@@ -392,6 +432,28 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": False, "use_sliding_window": False,
         "vocab_size": 128256,
     },
+    "Qwen 1.5 MoE": {
+        "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21,
+        "model_type": "qwen2_moe", "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16,
+        "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen 3 30B A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
     "Qwen 3 0.6B": {
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
@@ -412,6 +474,24 @@ def read(base: dict[str, Any], **changes: Any) -> Any:
 @pytest.mark.parametrize("name", [name for name, raw in PUBLISHED.items() if raw["architectures"][0] in KNOWN])
 def test_published_configs_are_read(name: str) -> None:
     assert read(PUBLISHED[name]).num_layers >= 2
+
+
+def test_windows_that_a_published_file_names_without_switching_them_on_are_none() -> None:
+    assert read(PUBLISHED["Qwen 1.5 MoE"]).windows == (0,) * 24
+    assert set(read(PUBLISHED["Qwen 1.5 MoE"], use_sliding_window=True).windows) == {0, 32768}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("Falcon 11B", "ff_factor", 3), ("Phi 4 mini", "full_attn_mod", 2), ("Phi 4 mini", "lm_head_bias", True),
+        ("Galactica 1.3B", "learned_embeddings", False), ("Galactica 1.3B", "scale_embeddings", True),
+        ("Gemma 2 27B", "sliding_window_size", 512),
+    ],
+)  # fmt: skip
+def test_what_published_files_name_without_effect_is_refused_where_it_has_one(name: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=key):
+        read(PUBLISHED[name], **{key: value})
 
 
 @pytest.mark.parametrize("base", FAMILIES, ids=lambda base: base["architectures"][0])
