@@ -20,9 +20,11 @@ def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan,
     Args:
         stored: formats of the checkpoint, which `options` may have quantised while it is loaded.
     """
-    choose = held_formats(stored, options.quantize).choose
-    matrices = (spec for spec in model.weights(config) if len(spec.parts[0].shape) > 1)
-    schemes = sorted({scheme for spec in matrices if (scheme := choose(spec).scheme)})
+    held = held_formats(stored, options.quantize)
+    matrices = [spec for spec in model.weights(config) if len(spec.parts[0].shape) > 1]
+    schemes = sorted(
+        {scheme for spec in matrices if (scheme := held.choose(spec).scheme or stored.choose(spec).scheme)}
+    )
     return f"weights: {' and '.join(schemes) or 'not quantised'}; cache: {_cache(stored, options)}"
 
 

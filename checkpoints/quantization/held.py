@@ -14,7 +14,15 @@ from phalanx.checkpoints.spec import Part, WeightSpec
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
-__all__ = ["QUANTIZE_NAMES", "PackedCodes", "QuantizeName", "held_formats", "packed", "quantized_while_loading"]
+__all__ = [
+    "QUANTIZE_NAMES",
+    "PackedCodes",
+    "QuantizeName",
+    "held_formats",
+    "is_ordered",
+    "packed",
+    "quantized_while_loading",
+]
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
@@ -79,6 +87,11 @@ def packed(chosen: Format) -> PackedCodes | None:
     return None
 
 
+def is_ordered(chosen: Format) -> bool:
+    """Whether columns belong to groups in any order and inputs are plain: a GPU then holds plain values, which no kernel has to sort."""
+    return isinstance(chosen, GroupCodes) and bool(chosen.stored.group_index) and chosen.input == "plain"
+
+
 def quantized_while_loading(spec: WeightSpec) -> bool:
     """Whether ``--quantize`` applies: matrices of layers that are split over ranks.
 
@@ -98,6 +111,8 @@ def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[
             return RowCodes(quantize)
         chosen = stored.choose(spec)
         held = packed(chosen)
+        if is_ordered(chosen):
+            return DENSE
         if held is None:
             return chosen
         return DENSE if spec.owner.rpartition(".")[0] in experts else held

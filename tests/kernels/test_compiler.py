@@ -28,6 +28,7 @@ SPECS = [
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_BIAS": 0, "QUANTIZED": 1, "STATIC_SCALE": 0}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0}),
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
+    ("unpack_ordered", {"HAS_ZERO": 1, "NUM_THREADS": 256}),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
     *(
         (

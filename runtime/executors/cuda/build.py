@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.formats import format_weights
-from phalanx.checkpoints.quantization.held import packed
+from phalanx.checkpoints.quantization.held import is_ordered, packed
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
@@ -61,7 +61,9 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(spec.config, [one for one in spec.declared if packed(one.format) is None])
+    CAPABILITIES.check_formats(
+        spec.config, [one for one in spec.declared if packed(one.format) is None and not is_ordered(one.format)]
+    )
     return create_lowered_executor(spec, lambda model: model.decode)
 
 
@@ -210,7 +212,8 @@ def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
     packing = {weight.spec.owner: held for weight in spec.declared if (held := packed(weight.format)) is not None}
     experts = use_of(spec.model, spec.config).experts
     plain = [name for name in packing if name.rpartition(".")[0] in experts]
-    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain)
+    ordered = [weight.spec.owner for weight in spec.declared if is_ordered(weight.format)]
+    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain, ordered)
     return sink.converted(spec.load(sink))
 
 

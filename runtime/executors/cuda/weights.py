@@ -21,6 +21,8 @@ from phalanx.kernels.library import Library
 from phalanx.kernels.packed import PackedWeight, pack_weight, unpack_weight
 from phalanx.kernels.product_sizes import packed_row_bytes
 from phalanx.kernels.quantize import QuantizedRows, quantize_rows
+from phalanx.kernels.unpack_ordered import unpack_ordered
+from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
 from phalanx.runtime.executors.weights import Weight, Weights
 
@@ -129,17 +131,19 @@ class ConvertingSink(CudaSink):
         quantize: weights of floats to quantise, by the names that models use.
         packing: weights whose codes are packed, likewise.
         plain: those of them that are unpacked again, because no product takes them packed.
+        ordered: weights whose columns belong to groups in any order, which become plain values.
     """
 
     def __init__(
         self, dtype: str, library: Library, quantize: Mapping[str, RowCodes], packing: Mapping[str, PackedCodes],
-        plain: Collection[str] = (),
+        plain: Collection[str] = (), ordered: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
         self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
         self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
-        self._plain = plain
+        self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
+        self._plain, self._ordered = plain, ordered
         self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
 
     def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
@@ -149,6 +153,20 @@ class ConvertingSink(CudaSink):
         if names[0] in self._conversions:
             self._filling = names, array
         return array
+
+    def write(self, destination: DeviceArray, index: Index, array: NDArray[Any]) -> None:
+        """As `CudaSink.write`.
+
+        Raises:
+            CheckpointError: a column is in a group that does not exist.
+        """
+        name = self._filling[0][0] if self._filling is not None else ""
+        if name.endswith(".group_index"):
+            groups = self.weights[f"{name.removesuffix('.group_index')}.scale"].shape[1]
+            if array.size and not 0 <= array.min() <= array.max() < groups:
+                wrong = array.min() if array.min() < 0 else array.max()
+                raise CheckpointError(f"a column of {name} is in group {wrong} of {groups}; copy the checkpoint again")
+        super().write(destination, index, array)
 
     def converted(self, weights: Weights[DeviceArray]) -> Weights[DeviceArray]:
         """``weights``, which were made from this sink's arrays, by their formats.
@@ -161,6 +179,8 @@ class ConvertingSink(CudaSink):
     def _converted(self, weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
         import cupy
 
+        if weight.name in self._ordered:
+            return replace(weight, format=DENSE, components={"weight": self.weights[f"{weight.name}.group_index"]})
         chosen = self._formats.get(weight.name)
         if chosen is None:
             return weight
@@ -193,6 +213,18 @@ class ConvertingSink(CudaSink):
             return rows
 
         return quantize
+
+    def _sorter(self, name: str) -> Held:
+        def unpack(group_index: DeviceArray) -> DeviceArray:
+            import cupy
+
+            codes, scale = self.weights[f"{name}.codes"], self.weights[f"{name}.scale"]
+            out = cupy.empty(codes.shape, self._dtype)
+            unpack_ordered(self._library, codes, group_index, scale, self.weights.get(f"{name}.zero"), out)
+            self.weights[f"{name}.codes"] = out  # the codes are not needed any more
+            return out
+
+        return unpack
 
     def _packer(self, chosen: PackedCodes) -> Held:
         def pack(array: DeviceArray) -> tuple[DeviceArray, int]:
