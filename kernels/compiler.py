@@ -22,6 +22,7 @@ from typing import Any
 from phalanx.parallel.errors import ConfigError, ExecutorError
 
 __all__ = [
+    "FIRST_WITH_FP8",
     "KernelSource",
     "KernelSpec",
     "architecture_name",
@@ -33,6 +34,8 @@ __all__ = [
 SOURCE_DIRECTORY = Path(__file__).parent
 INCLUDE_DIRECTORY = SOURCE_DIRECTORY / "include"
 OLDEST_COMPUTE_CAPABILITY = 80
+FIRST_WITH_FP8 = 89
+"""Compute capability whose tensor cores multiply fp8."""
 _INCLUDE_LINE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _DIGEST_BYTES = 32
 # Without -default-device some NVRTC take generic lambdas for host code.

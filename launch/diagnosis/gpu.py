@@ -41,6 +41,7 @@ def gpu_checks(info: LaunchInfo) -> tuple[list[Check], Gpu | None]:
 def _own_checks(own: Gpu, gpus: tuple[Gpu, ...]) -> list[Check]:
     return [
         _capability(own.compute_capability),
+        _quantisation(own.compute_capability),
         attempt("peer access", lambda: _peer_access(gpus), otherwise="warn"),
         _compiler(own.compute_capability),
         attempt("kernels", lambda: _runs(own.index), fix="look at nvidia-smi and dmesg for faults of this GPU"),
@@ -65,6 +66,18 @@ def _capability(number: str) -> Check:
     return Check(
         "compute capability", "fail", f"{text} is below 8.0", "use an Ampere or later GPU, or --engine numpy"
     )  # fmt: skip
+
+
+def _quantisation(number: str) -> Check:
+    """Which quantised weights and caches kernels of this GPU compute."""
+    from phalanx.kernels.compiler import FIRST_WITH_FP8
+
+    everywhere = "int8 products, packed weights of 4 and 8 bits, fp8 caches"
+    if int(number) < OLDEST_COMPUTE_CAPABILITY:
+        return Check("quantisation", "off", "see compute capability")
+    if int(number) >= FIRST_WITH_FP8:
+        return Check("quantisation", "ok", f"fp8 and {everywhere}")
+    return Check("quantisation", "ok", f"{everywhere}; fp8 products need compute capability {FIRST_WITH_FP8 / 10:.1f}")
 
 
 def _peer_access(gpus: tuple[Gpu, ...]) -> str | Check:

@@ -257,6 +257,15 @@ def test_a_rank_looks_at_the_gpu_of_its_local_number(host_with: Callable[..., di
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("capability", "has_fp8"), [("90", True), ("89", True), ("80", False)])
+def test_a_gpu_is_told_which_quantised_weights_it_multiplies(
+    host_with: Callable[..., dict[str, Check]], capability: str, has_fp8: bool
+) -> None:
+    detail = host_with(dataclasses.replace(GPU, compute_capability=capability))["quantisation"].detail
+    assert detail.startswith("fp8 and int8 products" if has_fp8 else "int8 products")
+    assert ("fp8 products need compute capability 8.9" in detail) == (not has_fp8)
+
+
 def test_a_gpu_before_ampere_is_too_old(host_with: Callable[..., dict[str, Check]]) -> None:
     old = dataclasses.replace(GPU, name="Tesla T4", compute_capability="75")
     checks = host_with(old)

@@ -14,6 +14,7 @@ from phalanx.checkpoints.quantization.held import is_ordered, packed
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
+from phalanx.kernels.compiler import FIRST_WITH_FP8
 from phalanx.kernels.gemm import Gemm, open_gemm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.step_update import StepArrays, StepKernels
@@ -48,7 +49,6 @@ from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "create_lowered_executor", "select_device"]
 
-_FIRST_WITH_FP8 = 89
 _CODE_ALIGNMENT = 16
 """Rows and columns of 8-bit matrices come in multiples of this (cuBLASLt)."""
 
@@ -120,7 +120,7 @@ def _check_quantized(spec: RankSpec, architecture: str) -> None:
         for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
         if isinstance(weight.format, RowCodes)
     ]
-    if int(architecture.removeprefix("sm_").rstrip("af")) < _FIRST_WITH_FP8:
+    if int(architecture.removeprefix("sm_").rstrip("af")) < FIRST_WITH_FP8:
         for weight in quantized:
             if isinstance(weight.format, RowCodes) and weight.format.kind == "fp8":
                 raise ConfigError(
