@@ -1,11 +1,12 @@
-"""Write the table in docs/models.md of which engine runs which family: ``python -m tools.engine_matrix`` (or ``make key-tables``).
+"""Write which engine runs which family into docs/models.md, and in short into README.md: ``python -m tools.engine_matrix`` (or ``make key-tables``).
 
-It is made from what the executors declare and what the small configurations of the tests use; a test compares them.
+Both tables are made from what the executors declare and what the small configurations of the tests use; a test compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from phalanx.runtime.executors.capabilities import Capabilities
@@ -16,9 +17,14 @@ from phalanx.runtime.models import MODELS, find_model
 from phalanx.runtime.models.shapes import use_of
 from tests.support.checkpoints import CASES
 
-PATH = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-START, END = "<!-- engines: written by `make key-tables` -->\n", "<!-- end -->\n"
+ROOT = Path(__file__).resolve().parent.parent
+END = "<!-- end -->\n"
 ENGINES = (NUMPY, CUDA, TENSORRT)
+_SHORT = {
+    "ChatGLMForConditionalGeneration": "ChatGLM-6B (the first)",
+    "Gemma3ForConditionalGeneration": "Gemma3 (text of checkpoints with images)",
+}
+"""Of names that are another family's, too, once shortened."""
 
 
 def missing(capabilities: Capabilities, architecture: str) -> list[set[str]]:
@@ -42,19 +48,43 @@ def cell(capabilities: Capabilities, architecture: str) -> str:
     return f"no: {names}" if all(lacking) else f"yes, without {names}"
 
 
-def document() -> str:
-    """The text of docs/models.md with the table as the code says it."""
-    text = PATH.read_text()
-    before, rest = text.split(START)
-    return before + START + "".join(f"{line}\n" for line in _lines()) + END + rest.split(END)[1]
+def documents() -> dict[Path, str]:
+    """Both files' texts with the tables as the code says them."""
+    return {
+        ROOT / "docs" / "models.md": _filled("docs/models.md", "engines", _lines()),
+        ROOT / "README.md": _filled("README.md", "families", _short_lines()),
+    }
+
+
+def _filled(name: str, table: str, lines: Iterable[str]) -> str:
+    start = f"<!-- {table}: written by `make key-tables` -->\n"
+    before, rest = (ROOT / name).read_text().split(start)
+    return before + start + "".join(f"{line}\n" for line in lines) + END + rest.split(END, 1)[1]
 
 
 def _lines() -> Iterator[str]:
-    yield "| `architectures` | " + " | ".join(f"`{engine.engine}`" for engine in ENGINES) + " |"
-    yield "|---|" + "---|" * len(ENGINES)
+    yield from _head("`architectures`")
     for architecture in sorted(MODELS):
         yield f"| `{architecture}` | " + " | ".join(cell(engine, architecture) for engine in ENGINES) + " |"
 
 
+def _short_lines() -> Iterator[str]:
+    """A row for all families that the same engines run."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for architecture in sorted(MODELS):
+        cells = tuple(cell(engine, architecture) for engine in ENGINES)
+        name = re.sub("(ForCausalLM|LMHeadModel|Model|ForConditionalGeneration)$", "", architecture)
+        groups.setdefault(cells, []).append(_SHORT.get(architecture, name))
+    yield from _head("families")
+    for cells, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        yield f"| {', '.join(names)} | " + " | ".join(cells) + " |"
+
+
+def _head(first: str) -> Iterator[str]:
+    yield f"| {first} | " + " | ".join(f"`{engine.engine}`" for engine in ENGINES) + " |"
+    yield "|---|" + "---|" * len(ENGINES)
+
+
 if __name__ == "__main__":
-    PATH.write_text(document())
+    for path, text in documents().items():
+        path.write_text(text)
