@@ -28,6 +28,11 @@ class GptNeoxConfig(ModelConfig):
 def read_fields(reader: ConfigReader) -> GptNeoxConfig:
     """Read ``config.json`` of a ``GPTNeoXForCausalLM``."""
     num_heads, head_dim = reader.integer("num_attention_heads"), reader.head_dim()
+    # transformers 4.57 writes the usual names next to the family's own.
+    theta, partial = (
+        reader.either("rotary_emb_base", "rope_theta"),
+        reader.either("rotary_pct", "partial_rotary_factor"),
+    )
     return GptNeoxConfig(
         architecture="GPTNeoXForCausalLM",
         vocab_size=reader.integer("vocab_size"),
@@ -40,7 +45,7 @@ def read_fields(reader: ConfigReader) -> GptNeoxConfig:
         max_positions=reader.integer("max_position_embeddings", 2048),
         norm_eps=reader.number("layer_norm_eps", 1e-5),
         activation=reader.activation("hidden_act", "gelu"),
-        rope=reader.rope(head_dim, partial=0.25, theta_key="rotary_emb_base", partial_key="rotary_pct"),
+        rope=reader.rope(head_dim, partial=0.25, theta_key=theta, partial_key=partial),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         is_parallel=reader.flag("use_parallel_residual", True),
         attention_bias=reader.flag("attention_bias", True),

@@ -555,6 +555,17 @@ def test_two_spellings_of_one_field_must_agree() -> None:
         read(GPT2, hidden_size=48)
 
 
+def test_gpt_neox_as_transformers_4_saves_it_has_two_names_for_its_rotary_fields() -> None:
+    neox = {
+        "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "rotary_pct": 0.5, "rotary_emb_base": 500,
+    }  # fmt: skip
+    assert read(neox, partial_rotary_factor=0.5, rope_theta=500) == read(neox)
+    for name, value in (("partial_rotary_factor", 0.25), ("rope_theta", 10000)):
+        with pytest.raises(ConfigError, match=rf"{name}={value} .* disagree"):
+            read(neox, **{name: value})
+
+
 @pytest.mark.parametrize("value", [None, {}, False])
 def test_an_empty_quantization_config_says_nothing(value: Any) -> None:
     assert read(LLAMA, quantization_config=value) == read(LLAMA)
