@@ -26,7 +26,8 @@ _LOG = logging.getLogger("phalanx.server")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = frozenset({"/health", "/metrics", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds by machines: logged at the level ``debug`` only."""
-OPEN_WITHOUT_KEY = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+OPEN_WITHOUT_KEY = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
+"""A load balancer that asks whether to send requests here has no key."""
 _OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live", "/admin/drain"})
 _ADMIN = "/admin/"
 

@@ -24,7 +24,6 @@ from phalanx.runtime.server.web.api_keys import read_api_keys
 from .servers import Server, start, stub_server
 
 ROUTES = {
-    "/ready": "GET",
     "/version": "GET",
     "/metrics": "GET",
     "/v1/models": "GET",
@@ -57,7 +56,7 @@ def test_every_route_needs_a_key(locked: Server, path: str, method: str, header:
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_no_route_of_the_table_but_health_is_open(locked: Server) -> None:
+def test_no_route_of_the_table_but_probes_is_open(locked: Server) -> None:
     paths = {
         (re.sub(r"\{.*?\}", "x", route.path), method)
         for route in server_routes(None, None)  # type: ignore[arg-type]
@@ -67,8 +66,9 @@ def test_no_route_of_the_table_but_health_is_open(locked: Server) -> None:
     assert without_key == OPEN_WITHOUT_KEY
 
 
-def test_health_needs_no_key(locked: Server) -> None:
-    assert locked.get("/health").status == 200
+@pytest.mark.parametrize("path", sorted(OPEN_WITHOUT_KEY))
+def test_probes_need_no_key(locked: Server, path: str) -> None:
+    assert locked.get(path).status == 200
 
 
 @pytest.mark.parametrize("key", ["first-secret", "second-secret"])
