@@ -96,13 +96,23 @@ WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "modelopt-fp8": (writers.fp8("tensor", input_scale=0.02), {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
 }  # fmt: skip
 ALL = WEIGHT_ONLY | WITH_INPUTS
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
+ODD = CheckpointCase("llama-344", {**CASE.config, "hidden_size": 344, "intermediate_size": 688})
+"""21.5 groups of 16 and 5.4 of 64 in a row; 43 of 16 and 10.75 of 64 inner columns, which no number of ranks divides."""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quantised")
     write_checkpoint(CASE, root / "dense")
+    return root
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``root``, of odd sizes."""
+    root = tmp_path_factory.mktemp("odd")
+    write_checkpoint(ODD, root / "dense")
     return root
 
 
@@ -166,8 +176,8 @@ def test_dequantised_weights_equal_the_twins_bit_for_bit(root: Path, name: str, 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
-def test_weight_only_checkpoints_compute_what_their_twins_do(root: Path, name: str, tp: int, pp: int) -> None:
-    quantised, twin = written(root, name)
+def test_weight_only_checkpoints_compute_what_their_twins_do(odd: Path, name: str, tp: int, pp: int) -> None:
+    quantised, twin = written(odd, name)
     output, expected = generate(quantised, tp, pp), generate(twin)
     assert output.token_ids == expected.token_ids
     np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=5e-5)
@@ -183,6 +193,14 @@ def test_quantised_inputs_do_what_their_definition_says(root: Path, name: str) -
     # Scales of rows of inputs are those of a rank's columns: other codes, no other quality.
     split_over_ranks = logprobs(generate(quantised, 2, 1))
     assert np.abs(split_over_ranks - plain).mean() < 0.4
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if "static" in name or name == "modelopt-fp8"])
+def test_static_inputs_have_the_same_codes_at_every_layout(odd: Path, name: str, tp: int, pp: int) -> None:
+    quantised, twin = written(odd, name)
+    expected, plain = logprobs(generate(quantised)), logprobs(generate(twin))
+    assert np.abs(logprobs(generate(quantised, tp, pp)) - expected).mean() < 0.05 * np.abs(plain - expected).mean()
 
 
 @pytest.mark.parametrize(
