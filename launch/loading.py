@@ -42,8 +42,8 @@ def start_progress(shown: bool, tell: Callable[[str], None] = lambda _: None) ->
 
 
 def start_llm(args: argparse.Namespace, world: Communicator) -> LLM:
-    """The `LLM` of a command's arguments. *Collective.* Raises as `LLM`."""
+    """The `LLM` of a command's arguments, whose ranks watch each other. *Collective.* Raises as `LLM`."""
     from phalanx.runtime.llm import LLM
 
     with start_progress(world.rank == 0) as on_phase:
-        return LLM(args.model, comm=world, on_phase=on_phase, **engine_options(args))
+        return LLM(args.model, on_phase=on_phase, **engine_options(args))

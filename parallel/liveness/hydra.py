@@ -24,6 +24,8 @@ from phalanx.parallel.peers import peer_of
 __all__ = ["HeldRanks"]
 
 _PMI_VARIABLE = "PMI_FD"
+_HYDRA_VARIABLE = "MPI_LOCALRANKID"
+"""Slurm's PMI-2 sets the first of the two as well, but notices ended ranks as their parent."""
 _MOST_DESCRIPTORS = 3
 _EXCHANGE_SECONDS = 10.0
 
@@ -40,7 +42,8 @@ class HeldRanks:
     @classmethod
     def exchange(cls, world: Communicator, sockets: Mapping[int, socket.socket]) -> HeldRanks:
         """Hand descriptors over the connections between rank 0 and the others. *Collective.*"""
-        is_able = _PMI_VARIABLE in os.environ and all(sock.family == socket.AF_UNIX for sock in sockets.values())
+        is_hydra = {_PMI_VARIABLE, _HYDRA_VARIABLE} <= os.environ.keys()
+        is_able = is_hydra and all(sock.family == socket.AF_UNIX for sock in sockets.values())
         if not world.all_gather(np.array([is_able and bool(sockets)])).all():
             return cls([], {})
         for rank, sock in sockets.items():
