@@ -5,7 +5,7 @@ from __future__ import annotations
 from phalanx.runtime.config import Activation, ModelConfig
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["attention", "gated_mlp", "mlp", "pre_norm", "sandwich"]
+__all__ = ["attended", "attention", "gated_mlp", "mlp", "pre_norm", "sandwich"]
 
 
 def attention(ops: Ops[Tensor], name: str, layer: int, x: Tensor, spec: AttentionSpec) -> Tensor:
@@ -28,11 +28,18 @@ def pre_norm(
     ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Llama's block with another attention: RMSNorm before each half; weights ``<layer>.attention_norm``, ``.mlp_norm``."""
+    x, residual = attended(ops, config, layer, x, residual, spec)
+    return gated_mlp(ops, f"layers.{layer}", x, config.activation), residual
+
+
+def attended(
+    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """`pre_norm` as far as its feed-forward part, for blocks with another one: what enters that part, and the residual."""
     name = f"layers.{layer}"
     x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
     x = attention(ops, name, layer, x, spec)
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    return gated_mlp(ops, name, x, config.activation), residual
+    return ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
 
 
 def sandwich(

@@ -41,11 +41,9 @@ def block(
     ops: Ops[Tensor], config: MixtralConfig, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One decoder block."""
-    name, experts = f"layers.{layer}", ExpertsSpec(config.num_experts, config.top_k, config.activation)
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = blocks.attention(ops, name, layer, x, attention(config, layer))
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    return ops.all_reduce(ops.experts(x, f"{name}.experts", experts)), residual
+    experts = ExpertsSpec(config.num_experts, config.top_k, config.activation)
+    x, residual = blocks.attended(ops, config, layer, x, residual, attention(config, layer))
+    return ops.all_reduce(ops.experts(x, f"layers.{layer}.experts", experts)), residual
 
 
 def block_weights(config: MixtralConfig, layer: int) -> list[WeightSpec]:

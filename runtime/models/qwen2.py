@@ -55,11 +55,7 @@ def block(
     ops: Ops[Tensor], config: Qwen2Config, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One decoder block."""
-    name = f"layers.{layer}"
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = blocks.attention(ops, name, layer, x, attention(config, layer))
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    return blocks.gated_mlp(ops, name, x, config.activation), residual
+    return blocks.pre_norm(ops, config, layer, x, residual, attention(config, layer))
 
 
 QWEN2 = Family(

@@ -93,9 +93,7 @@ def block(
     if layer not in config.sparse.layers:
         return qwen2.block(ops, config, layer, x, residual)
     name, shared = f"layers.{layer}", f"layers.{layer}.shared"
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = blocks.attention(ops, name, layer, x, qwen2.attention(config, layer))
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
+    x, residual = blocks.attended(ops, config, layer, x, residual, qwen2.attention(config, layer))
     hidden = ops.gated_activation(ops.column_linear(x, f"{shared}.gate_up"), config.activation)
     weighed = ops.sigmoid_gate(ops.row_linear_partial(hidden, f"{shared}.down"), x, f"{shared}.gate")
     return ops.all_reduce(ops.add(ops.experts(x, f"{name}.experts", config.sparse.spec), weighed)), residual

@@ -48,11 +48,8 @@ def block(
     """One decoder block."""
     if layer not in config.sparse.layers:
         return qwen3.block(ops, config, layer, x, residual)
-    name = f"layers.{layer}"
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
-    x = blocks.attention(ops, name, layer, x, qwen3.attention(config, layer))
-    x, residual = ops.add_rms_norm(x, residual, f"{name}.mlp_norm", config.norm_eps)
-    return ops.all_reduce(ops.experts(x, f"{name}.experts", config.sparse.spec)), residual
+    x, residual = blocks.attended(ops, config, layer, x, residual, qwen3.attention(config, layer))
+    return ops.all_reduce(ops.experts(x, f"layers.{layer}.experts", config.sparse.spec)), residual
 
 
 def block_weights(config: Qwen3MoeConfig, layer: int) -> list[WeightSpec]:
