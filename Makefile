@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-guides test-launchers test-lm-eval test-aiperf faults
+.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-lm-eval test-aiperf faults
 
 setup: $(BIN)/.installed
 
@@ -49,6 +49,10 @@ test-2 test-3 test-4 test-8: test-%: setup
 # A thousand random JSON schemas: every completed answer validates.
 test-guides: setup
 	python -m pytest -q -s -m slow tests/runtime/test_guides.py
+
+# Many clients, many faults, ten minutes of mixed load (PHALANX_SOAK_SECONDS): prints the figures of docs/serving.md.
+test-endurance: setup
+	python -m pytest -q -s -m slow tests/server/test_endurance.py
 
 # Signals and missing ranks at every moment of every command, with whichever MPI is installed.
 test-launchers: setup

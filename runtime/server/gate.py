@@ -90,6 +90,11 @@ class Gate:
             )  # fmt: skip
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if "content-length" in headers and "transfer-encoding" in headers:  # RFC 9112, section 6.1: request smuggling
+            message = (
+                "the request has both Content-Length and Transfer-Encoding, so its end is ambiguous; send one of them"
+            )
+            return ApiError(400, message, code="ambiguous_length", headers={"connection": "close"})
         state = self._client.state
         if state is ServerState.STARTING:
             phase = f" ({self._client.phase})" if self._client.phase else ""

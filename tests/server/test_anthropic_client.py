@@ -192,6 +192,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"top_q": 1}, "top_q"),
+    ({"output_config": {"effort": "high"}}, "effort"),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, "output_config"),
 ]  # fmt: skip
 
 

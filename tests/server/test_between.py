@@ -221,3 +221,26 @@ def test_cached_tokens_count_once_for_several_answers_to_one_prompt(server: Serv
     usage = server.post(PATH, {"prompt": "abcdefgh", "n": 4, "max_tokens": 1}).json["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == 4, "the stub says 4 for each"
     assert usage["completion_tokens"] == 4
+
+
+def test_a_body_with_two_lengths_is_refused_and_the_connection_closed(server: Server) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connected(server) as client:
+        client.sendall(head + b"%x\r\n%b\r\n0\r\n\r\nGET /admin HTTP/1.1\r\nHost: x\r\n\r\n" % (len(body), body))
+        answer = received(client)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"ambiguous_length" in answer
+
+
+@pytest.mark.parametrize("offer", ["h2c", "websocket"])
+def test_an_offer_of_another_protocol_is_passed_over_without_a_word(model_directory: Path, offer: str) -> None:
+    """Java's HTTP client offers HTTP/2 with every request."""
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offer, "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    with stub_server(model_directory, {}) as server:
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, **headers).status == 200
+        status, errors = server.drain()
+    assert status == 0
+    assert "pgrade" not in errors
+    assert "WebSocket" not in errors

@@ -182,6 +182,11 @@ def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: ope
             tools=[{"name": "weather", "input_schema": SCHEMA}],
             tool_choice={"type": "any"},
         )
+        config: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+        formatted = other.messages.create(model=MODEL, max_tokens=100, messages=CHAT, output_config=config)
+        (answer,) = formatted.content
+        assert answer.type == "text"
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
     assert message.stop_reason == "tool_use"
     for block in message.content:
         assert block.type == "tool_use"

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from phalanx.parallel.errors import RequestError
+from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.anthropic.protocol import (
     CountTokensRequest,
     Message,
@@ -15,7 +17,7 @@ from phalanx.runtime.server.anthropic.protocol import (
     ToolUseBlock,
 )
 from phalanx.runtime.server.anthropic.reply import MessageReply
-from phalanx.runtime.server.errors import invalid
+from phalanx.runtime.server.errors import from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import MAX_MESSAGES, ApiGeneration, Conversation
 from phalanx.runtime.server.openai.protocol import decode_generation
 from phalanx.runtime.server.openai.tools import FunctionTool, NamedTool, Tool, ToolChoice, ToolName, ToolUse, tool_use
@@ -33,6 +35,7 @@ def parse_message(body: bytes) -> ApiGeneration:
     if request.max_tokens < 1:
         raise invalid(f"max_tokens={request.max_tokens} asks for nothing; use at least 1", "max_tokens")
     prompt = conversation(request)
+    sampling |= _guide(request)
     if prompt.tools is not None:
         sampling = prompt.tools.sampling(sampling)
     return ApiGeneration(
@@ -47,6 +50,16 @@ def parse_message(body: bytes) -> ApiGeneration:
         stream=request.stream,
         reply=lambda served: MessageReply(served, prompt.tools),
     )
+
+
+def _guide(request: MessagesRequest) -> dict[str, Any]:
+    """The sampling field for ``output_config.format``."""
+    if request.output_config is None or request.output_config.format is None:
+        return {}
+    try:
+        return {"structured_outputs": GuideRule().check("output_config", {"json": request.output_config.format.schema})}
+    except RequestError as error:
+        raise from_request_error(error) from None
 
 
 def conversation(request: CountTokensRequest) -> Conversation:

@@ -75,6 +75,20 @@ class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
     disable_parallel_tool_use: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """JSON that matches a schema, which is enforced."""
+
+    schema: dict[str, Any]
+    type: Literal["json_schema"] = "json_schema"
+
+
+class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer looks like."""
+
+    format: JsonSchema | None = None
+    effort: None = None
+
+
 class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of ``POST /v1/messages/count_tokens``, and what it has in common with a request for a message."""
 
@@ -83,6 +97,7 @@ class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tru
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
 
     # Accepted, and without effect on the answer
     cache_control: Any = None
@@ -92,7 +107,6 @@ class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tru
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     context_management: Any = None
     mcp_servers: Any = None
-    output_config: Any = None
     speed: Any = None
     thinking: Any = None
 

@@ -186,7 +186,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "mcp_servers": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "output_config": ({},),
         "prediction": (),
         "previous_response_id": (),
         "prompt": (),

@@ -142,6 +142,9 @@ class BoundedH11Protocol(H11Protocol):
 
     # Requests
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client that offers HTTP/2 (Java's does with every request) or a WebSocket gets HTTP/1.1, as RFC 9110, section 7.8 has it."""
+
     def handle_events(self) -> None:
         super().handle_events()
         if self.scope is not None and not self.scope["path"].startswith("/"):
