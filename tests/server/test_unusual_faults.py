@@ -34,7 +34,7 @@ class Faulty(NumpyExecutor):
 
     def execute(self, plan):
         self.steps += 1
-        if launch_info().rank == {rank} and self.steps == 20:
+        if launch_info().rank == {rank} and self.steps == {step}:
             {fault}
         super().execute(plan)
 
@@ -56,7 +56,7 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def serve_faulty(tiny: Path, directory: Path, rank: int, fault: str) -> Iterator[Job]:
     """tp 2 x pp 2, and something happens to one rank in its twentieth step."""
     script = directory / "launch.serve.py"  # by which a job finds its ranks
-    script.write_text(FAULTY.format(rank=rank, fault=fault))
+    script.write_text(FAULTY.format(rank=rank, step=20, fault=fault))
     flags = ("--model", str(tiny), "--load-format", "dummy", "--tp", "2", "--pp", "2", "--stall-timeout", "4")
     with serve(4, *flags, program=(script,)) as job:
         yield job
