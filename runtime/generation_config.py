@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.token_fields import optional_token_id, shown, token_ids
+from phalanx.runtime.token_fields import is_finite_number, optional_token_id, shown, token_ids
 
 __all__ = ["GENERATION_KEYS", "GenerationConfig", "KeyUse"]
 
@@ -116,7 +115,7 @@ def _number(raw: Mapping[str, Any], name: str, low: float, high: float) -> float
     value = raw.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise ConfigError(f"{name}={shown(value)} in {FILE} is not a finite number; correct it or remove the key")
     if not low <= value <= high:
         raise ConfigError(f"{name}={value} in {FILE} is outside {low:g} to {high:g}; correct it or remove the key")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["MAX_END_TOKENS", "optional_token_id", "shown", "token_ids"]
+__all__ = ["MAX_END_TOKENS", "is_finite_number", "optional_token_id", "shown", "token_ids"]
 
 LARGEST_TOKEN_ID = 2**31 - 1
 MAX_END_TOKENS = 64
@@ -17,6 +18,16 @@ def shown(value: Any, length: int = 80) -> str:
     """Return the beginning of ``value`` as Python writes it, for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold: JSON's whole numbers have no largest one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def optional_token_id(name: str, value: Any, file: str) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, cast
 
@@ -13,7 +12,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import Activation, ComputeDType, RopeConfig
 from phalanx.runtime.models.config_keys import FIXED_KEYS, asks_for_nothing, is_harmless
 from phalanx.runtime.models.rope_fields import ROPE_KEYS, RopeFields, read_rope
-from phalanx.runtime.token_fields import optional_token_id, shown, token_ids
+from phalanx.runtime.token_fields import is_finite_number, optional_token_id, shown, token_ids
 
 __all__ = ["ConfigReader"]
 
@@ -112,7 +111,7 @@ class ConfigReader:
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite number; absent or null means ``default``, without which the field is required."""
         value = self._required(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_finite_number(value):
             raise ConfigError(f"{name}={shown(value)} in {FILE} is not a finite number; the file is damaged")
         return float(value)
 

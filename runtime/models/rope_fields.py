@@ -15,7 +15,7 @@ from typing import Any
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import RopeConfig
 from phalanx.runtime.models.config_keys import asks_for_nothing
-from phalanx.runtime.token_fields import shown
+from phalanx.runtime.token_fields import is_finite_number, shown
 
 __all__ = ["ROPE_FIELD_KEYS", "ROPE_KEYS", "RopeFields", "read_rope"]
 
@@ -250,7 +250,7 @@ def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
 
 
 def _number(name: str, value: Any, *, above: float | None = None, most: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise ConfigError(f"{name}={shown(value)} in config.json is not a finite number; the file is damaged")
     if above is not None and value <= above:
         raise ConfigError(f"{name}={value} in config.json is not above {above:g}; the file is damaged")

@@ -113,11 +113,22 @@ def _text(key: str, value: Any) -> str | None:
     """A special token's text, given plainly or as an added-token object. Flags such as ``add_bos_token`` are no tokens."""
     if isinstance(value, dict):
         value = value.get("content")
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _unicode(key, value)
     if key in NAMED_TOKENS:
         raise CheckpointError(f"{key}={shown(value)} in {CONFIG_FILE} is not a string; correct it or remove the key")
     return None
+
+
+def _unicode(key: str, text: str) -> str:
+    """``text``, which JSON may have made of half a character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise CheckpointError(
+            f"{key}={shown(text)} in {CONFIG_FILE} holds a lone surrogate, which is not valid Unicode; correct it"
+        )
+    return text
 
 
 def _decoder_tokens(listed: Any) -> list[AddedToken]:
@@ -137,7 +148,13 @@ def _decoder_tokens(listed: Any) -> list[AddedToken]:
 def _described(entry: Mapping[str, Any], number: int | None, special: bool = False) -> AddedToken:
     special = entry.get("special", special) is True
     flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(entry["content"], number, special, entry.get("normalized", not special) is True, **flags)
+    return AddedToken(
+        _unicode("added token", entry["content"]),
+        number,
+        special,
+        entry.get("normalized", not special) is True,
+        **flags,
+    )
 
 
 def _legacy_tokens(directory: ModelDirectory, special: Iterable[str]) -> list[AddedToken]:

@@ -19,7 +19,7 @@ from phalanx.runtime.text.tokenizer_keys import HONOURED_KEYS
 from tests.support.checkpoints import CASES
 from tests.text import tokenizers_for_tests as made
 
-VALUES: list[Any] = [
+VALUES: list[Any] = [10**400, "\ud800",
     None, True, False, 0, -1, 1, 2.5, 1e300, 10**20, float("nan"), float("inf"), "x", "16", "", [], [1], {}, {"a": 1}, [None],
     ["<x>"], {"content": "<y>"}, {"content": 3}, [{"content": "<z>"}], {"5": {"content": "<q>"}},
 ]  # fmt: skip
