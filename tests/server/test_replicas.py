@@ -25,7 +25,7 @@ PATH = "/v1/completions"
 def job(tiny: Path) -> Iterator[Job]:
     """dp 2 x tp 2."""
     with serve_tiny(
-        tiny, 4, "--dp", "2", "--pp", "1", "--max-num-seqs", "4", "--max-queued-requests", "2", "--http-processes", "2"
+        tiny, 4, "--dp", "2", "--pp", "1", "--max-num-seqs", "4", "--max-queued-requests", "2", "--http-processes", "3"
     ) as running:
         yield running
 
@@ -150,3 +150,13 @@ def test_with_ulfm_the_loss_of_replica_0_or_a_stopped_rank_ends_the_job(
         status, errors = job.server.wait()
         assert status != 0
         assert f"rank {rank} (" in errors
+
+
+def test_streams_that_nobody_reads_hold_up_no_replica(job: Job) -> None:
+    bodies = [{"prompt": [40 + n, 30], "max_tokens": 20, "temperature": 0, "return_token_ids": True} for n in range(3)]
+    expected = answers(job, bodies)
+    unread = [job.server.open_stream(PATH, {**LONG, "prompt": [50 + n], "n": 3}) for n in range(2)]
+    assert [answer["choices"] for answer in answers(job, bodies)] == [answer["choices"] for answer in expected]
+    for stream in unread:
+        stream.close()
+    wait_until_idle(job)
