@@ -79,7 +79,7 @@ class EmulatedLibrary:
         path = self._cache / f"libemulator-{key}.so"
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
-            subprocess.run(["g++", *_FLAGS, "-shared", str(source), "-o", str(partial)], check=True)
+            subprocess.run(["g++", *_FLAGS, "-O2", "-shared", str(source), "-o", str(partial)], check=True)
             partial.rename(path)
         return path
 

@@ -2,7 +2,6 @@
 // The emulator's scheduler, compiled once; kernels are compiled with cuda_emulator.h and linked to it.
 #include "cuda_emulator.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -20,49 +19,65 @@ namespace {
 
 constexpr size_t STACK_BYTES = 128 * 1024;
 
+using Place = void*[5];  // of __builtin_setjmp
+
+// Serves one thread of a block after the other: a fiber whose thread is done waits for the next.
 struct Fiber {
-    ucontext_t start;
-    jmp_buf place;
-    bool has_started;
-    std::unique_ptr<char[]> stack;
-    State state;
-    uint64_t offered[EXCHANGED_WORDS];
+    Place place;
+    std::unique_ptr<char[]> stack;  // none before it starts
 };
 
+// Of each thread of the cluster; apart from each other, since the scheduler goes through one of them at a time.
 std::vector<Fiber> fibers;
-std::vector<uint64_t> exchanged_words;
+std::vector<State> states;
+std::vector<Dimensions> thread_indices;
+std::vector<uint64_t> offered_words, exchanged_words;
 std::vector<std::vector<char>> shared_of_block;
-jmp_buf scheduler;
+Place scheduler;
 Kernel running;
 
 void run_fiber() {
-    running.body(running.context);
-    fibers[current].state = State::DONE;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        running.body(running.context);
+        wait(State::DONE);
+    }
 }
 
-// swapcontext would do for every switch, but it saves the signal mask with a system call each time.
+void start(Fiber& fiber) {
+    static ucontext_t context;
+    fiber.stack.reset(new char[STACK_BYTES]);
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&context, run_fiber, 0);
+    setcontext(&context);
+}
+
+// swapcontext would do for every switch, but it saves the signal mask with a system call each time; setjmp scrambles
+// what it saves. The compiler must not look into a jump: it would take it for the end of the function that jumps.
+__attribute__((noipa)) void jump(Place& place) { __builtin_longjmp(place, 1); }
+
 void resume(Fiber& fiber) {
-    if (_setjmp(scheduler) != 0) return;
-    if (fiber.has_started) _longjmp(fiber.place, 1);
-    fiber.has_started = true;
-    setcontext(&fiber.start);
+    if (__builtin_setjmp(scheduler) != 0) return;
+    if (fiber.stack) jump(fiber.place);
+    start(fiber);
 }
 
 bool all_in(unsigned int first, unsigned int end, State state) {
     bool any = false;
     for (unsigned int i = first; i < end; ++i) {
-        if (fibers[i].state != state && fibers[i].state != State::DONE) return false;
-        any = any || fibers[i].state == state;
+        if (states[i] != state && states[i] != State::DONE) return false;
+        any = any || states[i] == state;
     }
     return any;
 }
 
 void release(unsigned int first, unsigned int end, State state) {
     for (unsigned int i = first; i < end; ++i) {
-        if (fibers[i].state != state) continue;
-        if (state == State::IN_EXCHANGE) std::copy_n(fibers[i].offered, EXCHANGED_WORDS, &exchanged[EXCHANGED_WORDS * i]);
-        fibers[i].state = State::READY;
+        if (states[i] != state) continue;
+        if (state == State::IN_EXCHANGE)
+            std::copy_n(&offered_words[EXCHANGED_WORDS * i], EXCHANGED_WORDS, &exchanged[EXCHANGED_WORDS * i]);
+        states[i] = State::READY;
     }
 }
 
@@ -71,9 +86,8 @@ void run_block(unsigned int first, unsigned int end) {
     for (bool progress = true; progress;) {
         progress = false;
         for (current = first; current < end; ++current) {
-            if (fibers[current].state != State::READY) continue;
-            const unsigned int thread = current - first;
-            thread_index = {thread % block_dim.x, thread / block_dim.x % block_dim.y, thread / block_dim.x / block_dim.y};
+            if (states[current] != State::READY) continue;
+            thread_index = thread_indices[current - first];
             resume(fibers[current]);
             progress = true;
         }
@@ -97,31 +111,20 @@ bool run_cluster(unsigned int index, unsigned int num_blocks, unsigned int num_t
             run_block(current_block * num_threads, (current_block + 1) * num_threads);
             std::copy(running.shared_begin, running.shared_end, shared.begin());
         }
-        if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::DONE; }))
-            return true;
+        if (std::all_of(states.begin(), states.end(), [](State state) { return state == State::DONE; })) return true;
         if (!all_in(0, count, State::AT_CLUSTER)) return false;
         release(0, count, State::AT_CLUSTER);
     }
 }
 
-void start(Fiber& fiber) {
-    if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get();
-    fiber.start.uc_stack.ss_size = STACK_BYTES;
-    makecontext(&fiber.start, run_fiber, 0);
-    fiber.has_started = false;
-    fiber.state = State::READY;
-}
-
 }  // namespace
 
 void wait(State state) {
-    fibers[current].state = state;
-    if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+    states[current] = state;
+    if (__builtin_setjmp(fibers[current].place) == 0) jump(scheduler);
 }
 
-uint64_t* offered() { return fibers[current].offered; }
+uint64_t* offered() { return &offered_words[EXCHANGED_WORDS * current]; }
 
 char* shared_copy(unsigned int rank) { return shared_of_block.at(rank).data(); }
 
@@ -131,13 +134,20 @@ int launch(Dimensions grid, Dimensions block, size_t shared_bytes, unsigned int 
     std::vector<unsigned char> dynamic(shared_bytes + 128, 0xA5);
     dynamic_shared = dynamic.data() + (128 - reinterpret_cast<uintptr_t>(dynamic.data()) % 128);
     grid_dim = grid, block_dim = block, running = kernel;
-    fibers.resize(cluster * num_threads);
-    exchanged_words.resize(EXCHANGED_WORDS * fibers.size());
+    const unsigned int count = cluster * num_threads;
+    if (fibers.size() < count) fibers.resize(count);
+    offered_words.resize(EXCHANGED_WORDS * count);
+    exchanged_words.resize(EXCHANGED_WORDS * count);
     exchanged = exchanged_words.data();
+    thread_indices.resize(num_threads);
+    for (unsigned int i = 0; i < num_threads; ++i) thread_indices[i] = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     for (unsigned int index = 0; index < grid.x * grid.y * grid.z; index += cluster) {
         shared_of_block.assign(cluster, std::vector<char>(running.shared_end - running.shared_begin, 0x5A));
-        for (auto& fiber : fibers) start(fiber);
-        if (!run_cluster(index, cluster, num_threads)) return 1;
+        states.assign(count, State::READY);
+        if (!run_cluster(index, cluster, num_threads)) {
+            fibers.clear();  // some stopped midway
+            return 1;
+        }
     }
     return 0;
 }
