@@ -58,7 +58,7 @@ class SchedulerConfig:
             "num_microbatches",
         ):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}={getattr(self, name)} is below 1; use at least 1")
+                raise ConfigError(f"{name}={getattr(self, name)} is below 1; use at least 1")
         if self.lookahead not in (0, 1):
             raise ConfigError(f"lookahead={self.lookahead} is not known; use 0 or 1")
         if self.prefix_end and self.longest_prefix < 1:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.jobs import is_open_mpi
+
 from .commands import ROOT, command_line, messages, needs_mpirun, run
 
 LINES = '{"prompt": "def main("}\n{"prompt": "import "}\n'
@@ -34,7 +36,10 @@ def assert_answered(result: subprocess.CompletedProcess[str]) -> None:
 
 def assert_one_line(result: subprocess.CompletedProcess[str], *said: str) -> None:
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert len(messages(result.stderr)) == len(result.stderr.splitlines()) == 1, result.stderr
+    assert len(messages(result.stderr)) == 1, result.stderr
+    assert is_open_mpi() or len(result.stderr.splitlines()) == 1, (
+        result.stderr
+    )  # its mpirun has a page of its own to say
     assert all(words in result.stderr for words in said), result.stderr
 
 
@@ -43,6 +48,8 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *said: str) -> Non
 @readers
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_standard_input_is_a_file_too(reader: str, ranks: int, name: str) -> None:
+    if ranks and is_open_mpi():
+        pytest.skip("Open MPI 5.0.11's mpirun does not pass on the end of standard input: a plain cat waits, too")
     assert_answered(answer(reader, name, ranks, stdin=READERS[reader][1]))
 
 
@@ -119,7 +126,7 @@ def test_a_prompt_that_is_no_text_is_one_line() -> None:
     result = subprocess.run([*words, b"\xe9"], cwd=ROOT, capture_output=True, timeout=60, check=False)
     assert result.returncode == 2, result.stderr
     assert b"prompt 0: the prompt is not valid Unicode" in result.stderr
-    assert result.stderr.count(b"\n") == 1
+    assert is_open_mpi() or result.stderr.count(b"\n") == 1
 
 
 @needs_mpirun
