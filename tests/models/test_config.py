@@ -118,11 +118,12 @@ def test_dtype_takes_precedence_over_torch_dtype() -> None:
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_family_is_found_by_every_published_name(model: Model) -> None:
     assert model.model_type
-    assert find_model({"model_type": model.model_type}) is model
-    assert find_model({"model_type": model.model_type, "architectures": None}) is model
-    assert find_model({"model_type": model.model_type, "architectures": []}) is model
-    for name in (model.architecture, *model.other_names):
-        assert find_model({"architectures": [name]}) is model
+    for told in [{key: 1} for key in model.told_by] or [{}]:
+        assert find_model({"model_type": model.model_type} | told) is model
+        assert find_model({"model_type": model.model_type, "architectures": None} | told) is model
+        assert find_model({"model_type": model.model_type, "architectures": []} | told) is model
+        for name in (model.architecture, *model.other_names):
+            assert find_model({"architectures": [name]} | told) is model
 
 
 @pytest.mark.parametrize(("field", "value"), [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
