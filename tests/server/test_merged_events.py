@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,9 @@ class Streamed:
 
     def __init__(self, tokenizer: Tokenizer, n: int, chunks: Callable[[GenerationJob], StreamChunks]) -> None:
         self.client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-        self.client.connection_made(RecordingTransport())
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.client.connection_made(RecordingTransport(ours))
         board = Board.of_one()
         metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
         services = Services(self.client, FrontendSettings(), metrics, workers, tokenizer)
