@@ -59,11 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tie_to_parent() -> None:
-    """Signals of the terminal and of the job are rank 0's to act on; this process leaves when rank 0 does."""
+    """Signals of the terminal and of the job are rank 0's to act on; this process leaves when rank 0 does.
+
+    SIGCONT tells it so, because that reaches a stopped process, too.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_ANSWERS_SECONDS))
-    signal_when_parent_dies(signal.SIGUSR2)
+    parent = os.getppid()
+    signal.signal(signal.SIGCONT, lambda *_: None if os.getppid() == parent else signal.alarm(LAST_ANSWERS_SECONDS))
+    signal_when_parent_dies(signal.SIGCONT)
 
 
 def _raise_descriptor_limit() -> None:

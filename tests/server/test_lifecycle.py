@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -113,9 +114,32 @@ def test_when_the_http_process_is_killed_the_engine_ends_with_a_message(model_di
     assert re.search(r"HTTP process 0 \(pid \d+\) is gone", errors)
 
 
+def test_a_stopped_http_process_does_not_outlive_the_engine(model_directory: Path) -> None:
+    with stub_server(model_directory, {}) as server:
+        pid = server.http_process()
+        os.kill(pid, signal.SIGSTOP)
+        server.process.kill()
+        server.process.wait()
+        try:
+            deadline = time.monotonic() + 30
+            while b"http_process" in command_line(pid):
+                assert time.monotonic() < deadline, f"process {pid} is still there"
+        finally:
+            if command_line(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def command_line(pid: int) -> bytes:
+    """Of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def test_signals_to_the_http_process_do_nothing(model_directory: Path) -> None:
     with stub_server(model_directory, {}) as server:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCONT):
             os.kill(server.http_process(), number)
         assert server.post(PATH, {"prompt": "a"}).status == 200
         assert server.drain()[0] == 0
