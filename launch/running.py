@@ -7,10 +7,14 @@ else, with rank, phase and cause. Heavy imports happen inside functions: ``--hel
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import errno
+import fcntl
 import os
+import stat
 import sys
+import termios
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +36,8 @@ __all__ = ["job_arguments", "own_arguments", "run_command"]
 SPOKESMAN_SECONDS = 1.0
 """How long other ranks that found the same mistake stay, because some launchers end a job with the first rank that exits:
 rank 0 must have spoken by then."""
+READER_SECONDS = 1.0
+"""How long a rank that ends the job waits for its launcher to read what it said."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _WAYS_OUT = {errno.EBADF: "send it to a file or to /dev/null"}
 _ANSWERED_ALONE = ("-h", "--help", "--version")
@@ -186,12 +192,22 @@ def _flush() -> bool:
     return True
 
 
+def _wait_for_reader() -> None:
+    """Wait until standard error has been read, for a moment at most: MPICH's launcher does not look again once a job is aborted."""
+    deadline, unread = time.monotonic() + READER_SECONDS, array.array("i", [1])
+    with contextlib.suppress(OSError):
+        while stat.S_ISFIFO(os.fstat(2).st_mode) and unread[0] and time.monotonic() < deadline:
+            fcntl.ioctl(2, termios.FIONREAD, unread)
+            time.sleep(0.001)
+
+
 def _leave(status: int, abort: bool = False) -> NoReturn:
     leave_signals_alone()
     status = status if _flush() else status or 1
     if abort and launch_info().size > 1:
         from phalanx.parallel.mpi_comm import abort_world
 
+        _wait_for_reader()
         abort_world(status)
     elif status and launch_info().rank:
         time.sleep(SPOKESMAN_SECONDS)
