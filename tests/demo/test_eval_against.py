@@ -99,7 +99,7 @@ def test_layouts_of_one_model_do_not_diverge(demo: Path, held_out: Path) -> None
 def test_mistakes_get_one_line(demo: Path, held_out: Path, tmp_path: Path) -> None:
     finished = run_eval("--text", held_out / EXCERPT, "--against-quantize", "fp8")
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
-    assert "give --against DIR" in finished.stderr
+    assert "--against-quantize: has no effect without --against" in finished.stderr
     shutil.copytree(demo, tmp_path / "other")
     tokenizer = json.loads((demo / "tokenizer.json").read_text("utf-8"))
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]

@@ -138,8 +138,8 @@ def test_mask_that_hides_the_token_itself_is_caught(
 ) -> None:
     right = AttentionKind.shape_scores
 
-    def strict(self: AttentionKind, scores: Any, queries: Any, keys: Any, last: Any) -> None:
-        right(self, scores, np.maximum(queries - 1, 0), keys, last)
+    def strict(self: AttentionKind, scores: Any, queries: Any, keys: Any, last: Any, *others: Any) -> None:
+        right(self, scores, np.maximum(queries - 1, 0), keys, last, *others)
 
     monkeypatch.setattr(AttentionKind, "shape_scores", strict)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):

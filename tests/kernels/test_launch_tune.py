@@ -53,7 +53,7 @@ def test_experts_are_not_timed():
 
 @pytest.mark.parametrize("tokens", ["", "1,x", "0", "-3,4"])
 def test_a_wrong_list_of_tokens_is_the_users_mistake(tokens):
-    command = [sys.executable, "-m", "launch.tune", f"--tokens={tokens}"]
+    command = [sys.executable, "-m", "launch.tune", "--model=somewhere", f"--tokens={tokens}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "is not a list of positive numbers" in result.stderr

@@ -40,6 +40,7 @@ def admission(seq_index: int, **values: float) -> tuple[object, ...]:
         "frequency_penalty": 0.0,
         "num_logprobs": -1,
         "num_prompt": 1,
+        "num_prefix": 0,
         "num_biases": 0,
         "seed": 0,
         **values,

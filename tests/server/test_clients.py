@@ -183,7 +183,9 @@ def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: ope
             tool_choice={"type": "any"},
         )
         config: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
-        formatted = other.messages.create(model=MODEL, max_tokens=100, messages=CHAT, output_config=config)
+        formatted = other.messages.create(
+            model=MODEL, max_tokens=200, messages=CHAT, output_config=config, extra_body={"temperature": 0}
+        )
         (answer,) = formatted.content
         assert answer.type == "text"
         jsonschema.validate(json.loads(answer.text), SCHEMA)

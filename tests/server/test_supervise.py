@@ -157,11 +157,15 @@ def test_a_launcher_that_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch, messages: list[FromFrontend], start_seconds: float
 ) -> None:
     """As MPICH's with a lost host. It ignores SIGTERM here."""
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher inherits
     monkeypatch.setattr(launch.supervise, "LAUNCHER_SECONDS", 0.0)
     monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.1)
     frontend: Any = SupervisedFrontend(*messages)
-    supervisor = _Supervisor(frontend, ["sh", "-c", "trap '' TERM; sleep 1000; sleep 1000"], 0, start_seconds)
-    assert supervisor.run() == 1
+    supervisor = _Supervisor(frontend, ["sleep", "1000"], 0, start_seconds)
+    try:
+        assert supervisor.run() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert frontend.failure == "the ranks ended with status 1"
     assert supervisor.process is not None
     assert supervisor.process.returncode == -signal.SIGKILL
