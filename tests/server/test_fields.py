@@ -145,6 +145,25 @@ def test_null_is_absent_inside_stream_options(name: str) -> None:
     assert decode_generation(msgspec.json.encode(body), CompletionRequest)[0].stream_options == StreamOptions()
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thoughts_of_earlier_turns_reach_the_template(name: str) -> None:
+    turn = {"role": "assistant", "content": "4", name: "2 + 2"}
+    conversation = chat(messages=[turn, {"role": "user", "content": "a"}]).prompts[0]
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages[0] == {
+        "role": "assistant", "content": "4", "reasoning": "2 + 2", "reasoning_content": "2 + 2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "turn", [{"role": "user", "reasoning_content": "x"}, {"role": "assistant", "reasoning": "x", "reasoning_content": "y"},
+             {"role": "assistant", "reasoning_content": ["x"]}],
+)  # fmt: skip
+def test_thoughts_that_cannot_be_shown_are_refused(turn: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match=r"reasoning_content|Expected `str"):
+        chat(messages=[{"content": "a", **turn}])
+
+
 def test_null_is_absent_inside_messages_as_clients_replay_them() -> None:
     replayed = {"role": "assistant", "content": "Hello", "refusal": None, "annotations": None, "audio": None, "function_call": None,
                 "tool_calls": None, "name": None, "reasoning_content": None}  # fmt: skip

@@ -212,6 +212,10 @@ def _check_message(message: ChatMessage) -> None:
         raise invalid("a message has no content; give a string", "messages")
     if message.tool_calls and message.role != "assistant":
         raise invalid(f"a message of role {message.role!r} has tool_calls; only the assistant's may", "messages")
+    if _thoughts(message) and message.role != "assistant":
+        raise invalid(f"a message of role {message.role!r} has reasoning_content; only the assistant's may", "messages")
+    if message.reasoning and message.reasoning_content and message.reasoning != message.reasoning_content:
+        raise invalid("a message has both reasoning and reasoning_content, which differ; give one of them", "messages")
     if (message.tool_call_id is not None) != (message.role == "tool"):
         raise invalid("tool_call_id belongs to messages of role 'tool', which need one", "messages")
 
@@ -226,7 +230,14 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
         known["tool_calls"] = [template_call(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         known["tool_call_id"] = message.tool_call_id
+    if _thoughts(message):  # the template decides of which turns it shows them
+        known["reasoning_content"] = known["reasoning"] = _thoughts(message)
     return known
+
+
+def _thoughts(message: ChatMessage) -> str | None:
+    """What a model wrote before its answer; servers call it ``reasoning_content`` or, later, ``reasoning``."""
+    return message.reasoning_content or message.reasoning
 
 
 def _stream_options(request: GenerationRequest) -> StreamOptions:

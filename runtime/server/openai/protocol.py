@@ -109,11 +109,12 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
-    reasoning_content: Any = None
     refusal: Any = None
 
 
@@ -192,7 +193,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "priority": (0,),
         "prompt_logprobs": (),
         "reasoning": ({}, {"effort": "none"}),
-        "reasoning_content": ("",),
         "reasoning_effort": (),
         "refusal": ("",),
         "spaces_between_special_tokens": (True,),
