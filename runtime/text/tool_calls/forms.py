@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.runtime.text.tool_calls.json_call import JsonValue
+from phalanx.runtime.text.tool_calls.places import ListReader, MarkedReader, WholeReader
 from phalanx.runtime.text.tool_calls.pythonic import PythonicReader
 from phalanx.runtime.text.tool_calls.reader import ToolCallReader
 from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmReader, QwenCoderReader
@@ -15,14 +16,10 @@ from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmRead
 __all__ = ["TOOL_CALL_FORMS", "ArgumentsReader", "CallListReader", "tool_call_reader"]
 
 
-class HermesReader(ToolCallReader):
+class HermesReader(MarkedReader):
     """``<tool_call>{"name": "f", "arguments": {...}}</tool_call>``, repeated: Hermes 2 Pro, Qwen 2.5, Qwen 3."""
 
-    def _first_step(self) -> Callable[[], bool]:
-        return self._text
-
-    def _text(self) -> bool:
-        return self._find_marker("<tool_call>", self._read_call)
+    _marker = "<tool_call>"
 
     def _after_call(self) -> bool:
         """Drop the end tag and the spaces around it; a model may forget it before the next call."""
@@ -35,45 +32,17 @@ class HermesReader(ToolCallReader):
         self._step = self._between
         return True
 
-    def _between(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        self._step = self._text
-        return True
 
-
-class LlamaReader(ToolCallReader):
+class LlamaReader(WholeReader):
     """``{"name": "f", "parameters": {...}}`` as the whole answer, several with ``;`` between them: Llama 3.1 to 3.3.
 
     ``<|python_tag|>`` may come first. There is no other mark, so only an object that names one of the functions is a call.
     """
 
-    def _first_step(self) -> Callable[[], bool]:
-        return self._start
+    _lead, _opening = "<|python_tag|>", "{"
 
-    def _start(self) -> bool:
-        tag = "<|python_tag|>"
-        begun = self._buffer.lstrip()
-        if not begun or (tag.startswith(begun) and begun != tag):
-            return False
-        rest = begun.removeprefix(tag).lstrip()
-        if rest.startswith("{"):
-            self._raw, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
-            self._step = self._read_call
-            return True
-        if not rest:
-            return False
-        self._step = self._plain
-        return True
-
-    def _plain(self) -> bool:
-        self._add_text(self._buffer)
-        self._buffer = ""
-        return False
-
-    def _not_a_call(self) -> None:
-        super()._not_a_call()
-        self._step = self._plain
+    def _opened(self) -> bool:
+        return self._read_call()
 
     def _is_callable(self, name: str) -> bool:
         return name in self._names
@@ -95,18 +64,13 @@ class LlamaReader(ToolCallReader):
         return True
 
 
-class MistralReader(ToolCallReader):
+class MistralReader(MarkedReader):
     """``[TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]``, or from tokenizer version 11 on ``[TOOL_CALLS]f[ARGS]{...}``, repeated."""
 
+    _marker = "[TOOL_CALLS]"
     _is_list = False
 
-    def _first_step(self) -> Callable[[], bool]:
-        return self._text
-
-    def _text(self) -> bool:
-        return self._find_marker("[TOOL_CALLS]", self._head)
-
-    def _head(self) -> bool:
+    def _marked(self) -> bool:
         """A list of calls, or a function's name."""
         stripped = self._buffer.lstrip()
         if not stripped:
@@ -149,12 +113,6 @@ class MistralReader(ToolCallReader):
             self._step = self._between
         return True
 
-    def _between(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        self._step = self._text
-        return True
-
 
 TOOL_CALL_FORMS: Mapping[str, type[ToolCallReader]] = MappingProxyType(
     {
@@ -176,50 +134,8 @@ def tool_call_reader(
     return TOOL_CALL_FORMS[form](names, parallel=parallel, schemas=schemas)
 
 
-class CallListReader(ToolCallReader):
+class CallListReader(ListReader):
     """``[{"name": "f", "parameters": {...}}, ...]`` as the whole answer, as a grammar enforces it."""
-
-    def _first_step(self) -> Callable[[], bool]:
-        return self._start
-
-    def _start(self) -> bool:
-        begun = self._buffer.lstrip()
-        if not begun:
-            return False
-        if begun.startswith("["):
-            self._raw, self._buffer, self._step = "[", begun[1:], self._read_call
-        else:
-            self._step = self._rest
-        return True
-
-    def _not_a_call(self) -> None:
-        super()._not_a_call()
-        self._step = self._rest
-
-    def _rest(self) -> bool:
-        self._is_named = False
-        self._add_text(self._buffer)
-        self._buffer = ""
-        return False
-
-    def _after_call(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        mark, self._buffer = self._buffer[0], self._buffer[1:]
-        if mark == ",":
-            self._is_named, self._raw, self._step = False, mark, self._read_call
-        elif mark == "]":
-            self._step = self._end
-        else:
-            self._buffer, self._step = mark + self._buffer, self._rest
-        return True
-
-    def _end(self) -> bool:
-        """Nothing but spaces should follow."""
-        if self._skip_spaces():
-            self._step = self._rest
-            return True
-        return False
 
 
 class ArgumentsReader(ToolCallReader):

@@ -3,52 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from phalanx.runtime.text.tool_calls.arguments import PythonArgument, of_python, property_names
-from phalanx.runtime.text.tool_calls.reader import ToolCallReader
+from phalanx.runtime.text.tool_calls.places import ListReader
 
 __all__ = ["PythonicReader"]
 
 
-class PythonicReader(ToolCallReader):
+class PythonicReader(ListReader):
     """``[f(city="Oslo", days=3), g()]`` as the whole answer: Llama 4, and Llama 3.2 with such a prompt.
 
     Llama 4 may put ``<|python_start|>`` and ``<|python_end|>`` around it. Only a list that begins with one of the functions is calls.
     Arguments without a name take the names of the schema, in its order.
     """
 
+    _lead = "<|python_start|>"
     _argument = PythonArgument()
 
-    def _first_step(self) -> Callable[[], bool]:
-        return self._start
-
-    def _start(self) -> bool:
-        tag = "<|python_start|>"
-        begun = self._buffer.lstrip()
-        if not begun or (tag.startswith(begun) and begun != tag):
-            return False
-        rest = begun.removeprefix(tag).lstrip()
-        if rest.startswith("["):
-            self._raw, self._buffer = self._buffer[: -len(rest)] + "[", rest[1:]
-            self._step = self._head
-            return True
-        if not rest:
-            return False
-        self._step = self._plain
-        return True
-
-    def _plain(self) -> bool:
-        self._is_named = False
-        self._add_text(self._buffer)
-        self._buffer = ""
-        return False
-
-    def _not_a_call(self) -> None:
-        super()._not_a_call()
-        self._step = self._plain
-
-    def _head(self) -> bool:
+    def _item(self) -> bool:
         """A function's name; its bracket ends it."""
         name, bracket, rest = self._buffer.partition("(")
         begun = name.strip()
@@ -84,18 +55,6 @@ class PythonicReader(ToolCallReader):
         names = property_names(self._schema)
         position = self._num_arguments
         self._add_argument(names[position] if position < len(names) else str(position), of_python(text))
-
-    def _after_call(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        mark, self._buffer = self._buffer[0], self._buffer[1:]
-        if mark == ",":
-            self._is_named, self._raw, self._step = False, mark, self._head
-        elif mark == "]":
-            self._step = self._end
-        else:
-            self._buffer, self._step = mark + self._buffer, self._plain
-        return True
 
     def _end(self) -> bool:
         if not self._skip_spaces():

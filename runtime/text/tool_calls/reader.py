@@ -88,20 +88,6 @@ class ToolCallReader(ABC):
     _is_named = False
     """Whether reading stands inside or directly after a call that was reported."""
 
-    def _find_marker(self, marker: str, then: Callable[[], bool]) -> bool:
-        """Pass on text up to ``marker``, which goes to ``_raw``."""
-        self._is_named = False
-        before, found, after = self._buffer.partition(marker)
-        if found:
-            self._add_text(before.rstrip())
-            self._raw, self._buffer, self._step = marker, after, then
-            return True
-        certain = len(self._buffer) - held_back(self._buffer, marker)
-        certain = len(self._buffer[:certain].rstrip())
-        self._add_text(self._buffer[:certain])
-        self._buffer = self._buffer[certain:]
-        return False
-
     def _read_call(self) -> bool:
         """Read a call's JSON object."""
         used = self._call.push(self._buffer)
@@ -174,8 +160,3 @@ class ToolCallReader(ABC):
         """Drop spaces; return whether anything follows them."""
         self._buffer = self._buffer.lstrip()
         return bool(self._buffer)
-
-
-def held_back(text: str, marker: str) -> int:
-    """Length of the longest end of ``text`` that may be the beginning of ``marker``."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)

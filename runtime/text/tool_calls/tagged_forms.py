@@ -4,31 +4,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from phalanx.runtime.text.tool_calls.arguments import of_text
 from phalanx.runtime.text.tool_calls.json_call import JsonValue
-from phalanx.runtime.text.tool_calls.reader import ToolCallReader
+from phalanx.runtime.text.tool_calls.places import MarkedReader
 
 __all__ = ["DeepSeekReader", "GlmReader", "QwenCoderReader"]
 
 _END_OF_NAME = re.compile(r"[\n<]")
 
 
-class TaggedReader(ToolCallReader):
+class TaggedReader(MarkedReader):
     """Calls between ``<tool_call>`` and ``</tool_call>``, in which each argument has tags; a value's type comes from the schema."""
 
+    _marker = "<tool_call>"
     _key = ""
-
-    def _first_step(self) -> Callable[[], bool]:
-        return self._text
-
-    def _text(self) -> bool:
-        return self._find_marker("<tool_call>", self._head)
-
-    def _head(self) -> bool:
-        """Read the function's name."""
-        raise NotImplementedError
 
     def _begin_tagged(self, name: str) -> None:
         """Go on with the arguments of a call; no name, or one with spaces, makes it text."""
@@ -58,17 +48,11 @@ class TaggedReader(ToolCallReader):
         self._step = self._between
         return True
 
-    def _between(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        self._step = self._text
-        return True
-
 
 class QwenCoderReader(TaggedReader):
     """``<tool_call><function=f><parameter=key>value</parameter></function></tool_call>``, values on lines of their own: Qwen3-Coder."""
 
-    def _head(self) -> bool:
+    def _marked(self) -> bool:
         begun = self._buffer.lstrip()
         opening = "<function="
         if not begun.startswith(opening):
@@ -113,7 +97,7 @@ class QwenCoderReader(TaggedReader):
 class GlmReader(TaggedReader):
     """``<tool_call>f``, ``<arg_key>key</arg_key><arg_value>value</arg_value>`` repeated, ``</tool_call>``: GLM-4.5 and later."""
 
-    def _head(self) -> bool:
+    def _marked(self) -> bool:
         begun = self._buffer.lstrip()
         end = _END_OF_NAME.search(begun)
         if end is None:
@@ -146,9 +130,10 @@ class GlmReader(TaggedReader):
         return True
 
 
-class DeepSeekReader(ToolCallReader):
+class DeepSeekReader(MarkedReader):
     """Calls between special tokens, JSON arguments: DeepSeek V3 and R1 (with a fence of Markdown around them), V3.1 (without)."""
 
+    _marker = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
     _BEGIN, _SEPARATOR, _END = (
         "<\uff5ctool\u2581call\u2581begin\uff5c>",
         "<\uff5ctool\u2581sep\uff5c>",
@@ -156,13 +141,7 @@ class DeepSeekReader(ToolCallReader):
     )
     _LAST = "<\uff5ctool\u2581calls\u2581end\uff5c>"
 
-    def _first_step(self) -> Callable[[], bool]:
-        return self._text
-
-    def _text(self) -> bool:
-        return self._find_marker("<\uff5ctool\u2581calls\u2581begin\uff5c>", self._calls)
-
-    def _calls(self) -> bool:
+    def _marked(self) -> bool:
         """Read the beginning of a call, or the end of all."""
         if not self._skip_spaces():
             return False
@@ -196,11 +175,5 @@ class DeepSeekReader(ToolCallReader):
         return True
 
     def _after_call(self) -> bool:
-        self._step = self._calls
-        return True
-
-    def _between(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        self._step = self._text
+        self._step = self._marked
         return True
