@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["STANDARD_INPUT", "agree", "check_writable", "read_input", "read_text"]
 
 STANDARD_INPUT = Path("-")
+SILENT_SECONDS = 5.0
+"""How long input may keep us waiting without a word: its writer may never end."""
 _FOUND, _MISTAKE = b"+", b"-"
 
 
@@ -67,7 +71,12 @@ def read_input(world: Communicator, flag: str, path: Path) -> bytes:
     Raises:
         ConfigError: rank 0 cannot read it.
     """
-    return agree(world, lambda: _read(flag, path))
+
+    def read() -> bytes:
+        with _waiting_is_said(flag, path):
+            return _read(flag, path)
+
+    return agree(world, read)
 
 
 def read_text(world: Communicator, flag: str, path: Path) -> str:
@@ -80,6 +89,21 @@ def read_text(world: Communicator, flag: str, path: Path) -> str:
         return read_input(world, flag, path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{flag} {path} is not UTF-8 (byte {error.start}); convert it first") from None
+
+
+@contextlib.contextmanager
+def _waiting_is_said(flag: str, path: Path) -> Iterator[None]:
+    text = (
+        f"phalanx: waiting for the end of {flag} {path}; if nothing writes there, press Ctrl-C and give a file (Open MPI's mpirun "
+        "does not pass on the end of its standard input)\n"
+    )
+    timer = threading.Timer(SILENT_SECONDS, lambda: sys.stderr.write(text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _read(flag: str, path: Path) -> bytes:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from phalanx.launch import sharing
+from phalanx.launch.sharing import read_input
+from phalanx.parallel.communicator import SelfCommunicator
 from tests.server.jobs import is_open_mpi
 
 from .commands import ROOT, command_line, messages, needs_mpirun, run
@@ -51,6 +54,22 @@ def test_standard_input_is_a_file_too(reader: str, ranks: int, name: str) -> Non
     if ranks and is_open_mpi():
         pytest.skip("Open MPI 5.0.11's mpirun does not pass on the end of standard input: a plain cat waits, too")
     assert_answered(answer(reader, name, ranks, stdin=READERS[reader][1]))
+
+
+def test_a_wait_for_the_end_of_a_file_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sharing, "SILENT_SECONDS", 0.01)
+    pipe, read, said = tmp_path / "pipe", [], ""
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(read_input(SelfCommunicator(), "--text", pipe)))
+    reader.start()
+    with pipe.open("wb") as writer:
+        while "waiting for the end of --text" not in said:
+            said += capfd.readouterr().err
+        writer.write(b"text")
+    reader.join()
+    assert read == [b"text"]
 
 
 @needs_mpirun
