@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 EXPECTED_SKIPS = {
     "slow": "run with -m slow",
+    "no class of the oracle's": "families that transformers never took in",
     "--with-mpi": "run by tests/run_mpi.sh on 2, 3, 4 and 8 ranks",
     "no NVIDIA GPU": "run by tests/gpu/run_gpu.sh on a machine with one",
     "cupy": "run by tests/gpu/run_gpu.sh on a machine with a GPU",

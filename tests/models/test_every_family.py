@@ -104,7 +104,7 @@ def test_a_split_split_again_holds_the_same_bytes_and_gives_ranks_the_same_weigh
 def test_a_checkpoint_saved_again_by_transformers_is_the_same_model(case: CheckpointCase, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     if case.config["model_type"] not in transformers.CONFIG_MAPPING:
-        return
+        pytest.skip("no class of the oracle's reads this model_type")
     directory, saved = write_checkpoint(case, tmp_path / "model"), tmp_path / "saved"
     transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").save_pretrained(saved)
     reference = load_reference(case)
