@@ -41,6 +41,8 @@ KILL_SECONDS = 5.0
 """How long ranks have to end after a second signal, and a launcher after SIGTERM."""
 LAUNCHER_SECONDS = 10.0
 """How long a launcher has to end after rank 0: MPICH's waits for a host that is lost until TCP gives up."""
+LAUNCH_SECONDS = 120.0
+"""How long a launcher may take, besides --start-timeout, until ranks run."""
 FAILED = 1
 MISTAKE = 2
 """Exit status of ranks that would make the same mistake again."""
@@ -94,7 +96,9 @@ class _Supervisor:
         start_seconds: longest that ranks may take until they are ready; they keep it themselves once their launcher has started them.
         draining: a signal or the admin route has asked for the end; no further job is started.
         ready_at: when the current job began to serve; None = it has not.
+        job: number of the current job, from 1.
         end_by: when the launcher of the current job must have ended.
+        has_drained: the HTTP processes have left because the last answer was given.
     """
 
     frontend: Frontend
@@ -103,7 +107,9 @@ class _Supervisor:
     start_seconds: float
     draining: bool = False
     ready_at: float | None = None
+    job: int = 0
     end_by: float = math.inf
+    has_drained: bool = False
     num_failures: int = 0
     failed_at: float | None = None
     signals: list[int] = field(default_factory=list)
@@ -135,11 +141,12 @@ class _Supervisor:
             self.process.send_signal(signal.SIGUSR1)
 
     def _run_job(self) -> int:
-        self.ready_at, self.end_by = None, time.monotonic() + self.start_seconds + LAUNCHER_SECONDS
+        self.job += 1
+        self.ready_at, self.end_by = None, time.monotonic() + self.start_seconds + LAUNCH_SECONDS
         try:
             self.process = subprocess.Popen(
                 self.command,
-                env={**same_code(), PLACE_VARIABLE: self.frontend.place},
+                env={**same_code(), PLACE_VARIABLE: self.frontend.place(self.job)},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -152,7 +159,7 @@ class _Supervisor:
             elif time.monotonic() > self.end_by:
                 _LOG.warning("%s does not end although rank 0 is gone or has never come; it is killed", self.command[0])
                 self._kill(0.0)
-                return FAILED
+                return 0 if self.has_drained else FAILED
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
         if self.draining and self.ready_at is None:  # told to end while ranks load, whatever their launcher makes of it
@@ -168,17 +175,18 @@ class _Supervisor:
         except CommunicatorError:
             if not self.draining:
                 raise
-            self._expect_end()  # the HTTP processes leave first
+            self.has_drained = True  # the HTTP processes leave first
+            self._expect_end()
             time.sleep(timeout_seconds)
             return
         for _, message in received:
-            if isinstance(message, FrontendReady) and self.ready_at is None:
+            if isinstance(message, FrontendReady) and message.job == self.job and self.ready_at is None:
                 self.ready_at, self.end_by = time.monotonic(), math.inf
                 if self.failed_at is not None:
                     _LOG.info("READY again %.1f s after the failure", self.ready_at - self.failed_at)
             elif isinstance(message, DrainRequest):
                 self.draining = True
-            elif isinstance(message, EngineGone):
+            elif isinstance(message, EngineGone) and message.job == self.job:
                 self._expect_end()
 
     def _expect_end(self) -> None:

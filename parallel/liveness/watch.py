@@ -370,9 +370,11 @@ def _stacks() -> str:
 
 
 def _say(text: str) -> None:
-    """In one write, so that lines of several ranks do not mix; left out when the reader is gone."""
-    descriptor = sys.stderr.fileno()
+    """In whole pages, so that short texts of several ranks do not mix; what a reader does not take in time is left out.
+
+    A pipe with room for a page is ready, but a longer write would wait for its reader.
+    """
+    descriptor, rest, deadline = sys.stderr.fileno(), f"{text}\n".encode(), time.monotonic() + SAY_SECONDS
     with contextlib.suppress(OSError):
-        _, writable, _ = select.select([], [descriptor], [], SAY_SECONDS)
-        if writable:
-            os.write(descriptor, f"{text}\n".encode())
+        while rest and select.select([], [descriptor], [], max(0.0, deadline - time.monotonic()))[1]:
+            rest = rest[os.write(descriptor, rest[: select.PIPE_BUF]) :]

@@ -137,11 +137,14 @@ class SupervisedFrontend:
     """HTTP processes that say what is given."""
 
     def __init__(self, *messages: FromFrontend) -> None:
-        self.channels, self.place, self.failure = self, "", ""
+        self.channels, self.failure = self, ""
         self._messages = list(messages)
 
     def receive(self, timeout_seconds: float) -> list[tuple[int, FromFrontend]]:
         return [(0, self._messages.pop(0))] if self._messages else []
+
+    def place(self, job: int) -> str:
+        return str(job)
 
     def tell_failed(self, reason: str) -> None:
         self.failure = reason
@@ -151,7 +154,9 @@ class SupervisedFrontend:
 
 
 @pytest.mark.parametrize(
-    ("messages", "start_seconds"), [([FrontendReady(), EngineGone()], 1e6), ([], 0.0)], ids=["rank 0 lost", "no start"]
+    ("messages", "start_seconds"),
+    [([FrontendReady(1), EngineGone(1)], 1e6), ([], 0.0)],
+    ids=["rank 0 lost", "no start"],
 )
 def test_a_launcher_that_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch, messages: list[FromFrontend], start_seconds: float
@@ -159,6 +164,7 @@ def test_a_launcher_that_does_not_end_is_killed(
     """As MPICH's with a lost host. It ignores SIGTERM here."""
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher inherits
     monkeypatch.setattr(launch.supervise, "LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr(launch.supervise, "LAUNCH_SECONDS", 0.0)
     monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.1)
     frontend: Any = SupervisedFrontend(*messages)
     supervisor = _Supervisor(frontend, ["sleep", "1000"], 0, start_seconds)
@@ -169,3 +175,12 @@ def test_a_launcher_that_does_not_end_is_killed(
     assert frontend.failure == "the ranks ended with status 1"
     assert supervisor.process is not None
     assert supervisor.process.returncode == -signal.SIGKILL
+
+
+def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP processes notice the end of an engine by themselves, perhaps when the next one is on its way."""
+    monkeypatch.setattr(launch.supervise, "LAUNCHER_SECONDS", 0.0)
+    frontend: Any = SupervisedFrontend(EngineGone(0), FrontendReady(0), EngineGone(0))
+    supervisor = _Supervisor(frontend, ["sleep", "1"], 0, 1e6)
+    assert supervisor.run() == 0
+    assert supervisor.ready_at is None

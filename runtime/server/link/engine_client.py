@@ -30,6 +30,7 @@ from phalanx.runtime.server.link.messages import (
     FromFrontend,
     FrontendReady,
     FrontendRefused,
+    Job,
     ModelInfo,
     Phase,
     Refused,
@@ -168,6 +169,7 @@ class EngineClient(asyncio.Protocol):
         model: what the engine said about the model, None before it is ready.
         stats: the latest counts, None before the first.
         failure: why the state is FAILED.
+        job: which of a supervisor's jobs the engine belongs to.
         phase: what rank 0 does before it is ready, in words; empty until it says so.
         trouble: which rank does not answer at the moment; None = all do.
     """
@@ -191,7 +193,7 @@ class EngineClient(asyncio.Protocol):
         self.model: ModelInfo | None = None
         self.stats: Stats | None = None
         self.failure: str | None = None
-        self.phase = ""
+        self.phase, self.job = "", 0
         self.trouble: str | None = None
         self._load_model, self._on_gone, self._on_stats, self._clock = load_model, on_gone, on_stats, clock
         self._frames = FrameDecoder()
@@ -369,6 +371,8 @@ class EngineClient(asyncio.Protocol):
             case Draining():
                 self._change(ServerState.DRAINING)
                 self._report_drained()
+            case Job(number):
+                self.job = number
             case Phase(text):
                 self.phase = text
             case Trouble(text):

@@ -16,7 +16,7 @@ import msgspec
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.runtime.server.board import create_board
 from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
-from phalanx.runtime.server.link.messages import Failed, Phase, Stop, Trouble
+from phalanx.runtime.server.link.messages import Failed, Job, Phase, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import answer_early, bind, free_port
@@ -28,8 +28,9 @@ EXIT_SECONDS = 8.0
 
 
 class _Place(msgspec.Struct):
-    """``doors``: abstract Unix sockets, one for each HTTP process."""
+    """``doors``: abstract Unix sockets, one for each HTTP process; ``job``: which of the supervisor's jobs may enter."""
 
+    job: int
     url: str
     grpc_port: int | None
     doors: list[str]
@@ -111,10 +112,9 @@ class Frontend:
         answer_early(listeners, started, tls)
         return cls(url, processes, FrontendChannels(channels), settings.grpc_port, doors)
 
-    @property
-    def place(self) -> str:
-        """For `connect`, as text: where engines find the processes that outlive them."""
-        return msgspec.json.encode(_Place(self.url, self.grpc_port, self._doors)).decode()
+    def place(self, job: int) -> str:
+        """For `connect`, as text: where the engine of a job, counted from 1, finds the processes that outlive it."""
+        return msgspec.json.encode(_Place(job, self.url, self.grpc_port, self._doors)).decode()
 
     @classmethod
     def connect(cls, place: str) -> Frontend:
@@ -135,7 +135,10 @@ class Frontend:
                     "supervisor's host, in the same container"
                 ) from None
             channels.append(FrontendChannel(sock, f"HTTP process {number}"))
-        return cls(known.url, (), FrontendChannels(channels), known.grpc_port)
+        frontend = cls(known.url, (), FrontendChannels(channels), known.grpc_port)
+        with contextlib.suppress(CommunicatorError):
+            frontend.channels.send(Job(known.job))
+        return frontend
 
     def tell_failed(self, reason: str) -> None:
         """Have every open request end with this error. May be called by any thread; waits for a moment at most."""

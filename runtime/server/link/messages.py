@@ -28,6 +28,7 @@ __all__ = [
     "FromFrontend",
     "FrontendReady",
     "FrontendRefused",
+    "Job",
     "ModelInfo",
     "Phase",
     "Refused",
@@ -47,7 +48,9 @@ class FrontendRefused(msgspec.Struct, tag=True, frozen=True):
 
 
 class FrontendReady(msgspec.Struct, tag=True, frozen=True):
-    """The tokenizer is loaded and requests are answered from now on."""
+    """The tokenizer is loaded and requests are answered from now on; by the engine of ``job``, where a supervisor starts them."""
+
+    job: int = 0
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -76,8 +79,16 @@ class DrainRequest(msgspec.Struct, tag=True, frozen=True):
     """An administrator asks for a drain."""
 
 
+class Job(msgspec.Struct, tag=True, frozen=True):
+    """The first message of an engine that a supervisor has started: which of its jobs this is, from 1."""
+
+    number: int
+
+
 class EngineGone(msgspec.Struct, tag=True, frozen=True):
-    """To the supervisor: rank 0 has ended, or has said that it will."""
+    """To the supervisor: rank 0 of a job has ended, or has said that it will. It may come when the next job runs already."""
+
+    job: int
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
@@ -155,7 +166,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 
 
 FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | DrainRequest | Alive | EngineGone
-ToFrontend = Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
+ToFrontend = Job | Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
 
 
 def encode_frame(message: FromFrontend | ToFrontend) -> bytes:

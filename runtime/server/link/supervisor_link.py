@@ -38,11 +38,12 @@ class SupervisorLink(asyncio.Protocol):
 
     def tell(self, state: ServerState) -> None:
         """The server is in another state."""
+        job = self._client.job
         messages: dict[ServerState, FromFrontend] = {
-            ServerState.STARTING: EngineGone(),
-            ServerState.SERVING: FrontendReady(),
+            ServerState.STARTING: EngineGone(job),
+            ServerState.SERVING: FrontendReady(job),
             ServerState.DRAINING: DrainRequest(),
-            ServerState.FAILED: EngineGone(),
+            ServerState.FAILED: EngineGone(job),
         }
         if self._transport is not None:
             self._transport.write(encode_frame(messages[state]))
