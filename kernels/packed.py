@@ -94,7 +94,7 @@ def pack_weight(library: Library, codes: Array, out: Array, kind: PackedKind) ->
     lanes = out.shape[1] // _LANE_BYTES
     defines = _defines(kind, 0, False) | {"SCALAR": "__half", "VEC": 1, "NUM_THREADS": _NUM_THREADS}
     kernel = library.function("pack_weight", "pack_weight", 0, **defines)
-    kernel((ceil_div(lanes, _NUM_THREADS), rows), (_NUM_THREADS,), (codes, out, np.int32(columns), np.int32(lanes)))
+    kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), (codes, out, np.int32(columns), np.int32(lanes)))
 
 
 def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
@@ -111,7 +111,7 @@ def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     }
     kernel = library.function("pack_weight", "unpack_weight", 0, **(defines | more))
     arguments = (weight.codes, weight.scale, weight.zero, out, np.int32(columns), np.int32(lanes))
-    kernel((ceil_div(lanes, _NUM_THREADS), rows), (_NUM_THREADS,), arguments)
+    kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), arguments)
 
 
 def parse_layout(layout: str) -> tuple[PackedKind, int, bool]:

@@ -30,4 +30,4 @@ def unpack_ordered(
     defines: Defines = {"SCALAR": scalar_name(out), "HAS_ZERO": int(zero is not None), "NUM_THREADS": _NUM_THREADS}
     kernel = library.function("unpack_ordered", "unpack_ordered", 0, **defines)
     arguments = (codes, group_index, scale, zero, out, np.int32(columns), np.int32(groups))
-    kernel((ceil_div(columns, _NUM_THREADS), rows), (_NUM_THREADS,), arguments)
+    kernel((rows, ceil_div(columns, _NUM_THREADS)), (_NUM_THREADS,), arguments)

@@ -46,6 +46,7 @@ class EmulatedLibrary:
             assert shared_mem <= max(shared_bytes, 48 * 1024), (shared_mem, shared_bytes)
             cells = [_cell(argument) for argument in args]
             pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+            assert all(blocks <= 65_535 for blocks in grid[1:]), f"CUDA launches no grid of {grid} blocks"
             shape = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
             if entry(pointers, shape, ctypes.c_size_t(shared_mem)) != 0:
                 raise AssertionError(f"{source}.cu: {name} deadlocks: threads of a block wait at different places")
