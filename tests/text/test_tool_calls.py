@@ -20,6 +20,7 @@ from phalanx.runtime.text.tool_calls import (
     takes_tools,
     tool_call_reader,
 )
+from phalanx.runtime.text.tool_calls.arguments import of_text
 
 from . import chat_templates
 
@@ -107,6 +108,9 @@ CASES: list[tuple[str, str, str, Calls]] = [
      "<\uff5ctool\u2581calls\u2581end\uff5c>", "Sure.", [("weather", '{"city": "Oslo"}'), ("function", "{}")]),
     ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>weather<\uff5ctool\u2581sep\uff5c>{\"city\": \"Os", "", [("weather", '{"city": "Os')]),
     ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", []),
+    ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>add\n<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>weather\n```json\n{\"days\": 1}\n```<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>", "",
+     [("add", "{}"), ("weather", '{"days": 1}')]),
+    ("pythonic", '[weather(near=[true, null], city={"a": false})]', "", [("weather", '{"near": [true,null], "city": {"a":false}}')]),
 ]  # fmt: skip
 
 
@@ -131,6 +135,11 @@ def read(form: str, tokens: list[str], **options: bool) -> tuple[str, Calls]:
 def test_calls_and_text_of_an_answer(form: str, answer: str, text: str, calls: Calls) -> None:
     assert read(form, [answer]) == (text, calls)
     assert read(form, list(answer)) == (text, calls)
+
+
+@pytest.mark.parametrize("kind", [None, 5, {}, [None, "integer"]])
+def test_a_schema_that_is_none_takes_anything(kind: object) -> None:
+    assert of_text("5", {"properties": {"a": {"type": kind}}}, "a") == 5
 
 
 @given(st.data())

@@ -13,7 +13,6 @@ import msgspec
 __all__ = ["PythonArgument", "json_text", "of_python", "of_text", "property_names"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
-_WORDS = {"true": True, "false": False, "null": None}
 
 
 def json_text(value: Any) -> str:
@@ -41,19 +40,16 @@ def of_text(text: str, schema: Any, key: str) -> Any:
 
 
 def of_python(text: str) -> Any:
-    """Return the value of a Python literal, or of JSON's ``true``, ``false`` and ``null``; the text itself if it is neither."""
+    """Return the value of a Python literal, or of JSON; the text itself if it is neither, or is infinite."""
     text = text.strip()
-    if text in _WORDS:
-        return _WORDS[text]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes like "\d"
-            value = ast.literal_eval(text)
-        if json_text(value) == "null" and value is not None:  # infinite
-            return text
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
-        return text
-    return value
+    for read in (_literal, msgspec.json.decode):
+        try:
+            value = read(text)
+            if value is None or json_text(value) != "null":
+                return value
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
+            continue
+    return text
 
 
 def property_names(schema: Any) -> list[str]:
@@ -100,6 +96,12 @@ class PythonArgument:
             self._open.pop()
 
 
+def _literal(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes like "\d"
+        return ast.literal_eval(text)
+
+
 def _properties(schema: Any) -> Mapping[str, Any]:
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     return properties if isinstance(properties, Mapping) else {}
@@ -109,8 +111,9 @@ def _types(schema: Any) -> frozenset[str]:
     """The types that a property's schema names, alternatives included; none = anything."""
     if not isinstance(schema, Mapping):
         return frozenset()
-    named = schema.get("type", ())
-    found = {named} if isinstance(named, str) else {one for one in named if isinstance(one, str)}
+    named = schema.get("type")
+    found = {named} if isinstance(named, str) else set()
+    found |= {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
     for key in ("anyOf", "oneOf"):
         alternatives = schema.get(key, ())
         for alternative in alternatives if isinstance(alternatives, list) else ():

@@ -161,8 +161,11 @@ class DeepSeekReader(MarkedReader):
     def _head(self) -> bool:
         """``function``, separator, name, fence (V3), or name, separator (V3.1); the arguments' bracket ends all that."""
         head, bracket, rest = self._buffer.partition("{")
-        if not bracket:
+        is_empty = self._END in head
+        if not (bracket or is_empty):
             return False
+        if is_empty:
+            head = head.partition(self._END)[0]
         kind, _, named = head.partition(self._SEPARATOR)
         lines = named.strip().splitlines()
         name = lines[0].strip() if lines and not lines[0].startswith("```") else kind.strip()
@@ -170,8 +173,12 @@ class DeepSeekReader(MarkedReader):
             self._not_a_call()
             return True
         self._begin_call(name)
-        self._raw, self._buffer, self._value = "", bracket + rest, JsonValue()
-        self._step = self._read_arguments
+        self._raw = ""
+        if is_empty:
+            self._end_arguments()
+            self._buffer, self._step = self._buffer.partition(self._END)[2], self._after_call
+        else:
+            self._buffer, self._value, self._step = bracket + rest, JsonValue(), self._read_arguments
         return True
 
     def _after_call(self) -> bool:
