@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
@@ -33,12 +34,14 @@ _REFUSED = {
     "seq_len_interpolation_factor": None, "apply_rope_scaling": False, "scale_positional_embedding": False, "qk_layernorm": False,
     "normalize_attention_scores": True, "sliding_window": None, "window_size": None, "mcore_customization_config": None,
     "apply_embedding_scaling": False, "peft": None, "virtual_pipeline_model_parallel_size": None, "rotary_interleaved": False,
+    "layernorm_zero_centered_gamma": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 """Keys that must be absent or have this value."""
 _ACTIVATIONS = {
     "gelu": "gelu", "openai-gelu": "gelu_pytorch_tanh", "quick-gelu": None, "swiglu": "silu", "fast-swiglu": "silu",
     "squared-relu": "relu2",
 }  # fmt: skip
+_POSITIONS = ("learned_absolute", "rope")
 _NORMS = {"layernorm": "LayerNorm", "layernorm1p": "LayerNorm1P", "rmsnorm": "RMSNorm"}
 
 
@@ -82,6 +85,11 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         key, value = ("activation", kind) if activation is None else ("normalization", norm)
         known = (name for name, meant in (_ACTIVATIONS if activation is None else _NORMS).items() if meant)
         raise ConfigError(f"{key}={value!r} in {CONFIG} is not supported; supported: {', '.join(known)}")
+    positions = config.get("position_embedding_type", "learned_absolute")
+    if positions not in _POSITIONS:
+        raise ConfigError(
+            f"position_embedding_type={positions!r} in {CONFIG} is not supported; supported: {', '.join(_POSITIONS)}"
+        )
     bias, heads = config.get("bias", True), _whole(config, "num_attention_heads")
     is_fused = bias and config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True))
     return {
@@ -96,7 +104,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "layernorm_epsilon": config.get("layernorm_epsilon", 1e-5),
         "normalization": "LayerNorm" if norm == "layernorm1p" else _NORMS[norm],
         "apply_layernorm_1p": norm == "layernorm1p",
-        "position_embedding_type": config.get("position_embedding_type", "learned_absolute"),
+        "position_embedding_type": positions,
         "rotary_percent": config.get("rotary_percentage", 1.0),
         "rotary_base": config.get("rotary_base", 10000),
         "swiglu": activation == "silu",
@@ -173,7 +181,11 @@ def _opened(path: Path) -> Iterator[_Files]:
             f"--input {str(path)!r} is neither a .nemo archive nor a directory of one: {error}; name one"
         ) from None
     with archive:
-        yield _Archive(archive, path)
+        try:
+            files = _Archive(archive, path)
+        except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
+            raise CheckpointError(f"{path} is cut off or damaged: {error}; copy it again") from None
+        yield files
 
 
 class _Directory:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import configparser
 import enum
+import io
 import json
 import sys
 import tarfile
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -260,6 +261,19 @@ def test_an_archive_that_leads_out_of_itself_is_refused(name: str, kind: bytes, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("compression", ["", "gz"])
+def test_an_archive_that_was_cut_off_is_said_to_be(compression: Literal["", "gz"], tmp_path: Path) -> None:
+    path = tmp_path / "model.nemo"
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name in ("model_weights.ckpt", "model_config.yaml"):
+            member = tarfile.TarInfo(name)
+            member.size = 1 << 16
+            archive.addfile(member, io.BytesIO(np.random.default_rng(0).bytes(member.size)))
+    path.write_bytes(path.read_bytes()[:70_000])
+    with pytest.raises(CheckpointError, match=r"model\.nemo is cut off or damaged: .*; copy it again"):
+        main(["--from", "nemo", "--input", str(path), "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -271,6 +285,9 @@ def test_an_archive_that_leads_out_of_itself_is_refused(name: str, kind: bytes, 
             "activation='geglu' in model_config.yaml is not supported; supported: gelu, openai-gelu, swiglu",
         ),
         ({"num_moe_experts": 8}, "num_moe_experts=8 in model_config.yaml is not supported"),
+        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma=True"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
         ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln'"),
         ({"hidden_size": "${x}"}, r"hidden_size='\$\{x\}' in model_config.yaml is not a whole number"),
         ({}, "holds no model_weights.ckpt; distributed checkpoints"),
