@@ -14,6 +14,7 @@ from phalanx.checkpoints.formats import components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import SelfCommunicator
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import CAPABILITIES, NumpyOps, NumpyStep
@@ -83,6 +84,10 @@ class LayerRuns:
         self, checkpoint: Checkpoint, model: Model, config: ModelConfig, windows: Sequence[NDArray[np.int32]]
     ) -> None:
         CAPABILITIES.check(model, config, "float32")
+        if any(model.decode.attention(config, layer).prefix_end for layer in range(config.num_layers)):
+            raise ConfigError(
+                "a text does not say where the prefix ends that this model's attention needs; use --method rtn"
+            )
         self._checkpoint, self._model, self._config = checkpoint, model, config
         self._windows = windows
         self._threads = Threads(thread_count())

@@ -119,9 +119,11 @@ class StepRing:
     def forget(self) -> None:
         """Wait for everything in flight and count none of it."""
         self.drain()
-        for buffers in self._ring:
+        for buffers in (*self._ring[self._next :], *self._ring[: self._next]):
+            if buffers.in_use:
+                self._count(buffers)
             buffers.in_use = False
-        self.times = DeviceTimes()
+        self.times, self._num_saturated = DeviceTimes(), 0
 
     def _account(self, buffers: StepBuffers) -> None:
         import cupy
