@@ -137,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _refuse_without_effect(self, words: Sequence[str], args: argparse.Namespace) -> None:
         for word in words:
-            flag = word.partition("=")[0]
+            flag = word.partition("=")[0] if word.startswith("--") else word[:2]  # -n8 is -n 8
             if flag in self._without_effect and self._without_effect[flag][1](args):
                 where, name = self._without_effect[flag][0], "/".join(self._option_string_actions[flag].option_strings)
                 self.error(f"argument {name}: has no effect {where}, or leave {flag} out")

@@ -120,7 +120,7 @@ def _unique_keys_loader() -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
-            for key, _ in node.value:
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     raise yaml.MarkedYAMLError(
                         problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark

@@ -60,7 +60,7 @@ class HeldRanks:
 
     def kill(self, rank: int) -> None:
         """End a rank that gives no sign of life; no-op where it is not of this host."""
-        if (process := self._processes.get(rank)) is not None:
+        if process := self._processes.get(rank):  # 0: one of another container's
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 

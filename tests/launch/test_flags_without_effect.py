@@ -12,6 +12,7 @@ CASES = [
     ("serve", "--max-restarts 3", "--supervise"),
     ("serve", "--max-restarts 10", "--supervise"),  # the default, but given
     ("serve", "-n 8", "--supervise"),
+    ("serve", "-n8", "--supervise"),
     ("serve", "--num-ranks 8", "--supervise"),
     ("serve", "--launcher srun", "--supervise"),
     ("serve", "--engine-dir engines", "--engine tensorrt"),

@@ -208,7 +208,7 @@ def conversation(request: ChatRequest) -> Conversation:
 def _check_message(message: ChatMessage) -> None:
     if message.role not in ROLES:
         raise invalid(f"role {message.role!r} is not supported; use one of {', '.join(ROLES)}", "messages")
-    if message.content is None and not message.tool_calls:
+    if message.content is None and not (message.tool_calls or _thoughts(message)):
         raise invalid("a message has no content; give a string", "messages")
     if message.tool_calls and message.role != "assistant":
         raise invalid(f"a message of role {message.role!r} has tool_calls; only the assistant's may", "messages")
