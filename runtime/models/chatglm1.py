@@ -43,7 +43,7 @@ def read_fields(reader: ConfigReader) -> ChatGlm1Config:
         norm_eps=reader.number("layernorm_epsilon", 1e-5),
         activation="gelu_tanh",
         rope=RopeConfig(rotary_dim=head_dim // 2, two_dimensional=True),
-        tie_embeddings=reader.flag("tie_word_embeddings", False),
+        tie_embeddings=reader.flag("tie_word_embeddings", True),
         prefix_end=_prefix_end(reader),
         **reader.common(),
     )

@@ -56,7 +56,7 @@ _CHATGLM1 = CheckpointCase(
         "architectures": ["ChatGLMForConditionalGeneration"], "model_type": "chatglm", "vocab_size": 101, "hidden_size": 96,
         "num_layers": 3, "num_attention_heads": 6, "inner_hidden_size": 120, "max_sequence_length": 128,
         "position_encoding_2d": True, "layernorm_epsilon": 1e-5, "mask_token_id": 3, "pad_token_id": 3, **_SPECIAL,
-        "gmask_token_id": 0,
+        "gmask_token_id": 0, "tie_word_embeddings": False,
     },
     layouts=SIX_HEADS,
     prefix_end=(0, 1),
