@@ -36,6 +36,7 @@ _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
 _MPICH_SEGMENT = "/dev/shm/mpich_shm_"
+_SLEEP_VARIABLE = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
 _ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 _FAILED_TAG = 4711
 """Of messages on the world communicator itself; everything else goes over duplicates of it."""
@@ -255,10 +256,17 @@ def _mpi(start: bool = True) -> Any:
     if start and not MPI.Is_initialized():
         info = launch_info()
         _refuse_foreign_launcher(info, *MPI.get_vendor())
+        _sleep_where_ranks_share_cores(info)
         with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return MPI
+
+
+def _sleep_where_ranks_share_cores(info: LaunchInfo) -> None:
+    """Have MPICH's ranks sleep while they wait: after the sched_yield of its default Linux may well go on with the rank that waits."""
+    if info.local_size > (os.cpu_count() or 1):
+        os.environ.setdefault(_SLEEP_VARIABLE, "1")
 
 
 def _refuse_foreign_launcher(info: LaunchInfo, vendor: str, version: tuple[int, int, int]) -> None:

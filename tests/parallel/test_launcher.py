@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from phalanx.parallel import mpi_comm
 from phalanx.parallel.launcher import LaunchInfo, launch_info
 
 
@@ -37,3 +40,15 @@ def test_slurm_says_how_many_tasks_share_a_node(node: str, local_size: int) -> N
         "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
     }  # fmt: skip
     assert launch_info(environ).local_size == local_size
+
+
+@pytest.mark.parametrize(("ranks", "cores", "expected"), [(4, 2, "1"), (2, 2, None), (3, None, "1")])
+def test_ranks_that_outnumber_the_cores_sleep_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, cores: int | None, expected: str | None
+) -> None:
+    name = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
+    monkeypatch.setenv(name, "")  # so that what is set here does not stay
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    mpi_comm._sleep_where_ranks_share_cores(LaunchInfo(0, 8, 0, ranks, "MPICH"))
+    assert os.environ.get(name) == expected
