@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from phalanx.runtime.text.tool_calls.json_call import JsonValue
-from phalanx.runtime.text.tool_calls.places import ListReader, MarkedReader, WholeReader
+from phalanx.runtime.text.tool_calls.places import ListReader, MarkedReader, TaggedCallReader, WholeReader
 from phalanx.runtime.text.tool_calls.pythonic import PythonicReader
 from phalanx.runtime.text.tool_calls.reader import ToolCallReader
 from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmReader, QwenCoderReader
@@ -16,21 +15,8 @@ from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmRead
 __all__ = ["TOOL_CALL_FORMS", "ArgumentsReader", "CallListReader", "tool_call_reader"]
 
 
-class HermesReader(MarkedReader):
+class HermesReader(TaggedCallReader):
     """``<tool_call>{"name": "f", "arguments": {...}}</tool_call>``, repeated: Hermes 2 Pro, Qwen 2.5, Qwen 3."""
-
-    _marker = "<tool_call>"
-
-    def _after_call(self) -> bool:
-        """Drop the end tag and the spaces around it; a model may forget it before the next call."""
-        if not self._skip_spaces():
-            return False
-        tag = "</tool_call>"
-        if tag.startswith(self._buffer) and self._buffer != tag:
-            return False
-        self._buffer = self._buffer.removeprefix(tag)
-        self._step = self._between
-        return True
 
 
 class LlamaReader(WholeReader):
@@ -90,13 +76,8 @@ class MistralReader(MarkedReader):
         if not bracket:
             return False
         name = head.partition("[CALL_ID]")[0].partition("[ARGS]")[0].strip()
-        if not name or any(character.isspace() for character in name):
-            self._not_a_call()
-            return True
-        self._begin_call(name)
         self._is_list = False
-        self._raw, self._buffer, self._value = "", bracket + rest, JsonValue()
-        self._step = self._read_arguments
+        self._begin_named_call(name, bracket + rest, self._read_arguments)
         return True
 
     def _after_call(self) -> bool:

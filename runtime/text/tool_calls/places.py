@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from phalanx.runtime.text.tool_calls.reader import ToolCallReader
 
-__all__ = ["ListReader", "MarkedReader", "WholeReader"]
+__all__ = ["ListReader", "MarkedReader", "TaggedCallReader", "WholeReader"]
 
 
 class MarkedReader(ToolCallReader):
@@ -43,6 +43,23 @@ class MarkedReader(ToolCallReader):
         if not self._skip_spaces():
             return False
         self._step = self._text
+        return True
+
+
+class TaggedCallReader(MarkedReader):
+    """Calls between ``<tool_call>`` and ``</tool_call>``, which a model may forget before the next call."""
+
+    _marker = "<tool_call>"
+
+    def _after_call(self) -> bool:
+        """Drop the end tag and the spaces around it."""
+        if not self._skip_spaces():
+            return False
+        tag = self._tag("</tool_call>")
+        if tag is None:
+            return False
+        self._buffer = self._buffer.removeprefix(tag)
+        self._step = self._between
         return True
 
 

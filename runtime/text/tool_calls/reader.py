@@ -125,6 +125,14 @@ class ToolCallReader(ABC):
         if self._parallel or self._num_calls == 1:
             self._pieces.append(CallPiece("", self._num_calls - 1, name))
 
+    def _begin_named_call(self, name: str, rest: str, then: Callable[[], bool]) -> None:
+        """Begin a call and have ``then`` read its arguments, with which ``rest`` begins; no name, or one with spaces, makes it text."""
+        if not name or any(character.isspace() for character in name):
+            self._not_a_call()
+            return
+        self._begin_call(name)
+        self._raw, self._buffer, self._value, self._step = "", rest, JsonValue(), then
+
     def _add_arguments(self, text: str) -> None:
         if text and (self._parallel or self._num_calls == 1):
             self._pieces.append(CallPiece(text, self._num_calls - 1))

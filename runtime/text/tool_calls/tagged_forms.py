@@ -4,48 +4,29 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 
 from phalanx.runtime.text.tool_calls.arguments import of_text
-from phalanx.runtime.text.tool_calls.json_call import JsonValue
-from phalanx.runtime.text.tool_calls.places import MarkedReader
+from phalanx.runtime.text.tool_calls.places import MarkedReader, TaggedCallReader
 
 __all__ = ["DeepSeekReader", "GlmReader", "QwenCoderReader"]
 
 _END_OF_NAME = re.compile(r"[\n<]")
 
 
-class TaggedReader(MarkedReader):
-    """Calls between ``<tool_call>`` and ``</tool_call>``, in which each argument has tags; a value's type comes from the schema."""
+class TaggedReader(TaggedCallReader):
+    """Calls between tags, in which each argument has tags, too; a value's type comes from the schema."""
 
-    _marker = "<tool_call>"
     _key = ""
 
-    def _begin_tagged(self, name: str) -> None:
-        """Go on with the arguments of a call; no name, or one with spaces, makes it text."""
-        if not name or any(character.isspace() for character in name):
-            self._not_a_call()
-        else:
-            self._begin_call(name)
-            self._raw, self._step = "", self._arguments
-
+    @abstractmethod
     def _arguments(self) -> bool:
         """Read one argument, or the end of the call."""
-        raise NotImplementedError
 
     def _skip_unexpected(self) -> bool:
         """Drop what belongs to no argument, up to the next tag."""
         rest = self._buffer[1:]
         self._buffer = rest[rest.find("<") :] if "<" in rest else ""
-        return True
-
-    def _after_call(self) -> bool:
-        if not self._skip_spaces():
-            return False
-        tag = self._tag("</tool_call>")
-        if tag is None:
-            return False
-        self._buffer = self._buffer.removeprefix(tag)
-        self._step = self._between
         return True
 
 
@@ -64,7 +45,7 @@ class QwenCoderReader(TaggedReader):
         if not bracket:
             return False
         self._raw, self._buffer = self._raw + self._buffer[: -len(rest) or None], rest
-        self._begin_tagged(name.strip())
+        self._begin_named_call(name.strip(), rest, self._arguments)
         return True
 
     def _arguments(self) -> bool:
@@ -104,7 +85,7 @@ class GlmReader(TaggedReader):
             return False
         rest = begun[end.start() :]
         self._raw, self._buffer = self._raw + self._buffer[: -len(rest)], rest
-        self._begin_tagged(begun[: end.start()].strip())
+        self._begin_named_call(begun[: end.start()].strip(), rest, self._arguments)
         return True
 
     def _arguments(self) -> bool:
@@ -161,24 +142,16 @@ class DeepSeekReader(MarkedReader):
     def _head(self) -> bool:
         """``function``, separator, name, fence (V3), or name, separator (V3.1); the arguments' bracket ends all that."""
         head, bracket, rest = self._buffer.partition("{")
-        is_empty = self._END in head
-        if not (bracket or is_empty):
+        arguments = bracket + rest
+        if self._END in head:  # without arguments
+            head, _, rest = self._buffer.partition(self._END)
+            arguments = "{}" + rest
+        elif not bracket:
             return False
-        if is_empty:
-            head = head.partition(self._END)[0]
         kind, _, named = head.partition(self._SEPARATOR)
         lines = named.strip().splitlines()
         name = lines[0].strip() if lines and not lines[0].startswith("```") else kind.strip()
-        if not name or any(character.isspace() for character in name):
-            self._not_a_call()
-            return True
-        self._begin_call(name)
-        self._raw = ""
-        if is_empty:
-            self._end_arguments()
-            self._buffer, self._step = self._buffer.partition(self._END)[2], self._after_call
-        else:
-            self._buffer, self._value, self._step = bracket + rest, JsonValue(), self._read_arguments
+        self._begin_named_call(name, arguments, self._read_arguments)
         return True
 
     def _after_call(self) -> bool:
