@@ -68,9 +68,19 @@ class PartialDirectory:
             ConfigError: as `create`, or a file cannot be written.
         """
         self.create()
-        try:
+        with self.removed_after_failure():
             yield self.path
             self.commit()
+
+    @contextlib.contextmanager
+    def removed_after_failure(self) -> Iterator[None]:
+        """Remove it if what is done meanwhile fails.
+
+        Raises:
+            ConfigError: a file cannot be written.
+        """
+        try:
+            yield
         except OSError as error:
             self.discard()
             raise ConfigError(f"cannot write {str(self.path)!r}: {error.strerror}; nothing was left there") from error

@@ -87,7 +87,7 @@ def split_checkpoint(
     unfinished.require_absent()
     is_first = comm.rank == 0
     replaced = unfinished.create() if is_first else False
-    try:
+    with unfinished.removed_after_failure():
         if is_first:
             _check_space(unfinished.path, sum(file.num_bytes for file in files))
         comm.barrier()
@@ -98,12 +98,6 @@ def split_checkpoint(
             _copy_files(directory, unfinished.path, job.dtype)
             _write_manifest(_manifest(infos, stored_names, job, entries), unfinished.path)
             unfinished.commit()
-    except OSError as error:
-        unfinished.discard()
-        raise ConfigError(f"cannot write {str(unfinished.path)!r}: {error.strerror}; nothing was left there") from error
-    except BaseException:
-        unfinished.discard()
-        raise
     comm.barrier()
     return SplitReport(len(files), sum(file.num_bytes for file in files), replaced)
 
