@@ -16,9 +16,10 @@ import msgspec
 
 from phalanx.parallel.errors import CapacityError, CommunicatorError
 from phalanx.parallel.peers import peer_of
-from phalanx.runtime.request import Request, SamplingParams, TokenDelta
+from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.server.board import Room
 from phalanx.runtime.server.errors import ApiError, invalid, overloaded, unavailable
+from phalanx.runtime.server.link.generation_group import GenerationGroup
 from phalanx.runtime.server.link.messages import (
     Alive,
     Cancel,
@@ -42,7 +43,7 @@ from phalanx.runtime.server.link.messages import (
     encode_frame,
 )
 
-__all__ = ["EngineClient", "EngineLost", "GenerationGroup", "ServerState"]
+__all__ = ["EngineClient", "EngineLost", "ServerState"]
 
 
 DELIVERY_SECONDS = 0.002
@@ -62,97 +63,6 @@ class ServerState(enum.Enum):
     SERVING = enum.auto()
     DRAINING = enum.auto()
     FAILED = enum.auto()
-
-
-News = tuple[int, list[int] | TokenDelta]
-"""Index of a request in its group, and its plain next tokens or anything more than those."""
-
-
-class GenerationGroup:
-    """The engine requests of one HTTP request; what happens to them is gathered in one list, marked by index.
-
-    Either `wait` is awaited, or `listen` names what is called whenever something has arrived.
-    """
-
-    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
-        self._client = client
-        self._request_ids = list(request_ids)
-        self._news: list[News] = []
-        self._error: ApiError | None = None
-        self._listener: Callable[[], None] | None = None
-        self._is_marked = False
-
-    def put_token(self, index: int, token_id: int) -> None:
-        """Add a plain next token of one request; called by the client. Unread tokens are merged to bound memory."""
-        news = self._news
-        if news and news[-1][0] == index and isinstance(news[-1][1], list):
-            news[-1][1].append(token_id)
-        else:
-            news.append((index, [token_id]))
-            self._mark()
-
-    def put(self, index: int, delta: TokenDelta) -> None:
-        """Add anything else that happened to one request; called by the client."""
-        self._news.append((index, delta))
-        self._mark()
-
-    def fail(self, error: ApiError) -> None:
-        """End the group with an error; called by the client."""
-        self._error = self._error or error
-        self._mark()
-
-    def notify(self) -> None:
-        """Tell the reader that something has arrived; called by the client once for all of it."""
-        self._is_marked = False
-        if self._listener is not None:
-            self._listener()
-
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call ``listener`` from now on whenever something has arrived, and once now if something is there; None = nobody."""
-        self._listener = listener
-        if listener is not None and (self._news or self._error is not None):
-            listener()
-
-    def take(self) -> list[News]:
-        """Everything that has arrived.
-
-        Raises:
-            ApiError: the engine refused a request of this group, or is gone; what came before was returned earlier.
-        """
-        news, self._news = self._news, []
-        if not news:
-            self.raise_error()
-        return news
-
-    def raise_error(self) -> None:
-        """Raise the ApiError that ended the group once everything before it was taken."""
-        if self._error is not None and not self._news:
-            raise self._error
-
-    async def wait(self) -> None:
-        """Wait until `take` has something to return or to raise."""
-        if not self._news and self._error is None:
-            arrived = asyncio.get_running_loop().create_future()
-            self.listen(lambda: None if arrived.done() else arrived.set_result(None))
-            try:
-                await arrived
-            finally:
-                self.listen(None)
-
-    def cancel(self, index: int) -> None:
-        """End one request of the group. No further deltas are delivered for it."""
-        self._client.cancel(self._request_ids[index])
-
-    def close(self) -> None:
-        """End what is still open."""
-        self._listener = None
-        for request_id in self._request_ids:
-            self._client.cancel(request_id)
-
-    def _mark(self) -> None:
-        if not self._is_marked:
-            self._is_marked = True
-            self._client.mark(self)
 
 
 class EngineClient(asyncio.Protocol):

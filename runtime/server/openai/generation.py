@@ -17,7 +17,8 @@ from starlette.responses import Response
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError, invalid
-from phalanx.runtime.server.link.engine_client import EngineLost, GenerationGroup
+from phalanx.runtime.server.link.engine_client import EngineLost
+from phalanx.runtime.server.link.generation_group import GenerationGroup
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
