@@ -86,7 +86,8 @@ class LayerRuns:
         CAPABILITIES.check(model, config, "float32")
         if any(model.decode.attention(config, layer).prefix_end for layer in range(config.num_layers)):
             raise ConfigError(
-                "a text does not say where the prefix ends that this model's attention needs; use --method rtn"
+                "a text does not say where the prefix ends that this model's attention needs; use --method rtn and a scheme without static "
+                "inputs, and leave --kv-cache out"
             )
         self._checkpoint, self._model, self._config = checkpoint, model, config
         self._windows = windows
