@@ -51,7 +51,8 @@ def server() -> Iterator[Server]:
 def checked_latencies(report: dict[str, Any], *names: str) -> None:
     for name in names:
         assert sorted(report[name]) == ["mean", "p50", "p99"]
-        assert 0 < report[name]["p50"] <= report[name]["p99"]
+        assert 0 <= report[name]["p50"] <= report[name]["p99"]  # 0: tokens that arrived in one event
+        assert report[name]["p99"] > 0
         assert report[name]["mean"] <= 1e3 * report["seconds"]
 
 

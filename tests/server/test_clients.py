@@ -261,7 +261,7 @@ def test_vllms_benchmark(job: Job) -> None:
     for path, body in (("/v1/completions", completion), ("/v1/chat/completions", chat)):
         events = job.server.stream(path, body)
         assert events[-1]["usage"]["completion_tokens"] == 8
-        assert any(event["choices"] and event["choices"][0]["finish_reason"] is None for event in events)
+        assert events[-2]["choices"][0]["finish_reason"] == "length"
 
 
 def test_the_reference_is_one(reference: Float64Llama) -> None:

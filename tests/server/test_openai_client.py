@@ -115,6 +115,6 @@ def test_a_client_that_closes_a_stream_ends_its_request(model_directory: Path) -
     with stub_server(model_directory, {"model_names": ["stub"]}, step_seconds=0.02) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with client.completions.create(model="stub", prompt="ab", max_tokens=250, stream=True) as stream:
-            assert next(iter(stream)).choices[0].text == "a"
+            assert next(iter(stream)).choices[0].text.startswith("a")
         server.wait_for("CANCELLED")
         client.close()
