@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from phalanx.launch.signals import interruption
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,21 +28,30 @@ class DrainSignals:
     While ranks still load, SIGTERM and SIGUSR1 end the job with status 0: no request was accepted.
 
     Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
+
+    Args:
+        watch: ends the ranks when requests take longer than ``limit_seconds``, or are not waited for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: RankWatch, limit_seconds: float) -> None:
         self._drain: Callable[[], None] | None = None
-        self._watch: RankWatch | None = None
-        self._limit = 0.0
+        self._watch, self._limit = watch, limit_seconds
         self._num_signals = 0
 
-    def ignore(self) -> None:
+    @staticmethod
+    def ignore() -> None:
         """On ranks other than 0."""
         for number in DRAIN_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def catch(self) -> None:
-        """On rank 0."""
+        """On rank 0, instead of the handlers that end a command which has nothing to drain.
+
+        Raises:
+            KeyboardInterrupt: such a handler had a signal and waits for the end of an import.
+        """
+        if interruption() is not None:
+            raise KeyboardInterrupt
         for number in DRAIN_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -57,13 +67,9 @@ class DrainSignals:
         if not 0 <= limit_seconds < 1e9:
             raise ConfigError(f"--shutdown-timeout={limit_seconds:g} is out of range; use seconds from 0 (default 25)")
 
-    def end_with(self, watch: RankWatch, limit_seconds: float) -> None:
-        """Who ends the ranks when requests take longer than the limit, or are not waited for."""
-        self._watch, self._limit = watch, limit_seconds
-
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._num_signals += 1
-        if self._watch is None or (number == signal.SIGINT and (self._num_signals > 1 or self._drain is None)):
+        if number == signal.SIGINT and (self._num_signals > 1 or self._drain is None):
             raise KeyboardInterrupt
         if self._num_signals > 1:
             self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
@@ -80,6 +86,5 @@ class DrainSignals:
 
     def _start_drain(self) -> None:
         assert self._drain is not None
-        assert self._watch is not None
         self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
         self._drain()

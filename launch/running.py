@@ -108,10 +108,13 @@ def run_command(command: Callable[[Sequence[str] | None], int | None], argv: Seq
         catch_signals(rank=0)
     _share_processors()
     try:
-        status = command(argv) or 0
-    except BaseException as error:
-        _leave_with(error)
-    _leave(status)
+        try:
+            status = command(argv) or 0
+        except BaseException as error:
+            _leave_with(error)
+        _leave(status)
+    except KeyboardInterrupt as late:  # a signal that came while the command was ending; a second one ends the process
+        _leave_with(late)
 
 
 def _leave_with(error: BaseException) -> NoReturn:

@@ -118,12 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     door = _Door()
     try:
         args, world = job_arguments(build_parser(), argv, door.open)
-        # Not before: a signal that only some ranks act on while MPI starts would leave the others waiting there.
-        signals = DrainSignals()
-        signals.catch() if world.rank == 0 else signals.ignore()
+        if (
+            world.rank
+        ):  # not before: a signal that only some ranks act on while MPI starts would leave the others waiting there
+            DrainSignals.ignore()
         progress = _progress()
         with _watch(args, world, progress, door) as watch:
-            signals.end_with(watch, args.shutdown_timeout)
+            signals = DrainSignals(watch, args.shutdown_timeout)
+            if world.rank == 0:
+                signals.catch()
             _run_rank(args, world, progress, door, signals, watch)
     except BaseException as error:
         door.slam(f"{type(error).__name__}: {error}")

@@ -15,7 +15,8 @@ from types import FrameType
 
 __all__ = ["PRECEDENCE_SECONDS", "Interruption", "catch_signals", "interruption", "leave_signals_alone"]
 
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""The one whose handler `interruption` looks at is the last to lose it."""
 PRECEDENCE_SECONDS = 2.0
 """How long ranks above 0 wait for rank 0 to end the job."""
 LAST_SECONDS = 10.0
