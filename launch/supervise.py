@@ -99,6 +99,7 @@ class _Supervisor:
         job: number of the current job, from 1.
         end_by: when the launcher of the current job must have ended.
         has_drained: the HTTP processes have left because the last answer was given.
+        num_passed_on: how many of ``signals`` a launcher has been sent.
     """
 
     frontend: Frontend
@@ -113,6 +114,7 @@ class _Supervisor:
     num_failures: int = 0
     failed_at: float | None = None
     signals: list[int] = field(default_factory=list)
+    num_passed_on: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -121,8 +123,6 @@ class _Supervisor:
             status = self._run_job()
             while not self._is_last(status):
                 self._pause(status)
-                if self.draining:
-                    break
                 status = self._run_job()
         except CommunicatorError as error:  # without the HTTP side there is nothing to restart for
             _LOG.error("%s", error)
@@ -134,13 +134,14 @@ class _Supervisor:
         return status
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """The first signal drains, the second ends at once. Launchers pass on SIGUSR1, and wait after it."""
+        """The first signal drains, the second ends at once. The loop passes them on: the job may only just be starting."""
         self.signals.append(number)
         self.draining = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR1)
 
     def _run_job(self) -> int:
+        """Start a job and wait for its end; returns its status, 0 if it was told to end before it was ready."""
+        if self.draining:
+            return 0
         self.job += 1
         self.ready_at, self.end_by = None, time.monotonic() + self.start_seconds + LAUNCH_SECONDS
         try:
@@ -153,18 +154,33 @@ class _Supervisor:
         except OSError as error:
             raise ConfigError(f"{self.command[0]} cannot be started: {error.strerror}; see --launcher") from None
         while (status := self.process.poll()) is None:
+            self._pass_on_signal(self.process)
             self._listen(POLL_SECONDS)
-            if len(self.signals) > 1:
+            if self.num_passed_on > 1:
                 self._kill(KILL_SECONDS)
             elif time.monotonic() > self.end_by:
-                _LOG.warning("%s does not end although rank 0 is gone or has never come; it is killed", self.command[0])
+                why = "it was told to" if self.draining else "rank 0 is gone or has never come"
+                _LOG.warning("%s does not end although %s; it is killed", self.command[0], why)
                 self._kill(0.0)
-                return 0 if self.has_drained else FAILED
+                return 0 if self.has_drained or self._is_told_early() else FAILED
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
-        if self.draining and self.ready_at is None:  # told to end while ranks load, whatever their launcher makes of it
-            return 0
-        return _exit_status(status)
+        return 0 if self._is_told_early() else _exit_status(status)
+
+    def _pass_on_signal(self, process: subprocess.Popen[bytes]) -> None:
+        """Tell the launcher of a signal: as SIGUSR1, which launchers hand to their ranks and do not end by.
+
+        One that has not started its ranks yet may forget it. Ranks that load have nothing to finish, so it is killed soon.
+        """
+        if self.num_passed_on < len(self.signals):
+            self.num_passed_on += 1
+            process.send_signal(signal.SIGUSR1)
+            if self.ready_at is None:
+                self.end_by = min(self.end_by, time.monotonic() + KILL_SECONDS)
+
+    def _is_told_early(self) -> bool:
+        """Whether the end was asked for while ranks load, whatever their launcher makes of it."""
+        return self.draining and self.ready_at is None
 
     def _listen(self, timeout_seconds: float) -> None:
         """Take what the HTTP processes say."""
@@ -181,11 +197,13 @@ class _Supervisor:
             return
         for _, message in received:
             if isinstance(message, FrontendReady) and message.job == self.job and self.ready_at is None:
-                self.ready_at, self.end_by = time.monotonic(), math.inf
+                self.ready_at = time.monotonic()
+                if not self.draining:
+                    self.end_by = math.inf
                 if self.failed_at is not None:
                     _LOG.info("READY again %.1f s after the failure", self.ready_at - self.failed_at)
             elif isinstance(message, DrainRequest):
-                self.draining = True
+                self.draining, self.end_by = True, math.inf
             elif isinstance(message, EngineGone) and message.job == self.job:
                 self._expect_end()
 

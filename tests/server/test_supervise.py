@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from phalanx import launch
 from phalanx.launch.supervise import _Supervisor
-from phalanx.runtime.server.link.messages import EngineGone, FromFrontend, FrontendReady
+from phalanx.runtime.server.link.messages import DrainRequest, EngineGone, FromFrontend, FrontendReady
 
 from .jobs import ENVIRONMENT, MARK, Job, mpirun
 from .servers import start
@@ -141,13 +143,17 @@ class SupervisedFrontend:
         self._messages = list(messages)
 
     def receive(self, timeout_seconds: float) -> list[tuple[int, FromFrontend]]:
-        return [(0, self._messages.pop(0))] if self._messages else []
+        messages, self._messages = self._messages, []
+        return [(0, message) for message in messages]
 
     def place(self, job: int) -> str:
         return str(job)
 
     def tell_failed(self, reason: str) -> None:
         self.failure = reason
+
+    def tell_phase(self, text: str) -> None:
+        return
 
     def stop(self) -> None:
         return
@@ -184,3 +190,69 @@ def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pyt
     supervisor = _Supervisor(frontend, ["sleep", "1"], 0, 1e6)
     assert supervisor.run() == 0
     assert supervisor.ready_at is None
+
+
+def fails_before(job: int) -> list[str]:
+    """A command whose jobs before this one fail at once, while this one runs until it is ended."""
+    return ["sh", "-c", f"test ${launch.supervise.PLACE_VARIABLE} -lt {job} && exit 1; exec sleep 1000"]
+
+
+@pytest.mark.parametrize("is_after", [False, True], ids=["before it runs", "before its process is known"])
+@pytest.mark.parametrize("job", [1, 2])
+def test_a_signal_at_the_start_of_a_job_is_not_lost(monkeypatch: pytest.MonkeyPatch, job: int, is_after: bool) -> None:
+    frontend: Any = SupervisedFrontend()
+    supervisor = _Supervisor(frontend, fails_before(job), 10, 1e6)
+
+    def start_job(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if supervisor.job == job and not is_after:
+            signal.raise_signal(signal.SIGUSR1)
+        process = subprocess.Popen(*arguments, **options)
+        if supervisor.job == job and is_after:
+            signal.raise_signal(signal.SIGUSR1)
+        return process
+
+    monkeypatch.setattr(launch.supervise, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": start_job}))
+    handler = signal.signal(signal.SIGUSR1, supervisor.on_signal)
+    try:
+        assert supervisor.run() == 0
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert supervisor.job == job
+    assert frontend.failure == ""
+
+
+def test_a_signal_between_two_jobs_starts_no_further_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    frontend: Any = SupervisedFrontend()
+    supervisor = _Supervisor(frontend, fails_before(2), 10, 1e6)
+    monkeypatch.setattr(frontend, "tell_phase", lambda _: supervisor.on_signal(signal.SIGUSR1, None))
+    assert supervisor.run() == 0
+    assert supervisor.job == 1
+
+
+def test_a_launcher_that_forgets_a_signal_is_killed_while_ranks_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.1)
+    frontend: Any = SupervisedFrontend()
+    supervisor = _Supervisor(frontend, ["sleep", "1000"], 10, 1e6)
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which the launcher inherits
+    monkeypatch.setattr(frontend, "place", lambda job: supervisor.on_signal(signal.SIGUSR1, None) or str(job))
+    try:
+        assert supervisor.run() == 0
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert supervisor.process is not None
+    assert supervisor.process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+def test_a_signal_while_ranks_become_ready_drains_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were told while they loaded: were the signal lost they would be killed, but they say that they drain."""
+    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.0)
+    frontend: Any = SupervisedFrontend(FrontendReady(1), DrainRequest())
+    supervisor = _Supervisor(frontend, ["sleep", "0.5"], 10, 1e6)
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    monkeypatch.setattr(frontend, "place", lambda job: supervisor.on_signal(signal.SIGUSR1, None) or str(job))
+    try:
+        assert supervisor.run() == 0
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert supervisor.process is not None
+    assert supervisor.process.returncode == 0
