@@ -19,13 +19,15 @@ def head_norm(
 ) -> None:  # fmt: skip
     """``x / sqrt(mean(x**2) + epsilon) * (weight_offset + weight)`` of each query and key head, in place.
 
-    qkv [T, (H + 2K) * C] = [queries | keys | values]; weights [C], or [H, C] and [K, C]. ``is_layer_norm``: ``x - mean(x)`` for x.
+    qkv [T, (H + 2K) * C] = [queries | keys | values]; weights [C], or [H, C] and [K, C], which may be flat. ``is_layer_norm``:
+    ``x - mean(x)`` for x.
     """
     num_tokens, columns = qkv.shape
     head_dim = columns // (num_heads + 2 * num_kv_heads)
-    own_weights = len(query_weight.shape) == 2
+    own_weights = query_weight.size != head_dim
     for name, weight, heads in (("query_weight", query_weight, num_heads), ("key_weight", key_weight, num_kv_heads)):
-        require(name, weight, (heads, head_dim) if own_weights else (head_dim,), qkv)
+        size = heads * head_dim if own_weights else head_dim
+        require(name, weight, (heads, head_dim) if len(weight.shape) == 2 else (size,), qkv)
     kernel = library.function(
         "head_norm", "head_norm", SCALAR=scalar_name(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim, NUM_THREADS=_NUM_THREADS,

@@ -16,12 +16,13 @@ __all__ = ["AttentionSpec", "HeadNorm", "LocalHeads"]
 class HeadNorm:
     """Norm of each query and key head before rotation (Henry et al. 2020), over C.
 
-    Weights ``<attention>.query_norm`` and ``<attention>.key_norm``: ``[C]``, shared by all heads, or ``[H, C]`` and ``[K, C]``.
+    Weights ``<attention>.query_norm`` and ``<attention>.key_norm``: ``[C]``, shared by all heads; with ``own_weights`` ``[H, C]`` and
+    ``[K, C]``, or flat, as checkpoints that keep one vector per head are read.
 
     Attributes:
         weight_offset: added to the weights, 1 for Gemma 3.
         kind: RMSNorm, or LayerNorm without bias.
-        own_weights: each head has its own weights (Command R+).
+        own_weights: each head has its own weights (Command R+, StableLM 2 12B).
     """
 
     eps: float

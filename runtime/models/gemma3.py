@@ -30,6 +30,7 @@ def read_fields(reader: ConfigReader) -> Gemma3Config:
     head_dim, num_layers = reader.integer("head_dim", 256), reader.integer("num_hidden_layers")
     pattern = reader.integer(reader.either("sliding_window_pattern", "_sliding_window_pattern"), 6)
     window = reader.nullable("sliding_window", 4096)
+    reader.refuse_unless("attn_logit_softcapping", None)  # documented, but transformers does not apply it
     reader.ignore("cache_implementation", "hidden_act")
     return Gemma3Config(
         architecture="Gemma3ForCausalLM",
@@ -41,7 +42,7 @@ def read_fields(reader: ConfigReader) -> Gemma3Config:
         attention_bias=reader.flag("attention_bias", False),
         windows=reader.windows(num_layers, window, lambda layer: (layer + 1) % pattern != 0),
         query_scalar=reader.number("query_pre_attn_scalar", 256.0),
-        score_cap=reader.number("attn_logit_softcapping", 0.0),
+        score_cap=0.0,
         logit_cap=reader.number("final_logit_softcapping", 0.0),
     )
 

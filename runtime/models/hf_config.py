@@ -99,11 +99,19 @@ class ConfigReader:
         return 0.0 if is_null else self.number(name, default)
 
     def windows(self, num_layers: int, window: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
-        """Return each layer's window, 0 = none: by ``layer_types`` where the file has it, else by the family's rule ``slides``."""
+        """Return each layer's window, 0 = none: by ``layer_types`` where the file has it, else by the family's rule ``slides``.
+
+        ``window`` 0: the model has none, and ``layer_types`` must not ask for one.
+        """
         kinds = self.value("layer_types")
         if kinds is None:
             return tuple(window if slides(layer) else 0 for layer in range(num_layers))
         known = {"sliding_attention": window, "full_attention": 0}
+        if window == 0 and isinstance(kinds, list) and "sliding_attention" in kinds:
+            raise ConfigError(
+                f"layer_types in {FILE} has sliding_attention, but there is no window: sliding_window is null, or use_sliding_window "
+                "false; give the window, or say full_attention"
+            )
         if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
             raise ConfigError(f"layer_types={shown(kinds)} in {FILE} is not one of {', '.join(known)} for each layer")
         return tuple(known[kind] for kind in kinds)
@@ -170,6 +178,7 @@ class ConfigReader:
         is_scaled: bool = True,
         theta_key: str = "rope_theta",
         partial_key: str = "partial_rotary_factor",
+        original: int | None = None,
     ) -> RopeConfig:
         """Return the rotary parameters, from ``rope_scaling`` or ``rope_parameters`` and the keys next to them.
 
@@ -181,9 +190,10 @@ class ConfigReader:
             layer_type: which entry applies where ``rope_parameters`` holds one for each kind of layer.
             is_scaled: whether ``rope_scaling`` applies; False for kinds of layers that it leaves alone.
             theta_key, partial_key: names of the two fields at the top level (GPT-NeoX: ``rotary_emb_base``, ``rotary_pct``).
+            original: the family's default trained length at the top level (Phi 3).
         """
         self.read_keys.update(ROPE_KEYS)
-        fields = RopeFields(self.value(theta_key, theta), self.value(partial_key), partial, partial_key)
+        fields = RopeFields(self.value(theta_key, theta), self.value(partial_key), partial, partial_key, original)
         raw = self.raw if is_scaled else {key: value for key, value in self.raw.items() if key != "rope_scaling"}
         return read_rope(raw, head_dim, fields, layer_type)
 

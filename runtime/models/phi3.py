@@ -21,7 +21,7 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
         architecture="Phi3ForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=4096, norm_eps=1e-5),
         activation=reader.activation("hidden_act", "silu"),
-        rope=reader.rope(head_dim, partial=1.0),
+        rope=reader.rope(head_dim, partial=1.0, original=4096),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         window=reader.integer("sliding_window", 0, minimum=0),
     )

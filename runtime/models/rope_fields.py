@@ -53,12 +53,15 @@ class RopeFields:
         partial: share of a head that is rotated, from the top level; None where it is not there.
         default_partial: the family's default share; None where the family always rotates whole heads.
         partial_key: name of ``partial`` at the top level.
+        default_original: ``original_max_position_embeddings`` at the top level of a file that leaves it out there; None for a family
+            without a default, which takes what the rope parameters say.
     """
 
     theta: Any
     partial: Any = None
     default_partial: float | None = None
     partial_key: str = "partial_rotary_factor"
+    default_original: int | None = None
 
 
 def read_rope(raw: Mapping[str, Any], head_dim: int, family: RopeFields, layer_type: str | None = None) -> RopeConfig:
@@ -75,7 +78,7 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, family: RopeFields, layer_t
     if kind == "default":
         return base
     longest = raw.get("max_position_embeddings")
-    original = _original_positions(raw, fields, kind, 2048 if longest is None else longest)
+    original = _original_positions(raw, fields, kind, 2048 if longest is None else longest, family.default_original)
     factor = _factor(fields, kind, longest, original)
     if kind == "dynamic":  # equal to "default" up to the trained length, to which max_positions limits a sequence
         return base
@@ -172,11 +175,18 @@ def _rotary_dim(fields: Mapping[str, Any], head_dim: int, family: RopeFields) ->
     return rotary_dim
 
 
-def _original_positions(raw: Mapping[str, Any], fields: Mapping[str, Any], kind: str, longest: Any) -> int:
+def _original_positions(
+    raw: Mapping[str, Any], fields: Mapping[str, Any], kind: str, longest: Any, default: int | None
+) -> int:
     """Trained length. The top level takes precedence where transformers reads it, which is not so for linear scaling."""
     name = "original_max_position_embeddings"
     top = raw.get(name) if kind in ("llama3", "yarn", "longrope") else None
-    value = fields.get(name, longest) if top is None else top
+    if top is None and default is not None and fields.get(name, default) != default:
+        raise ConfigError(
+            f"{name}={shown(fields[name])} in the rope parameters of config.json does not count for this architecture, which takes "
+            f"{default} where the top level does not say; move it to the top level"
+        )
+    value = fields.get(name, longest if default is None else default) if top is None else top
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(
             f"{name}={shown(value)} in config.json is not a whole number of at least 1; the file is damaged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,8 +175,8 @@ class ShapeOps(Ops[Shape]):
             raise ConfigError(f"{name} uses the cache of layer {layer}; pass the layer that the block is called for")
         heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
         self._take(qkv, heads * spec.head_dim, name, ("split",))
-        for side in ("query_norm", "key_norm") if spec.head_norm is not None else ():
-            self._take(Shape(spec.head_dim), self._weight(f"{name}.{side}.weight")[-1], f"{name}.{side}")
+        if spec.head_norm is not None:
+            self._check_head_norms(spec, spec.head_norm.own_weights, name)
         self.use.attention[name] = spec
         return Shape(spec.num_heads * spec.head_dim, "split")
 
@@ -219,6 +220,11 @@ class ShapeOps(Ops[Shape]):
     def _bias(self, x: Shape, name: str) -> None:
         if f"{name}.bias" in self._declared:
             self._take(x, self._weight(f"{name}.bias")[0], name, _COMPLETE)
+
+    def _check_head_norms(self, spec: AttentionSpec, own_weights: bool, name: str) -> None:
+        for side, heads in (("query_norm", spec.num_heads), ("key_norm", spec.num_kv_heads)):
+            size = math.prod(self._weight(f"{name}.{side}.weight"))
+            self._take(Shape(spec.head_dim * (heads if own_weights else 1)), size, f"{name}.{side}")
 
     def _product(self, x: Shape, name: str) -> Shape:
         rows, columns = self._weight(f"{name}.weight")

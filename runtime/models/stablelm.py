@@ -1,26 +1,31 @@
-"""StableLM 3B and 2 (Stability AI 2023): Llama's block with LayerNorm, a quarter of each head rotated; 12B's halves are parallel."""
+"""StableLM 3B and 2 (Stability AI 2023): Llama's block with LayerNorm, a quarter of each head rotated.
+
+The halves of StableLM 2 12B are parallel, and each of its query and key heads has a LayerNorm with its own weights.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from phalanx.checkpoints.spec import WeightSpec
+from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.runtime.attention import HeadNorm
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models import blocks, declarations, llama
-from phalanx.runtime.models.base import Family, Pass, lm_head
+from phalanx.runtime.models.base import Family, Pass, head_shard, kv_head_shard, lm_head
 from phalanx.runtime.models.gpt_neox import head
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
-from phalanx.runtime.ops import Ops, Tensor
+from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
 __all__ = ["STABLELM"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StableLmConfig(LlamaConfig):
-    """``is_parallel``: attention and feed-forward part read the same normed rows."""
+    """``is_parallel``: attention and feed-forward part read the same normed rows; ``has_head_norms``: query and key heads are normed."""
 
     is_parallel: bool
+    has_head_norms: bool
 
     @property
     def output_bias(self) -> bool:
@@ -31,7 +36,6 @@ class StableLmConfig(LlamaConfig):
 def read_fields(reader: ConfigReader) -> StableLmConfig:
     """Read ``config.json`` of a ``StableLmForCausalLM``."""
     head_dim = reader.head_dim()
-    reader.refuse_unless("qk_layernorm", False)
     return StableLmConfig(
         architecture="StableLmForCausalLM",
         **llama.decoder_fields(
@@ -42,14 +46,21 @@ def read_fields(reader: ConfigReader) -> StableLmConfig:
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("use_qkv_bias", False),
         is_parallel=reader.flag("use_parallel_residual", False),
+        has_head_norms=reader.flag("qk_layernorm", False),
     )
+
+
+def attention(config: StableLmConfig, layer: int) -> AttentionSpec:
+    """The same in every layer."""
+    norm = HeadNorm(config.norm_eps, kind="layer", own_weights=True) if config.has_head_norms else None
+    return replace(AttentionSpec.of(config), head_norm=norm)
 
 
 def block(
     ops: Ops[Tensor], config: StableLmConfig, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One decoder block; its halves in parallel take one sum over ranks."""
-    name, eps, spec = f"layers.{layer}", config.norm_eps, llama.attention(config, layer)
+    name, eps, spec = f"layers.{layer}", config.norm_eps, attention(config, layer)
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", eps)
     if not config.is_parallel:
         x, residual = ops.add_layer_norm(blocks.attention(ops, name, layer, x, spec), residual, f"{name}.mlp_norm", eps)
@@ -67,8 +78,28 @@ def block_weights(config: StableLmConfig, layer: int) -> list[WeightSpec]:
     return [
         *declarations.norm(f"{name}.attention_norm", f"{source}.input_layernorm", d, bias=True),
         *(() if config.is_parallel else second),
+        *(_head_norms(config, layer) if config.has_head_norms else ()),
         *products,
     ]
+
+
+def _head_norms(config: StableLmConfig, layer: int) -> list[WeightSpec]:
+    """Norms of query and key heads, stored as one vector per head, split with the heads: ``[H C]`` and ``[K C]``."""
+    name, source, heads = f"layers.{layer}.attention", f"model.layers.{layer}.self_attn", config.num_heads
+    sides = (
+        ("query_norm", "q", heads, head_shard(config, 0)),
+        ("key_norm", "k", config.num_kv_heads, kv_head_shard(config)),
+    )
+    return [
+        WeightSpec(
+            f"{name}.{ours}.weight",
+            tuple(
+                Part(f"{source}.{letter}_layernorm.norms.{head}.weight", (config.head_dim,), replace(shard, start=head, whole=count))
+                for head in range(count)
+            ),
+        )
+        for ours, letter, count, shard in sides
+    ]  # fmt: skip
 
 
 def head_weights(config: ModelConfig) -> list[WeightSpec]:
@@ -84,7 +115,7 @@ STABLELM = Family(
     read_fields=read_fields,
     passes={
         "decode": Pass[StableLmConfig](
-            llama.embed, block, head, llama.embed_weights, block_weights, head_weights, llama.attention
+            llama.embed, block, head, llama.embed_weights, block_weights, head_weights, attention
         )
     },
     ignored_tensors=llama.LLAMA.ignored_tensors,

@@ -33,17 +33,18 @@ def test_query_and_key_heads_are_normed_and_values_left(
     assert_close(device.get(out), expected.reshape(qkv.shape))
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "num_tokens", "num_heads", "num_kv_heads", "head_dim"), cases((1, 4, 4, 64), (3, 5, 1, 40))
 )
 def test_layer_norm_of_heads_with_their_own_weights(
-    device, random_normal, dtype, num_tokens, num_heads, num_kv_heads, head_dim
+    device, random_normal, dtype, num_tokens, num_heads, num_kv_heads, head_dim, is_flat
 ):
     qkv = (random_normal(np.float64, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim) + 9.0).astype(dtype)
     weights = [random_normal(dtype, heads, head_dim) for heads in (num_heads, num_kv_heads)]
-    out = device.put(qkv)
+    out, given = device.put(qkv), [weight.reshape(-1) if is_flat else weight for weight in weights]
     head_norm(
-        device.library, out, *map(device.put, weights), num_heads=num_heads, num_kv_heads=num_kv_heads, epsilon=1e-5,
+        device.library, out, *map(device.put, given), num_heads=num_heads, num_kv_heads=num_kv_heads, epsilon=1e-5,
         weight_offset=0.0, is_layer_norm=True,
     )  # fmt: skip
     expected = qkv.astype(np.float64).reshape(num_tokens, -1, head_dim)

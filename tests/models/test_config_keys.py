@@ -421,6 +421,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "use_parallel_residual": False,
         "use_qkv_bias": True, "vocab_size": 100352,
     },
+    "StableLM 2 12B": {
+        "architectures": ["StableLmForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 100257,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 5120,
+        "initializer_range": 0.02, "intermediate_size": 13824, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096,
+        "model_type": "stablelm", "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.25, "qk_layernorm": True, "rope_scaling": None, "rope_theta": 10000,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_parallel_residual": True,
+        "use_qkv_bias": False, "vocab_size": 100352,
+    },
     "SmolLM3 3B": {
         "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 128000, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048,

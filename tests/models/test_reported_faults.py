@@ -145,6 +145,15 @@ def test_qwens_sliding_window_alone_means_no_window(fields: dict[str, Any], wind
     assert find_model(raw).read_config({**raw, **fields}).windows == windows
 
 
+@pytest.mark.parametrize("name", ["qwen2-plain", "smollm3-plain"])
+def test_layer_types_cannot_ask_for_a_window_that_the_model_does_not_have(name: str) -> None:
+    """transformers fails on such files, or masks by them, family by family."""
+    raw = CASES_BY_NAME[name].config | {"use_sliding_window": False, "sliding_window": 6}
+    raw["layer_types"] = ["full_attention", *["sliding_attention"] * (raw["num_hidden_layers"] - 1)]
+    with pytest.raises(ConfigError, match=r"layer_types .* has sliding_attention, but there is no window"):
+        find_model(raw).read_config(raw)
+
+
 @pytest.mark.parametrize(
     ("fields", "num_kv_heads"),
     [

@@ -112,6 +112,17 @@ def test_trained_length_at_the_top_level_takes_precedence(fields: dict[str, Any]
     assert rope.original_max_positions == 24
 
 
+def test_trained_length_that_phi_3_leaves_out_is_its_own_default_whatever_the_rope_parameters_say() -> None:
+    phi3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 131072}
+    scaling = {key: value for key, value in LONGROPE.items() if key != "original_max_position_embeddings"}
+    default = read(**phi3, rope_scaling=scaling).rope
+    assert default is not None
+    assert default == read(**phi3, rope_scaling=scaling, original_max_position_embeddings=4096).rope
+    assert default.original_max_positions == 4096
+    with pytest.raises(ConfigError, match=r"original_max_position_embeddings=16 .* move it to the top level"):
+        read(**phi3, rope_scaling=LONGROPE)
+
+
 def test_type_is_the_older_name_of_rope_type() -> None:
     assert yarn(rope_type=None, type="yarn") == yarn(type="linear") == yarn()
 

@@ -152,6 +152,10 @@ DECODERS = (
         attention_multiplier=0.1, logits_scaling=0.5, mlp_bias=True,
     ),
     _case("stablelm", "StableLmForCausalLM", "serial", use_qkv_bias=True),
+    _case(
+        "stablelm", "StableLmForCausalLM", "head-norms", use_parallel_residual=True, qk_layernorm=True,
+        num_attention_heads=6, hidden_size=96, num_key_value_heads=3, layouts=((1, 1), (2, 1), (1, 2), (3, 1), (5, 1)),
+    ),
     _case("stablelm", "StableLmForCausalLM", "parallel", FEW, use_parallel_residual=True, partial_rotary_factor=0.5),
     _case(
         "gemma3_text", "Gemma3ForCausalLM", "windows", num_hidden_layers=4, head_dim=16, sliding_window=5,
