@@ -73,6 +73,7 @@ def open_checkpoint(path: Path | None, load_format: Literal["auto", "dummy"] = "
         source = DummySource(seed, dtype_from_config(stored_dtype(config)))
     else:
         source = SplitSource(directory) if is_split else DirectorySource(directory)
+        formats = formats.for_stored(source.names())
     return Checkpoint(directory.path, config, generation_config, source, formats, is_split)
 
 

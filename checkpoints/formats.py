@@ -7,7 +7,7 @@ component declarations and knows no format. Nothing here needs NumPy: plans are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -136,12 +136,19 @@ class FormatPlan:
         ignored_tensors: regular expressions (full match) of tensors that the formats store but do not need.
         unread: tensors that are stored, too, and hold nothing that the formats do not say: they are looked at, not used.
         has_kv_scales: the checkpoint promises scales of an fp8 key/value cache (`phalanx.checkpoints.quantization.kv_scales`).
+        choose_by_names: where ``config.json`` leaves open which tensors a module has: `choose` for the names of all that are stored.
+            Without them `choose` takes what quantisers usually write.
     """
 
     choose: Callable[[WeightSpec], Format]
     ignored_tensors: tuple[str, ...] = ()
     has_kv_scales: bool = False
     unread: tuple[Unread, ...] = ()
+    choose_by_names: Callable[[Collection[str]], Callable[[WeightSpec], Format]] | None = None
+
+    def for_stored(self, names: Collection[str]) -> FormatPlan:
+        """The plan of a checkpoint that holds tensors of these names."""
+        return self if self.choose_by_names is None else replace(self, choose=self.choose_by_names(names))
 
     @property
     def not_used(self) -> tuple[str, ...]:

@@ -26,7 +26,9 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) -> dict[str, Any]:
-    """``config.json`` with the ``quantization_config`` that a file next to it holds, if it has none itself.
+    """``config.json`` with the ``quantization_config`` that a file next to it holds, or with what its own leaves out.
+
+    ModelOpt, for one, writes the size of groups into its file alone.
 
     Raises:
         ConfigError: both are there and disagree.
@@ -41,6 +43,12 @@ def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) ->
             return {**config, "quantization_config": found}
         if isinstance(own, dict):
             _refuse_contradiction(own, found, name)
+            left_out = {
+                field: value
+                for field, keys in _SPELLINGS.items()
+                if _value(own, keys) is None and (value := _value(found, keys)) is not None
+            }
+            config = {**config, "quantization_config": {**own, **left_out}}
     return config
 
 

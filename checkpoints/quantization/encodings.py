@@ -1,7 +1,7 @@
 """How quantised checkpoints pack codes, scales and zero points into tensors.
 
 Sources: compressed-tensors ``compressors/quantized_compressors/pack_quantized.py``; AutoAWQ ``utils/packing_utils.py``; AutoGPTQ
-``nn_modules/qlinear/qlinear_cuda_old.py``.
+``nn_modules/qlinear/qlinear_cuda_old.py``; ModelOpt ``torch/export/quant_utils.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from phalanx.parallel.errors import CheckpointError
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
-__all__ = ["AWQ_ORDER", "GroupIndex", "PackedWords", "Scales"]
+__all__ = ["AWQ_ORDER", "GroupIndex", "NibbleRows", "PackedWords", "Scales"]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word holds value ``AWQ_ORDER[i]`` of its eight."""
@@ -57,6 +57,25 @@ class GroupIndex:
         import numpy as np
 
         return np.repeat(stored.astype(np.int32), self.rows, axis=0)
+
+
+@dataclass(frozen=True, slots=True)
+class NibbleRows:
+    """Signed codes of 4 bits, two rows in a byte ``[O / 2, I]``: the even row in the low half (ModelOpt)."""
+
+    bits: ClassVar[int] = 4
+    dtypes: ClassVar[frozenset[str]] = frozenset({"U8"})
+
+    def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
+        """A byte along the rows."""
+        return Block(1, 2), Block()
+
+    def decode(self, stored: Array) -> Array:
+        """int8 codes; two's complement."""
+        import numpy as np
+
+        both = np.stack(((stored << 4).view(np.int8) >> 4, stored.view(np.int8) >> 4), axis=1)
+        return both.reshape(2 * len(stored), stored.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

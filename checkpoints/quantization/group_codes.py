@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.encoding import Encoding
-from phalanx.checkpoints.quantization.encodings import GroupIndex, PackedWords, Scales
+from phalanx.checkpoints.quantization.encodings import GroupIndex, NibbleRows, PackedWords, Scales
+from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 from phalanx.parallel.errors import CheckpointError, ConfigError
 
@@ -42,6 +43,7 @@ class Stored:
         transposed: tensors are ``[in, out]``.
         block_rows: rows that share a scale.
         group_index: suffix of each column's group; "" = consecutive columns make a group.
+        prescale: suffix of the factors of inputs, one for each column; "" = none.
     """
 
     codes: str
@@ -53,6 +55,7 @@ class Stored:
     transposed: bool = False
     block_rows: int = 1
     group_index: str = ""
+    prescale: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,18 @@ class GroupCodes:
     def name(self) -> str:
         """``int4 in groups of 128``."""
         order = " with activation order" if self.stored.group_index else ""
-        return f"{self.label} in groups of {self.group}{order}" if self.group else f"{self.label} by rows"
+        scaled = " with scaled inputs" if self.prescale else ""
+        groups = f"in groups of {self.group}{order}" if self.group else "by rows"
+        return f"{self.label} {groups}{scaled}"
 
     @property
     def scheme(self) -> str:
         return self.name if self.input == "plain" else f"{self.name}, activations likewise"
+
+    @property
+    def prescale(self) -> str:
+        """Suffix of the factors of inputs; "" = none."""
+        return self.stored.prescale
 
     @property
     def kind(self) -> Literal["int4", "int8", "fp8"]:
@@ -88,7 +98,7 @@ class GroupCodes:
         if self.stored.dtype == "F8_E4M3":
             return "fp8"
         encoding = self.stored.codes_encoding
-        return "int4" if isinstance(encoding, PackedWords) and encoding.bits == 4 else "int8"
+        return "int4" if isinstance(encoding, PackedWords | NibbleRows) and encoding.bits == 4 else "int8"
 
     def for_weight(self, spec: WeightSpec) -> GroupCodes:
         """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128.
@@ -112,7 +122,7 @@ class GroupCodes:
         return 1, 1 if self.stored.group_index else max(self.cut, 1)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """``codes``, ``scale``, unless symmetric ``zero``, and with activation order ``group_index`` ``[O, I]``.
+        """``codes``, ``scale``, unless symmetric ``zero``, with activation order ``group_index`` ``[O, I]``, and perhaps ``prescale``.
 
         With that order any column may belong to any group, so ranks that share columns all hold the scales of every group.
         """
@@ -134,10 +144,23 @@ class GroupCodes:
             result.append(
                 WeightSpec(f"{spec.owner}.group_index", tuple(indices), dtype="I32", dummy=DummyRange(0.0, 1.0))
             )
+        if stored.prescale:
+            result.append(prescale_component(spec, stored.prescale))
         return tuple(result)
 
+    def with_prescale(self, suffix: str) -> GroupCodes:
+        """The same for inputs that are multiplied by stored factors first."""
+        return replace(self, stored=replace(self.stored, prescale=suffix))
+
     def dequantize(self, components: Mapping[str, Array]) -> Array:
-        """``[O, I]`` float32; exact, because codes, zero points and stored scales have few digits."""
+        """``[O, I]`` float32; exact where scales are of 16 bits and inputs not scaled: codes and zero points have few digits."""
+        values = self._matrix(components)
+        if "prescale" in components:
+            values *= common_prescale(components["prescale"])
+        return values
+
+    def _matrix(self, components: Mapping[str, Array]) -> Array:
+        """What inputs are multiplied by after their own factors."""
         import numpy as np
 
         codes = components["codes"]
@@ -148,12 +171,15 @@ class GroupCodes:
         return values
 
     def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
-        return {"weight": self.dequantize(components)}
+        scaled = {"prescale": common_prescale(components["prescale"])} if "prescale" in components else {}
+        return {"weight": self._matrix(components), **scaled}
 
     def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
         from phalanx.checkpoints.quantization.numbers import dequantize, quantize_groups
 
-        inputs = x if self.input == "plain" else dequantize(quantize_groups(x, self.group), self.group)
+        inputs = x * operand["prescale"] if "prescale" in operand else x
+        if self.input != "plain":
+            inputs = dequantize(quantize_groups(inputs, self.group), self.group)
         return multiply(inputs, operand["weight"])
 
     def _spread(self, groups: Array, components: Mapping[str, Array]) -> Array:

@@ -79,10 +79,10 @@ class PackedCodes:
 
 
 def packed(chosen: Format) -> PackedCodes | None:
-    """How a GPU holds a stored format whose inputs are not quantised and whose groups are in order; None for all others."""
+    """How a GPU holds a stored format whose inputs are used as they are and whose groups are in order; None for all others."""
     if isinstance(chosen, GroupCodes) and chosen.stored.group_index:
         return None  # kernels take groups of consecutive columns
-    if isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain":
+    if isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain" and not chosen.prescale:
         return PackedCodes(chosen)
     return None
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.quantization.encodings import Scales
+from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
@@ -34,6 +35,7 @@ class RowCodes:
         input: ``tokens``: a scale for each token as it comes; ``static``: the checkpoint's own for all of them;
             ``plain``: inputs are not quantised.
         input_ceiling: bound on the magnitudes that make a token's scale.
+        prescale: suffix of stored factors of inputs, one for each column, which come before the scale; "" = none.
     """
 
     kind: CodeKind
@@ -41,24 +43,27 @@ class RowCodes:
     scale_of: Literal["row", "tensor"] = "row"
     input: Literal["tokens", "static", "plain"] = "tokens"
     input_ceiling: float = math.inf
+    prescale: str = ""
 
     @property
     def name(self) -> str:
         """``fp8 rows x tokens``."""
         ceiling = "" if self.input_ceiling == math.inf else " up to a bound"
-        return f"{self.kind} rows" if self.input == "plain" else f"{self.kind} rows x {self.input}{ceiling}"
+        inputs = "" if self.input == "plain" else f" x {self.input}{ceiling}"
+        return f"{self.kind} rows{inputs}{' with scaled inputs' if self.prescale else ''}"
 
     @property
     def scheme(self) -> str:
         inputs = {"tokens": ", activations by token", "static": ", activations by tensor, static", "plain": ""}
-        return f"{self.kind} by {self.scale_of}{inputs[self.input]}"
+        scaled = ", inputs scaled by column" if self.prescale else ""
+        return f"{self.kind} by {self.scale_of}{inputs[self.input]}{scaled}"
 
     def units(self, part: Part) -> tuple[int, ...]:
         """Any cut."""
         return (1,) * len(part.shape)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """``codes``, ``scale`` and, for static inputs, ``input_scale`` ``[parts]``."""
+        """``codes``, ``scale``, for static inputs ``input_scale`` ``[parts]``, and perhaps ``prescale``."""
         stored = {"fp8": "F8_E4M3", "int8": "I8"}[self.kind]
         result = [
             WeightSpec(f"{spec.owner}.codes", spec.parts, dtype=stored),
@@ -75,7 +80,13 @@ class RowCodes:
                 for part in spec.parts
             )
             result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32"))
+        if self.prescale:
+            result.append(prescale_component(spec, self.prescale))
         return tuple(result)
+
+    def with_prescale(self, suffix: str) -> RowCodes:
+        """The same for inputs that are multiplied by stored factors first."""
+        return replace(self, prescale=suffix)
 
     def _scale_part(self, part: Part) -> Part:
         if part.transposed:
@@ -98,17 +109,27 @@ class RowCodes:
         """``[out, in]`` float32."""
         from phalanx.checkpoints.quantization.numbers import Codes, dequantize
 
-        return dequantize(Codes(components["codes"], components["scale"][:, None]))
+        values = dequantize(Codes(components["codes"], components["scale"][:, None]))
+        if self.prescale:
+            values *= common_prescale(components["prescale"])
+        return values
 
     def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
-        if not self._multiplies_integers:
-            inputs = {name: array for name, array in components.items() if name == "input_scale"}
-            return {**inputs, "weight": self.dequantize(components)}
-        return {**components, "codes": components["codes"].astype("float32")}
+        from phalanx.checkpoints.quantization.numbers import Codes, dequantize
+
+        result = {name: array for name, array in components.items() if name == "input_scale"}
+        if self.prescale:
+            result["prescale"] = common_prescale(components["prescale"])
+        codes, scale = components["codes"], components["scale"]
+        if self._multiplies_integers:
+            return {**result, "codes": codes.astype("float32"), "scale": scale}
+        return {**result, "weight": dequantize(Codes(codes, scale[:, None]))}
 
     def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
         from phalanx.checkpoints.quantization.numbers import dequantize, sums_of_codes
 
+        if self.prescale:
+            x = x * operand["prescale"]
         if self.input == "plain":
             return multiply(x, operand["weight"])
         inputs = self._input_codes(x, operand)

@@ -85,7 +85,9 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
         writers.fp8("channel"),
         writers.compressed_section({**FLOAT8, "strategy": "channel"}, "float-quantized"),
     ),
-}
+    "modelopt-awq": (writers.modelopt_awq_usual(8), {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 8, "ignore": ["lm_head"]}),
+    "modelopt-w8a16": (writers.weight_only_int8, {"quant_method": "modelopt", "quant_algo": "W8A16", "ignore": ["lm_head"]}),
+}  # fmt: skip
 WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-fp8-channel": (writers.fp8("channel", dtype=writers.ml_dtypes.bfloat16), writers.compressed_section({**FLOAT8, "strategy": "channel"}, "float-quantized", TOKENS)),
     "ct-fp8-tensor": (writers.fp8("tensor"), writers.compressed_section({**FLOAT8, "strategy": "tensor"}, "float-quantized", TOKENS)),
@@ -94,6 +96,7 @@ WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hf-fp8-blocks": (writers.fp8("block", "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic"}),
     "fbgemm": (writers.fp8("channel"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "modelopt-fp8": (writers.fp8("tensor", input_scale=0.02), {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+    "modelopt-smoothquant": (writers.modelopt_smoothquant(0.05), {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL", "ignore": ["lm_head"]}),
 }  # fmt: skip
 ALL = WEIGHT_ONLY | WITH_INPUTS
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
@@ -183,7 +186,7 @@ def test_weight_only_checkpoints_compute_what_their_twins_do(odd: Path, name: st
     np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=5e-5)
 
 
-@pytest.mark.parametrize("name", WITH_INPUTS)
+@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if name != "modelopt-smoothquant"])  # test_modelopt.py
 def test_quantised_inputs_do_what_their_definition_says(root: Path, name: str) -> None:
     quantised, twin = written(root, name)
     plain, quantised_logprobs = logprobs(generate(twin)), logprobs(generate(quantised))
@@ -196,7 +199,7 @@ def test_quantised_inputs_do_what_their_definition_says(root: Path, name: str) -
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 2)])
-@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if "static" in name or name == "modelopt-fp8"])
+@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if "static" in name or "modelopt" in name])
 def test_static_inputs_have_the_same_codes_at_every_layout(odd: Path, name: str, tp: int, pp: int) -> None:
     quantised, twin = written(odd, name)
     expected, plain = logprobs(generate(quantised)), logprobs(generate(twin))
@@ -204,8 +207,9 @@ def test_static_inputs_have_the_same_codes_at_every_layout(odd: Path, name: str,
 
 
 @pytest.mark.parametrize(
-    "name", ["ct-w4-g16-asymmetric", "gptq-4-v1", "gptq-4-order", "awq", "ct-fp8-tensor", "hf-fp8-blocks"]
-)
+    "name",
+    ["ct-w4-g16-asymmetric", "gptq-4-v1", "gptq-4-order", "awq", "ct-fp8-tensor", "hf-fp8-blocks", "modelopt-awq", "modelopt-smoothquant"],
+)  # fmt: skip
 def test_splits_hold_the_same_values(root: Path, name: str, tmp_path: Path) -> None:
     quantised, _ = written(root, name)
     expected = generate(quantised, 2)
@@ -222,7 +226,7 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float16") for name in WEIGHT_ONLY), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
+    [*((name, "float16") for name in WEIGHT_ONLY if name != "modelopt-awq"), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
 )  # fmt: skip
 def test_the_cuda_engine_computes_weight_only_checkpoints(
     root: Path, device: None, name: str, dtype: Any, tp: int
@@ -251,9 +255,14 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
     assert np.abs(output - expected).max() < 0.05 * np.abs(plain - expected).max()
 
 
-def test_the_cuda_engine_names_the_scheme_that_it_lacks(root: Path, device: None) -> None:
-    with pytest.raises(ConfigError, match="the cuda engine cannot multiply fp8 blocks in groups of 16 weights"):
-        generate(written(root, "hf-fp8-blocks")[0], engine="cuda", dtype="float16")
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("hf-fp8-blocks", "fp8 blocks in groups of 16"), ("modelopt-awq", "int4 in groups of 8 with scaled inputs"),
+     ("modelopt-smoothquant", "int8 rows x static with scaled inputs")],
+)  # fmt: skip
+def test_the_cuda_engine_names_the_scheme_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:
+    with pytest.raises(ConfigError, match=f"the cuda engine cannot multiply {scheme} weights"):
+        generate(written(root, name)[0], engine="cuda", dtype="float16")
 
 
 SCALES = {

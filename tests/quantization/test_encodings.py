@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, GroupIndex, PackedWords, Scales
+from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, GroupIndex, NibbleRows, PackedWords, Scales
 
 
 def word(value: int) -> np.ndarray:
@@ -35,6 +35,14 @@ def test_words_hold_the_codes_that_their_packers_meant(encoding: PackedWords, st
     assert decoded.dtype == np.int8
     assert decoded.reshape(-1).tolist() == codes
     assert decoded.shape == ((len(codes), 1) if encoding.axis == 0 else (1, len(codes)))
+
+
+def test_bytes_hold_two_rows_as_modelopt_packed_them() -> None:
+    """What ``pack_int4_in_uint8`` of ModelOpt 0.47 made of these two rows, with scales of 1."""
+    rows = [[-8, -7, -1, 0, 1, 2, 7, 3], [7, -8, 0, -1, 5, -3, 6, -2]]
+    decoded = NibbleRows().decode(np.array([[0x78, 0x89, 0x0F, 0xF0, 0x51, 0xD2, 0x67, 0xE3]], np.uint8))
+    assert decoded.dtype == np.int8
+    assert decoded.tolist() == rows
 
 
 def test_every_row_of_a_weight_has_its_columns_groups() -> None:

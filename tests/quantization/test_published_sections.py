@@ -131,7 +131,7 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
          "activations strategy='tensor' dynamic=True"),
         ({**AUTO_FP8_KV, "kv_cache_scheme": "dynamic"}, "kv_cache_scheme='dynamic'"),
         ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "kv_cache_quant_algo='NVFP4'"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "quant_algo='W4A16_AWQ'"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
         ({**QWEN_GPTQ_INT8, "dynamic": {"-:.*down.*": {}}}, "rules per module"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "quant_method='auto-round'"),
     ],

@@ -6,7 +6,7 @@ The packers here follow the formats' definitions with Python integers and know n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ E4M3 = ml_dtypes.float8_e4m3fn
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def write(dense: Path, quantised: Path, twin: Path, module: Callable[[Array], Written], section: dict[str, Any],
+Module = Callable[[Array], Written]
+"""What quantises one matrix."""
+
+
+def write(dense: Path, quantised: Path, twin: Path, module: Module | Mapping[str, Module], section: dict[str, Any],
           extra: dict[str, Array] | None = None) -> None:  # fmt: skip
-    """``module`` quantises the matrices of layers; everything else is copied."""
+    """``module`` quantises the matrices of layers, perhaps differently by a part of their names; everything else is copied."""
     stored: dict[str, Array] = dict(extra or {})
     values: dict[str, Array] = {}
     for name, array in load_file(dense / "model.safetensors").items():
         if array.ndim == 2 and ".layers." in name:
-            tensors, values[name] = module(array)
+            chosen = module if callable(module) else next(one for part, one in module.items() if part in name)
+            tensors, values[name] = chosen(array)
             stored |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in tensors.items()}
         else:
             stored[name] = values[name] = array
@@ -161,3 +166,55 @@ def int8(w: Array) -> Written:
     scale = np.abs(w).max(1, keepdims=True) / np.float32(127.5)
     codes = np.clip(np.rint(w / scale), -128, 127).astype(np.int8)
     return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale
+
+
+def factors(columns: int, seed: int = 3) -> Array:
+    """``pre_quant_scale`` of inputs, the same for all matrices of so many columns."""
+    return np.random.default_rng(seed).uniform(0.5, 2.0, columns).astype(np.float32)
+
+
+def modelopt_awq(group: int, scaled: Array | None = None) -> Module:
+    """W4A16_AWQ; ``scaled``: factors of the inputs, by which columns are divided."""
+
+    def module(w: Array) -> Written:
+        p = np.ones(w.shape[1], np.float32) if scaled is None else scaled
+        groups = (w / p).reshape(len(w), -1, group)
+        scale = np.abs(groups).max(2) / np.float32(7)
+        codes = np.clip(np.rint(groups / scale[:, :, None]), -8, 7).astype(np.int64).reshape(w.shape)
+        low, high = codes[0::2] % 16, codes[1::2] % 16
+        tensors = {"weight": (low + 16 * high).astype(np.uint8), "weight_scale": scale}
+        values = codes.astype(np.float32) * np.repeat(scale, group, axis=1)
+        return (tensors if scaled is None else {**tensors, "pre_quant_scale": p}), values * p
+
+    return module
+
+
+def modelopt_awq_usual(group: int) -> dict[str, Module]:
+    """Factors where ModelOpt leaves them: before the output and down projections."""
+
+    def scaled(w: Array) -> Written:
+        return modelopt_awq(group, factors(w.shape[1]))(w)
+
+    return {"o_proj": scaled, "down_proj": scaled, "": modelopt_awq(group)}
+
+
+def modelopt_smoothquant(input_scale: float) -> Module:
+    """W8A8_SQ_PER_CHANNEL."""
+
+    def module(w: Array) -> Written:
+        p = factors(w.shape[1])
+        scale = np.abs(w / p).max(1) / np.float32(127)
+        codes = np.clip(np.rint(w / p / scale[:, None]), -128, 127).astype(np.int8)
+        tensors = {
+            "weight": codes, "weight_scale": scale, "pre_quant_scale": p, "input_scale": np.array(input_scale, np.float32)
+        }  # fmt: skip
+        return tensors, codes.astype(np.float32) * scale[:, None] * p
+
+    return module
+
+
+def weight_only_int8(w: Array) -> Written:
+    """ModelOpt's W8A16."""
+    scale = np.abs(w).max(1) / np.float32(127)
+    codes = np.clip(np.rint(w / scale[:, None]), -128, 127).astype(np.int8)
+    return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale[:, None]

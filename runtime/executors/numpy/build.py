@@ -12,6 +12,7 @@ from phalanx.checkpoints.formats import ALL_DENSE
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
+from phalanx.parallel.errors import CheckpointError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.executors.fit import available_host_bytes, refuse_what_cannot_fit
 from phalanx.runtime.executors.numpy.executor import NumpyExecutor
@@ -61,8 +62,15 @@ def _quantized(weight: Weight[Array], quantized: Mapping[str, RowCodes]) -> Weig
 
 
 def _operand(weight: Weight[Array]) -> Weight[Array]:
-    """The same weight with what the format's product takes."""
-    return replace(weight, components=weight.format.operand(weight.components))
+    """The same weight with what the format's product takes.
+
+    Raises:
+        CheckpointError: its components contradict each other.
+    """
+    try:
+        return replace(weight, components=weight.format.operand(weight.components))
+    except CheckpointError as error:
+        raise CheckpointError(f"{weight.name}: {error}") from None
 
 
 def _num_blocks(spec: RankSpec) -> int:
