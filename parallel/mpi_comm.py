@@ -36,7 +36,8 @@ _SPIN_SECONDS = 0.001
 _SLEEP_SECONDS = (0.0002, 0.002)
 """How an idle rank waits: first yielding, then sleeping in growing steps. 2 ms keeps it near 1 % of a core."""
 _MPICH_SEGMENT = "/dev/shm/mpich_shm_"
-_SLEEP_VARIABLE = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
+_YIELD_VARIABLES = ("MPIR_CVAR_ENABLE_HEAVY_YIELD", "OMPI_MCA_mpi_yield_when_idle")
+"""Of MPICH and Open MPI."""
 _ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 _FAILED_TAG = 4711
 """Of messages on the world communicator itself; everything else goes over duplicates of it."""
@@ -256,17 +257,22 @@ def _mpi(start: bool = True) -> Any:
     if start and not MPI.Is_initialized():
         info = launch_info()
         _refuse_foreign_launcher(info, *MPI.get_vendor())
-        _sleep_where_ranks_share_cores(info)
+        _yield_where_ranks_share_cores(info)
         with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return MPI
 
 
-def _sleep_where_ranks_share_cores(info: LaunchInfo) -> None:
-    """Have MPICH's ranks sleep while they wait: after the sched_yield of its default Linux may well go on with the rank that waits."""
+def _yield_where_ranks_share_cores(info: LaunchInfo) -> None:
+    """Have ranks that wait leave the processor to others.
+
+    MPICH's sleep then: after the sched_yield of its default Linux may well go on with the rank that waits. Open MPI's mpirun does
+    this by itself, srun does not.
+    """
     if info.local_size > (os.cpu_count() or 1):
-        os.environ.setdefault(_SLEEP_VARIABLE, "1")
+        for name in _YIELD_VARIABLES:
+            os.environ.setdefault(name, "1")
 
 
 def _refuse_foreign_launcher(info: LaunchInfo, vendor: str, version: tuple[int, int, int]) -> None:

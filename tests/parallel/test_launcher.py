@@ -43,12 +43,13 @@ def test_slurm_says_how_many_tasks_share_a_node(node: str, local_size: int) -> N
 
 
 @pytest.mark.parametrize(("ranks", "cores", "expected"), [(4, 2, "1"), (2, 2, None), (3, None, "1")])
-def test_ranks_that_outnumber_the_cores_sleep_while_they_wait(
+def test_ranks_that_outnumber_the_cores_leave_them_while_they_wait(
     monkeypatch: pytest.MonkeyPatch, ranks: int, cores: int | None, expected: str | None
 ) -> None:
-    name = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
-    monkeypatch.setenv(name, "")  # so that what is set here does not stay
-    monkeypatch.delenv(name)
+    names = ("MPIR_CVAR_ENABLE_HEAVY_YIELD", "OMPI_MCA_mpi_yield_when_idle")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set here does not stay
+        monkeypatch.delenv(name)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    mpi_comm._sleep_where_ranks_share_cores(LaunchInfo(0, 8, 0, ranks, "MPICH"))
-    assert os.environ.get(name) == expected
+    mpi_comm._yield_where_ranks_share_cores(LaunchInfo(0, 8, 0, ranks, "MPICH"))
+    assert [os.environ.get(name) for name in names] == [expected, expected]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import httpx
 import pytest
 
 from tests.launch.commands import ROOT, run
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 from .cluster import KILL_WAIT_SECONDS, Cluster, missing, start_cluster, wait_until
 
@@ -24,6 +27,8 @@ FITTED = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
 """What a script written for eight GPUs is told on the command line."""
 PROMPT = {"model": "demo", "prompt": "def main(", "max_tokens": 8, "temperature": 0}
 NUM_PROMPTS = 32
+SHARED_CORES = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+"""Nobody sees that both nodes are this machine: ranks that wait must leave it to those that work."""
 HEADERS = {"Authorization": "Bearer key"}
 
 
@@ -36,7 +41,13 @@ class Site:
 
     def submit(self, name: str, command: str, *options: str) -> str:
         """Submit a script of the repository on both nodes, or one that ``launch.slurm`` renders for them."""
-        environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environ = {
+            **LAUNCHER_ENVIRONMENT,
+            **SHARED_CORES,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         if name != RENDERED:
             words = ["--nodes=2", *FITTED, *options, str(ROOT / "slurm" / f"{name}.sbatch")]
             return self.cluster.submit(*words, environ=environ, cwd=self.directory)
@@ -94,12 +105,7 @@ def _pmi() -> str:
 def test_a_server_on_two_nodes_answers_and_scancel_drains_it(name: str, site: Site) -> None:
     job = site.submit(name, "serve")
     url = site.wait_for_endpoint(job)
-    alone = run("generate", "--prompt", str(PROMPT["prompt"]), "--max-tokens", "8", "--json").stdout
-    answer = httpx.post(f"{url}/v1/completions", json=PROMPT, headers=HEADERS, timeout=30).json()
-    assert answer["choices"][0]["text"] == json.loads(alone)["text"]
-    info = httpx.get(f"{url}/server_info", headers=HEADERS, timeout=30).json()
-    assert "pp 2 x tp 2" in info["layout"]
-
+    assert_four_ranks_answer_as_one(url)
     long = {**PROMPT, "max_tokens": 40, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=long, headers=HEADERS, timeout=60) as stream:
         lines = stream.iter_lines()
@@ -149,6 +155,81 @@ def test_ranks_that_mpi_does_not_join_are_refused_in_one_sentence(site: Site) ->
     )
     said = [line for line in result.stderr.splitlines() if not line.startswith("srun:")]
     assert len(set(said)) == 1, result.stderr
+
+
+def test_mpirun_in_a_batch_script_serves_on_both_nodes_and_drains_on_a_signal(site: Site) -> None:
+    """The script of the repository with ``LAUNCHER=(mpirun)``; ``--signal=B:USR1`` would send the signal of this test."""
+    with (site.directory / "slurm" / "settings.sh").open("a") as settings:
+        settings.write("LAUNCHER=(mpirun)\n")
+    job = site.submit("serve-multi-node", "serve", "--signal=B:USR1@120")
+    url = site.wait_for_endpoint(job)
+    assert_four_ranks_answer_as_one(url)
+    long = {**PROMPT, "max_tokens": 16, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=long, headers=HEADERS, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: ")
+        site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert not any("error" in line for line in rest)
+    fields = site.cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=60)
+    assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), site.log(job)
+
+
+def test_mpirun_in_a_shell_of_salloc_serves_on_both_nodes(site: Site) -> None:
+    endpoint = site.directory / "endpoint-salloc.json"
+    flags = ["--port", "0", "--api-key-file", str(site.directory / "keys"), "--endpoint-file", str(endpoint)]
+    with allocation(site, serve_command("mpirun", *flags)) as process:
+        wait_until(lambda: endpoint.exists() or process.poll() is not None, "READY", 60)
+        assert endpoint.exists(), process.communicate()
+        url = json.loads(endpoint.read_text())["url"]
+        assert_four_ranks_answer_as_one(url)
+        assert httpx.post(f"{url}/admin/drain", headers=HEADERS, timeout=30).status_code == 202
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, errors
+
+
+def test_the_mpirun_of_another_mpi_is_refused_in_one_sentence(site: Site) -> None:
+    """It would start as many servers of one rank as there are ranks."""
+    here = Path(sys.executable).parent
+    others = [path for path in ROOT.glob(".venv*/bin/mpirun") if path.parent != here]
+    if not others:
+        pytest.skip("needs environments with Slurm, MPICH and Open MPI: .venv and .venv-openmpi")
+    with allocation(site, serve_command(str(others[0]), "--port", "0")) as process:
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert len(re.findall("started 4 ranks but (MPI sees 1|the MPI library is)", errors)) == 1, errors
+    assert "READY" not in errors
+
+
+def assert_four_ranks_answer_as_one(url: str) -> None:
+    alone = run("generate", "--prompt", str(PROMPT["prompt"]), "--max-tokens", "8", "--json").stdout
+    answer = httpx.post(f"{url}/v1/completions", json=PROMPT, headers=HEADERS, timeout=30).json()
+    assert answer["choices"][0]["text"] == json.loads(alone)["text"]
+    info = httpx.get(f"{url}/server_info", headers=HEADERS, timeout=30).json()
+    assert "pp 2 x tp 2" in info["layout"]
+
+
+def serve_command(mpirun: str, *flags: str) -> list[str]:
+    model = ["--model", f"{ROOT}/checkpoints/demo", "--tp", "2", "--pp", "2"]
+    return [mpirun, "-n", "4", sys.executable, "-m", "launch.serve", *model, *flags]
+
+
+@contextmanager
+def allocation(site: Site, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command in two tasks' places on each node, as in a shell of ``salloc``."""
+    words = ["salloc", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", *command]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**site.cluster.environ, **LAUNCHER_ENVIRONMENT, **SHARED_CORES, "PATH": path, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        words, env=environ, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        site.cluster.end_jobs()
+        process.communicate(timeout=60)
 
 
 def test_unequal_nodes_compute_the_same(site: Site) -> None:
