@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from phalanx.checkpoints.spec import WeightSpec
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.models import declarations, llama
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, token_table
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import LlamaConfig
 
-__all__ = ["CHATGLM"]
+__all__ = ["CHATGLM", "refuse_own_quantisation"]
 
 TABLE, HEAD = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
 
 
 def read_fields(reader: ConfigReader) -> LlamaConfig:
     """Read ``config.json`` of a ``ChatGLMModel`` (version 2 on). ``rope_ratio`` multiplies the base, as in GLM-4."""
+    refuse_own_quantisation(reader)
     for name, value in {"rmsnorm": True, "post_layer_norm": True, "original_rope": True}.items():
         reader.refuse_unless(name, value)
     for name in ("apply_residual_connection_post_layernorm", "position_encoding_2d", "interleaved_qkv"):
@@ -43,6 +45,16 @@ def read_fields(reader: ConfigReader) -> LlamaConfig:
         mlp_bias=linear_bias,
         **reader.common(),
     )
+
+
+def refuse_own_quantisation(reader: ConfigReader) -> None:
+    """Refuse weights that the checkpoint's own code has quantised. Raises ConfigError."""
+    if reader.value("quantization_bit", 0):
+        raise ConfigError(
+            f"quantization_bit={reader.value('quantization_bit')!r} in config.json: the weights are in a format of the checkpoint's own "
+            "code, which is not read; use the checkpoint in float16, with --quantize if it is too large"
+        )
+    reader.ignore("quantization_embeddings")
 
 
 def embed_weights(config: ModelConfig) -> list[WeightSpec]:

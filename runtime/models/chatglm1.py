@@ -8,6 +8,7 @@ from phalanx.checkpoints.spec import WeightSpec
 from phalanx.runtime.config import ModelConfig, RopeConfig
 from phalanx.runtime.models import blocks, declarations, llama
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, token_table
+from phalanx.runtime.models.chatglm import refuse_own_quantisation
 from phalanx.runtime.models.gpt_neox import head
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
@@ -27,6 +28,7 @@ class ChatGlm1Config(ModelConfig):
 def read_fields(reader: ConfigReader) -> ChatGlm1Config:
     """Read ``config.json`` of a ``ChatGLMModel`` of version 1; absent token ids are those of its first revision."""
     width, heads = "hidden_size", "num_attention_heads"
+    refuse_own_quantisation(reader)
     reader.refuse_unless("position_encoding_2d", True)
     reader.ignore("prefix_projection")  # of prefix tuning, which `pre_seq_len` switches on
     head_dim = reader.exact_quotient(width, heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.config import ModelConfig
@@ -18,39 +20,49 @@ from phalanx.runtime.models.base import (
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["GPT2"]
+__all__ = ["GPT2", "Gpt2Config", "attention", "block", "embed", "head"]
 
 TABLE = "transformer.wte.weight"
 
 
-def read_fields(reader: ConfigReader) -> ModelConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpt2Config(ModelConfig):
+    """Factor on the scores, and whether each layer divides it by its number, counted from 1 (BioMedLM)."""
+
+    score_scale: float
+    divides_by_layer: bool = False
+
+
+def read_fields(reader: ConfigReader) -> Gpt2Config:
     """Read ``config.json`` of a ``GPT2LMHeadModel``."""
     width, heads = reader.either("n_embd", "hidden_size"), reader.either("n_head", "num_attention_heads")
     hidden_size, num_heads = reader.integer(width), reader.integer(heads)
-    reader.refuse_unless("scale_attn_weights", True)
-    reader.refuse_unless("scale_attn_by_inverse_layer_idx", False)
+    head_dim = reader.exact_quotient(width, heads)
     reader.ignore("n_ctx", "reorder_and_upcast_attn")  # the length of a mask that early checkpoints store; rounding
-    return ModelConfig(
+    return Gpt2Config(
         architecture="GPT2LMHeadModel",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden_size,
         num_layers=reader.integer(reader.either("n_layer", "num_hidden_layers")),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=reader.exact_quotient(width, heads),
+        head_dim=head_dim,
         intermediate_size=reader.integer("n_inner", 4 * hidden_size),
         max_positions=reader.integer(reader.either("n_positions", "max_position_embeddings"), 1024),
         norm_eps=reader.number("layer_norm_epsilon", 1e-5),
         activation=reader.activation("activation_function", "gelu_new"),
         rope=None,
         tie_embeddings=reader.flag("tie_word_embeddings", True),
+        score_scale=head_dim**-0.5 if reader.flag("scale_attn_weights", True) else 1.0,
+        divides_by_layer=reader.flag("scale_attn_by_inverse_layer_idx", False),
         **reader.common(),
     )
 
 
-def attention(config: ModelConfig, layer: int) -> AttentionSpec:
-    """The same in every layer."""
-    return AttentionSpec.of(config)
+def attention(config: Gpt2Config, layer: int) -> AttentionSpec:
+    """The same in every layer but for its scale."""
+    divisor = layer + 1 if config.divides_by_layer else 1
+    return replace(AttentionSpec.of(config), scale=config.score_scale / divisor)
 
 
 def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
@@ -59,7 +71,7 @@ def embed(ops: Ops[Tensor], config: ModelConfig) -> Tensor:
 
 
 def block(
-    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None
+    ops: Ops[Tensor], config: Gpt2Config, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One decoder block."""
     name = f"layers.{layer}"
@@ -142,7 +154,7 @@ GPT2 = Family(
     model_type="gpt2",
     other_names=("GPT2Model",),
     read_fields=read_fields,
-    passes={"decode": Pass(embed, block, head, embed_weights, block_weights, head_weights, attention)},
+    passes={"decode": Pass[Gpt2Config](embed, block, head, embed_weights, block_weights, head_weights, attention)},
     # Published checkpoints also hold causal masks, and tied ones sometimes a copy of the token table.
     ignored_tensors=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
 )

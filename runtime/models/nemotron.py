@@ -14,12 +14,12 @@ __all__ = ["NEMOTRON"]
 
 def read_fields(reader: ConfigReader) -> LlamaConfig:
     """Read ``config.json`` of a ``NemotronForCausalLM``."""
-    head_dim = reader.head_dim()
+    head_dim, partial = reader.head_dim(), reader.either("partial_rotary_factor", "rope_percent")
     return LlamaConfig(
         architecture="NemotronForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=4096, norm_eps=1e-5, eps_key="norm_eps"),
         activation=reader.activation("hidden_act", "relu2"),
-        rope=reader.rope(head_dim, partial=0.5),
+        rope=reader.rope(head_dim, partial=0.5, partial_key=partial),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("attention_bias", False),
         mlp_bias=reader.flag("mlp_bias", False),

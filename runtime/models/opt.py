@@ -8,8 +8,8 @@ from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models import blocks, declarations
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, vocabulary_shard
-from phalanx.runtime.models.gpt2 import attention
 from phalanx.runtime.models.hf_config import ConfigReader
+from phalanx.runtime.models.llama import attention
 from phalanx.runtime.ops import Ops, Tensor
 
 __all__ = ["OPT"]

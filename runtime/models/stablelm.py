@@ -36,13 +36,14 @@ class StableLmConfig(LlamaConfig):
 def read_fields(reader: ConfigReader) -> StableLmConfig:
     """Read ``config.json`` of a ``StableLmForCausalLM``."""
     head_dim = reader.head_dim()
+    reader.refuse_unless("num_heads", reader.value("num_attention_heads"))
+    # The first files of StableLM 3B have other names.
+    epsilon, partial = reader.either("layer_norm_eps", "norm_eps"), reader.either("partial_rotary_factor", "rope_pct")
     return StableLmConfig(
         architecture="StableLmForCausalLM",
-        **llama.decoder_fields(
-            reader, head_dim, max_positions=4096, norm_eps=1e-5, num_kv_heads=32, eps_key="layer_norm_eps"
-        ),
+        **llama.decoder_fields(reader, head_dim, max_positions=4096, norm_eps=1e-5, num_kv_heads=32, eps_key=epsilon),
         activation=reader.activation("hidden_act", "silu"),
-        rope=reader.rope(head_dim, partial=0.25),
+        rope=reader.rope(head_dim, partial=0.25, partial_key=partial),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("use_qkv_bias", False),
         is_parallel=reader.flag("use_parallel_residual", False),

@@ -66,6 +66,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "reorder_and_upcast_attn": False, "output_past": True, "vocab_size": 50257,
     },
+    "BioMedLM": {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 28895,
+        "embd_pdrop": 0.1, "eos_token_id": 28895, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2", "n_ctx": 1024, "n_embd": 2560, "n_head": 20, "n_inner": None, "n_layer": 32,
+        "n_positions": 1024, "reorder_and_upcast_attn": False, "resid_pdrop": 0.1, "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": True, "torch_dtype": "float32", "use_cache": False, "vocab_size": 28896,
+    },
     "Gemma 2B": {
         "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
         "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh",
@@ -397,7 +404,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "Minitron 8B": {
         "architectures": ["NemotronForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
-        "eos_token_id": 3, "head_dim": 128, "hidden_act": "relu2", "hidden_size": 4096, "initializer_range": 0.01,
+        "eos_token_id": 3, "head_dim": 128, "hidden_act": "relu2", "hidden_size": 4096, "initializer_range": 0.01, "rope_percent": 0.5,
         "intermediate_size": 16384, "max_position_embeddings": 4096, "mlp_bias": False, "model_type": "nemotron",
         "norm_eps": 1e-05, "num_attention_heads": 48, "num_hidden_layers": 32, "num_key_value_heads": 8,
         "partial_rotary_factor": 0.5, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,

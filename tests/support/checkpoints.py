@@ -140,6 +140,7 @@ CASES = (
     _gpt2("plain"),
     _gpt2("untied-odd-width", n_embd=60, n_inner=91, tie_word_embeddings=False, vocab_size=127),
     _gpt2("float16", "float16"),
+    replace(_gpt2("divided-by-layer", scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False), layouts=_FEW),
     _gemma("one-kv-head"),
     _gemma("several-kv-heads", num_key_value_heads=4, head_dim=16, vocab_size=131, intermediate_size=90),
     _gemma("wide-heads-bfloat16", "bfloat16", head_dim=256),
@@ -215,7 +216,7 @@ CASES = (
         layouts=_THREE,
     ),
     _bigcode("one-kv-head"),
-    replace(_bigcode("own-keys", multi_query=False), layouts=_FEW),
+    replace(_bigcode("own-keys", multi_query=False, scale_attn_weights=False), layouts=_FEW),
     replace(_like_llama("starcoder2", "Starcoder2ForCausalLM", "window", sliding_window=6), layouts=_BOTH),
     replace(
         _like_llama("starcoder2", "Starcoder2ForCausalLM", "no-bias", use_bias=False, tie_word_embeddings=False),

@@ -183,6 +183,7 @@ def _qwen(case: CheckpointCase, directory: Path) -> Model:
         num_key_value_heads=c["num_attention_heads"],
         intermediate_size=c["intermediate_size"] // 2,
         rms_norm_eps=1e-6,
+        rope_theta=float(c["rotary_emb_base"]),
     )
     return _filled(Qwen2ForCausalLM(Qwen2Config(**config)), tensors)
 
