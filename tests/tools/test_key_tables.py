@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+from phalanx.runtime.models import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -18,6 +20,13 @@ def test_the_documented_engines_of_each_family_are_those_that_accept_it() -> Non
 
     for path, text in documents().items():
         assert path.read_text() == text, "run `make key-tables`"
+
+
+def test_every_family_has_a_paragraph_with_its_name_in_config_json() -> None:
+    text = (ROOT / "docs" / "models.md").read_text().split("## Heads over ranks")[0]
+    paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.startswith("**")]
+    for model in MODELS.values():
+        assert any(f"`{model.architecture}" in paragraph for paragraph in paragraphs), model.architecture
 
 
 def test_no_key_has_two_uses() -> None:
