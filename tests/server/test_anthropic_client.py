@@ -193,7 +193,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"top_q": 1}, "top_q"),
-    ({"output_config": {"effort": "high"}}, "effort"),
+    ({"output_config": {"effort": "high"}}, "output_config.effort='high' is not supported by this server, which cannot tell a model "
+     "how long to think; leave it out"),
+    ({"output_config": {"effort": {"budget": 5}}}, "output_config.effort="),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, "output_config"),
 ]  # fmt: skip
 

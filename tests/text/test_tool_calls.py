@@ -110,8 +110,34 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", "<\uff5ctool\u2581calls\u2581begin\uff5c>none", []),
     ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>add\n<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>weather\n```json\n{\"days\": 1}\n```<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>", "",
      [("add", "{}"), ("weather", '{"days": 1}')]),
+    ("pythonic", '[add(a="""He said "no", (twice""", b=\'\'\'it\'s\n[\'\'\', c="", d=\'\')]', "",
+     [("add", '{"a": "He said \\"no\\", (twice", "b": "it\'s\\n[", "c": "", "d": ""}')]),
+    ("pythonic", '[add(a="two\nlines, (one string", b="""a\\"""b""")]', "", [("add", '{"a": "two\\nlines, (one string", "b": "a\\"\\"\\"b"}')]),
+    ("pythonic", "[add(a=-3, b=-0.5, c=[-1, +2], d={'x': -1e-3}, e=- 4)]", "",
+     [("add", '{"a": -3, "b": -0.5, "c": [-1,2], "d": {"x":-0.001}, "e": -4}')]),
+    ("pythonic", "[add(a=dict(x=-1, y=[true, None]), b=set([1]), c=(1, 'a'), d=list(), e=date(2024, 5, 1), f=add(a=1, b='(,'), g=b'x')]", "",
+     [("add", '{"a": {"x":-1,"y":[true,null]}, "b": [1], "c": [1,"a"], "d": [], "e": "date(2024, 5, 1)", "f": "add(a=1, b=\'(,\')", "g": "b\'x\'"}')]),
     ("pythonic", '[weather(near=[true, null], city={"a": false})]', "", [("weather", '{"near": [true,null], "city": {"a":false}}')]),
 ]  # fmt: skip
+
+
+UNKNOWN: list[tuple[str, str, str, Calls]] = [
+    ("hermes", '<tool_call>{"name": "fly", "arguments": {"to": 1}}</tool_call>', "", [("fly", '{"to": 1}')]),
+    ("mistral", '[TOOL_CALLS][{"name": "fly", "arguments": {"to": 1}}]', "", [("fly", '{"to": 1}')]),
+    ("mistral", '[TOOL_CALLS]fly[ARGS]{"to": 1}', "", [("fly", '{"to": 1}')]),
+    ("qwen3_coder", "<tool_call>\n<function=fly>\n<parameter=to>\n1\n</parameter>\n</function>\n</tool_call>", "", [("fly", '{"to": 1}')]),
+    ("glm45", "<tool_call>fly\n<arg_key>to</arg_key>\n<arg_value>1</arg_value>\n</tool_call>", "", [("fly", '{"to": 1}')]),
+    ("deepseek_v3", "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>fly<\uff5ctool\u2581sep\uff5c>{\"to\": 1}"
+     "<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>", "", [("fly", '{"to": 1}')]),
+    ("llama3_json", '<|python_tag|>{"name": "fly", "parameters": {"to": 1}}', "", [("fly", '{"to": 1}')]),
+    ("llama3_json", '{"name": "add", "parameters": {}}; {"name": "fly", "parameters": {"to": 1}}', "", [("add", "{}"), ("fly", '{"to": 1}')]),
+    ("llama3_json", '{"name": "fly", "parameters": {"to": 1}}', '{"name": "fly", "parameters": {"to": 1}}', []),
+    ("pythonic", "<|python_start|>[plane.fly(to=1)]<|python_end|>", "", [("plane.fly", '{"to": 1}')]),
+    ("pythonic", "[add(), fly(to=1)]", "", [("add", "{}"), ("fly", '{"to": 1}')]),
+    ("pythonic", "<|python_start|>[1, fly(to=1)]", "<|python_start|>[1, fly(to=1)]", []),
+    ("pythonic", "[fly(to=1)]", "[fly(to=1)]", []),
+]  # fmt: skip
+"""The name is not among the functions: a call all the same where a mark shows that it is one, and text where only the name would."""
 
 
 def read(form: str, tokens: list[str], **options: bool) -> tuple[str, Calls]:
@@ -131,7 +157,7 @@ def read(form: str, tokens: list[str], **options: bool) -> tuple[str, Calls]:
     return text, list(zip(names, arguments, strict=True))
 
 
-@pytest.mark.parametrize(("form", "answer", "text", "calls"), CASES)
+@pytest.mark.parametrize(("form", "answer", "text", "calls"), [*CASES, *UNKNOWN])
 def test_calls_and_text_of_an_answer(form: str, answer: str, text: str, calls: Calls) -> None:
     assert read(form, [answer]) == (text, calls)
     assert read(form, list(answer)) == (text, calls)
@@ -144,7 +170,7 @@ def test_a_schema_that_is_none_takes_anything(kind: object) -> None:
 
 @given(st.data())
 def test_where_tokens_end_does_not_matter(data: st.DataObject) -> None:
-    form, answer, text, calls = data.draw(st.sampled_from(CASES))
+    form, answer, text, calls = data.draw(st.sampled_from([*CASES, *UNKNOWN]))
     cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)))) | {0, len(answer)})
     assert read(form, [answer[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]) == (text, calls)
 
@@ -220,6 +246,10 @@ def test_a_list_of_calls_that_a_grammar_enforces(answer: str, text: str, calls: 
 def test_arguments_that_a_grammar_enforces() -> None:
     assert read_with(ArgumentsReader(("add",)), '{"a": 1}') == ("", [("add", '{"a": 1}')])
     assert read_with(ArgumentsReader(("add",)), "") == ("", [])
+
+
+def test_unknown_names_are_tried_with_every_form() -> None:
+    assert {form for form, *_ in UNKNOWN} == set(TOOL_CALL_FORMS)
 
 
 def test_the_operator_can_choose_every_form() -> None:

@@ -66,9 +66,11 @@ def conversation(request: CountTokensRequest) -> Conversation:
     """Return the messages of a request; a last one of the assistant is continued.
 
     Raises:
-        ApiError: 400: there are no messages or too many, or one has no content or content that its role cannot have.
+        ApiError: 400: there are no messages or too many, one has no content or content that its role cannot have, or an effort is
+            asked for.
     """
     messages = request.messages
+    _refuse_effort(request)
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise invalid(f"{len(messages)} messages; use 1 to {MAX_MESSAGES}", "messages")
     system = [] if not request.system else [{"role": "system", "content": _texts(request.system)}]
@@ -79,6 +81,17 @@ def conversation(request: CountTokensRequest) -> Conversation:
         add_generation_prompt=not continued,
         continue_final_message=continued,
         tools=_tool_use(request),
+    )
+
+
+def _refuse_effort(request: CountTokensRequest) -> None:
+    if request.output_config is None or (effort := request.output_config.effort) is None:
+        return
+    raise invalid(
+        f"output_config.effort={str(effort)[:40]!r} is not supported by this server, which cannot tell a model how long to think; "
+        "leave it out, or say it in the prompt",
+        "output_config.effort",
+        "unsupported_parameter",
     )
 
 

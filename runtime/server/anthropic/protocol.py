@@ -83,10 +83,10 @@ class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
-    """What the answer looks like."""
+    """What the answer looks like; ``effort`` is known, and refused."""
 
     format: JsonSchema | None = None
-    effort: None = None
+    effort: Any = None
 
 
 class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

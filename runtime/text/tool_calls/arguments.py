@@ -13,6 +13,7 @@ import msgspec
 __all__ = ["PythonArgument", "json_text", "of_python", "of_text", "property_names"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+_JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def json_text(value: Any) -> str:
@@ -40,9 +41,9 @@ def of_text(text: str, schema: Any, key: str) -> Any:
 
 
 def of_python(text: str) -> Any:
-    """Return the value of a Python literal, or of JSON; the text itself if it is neither, or is infinite."""
+    """Return the value of a literal in Python's notation or JSON's, or of both; the text itself if it is neither, or is infinite."""
     text = text.strip()
-    for read in (_literal, msgspec.json.decode):
+    for read in (_literal, _literal_of_lines, msgspec.json.decode):
         try:
             value = read(text)
             if value is None or json_text(value) != "null":
@@ -67,39 +68,95 @@ class PythonArgument:
     def __init__(self) -> None:
         self.text = ""
         self._open: list[str] = []
-        self._quote = ""
-        self._is_escaped = False
+        self._quotes = PythonQuotes()
 
     def push(self, text: str) -> tuple[int, bool]:
         """Return how many characters of ``text`` belong to the argument, and whether the next one, ``,`` or ``)``, ends it."""
         for index, character in enumerate(text):
-            if not (self._quote or self._open) and character in ",)":
+            if self._quotes.take(character):
+                continue
+            if not self._open and character in ",)":
                 self.text += text[:index]
                 return index, True
-            self._step(character)
+            if character in _CLOSING:
+                self._open.append(_CLOSING[character])
+            elif self._open and character == self._open[-1]:
+                self._open.pop()
         self.text += text
         return len(text), False
 
-    def _step(self, character: str) -> None:
-        if self._quote:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif character == "\\":
-                self._is_escaped = True
-            elif character == self._quote:
-                self._quote = ""
+
+class PythonQuotes:
+    """Tells what belongs to a string, in one quote or three, character by character."""
+
+    def __init__(self) -> None:
+        self._quote = self._just_closed = ""
+        self._is_long = self._is_empty = self._is_escaped = False
+        self._num_closing = 0
+
+    def take(self, character: str) -> bool:
+        """Whether this character is a quote or inside a string."""
+        if self._is_escaped:
+            self._is_escaped = False
+        elif self._quote:
+            self._read_on(character)
+        elif character == self._just_closed:  # the third in a row
+            self._open(character, is_long=True)
         elif character in "'\"":
-            self._quote = character
-        elif character in _CLOSING:
-            self._open.append(_CLOSING[character])
-        elif self._open and character == self._open[-1]:
-            self._open.pop()
+            self._open(character, is_long=False)
+        else:
+            self._just_closed = ""
+            return False
+        return True
+
+    def _open(self, quote: str, is_long: bool) -> None:
+        self._quote, self._is_long, self._is_empty, self._just_closed = quote, is_long, True, ""
+
+    def _read_on(self, character: str) -> None:
+        if character != self._quote:
+            self._is_escaped, self._is_empty, self._num_closing = character == "\\", False, 0
+            return
+        self._num_closing += 1
+        if not self._is_long or self._num_closing == 3:
+            self._just_closed = character if self._is_empty and not self._is_long else ""
+            self._quote, self._num_closing = "", 0
+
+
+def _literal_of_lines(text: str) -> Any:
+    """As `_literal`, of a string with line ends in one quote, which Python does not allow."""
+    return _literal(text.replace("\n", "\\n"))
 
 
 def _literal(text: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes like "\d"
-        return ast.literal_eval(text)
+        return _value(ast.parse(text, mode="eval").body)
+
+
+def _value(node: ast.expr) -> Any:
+    """The value of an expression of Python's literals, JSON's words and Python's names of containers.
+
+    Raises:
+        ValueError: it is another expression.
+    """
+    match node:
+        case ast.Constant(str() | int() | float() | None as value):
+            return value
+        case ast.Name(name) if name in _JSON_WORDS:
+            return _JSON_WORDS[name]
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, ast.Constant(int() | float() as number)):
+            return -number if isinstance(sign, ast.USub) else number
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            return [_value(item) for item in items]
+        case ast.Dict(keys, values) if None not in keys:
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key is not None}
+        case ast.Call(ast.Name("dict"), [], keywords) if all(keyword.arg for keyword in keywords):
+            return {keyword.arg: _value(keyword.value) for keyword in keywords}
+        case ast.Call(ast.Name("list" | "tuple" | "set"), [ast.List() | ast.Tuple() | ast.Set() as items], []):
+            return _value(items)
+        case ast.Call(ast.Name("list" | "tuple" | "set"), [], []):
+            return []
+    raise ValueError
 
 
 def _properties(schema: Any) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ class HermesReader(TaggedCallReader):
 class LlamaReader(WholeReader):
     """``{"name": "f", "parameters": {...}}`` as the whole answer, several with ``;`` between them: Llama 3.1 to 3.3.
 
-    ``<|python_tag|>`` may come first. There is no other mark, so only an object that names one of the functions is a call.
+    ``<|python_tag|>`` may come first. There is no other mark: without it the first object must name one of the functions.
     """
 
     _lead, _opening = "<|python_tag|>", "{"
@@ -31,7 +31,7 @@ class LlamaReader(WholeReader):
         return self._read_call()
 
     def _is_callable(self, name: str) -> bool:
-        return name in self._names
+        return name in self._names or self._is_marked
 
     def _after_call(self) -> bool:
         if not self._skip_spaces():

@@ -68,6 +68,12 @@ class WholeReader(ToolCallReader):
 
     _lead: ClassVar[str] = ""
     _opening: ClassVar[str]
+    _has_lead = False
+
+    @property
+    def _is_marked(self) -> bool:
+        """Whether the answer has shown that it is calls: by the lead, or a call of one of the functions."""
+        return self._has_lead or self._num_calls > 0
 
     def _first_step(self) -> Callable[[], bool]:
         return self._start
@@ -80,6 +86,7 @@ class WholeReader(ToolCallReader):
         if not rest:
             return False
         if rest.startswith(self._opening):
+            self._has_lead = bool(self._lead) and begun.startswith(self._lead)
             self._raw, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
             self._step = self._opened
         else:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import re
+
 from phalanx.runtime.text.tool_calls.arguments import PythonArgument, of_python, property_names
 from phalanx.runtime.text.tool_calls.places import ListReader
 
 __all__ = ["PythonicReader"]
 
+_NAME = re.compile(r"[^\W\d][\w.-]*")
+
 
 class PythonicReader(ListReader):
     """``[f(city="Oslo", days=3), g()]`` as the whole answer: Llama 4, and Llama 3.2 with such a prompt.
 
-    Llama 4 may put ``<|python_start|>`` and ``<|python_end|>`` around it. Only a list that begins with one of the functions is calls.
+    Llama 4 may put ``<|python_start|>`` and ``<|python_end|>`` around it; a list without them must begin with one of the functions.
     Arguments without a name take the names of the schema, in its order.
     """
 
@@ -23,7 +27,7 @@ class PythonicReader(ListReader):
         """A function's name; its bracket ends it."""
         name, bracket, rest = self._buffer.partition("(")
         begun = name.strip()
-        if not any(known.startswith(begun) for known in self._names) or (bracket and begun not in self._names):
+        if not (self._is_name(begun) if bracket else self._may_become_name(begun)):
             self._not_a_call()
             return True
         if not bracket:
@@ -31,6 +35,12 @@ class PythonicReader(ListReader):
         self._begin_call(begun)
         self._raw, self._buffer, self._argument, self._step = "", rest, PythonArgument(), self._arguments
         return True
+
+    def _is_name(self, text: str) -> bool:
+        return text in self._names or (self._is_marked and _NAME.fullmatch(text) is not None)
+
+    def _may_become_name(self, text: str) -> bool:
+        return not text or self._is_name(text) or any(known.startswith(text) for known in self._names)
 
     def _arguments(self) -> bool:
         used, ended = self._argument.push(self._buffer)

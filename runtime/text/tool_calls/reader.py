@@ -32,7 +32,8 @@ class CallPiece:
 class ToolCallReader(ABC):
     """Splits one growing answer into text and calls. The result does not depend on where tokens begin and end.
 
-    What looks like a call but has no name is text, unchanged. Spaces around calls are dropped.
+    What looks like a call but has no name is text, unchanged. After a mark any name makes a call: who asked answers an unknown one with
+    an error, as with other servers. Where nothing marks calls, the name of one of the functions does. Spaces around calls are dropped.
 
     Args:
         names: of the functions that may be called.
