@@ -1,52 +1,33 @@
 """How far one model's distribution of the next token is from a reference's: Kullback-Leibler divergence and flips.
 
-Engines report the `NUM_ALTERNATIVES` most probable tokens of each place, not the whole vocabulary. Tokens that both models report
-(and the text's own token) are compared one by one, all others as one. Merging outcomes never increases a divergence (data processing
-inequality; Cover and Thomas, Elements of Information Theory, 2.8), so the figure is a lower bound of the exact one.
+Over the whole vocabulary and exact but for the rounding of the logits themselves: both models' are kept (`KeptLogits`), and sums are of
+float64. No rank sees a whole row. For logits a of the reference and b of the model
+
+    KL = sum p (a - b) - log sum exp(a) + log sum exp(b),    p = exp(a) / sum exp(a)
+
+and each of the three sums adds up over parts of the vocabulary, once all are relative to the same largest logit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from phalanx.runtime.request import Logprob
+    from phalanx.launch.kept_logits import KeptLogits
+    from phalanx.parallel.communicator import Communicator
 
-__all__ = ["NUM_ALTERNATIVES", "Divergence", "Predictions", "compare", "gather"]
+__all__ = ["Divergence", "PartialSums", "compare"]
 
-NUM_ALTERNATIVES = 20
-"""As many as a request may ask for."""
+Float64Array = NDArray[np.float64]
 
-_LEAST_REST = 1e-7
-"""Rounding of float32 log-probabilities: a smaller rest is not known to be there."""
-
-_TOKENS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """What one model reports of T places of a text: the text's token, then the most probable ones.
-
-    Attributes:
-        token_ids: ``[T, 1 + k]`` int32; -1 where a token is there already.
-        logprobs: ``[T, 1 + k]`` float32.
-        best: ``[T]`` int32, the most probable token.
-    """
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    best: NDArray[np.int32]
-
-    @property
-    def total_loss(self) -> float:
-        """Summed negative log-likelihood of the text's tokens in nats."""
-        return -math.fsum(self.logprobs[:, 0].tolist())
+_PLACES_AT_ONCE = 64
+"""Rows of logits that ranks hold, and send each other, at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +35,12 @@ class Divergence:
     """Of a model from a reference, for T places.
 
     Attributes:
-        kl: ``[T]`` lower bounds of KL(reference || model) in nats.
+        kl: ``[T]`` KL(reference || model) in nats.
         flips: ``[T]`` whether the most probable token is another.
-        rest: ``[T]`` the reference's probability of the tokens that were compared as one.
     """
 
-    kl: NDArray[np.float64]
+    kl: Float64Array
     flips: NDArray[np.bool_]
-    rest: NDArray[np.float64]
 
     @property
     def mean(self) -> float:
@@ -77,68 +56,170 @@ class Divergence:
     def figures(self) -> dict[str, float]:
         """For machines."""
         return {
-            "kl_lower_bound": self.mean,
+            "kl": self.mean,
             "kl_standard_error": self.standard_error,
             "kl_largest": float(self.kl.max()),
-            "num_alternatives": NUM_ALTERNATIVES,
-            "rest": float(self.rest.mean()),
             "num_flips": int(self.flips.sum()),
             "flips": float(self.flips.mean()),
+            "top1_agreement": float(1.0 - self.flips.mean()),
         }
 
     @property
     def description(self) -> str:
-        """For people: the figures, and what they leave out."""
+        """For people."""
         return (
-            f"KL(reference || model)  at least {self.mean:.5f} nats a token (standard error {self.standard_error:.5f}; "
+            f"KL(reference || model)  {self.mean:.5f} nats a token (standard error {self.standard_error:.5f}; "
             f"largest {self.kl.max():.4f})\n"
-            f"changed best tokens     {self.flips.sum():,} of {len(self.flips):,} ({100 * self.flips.mean():.2f} %)\n"
-            f"compared as one         {100 * self.rest.mean():.2f} % of the probability: tokens that are not among the "
-            f"{NUM_ALTERNATIVES} best of both models"
+            f"same best token         {100 * (1 - self.flips.mean()):.2f} % ({self.flips.sum():,} of {len(self.flips):,} changed)"
         )
 
 
-def gather(windows: Iterable[Sequence[Logprob]]) -> Predictions:
-    """Arrays of what `scored_tokens` yields."""
-    parts = [_predictions(window) for window in windows]
-    return Predictions(
-        np.concatenate([part.token_ids for part in parts]),
-        np.concatenate([part.logprobs for part in parts]),
-        np.concatenate([part.best for part in parts]),
+@dataclass(slots=True)
+class PartialSums:
+    """Of T places over a part of the vocabulary, reference first; empty parts have -inf and 0.
+
+    Attributes:
+        top, other_top: ``[T]`` largest logits.
+        total, other_total: ``[T]`` sums of ``exp(logit - top)``.
+        weighted: ``[T]`` sum of ``exp(a - top) * (a - b)``.
+        best, other_best: ``[T]`` the tokens with the largest logits, the first of equals.
+    """
+
+    top: Float64Array
+    total: Float64Array
+    weighted: Float64Array
+    best: Float64Array
+    other_top: Float64Array
+    other_total: Float64Array
+    other_best: Float64Array
+
+    @classmethod
+    def empty(cls, num_places: int) -> PartialSums:
+        """Of no tokens."""
+        start = {"top": -np.inf, "other_top": -np.inf}
+        return cls(*(np.full(num_places, start.get(field.name, 0.0)) for field in fields(cls)))
+
+    @classmethod
+    def of(cls, a: NDArray[np.float32], b: NDArray[np.float32], first_token: int) -> PartialSums:
+        """Of logits ``[T, tokens]`` of the reference and of the model."""
+        wide, other = a.astype(np.float64), b.astype(np.float64)
+        best, other_best = wide.argmax(axis=1), other.argmax(axis=1)
+        top, other_top = wide.max(axis=1), other.max(axis=1)
+        p, q = np.exp(wide - top[:, None]), np.exp(other - other_top[:, None])
+        wide -= other
+        terms = np.where(p > 0, p * wide, 0.0)
+        return cls(
+            top, p.sum(axis=1), terms.sum(axis=1), best + float(first_token),
+            other_top, q.sum(axis=1), other_best + float(first_token),
+        )  # fmt: skip
+
+    def __add__(self, other: PartialSums) -> PartialSums:
+        """Over both parts."""
+        first, second = _factors(self.top, other.top)
+        third, fourth = _factors(self.other_top, other.other_top)
+        return PartialSums(
+            np.maximum(self.top, other.top),
+            self.total * first + other.total * second,
+            self.weighted * first + other.weighted * second,
+            _better(self.top, self.best, other.top, other.best),
+            np.maximum(self.other_top, other.other_top),
+            self.other_total * third + other.other_total * fourth,
+            _better(self.other_top, self.other_best, other.other_top, other.other_best),
+        )
+
+    def divergence(self) -> Divergence:
+        """Once the whole vocabulary is in."""
+        kl = self.weighted / self.total - (self.top + np.log(self.total)) + self.other_top + np.log(self.other_total)
+        return Divergence(kl, self.best != self.other_best)
+
+
+def compare(reference: KeptLogits, model: KeptLogits, world: Communicator) -> Divergence:
+    """The divergence of ``model`` from ``reference`` on the same text, on every rank. *Collective.*
+
+    Where the two were computed at other layouts, ranks send the reference's logits to where the model's are.
+    """
+    holders = [_shares(kept, world) for kept in (reference, model)]
+    num_places = len(model.held)
+    total = PartialSums.empty(num_places)
+    for first in range(0, num_places, _PLACES_AT_ONCE):
+        places = slice(first, min(first + _PLACES_AT_ONCE, num_places))
+        own = PartialSums.empty(places.stop - first)
+        for source, dest, start, stop, wanted in _overlaps(holders[0], holders[1], places):
+            rows = _moved(reference, world, source, dest, (first, len(wanted), start, stop))
+            if rows is not None:
+                sums = PartialSums.of(rows, model.read(first, len(wanted), start, stop), start)
+                own += _only(sums, wanted)
+        _put(total, places, own)
+        world.barrier()  # so that messages of a few places at most are on their way
+    stacked = world.all_gather(np.stack([getattr(total, field.name) for field in fields(total)]))
+    everything = PartialSums.empty(num_places)
+    for part in stacked:
+        everything += PartialSums(*part)
+    assert (everything.total > 0).all(), "both models scored every token"
+    return everything.divergence()
+
+
+class _Share(NamedTuple):
+    """Which places and tokens a rank holds."""
+
+    first_token: int
+    stop_token: int
+    held: NDArray[np.bool_]
+
+
+def _shares(kept: KeptLogits, world: Communicator) -> list[_Share]:
+    tokens = world.all_gather(np.array([kept.first_token, kept.first_token + kept.num_tokens]))
+    held = world.all_gather(kept.held.astype(np.uint8)).astype(np.bool_)
+    return [_Share(int(first), int(stop), row) for (first, stop), row in zip(tokens, held, strict=True)]
+
+
+def _overlaps(
+    sources: list[_Share], dests: list[_Share], places: slice
+) -> Iterator[tuple[int, int, int, int, NDArray[np.bool_]]]:
+    """What both a rank of the reference and one of the model hold of some places: these ranks, the tokens, which places."""
+    for source, (first, stop, held) in enumerate(sources):
+        for dest, (other_first, other_stop, other_held) in enumerate(dests):
+            wanted = held[places] & other_held[places]
+            low, high = max(first, other_first), min(stop, other_stop)
+            if low < high and wanted.any():
+                yield source, dest, low, high, wanted
+
+
+def _moved(
+    kept: KeptLogits, world: Communicator, source: int, dest: int, box: tuple[int, int, int, int]
+) -> NDArray[np.float32] | None:
+    """Logits of ``box`` (first place, places, tokens from, to) that ``source`` holds; on ``dest`` only."""
+    _, num_places, start, stop = box
+    if world.rank == source:
+        rows = np.ascontiguousarray(kept.read(*box))
+        if source == dest:
+            return rows
+        world.send(rows, dest)
+    elif world.rank == dest:
+        return world.recv(np.empty((num_places, stop - start), np.float32), source)
+    return None
+
+
+def _only(sums: PartialSums, wanted: NDArray[np.bool_]) -> PartialSums:
+    """``sums`` of the ``wanted`` places, and nothing of the others."""
+    nothing = PartialSums.empty(len(wanted))
+    return PartialSums(
+        *(np.where(wanted, getattr(sums, field.name), getattr(nothing, field.name)) for field in fields(sums))
     )
 
 
-def compare(reference: Predictions, model: Predictions) -> Divergence:
-    """The divergence of ``model`` from ``reference`` on the same text."""
-    assert len(reference.best) == len(model.best)
-    parts = [
-        _compare_rows(reference, model, slice(first, first + _TOKENS_AT_ONCE))
-        for first in range(0, len(model.best), _TOKENS_AT_ONCE)
-    ]
-    kl, rest = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Divergence(kl, reference.best != model.best, rest)
+def _put(total: PartialSums, places: slice, some: PartialSums) -> None:
+    for field in fields(total):
+        getattr(total, field.name)[places] = getattr(some, field.name)
 
 
-def _predictions(window: Sequence[Logprob]) -> Predictions:
-    own_ids = np.array([[item.token_id] for item in window], np.int32)
-    own_logprobs = np.array([[item.logprob] for item in window], np.float32)
-    top_ids = np.array([[token for token, _ in item.top] for item in window], np.int32)
-    top_logprobs = np.array([[logprob for _, logprob in item.top] for item in window], np.float32)
-    best = top_ids[:, 0].copy()
-    top_ids[top_ids == own_ids] = -1
-    return Predictions(np.hstack((own_ids, top_ids)), np.hstack((own_logprobs, top_logprobs)), best)
+def _factors(top: Float64Array, other: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """By what sums relative to either largest logit are multiplied to be relative to the larger one."""
+    larger = np.maximum(top, other)
+    base = np.where(np.isfinite(larger), larger, 0.0)
+    return np.exp(top - base), np.exp(other - base)
 
 
-def _compare_rows(
-    reference: Predictions, model: Predictions, rows: slice
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Divergence and the reference's rest of some places."""
-    ids, other_ids = reference.token_ids[rows], model.token_ids[rows]
-    same = (ids[:, :, None] == other_ids[:, None, :]) & (ids >= 0)[:, :, None]
-    is_shared, place = same.any(axis=2), same.argmax(axis=2)
-    log_p = reference.logprobs[rows].astype(np.float64)
-    log_q = np.take_along_axis(model.logprobs[rows].astype(np.float64), place, axis=1)
-    p, q = np.where(is_shared, np.exp(log_p), 0.0), np.where(is_shared, np.exp(log_q), 0.0)
-    terms = np.where(is_shared, p * (log_p - log_q), 0.0).sum(axis=1)
-    rest_p, rest_q = (np.maximum(1.0 - one.sum(axis=1), _LEAST_REST) for one in (p, q))
-    return terms + rest_p * np.log(rest_p / rest_q), rest_p
+def _better(top: Float64Array, best: Float64Array, other_top: Float64Array, other: Float64Array) -> Float64Array:
+    is_first = (top > other_top) | ((top == other_top) & (best <= other))
+    return np.where(is_first, best, other)

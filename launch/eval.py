@@ -7,6 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from phalanx.launch.loading import start_llm
 from phalanx.launch.sharing import agree, read_text
 
 if TYPE_CHECKING:
-    from phalanx.launch.divergence import Divergence, Predictions
+    from phalanx.launch.divergence import Divergence
+    from phalanx.launch.kept_logits import KeptLogits
     from phalanx.parallel.communicator import Communicator
+    from phalanx.runtime.executors.scored_logits import LogitsReader
     from phalanx.runtime.llm import LLM
 
 __all__ = ["Evaluation", "evaluate", "main"]
@@ -62,14 +65,13 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One model on the text. ``predictions`` only where there is another model to compare with."""
+    """One model on the text. ``logits`` only where there is another model to compare with."""
 
     evaluation: Evaluation
     windows: dict[str, int]
     setup: dict[str, Any]
     seconds: float
-    token_ids: list[int]
-    predictions: Predictions | None
+    logits: KeptLogits | None
 
 
 def build_parser() -> CommandParser:
@@ -117,34 +119,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, world = job_arguments(build_parser(), argv)
     reference_args = _reference_arguments(args)
     if reference_args is not None:
-        agree(world, lambda: _check_reference(reference_args.model))
+        agree(world, lambda: _read_reference(reference_args.model))
     text = read_text(world, "--text", args.text)
-
-    model = _run(args, world, text, is_compared=reference_args is not None)
-    reference, divergence = None, None
     if reference_args is not None:
-        for name, value in model.windows.items():
-            setattr(reference_args, name, value)
-        reference = _run(reference_args, world, text, is_compared=True)
-        divergence = _divergence(reference, model, args.against)
+        agree(world, lambda: _check_vocabularies(args, text))
+
+    reference, divergence = None, None
+    with ExitStack() as files:
+        keeping = None if reference_args is None else files
+        model = _run(args, world, text, keeping)
+        if reference_args is not None:
+            for name, value in model.windows.items():
+                setattr(reference_args, name, value)
+            reference = _run(reference_args, world, text, keeping)
+            divergence = _divergence(reference, model, world)
     if world.rank == 0:
         show = _to_json if args.json else _to_text
         print(show(args.text, model, reference, divergence))
     return 0
 
 
-def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
+def evaluate(llm: LLM, text: str, context: int, stride: int, reader: LogitsReader | None = None) -> Evaluation:
     """Score ``text`` in windows of ``context`` tokens, ``stride`` apart. *Collective.*
 
-    Every token but the first is scored once, by the first window that holds it. Progress goes to standard error.
+    Every token but the first is scored once, by the first window that holds it. Progress goes to standard error. ``reader`` is
+    shown all logits.
 
     Raises:
         RequestError: no tokenizer, a text of fewer than two tokens, or windows that do not fit the model.
     """
     from phalanx.launch.scoring import encode, scored_tokens
 
-    token_ids, num_bytes = encode(llm, text)
-    windows = scored_tokens(llm, token_ids, context, stride)
+    token_ids, num_bytes = encode(llm.tokenizer, text)
+    windows = scored_tokens(llm, token_ids, context, stride, reader)
     total_loss = -math.fsum(item.logprob for window in windows for item in window)
     return Evaluation(len(token_ids) - 1, num_bytes, total_loss)
 
@@ -164,8 +171,8 @@ def _reference_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
     return reference
 
 
-def _check_reference(path: Path) -> bytes:
-    """Find out before the model runs whether the reference is there."""
+def _read_reference(path: Path) -> bytes:
+    """Find out before the text is read whether the reference is there."""
     from phalanx.checkpoints.config_files import read_config
     from phalanx.checkpoints.files import ModelDirectory
 
@@ -173,26 +180,56 @@ def _check_reference(path: Path) -> bytes:
     return b""
 
 
-def _run(args: argparse.Namespace, world: Communicator, text: str, is_compared: bool) -> _Run:
-    """Load one model and score the text. *Collective.*"""
-    from phalanx.launch.divergence import NUM_ALTERNATIVES, gather
-    from phalanx.launch.scoring import encode, scored_tokens
+def _check_vocabularies(args: argparse.Namespace, text: str) -> bytes:
+    """Find out before a model runs whether the two can be compared.
+
+    Raises:
+        ConfigError: they have vocabularies of two sizes.
+        RequestError: they cut the text into different tokens, or it cannot be scored.
+    """
+    from phalanx.checkpoints.config_files import demo_path, read_config
+    from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.launch.scoring import encode
+    from phalanx.parallel.errors import ConfigError, RequestError
+    from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.user_file import model_from_file
+    from phalanx.runtime.text import Tokenizer
+
+    own, sizes, tokens = model_from_file(args.model_file), [], []
+    for directory in (ModelDirectory.at(args.model or demo_path()), ModelDirectory.at(args.against)):
+        config = read_config(directory)
+        sizes.append(find_model(config, own).read_config(config).vocab_size)
+        tokens.append(encode(Tokenizer.from_directory(directory.path), text)[0])
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"--against {args.against} has a vocabulary of {sizes[1]} tokens, but the model one of {sizes[0]}; give the checkpoint "
+            "that the model was made from"
+        )
+    if tokens[0] != tokens[1]:
+        raise RequestError(
+            f"--against {args.against} cuts the text into other tokens; give a model with the same tokenizer"
+        )
+    return b""
+
+
+def _run(args: argparse.Namespace, world: Communicator, text: str, keeping: ExitStack | None) -> _Run:
+    """Load one model and score the text; ``keeping``: for as long its logits are kept. *Collective.*"""
+    from phalanx.launch.kept_logits import keeping_logits
+    from phalanx.launch.scoring import check_windows, encode, windows_over
 
     with start_llm(args, world) as llm:
         context = llm.max_model_len if args.context is None else args.context
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()
-        token_ids, num_bytes = encode(llm, text)
-        predictions = None
-        if is_compared:
-            predictions = gather(scored_tokens(llm, token_ids, context, stride, NUM_ALTERNATIVES))
-            evaluation = Evaluation(len(token_ids) - 1, num_bytes, predictions.total_loss)
-        else:
-            evaluation = evaluate(llm, text, context, stride)
+        logits = None
+        if keeping is not None:
+            num_tokens = len(encode(llm.tokenizer, text)[0])
+            check_windows(context, stride, llm.max_model_len)
+            windows = list(windows_over(num_tokens, context, stride))
+            logits = keeping.enter_context(keeping_logits(windows, num_tokens - 1))
+        evaluation = evaluate(llm, text, context, stride, logits)
         seconds = time.perf_counter() - started
-        return _Run(
-            evaluation, {"context": context, "stride": stride}, _setup(args, llm), seconds, token_ids, predictions
-        )
+        return _Run(evaluation, {"context": context, "stride": stride}, _setup(args, llm), seconds, logits)
 
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
@@ -203,15 +240,12 @@ def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _divergence(reference: _Run, model: _Run, against: Path) -> Divergence:
+def _divergence(reference: _Run, model: _Run, world: Communicator) -> Divergence:
     from phalanx.launch.divergence import compare
-    from phalanx.parallel.errors import RequestError
 
-    if reference.token_ids != model.token_ids:
-        raise RequestError(f"--against {against} cuts the text into other tokens; give a model with the same tokenizer")
-    assert reference.predictions is not None
-    assert model.predictions is not None
-    return compare(reference.predictions, model.predictions)
+    assert reference.logits is not None
+    assert model.logits is not None
+    return compare(reference.logits, model.logits, world)
 
 
 def _figures(evaluation: Evaluation) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,12 @@ from phalanx.launch.progress import Progress
 from phalanx.parallel.errors import RequestError
 
 if TYPE_CHECKING:
+    from phalanx.runtime.executors.scored_logits import LogitsReader
     from phalanx.runtime.llm import LLM
     from phalanx.runtime.request import Logprob, TokenDelta
+    from phalanx.runtime.text import Tokenizer
 
-__all__ = ["Window", "encode", "scored_tokens", "windows_over"]
+__all__ = ["Window", "check_windows", "encode", "scored_tokens", "windows_over"]
 
 WINDOWS_AT_ONCE = 64
 """Windows whose results are held at one time; bounds memory on long texts."""
@@ -37,19 +40,19 @@ def windows_over(num_tokens: int, context: int, stride: int) -> Iterator[Window]
         start, scored = start + stride, stop
 
 
-def encode(llm: LLM, text: str) -> tuple[list[int], int]:
+def encode(tokenizer: Tokenizer | None, text: str) -> tuple[list[int], int]:
     """The text's tokens after the tokenizer's own begin token, if it has one, and the bytes that are scored.
 
     Raises:
         RequestError: no tokenizer, or a text of fewer than two tokens.
     """
-    if llm.tokenizer is None:
+    if tokenizer is None:
         raise RequestError("the checkpoint has no tokenizer.json, so a text cannot be scored; add it to the directory")
-    token_ids = llm.tokenizer.encode(text, add_special_tokens=False)
-    begin = llm.tokenizer.encode(text)[:1]
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    begin = tokenizer.encode(text)[:1]
     unscored = 0
     if begin == token_ids[:1]:
-        unscored = len(llm.tokenizer.decode(begin, skip_special_tokens=False).encode())
+        unscored = len(tokenizer.decode(begin, skip_special_tokens=False).encode())
     else:
         token_ids = (*begin, *token_ids)
     if len(token_ids) < 2:
@@ -58,7 +61,7 @@ def encode(llm: LLM, text: str) -> tuple[list[int], int]:
 
 
 def scored_tokens(
-    llm: LLM, token_ids: Sequence[int], context: int, stride: int, num_alternatives: int = 0
+    llm: LLM, token_ids: Sequence[int], context: int, stride: int, reader: LogitsReader | None = None
 ) -> Iterator[list[Logprob]]:
     """Log-probabilities of every token but the first, in order, a list for each window. *Collective.*
 
@@ -66,22 +69,23 @@ def scored_tokens(
 
     Args:
         context, stride: tokens of a window, and from one window's start to the next's.
-        num_alternatives: most probable tokens reported with each.
+        reader: shown all logits; a window's number in `windows_over` is its seed.
 
     Raises:
         RequestError: windows that do not fit the model, or logits that are not finite.
     """
     from phalanx.runtime.request import SamplingParams
 
-    _check_windows(context, stride, llm.max_model_len)
+    check_windows(context, stride, llm.max_model_len)
     windows = list(windows_over(len(token_ids), context, stride))
-    params = SamplingParams(max_tokens=0, prompt_logprobs=num_alternatives)
+    params = [SamplingParams(max_tokens=0, prompt_logprobs=0, seed=number) for number in range(len(windows))]
     # With replicas it shows the first one's share.
     with Progress("scoring", (len(token_ids) - 1) // llm.layout.dp, "tokens", shown=llm.is_leader) as progress:
         for first in range(0, len(windows), WINDOWS_AT_ONCE):
             batch = windows[first : first + WINDOWS_AT_ONCE]
             prompts = [token_ids[window.start : window.stop] for window in batch]
-            outputs = llm.run(prompts, [params] * len(batch), _advance(progress, batch))
+            with nullcontext() if reader is None else llm.reading_logits(reader):
+                outputs = llm.run(prompts, params[first : first + len(batch)], _advance(progress, batch))
             for window, output in zip(batch, outputs, strict=True):
                 if output.error is not None:
                     raise RequestError(f"tokens {window.start} to {window.stop} of the text: {output.error}")
@@ -90,7 +94,8 @@ def scored_tokens(
                 yield [item for item in scored if item is not None]
 
 
-def _check_windows(context: int, stride: int, longest: int) -> None:
+def check_windows(context: int, stride: int, longest: int) -> None:
+    """Raise `RequestError` for windows that do not fit a model whose longest sequence has ``longest`` tokens."""
     if not 2 <= context <= longest:
         raise RequestError(
             f"--context={context} is outside 2 to {longest}, the longest sequence of this model and cache"

@@ -26,6 +26,7 @@ from phalanx.parallel.topology import Layout, resolve_layout
 from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.engine import follow
 from phalanx.runtime.executors.registry import with_default_sizes
+from phalanx.runtime.executors.scored_logits import LogitsReader
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
 from phalanx.runtime.quantisation import has_fp8_cache, saturation_in_words
 from phalanx.runtime.replica import build_replica
@@ -91,6 +92,11 @@ class LLM:
     def default_sampling_params(self) -> SamplingParams:
         """What `generate` uses if no parameters are given: the defaults of ``generation_config.json``."""
         return SamplingParams(**self._replica.generation.sampling_defaults())
+
+    @property
+    def vocab_size(self) -> int:
+        """V, tokens that the model knows."""
+        return self._replica.config.vocab_size
 
     @property
     def layout(self) -> Layout:
@@ -168,6 +174,15 @@ class LLM:
         if interruption is not None:
             raise interruption
         return _all_outputs(outcomes, len(prompts))
+
+    @contextmanager
+    def reading_logits(self, reader: LogitsReader) -> Iterator[None]:
+        """Show ``reader`` the logits of prompts that are scored meanwhile, on the ranks that hold them."""
+        self._replica.executor.logits_reader = reader
+        try:
+            yield
+        finally:
+            self._replica.executor.logits_reader = None
 
     @property
     def has_fp8_cache(self) -> bool:

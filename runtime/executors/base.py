@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
+from phalanx.runtime.executors.scored_logits import LogitsReader
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
@@ -35,7 +36,13 @@ def refuse_other_passes(plan: StepPlan) -> None:
 
 
 class Executor(Protocol):
-    """Computes steps on one rank. All ranks of a replica call `execute` with the same plans in the same order."""
+    """Computes steps on one rank. All ranks of a replica call `execute` with the same plans in the same order.
+
+    Attributes:
+        logits_reader: who sees the logits of rows that score, on the ranks that hold them; None = no one.
+    """
+
+    logits_reader: LogitsReader | None
 
     @property
     def cache(self) -> CacheSize:

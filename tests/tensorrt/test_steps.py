@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
+from phalanx.runtime.executors.tensorrt.engine_session import PassOutput, Wanted
+from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
 from phalanx.runtime.executors.tensorrt.network import DECODE_PROFILE, PREFILL_PROFILE, NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator, slot_buckets
 from phalanx.runtime.step import ADMISSION, RowKind, StepPlan, StepResult
@@ -48,6 +51,39 @@ def _plan(
 
 def _passes(translator: StepTranslator, plan: StepPlan) -> list[EnginePass]:
     return list(translator.passes(plan))
+
+
+class KnownLogits:
+    """A session whose logits say which of the engine's rows they are."""
+
+    device = "nothing"
+
+    def run(self, engine_pass: EnginePass, wanted: Wanted) -> PassOutput:
+        tokens = engine_pass.token_ids.reshape(-1)[engine_pass.logit_rows[: len(engine_pass.rows)]]
+        logits = tokens[:, None] + np.linspace(0, 0.5, 97, dtype=np.float32)
+        return PassOutput(np.zeros(len(tokens), np.int32), logits if wanted == "logits" else None)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def test_logits_of_rows_that_score_are_shown_with_their_sequence_and_position() -> None:
+    executor = TrtExecutor(KnownLogits(), SHAPE, Topology(Layout()), SelfCommunicator())
+    shown: list[tuple[int, int, int, float]] = []
+
+    def reader(seeds: Any, positions: Any, first_token: int, logits: Any) -> None:
+        assert logits.shape == (len(seeds), 97)
+        shown.extend(
+            zip(seeds.tolist(), positions.tolist(), [first_token] * len(seeds), logits[:, 0].tolist(), strict=True)
+        )
+
+    plan = _plan([(3, 0, 1, 1), (1, 0, 9, 0), (4, 0, 3, 1)], scored=[2, 3, 9, 10])
+    executor.execute(plan)
+    executor.logits_reader = reader
+    executor.execute(_plan([(3, 1, 1, 1), (1, 9, 9, 0), (4, 3, 3, 1)], scored=[2, 3, 9, 10], step_id=1))
+    token_ids = np.random.default_rng(1).integers(0, 97, 13)
+    places = [(1, 10, 2), (1, 11, 3), (1, 17, 9), (4, 3, 10)]
+    assert sorted(shown) == [(seed, position, 0, float(token_ids[row])) for seed, position, row in places]
 
 
 def test_decoding_takes_slots_from_the_first_and_rounds_up() -> None:

@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from phalanx.checkpoints.dtypes import to_float32
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
@@ -28,12 +30,13 @@ from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.cuda.attention import CudaAttention
 from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
-from phalanx.runtime.executors.cuda.memory import DeviceArray, download, upload
+from phalanx.runtime.executors.cuda.memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.step_times import measure_step_times
 from phalanx.runtime.executors.cuda.trace import Category, Timeline, write_chrome_trace
+from phalanx.runtime.executors.scored_logits import LogitsReader, show_scored
 from phalanx.runtime.sampling.fields import adjusts_logits, restricts_tokens
 from phalanx.runtime.step import BatchState, StepLimits, StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
@@ -86,6 +89,7 @@ class CudaExecutor:
         self._timeline, self._library_name = timeline, library_name
         self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
         self.step_times: StepTimes | None = None
+        self.logits_reader: LogitsReader | None = None
 
     @property
     def topology(self) -> Topology:
@@ -263,7 +267,17 @@ class CudaExecutor:
             self._run(key)
             return
         self._receive_hidden(key)
-        self._send_hidden(self._stage.run_in_parts(key, plan.num_sampled, layout))
+        on_scored = None if self.logits_reader is None else partial(self._show, self.logits_reader, plan)
+        self._send_hidden(self._stage.run_in_parts(key, plan.num_sampled, layout, on_scored))
+
+    def _show(self, reader: LogitsReader, plan: StepPlan, rows: range, logits: DeviceArray) -> None:
+        """Logits ``[B, V local]`` of rows that score to ``reader``; waits for the device."""
+        stored = pinned_array(logits.shape, logits.dtype)
+        download(stored, logits, self._stream)
+        self._stream.synchronize()
+        wide, span = to_float32(stored, np.empty(stored.shape, np.float32)), self._stage.sampler.vocabulary
+        some = slice(rows.start, rows.stop)
+        show_scored(reader, plan, self._state, some, span.start, wide[:, : span.stop - span.start])
 
     def _run(self, key: StepKey) -> None:
         self._receive_hidden(key)

@@ -34,7 +34,7 @@ class CudaSampler:
         self, library: KernelLibrary, vocabulary: Span, vocab_size: int, group: DeviceCommunicator, arrays: StepArrays,
         pool: ActivationPool,
     ) -> None:  # fmt: skip
-        self._library, self._vocabulary, self._vocab_size = library, vocabulary, vocab_size
+        self._library, self.vocabulary, self._vocab_size = library, vocabulary, vocab_size
         self._group, self._arrays, self._pool = group, arrays, pool
 
     def choose(self, logits: DeviceArray, rows: range, filters: bool, adjusts: bool, token_ids: DeviceArray) -> None:
@@ -56,7 +56,7 @@ class CudaSampler:
         sampling.adjust_logits(
             self._library, logits, self._parameters(rows), arrays.biases,
             TokenCache(arrays.block_tables, arrays.cached_tokens), self._masks(rows), adjusted,
-            vocab_start=self._vocabulary.start, vocab_size=self._vocab_size,
+            vocab_start=self.vocabulary.start, vocab_size=self._vocab_size,
         )  # fmt: skip
         return adjusted
 
@@ -93,7 +93,7 @@ class CudaSampler:
         splits = sampling.num_splits(self._library, num_rows, part_size)
         keys = self._pool.array((splits, num_rows), "uint64")
         sampling.local_argmax(
-            self._library, logits, parameters, keys, vocab_start=self._vocabulary.start, vocab_size=self._vocab_size
+            self._library, logits, parameters, keys, vocab_start=self.vocabulary.start, vocab_size=self._vocab_size
         )
         if self._group.size > 1:
             keys = self._group.all_gather(keys, self._pool.array((self._group.size, splits, num_rows), "uint64"))

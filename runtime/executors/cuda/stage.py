@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,14 @@ class CudaStage:
             self._sample(key, x, residual, range(key.num_logit_rows), ResultLayout(key.num_logit_rows, key.num_top))
         return None
 
-    def run_in_parts(self, key: StepKey, num_sampled: int, layout: ResultLayout) -> DeviceArray | None:
-        """Like `run` for any rows: ``num_sampled`` that sample, then those that score, then hidden states."""
+    def run_in_parts(
+        self, key: StepKey, num_sampled: int, layout: ResultLayout,
+        on_scored: Callable[[range, DeviceArray], None] | None = None,
+    ) -> DeviceArray | None:  # fmt: skip
+        """Like `run` for any rows: ``num_sampled`` that sample, then those that score, then hidden states.
+
+        ``on_scored`` is given rows that score and their logits ``[B, V local]``.
+        """
         total = key.num_logit_rows
         x, residual = self._blocks(key, total + layout.num_hidden, num_kept=0)
         if residual is not None:
@@ -70,7 +77,9 @@ class CudaStage:
         most = max(LOGIT_ROWS, len(self.arrays.seq_indices))
         starts = [*range(0, num_sampled, most), *range(num_sampled, total, LOGIT_ROWS), total]
         for start, stop in zip(starts[:-1], starts[1:], strict=True):
-            self._sample(key, x, None, range(start, stop), layout)
+            logits = self._sample(key, x, None, range(start, stop), layout)
+            if on_scored is not None and start >= num_sampled:
+                on_scored(range(start, stop), logits)
         for start in range(0, layout.num_hidden, LOGIT_ROWS):
             self._store_hidden(x, range(start, min(start + LOGIT_ROWS, layout.num_hidden)), layout)
         return None
@@ -90,7 +99,8 @@ class CudaStage:
 
     def _sample(
         self, key: StepKey, x: DeviceArray, residual: DeviceArray | None, rows: range, layout: ResultLayout
-    ) -> None:
+    ) -> DeviceArray:
+        """Choose and score tokens of ``rows``; their logits."""
         self.ops.bind_logits(rows)
         logits = self.decode.head(self.ops, self.config, x, residual)
         views = layout.views(self.results).rows(rows)
@@ -98,3 +108,4 @@ class CudaStage:
         self.step.store_tokens(views.token_ids, rows.start)
         if key.num_top >= 0:
             self.sampler.score(logits, views.token_ids, views.logprobs, views.top_ids, views.top_logprobs)
+        return logits

@@ -17,6 +17,7 @@ from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import NumpyOps, NumpyStep
 from phalanx.runtime.executors.numpy.threads import Threads, thread_count
+from phalanx.runtime.executors.scored_logits import LogitsReader, show_scored
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.memory import LOGIT_ROWS
 from phalanx.runtime.models import Model
@@ -69,6 +70,7 @@ class NumpyExecutor:
         self._history = TokenHistory(self._state, num_kv_blocks, limits.block_size)
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
+        self.logits_reader: LogitsReader | None = None
         self.cache = CacheSize("paged", num_kv_blocks, limits.block_size)
 
     @property
@@ -158,7 +160,11 @@ class NumpyExecutor:
         parts = [_score(logits, np.maximum(tokens, 0), count)]
         for start in range(plan.num_sampled, num_scored, LOGIT_ROWS):
             chunk = slice(start, min(start + LOGIT_ROWS, num_scored))
-            parts.append(_score(self._logits(x[plan.rows[chunk]]), plan.targets[chunk], count))
+            local = self._local_logits(x[plan.rows[chunk]])
+            if self.logits_reader is not None:
+                held = local[:, : self._vocabulary.stop - self._vocabulary.start]
+                show_scored(self.logits_reader, plan, self._state, chunk, self._vocabulary.start, held)
+            parts.append(_score(self._gathered(local), plan.targets[chunk], count))
         logprobs, ids, values = (np.concatenate(column) for column in zip(*parts, strict=True))
         tokens = np.concatenate((tokens, plan.targets[plan.num_sampled : num_scored]))
         return StepResult(plan.step_id, tokens, logprobs, ids, values)
@@ -192,11 +198,17 @@ class NumpyExecutor:
         """Logits over the whole vocabulary: ``[B, D] -> [B, V]``."""
         if not len(x):
             return np.empty((0, self._config.vocab_size), np.float32)
+        return self._gathered(self._local_logits(x))
+
+    def _local_logits(self, x: Float32Array) -> Float32Array:
+        """``[B, V local]``, padding included."""
         local: Float32Array = self._pass.head(self._ops, self._config, x, None)
-        if self._tp.size == 1:
-            return local[:, : self._config.vocab_size]
-        gathered = self._tp.all_gather(local).swapaxes(0, 1).reshape(len(x), -1)
-        return gathered[:, : self._config.vocab_size]
+        return local
+
+    def _gathered(self, local: Float32Array) -> Float32Array:
+        if self._tp.size > 1:
+            local = self._tp.all_gather(local).swapaxes(0, 1).reshape(len(local), -1)
+        return local[:, : self._config.vocab_size]
 
 
 def _score(logits: Float32Array, targets: Int32Array, count: int) -> tuple[Float32Array, Int32Array, Float32Array]:

@@ -17,6 +17,7 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ExecutorError
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
+from phalanx.runtime.executors.scored_logits import LogitsReader, show_scored
 from phalanx.runtime.executors.tensorrt.engine_session import EngineSession, PassOutput, Wanted
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 from phalanx.runtime.executors.tensorrt.passes import EnginePass, StepTranslator
@@ -56,6 +57,7 @@ class TrtExecutor:
         self._chooses = topology.is_last_stage and topology.tp_rank == 0
         self._results: deque[StepResult] = deque()
         self._expected: deque[int] = deque()
+        self.logits_reader: LogitsReader | None = None
 
     @property
     def device(self) -> str:
@@ -82,6 +84,7 @@ class TrtExecutor:
             output = self._session.run(engine_pass, builder.wanted(engine_pass) if builder else "nothing")
             if builder and output:
                 builder.take(engine_pass, output)
+                self._show(plan, engine_pass, output)
         if builder is None:
             if self._topology.is_leader:
                 self._expected.append(StepResult.num_words(plan, self._state, 0))
@@ -89,6 +92,13 @@ class TrtExecutor:
             self._results.append(builder.result)
         else:
             self._pipeline.send(builder.result.pack(), 0, _RESULT_TAG)
+
+    def _show(self, plan: StepPlan, engine_pass: EnginePass, output: PassOutput) -> None:
+        """Logits of rows that score, whole rows on this one rank, to who wants them."""
+        if self.logits_reader is not None and output.logits is not None:
+            num_sampled = int((engine_pass.rows < plan.num_sampled).sum())
+            rows, logits = engine_pass.rows[num_sampled:], output.logits[num_sampled : len(engine_pass.rows)]
+            show_scored(self.logits_reader, plan, self._state, rows, 0, logits)
 
     def collect(self) -> StepResult:
         """The oldest uncollected result; waits for the last stage."""
