@@ -97,6 +97,17 @@ class Answer:
             self._stop(stop)
         return text
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether it has a text that plain next tokens cannot end, so that `extend_text` takes them."""
+        return self.stream is not None and not self.stream.has_stops and self.finish_reason is None
+
+    def extend_text(self, token_ids: Sequence[int]) -> str:
+        """Add plain next tokens and return the text that became certain, without an event for each."""
+        assert self.stream is not None
+        self.num_tokens += len(token_ids)
+        return self.stream.extend(token_ids)
+
     def extend(self, token_ids: Sequence[int]) -> list[TokenEvent]:
         """Add plain next tokens and return an event for each. What comes after a stop text does not count."""
         events = []

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -82,7 +85,7 @@ class Counter(Collector):
 
 
 class Histogram(Collector):
-    """A histogram. It may be fed with every token: a tenth of the cost of the library's own, whose counters take a lock each."""
+    """A histogram, at a tenth of the cost of the library's own, whose counters take a lock each."""
 
     def __init__(
         self, board: Board, registry: CollectorRegistry, name: str, text: str, bounds: Sequence[float]
@@ -97,6 +100,12 @@ class Histogram(Collector):
         self._own[bisect_left(self._bounds, value)] += 1
         self._own[-1] += value
 
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count many values, at a third of the cost of one `observe` for each."""
+        for bucket, count in collections.Counter(map(partial(bisect_left, self._bounds), values)).items():
+            self._own[bucket] += count
+        self._own[-1] += sum(values)
+
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
         *counts, total = self._cells.sums()
@@ -107,6 +116,28 @@ class Histogram(Collector):
             buckets=list(zip(bounds, accumulate(counts), strict=True)),
             sum_value=total,
         )
+
+
+class TokenCounts:
+    """Tokens generated and the times between them, which are added to the metrics once in a turn of the event loop."""
+
+    def __init__(self, tokens: Counter, gaps: Histogram) -> None:
+        self._tokens, self._gaps = tokens, gaps
+        self._num_tokens = 0
+        self._seconds: list[float] = []
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Count tokens that came together, so many seconds after those before them."""
+        if not self._seconds:
+            asyncio.get_running_loop().call_soon(self.publish)
+        self._num_tokens += num_tokens
+        self._seconds.append(seconds)
+
+    def publish(self) -> None:
+        """Add all that was counted to the metrics now."""
+        self._tokens.inc(self._num_tokens)
+        self._gaps.observe_all(self._seconds)
+        self._num_tokens, self._seconds = 0, []
 
 
 def _kv_usage(schedulers: Sequence[SchedulerStats]) -> float:
@@ -219,6 +250,7 @@ class Metrics:
             "Between two tokens of a request",
             INTER_TOKEN_SECONDS,
         )
+        self.next_tokens = TokenCounts(self.generation_tokens, self.inter_token)
         self.duration = Histogram(
             board,
             registry,

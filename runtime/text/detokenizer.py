@@ -22,6 +22,10 @@ class Detokenizer(Protocol):
         """The text that became certain with this token; empty while a character is incomplete."""
         ...
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """The text that became certain with these tokens."""
+        ...
+
     def flush(self) -> str:
         """What was held back; bytes that make no character come out as U+FFFD. The last call."""
         ...
@@ -51,6 +55,13 @@ class ByteDetokenizer:
         self._first = True
         self._spaces_to_strip = rules.stripped_spaces
         self._is_between = False
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        if self._is_between and len(token_ids) == 1:  # nearly every token of a stream
+            known = self._known_texts.get(token_ids[0])
+            if known is not None:
+                return known
+        return "".join(map(self.push, token_ids))
 
     def push(self, token_id: int) -> str:
         if self._is_between:
@@ -106,6 +117,9 @@ class WindowDetokenizer:
             self._incomplete += 1
         self._last_text = text
         return self._advance(text) if grows and not 0 < self._incomplete < LONGEST_CHARACTER_BYTES else ""
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         text = self._decode(self._window)

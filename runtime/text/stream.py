@@ -36,6 +36,10 @@ class TextStream:
     """Feeds tokens of one request to its detokeniser and watches for its stop texts.
 
     With ``min_tokens``, stop texts do not count before that many tokens.
+
+    Attributes:
+        has_stops: whether there are any.
+        extend: returns the text that tokens added, where there are none.
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class TextStream:
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
-        self._has_stops = bool(stop)
+        self.has_stops = bool(stop)
+        self.extend = detokenizer.extend
         self._matcher = StopMatcher(stop, include_stop=include_stop)
         self._tokens_before_stop = min_tokens
 
@@ -64,7 +69,7 @@ class TextStream:
     def step(self, token_id: int) -> tuple[str, str | None]:
         """The text that one token added, and the stop text that it completed; for one token a quarter of the cost of `push`."""
         text = self._detokenizer.push(token_id)
-        if not self._has_stops:
+        if not self.has_stops:
             return text, None
         if self._tokens_before_stop > 1:
             self._tokens_before_stop -= 1

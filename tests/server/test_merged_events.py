@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from phalanx.runtime.answer import Answer
 from phalanx.runtime.request import Logprob, SamplingParams, TokenDelta
 from phalanx.runtime.server.anthropic.parsing import parse_message
 from phalanx.runtime.server.board import Board, Room
@@ -20,7 +24,7 @@ from phalanx.runtime.server.kserve.contract import MODELS
 from phalanx.runtime.server.kserve.parsing import parse_rows
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Deltas, encode_frame
-from phalanx.runtime.server.metrics import Metrics
+from phalanx.runtime.server.metrics import INTER_TOKEN_SECONDS, Histogram, Metrics
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.generation import GenerationJob, GenerationStream
 from phalanx.runtime.server.openai.parsing import ApiGeneration, parse_chat, parse_completion
@@ -162,6 +166,56 @@ def test_a_client_that_reads_again_gets_all_in_one_event_and_then_the_end(kind: 
         stream.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_plain_next_tokens_are_written_as_all_others_are(
+    kind: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their way from token ids to bytes is shorter; where ``is_plain_text`` is False it is not taken."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
+    monkeypatch.setattr(time, "time", lambda: 7.0)
+
+    async def run(is_plain: bool) -> list[bytes]:
+        monkeypatch.setattr(Answer, "is_plain_text", property(lambda answer: is_plain))
+        short_way, texts = Answer.extend_text, []
+        monkeypatch.setattr(Answer, "extend_text", lambda *given: texts.append(short_way(*given)) or texts[-1])
+        stream = streamed(tokenizer, kind)
+        for step in [
+            *plain(tokenizer, 'a "quoted" \u00fc, \U0001f389 and \\ the'),
+            *scored(tokenizer, " end", "length"),
+        ]:
+            stream.client.data_received(encode_frame(step))
+            await asyncio.sleep(0)
+        assert stream.job.choices[0].num_tokens == stream.job.usage()["completion_tokens"]
+        stream.close()
+        assert bool(texts) == is_plain
+        return stream.connection.writes
+
+    assert asyncio.run(run(True)) == asyncio.run(run(False))
+
+
+def test_next_tokens_are_in_the_metrics_when_the_turn_is_over() -> None:
+    board = Board.of_one()
+    metrics = Metrics(board, Room(board))
+
+    async def run() -> bytes:
+        for seconds in (0.001, 0.0011, 3.0, 100.0):
+            metrics.next_tokens.add(2, seconds)
+        assert b"phalanx_generation_tokens_total 0.0" in metrics.render()
+        await asyncio.sleep(0)
+        return metrics.render()
+
+    one_by_one = Histogram(board, CollectorRegistry(), "each", "Each", INTER_TOKEN_SECONDS)
+    for seconds in (0.001, 0.0011, 3.0, 100.0):
+        one_by_one.observe(seconds)
+    text = asyncio.run(run()).decode()
+    assert "phalanx_generation_tokens_total 8.0" in text
+    (family,) = one_by_one.collect()
+    for sample in family.samples:
+        name = sample.name.replace("each", "phalanx_inter_token_latency_seconds")
+        labels = "".join(f'{{le="{bound}"}}' for bound in sample.labels.values())
+        assert f"{name}{labels} {sample.value}" in text
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])

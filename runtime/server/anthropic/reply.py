@@ -64,6 +64,9 @@ class MessageEvents:
     def opening(self, choices: Sequence[Answer]) -> bytes:
         return _event("message_start", message=self.reply.message([], self.count()))
 
+    def text_writer(self, choice: Answer) -> Callable[[str], bytes] | None:
+        return self._grown
+
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
         data = self._grown("".join(event.text for event in events), last=events[-1].last)
         if not events[-1].last:
@@ -77,7 +80,7 @@ class MessageEvents:
     def error(self, error: ApiError) -> bytes:
         return b"event: error\ndata: " + error.for_path("/v1/messages")[1] + b"\n\n"
 
-    def _grown(self, pushed: str, *, last: bool) -> bytes:
+    def _grown(self, pushed: str, *, last: bool = False) -> bytes:
         data = b""
         for block, text, is_new in self.blocks.push(pushed, last=last):
             if is_new:

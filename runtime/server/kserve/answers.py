@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -94,6 +94,9 @@ class EventChunks:
 
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
         return event(scalars(self._contract, piece(self._contract, self._query, choice, events), self._id))
+
+    def text_writer(self, choice: Answer) -> Callable[[str], bytes] | None:
+        return None
 
     def usage(self) -> bytes:
         return b""

@@ -82,6 +82,7 @@ class EngineClient(asyncio.Protocol):
         job: which of a supervisor's jobs the engine belongs to.
         phase: what rank 0 does before it is ready, in words; empty until it says so.
         trouble: which rank does not answer at the moment; None = all do.
+        marked: groups that have something to read; their readers are told soon.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class EngineClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._engine_name = "rank 0"
         self._open: dict[str, tuple[GenerationGroup, int]] = {}
-        self._marked: deque[GenerationGroup] = deque()
+        self.marked: deque[GenerationGroup] = deque()
         self._is_delivering = False
         self._is_held = False
         self._num_submitted = 0
@@ -194,13 +195,6 @@ class EngineClient(asyncio.Protocol):
         if self.failure is not None:
             raise self.failed()
 
-    def mark(self, group: GenerationGroup) -> None:
-        """Remember that a group has something to read; `_deliver` tells its reader."""
-        self._marked.append(group)
-        if not self._is_delivering:
-            self._is_delivering = True
-            asyncio.get_running_loop().call_soon(self._deliver)
-
     def send(self, message: FromFrontend) -> None:
         """Tell the engine's side something."""
         self._send(message)
@@ -230,6 +224,7 @@ class EngineClient(asyncio.Protocol):
         try:
             for body in self._frames.feed(data):
                 self._take(self._decoder.decode(body))
+            self._deliver_soon()
         except (msgspec.DecodeError, CommunicatorError) as error:
             self._lose(f"its messages are damaged: {error}")
 
@@ -242,17 +237,21 @@ class EngineClient(asyncio.Protocol):
         if self._on_change is None:
             self._on_gone()
 
+    def _deliver_soon(self) -> None:
+        if self.marked and not self._is_delivering:
+            self._is_delivering = True
+            asyncio.get_running_loop().call_soon(self._deliver)
+
     def _deliver(self) -> None:
         """Tell readers for a moment, then let others have the loop; the engine's messages wait until all readers were told.
 
         So tokens that pile up meanwhile go out together, and the loop answers other requests in between.
         """
-        end = time.perf_counter() + DELIVERY_SECONDS
-        marked = self._marked
-        while marked:
-            marked.popleft().notify()
-            if time.perf_counter() > end:
-                break
+        marked, now = self.marked, time.monotonic()
+        end = now + DELIVERY_SECONDS
+        while marked and now <= end:
+            marked.popleft().notify(now)
+            now = time.monotonic()
         self._is_delivering = bool(marked)
         if marked:
             asyncio.get_running_loop().call_soon(self._deliver)
@@ -294,9 +293,11 @@ class EngineClient(asyncio.Protocol):
                 self._on_gone()
 
     def _take_deltas(self, deltas: Deltas) -> None:
+        find = self._open.get
         for request_id, token_id in zip(deltas.request_ids, deltas.token_ids, strict=True):
-            if (entry := self._open.get(request_id)) is not None:
-                entry[0].put_token(entry[1], token_id)
+            if (entry := find(request_id)) is not None:
+                group, index = entry
+                group.put_token(index, token_id)
         for delta in deltas.others:
             if (entry := self._open.get(delta.request_id)) is not None:
                 if delta.finish_reason is not None:
@@ -353,6 +354,7 @@ class EngineClient(asyncio.Protocol):
         for group, _ in self._open.values():
             group.fail(error)
         self._open.clear()
+        self._deliver_soon()
 
     def _change(self, state: ServerState) -> None:
         self.state = state

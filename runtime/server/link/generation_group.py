@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,61 +20,63 @@ News = tuple[int, list[int] | TokenDelta]
 
 
 class GroupClient(Protocol):
-    """What a group needs of the client that made it."""
+    """What a group needs of the client that made it.
+
+    Attributes:
+        marked: groups that have something to read.
+    """
+
+    marked: deque[GenerationGroup]
 
     def cancel(self, request_id: str) -> None:
         """End a request and forget it; unknown ids pass."""
-        ...
-
-    def mark(self, group: GenerationGroup) -> None:
-        """Remember that a group has something to read."""
         ...
 
 
 class GenerationGroup:
     """The engine requests of one HTTP request; what happens to them is gathered in one list, marked by index.
 
-    Either `wait` is awaited, or `listen` names what is called whenever something has arrived.
+    Either `wait` is awaited, or `listen` names what is called, with the time, whenever something has arrived.
     """
 
     def __init__(self, client: GroupClient, request_ids: Sequence[str]) -> None:
-        self._client = client
+        self._client, self._marked = client, client.marked
         self._request_ids = list(request_ids)
         self._news: list[News] = []
         self._error: ApiError | None = None
-        self._listener: Callable[[], None] | None = None
-        self._is_marked = False
+        self._listener: Callable[[float], None] | None = None
 
     def put_token(self, index: int, token_id: int) -> None:
         """Add a plain next token of one request; called by the client. Unread tokens are merged to bound memory."""
         news = self._news
-        if news and news[-1][0] == index and isinstance(news[-1][1], list):
+        if not news:
+            self._marked.append(self)
+        elif news[-1][0] == index and isinstance(news[-1][1], list):
             news[-1][1].append(token_id)
-        else:
-            news.append((index, [token_id]))
-            self._mark()
+            return
+        news.append((index, [token_id]))
 
     def put(self, index: int, delta: TokenDelta) -> None:
         """Add anything else that happened to one request; called by the client."""
+        if not self._news:
+            self._marked.append(self)
         self._news.append((index, delta))
-        self._mark()
 
     def fail(self, error: ApiError) -> None:
         """End the group with an error; called by the client."""
         self._error = self._error or error
-        self._mark()
+        self._marked.append(self)
 
-    def notify(self) -> None:
-        """Tell the reader that something has arrived; called by the client once for all of it."""
-        self._is_marked = False
+    def notify(self, now: float) -> None:
+        """Tell the reader that something has arrived; called by the client once for all that it has not read."""
         if self._listener is not None:
-            self._listener()
+            self._listener(now)
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call ``listener`` from now on whenever something has arrived, and once now if something is there; None = nobody."""
+    def listen(self, listener: Callable[[float], None] | None) -> None:
+        """Call ``listener`` from now on whenever something has arrived, and once now if something is there; None = no listener."""
         self._listener = listener
         if listener is not None and (self._news or self._error is not None):
-            listener()
+            listener(time.monotonic())
 
     def take(self) -> list[News]:
         """Everything that has arrived.
@@ -85,6 +89,14 @@ class GenerationGroup:
             self.raise_error()
         return news
 
+    def take_plain(self) -> list[int] | None:
+        """All that has arrived, if it is plain next tokens of one request; None otherwise, and nothing is taken."""
+        news = self._news
+        if len(news) != 1 or self._error is not None or not isinstance(token_ids := news[0][1], list):
+            return None
+        self._news = []
+        return token_ids
+
     def raise_error(self) -> None:
         """Raise the ApiError that ended the group once everything before it was taken."""
         if self._error is not None and not self._news:
@@ -94,7 +106,7 @@ class GenerationGroup:
         """Wait until `take` has something to return or to raise."""
         if not self._news and self._error is None:
             arrived = asyncio.get_running_loop().create_future()
-            self.listen(lambda: None if arrived.done() else arrived.set_result(None))
+            self.listen(lambda _: None if arrived.done() else arrived.set_result(None))
             try:
                 await arrived
             finally:
@@ -109,8 +121,3 @@ class GenerationGroup:
         self._listener = None
         for request_id in self._request_ids:
             self._client.cancel(request_id)
-
-    def _mark(self) -> None:
-        if not self._is_marked:
-            self._is_marked = True
-            self._client.mark(self)

@@ -73,6 +73,13 @@ class StreamChunks(Protocol):
         """The tokens of one answer, one at least, that are there."""
         ...
 
+    def text_writer(self, choice: Answer) -> Callable[[str], bytes] | None:
+        """Return what writes the plain next tokens of ``choice``, its end apart, by their text alone; None if `tokens` has to be told of each.
+
+        It may be asked for after the first tokens.
+        """
+        ...
+
     def usage(self) -> bytes:
         """What comes after the last token."""
         ...

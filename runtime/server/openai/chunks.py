@@ -19,6 +19,23 @@ __all__ = ["ChunkReply", "ChunkWriter"]
 _encode = msgspec.json.Encoder().encode
 
 
+@dataclass(frozen=True, slots=True)
+class PlainChunk:
+    """Chunks that differ in their text only.
+
+    Attributes:
+        before: what comes before the text.
+        after: what comes after it.
+    """
+
+    before: bytes
+    after: bytes
+
+    def write(self, text: str) -> bytes:
+        """The chunk with ``text``."""
+        return self.before + _encode(text) + self.after
+
+
 class ChunkWriter:
     """Writes the chunks of one stream.
 
@@ -31,7 +48,7 @@ class ChunkWriter:
     def __init__(self, format: AnswerFormat, options: StreamOptions, usage: Callable[[], dict[str, Any]]) -> None:
         self._format, self._options, self._usage = format, options, usage
         self._is_plain = format.has_plain_chunks and not options.continuous_usage_stats
-        self._prepared: dict[int, tuple[bytes, bytes]] = {}
+        self._prepared: dict[int, PlainChunk] = {}
 
     def opening(self, choices: Sequence[Answer]) -> bytes:
         """What comes before the first token."""
@@ -47,9 +64,11 @@ class ChunkWriter:
             return data
         if choice.finish_reason is not None:
             return self._encoded(self._format.chunks(choice, events))
-        before, after = prepared
-        text = events[0].text if len(events) == 1 else "".join([event.text for event in events])
-        return before + _encode(text) + after
+        return prepared.write("".join([event.text for event in events]))
+
+    def text_writer(self, choice: Answer) -> Callable[[str], bytes] | None:
+        prepared = self._prepared.get(choice.index)
+        return None if prepared is None else prepared.write
 
     def usage(self) -> bytes:
         """The chunk with the counts, if the stream was asked to include it."""
@@ -71,12 +90,11 @@ class ChunkWriter:
             chunks = [{**chunk, "usage": None} for chunk in chunks]
         return b"".join(map(self.event, chunks))
 
-    def _prepare(self, choice: Answer) -> tuple[bytes, bytes]:
+    def _prepare(self, choice: Answer) -> PlainChunk:
         """What comes before and after the text of a plain token."""
         mark = f"the text of choice {choice.index} comes here {id(self)}"
         data = self._encoded(self._format.chunks(choice, [TokenEvent(0, mark)]))
-        before, after = data.split(_encode(mark))
-        return before, after
+        return PlainChunk(*data.split(_encode(mark)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,21 @@ class GenerationJob:
             self._count()
         self.held.close()
 
-    def take(self) -> list[tuple[Answer, list[TokenEvent]]]:
+    @property
+    def only_text(self) -> Answer | None:
+        """The only choice, if it is a text that plain next tokens cannot end, so that `take_text` may be asked first."""
+        return self.choices[0] if len(self.choices) == 1 and self.choices[0].is_plain_text else None
+
+    def take_text(self, now: float) -> str | None:
+        """What `only_text` has grown by since the last call; None if `take` is needed, because more than plain next tokens has arrived."""
+        assert self.group is not None
+        token_ids = self.group.take_plain()
+        if token_ids is None:
+            return None
+        self._observe(len(token_ids), now)
+        return self.choices[0].extend_text(token_ids)
+
+    def take(self, now: float) -> list[tuple[Answer, list[TokenEvent]]]:
         """Each choice that has grown since the last call, once, with all that it grew by. An error shows after all that came before it.
 
         Raises:
@@ -107,7 +121,9 @@ class GenerationJob:
         for _, events in taken:
             num_tokens += len(events) - (events[-1].token_id is None)
         if num_tokens:
-            self._observe(num_tokens)
+            self._observe(num_tokens, now)
+            if not self.num_unfinished:
+                self.services.metrics.next_tokens.publish()  # a client that has its answer finds it in the metrics
         return taken
 
     def _grow(self, index: int, item: list[int] | TokenDelta) -> tuple[Answer, list[TokenEvent]]:
@@ -150,7 +166,7 @@ class GenerationJob:
             ApiError: a choice failed, or the engine is gone.
         """
         assert self.group is not None
-        while not (taken := self.take()):
+        while not (taken := self.take(time.monotonic())):
             await self.group.wait()
         return taken
 
@@ -210,15 +226,14 @@ class GenerationJob:
         message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
         return ApiError(408, message, code="request_timeout", headers=_NO_RETRY)
 
-    def _observe(self, num_tokens: int) -> None:
-        now, metrics = time.monotonic(), self.services.metrics
-        metrics.generation_tokens.inc(num_tokens)
-        if self.last_token is None:
-            metrics.first_token.observe(now - self.arrival)
-            self.first_token = now
-        else:
-            metrics.inter_token.observe(now - self.last_token)
-        self.last_token = now
+    def _observe(self, num_tokens: int, now: float) -> None:
+        last, self.last_token = self.last_token, now
+        if last is not None:
+            self.services.metrics.next_tokens.add(num_tokens, now - last)
+            return
+        self.first_token = now
+        self.services.metrics.generation_tokens.inc(num_tokens)
+        self.services.metrics.first_token.observe(now - self.arrival)
 
     def _count(self) -> None:
         metrics = self.services.metrics
@@ -321,24 +336,28 @@ class GenerationStream:
     def __init__(self, job: GenerationJob, chunks: StreamChunks, first: list[tuple[Answer, list[TokenEvent]]]) -> None:
         self._job, self._chunks, self._first = job, chunks, first
         self._writer: EventWriter | None = None
+        self._write_text: Callable[[str], bytes] | None = None
 
     def start(self, writer: EventWriter) -> None:
         """The headers are out: write what is there, and the rest as it comes."""
         self._writer = writer
         writer.write(self._chunks.opening(self._job.choices))
         self._write(self._first)
-        self._flush()
+        self._flush(time.monotonic())
         if self._job.group is not None and not writer.is_finished:
-            writer.on_writable(self._flush)
+            writer.on_writable(lambda: self._flush(time.monotonic()))
             self._job.group.listen(self._flush)
 
-    def _flush(self) -> None:
+    def _flush(self, now: float) -> None:
         """Write what has arrived, unless the client is behind: then it waits, merged, until the client has read."""
         writer = self._writer
-        if writer is None or writer.is_finished or not writer.is_writable:
+        if writer is None or not writer.is_ready:
             return
         try:
-            self._write(self._job.take())
+            if self._write_text is not None and (text := self._job.take_text(now)) is not None:
+                writer.write(self._write_text(text))
+                return
+            self._write(self._job.take(now))
             self._job.raise_failure()
         except ApiError as error:
             self._finish(self._chunks.error(error))
@@ -353,8 +372,10 @@ class GenerationStream:
         data = b"".join([self._chunks.tokens(choice, events) for choice, events in taken]) if taken else b""
         if not self._job.num_unfinished:
             self._finish(data + self._chunks.usage())
-        elif data:
-            self._writer.write(data)
+            return
+        self._writer.write(data)
+        choice = self._job.only_text
+        self._write_text = None if choice is None else self._chunks.text_writer(choice)
 
     def _finish(self, data: bytes) -> None:
         assert self._writer is not None

@@ -123,6 +123,9 @@ class ResponseEvents:
             "response.in_progress", response=response
         )
 
+    def text_writer(self, choice: Answer) -> Callable[[str], bytes] | None:
+        return self._grown
+
     def tokens(self, choice: Answer, events: Sequence[TokenEvent]) -> bytes:
         data = self._grown("".join(event.text for event in events), last=events[-1].last)
         if not events[-1].last:
@@ -141,7 +144,7 @@ class ResponseEvents:
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         return self._event("response.failed", response=response | {"error": {"code": code, "message": str(error)}})
 
-    def _grown(self, pushed: str, *, last: bool) -> bytes:
+    def _grown(self, pushed: str, *, last: bool = False) -> bytes:
         data = b""
         for block, text, is_new in self.blocks.push(pushed, last=last):
             if is_new:

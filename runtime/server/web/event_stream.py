@@ -21,12 +21,13 @@ _COMMENT = b": waiting\n\n"
 
 
 class Connection(Protocol):
-    """What `EventWriter` needs of the protocol that serves a connection."""
+    """What `EventWriter` needs of the protocol that serves a connection.
 
-    @property
-    def is_writable(self) -> bool:
-        """Whether the client has read most of what was written."""
-        ...
+    Attributes:
+        is_writable: whether the client has read most of what was written.
+    """
+
+    is_writable: bool
 
     def write_body(self, data: bytes) -> None:
         """Write a part of the answer's body."""
@@ -53,9 +54,9 @@ class EventWriter:
         self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
 
     @property
-    def is_writable(self) -> bool:
-        """Whether the client has read most of what was written. If not, keep events back, so that they need less memory."""
-        return self._connection.is_writable
+    def is_ready(self) -> bool:
+        """Whether the stream goes on and the client has read most of it. If not, keep events back, so that they need less memory."""
+        return self._connection.is_writable and not self.is_finished
 
     def write(self, data: bytes) -> None:
         """Send one or more whole events now."""
@@ -88,7 +89,7 @@ class EventWriter:
             self._end.set_result(None)
 
     def _break_silence(self) -> None:
-        if self._is_silent and self.is_writable:
+        if self._is_silent and self._connection.is_writable:
             self._connection.write_body(_COMMENT)
         self._is_silent = True
         self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)

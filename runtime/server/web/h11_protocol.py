@@ -45,6 +45,9 @@ class BoundedH11Protocol(H11Protocol):
     * A connection whose first request is not there in time is closed; uvicorn itself would wait.
     * A client that reads nothing for too long is cut off, so that it holds up neither its place nor a drain.
     * A client that closes its sending side still gets its answer; one that has left altogether is found by probes.
+
+    Attributes:
+        is_writable: whether the client has read most of what was written.
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
@@ -56,6 +59,7 @@ class BoundedH11Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.is_writable = True
         self.app_state = {**self.app_state, "connection": self}
         self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_if_silent)
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -70,11 +74,6 @@ class BoundedH11Protocol(H11Protocol):
         super().connection_lost(exc)
 
     # Event streams
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the client has read most of what was written."""
-        return not self.flow.write_paused
 
     def write_body(self, data: bytes) -> None:
         """Write a part of the body of an answer that has no length, as HTTP/1.1 frames it."""
@@ -92,11 +91,13 @@ class BoundedH11Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.is_writable = False
         if self._stall_timer is None:
             self._check_stall(self.transport.get_write_buffer_size(), 0.0)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.is_writable = True
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
