@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-lm-eval test-aiperf faults fault-figures
+.PHONY: setup serve test lint types imports format key-tables try-models watch-cost test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-lm-eval test-aiperf faults fault-figures
 
 setup: $(BIN)/.installed
 
@@ -72,6 +72,10 @@ test-aiperf: setup
 
 faults: setup
 	PHALANX_FAULT_ROUNDS=100 PHALANX_FAULT_SEED=$${PHALANX_FAULT_SEED:-2026} python -m pytest -q tests/server/test_random_faults.py
+
+# What it costs that ranks watch each other: step rate and processor of idle ranks, by processor time.
+watch-cost: setup
+	python -m tools.watch_cost
 
 # How long faults take to be told and cleaned up, with whichever MPI is installed; PHALANX_FAULT_ROUNDS each.
 fault-figures: setup
