@@ -54,6 +54,7 @@ class AttentionShape:
         window: a query sees this many positions, itself included; 0 = all before it.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0 = off.
         causal: a token sees its own sequence up to itself; False = the whole sequence (encoders).
+        has_prefix: the first tokens of a sequence (``AttentionStep.prefix_lens``) are seen by all its tokens; they must be in one step.
         has_fp8_pages: keys and values are e4m3 bytes with one scale a head; needs head_dim in multiples of 16 and a
             16-bit dtype.
 
@@ -70,6 +71,7 @@ class AttentionShape:
     window: int = 0
     soft_cap: float = 0.0
     causal: bool = True
+    has_prefix: bool = False
     has_fp8_pages: bool = False
 
     def __post_init__(self) -> None:
@@ -135,6 +137,7 @@ class AttentionStep:
         seq_indices: ``[S]``, row of each sequence in ``block_tables``.
         block_tables: ``[max_num_seqs, max_blocks]``, blocks of each sequence in order.
         num_seqs_and_decodes: ``[2]``, number of sequences in this step and how many of them have one new token.
+        prefix_lens: ``[T]``, tokens of the prefix of each row's sequence; read with ``AttentionShape.has_prefix`` alone.
     """
 
     cu_seqlens_q: Any
@@ -142,6 +145,7 @@ class AttentionStep:
     seq_indices: Any
     block_tables: Any
     num_seqs_and_decodes: Any
+    prefix_lens: Any | None = None
 
 
 class PagedAttention:
@@ -251,6 +255,7 @@ class PagedAttention:
                 workspace.work_split,
                 workspace.prefill_tiles,
                 *self._scales(kv_scales),
+                self._prefix_lens(step),
                 *self._score_arguments,
             ),
             shared_mem=self._prefill_tiling.shared_bytes,
@@ -275,10 +280,19 @@ class PagedAttention:
             require("kv_scales", kv_scales, (2, self._shape.num_kv_heads), "float32")
         return self._alibi_slopes, kv_scales
 
+    def _prefix_lens(self, step: AttentionStep) -> Any | None:
+        if not self._shape.has_prefix:
+            return None
+        if step.prefix_lens is None:
+            raise ExecutorError("attention with a prefix needs its length for each row; pass prefix_lens")
+        require("prefix_lens", step.prefix_lens, step.prefix_lens.shape, "int32")
+        return step.prefix_lens
+
     def _launch_float32(self, tensors: tuple[Any, ...], num_rows: int, step: AttentionStep, *, is_decode: bool) -> None:
         table = (step.block_tables, np.int32(step.block_tables.shape[1]), step.num_seqs_and_decodes)
         lengths = (step.cu_seqlens_q, step.seq_lens, step.seq_indices)
-        arguments = (*tensors, *lengths, *table, self._alibi_slopes, *self._score_arguments, np.int32(is_decode))
+        extra = (self._alibi_slopes, self._prefix_lens(step))
+        arguments = (*tensors, *lengths, *table, *extra, *self._score_arguments, np.int32(is_decode))
         self._kernels["float32"]((num_rows, self._shape.num_heads), (_FLOAT32_THREADS,), arguments)
 
     def _tensors(self, qkv: Any, key_pages: Any, value_pages: Any, out: Any) -> tuple[Any, ...]:
@@ -353,7 +367,7 @@ def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[st
         "SOFT_CAP": int(shape.soft_cap > 0),
         "ALIBI": int(has_alibi),
     }
-    causal = {"CAUSAL": int(shape.causal)}
+    causal = {"CAUSAL": int(shape.causal), "PREFIX": int(shape.has_prefix)}
     if shape.dtype == "float32":
         return {"float32": _Call("attention_float32", common | causal)}
     common |= {"BFLOAT16": int(shape.dtype == "bfloat16"), "KV_FP8": int(shape.has_fp8_pages)}

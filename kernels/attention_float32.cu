@@ -6,7 +6,7 @@
 // What is odd: the block searches cu_seqlens_q for its sequence, so the grid is only [max tokens, H]. Each warp takes every
 // fourth key, its lanes share the head's dims; running softmax per warp, merged at the end.
 //
-// Needs sm_80. Parameters: HEAD_DIM (<= 256), BLOCK_SIZE, NUM_KV_HEADS, GROUP, WINDOW, SOFT_CAP, ALIBI, CAUSAL.
+// Needs sm_80. Parameters: HEAD_DIM (<= 256), BLOCK_SIZE, NUM_KV_HEADS, GROUP, WINDOW, SOFT_CAP, ALIBI, CAUSAL, PREFIX.
 #include "launch.cuh"
 
 constexpr int WARPS = 4;
@@ -41,7 +41,7 @@ __device__ int sequence_of(const int* cu_seqlens_q, int num_seqs, int row) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_float32(
     const float* q, long long query_stride, const float* k_pages, const float* v_pages, float* out, const int* cu_seqlens_q,
     const int* seq_lens, const int* seq_indices, const int* block_tables, int max_blocks, const int* num_seqs_and_decodes,
-    const float* alibi_slopes, float scale, float soft_cap, int window, int decode) {
+    const float* alibi_slopes, const int* prefix_lens, float scale, float soft_cap, int window, int decode) {
     __shared__ float shared_out[WARPS][HEAD_DIM], shared_maximum[WARPS], shared_sum[WARPS];
     let_next_start();
     wait_for_previous();
@@ -57,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_float32(
     const float* query = q + row * query_stride + head * HEAD_DIM;
     Softmax softmax;
     const int first_key = WINDOW ? max(0, position - window + 1) : 0;
-    for (int key = first_key + warp; key < (CAUSAL ? position + 1 : seq_len); key += WARPS) {
+    const int visible = PREFIX ? max(position + 1, min(prefix_lens[row], seq_len)) : position + 1;
+    for (int key = first_key + warp; key < (CAUSAL ? visible : seq_len); key += WARPS) {
         const long long page_row = (static_cast<long long>(table[key / BLOCK_SIZE]) * NUM_KV_HEADS + head / GROUP) * BLOCK_SIZE + key % BLOCK_SIZE;
         float product = 0.0f, values[DIMS_PER_LANE];
         for (int i = 0; i < DIMS_PER_LANE; ++i) {

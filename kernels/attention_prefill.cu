@@ -14,7 +14,7 @@
 //
 // Reference: Dao, "FlashAttention-2" (2023). Needs sm_80; attention_prefill_wgmma.cu is the Hopper version. Parameters:
 // BFLOAT16, HEAD_DIM (multiple of 8, <= 256), BLOCK_SIZE (16, 32, 64, 128), NUM_KV_HEADS, GROUP, WARPS, KEYS (per tile, a
-// multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL, KV_FP8 (pages hold e4m3 and become
+// multiple of 16; BLOCK_SIZE a multiple or a divisor of it), WINDOW, SOFT_CAP, ALIBI, CAUSAL, PREFIX, KV_FP8 (pages hold e4m3 and become
 // float16 on their way into shared memory; HEAD_DIM % 16 == 0).
 #define ROWS (WARPS * 16)
 #include "attention_instructions.cuh"
@@ -207,9 +207,9 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& work, Sh
 extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(
     const Element* q, long long query_stride, const KvElement* k_pages, const KvElement* v_pages, Element* out,
     const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes,
-    const float* kv_scales, float scale, float soft_cap, int window) {
-    const Parameters p = {q,     query_stride,           k_pages,  v_pages, out, block_tables, max_blocks, alibi_slopes, kv_scales,
-                          scale, KV_FP8 ? 1.0f : scale, soft_cap, window};
+    const float* kv_scales, const int* prefix_lens, float scale, float soft_cap, int window) {
+    const Parameters p = {q,           query_stride, k_pages, v_pages,                out,      block_tables, max_blocks, alibi_slopes, kv_scales,
+                          prefix_lens, scale,        KV_FP8 ? 1.0f : scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     let_next_start();

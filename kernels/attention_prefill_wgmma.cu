@@ -343,9 +343,9 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma(
     const Element* q, long long query_stride, const KvElement* k_pages, const KvElement* v_pages, Element* out,
     const int* block_tables, int max_blocks, const int* work_split, const int4* prefill_tiles, const float* alibi_slopes,
-    const float* kv_scales, float scale, float soft_cap, int window) {
-    const Parameters p = {q,     query_stride,           k_pages,  v_pages, out, block_tables, max_blocks, alibi_slopes, kv_scales,
-                          scale, KV_FP8 ? 1.0f : scale, soft_cap, window};
+    const float* kv_scales, const int* prefix_lens, float scale, float soft_cap, int window) {
+    const Parameters p = {q,           query_stride, k_pages, v_pages,                out,      block_tables, max_blocks, alibi_slopes, kv_scales,
+                          prefix_lens, scale,        KV_FP8 ? 1.0f : scale, soft_cap, window};
     DYNAMIC_SHARED(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
     let_next_start();

@@ -20,17 +20,24 @@ _NUM_THREADS = 128
 class RotaryTables:
     """Cosines and sines by position, [max_positions, rotary_dim / 2] float32 each, on the device.
 
-    ``is_interleaved`` pairs neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama).
+    ``is_interleaved`` pairs neighbouring channels (GPT-J) instead of the two halves of the rotated part (Llama);
+    ``is_two_dimensional`` rotates two parts of each head, the first by the position in the prefix, the second by that after it.
     """
 
     cos: Array
     sin: Array
     is_interleaved: bool = False
+    is_two_dimensional: bool = False
 
     @property
     def rotary_dim(self) -> int:
-        """How many leading channels of a head are rotated."""
+        """How many leading channels of a head are rotated; of each part with ``is_two_dimensional``."""
         return 2 * self.cos.shape[1]
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a head that are rotated, each by its own position."""
+        return 2 if self.is_two_dimensional else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +64,14 @@ def rotary_kv_write(
     *,
     num_heads: int,
     fp8: Fp8Pages | None = None,
+    prefix_lens: Array | None = None,
 ) -> None:
     """Rotate the queries of ``qkv`` in place; put rotated keys, and values, into their page slots.
 
     qkv [T, (H + 2K) * C] = [queries | keys | values]; positions, slot_mapping [T] int32 (slot = block * P + offset;
     negative = padding row, left alone); pages [N, K, P, C]. Without ``rotary`` only the write happens.
-    A position must be a row of the tables. With ``fp8`` pages are
-    bytes and receive codes.
+    A position must be a row of the tables. With ``fp8`` pages are bytes and receive codes. ``prefix_lens`` [T] int32: tokens of
+    the prefix of each row's sequence, which tables of two dimensions need.
     """
     num_tokens = qkv.shape[0]
     num_blocks, num_kv_heads, block_size, head_dim = key_pages.shape
@@ -75,8 +83,15 @@ def rotary_kv_write(
     if fp8 is not None:
         require("kv_scales", fp8.kv_scales, (2, num_kv_heads), "float32")
         require("saturated", fp8.saturated, (1,), "int32")
-    rotary_dim = _checked_rotary_dim(rotary, head_dim)
-    width = vector_width(qkv, head_dim, rotary_dim // 2, head_dim - rotary_dim)
+    rotary_dim, parts = _checked_rotary_dim(rotary, head_dim), 1 if rotary is None else rotary.num_parts
+    if parts > 1:
+        if prefix_lens is None:
+            raise ExecutorError(
+                "a rotary embedding of two dimensions needs the length of each row's prefix; pass prefix_lens"
+            )
+        require("prefix_lens", prefix_lens, (num_tokens,), "int32")
+    rotated = parts * rotary_dim
+    width = vector_width(qkv, head_dim, rotary_dim // 2, head_dim - rotated)
     kernel = library.function(
         "rotary_kv_write",
         "rotary_kv_write",
@@ -87,15 +102,17 @@ def rotary_kv_write(
         ROTARY_DIM=rotary_dim,
         BLOCK_SIZE=block_size,
         VEC=width,
+        PARTS=parts,
         INTERLEAVED=int(rotary is not None and rotary.is_interleaved),
         KV_FP8=int(fp8 is not None),
         NUM_THREADS=_NUM_THREADS,
     )
-    items = num_heads * (rotary_dim // 2) + num_kv_heads * (rotary_dim // 2 + head_dim - rotary_dim + head_dim)
+    items = num_heads * (rotated // 2) + num_kv_heads * (rotated // 2 + head_dim - rotated + head_dim)
     grid = (ceil_div(num_tokens * (items // width), _NUM_THREADS),)
     cos, sin = (rotary.cos, rotary.sin) if rotary is not None else (None, None)
     codes = (fp8.kv_scales, fp8.saturated) if fp8 is not None else (None, None)
-    arguments = (qkv, cos, sin, positions, slot_mapping, key_pages, value_pages, *codes, np.int32(num_tokens))
+    rows = (positions, prefix_lens if parts > 1 else None, slot_mapping)
+    arguments = (qkv, cos, sin, *rows, key_pages, value_pages, *codes, np.int32(num_tokens))
     kernel(grid, (_NUM_THREADS,), arguments)
 
 
@@ -104,6 +121,8 @@ def _checked_rotary_dim(rotary: RotaryTables | None, head_dim: int) -> int:
         return 0
     for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
         require(name, table, tuple(rotary.cos.shape), "float32")
-    if rotary.rotary_dim > head_dim:
-        raise ExecutorError(f"rotary_dim={rotary.rotary_dim} is above head_dim={head_dim}")
+    if rotary.num_parts * rotary.rotary_dim > head_dim:
+        raise ExecutorError(
+            f"rotary_dim={rotary.rotary_dim} of {rotary.num_parts} part(s) is above head_dim={head_dim}"
+        )
     return rotary.rotary_dim

@@ -6,8 +6,10 @@
 //     keys and of values; saturated [1] int counts values beyond the largest code.
 //     A slot is block * P + offset; a negative slot marks a padding row, which is left alone.
 // Half style (Llama, GPT-NeoX) pairs (i, i + R/2); INTERLEAVED (GPT-J) pairs (2i, 2i + 1). Channels from R on pass.
+// PARTS = 2 (ChatGLM 1): channels from 0 and from R on are rotated, the first by the position in the prefix, at whose last token later ones
+//     stay, the second by the position after that token, 0 before it; prefix_lens [T] int32. Channels from 2 R on pass.
 // Defines: SCALAR, NUM_HEADS (H), NUM_KV_HEADS (K), HEAD_DIM (C), ROTARY_DIM (R; 0 = no rotation), BLOCK_SIZE (P), VEC,
-//     INTERLEAVED, KV_FP8, NUM_THREADS. VEC divides C, R / 2 and C - R.
+//     PARTS (1 or 2), INTERLEAVED, KV_FP8, NUM_THREADS. VEC divides C, R / 2 and C - PARTS R.
 // One thread an item: a pair of vectors to rotate, or one vector to copy.
 // Reference: x1 * cos - x2 * sin, x2 * cos + x1 * sin in float32, rounded once. Su et al. 2021.
 #include "dtype.cuh"
@@ -15,9 +17,9 @@
 #include "launch.cuh"
 
 // The "+ !X" below keep divisors of unused branches from being zero.
-constexpr int PAIRS = ROTARY_DIM / 2 / VEC;                       // rotated vector pairs a head
-constexpr int PASSED = (HEAD_DIM - ROTARY_DIM) / VEC;                    // unrotated vectors a head
-constexpr int ROTATED_ITEMS = (NUM_HEADS + NUM_KV_HEADS) * PAIRS;
+constexpr int PAIRS = ROTARY_DIM / 2 / VEC;                       // rotated vector pairs of a part of a head
+constexpr int PASSED = (HEAD_DIM - PARTS * ROTARY_DIM) / VEC;            // unrotated vectors a head
+constexpr int ROTATED_ITEMS = (NUM_HEADS + NUM_KV_HEADS) * PARTS * PAIRS;
 constexpr int PASSED_ITEMS = NUM_KV_HEADS * PASSED;                 // unrotated channels of keys
 constexpr int VALUE_ITEMS = NUM_KV_HEADS * (HEAD_DIM / VEC);
 constexpr int ITEMS = ROTATED_ITEMS + PASSED_ITEMS + VALUE_ITEMS;
@@ -105,7 +107,7 @@ __device__ __forceinline__ void rotate(const Angles& cos, const Angles& sin, flo
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
-                const int* __restrict__ positions, const int* __restrict__ slot_mapping,
+                const int* __restrict__ positions, const int* __restrict__ prefix_lens, const int* __restrict__ slot_mapping,
                 page_element* __restrict__ key_pages, page_element* __restrict__ value_pages,
                 const float* __restrict__ kv_scales, int* __restrict__ saturated, int num_tokens) {
     let_next_start();
@@ -120,11 +122,17 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
 
     if constexpr (ROTATED_ITEMS > 0) {
         if (item < ROTATED_ITEMS) {
-            const int head = item / (PAIRS + !PAIRS);
+            const int head = item / (PARTS * PAIRS + !PAIRS);
+            const int part = item % (PARTS * PAIRS + !PAIRS) / (PAIRS + !PAIRS);
             const int pair = item % (PAIRS + !PAIRS);
-            const int a = INTERLEAVED ? 2 * pair * VEC : pair * VEC;
+            const int a = part * ROTARY_DIM + (INTERLEAVED ? 2 * pair * VEC : pair * VEC);
             const int b = INTERLEAVED ? a + VEC : ROTARY_DIM / 2 + a;
-            const int64 angle = static_cast<int64>(positions[token]) * (ROTARY_DIM / 2) + pair * VEC;
+            int position = positions[token];
+            if constexpr (PARTS == 2) {
+                const int last = max(prefix_lens[token] - 1, 0);
+                position = part == 0 ? min(position, last) : max(position - last, 0);
+            }
+            const int64 angle = static_cast<int64>(position) * (ROTARY_DIM / 2) + pair * VEC;
             float first[VEC], second[VEC];
             load(row + head * HEAD_DIM + a, first);
             load(row + head * HEAD_DIM + b, second);
@@ -147,7 +155,7 @@ rotary_kv_write(scalar* __restrict__ qkv, const float* __restrict__ cos_table, c
     if constexpr (PASSED_ITEMS > 0) {
         if (item < PASSED_ITEMS) {
             const int head = item / (PASSED + !PASSED);
-            const int at = ROTARY_DIM + item % (PASSED + !PASSED) * VEC;
+            const int at = PARTS * ROTARY_DIM + item % (PASSED + !PASSED) * VEC;
             const PageWriter writer(kv_scales, KEYS, head, saturated);
             writer.copy(row + (NUM_HEADS + head) * HEAD_DIM + at, key_pages + page_offset(slot, head) + at);
             return;

@@ -3,7 +3,7 @@
 // other kernels of the step read. A captured graph contains these kernels, so a replay needs nothing but a new plan in `plan`.
 //
 // The plan is int32 words in the layout of phalanx.runtime.step.STEP_LAYOUT, from which the defines AT_* (index of a header
-// word) and *_WORDS (words of an entry) are made; phalanx.runtime.step.StepPlan says what its parts mean.
+// word) and *_WORDS (words of an entry) are made, and ADMISSION_PREFIX, the word of an admission that counts its prefix; phalanx.runtime.step.StepPlan says what its parts mean.
 // apply_plan (one block): block tables, sampling parameters and token biases take over the plan's changes;
 //     cu_seqlens [S + 1], seq_lens [S], seq_indices [S], num_seqs_and_decodes [2] = (S, sequences with one token),
 //     logit_rows [num_logit_rows] = the plan's rows that sample, then those that score, then -1;
@@ -11,8 +11,8 @@
 //     nothing is); row_targets = token whose log-probability is wanted, -1 elsewhere; row_masks = where in the plan the row's token
 //     mask begins, -1 elsewhere; row_sampling = its sequence's admission
 //     record, whose first word is the sequence (all bits 0, which is greedy, where nothing is sampled).
-// fill_tokens (one thread a row): token_ids, positions, slot_mapping [num_rows]; rows past T are padding: token 0,
-//     position 0, slot -1 (nothing is written to the cache for them); cached_tokens [N, P] = the token at each row's slot.
+// fill_tokens (one thread a row): token_ids, positions, slot_mapping, prefix_lens [num_rows]; rows past T are padding: token 0,
+//     position 0, prefix 0, slot -1 (nothing is written to the cache for them); cached_tokens [N, P] = the token at each row's slot.
 // store_tokens (one thread a row): last_tokens[seq_index] = token_ids[row] of the sequence's last row; rows that sample
 //     nothing get their target instead, so that token_ids then names the token of every row whose log-probability may be
 //     wanted.
@@ -152,9 +152,10 @@ apply_plan(const int* __restrict__ words, int* block_tables, int* sampling, int*
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables, const int* __restrict__ cu_seqlens,
-            const int* __restrict__ last_tokens, int* __restrict__ token_ids, int* __restrict__ positions,
-            int* __restrict__ slot_mapping, int* __restrict__ cached_tokens, int max_blocks_per_seq, int num_rows) {
+fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables, const int* __restrict__ sampling,
+            const int* __restrict__ cu_seqlens, const int* __restrict__ last_tokens, int* __restrict__ token_ids,
+            int* __restrict__ positions, int* __restrict__ slot_mapping, int* __restrict__ prefix_lens,
+            int* __restrict__ cached_tokens, int max_blocks_per_seq, int num_rows) {
     const int row = blockIdx.x * NUM_THREADS + threadIdx.x;
     if (row >= num_rows) return;
     const Plan plan = {words};
@@ -162,6 +163,7 @@ fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables,
         token_ids[row] = 0;
         positions[row] = 0;
         slot_mapping[row] = -1;
+        prefix_lens[row] = 0;
         return;
     }
     const int sequence = sequence_of(row, cu_seqlens, plan.number(AT_NUM_SEQS), plan.number(AT_NUM_DECODES));
@@ -174,6 +176,7 @@ fill_tokens(const int* __restrict__ words, const int* __restrict__ block_tables,
     token_ids[row] = known;
     positions[row] = position;
     slot_mapping[row] = slot;
+    prefix_lens[row] = sampling[seq_index * ADMISSIONS_WORDS + ADMISSION_PREFIX];
     cached_tokens[slot] = known;
 }
 

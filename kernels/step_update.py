@@ -45,6 +45,7 @@ class StepArrays:
         seq_lens, seq_indices: ``[S]`` length including this step's tokens; row of the block tables.
         num_seqs_and_decodes: ``[2]`` sequences, and how many of them have one token.
         token_ids, positions, slot_mapping: ``[T]``; -1 in the last marks a padding row.
+        prefix_lens: ``[T]`` tokens of the prefix of each row's sequence (`AttentionSpec.prefix_end`), 0 = none.
         logit_rows: ``[B]`` rows that sample or score; -1 = padding.
         row_seq_indices, row_positions, row_targets: ``[B]`` of each of them, sequence that samples there (-1 = none), position of
             the sampled token, token whose log-probability is wanted (-1 = none).
@@ -65,6 +66,7 @@ class StepArrays:
     token_ids: DeviceArray
     positions: DeviceArray
     slot_mapping: DeviceArray
+    prefix_lens: DeviceArray
     logit_rows: DeviceArray
     row_seq_indices: DeviceArray
     row_positions: DeviceArray
@@ -99,7 +101,7 @@ class StepArrays:
             "seq_lens": seqs,
             "seq_indices": seqs,
             "num_seqs_and_decodes": (2,),
-            **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
+            **dict.fromkeys(("token_ids", "positions", "slot_mapping", "prefix_lens"), tokens),
             **dict.fromkeys(("logit_rows", "row_seq_indices", "row_positions", "row_targets", "row_masks"), rows),
             "row_sampling": (max_logit_rows, admission_words),
         }
@@ -143,8 +145,9 @@ class StepKernels:
             (ceil_div(num_rows, _NUM_THREADS),),
             (_NUM_THREADS,),
             (
-                arrays.plan, arrays.block_tables, arrays.cu_seqlens, arrays.last_tokens, arrays.token_ids,
-                arrays.positions, arrays.slot_mapping, arrays.cached_tokens, max_blocks_per_seq, np.int32(num_rows),
+                arrays.plan, arrays.block_tables, arrays.sampling, arrays.cu_seqlens, arrays.last_tokens, arrays.token_ids,
+                arrays.positions, arrays.slot_mapping, arrays.prefix_lens, arrays.cached_tokens, max_blocks_per_seq,
+                np.int32(num_rows),
             ),
         )  # fmt: skip
 

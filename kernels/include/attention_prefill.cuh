@@ -1,7 +1,7 @@
 // What the two prefill kernels share: how work is cut, and the running softmax of a warp's 16 rows.
 //
-// Compile-time parameters: those of attention_common.cuh, HEAD_DIM, BLOCK_SIZE, NUM_KV_HEADS, GROUP, CAUSAL, ROWS (query rows
-// of a block) and KEYS (of a tile).
+// Compile-time parameters: those of attention_common.cuh, HEAD_DIM, BLOCK_SIZE, NUM_KV_HEADS, GROUP, CAUSAL, PREFIX (1: keys before
+// prefix_lens of the sequence are visible to all its queries), ROWS (query rows of a block) and KEYS (of a tile).
 #pragma once
 #include "attention_common.cuh"
 #include "attention_pages.cuh"
@@ -20,20 +20,25 @@ struct Parameters {
     int max_blocks;
     const float* alibi_slopes;
     const float* kv_scales;
+    const int* prefix_lens;  // by row; read only with PREFIX
     float query_scale;  // of queries before the product; read only with KV_FP8
     float scale, soft_cap;
     int window;
 };
 
+// One past the last key that a causal row sees.
+__device__ __forceinline__ int visible_end(int position, int prefix) { return PREFIX ? max(position + 1, prefix) : position + 1; }
+
 // One tile of query rows of one sequence and one kv head, and the key tiles that it sees.
 struct Work {
-    int kv_head, first_token, num_tokens, history, seq_len, first_packed_row, begin, end;
+    int kv_head, first_token, num_tokens, history, seq_len, first_packed_row, prefix, begin, end;
     const int* table;
 
     __device__ __forceinline__ static Work make(const Parameters& p, const PrefillTile& tile, int kv_head) {
         const int history = tile.seq_len - tile.num_tokens;
         const int last_token = min(tile.num_tokens - 1, (tile.first_row + ROWS - 1) / GROUP);
-        const int visible = CAUSAL ? history + last_token + 1 : tile.seq_len;
+        const int prefix = PREFIX ? min(p.prefix_lens[tile.first_token], tile.seq_len) : 0;
+        const int visible = CAUSAL ? visible_end(history + last_token, prefix) : tile.seq_len;
         const int begin = WINDOW ? max(0, history + tile.first_row / GROUP - p.window + 1) / KEYS : 0;
         return {kv_head,
                 tile.first_token,
@@ -41,6 +46,7 @@ struct Work {
                 history,
                 tile.seq_len,
                 tile.first_row,
+                prefix,
                 begin,
                 (visible + KEYS - 1) / KEYS,
                 p.block_tables + static_cast<long long>(tile.seq_index) * p.max_blocks};
@@ -87,7 +93,7 @@ struct SoftmaxRows {
     }
 
     __device__ __forceinline__ bool needs_mask(const Parameters& p, const Work& work, int tile) const {
-        bool needed = (tile + 1) * KEYS > (CAUSAL ? first_position + 1 : work.seq_len);
+        bool needed = (tile + 1) * KEYS > (CAUSAL ? visible_end(first_position, work.prefix) : work.seq_len);
         if (WINDOW) needed = needed || tile * KEYS <= last_position - p.window;
         return needed;
     }
@@ -149,7 +155,7 @@ private:
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int key = key_of(tile, i, j);
-                bool visible = key < (CAUSAL ? position[j / 2] + 1 : work.seq_len);
+                bool visible = key < (CAUSAL ? visible_end(position[j / 2], work.prefix) : work.seq_len);
                 if (WINDOW) visible = visible && key > position[j / 2] - p.window;
                 if (!visible) scores[i][j] = NEGATIVE_INFINITY;
             }

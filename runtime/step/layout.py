@@ -110,10 +110,14 @@ class StepLayout:
 
     @property
     def defines(self) -> dict[str, int]:
-        """Constants for CUDA kernels: ``AT_<header word>``, ``<section>_WORDS`` where an entry has several, kinds."""
+        """Constants for CUDA kernels: ``AT_<header word>``, ``<section>_WORDS`` where an entry has several, kinds, and
+        ``ADMISSION_PREFIX``, the word of an admission that holds ``num_prefix``."""
         places = {f"AT_{name.upper()}": index for index, name in enumerate(self.header)}
         sizes = {f"{section.name.upper()}_WORDS": section.words for section in self.sections if section.words > 1}
-        return places | sizes | {"SAMPLE": int(RowKind.SAMPLE), "PENDING_TOKEN": PENDING_TOKEN}
+        assert ADMISSION.fields is not None
+        prefix = ADMISSION.fields["num_prefix"][1] // 4
+        own = {"SAMPLE": int(RowKind.SAMPLE), "PENDING_TOKEN": PENDING_TOKEN, "ADMISSION_PREFIX": prefix}
+        return places | sizes | own
 
 
 STEP_LAYOUT = StepLayout(

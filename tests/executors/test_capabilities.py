@@ -126,8 +126,7 @@ def test_the_refusal_comes_before_weights_are_read(
         (TENSORRT, lambda spec: replace(spec, alibi_slopes=(0.5,) * 6), r"attention\.alibi_slopes=.* is not supported"),
         (TENSORRT, lambda spec: replace(spec, causal=False), r"attention\.causal=False is not supported"),
         (TENSORRT, lambda spec: replace(spec, prefix_end=(1, 2)), r"attention\.prefix_end=\(1, 2\) is not supported"),
-        (CUDA, lambda spec: replace(spec, prefix_end=(1, 2)), r"attention\.prefix_end=\(1, 2\) is not supported; use --engine numpy"),
-        (CUDA, lambda spec: replace(spec, rope=RopeConfig(rotary_dim=8, two_dimensional=True)),
+        (TENSORRT, lambda spec: replace(spec, rope=RopeConfig(rotary_dim=8, two_dimensional=True)),
          r"attention\.rope\.two_dimensional=True is not supported"),
     ],
 )  # fmt: skip

@@ -45,7 +45,7 @@ OTHER_FAMILIES = ("mistral-window", "gpt_neox-parallel", "gpt_neox-serial-no-bia
                   "gpt_bigcode-one-kv-head", "phi-plain", "qwen2-plain", "mixtral-plain", "qwen2_moe-one-dense-layer")  # fmt: skip
 
 MORE_FAMILIES = ("gemma3-windows", "glm4-plain", "smollm3-plain", "mpt-clipped", "cohere-head-norms", "cohere2-windows",
-                 "nemotron-plain", "granite-factors", "stablelm-serial")  # fmt: skip
+                 "nemotron-plain", "granite-factors", "stablelm-head-norms")  # fmt: skip
 """On two ranks alone: what one rank does differently, the others show."""
 SAME_OPERATIONS = ("phi3-longrope-short", "internlm2-plain", "glm-plain", "chatglm-own-keys", "qwen-plain", "baichuan-13b",
                    "gemma3_multimodal-windows", "stablelm-parallel", "megatron-rope", "megatron-llama")  # fmt: skip
@@ -104,6 +104,24 @@ def test_ranks_with_more_heads_than_others_equal_the_numpy_engine(
     case: CheckpointCase, tp: int, tmp_path: Path, device: None
 ) -> None:
     test_tokens_and_logprobs_equal_the_numpy_engines(case, tp, 1, tmp_path, None)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_prefix_that_sees_all_of_itself_equals_the_numpy_engines(
+    tp: int, pp: int, tmp_path: Path, device: None
+) -> None:
+    """Prompts share steps; the second begins with the first's prefix, the third's is two tokens long, and what follows is cut."""
+    case = CASES_BY_NAME["chatglm1-prefix"]
+    directory, prompt = write_checkpoint(case, tmp_path), prompt_token_ids(case)
+    prompts = [prompt, (*prompt[:14], 9, 8), (7, *case.prefix_end, *prompt[3:9])]
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=3)
+    expected = generate_on_threads(directory, prompts, params, max_num_batched_tokens=15)
+    outputs = generate_on_threads(directory, prompts, params, tp, pp, engine="cuda", max_num_batched_tokens=15)
+    for one, other in zip(outputs, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        assert_close_logprobs(one.logprobs, other.logprobs)
 
 
 def assert_close_logprobs(actual: Sequence[Logprob | None], expected: Sequence[Logprob | None]) -> None:

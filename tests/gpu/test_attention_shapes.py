@@ -68,7 +68,7 @@ def test_many_heads_share_one_key_head(device: KernelDevice, num_heads: int, hea
     check(mixed(shape_of(num_heads, 1, head_dim)), device)
 
 
-@pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}])
+@pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}, {"has_prefix": True}])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_portable_kernels(portable_device: KernelDevice, head_dim: int, features: dict[str, Any]) -> None:
     case = mixed(shape_of(8, 2, head_dim, 32, **features), has_alibi="window" in features)
@@ -106,8 +106,14 @@ def test_without_causal_mask_a_token_sees_its_whole_sequence(device: KernelDevic
     check(mixed(shape_of(8, 2, head_dim, causal=False)), device)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("has_fp8_pages", [False, True])
+def test_a_prefix_is_seen_by_all_of_its_sequence(device: KernelDevice, head_dim: int, has_fp8_pages: bool) -> None:
+    check(mixed(shape_of(8, 2, head_dim, has_prefix=True, has_fp8_pages=has_fp8_pages)), device)
+
+
 @pytest.mark.parametrize("head_dim", [8, 40, 128, 256])
-@pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}])
+@pytest.mark.parametrize("features", [{}, {"window": 50}, {"soft_cap": 3.0}, {"causal": False}, {"has_prefix": True}])
 def test_float32(device: KernelDevice, head_dim: int, features: dict[str, Any]) -> None:
     check(mixed(shape_of(6, 2, head_dim, dtype="float32", **features), has_alibi="window" in features), device)
 

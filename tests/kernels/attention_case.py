@@ -61,6 +61,7 @@ class Case:
         rows = sum(self.new_tokens)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         junk = rng.integers(2, 9, self.padding_seqs)
+        prefixes = [total * (1 + seq % 3) // 3 for seq, total in enumerate(self.seq_lens)]
         stored: Any = ml_dtypes.float8_e4m3fn if shape.has_fp8_pages else dtype
         return {
             "qkv": rng.standard_normal((rows + 4, width), np.float32).astype(dtype),
@@ -71,6 +72,7 @@ class Case:
             "seq_indices": seq_indices.astype(np.int32),
             "block_tables": tables,
             "num_seqs_and_decodes": np.array([len(self.new_tokens), self.num_decode], np.int32),
+            "prefix_lens": np.array([*np.repeat(prefixes, self.new_tokens), *[2**30] * 4], np.int32),
             "kv_scales": rng.uniform(0.5, 2.0, (2, shape.num_kv_heads)).astype(np.float32),
             "slopes": (0.5 ** np.linspace(1, 6, shape.num_heads)).astype(np.float32),
         }
@@ -114,6 +116,8 @@ class Case:
         if self.has_alibi:
             scores += data["slopes"].reshape(shape.num_kv_heads, -1, 1, 1) * distance
         hidden = (distance > 0) if shape.causal else np.zeros_like(distance, bool)
+        if shape.has_prefix:
+            hidden = hidden & (np.arange(total) >= data["prefix_lens"][begin])
         if shape.window:
             hidden = hidden | (distance <= -shape.window)
         scores = np.where(hidden, -np.inf, scores)
@@ -137,7 +141,14 @@ class DeviceCase:
         self.step = AttentionStep(
             *(
                 self.arrays[name]
-                for name in ("cu_seqlens_q", "seq_lens", "seq_indices", "block_tables", "num_seqs_and_decodes")
+                for name in (
+                    "cu_seqlens_q",
+                    "seq_lens",
+                    "seq_indices",
+                    "block_tables",
+                    "num_seqs_and_decodes",
+                    "prefix_lens",
+                )
             )
         )
         rows = case.data["qkv"].shape[0]

@@ -34,6 +34,8 @@ def small_mixed(shape: AttentionShape, *, has_alibi: bool = False) -> Case:
         ((2, 2, 256), {"block_size": 32}),
         ((2, 1, 64), {"window": 20, "soft_cap": 3.0}),
         ((2, 1, 64), {"causal": False}),
+        ((3, 1, 64), {"has_prefix": True}),
+        ((4, 2, 40), {"has_prefix": True, "dtype": "float32"}),
         ((4, 2, 32), {"has_fp8_pages": True, "dtype": "float16"}),
         ((5, 1, 80), {"has_fp8_pages": True}),
         ((6, 2, 128), {"has_fp8_pages": True, "block_size": 64}),
@@ -149,8 +151,9 @@ def test_kernel_specs_are_what_construction_loads(device: KernelDevice) -> None:
         (shape_of(8, 2, 128), False),
         (shape_of(14, 2, 80, 32, dtype="float16", window=9, soft_cap=5.0), True),
         (shape_of(8, 2, 64, dtype="float32"), False),
+        (shape_of(4, 4, 128, has_prefix=True), False),
     ],
-    ids=["plain", "every feature", "float32"],
+    ids=["plain", "every feature", "float32", "prefix"],
 )
 def test_kernels_compile_without_a_gpu(
     tmp_path: Path, shape: AttentionShape, has_alibi: bool, architecture: str

@@ -44,7 +44,12 @@ SPECS = [
     (
         "rotary_kv_write",
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "VEC": 8,
-         "INTERLEAVED": 0, "KV_FP8": 1, "NUM_THREADS": 128},
+         "PARTS": 1, "INTERLEAVED": 0, "KV_FP8": 1, "NUM_THREADS": 128},
+    ),
+    (
+        "rotary_kv_write",
+        {"NUM_HEADS": 32, "NUM_KV_HEADS": 32, "HEAD_DIM": 128, "ROTARY_DIM": 64, "BLOCK_SIZE": 16, "VEC": 8,
+         "PARTS": 2, "INTERLEAVED": 0, "KV_FP8": 0, "NUM_THREADS": 128},
     ),
     ("all_reduce", {"RANK": 0, "NUM_RANKS": 2, "NUM_THREADS": 128, "HAS_TAIL": 0}),
     ("all_reduce", {"RANK": 5, "NUM_RANKS": 8, "NUM_THREADS": 512, "HAS_TAIL": 1}),

@@ -79,6 +79,38 @@ def test_rotated_keys_and_plain_values_land_in_their_slots(
         assert rest.tobytes() == poison(rest.shape, dtype).tobytes()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "num_heads", "num_kv_heads", "head_dim", "rotary_dim"), cases((4, 2, 64, 32), (3, 3, 40, 16))
+)
+def test_two_parts_of_a_head_turn_by_the_position_in_the_prefix_and_by_that_after_it(
+    device, random_normal, dtype, num_heads, num_kv_heads, head_dim, rotary_dim, interleaved
+):
+    slots, positions = np.array([17, 0, 79, 16, 33], np.int32), np.array([0, 4, 5, 6, 299], np.int32)
+    prefix_lens = np.array([0, 6, 6, 6, 1], np.int32)
+    in_prefix, after = np.array([0, 4, 5, 5, 0]), np.array([0, 0, 0, 1, 299])
+    qkv = random_normal(dtype, len(slots), (num_heads + 2 * num_kv_heads) * head_dim)
+    cos, sin = tables(rotary_dim)
+    rotary = RotaryTables(device.put(cos), device.put(sin), interleaved, is_two_dimensional=True)
+    result, keys, _ = run(
+        device, qkv, num_heads, num_kv_heads, head_dim, rotary, slots, positions, dtype, prefix_lens=device.put(prefix_lens)
+    )  # fmt: skip
+    turned = qkv.astype(np.float64).reshape(len(slots), -1, head_dim)
+    for first, where in ((0, in_prefix), (rotary_dim, after)):
+        turned[..., first:] = rotated(turned[..., first:], cos[where], sin[where], interleaved)
+    assert_close(result.reshape(turned.shape)[:, :num_heads], turned[:, :num_heads])
+    assert_close(keys[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE], turned[:, num_heads : num_heads + num_kv_heads])
+
+
+def test_two_dimensions_need_the_lengths_of_prefixes(device):
+    cos, sin = (device.put(table) for table in tables(8))
+    rotary = RotaryTables(cos, sin, is_two_dimensional=True)
+    with pytest.raises(ExecutorError, match="pass prefix_lens"):
+        run(
+            device, np.zeros((1, 48), np.float32), 1, 1, 16, rotary, np.zeros(1, np.int32), np.zeros(1, np.int32), np.float32
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_without_rotary_only_the_pages_change(device, random_normal, dtype):
     slots = np.array([3, 40], np.int32)
@@ -116,7 +148,7 @@ def test_pages_of_codes_hold_what_16_bit_pages_would_divided_by_the_scale(device
 
 def test_rotating_more_channels_than_a_head_has_is_refused(device):
     cos, sin = (device.put(table) for table in tables(32))
-    with pytest.raises(ExecutorError, match="rotary_dim=32 is above head_dim=16"):
+    with pytest.raises(ExecutorError, match=r"rotary_dim=32 of 1 part\(s\) is above head_dim=16"):
         run(
             device, np.zeros((1, 48), np.float32), 1, 1, 16, RotaryTables(cos, sin), np.zeros(1, np.int32),
             np.zeros(1, np.int32), np.float32,

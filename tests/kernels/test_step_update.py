@@ -63,7 +63,7 @@ def mixed_plan() -> StepPlan:
         new_blocks=np.array([[0, *block] for block in blocks], np.int32),
         admissions=np.array(
             [
-                admission(2, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=2**63 + 5),
+                admission(2, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, num_prefix=4, seed=2**63 + 5),
                 admission(4, temperature=2.0),
             ],
             ADMISSION,
@@ -94,6 +94,9 @@ def test_step_arrays_equal_the_plans_own_properties(device, num_rows, num_logit_
     blocks = state.block_tables[0, row_seq_indices, plan.positions // BLOCK_SIZE]
     expected = blocks * BLOCK_SIZE + plan.positions % BLOCK_SIZE
     np.testing.assert_array_equal(device.get(arrays.slot_mapping)[:num_rows], [*expected, *[-1] * (num_rows - total)])
+    prefix_lens = state.sampling["num_prefix"][row_seq_indices]
+    assert set(prefix_lens) == {0, 4}
+    np.testing.assert_array_equal(device.get(arrays.prefix_lens)[:num_rows], [*prefix_lens, *[0] * (num_rows - total)])
     tokens = device.get(arrays.token_ids)[:num_rows]
     np.testing.assert_array_equal(tokens, [104, *plan.token_ids[1:], *[0] * (num_rows - total)])
     cached = np.zeros(BLOCKS * BLOCK_SIZE, np.int32)

@@ -182,18 +182,19 @@ def _poison(tensors: Sequence[Array], results: Sequence[Array], poisons: bool) -
 
 
 def attend(
-    executor: Executor, spec: AttentionSpec, weights: Mapping[str, Array], qkv: Sequence[Array], steps: Any
-) -> list[Array]:
-    """Outputs of sequences fed in ``steps`` of (sequence, tokens), those of one token first."""
+    executor: Executor, spec: AttentionSpec, weights: Mapping[str, Array], qkv: Sequence[Array], steps: Any,
+    prefixes: Sequence[int] = (),
+) -> list[Array]:  # fmt: skip
+    """Outputs of sequences fed in ``steps`` of (sequence, tokens), those of one token first; ``prefixes``: lengths of theirs."""
     done, outputs = [0] * len(qkv), [[] for _ in qkv]  # type: ignore[var-annotated]
     tables = np.random.default_rng(0).permutation(MOST_SEQS * BLOCKS_PER_SEQ).reshape(MOST_SEQS, BLOCKS_PER_SEQ)
     match executor:
         case CudaExecutor():
-            run = _cuda_steps(executor, spec, weights, tables)
+            run = _cuda_steps(executor, spec, weights, tables, prefixes)
         case TrtExecutor():
             run = _trt_steps(spec, weights)
         case _:
-            run = _numpy_steps(spec, weights, tables)
+            run = _numpy_steps(spec, weights, tables, prefixes)
     for step in steps:
         rows = np.concatenate([qkv[index][done[index] : done[index] + count] for index, count in step])
         result = run(rows, [(index, done[index], count) for index, count in step])
@@ -204,12 +205,15 @@ def attend(
     return [np.concatenate(parts) for parts in outputs]
 
 
-def _numpy_steps(spec: AttentionSpec, weights: Mapping[str, Array], tables: Array) -> Any:
+def _numpy_steps(
+    spec: AttentionSpec, weights: Mapping[str, Array], tables: Array, prefixes: Sequence[int]
+) -> Any:  # fmt: skip
     threads = Threads(1)
     attention = NumpyAttention({0: spec}, tables.size, BLOCK_SIZE, 0, 1, BLOCK_SIZE * BLOCKS_PER_SEQ, threads)
     ops = NumpyOps(Weights.dense(dict(weights)), Span(0, 0, 0), SelfCommunicator(), attention, threads)
     state = BatchState.empty(MOST_SEQS, BLOCKS_PER_SEQ)
     state.block_tables[0] = tables
+    state.sampling["num_prefix"][: len(prefixes)] = prefixes
 
     def run(rows: Array, step: list[tuple[int, int, int]]) -> Array:
         columns = [np.array(column, np.int32) for column in zip(*step, strict=True)]
@@ -220,7 +224,9 @@ def _numpy_steps(spec: AttentionSpec, weights: Mapping[str, Array], tables: Arra
     return run
 
 
-def _cuda_steps(executor: CudaExecutor, spec: AttentionSpec, weights: Mapping[str, Array], tables: Array) -> Any:
+def _cuda_steps(
+    executor: CudaExecutor, spec: AttentionSpec, weights: Mapping[str, Array], tables: Array, prefixes: Sequence[int]
+) -> Any:  # fmt: skip
     ops, arrays, attention = executor.open(weights, {0: spec})
     attention.allocate(tables.size)
     cupy: Ops[Any] | Any = executor.cupy
@@ -235,6 +241,8 @@ def _cuda_steps(executor: CudaExecutor, spec: AttentionSpec, weights: Mapping[st
         positions = np.concatenate([np.arange(start, start + count) for _, start, count in step])
         owners = np.repeat([index for index, _, _ in step], counts)
         put(arrays.positions, positions)
+        if prefixes:
+            put(arrays.prefix_lens, np.array(prefixes)[owners])
         put(arrays.slot_mapping, tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE)
         put(arrays.cu_seqlens, [0, *np.cumsum(counts)])
         put(arrays.seq_lens, [start + count for _, start, count in step])

@@ -220,7 +220,7 @@ def norms_of(spec: AttentionSpec) -> dict[str, Array]:
     return OWN_NORMS if spec.head_norm is not None and spec.head_norm.own_weights else SHARED_NORMS
 
 
-def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
+def expected_attention(spec: AttentionSpec, qkv: Array, prefix: int = 0) -> Array:
     heads, kv_heads, length = spec.num_heads, spec.num_kv_heads, len(qkv)
     packed = qkv.astype(np.float64).reshape(length, heads + 2 * kv_heads, spec.head_dim)
     q, k, v = np.split(packed, [heads, heads + kv_heads], axis=1)
@@ -233,7 +233,7 @@ def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
             for x, side in ((q, "query"), (k, "key"))
         )  # fmt: skip
     if spec.rope is not None:
-        q, k = (rotated(x, spec.rope) for x in (q, k))
+        q, k = (rotated(x, spec.rope, prefix) for x in (q, k))
     k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("qhc,khc->hqk", q, k) * spec.scale
     if spec.soft_cap:
@@ -242,20 +242,28 @@ def expected_attention(spec: AttentionSpec, qkv: Array) -> Array:
     if spec.alibi_slopes:
         scores -= np.array(spec.alibi_slopes)[:, None, None] * distance
     if spec.causal:
-        scores = np.where((distance < 0) | ((distance >= spec.window) & (spec.window > 0)), -np.inf, scores)
+        later = (distance < 0) & (np.arange(length) >= prefix)
+        scores = np.where(later | ((distance >= spec.window) & (spec.window > 0)), -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hqk,khc->qhc", weights / weights.sum(-1, keepdims=True), v).reshape(length, -1)
 
 
-def rotated(x: Array, rope: RopeConfig) -> Array:
+def rotated(x: Array, rope: RopeConfig, prefix: int = 0) -> Array:
     """As complex numbers: pair i turns by position x theta^(-2 i / rotary_dim)."""
-    half = rope.rotary_dim // 2
-    turns = np.outer(np.arange(len(x)), rope.theta ** (-np.arange(half) * 2 / rope.rotary_dim))
-    first, second = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rope.interleaved else (slice(half), slice(half, 2 * half))
-    )
-    pairs, out = (x[..., first] + 1j * x[..., second]) * np.exp(1j * turns)[:, None], x.copy()
-    out[..., first], out[..., second] = pairs.real, pairs.imag
+    half, positions, out = rope.rotary_dim // 2, [np.arange(len(x))], x.copy()
+    if rope.two_dimensional:
+        last = max(prefix - 1, 0)
+        positions = [np.minimum(positions[0], last), np.maximum(positions[0] - last, 0)]
+    for part, where in enumerate(positions):
+        turns = np.outer(where, rope.theta ** (-np.arange(half) * 2 / rope.rotary_dim))
+        start = part * rope.rotary_dim
+        first, second = (
+            (slice(start, start + 2 * half, 2), slice(start + 1, start + 2 * half, 2))
+            if rope.interleaved
+            else (slice(start, start + half), slice(start + half, start + 2 * half))
+        )
+        pairs = (x[..., first] + 1j * x[..., second]) * np.exp(1j * turns)[:, None]
+        out[..., first], out[..., second] = pairs.real, pairs.imag
     return out
 
 
@@ -273,3 +281,16 @@ def test_attention_equals_float64(executor: Executor, name: str) -> None:
     steps = chunked if spec.causal else whole
     for result, rows in zip(attend(executor, spec, norms_of(spec), qkv, steps), qkv, strict=True):
         np.testing.assert_allclose(result, expected_attention(spec, rows), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("executor", ["numpy", "cuda"], indirect=True)
+def test_a_prefix_sees_all_of_itself_and_turns_by_two_positions(executor: Executor) -> None:
+    """Prefixes of one token, of part of a prompt, and of all of it; what follows comes in chunks and token by token."""
+    rope = RopeConfig(theta=100.0, rotary_dim=8, two_dimensional=True)
+    spec, prefixes = replace(SPEC, prefix_end=(5, 6), rope=rope), (1, 9, 20, 13)
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    qkv = [normal(length, width) for length in LENGTHS]
+    steps = [[(0, 1), (1, 12), (2, 20), (3, 13)], [(1, 1), (2, 3), (3, 16)], [(1, 1), (3, 1)], [(1, 3), (3, 2)]]
+    results = attend(executor, spec, {}, qkv, steps, prefixes)
+    for result, rows, prefix in zip(results, qkv, prefixes, strict=True):
+        np.testing.assert_allclose(result, expected_attention(spec, rows, prefix), rtol=0, atol=2e-5)

@@ -95,7 +95,8 @@ class CudaAttention:
         self._split: set[AttentionSpec] = set()
         self._has_prefill = False
         self._step = AttentionStep(
-            arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices, arrays.block_tables, arrays.num_seqs_and_decodes
+            arrays.cu_seqlens, arrays.seq_lens, arrays.seq_indices, arrays.block_tables, arrays.num_seqs_and_decodes,
+            arrays.prefix_lens,
         )  # fmt: skip
 
     def local_heads(self, layer: int) -> LocalHeads:
@@ -131,6 +132,7 @@ class CudaAttention:
         rotary_kv_write(
             self._library, qkv, self._arrays.positions[:rows], self._arrays.slot_mapping[:rows], keys, values,
             None if spec.rope is None else self._tables(spec.rope), num_heads=heads.num_heads, fp8=fp8,
+            prefix_lens=self._arrays.prefix_lens[:rows],
         )  # fmt: skip
         if spec not in self._split:
             self._split.add(spec)
@@ -148,7 +150,7 @@ class CudaAttention:
         shape = AttentionShape(
             heads.num_heads, heads.num_kv_heads, heads.head_dim, self._layout.block_size, self._layout.dtype,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, causal=spec.causal,
-            has_fp8_pages=self._layout.has_fp8_pages,
+            has_prefix=bool(spec.prefix_end), has_fp8_pages=self._layout.has_fp8_pages,
         )  # fmt: skip
         slopes = None
         if spec.alibi_slopes is not None:
@@ -164,5 +166,5 @@ class CudaAttention:
         if rope not in self._rotary:
             tables: Any = rotary_table(rope, self._limits.max_seq_len)
             cos, sin = (cupy.asarray(table.astype(np.float32)) for table in tables)
-            self._rotary[rope] = RotaryTables(cos, sin, rope.interleaved)
+            self._rotary[rope] = RotaryTables(cos, sin, rope.interleaved, rope.two_dimensional)
         return self._rotary[rope]

@@ -58,6 +58,8 @@ CAPABILITIES = Capabilities(
         **ALL_ENGINES,
         "attention.head_dim": Limit(at_most=256, multiple_of=8),
         "attention.causal": ANY,
+        "attention.prefix_end": ANY,
+        "attention.rope.two_dimensional": ANY,
         "attention.soft_cap": ANY,
         "attention.rope.long_factors": ANY,
         "attention.alibi_slopes": ANY,
