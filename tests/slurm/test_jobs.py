@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,6 +176,35 @@ def test_mpirun_in_a_batch_script_serves_on_both_nodes_and_drains_on_a_signal(si
     assert not any("error" in line for line in rest)
     fields = site.cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=60)
     assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), site.log(job)
+
+
+def test_a_supervised_server_starts_its_ranks_again_by_srun_and_drains_on_a_signal(site: Site) -> None:
+    """The supervisor takes the place of the batch script; each job of ranks is a step."""
+    launcher = f"srun --mpi={_pmi()} --kill-on-bad-exit=1 --distribution=block --ntasks=4"
+    with (site.directory / "slurm" / "settings.sh").open("a") as settings:
+        settings.write(f'LAUNCHER=()\nSERVE_OPTIONS+=(--supervise --launcher "{launcher}")\n')
+    job = site.submit("serve-multi-node", "serve", "--signal=B:USR1@120")
+    url = site.wait_for_endpoint(job)
+    (lost,) = tasks(job, 3)
+    os.kill(lost, signal.SIGKILL)
+    wait_until(lambda: "READY again" in site.log(job), "READY again", 60)
+    assert_four_ranks_answer_as_one(url)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    fields = site.cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=60)
+    assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), site.log(job)
+    assert re.search(r"rank 3 \(.*has ended", site.log(job))
+
+
+def tasks(job: str, rank: int) -> list[int]:
+    """Process ids of one rank of a job's step, as Slurm counts tasks."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ = set((path / "environ").read_bytes().split(b"\0"))
+            if wanted <= environ and b"launch.serve" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
 
 
 def test_mpirun_in_a_shell_of_salloc_serves_on_both_nodes(site: Site) -> None:
