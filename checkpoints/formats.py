@@ -147,8 +147,10 @@ class FormatPlan:
     choose_by_names: Callable[[Collection[str]], Callable[[WeightSpec], Format]] | None = None
 
     def for_stored(self, names: Collection[str]) -> FormatPlan:
-        """The plan of a checkpoint that holds tensors of these names."""
-        return self if self.choose_by_names is None else replace(self, choose=self.choose_by_names(names))
+        """The plan of a checkpoint that holds tensors of these names: its rules are about modules as they are called there."""
+        choose = self.choose if self.choose_by_names is None else self.choose_by_names(names)
+        modules = {name.rpartition(".")[0] for name in names}
+        return replace(self, choose=lambda spec: choose(_as_stored(spec, modules)))
 
     @property
     def not_used(self) -> tuple[str, ...]:
@@ -203,6 +205,19 @@ def format_weights(specs: Sequence[WeightSpec], plan: FormatPlan) -> list[Format
 def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
     """All components, in order."""
     return [component for weight in weights for component in weight.components]
+
+
+def _as_stored(spec: WeightSpec, modules: Collection[str]) -> WeightSpec:
+    """``spec`` with the one name of each part under which there is a module, if any is."""
+    if not any(part.aliases for part in spec.parts):
+        return spec
+    return replace(
+        spec,
+        parts=tuple(
+            replace(part, source=next((name for name in part.names if name.rpartition(".")[0] in modules), part.source))
+            for part in spec.parts
+        ),
+    )
 
 
 def _cut(spec: WeightSpec, part: Part, shard: Shard) -> tuple[str, Shard, int]:

@@ -50,6 +50,11 @@ class Part:
         """Names that the source tensor may have, most usual first."""
         return (self.source, *self.aliases)
 
+    def siblings(self, *suffixes: str) -> tuple[str, ...]:
+        """Names that a tensor of the same module may have: each of ``suffixes`` under each name of the module."""
+        modules = [name.removesuffix(".weight") for name in self.names]
+        return tuple(f"{module}.{suffix}" for module in modules for suffix in suffixes)
+
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape that the source tensor must have in the checkpoint."""

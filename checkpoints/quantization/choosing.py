@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
@@ -10,11 +10,13 @@ from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "fp8_blocks", "of_parts", "refused"]
+__all__ = ["HEAD", "KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "fp8_blocks", "of_parts", "refused"]
 
 Section = Mapping[str, Any]
-Chooser = Callable[[str], Format]
-"""Format of a module, by its name in the checkpoint."""
+Chooser = Callable[[Sequence[str]], Format]
+"""Format of a module, by its name in the checkpoint, and for the model's head by `HEAD`, too, whatever the family calls it."""
+HEAD = "lm_head"
+"""What quantisers' rules call the head."""
 
 KV_SCALES = (r".*\.(k_scale|v_scale|kv_scale)", r".*\.[kv]_proj\.output_scale")
 WAY_OUT = "use the unquantised checkpoint, or one in compressed-tensors fp8, int8, w8a16 or w4a16"
@@ -31,8 +33,12 @@ def excluding(chosen: Format, section: Section) -> FormatPlan:
     names = ("modules_to_not_convert", "ignored_layers", "ignore")
     excluded = tuple(str(name) for key in names for name in section.get(key) or ())
     if not excluded:
-        excluded = ("lm_head",)
-    return FormatPlan(of_parts(lambda module: DENSE if any(name in module for name in excluded) else chosen))
+        excluded = (HEAD,)
+
+    def choose(modules: Sequence[str]) -> Format:
+        return DENSE if any(name in module for name in excluded for module in modules) else chosen
+
+    return FormatPlan(of_parts(choose))
 
 
 def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
@@ -41,10 +47,11 @@ def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
     def of_weight(spec: WeightSpec) -> Format:
         if not (spec.owner.startswith("layers.") or spec.owner == "lm_head") or spec.owner.endswith("norm"):
             return DENSE
-        modules = [part.source.removesuffix(".weight") for part in spec.parts]
-        if any("embed" in module or "wte" in module for module in modules):
+        if any("embed" in name or "wte" in name for part in spec.parts for name in part.names):
             return DENSE  # a head that is tied to the table
-        formats = {choose(module) for module in modules}
+        modules = [part.source.removesuffix(".weight") for part in spec.parts]
+        head = (HEAD,) if spec.owner == HEAD else ()
+        formats = {choose((module, *head)) for module in modules}
         if len(formats) > 1:
             raise ConfigError(
                 f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {', '.join(modules)}, which are "

@@ -33,10 +33,10 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
     ]
     ignored = tuple(section.get("ignore") or ())
 
-    def choose(module: str) -> Format:
-        if _targets(ignored, module):
+    def choose(modules: Sequence[str]) -> Format:
+        if _targets(ignored, modules):
             return DENSE
-        return next((chosen for targets, chosen in groups if "Linear" in targets or _targets(targets, module)), DENSE)
+        return next((chosen for targets, chosen in groups if "Linear" in targets or _targets(targets, modules)), DENSE)
 
     scheme = section.get("kv_cache_scheme")
     if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
@@ -98,9 +98,10 @@ def _check_groups(inputs: Section, columns: int, what: str) -> None:
         )
 
 
-def _targets(names: Sequence[str], module: str) -> bool:
-    """Whether compressed-tensors' ``names`` (exact, or ``re:`` and an expression matched from the start) have the module."""
+def _targets(names: Sequence[str], modules: Sequence[str]) -> bool:
+    """Whether compressed-tensors' ``names`` (exact, or ``re:`` and an expression matched from the start) have one of ``modules``."""
     return any(
         re.match(name.removeprefix("re:"), module) is not None if name.startswith("re:") else name == module
         for name in map(str, names)
+        for module in modules
     )

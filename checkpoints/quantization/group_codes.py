@@ -199,7 +199,7 @@ class GroupCodes:
     def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
         if part.transposed:
             raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
-        source, *aliases = (f"{name.removesuffix('.weight')}.{suffix}" for name in (part.source, *part.aliases))
+        source, *aliases = part.siblings(suffix)
         return replace(
             part, source=source, aliases=tuple(aliases), encoding=encoding, transposed=self.stored.transposed
         )

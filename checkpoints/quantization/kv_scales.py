@@ -23,11 +23,11 @@ _NAMES = {
 }
 
 
-def read_kv_scales(source: TensorSource, attention: str, num_kv_heads: int) -> NDArray[np.float32]:
+def read_kv_scales(source: TensorSource, attention: Sequence[str], num_kv_heads: int) -> NDArray[np.float32]:
     """``[2, num_kv_heads]``: what codes of keys and of values are multiplied by, for every head of the model.
 
     Args:
-        attention: module of a layer, ``model.layers.3.self_attn``.
+        attention: module of a layer, ``model.layers.3.self_attn``, by all names that it may have.
 
     Raises:
         CheckpointError: a scale is missing, or no scale.
@@ -42,12 +42,17 @@ def attention_module(name: str) -> str:
 
 
 def _read(
-    source: TensorSource, attention: str, kind: str, names: Sequence[str], present: set[str], num_kv_heads: int
+    source: TensorSource,
+    attention: Sequence[str],
+    kind: str,
+    names: Sequence[str],
+    present: set[str],
+    num_kv_heads: int,
 ) -> NDArray[np.float32]:
-    name = find_stored([f"{attention}.{one}" for one in names], present)
+    name = find_stored([f"{module}.{one}" for module in attention for one in names], present)
     if name is None:
         raise CheckpointError(
-            f"quantization_config in config.json promises an fp8 key/value cache, but {attention} has no {kind} scale (looked for "
+            f"quantization_config in config.json promises an fp8 key/value cache, but {attention[0]} has no {kind} scale (looked for "
             f"{', '.join(names)}); use a calibrated checkpoint, or remove kv_cache_scheme from config.json"
         )
     info = source.info(name)

@@ -42,7 +42,7 @@ def has_prescale(spec: WeightSpec, suffix: str, stored: Collection[str]) -> bool
     """
     from phalanx.checkpoints.resolve import find_stored
 
-    found = {part.source: find_stored(_names(part, suffix), stored) is not None for part in spec.parts}
+    found = {part.source: find_stored(part.siblings(suffix), stored) is not None for part in spec.parts}
     if len(set(found.values())) > 1:
         first, other = (next(name for name, has in found.items() if has == wanted) for wanted in (True, False))
         raise CheckpointError(
@@ -73,13 +73,9 @@ def common_prescale(prescale: Array) -> Array:
 
 
 def _factors(part: Part, suffix: str) -> Part:
-    source, *aliases = _names(part, suffix)
+    source, *aliases = part.siblings(suffix)
     shard = part.shard if part.shard is not None and part.shard.axis == 1 else None
     return replace(
         part, source=source, aliases=tuple(aliases), shape=(1, part.shape[1]), shard=shard, transposed=False,
         first_row=0, source_rows=0, encoding=Scales(),
     )  # fmt: skip
-
-
-def _names(part: Part, suffix: str) -> list[str]:
-    return [f"{name.removesuffix('.weight')}.{suffix}" for name in part.names]

@@ -7,13 +7,14 @@ Sources: transformers ``quantizers/quantizer_{finegrained_fp8,fbgemm_fp8,awq,gpt
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.choosing import (
+    HEAD,
     KV_SCALES,
     WAY_OUT,
     Section,
@@ -96,10 +97,10 @@ def read_gptq(section: Section) -> FormatPlan:
     included = tuple(str(name) for block in blocks for name in ([block] if isinstance(block, str) else block))
     has_head = bool(section.get("lm_head"))
 
-    def choose(module: str) -> Format:
-        if module.endswith("lm_head"):
+    def choose(modules: Sequence[str]) -> Format:
+        if HEAD in modules:
             return chosen if has_head else DENSE
-        return chosen if not included or module.endswith(included) else DENSE
+        return chosen if not included or modules[0].endswith(included) else DENSE
 
     return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *(() if is_ordered else (_groups_in_order(group),))))
 
@@ -128,7 +129,11 @@ def read_modelopt(section: Section) -> FormatPlan:
     kv = quantization.get("kv_cache_quant_algo") or (scheme.get("type") if isinstance(scheme, dict) else scheme)
     if kv not in (None, "FP8", "float"):
         raise refused(f"modelopt kv_cache_quant_algo={kv!r}", "use a checkpoint with an fp8 cache or none")
-    choose = of_parts(lambda module: DENSE if any(fnmatch.fnmatch(module, one) for one in excluded) else chosen)
+
+    def of_module(modules: Sequence[str]) -> Format:
+        return DENSE if any(fnmatch.fnmatch(module, one) for one in excluded for module in modules) else chosen
+
+    choose = of_parts(of_module)
     plan = FormatPlan(choose, KV_SCALES if kv else (), has_kv_scales=bool(kv))
     if algorithm not in _MODELOPT_PRESCALED:
         return plan

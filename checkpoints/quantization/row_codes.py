@@ -70,15 +70,7 @@ class RowCodes:
             WeightSpec(f"{spec.owner}.scale", tuple(map(self._scale_part, spec.parts)), dtype="F32"),
         ]
         if self.input == "static":
-            inputs = tuple(
-                Part(
-                    f"{_module(part)}.input_scale",
-                    (1,),
-                    aliases=(f"{_module(part)}.activation_scale",),
-                    encoding=Scales(),
-                )
-                for part in spec.parts
-            )
+            inputs = tuple(map(_input_scale, spec.parts))
             result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32"))
         if self.prescale:
             result.append(prescale_component(spec, self.prescale))
@@ -93,8 +85,9 @@ class RowCodes:
             raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
         shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
         rows = part.source_extents[0] if self.scale_of == "tensor" else 1
+        source, *aliases = part.siblings(self.scale, f"{self.scale}_inv")
         return Part(
-            f"{_module(part)}.{self.scale}", part.shape[:1], shard, aliases=(f"{_module(part)}.{self.scale}_inv",),
+            source, part.shape[:1], shard, aliases=tuple(aliases),
             first_row=part.first_row, source_rows=part.source_rows, encoding=Scales(rows),
         )  # fmt: skip
 
@@ -160,5 +153,6 @@ FP8_STATIC, FP8_BOUNDED = RowCodes("fp8", input="static"), RowCodes("fp8", input
 """What calibrated and FBGEMM's checkpoints hold besides; the bound is each one's own."""
 
 
-def _module(part: Part) -> str:
-    return part.source.removesuffix(".weight")
+def _input_scale(part: Part) -> Part:
+    source, *aliases = part.siblings("input_scale", "activation_scale")
+    return Part(source, (1,), aliases=tuple(aliases), encoding=Scales())

@@ -108,7 +108,10 @@ class RankSpec:
         heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size)
         if not calibrated:
             return {layer: np.ones((2, heads.size), np.float32) for layer in self.layers}
-        modules = {weight.spec.owner: attention_module(weight.spec.parts[0].source) for weight in self.declared}
+        modules = {
+            weight.spec.owner: [attention_module(name) for name in weight.spec.parts[0].names]
+            for weight in self.declared
+        }
         return {
             layer: np.ascontiguousarray(
                 read_kv_scales(self.checkpoint.source, modules[f"layers.{layer}.qkv"], self.config.num_kv_heads)[

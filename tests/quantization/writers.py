@@ -27,12 +27,12 @@ Module = Callable[[Array], Written]
 
 
 def write(dense: Path, quantised: Path, twin: Path, module: Module | Mapping[str, Module], section: dict[str, Any],
-          extra: dict[str, Array] | None = None) -> None:  # fmt: skip
-    """``module`` quantises the matrices of layers, perhaps differently by a part of their names; everything else is copied."""
+          extra: dict[str, Array] | None = None, also: tuple[str, ...] = ()) -> None:  # fmt: skip
+    """``module`` quantises the matrices of layers, perhaps differently by a part of their names, and ``also``; the rest is copied."""
     stored: dict[str, Array] = dict(extra or {})
     values: dict[str, Array] = {}
     for name, array in load_file(dense / "model.safetensors").items():
-        if array.ndim == 2 and ".layers." in name:
+        if array.ndim == 2 and (".layers." in name or name in also):
             chosen = module if callable(module) else next(one for part, one in module.items() if part in name)
             tensors, values[name] = chosen(array)
             stored |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in tensors.items()}

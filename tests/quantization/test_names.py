@@ -1,0 +1,95 @@
+"""Quantised modules under the names that families and their wrappers have for them: their scales go by those names, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+from . import test_checkpoints as checkpoints
+from . import writers
+
+STATIC = {
+    "quant_method": "fp8",
+    "activation_scheme": "static",
+    "ignored_layers": ["lm_head"],
+    "kv_cache_scheme": "static",
+}
+ROWS = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
+PREFIXES = ("language_model.model.", "model.language_model.")
+"""Of a multimodal Gemma 3, before transformers 4.52 and since."""
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Float checkpoints by prefix."""
+    root = tmp_path_factory.mktemp("gemma3")
+    old = write_checkpoint(CASES_BY_NAME["gemma3_multimodal-windows"], root / "old")
+    (root / "new").mkdir()
+    (root / "new" / "config.json").write_text((old / "config.json").read_text())
+    tensors = load_file(old / "model.safetensors")
+    renamed = {name.replace(*PREFIXES): tensor for name, tensor in tensors.items()}
+    assert not renamed.keys() & tensors.keys()
+    save_file(renamed, root / "new" / "model.safetensors")
+    return dict(zip(PREFIXES, (old, root / "new"), strict=True))
+
+
+@pytest.mark.parametrize("section", [STATIC, ROWS], ids=lambda section: str(section["quant_method"]))
+def test_names_of_transformers_before_and_since_4_52_give_the_same(
+    gemma3: dict[str, Path], tmp_path: Path, section: dict[str, Any]
+) -> None:
+    module = writers.fp8("tensor", input_scale=0.02) if section is STATIC else writers.fp8("channel")
+    paths = []
+    for number, (prefix, dense) in enumerate(gemma3.items()):
+        names = [f"{prefix}layers.{layer}.self_attn.{kind}_scale" for layer in range(3) for kind in "kv"]
+        scales = {name: np.array([0.02], np.float32) for name in names} if section is STATIC else {}
+        paths.append(tmp_path / str(number))
+        writers.write(dense, paths[-1], tmp_path / f"twin-{number}", module, section, scales)
+    plain = checkpoints.logprobs(checkpoints.generate(gemma3[PREFIXES[0]]))
+    for tp, pp in ((1, 1), (2, 1), (1, 3)):
+        old, new = (checkpoints.logprobs(checkpoints.generate(path, tp, pp)) for path in paths)
+        np.testing.assert_array_equal(new, old)
+        assert np.abs(old - plain).max() > 1e-3, "it is quantised"
+
+
+def test_rules_name_modules_as_they_are_stored(gemma3: dict[str, Path], tmp_path: Path) -> None:
+    prefix = PREFIXES[1]
+    section = {**ROWS, "modules_to_not_convert": ["lm_head", f"{prefix}layers.1.mlp.down_proj"]}
+    modules = {"layers.1.mlp.down_proj": lambda w: ({"weight": w}, w), "": writers.fp8("channel")}
+    writers.write(gemma3[prefix], tmp_path / "quantised", tmp_path / "twin", modules, section)
+    weights = checkpoints.load(tmp_path / "quantised", 1, 0)
+    formats = [weights.linear(f"layers.{layer}.down").format.name for layer in range(3)]
+    assert formats == ["fp8 rows x tokens up to a bound", "dense", "fp8 rows x tokens up to a bound"]
+
+
+@pytest.fixture(scope="module")
+def internlm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(CASES_BY_NAME["internlm2-plain"], tmp_path_factory.mktemp("internlm2") / "dense")
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_gptq_means_the_head_whatever_it_is_called(internlm2: Path, tmp_path: Path, has_head: bool) -> None:
+    module, section = checkpoints._gptq(4, 16, False, True)
+    also = ("output.weight",) if has_head else ()
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    writers.write(internlm2, *paths, module, {**section, "lm_head": has_head}, also=also)
+    found, expected = (
+        checkpoints.logprobs(checkpoints.generate(path, tp)) for path, tp in zip(paths, (2, 1), strict=True)
+    )
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+    scheme = checkpoints.load(paths[0], 1, 0).linear("lm_head").format.name
+    assert scheme == ("int4 in groups of 16" if has_head else "dense")
+
+
+def test_heads_that_nothing_is_said_about_are_plain(internlm2: Path, tmp_path: Path) -> None:
+    """As quantisers leave them by default, under any name."""
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    section = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+    writers.write(internlm2, *paths, writers.awq(16), section)
+    found, expected = (checkpoints.logprobs(checkpoints.generate(path)) for path in paths)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
