@@ -7,7 +7,7 @@ import msgspec
 from phalanx.parallel.frames import frame
 from phalanx.parallel.liveness.progress import Stamp
 
-__all__ = ["End", "Failure", "Leaving", "Message", "Retire", "StackRequest", "Stacks", "encode"]
+__all__ = ["End", "Failure", "Leaving", "Message", "Retire", "StackRequest", "Stacks", "Verdict", "encode"]
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
@@ -42,11 +42,17 @@ class End(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
+class Verdict(msgspec.Struct, frozen=True, tag=True):
+    """A rank that gave rank 0 up has said why the job ends. Rank 0 may run again before its launcher ends it, and must say the same."""
+
+    text: str
+
+
 class Retire(msgspec.Struct, frozen=True, tag=True):
     """This rank's replica is lost, and the others go on without it."""
 
 
-Message = Stamp | Failure | Leaving | StackRequest | Stacks | End | Retire
+Message = Stamp | Failure | Leaving | StackRequest | Stacks | End | Verdict | Retire
 
 
 def encode(message: Message) -> bytes:

@@ -29,7 +29,7 @@ from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.judge import Limits, RankState
 from phalanx.parallel.liveness.links import Link
-from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks
+from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks, Verdict
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
 
 __all__ = ["RankWatch"]
@@ -170,14 +170,12 @@ class RankWatch:
                     del self._links[link.rank]
             now = time.monotonic()
             if now >= due:
-                self._forgive(now - due)
-                due = now + STAMP_SECONDS
+                late, due = now - due, now + STAMP_SECONDS
                 self._send_all(self._progress.stamp(), droppable=True)
-                self._judge(now)
-
-    def _forgive(self, late: float) -> None:
-        if late > LATE_SECONDS:
-            self._heard = {rank: heard + late for rank, heard in self._heard.items()}
+                if late > LATE_SECONDS:  # the others may have said much that is not read yet
+                    self._heard = {rank: heard + late for rank, heard in self._heard.items()}
+                else:
+                    self._judge(now)
 
     def _read(self, link: Link) -> bool:
         """Take what has come; False when the connection has ended and may."""
@@ -206,6 +204,8 @@ class RankWatch:
                 state.stacks = text
             case End(status):
                 os._exit(status)
+            case Verdict(text):
+                self._end_job(text)
             case Retire():
                 # Open MPI's other ranks would wait in MPI_Finalize for one that exits without it, but not for one that is killed.
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -282,6 +282,7 @@ class RankWatch:
             time.sleep(min(self._rank - 1, 2) * SPEAKER_SECONDS)
             if self._rank <= 2:
                 _say(f"phalanx: {verdict}")
+            self._send_all(Verdict(verdict))
         for state in self._states_at(time.monotonic()):
             if state.silent > judge.SUSPICIOUS_SECONDS:
                 self._held.kill(state.rank)
