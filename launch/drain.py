@@ -31,12 +31,16 @@ class DrainSignals:
 
     Args:
         watch: ends the ranks when requests take longer than ``limit_seconds``, or are not waited for.
+        is_supervised: only SIGUSR1 counts for a second signal. A supervisor passes on the signals that it gets as that one, while
+            Slurm and service managers send SIGTERM to its ranks as well.
     """
 
-    def __init__(self, watch: RankWatch, limit_seconds: float) -> None:
+    def __init__(self, watch: RankWatch, limit_seconds: float, *, is_supervised: bool = False) -> None:
         self._drain: Callable[[], None] | None = None
         self._watch, self._limit = watch, limit_seconds
-        self._num_signals = 0
+        self._is_supervised = is_supervised
+        self._num_counted = 0
+        self._is_told = False
 
     @staticmethod
     def ignore() -> None:
@@ -58,7 +62,7 @@ class DrainSignals:
     def on_drain(self, drain: Callable[[], None]) -> None:
         """What to do from now on; done at once when a signal came earlier."""
         self._drain = drain
-        if self._num_signals:
+        if self._is_told:
             self._start_drain()
 
     @staticmethod
@@ -68,11 +72,14 @@ class DrainSignals:
             raise ConfigError(f"--shutdown-timeout={limit_seconds:g} is out of range; use seconds from 0 (default 25)")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._num_signals += 1
-        if number == signal.SIGINT and (self._num_signals > 1 or self._drain is None):
+        self._num_counted += not self._is_supervised or number == signal.SIGUSR1
+        was_told, self._is_told = self._is_told, True
+        if number == signal.SIGINT and (self._num_counted > 1 or self._drain is None):
             raise KeyboardInterrupt
-        if self._num_signals > 1:
+        if self._num_counted > 1:
             self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
+        elif was_told:  # the same request, by another way
+            return
         elif self._drain is None:
             self._watch.end_by(0.0, 0, "told to end while ranks load")
         else:
@@ -81,7 +88,7 @@ class DrainSignals:
 
     def drain(self) -> None:
         """What the first signal does; nothing after one. For the admin route, on the thread that handles signals."""
-        if not self._num_signals:
+        if not self._is_told:
             signal.raise_signal(signal.SIGUSR1)
 
     def _start_drain(self) -> None:

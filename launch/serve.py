@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             DrainSignals.ignore()
         progress = _progress()
         with _watch(args, world, progress, door) as watch:
-            signals = DrainSignals(watch, args.shutdown_timeout)
+            signals = DrainSignals(watch, args.shutdown_timeout, is_supervised=PLACE_VARIABLE in os.environ)
             if world.rank == 0:
                 signals.catch()
             _run_rank(args, world, progress, door, signals, watch)
