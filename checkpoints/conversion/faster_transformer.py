@@ -40,7 +40,10 @@ def read_faster_transformer(directory: Path, vocab_size: int) -> WholeModel:
     kinds = {"gpt": _gpt, "gptj": _gptj, "llama": _llama}
     kind = next((name for name in parser.sections() if name in kinds), None)
     if kind is None:
-        raise ConfigError(f"{directory / FILE} describes {parser.sections()}; [{']['.join(kinds)}] can be converted")
+        raise ConfigError(
+            f"{directory / FILE} describes {parser.sections()}; [{']['.join(kinds)}] can be converted; of other models use the checkpoint "
+            "of Hugging Face that FasterTransformer's own converter read"
+        )
     files = _Files.of(directory, parser[kind], vocab_size)
     return kinds[kind](files)
 

@@ -38,6 +38,11 @@ _RENAMED = (
     (r"mlp\.(dense_4h_to_h|linear_fc2)\.(weight|bias)", r"mlp.dense_4h_to_h.\2"),
 )
 """Names below a layer, old and of Megatron-core, and ours."""
+_REFUSED = (
+    "num_experts", "apply_residual_connection_post_layernorm", "multi_latent_attention", "qk_layernorm", "rotary_interleaved",
+    "use_rope_scaling", "rotary_seq_len_interpolation_factor", "window_size", "quick_geglu", "no_rope_freq", "attention_output_gate",
+)  # fmt: skip
+"""Arguments that must be absent or off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +125,20 @@ def config_of(arguments: Mapping[str, Any], vocab_size: int, dtype: str) -> dict
     Raises:
         ConfigError: one asks for something that the family does not have.
     """
-    for name in ("num_experts", "apply_residual_connection_post_layernorm", "multi_latent_attention", "qk_layernorm"):
-        if arguments.get(name):
-            raise ConfigError(f"{name}={arguments[name]!r} of this Megatron checkpoint is not supported")
-    rotates = arguments.get("use_rotary_position_embeddings") or arguments.get("position_embedding_type") == "rope"
     norm = arguments.get("normalization") or "LayerNorm"
+    positions = arguments.get("position_embedding_type") or "learned_absolute"
+    for name in _REFUSED:
+        if arguments.get(name):
+            raise ConfigError(
+                f"{name}={arguments[name]!r} of this Megatron checkpoint is not supported; leave it with Megatron-LM"
+            )
+    if positions not in ("learned_absolute", "rope") or (norm != "LayerNorm" and arguments.get("apply_layernorm_1p")):
+        raise ConfigError(
+            f"position_embedding_type={positions!r} with normalization={norm!r}, apply_layernorm_1p="
+            f"{bool(arguments.get('apply_layernorm_1p'))} of this Megatron checkpoint is not supported; positions may be learned_absolute "
+            "or rope, and apply_layernorm_1p goes with LayerNorm"
+        )
+    rotates = arguments.get("use_rotary_position_embeddings") or positions == "rope"
     has_groups = arguments.get("group_query_attention")
     return {
         "architectures": ["MegatronGPTModel"],

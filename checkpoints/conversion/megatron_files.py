@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phalanx.checkpoints.conversion.distributed import distributed_folder, read_common, read_distributed
+from phalanx.checkpoints.conversion.files import Directory, Files
 from phalanx.checkpoints.conversion.megatron import MegatronLayout, canonical_name, config_of, join_pieces
 from phalanx.checkpoints.conversion.torch_file import array_of, flat, read_torch_file
 from phalanx.checkpoints.conversion.whole import WholeModel, config_dtype
@@ -21,7 +23,8 @@ _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 
 
 def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
-    """Join ``mp_rank_*/model_optim_rng.pt`` below ``directory``, or below the iteration that it names as its latest.
+    """Join ``mp_rank_*/model_optim_rng.pt`` below ``directory``, or below the iteration that it names as its latest; or read the
+    distributed checkpoint there.
 
     ``vocab_size``: rows to keep of the vocabulary; 0 = all.
 
@@ -29,6 +32,9 @@ def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
         ConfigError: a rank is missing, or the model is of a kind that is not supported.
         CheckpointError: the files are damaged or do not belong together.
     """
+    iteration = Directory(_iteration(directory))
+    if (folder := distributed_folder(iteration)) is not None:
+        return _read_core(iteration, folder, directory, vocab_size)
     stages = _stages(_iteration(directory))
     first = read_torch_file(stages[0][0], str(stages[0][0]))
     arguments = vars(first["args"])
@@ -38,6 +44,17 @@ def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
     layout = MegatronLayout(version, heads, groups, bool(arguments.get("swiglu")), vocab_size)
     pieces = ([read_torch_file(path, str(path))["model"] for path in ranks] for ranks in stages)
     return whole_model(join_stages(pieces, layout), arguments)
+
+
+def _read_core(files: Files, folder: str, directory: Path, vocab_size: int) -> WholeModel:
+    """A distributed checkpoint, whose ``common.pt`` holds the arguments."""
+    common = read_common(files, folder)
+    if "args" not in common:
+        raise ConfigError(
+            f"{directory} is a distributed checkpoint without Megatron-LM's arguments in common.pt; if NeMo 2 wrote it, export it with "
+            "its export_ckpt to Hugging Face's format, else restore common.pt"
+        )
+    return whole_model(read_distributed(files, folder, vocab_size), vars(common["args"]))
 
 
 def whole_model(tensors: dict[str, Array], arguments: Mapping[str, Any]) -> WholeModel:

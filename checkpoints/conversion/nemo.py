@@ -1,23 +1,22 @@
 """NeMo's GPT checkpoints: a ``.nemo`` archive, or the directory that it was unpacked into.
 
 It holds ``model_config.yaml`` and ``model_weights.ckpt``, or one of these for each rank below ``mp_rank_00`` or
-``tp_rank_00_pp_rank_000``. Members of the archive are read where they lie; nothing is unpacked.
+``tp_rank_00_pp_rank_000``, or a distributed checkpoint in ``model_weights``. Members of the archive are read where they lie; nothing is unpacked.
 
 Source: ``nemo/collections/nlp/parts/nlp_overrides.py`` (names) and the ``megatron_gpt`` models (keys) of NeMo 1.x.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tarfile
-import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from phalanx.checkpoints.conversion.distributed import distributed_folder, read_distributed
+from phalanx.checkpoints.conversion.files import Files, opened
 from phalanx.checkpoints.conversion.megatron import MegatronLayout
 from phalanx.checkpoints.conversion.megatron_files import by_stage, join_stages, whole_model
 from phalanx.checkpoints.conversion.torch_file import array_of, read_torch_file
@@ -45,14 +44,6 @@ _POSITIONS = ("learned_absolute", "rope")
 _NORMS = {"layernorm": "LayerNorm", "layernorm1p": "LayerNorm1P", "rmsnorm": "RMSNorm"}
 
 
-class _Files(Protocol):
-    """The files of a checkpoint by their names in it."""
-
-    def names(self) -> list[str]: ...
-
-    def open(self, name: str) -> IO[bytes]: ...
-
-
 def read_nemo(path: Path, vocab_size: int) -> WholeModel:
     """Join the pieces of a ``.nemo`` file or directory. ``vocab_size``: rows to keep of the vocabulary; 0 = all.
 
@@ -60,9 +51,11 @@ def read_nemo(path: Path, vocab_size: int) -> WholeModel:
         ConfigError: a file is missing, or the model is of a kind that is not supported.
         CheckpointError: a file is damaged, or the archive holds a link or a name that leads out of it.
     """
-    with _opened(path) as files:
+    with opened(path) as files:
         config = _read_config(files, path)
         arguments = arguments_of(config)
+        if (folder := distributed_folder(files)) is not None:
+            return whole_model(read_distributed(files, folder, vocab_size), arguments)
         heads = arguments["num_attention_heads"]
         layout = MegatronLayout(3.0, heads, arguments["num_query_groups"], arguments["swiglu"], vocab_size)
         stages = by_stage(_places(files, path), f"{WEIGHTS} in {path}")
@@ -127,7 +120,7 @@ def _whole(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _piece(files: _Files, name: str) -> dict[str, Any]:
+def _piece(files: Files, name: str) -> dict[str, Any]:
     """One rank's tensors, under Megatron's names."""
     with files.open(name) as file:
         state: Mapping[str, Any] = read_torch_file(file, name)
@@ -139,7 +132,7 @@ def _piece(files: _Files, name: str) -> dict[str, Any]:
     return named
 
 
-def _places(files: _Files, path: Path) -> dict[tuple[int, int], str]:
+def _places(files: Files, path: Path) -> dict[tuple[int, int], str]:
     """Names of the ranks' weights by (pipeline stage, tensor-parallel rank)."""
     found = {}
     for name in files.names():
@@ -147,15 +140,20 @@ def _places(files: _Files, path: Path) -> dict[tuple[int, int], str]:
             found[int(match[3] or 0), int(match[2] or match[1] or 0)] = name
     if not found:
         raise ConfigError(
-            f"{path} holds no {WEIGHTS}; distributed checkpoints (model_weights/) are not read: save it with NeMo as one file a rank"
+            f"{path} holds no {WEIGHTS} and no distributed checkpoint in model_weights/; restore the weights, or give the .nemo file"
         )
     return found
 
 
-def _read_config(files: _Files, path: Path) -> dict[str, Any]:
+def _read_config(files: Files, path: Path) -> dict[str, Any]:
     import yaml
 
     if CONFIG not in files.names():
+        if any(name.startswith("context/") for name in files.names()):
+            raise ConfigError(
+                f"{path} is a checkpoint of NeMo 2 (context/, weights/), which is not read; export it with its export_ckpt to Hugging Face's "
+                "format"
+            )
         raise ConfigError(f"{path} holds no {CONFIG}; give a .nemo file, or the directory that it was unpacked into")
     with files.open(CONFIG) as file:
         text = file.read(_MOST_CONFIG_BYTES)
@@ -167,59 +165,3 @@ def _read_config(files: _Files, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{CONFIG} of {path} is not a mapping; restore the file")
     inner = config.get("model")
     return inner if isinstance(inner, dict) else config
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[_Files]:
-    if path.is_dir():
-        yield _Directory(path)
-        return
-    try:
-        archive = tarfile.open(path)  # noqa: SIM115  closed below
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(
-            f"--input {str(path)!r} is neither a .nemo archive nor a directory of one: {error}; name one"
-        ) from None
-    with archive:
-        try:
-            files = _Archive(archive, path)
-        except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
-            raise CheckpointError(f"{path} is cut off or damaged: {error}; copy it again") from None
-        yield files
-
-
-class _Directory:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def names(self) -> list[str]:
-        files = (*self._path.glob("*"), *self._path.glob("*/*"))
-        return [file.relative_to(self._path).as_posix() for file in files if file.is_file()]
-
-    def open(self, name: str) -> IO[bytes]:
-        return open(self._path / name, "rb")
-
-
-class _Archive:
-    """The members of a tar file. Raises CheckpointError for one that is a link, or whose name leads out of it."""
-
-    def __init__(self, archive: tarfile.TarFile, path: Path) -> None:
-        self._archive, self._members = archive, {}
-        for member in archive:
-            place = PurePosixPath(member.name)
-            if place.is_absolute() or ".." in place.parts:
-                raise CheckpointError(f"{path} holds {member.name!r}, which leads out of the archive; do not trust it")
-            if member.isfile():
-                self._members[place.as_posix()] = member
-            elif not member.isdir():
-                raise CheckpointError(
-                    f"{path} holds {member.name!r}, which is no file but a link or device; do not trust it"
-                )
-
-    def names(self) -> list[str]:
-        return list(self._members)
-
-    def open(self, name: str) -> IO[bytes]:
-        file = self._archive.extractfile(self._members[name])
-        assert file is not None, name
-        return file

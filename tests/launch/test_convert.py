@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from phalanx.checkpoints.conversion.megatron import canonical_name
+from phalanx.checkpoints.conversion.megatron import canonical_name, config_of
 from phalanx.launch.convert import main
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.models import find_model
@@ -290,7 +290,7 @@ def test_an_archive_that_was_cut_off_is_said_to_be(compression: Literal["", "gz"
         ({"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
         ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln'"),
         ({"hidden_size": "${x}"}, r"hidden_size='\$\{x\}' in model_config.yaml is not a whole number"),
-        ({}, "holds no model_weights.ckpt; distributed checkpoints"),
+        ({}, "holds no model_weights.ckpt and no distributed checkpoint in model_weights/; restore the weights"),
     ],
 )
 def test_what_is_no_such_nemo_checkpoint_is_refused(config: Any, message: str, tmp_path: Path) -> None:
@@ -479,3 +479,22 @@ def test_a_rank_that_is_missing_and_names_that_nobody_knows_are_refused(tmp_path
         main(["--from", "megatron", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.router\.weight is no tensor of a GPT"):
         canonical_name("decoder.layers.0.mlp.router.weight", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rotary_interleaved": True}, "rotary_interleaved=True of this Megatron checkpoint is not supported"),
+        ({"use_rope_scaling": True}, "use_rope_scaling=True"),
+        (
+            {"position_embedding_type": "none"},
+            "position_embedding_type='none' .* positions may be learned_absolute or rope",
+        ),
+        ({"normalization": "RMSNorm", "apply_layernorm_1p": True}, "apply_layernorm_1p goes with LayerNorm"),
+    ],
+)
+def test_arguments_of_megatron_that_would_be_dropped_are_refused(arguments: dict[str, Any], message: str) -> None:
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 8}
+    assert config_of(sizes, 101, "float32")["position_embedding_type"] == "learned_absolute"
+    with pytest.raises(ConfigError, match=message):
+        config_of({**sizes, **arguments}, 101, "float32")

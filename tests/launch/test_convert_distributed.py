@@ -1,0 +1,243 @@
+"""``launch.convert``: distributed checkpoints of Megatron-core, as PyTorch's own writer and Zarr's specification lay them out."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import pickle
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from phalanx.checkpoints.conversion.inert_pickle import Inert, read_inert
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+from .test_convert import ARGUMENTS, CORE_NAMES, NEMO, PREFIX, convert, same_model
+
+SIZES = {
+    "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 96,
+    "max_position_embeddings": 128, "layernorm_epsilon": 1e-5,
+}  # fmt: skip
+OPTIONS = ("--vocab-size", "101")
+
+
+def whole_tensors(name: str, directory: Path) -> dict[str, np.ndarray]:
+    """A case's tensors under our names."""
+    return load_file(write_checkpoint(CASES_BY_NAME[name], directory / "whole") / "model.safetensors")
+
+
+def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Megatron-core's names, the layers' tensors along a first axis, the vocabulary padded."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for full, value in sorted(tensors.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
+        name = full.removeprefix(PREFIX)
+        for old, new in CORE_NAMES.items():
+            name = name.replace(old, new)
+        parts.setdefault(re.sub(r"layers\.\d+", "layers", name), []).append(value)
+    core = {name: np.stack(values) if ".layers." in name else values[0] for name, values in parts.items()}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in core:
+            core[name] = np.pad(core[name], ((0, 128 - len(core[name])), (0, 0)))
+    return core
+
+
+def boxes(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Every layer, and every half of the next axis, apart, as ranks hold them."""
+    cuts = [[size] if size % 2 else [size // 2] * 2 for size in shape]
+    if len(shape) == 3:
+        cuts[0] = [1] * shape[0]
+    edges = [np.cumsum([0, *cut]) for cut in cuts]
+    for index in itertools.product(*(range(len(cut)) for cut in cuts)):
+        yield tuple(slice(int(edge[at]), int(edge[at + 1])) for edge, at in zip(edges, index, strict=True))
+
+
+@pytest.fixture
+def torch_group() -> Iterator[Any]:
+    """PyTorch with a process group of one rank, which its sharded tensors need."""
+    torch = pytest.importorskip("torch")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch
+    torch.distributed.destroy_process_group()
+
+
+def write_torch_dist(torch: Any, core: dict[str, np.ndarray], directory: Path, prefix: str, arguments: Any) -> None:
+    """Save with PyTorch's writer, in pieces, between an optimizer's state and what Transformer Engine keeps."""
+    from torch.distributed import checkpoint
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.sharding_spec import ShardMetadata
+
+    def pieces(value: np.ndarray) -> Any:
+        shards = [
+            sharded_tensor.Shard(
+                torch.from_numpy(value[box].copy()),
+                ShardMetadata([side.start for side in box], list(value[box].shape), "rank:0/cpu"),
+            )
+            for box in boxes(value.shape)
+        ]
+        return sharded_tensor.init_from_local_shards(shards, *value.shape)
+
+    state: dict[str, Any] = {f"{prefix}{name}": pieces(value) for name, value in core.items()}
+    state[f"optimizer.state.exp_avg.{prefix}decoder.final_layernorm.weight"] = torch.ones(64)
+    state[f"{prefix}decoder.layers.self_attention.linear_qkv._extra_state/shard_0_3"] = io.BytesIO(b"scales")
+    directory.mkdir(parents=True)
+    checkpoint.save(state, checkpoint_id=directory)
+    torch.save({"args": arguments, "iteration": 7} if arguments else {"iteration": 7}, directory / "common.pt")
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+
+
+def write_zarr(core: dict[str, np.ndarray], directory: Path, **changes: Any) -> None:
+    """Write folders as Zarr's second version describes them, with pieces that do not divide the shapes."""
+    for name, value in core.items():
+        folder = directory / f"model.{name}"
+        folder.mkdir(parents=True)
+        chunks = [max(1, -(-size * 2 // 3)) for size in value.shape]
+        described = {
+            "zarr_format": 2, "shape": value.shape, "chunks": chunks, "dtype": "<f4", "compressor": None, "filters": None,
+            "fill_value": None, "order": "C", **changes,
+        }  # fmt: skip
+        (folder / ".zarray").write_text(json.dumps(described))
+        counts = [-(-size // each) for size, each in zip(value.shape, chunks, strict=True)]
+        padded = np.pad(
+            value, [(0, n * each - size) for n, each, size in zip(counts, chunks, value.shape, strict=True)]
+        )
+        for index in itertools.product(*map(range, counts)):
+            box = tuple(slice(at * each, (at + 1) * each) for at, each in zip(index, chunks, strict=True))
+            (folder / ".".join(map(str, index))).write_bytes(padded[box].tobytes())
+    (directory / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+
+def check(actual: dict[str, np.ndarray], written: dict[str, Any], expected: dict[str, np.ndarray], name: str) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(actual[key].tobytes() == expected[key].tobytes() for key in expected)
+    assert same_model(written, CASES_BY_NAME[name].config)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["megatron-gpt3", "megatron-rope", "megatron-llama"])
+def test_torch_dist_of_megatron_becomes_the_model_that_was_saved(name: str, tmp_path: Path, torch_group: Any) -> None:
+    expected = whole_tensors(name, tmp_path)
+    arguments = argparse.Namespace(**SIZES, params_dtype=torch_group.float32, **ARGUMENTS[name])
+    write_torch_dist(torch_group, stacked(expected), tmp_path / "saved" / "iter_0000007", "", arguments)
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("7")
+    check(*convert("megatron", tmp_path / "saved", tmp_path / "out", *OPTIONS), expected, name)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["archive", "directory"])
+def test_torch_dist_of_nemo_becomes_the_model_that_was_saved(form: str, tmp_path: Path, torch_group: Any) -> None:
+    name, path = "megatron-llama", tmp_path / "nemo"
+    expected = whole_tensors(name, tmp_path)
+    write_torch_dist(torch_group, stacked(expected), path / "model_weights", "model.", None)
+    (path / "model_config.yaml").write_text(yaml.safe_dump({**SIZES, **NEMO[name]}))
+    if form == "archive":
+        with tarfile.open(tmp_path / "model.nemo", "w") as archive:
+            archive.add(path, ".")
+        path = tmp_path / "model.nemo"
+    check(*convert("nemo", path, tmp_path / "out", *OPTIONS), expected, name)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_of_pieces_that_is_missing_or_cut_off_is_said_to_be(tmp_path: Path, torch_group: Any) -> None:
+    arguments = argparse.Namespace(**SIZES)
+    write_torch_dist(torch_group, stacked(whole_tensors("megatron-gpt3", tmp_path)), tmp_path / "saved", "", arguments)
+    (pieces,) = (tmp_path / "saved").glob("*.distcp")
+    pieces.write_bytes(pieces.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match=r"distcp is cut off: it ends within a piece of .*; copy it again"):
+        convert("megatron", tmp_path / "saved", tmp_path / "out")
+    pieces.unlink()
+    with pytest.raises(CheckpointError, match=r"distcp is missing, which holds a piece of .*; restore it"):
+        convert("megatron", tmp_path / "saved", tmp_path / "out")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_without_megatrons_arguments_is_refused_with_the_way_out(
+    tmp_path: Path, torch_group: Any
+) -> None:
+    write_torch_dist(torch_group, {"a": np.ones(2, np.float32)}, tmp_path / "saved", "module.", None)
+    with pytest.raises(
+        ConfigError, match=r"without Megatron-LM's arguments in common\.pt; if NeMo 2 wrote it, export it"
+    ):
+        convert("megatron", tmp_path / "saved", tmp_path / "out")
+
+
+def test_a_directory_of_several_distributed_checkpoints_is_refused(tmp_path: Path) -> None:
+    for name in ("iter_0000007", "iter_0000014"):
+        write_zarr({"decoder.final_layernorm.weight": np.ones(64, np.float32)}, tmp_path / name)
+    with pytest.raises(ConfigError, match="iter_0000007 and iter_0000014 are both distributed checkpoints; name one"):
+        convert("megatron", tmp_path, tmp_path / "out")
+
+
+def test_a_checkpoint_of_nemo_2_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    for name in ("context/model.yaml", "weights/metadata.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"a checkpoint of NeMo 2 .* export it with its export_ckpt"):
+        convert("nemo", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["megatron-gpt3", "megatron-llama"])
+def test_zarr_of_nemo_becomes_the_model_that_was_saved(name: str, tmp_path: Path) -> None:
+    """No PyTorch takes part: neither folders nor pieces are pickles."""
+    expected = whole_tensors(name, tmp_path)
+    write_zarr(stacked(expected), tmp_path / "nemo" / "model_weights")
+    (tmp_path / "nemo" / "model_config.yaml").write_text(yaml.safe_dump({**SIZES, **NEMO[name]}))
+    check(*convert("nemo", tmp_path / "nemo", tmp_path / "out", *OPTIONS), expected, name)
+
+
+def test_pieces_of_zarr_that_are_compressed_or_missing_are_refused(tmp_path: Path) -> None:
+    core = {"decoder.final_layernorm.weight": np.ones(64, np.float32)}
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(SIZES))
+    write_zarr(core, tmp_path / "model_weights")
+    (tmp_path / "model_weights" / "model.decoder.final_layernorm.weight" / "1").unlink()
+    with pytest.raises(CheckpointError, match=r"weight/1 is missing; restore it"):
+        convert("nemo", tmp_path, tmp_path / "out")
+    (tmp_path / "model_weights" / "model.decoder.final_layernorm.weight" / ".zarray").unlink()
+    (tmp_path / "model_weights" / "model.decoder.final_layernorm.weight" / "0").unlink()
+    (tmp_path / "model_weights" / "model.decoder.final_layernorm.weight").rmdir()
+    write_zarr(core, tmp_path / "model_weights", compressor={"id": "blosc"})
+    with pytest.raises(ConfigError, match=r"the pieces are compressed .* save the checkpoint again as torch_dist"):
+        convert("nemo", tmp_path, tmp_path / "out")
+
+
+class Runs:
+    """A pickle of it would run a command where it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return (eval, ("__import__('os').abort()",))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_is_listed_and_not_run(protocol: int) -> None:
+    value = {"a": [1, 2.5, None, True, "b", (1,), {2**70: "d"}], (3, 4): Runs(), "e": argparse.Namespace(f=1)}
+    value["g"] = value["a"]
+    read = read_inert(pickle.dumps(value, protocol), "x")
+    assert read["a"][:5] == [1, 2.5, None, True, "b"]
+    assert read["g"] is read["a"]
+    assert read["a"][-1] == {2**70: "d"}
+    run = read[3, 4]
+    assert isinstance(run, Inert)
+    assert run.name.endswith("eval")
+    assert run.arguments == ("__import__('os').abort()",)
+    assert read["e"].state == {"f": 1}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"\x80\x04]\x94(K\x01K", b"\x80\x04\x8c", b"\x80\x040.", b"\x80\x04Qa."]
+)
+def test_what_is_no_pickle_of_plain_data_is_one_sentence(content: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"x is not a list of tensors: .*; copy it again"):
+        read_inert(content, "x")
