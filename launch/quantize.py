@@ -87,12 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration)
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
-        stored, chosen = _matrices(checkpoint, own)
-        calibrated = None if _reads_no_text(args) else _calibrated(args, text, scheme, checkpoint, own, stored, chosen)
+        stored, chosen, ignored = _matrices(checkpoint, own)
+        calibrated = None
+        if not _reads_no_text(args):
+            calibrated = _calibrated(args, text, scheme, checkpoint, own, stored, set(chosen))
         method = calibrated or RoundToNearest(scheme)
         with Progress("quantizing", len(chosen), "matrices") as progress:
             errors = write_quantized(
-                checkpoint.source, checkpoint.path, checkpoint.config, chosen, scheme, method, args.output,
+                checkpoint.source, checkpoint.path, checkpoint.config, chosen, ignored, scheme, method, args.output,
                 lambda name: progress.advance(name in chosen),
             )  # fmt: skip
     largest = max(errors, key=errors.__getitem__)
@@ -144,8 +146,14 @@ def _say(method: str, errors: Sequence[OutputError]) -> None:
     )  # fmt: skip
 
 
-def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str], set[str]]:
-    """Stored name of every declared tensor; and of those to quantise: whole matrices of layers, as the model declares them."""
+def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str], dict[str, bool], list[str]]:
+    """Stored name of every declared tensor; the matrices to quantise; modules of those that stay as they are.
+
+    Matrices are whole stored ones, by their stored names, with whether they are stored ``[in, out]``.
+
+    Raises:
+        ConfigError: the checkpoint is quantised, or a stored matrix cannot be quantised as a whole.
+    """
     from phalanx.checkpoints.formats import DENSE
     from phalanx.checkpoints.quantization.held import quantized_while_loading
     from phalanx.checkpoints.resolve import resolve
@@ -157,16 +165,29 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
     if any(checkpoint.formats.choose(spec) != DENSE for spec in filter(quantized_while_loading, specs)):
         raise ConfigError("--model is quantised already; use the checkpoint that it was made from")
     stored = resolve(checkpoint.source, specs, (*model.ignored_tensors, r"lm_head\.weight"))
-    chosen = set()
-    for spec in filter(quantized_while_loading, specs):
+    chosen, plain = {}, set()
+    for spec in specs:
         for part in spec.parts:
-            if part.transposed or part.source_rows:
+            if not quantized_while_loading(spec):
+                plain.add(stored[part.source])
+            elif part.encoding is not None or not stored[part.source].endswith(".weight"):
                 raise ConfigError(
-                    f"{part.source} is stored transposed, or several matrices in one; compressed-tensors has no such modules: "
-                    "use --quantize fp8 when serving"
+                    f"{part.source} is no plain matrix called .weight, which compressed-tensors needs; use --quantize fp8 when serving"
                 )
-            chosen.add(stored[part.source])
-    return stored, chosen
+            else:
+                chosen[stored[part.source]] = part.transposed
+    for name in sorted(plain & chosen.keys()):
+        raise ConfigError(f"{name} holds matrices that stay as they are, too; use --quantize fp8 when serving")
+    tables = {stored[part.source] for spec in specs if "." not in spec.owner for part in spec.parts} - {
+        "lm_head.weight"
+    }
+    source = checkpoint.source
+    ignored = [
+        name.removesuffix(".weight")
+        for name in source.names()
+        if name.endswith(".weight") and name not in chosen and name not in tables and len(source.info(name).shape) > 1
+    ]
+    return stored, chosen, ignored
 
 
 if __name__ == "__main__":

@@ -197,8 +197,6 @@ class GroupCodes:
         return np.take_along_axis(groups, index, axis=1)
 
     def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
-        if part.transposed:
-            raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
         source, *aliases = part.siblings(suffix)
         return replace(
             part, source=source, aliases=tuple(aliases), encoding=encoding, transposed=self.stored.transposed

@@ -95,9 +95,10 @@ def is_ordered(chosen: Format) -> bool:
 def quantized_while_loading(spec: WeightSpec) -> bool:
     """Whether ``--quantize`` applies: matrices of layers that are split over ranks.
 
-    Embeddings, the head, and small replicated matrices (routers) stay as they are.
+    Embeddings, the head, small replicated matrices (routers) and norms of each head stay as they are.
     """
-    return len(spec.parts[0].shape) == 2 and spec.owner.startswith("layers.") and all(part.shard for part in spec.parts)
+    is_matrix = len(spec.parts[0].shape) == 2 and not spec.owner.endswith("norm")
+    return is_matrix and spec.owner.startswith("layers.") and all(part.shard for part in spec.parts)
 
 
 def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:

@@ -1,6 +1,6 @@
 """8-bit codes with one scale for each row of a weight, multiplied by inputs that are quantised row by row as they come.
 
-``value[o, i] = codes[o, i] * scale[o]``. Merged weights (q, k and v) keep the scales of their own rows, and tensor-parallel
+``value[o, i] = codes[o, i] * scale[o]``. Codes are stored ``[out, in]``, those of GPT-2's Conv1D, too. Merged weights (q, k and v) keep the scales of their own rows, and tensor-parallel
 ranks cut rows and columns anywhere.
 """
 
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 from phalanx.checkpoints.quantization.encodings import Scales
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import Part, WeightSpec
-from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.formats import Multiply
@@ -66,7 +65,9 @@ class RowCodes:
         """``codes``, ``scale``, for static inputs ``input_scale`` ``[parts]``, and perhaps ``prescale``."""
         stored = {"fp8": "F8_E4M3", "int8": "I8"}[self.kind]
         result = [
-            WeightSpec(f"{spec.owner}.codes", spec.parts, dtype=stored),
+            WeightSpec(
+                f"{spec.owner}.codes", tuple(replace(part, transposed=False) for part in spec.parts), dtype=stored
+            ),
             WeightSpec(f"{spec.owner}.scale", tuple(map(self._scale_part, spec.parts)), dtype="F32"),
         ]
         if self.input == "static":
@@ -81,8 +82,6 @@ class RowCodes:
         return replace(self, prescale=suffix)
 
     def _scale_part(self, part: Part) -> Part:
-        if part.transposed:
-            raise ConfigError(f"{part.source} is stored [in, out]; {self.name} weights of such a module cannot be read")
         shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
         rows = part.source_extents[0] if self.scale_of == "tensor" else 1
         source, *aliases = part.siblings(self.scale, f"{self.scale}_inv")

@@ -78,7 +78,8 @@ def write_quantized(
     source: TensorSource,
     directory: Path,
     config: Mapping[str, Any],
-    chosen: set[str],
+    chosen: Mapping[str, bool],
+    ignored: Sequence[str],
     scheme: Scheme,
     method: Method,
     output: Path,
@@ -88,7 +89,8 @@ def write_quantized(
 
     Args:
         directory: where tokenizer and the other small files come from.
-        chosen: names of the matrices to quantise.
+        chosen: names of the matrices to quantise, and whether they are stored ``[in, out]``; they are written ``[out, in]``.
+        ignored: modules of the other matrices.
         progress: told each tensor's name once it is written.
 
     Raises:
@@ -97,7 +99,7 @@ def write_quantized(
     names = method.order(sorted(source.names()))
     layout = []
     for name in names:
-        layout += _stored(source, name, name in chosen, scheme)
+        layout += _stored(source, name, chosen.get(name), scheme)
         layout += [(scale, TensorInfo((1,), "F32")) for scale in method.scale_names(name)]
     has_cache_scales = any(method.scale_names(name) for name in names)
     unfinished = PartialDirectory(output, lambda name: name in WRITTEN or (directory / name).is_file())
@@ -109,25 +111,26 @@ def write_quantized(
             if name not in chosen:
                 file.write(method.plain(name, array).tobytes())
             else:
-                tensors, errors[name] = method.quantize(name, array)
-                for suffix in scheme.tensors(*array.shape):
+                matrix = np.ascontiguousarray(array.T) if chosen[name] else array
+                tensors, errors[name] = method.quantize(name, matrix)
+                for suffix in scheme.tensors(*matrix.shape):
                     file.write(tensors[suffix].tobytes())
                 for scale in method.scales(name):
                     file.write(scale.tobytes())
             progress(name)
         _copy_small_files(directory, partial)
-        ignored = sorted(name.removesuffix(".weight") for name in names if name == "lm_head.weight")
         cache = {"kv_cache_scheme": dict(KV_CACHE_SCHEME)} if has_cache_scales else {}
-        section = {**scheme.section, "ignore": ignored or ["lm_head"], **cache}
+        section = {**scheme.section, "ignore": sorted(ignored) or ["lm_head"], **cache}
         (partial / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
     return errors
 
 
-def _stored(source: TensorSource, name: str, is_chosen: bool, scheme: Scheme) -> list[tuple[str, TensorInfo]]:
+def _stored(source: TensorSource, name: str, transposed: bool | None, scheme: Scheme) -> list[tuple[str, TensorInfo]]:
+    """What is written for a tensor; ``transposed``: how a matrix to quantise is stored, None for all else."""
     info = source.info(name)
-    if not is_chosen:
+    if transposed is None:
         return [(name, info)]
-    rows, columns = info.shape
+    rows, columns = info.shape[::-1] if transposed else info.shape
     if scheme.group_size and columns % scheme.group_size:
         raise ConfigError(
             f"--group-size={scheme.group_size} does not divide the {columns} columns of {name}; use one that does"

@@ -283,10 +283,23 @@ def _rounded(values: Float32Array, scheme: Scheme) -> _Rounded:
 
 
 def _parts(spec: WeightSpec, stored: Mapping[str, str], weights: Weights[Float32Array]) -> list[_Part]:
+    """The stored matrices of a product, whole: several of its parts may be rows of one (q, k and v of Phi-3).
+
+    Raises:
+        ConfigError: one holds rows of another product, too.
+    """
     merged = weights.linear(spec.owner).components["weight"]
     ends = np.cumsum([part.shape[0] for part in spec.parts])
-    pieces = np.split(merged, ends[:-1])
-    return [_Part(stored[part.source], piece) for part, piece in zip(spec.parts, pieces, strict=True)]
+    matrices: dict[str, Float32Array] = {}
+    missing: dict[str, int] = {}
+    for part, piece in zip(spec.parts, np.split(merged, ends[:-1]), strict=True):
+        name, rows = stored[part.source], part.source_extents[0]
+        whole = matrices.setdefault(name, np.empty((rows, piece.shape[1]), np.float32))
+        whole[part.first_row : part.first_row + len(piece)] = piece
+        missing[name] = missing.get(name, rows) - len(piece)
+    for name in (name for name, rows in missing.items() if rows):
+        raise ConfigError(f"{name} holds rows of another product than {spec.owner}, too; use --method rtn")
+    return [_Part(name, whole) for name, whole in matrices.items()]
 
 
 def _output_error(weight: Float32Array, x: Float32Array, values: Float32Array, rounded: Float32Array) -> float:

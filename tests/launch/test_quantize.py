@@ -61,10 +61,13 @@ def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: 
     assert not (tmp_path / "out").exists()
 
 
-def test_modules_that_compressed_tensors_lacks_are_refused(tmp_path: Path) -> None:
-    gpt2 = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="stored transposed, or several matrices in one"):
-        main(["--model", str(gpt2), "--output", str(tmp_path / "out"), "--scheme", "fp8"])
+def test_matrices_that_stay_plain_are_listed_for_other_readers(tmp_path: Path) -> None:
+    """compressed-tensors takes every linear module that ``ignore`` does not list for a quantised one: routers, too."""
+    mixtral = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "mixtral")
+    main(["--model", str(mixtral), "--output", str(tmp_path / "out"), "--scheme", "w8a16"])
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    layers = CASES_BY_NAME["mixtral-plain"].config["num_hidden_layers"]
+    assert ignored == ["lm_head", *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(layers))]
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Path) -> None:
