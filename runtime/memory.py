@@ -25,8 +25,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.ops import ExpertsSpec
-from phalanx.runtime.sampling.fields import MAX_PLAN_BIASES, MAX_TOKEN_BIASES, TOKEN_BIAS_WORDS
-from phalanx.runtime.sampling.mask_sizes import most_plan_mask_words
+from phalanx.runtime.state_sizes import fp8_scale_bytes, state_bytes
 
 __all__ = [
     "ADJUSTED_ROWS",
@@ -61,8 +60,6 @@ RESERVE_BYTES = 1 << 30
 
 ALIGNMENT_BYTES = 256
 PACKED = "packed "
-_STEP_WORDS_PER_SEQUENCE = 32 + TOKEN_BIAS_WORDS * MAX_TOKEN_BIASES
-_STEP_WORDS_PER_TOKEN = 16
 _ROUTING_WORDS = 10  # 16-bit: id, share, place in the order and its inverse, tiles
 
 
@@ -72,7 +69,7 @@ class RankMemory:
 
     Attributes:
         weights: by `WEIGHT_PARTS`; tied tensors count once.
-        workspace: activations of the largest step, logits included, and the state of the batch.
+        workspace: activations of the largest step, logits included, the state of the batch, and scales of an fp8 cache.
         communication: buffers for the hidden states that come from the stage before, and for the all-reduce among
             tensor-parallel ranks of one host.
         kv_block_bytes: one block over all layers of the stage: keys, values and token ids.
@@ -117,7 +114,9 @@ def plan_memory(
         ConfigError: the model cannot be split so.
     """
     itemsize, experts = DTYPE_BYTES[dtype], use_of(model, config).experts
-    state = _state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), config.vocab_size)
+    state = state_bytes(
+        max_num_seqs, max_num_tokens, -(-max_model_len // block_size), block_size, config.vocab_size
+    )  # fmt: skip
     result = []
     for stage, layers in enumerate(model.stages(config, layout.pp)):
         # One after the other: a tp that the model cannot be split by is refused with the first, however large it is.
@@ -136,7 +135,7 @@ def plan_memory(
                 tp_rank=place.tp_rank,
                 layers=layers,
                 weights=weight_bytes(components, place.tp_rank, layout.tp, itemsize),
-                workspace=workspace(place) + state,
+                workspace=workspace(place) + state + (_fp8_scales(attention, place) if kv_itemsize == 1 else 0),
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
                 kv_block_bytes=kv_block_bytes(attention, place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize),
             )
@@ -271,11 +270,9 @@ def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int,
     return unpacked + (SUM_BYTES + ALIGNMENT_BYTES if has_sums else 0)
 
 
-def _state_bytes(max_num_seqs: int, max_num_tokens: int, blocks_per_seq: int, vocab_size: int) -> int:
-    """Upper bound of what the device keeps of the batch: block tables, the plan, positions, sampling parameters, token biases and masks."""
-    words = max_num_seqs * (blocks_per_seq + _STEP_WORDS_PER_SEQUENCE) + max_num_tokens * _STEP_WORDS_PER_TOKEN
-    plan_biases = min(max_num_seqs * MAX_TOKEN_BIASES, MAX_PLAN_BIASES) * (2 + TOKEN_BIAS_WORDS)
-    return 4 * (words + plan_biases + most_plan_mask_words(vocab_size, max_num_seqs))
+def _fp8_scales(specs: Iterable[AttentionSpec], place: Topology) -> int:
+    tp = place.tp_rank, place.layout.tp
+    return fp8_scale_bytes(local_kv_heads(spec.num_kv_heads, *tp).size for spec in specs if spec.cached)
 
 
 def _weight_part(name: str) -> str:
