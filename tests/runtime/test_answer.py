@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,6 +49,10 @@ class HoldsBack:
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
+        return ""
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        self._ids += token_ids
         return ""
 
     def flush(self) -> str:
