@@ -125,6 +125,7 @@ async def _serve(
         ws="none",
         lifespan="off",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         log_level="warning",
         server_header=False,

@@ -48,6 +48,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], ApiGeneration], dict[str, Any]]] = {
 class Connection:
     """What a client has received; it reads while ``is_writable``."""
 
+    is_lost = False
+
     def __init__(self) -> None:
         self.is_writable = True
         self.writes: list[bytes] = []
@@ -58,6 +60,9 @@ class Connection:
 
     def call_when_writable(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback
+
+    def call_when_lost(self, callback: Callable[[], None] | None) -> None:
+        """It stays."""
 
     def catch_up(self) -> None:
         self.is_writable = True

@@ -110,7 +110,7 @@ class _Door:
         asked = read_request(body, request.headers.get(HEADER_LENGTH))
         self._inference.check_outputs(contract, list(asked.outputs))
         rows = tensor_rows(contract, asked.inputs)
-        outputs = await until_disconnect(request.receive, self._inference.run(contract, rows))
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, rows))
         headers, answer = write_response(asked, contract.name, outputs)
         return _compressed(answer, headers, request.headers.get("accept-encoding", ""))
 
@@ -118,7 +118,7 @@ class _Door:
         """JSON fields in, one JSON object out."""
         contract = self._generating(request)
         row, request_id = await self._read_fields(request, contract)
-        outputs = await until_disconnect(request.receive, self._inference.run(contract, [row]))
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, [row]))
         return json_response(scalars(contract, outputs, request_id))
 
     async def generate_stream(self, request: Request) -> Response:
@@ -127,7 +127,7 @@ class _Door:
         row, request_id = await self._read_fields(request, contract)
         query = self._inference.parse(contract, [row])
         if not query.stream:
-            outputs = await until_disconnect(request.receive, self._inference.run(contract, [row]))
+            outputs = await until_disconnect(request.scope, self._inference.run(contract, [row]))
             return Response(event(scalars(contract, outputs, request_id)), media_type="text/event-stream")
         started, statistics = time.monotonic_ns(), self._inference.statistics[contract.name]
         job = await self._inference.start(query)

@@ -55,7 +55,7 @@ class GenerationJob:
     group: GenerationGroup | None = None
     num_prompt_tokens: int = 0
     first_token: float | None = None
-    last_token: float | None = None
+    last_token: float = 0.0
     failed: Answer | None = None
 
     def submit(self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> None:
@@ -97,7 +97,8 @@ class GenerationJob:
         token_ids = self.group.take_plain()
         if token_ids is None:
             return None
-        self._observe(len(token_ids), now)
+        self.services.metrics.next_tokens.add(len(token_ids), now - self.last_token)
+        self.last_token = now
         return self.choices[0].extend_text(token_ids)
 
     def take(self, now: float) -> list[tuple[Answer, list[TokenEvent]]]:
@@ -204,7 +205,7 @@ class GenerationJob:
             Answer.start(choice.index, choice.prompt_token_ids, choice.params, self.services.tokenizer)
             for choice in self.choices
         ]
-        self.failed, self.last_token, self.num_unfinished = None, None, len(self.choices)
+        self.failed, self.first_token, self.num_unfinished = None, None, len(self.choices)
         self.group = client.submit([(choice.prompt_token_ids, choice.params) for choice in self.choices], deadline)
 
     def raise_failure(self) -> None:
@@ -227,18 +228,19 @@ class GenerationJob:
         return ApiError(408, message, code="request_timeout", headers=_NO_RETRY)
 
     def _observe(self, num_tokens: int, now: float) -> None:
-        last, self.last_token = self.last_token, now
-        if last is not None:
-            self.services.metrics.next_tokens.add(num_tokens, now - last)
-            return
-        self.first_token = now
-        self.services.metrics.generation_tokens.inc(num_tokens)
-        self.services.metrics.first_token.observe(now - self.arrival)
+        metrics = self.services.metrics
+        if self.first_token is None:
+            self.first_token = now
+            metrics.generation_tokens.inc(num_tokens)
+            metrics.first_token.observe(now - self.arrival)
+        else:
+            metrics.next_tokens.add(num_tokens, now - self.last_token)
+        self.last_token = now
 
     def _count(self) -> None:
         metrics = self.services.metrics
         metrics.duration.observe(time.monotonic() - self.arrival)
-        if self.first_token is not None and self.last_token is not None:
+        if self.first_token is not None:
             metrics.decode.observe(self.last_token - self.first_token)
         for choice in self.choices:
             metrics.prompt_length.observe(len(choice.prompt_token_ids))
@@ -299,7 +301,7 @@ async def respond(job: GenerationJob, generation: ApiGeneration, request: Reques
     reply = generation.reply(Served(services.model_name, services.tokenizer, services.tool_call_form))
     if generation.stream:
         return await stream_response(job, reply.stream(job.usage), request)
-    choices = await until_disconnect(request.receive, job.collect())
+    choices = await until_disconnect(request.scope, job.collect())
     whole = reply.whole(choices, job.usage())
     job.close()
     return json_response(whole)
@@ -312,7 +314,7 @@ async def stream_response(job: GenerationJob, chunks: StreamChunks, request: Req
         ApiError: the request failed before its first token, and soon.
         ClientGone: the client left before anything was sent.
     """
-    first = await until_disconnect(request.receive, _first_events(job))
+    first = await until_disconnect(request.scope, _first_events(job))
     stream = GenerationStream(job, chunks, first)
     return EventStream(stream.start, job.close)
 
@@ -343,7 +345,8 @@ class GenerationStream:
         self._writer = writer
         writer.write(self._chunks.opening(self._job.choices))
         self._write(self._first)
-        self._flush(time.monotonic())
+        if not writer.is_finished:
+            self._flush(time.monotonic())
         if self._job.group is not None and not writer.is_finished:
             writer.on_writable(lambda: self._flush(time.monotonic()))
             self._job.group.listen(self._flush)
@@ -351,7 +354,8 @@ class GenerationStream:
     def _flush(self, now: float) -> None:
         """Write what has arrived, unless the client is behind: then it waits, merged, until the client has read."""
         writer = self._writer
-        if writer is None or not writer.is_ready:
+        assert writer is not None
+        if not writer.connection.is_writable:
             return
         try:
             if self._write_text is not None and (text := self._job.take_text(now)) is not None:
@@ -381,4 +385,5 @@ class GenerationStream:
         assert self._writer is not None
         if self._job.group is not None:
             self._job.group.listen(None)
+        self._writer.on_writable(None)
         self._writer.finish(data + self._chunks.done)

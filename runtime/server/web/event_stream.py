@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from phalanx.runtime.server.web.http import ClientGone, until_disconnect
+from phalanx.runtime.server.web.http import ClientGone, Connection, until_disconnect
 
-__all__ = ["Connection", "EventStream", "EventWriter"]
+__all__ = ["EventStream", "EventWriter"]
 
 COMMENT_SECONDS = 10.0
 """Longest silence of a stream. Proxies give up after 50 to 60 s without a byte; comments are no events."""
@@ -20,48 +19,26 @@ COMMENT_SECONDS = 10.0
 _COMMENT = b": waiting\n\n"
 
 
-class Connection(Protocol):
-    """What `EventWriter` needs of the protocol that serves a connection.
-
-    Attributes:
-        is_writable: whether the client has read most of what was written.
-    """
-
-    is_writable: bool
-
-    def write_body(self, data: bytes) -> None:
-        """Write a part of the answer's body."""
-        ...
-
-    def call_when_writable(self, callback: Callable[[], None] | None) -> None:
-        """Call ``callback`` whenever the client has caught up."""
-        ...
-
-
 class EventWriter:
     """Writes a stream's events.
 
     Attributes:
+        connection: what they are written to. While it is not writable, keep events back, so that they need less memory.
         is_finished: `finish` or `close` was called.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.is_finished = False
-        self._connection = connection
+        self.connection = connection
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.create_future()
         self._is_silent = True
         self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the stream goes on and the client has read most of it. If not, keep events back, so that they need less memory."""
-        return self._connection.is_writable and not self.is_finished
-
     def write(self, data: bytes) -> None:
         """Send one or more whole events now."""
         if data:
-            self._connection.write_body(data)
+            self.connection.write_body(data)
             self._is_silent = False
 
     def finish(self, data: bytes) -> None:
@@ -69,9 +46,9 @@ class EventWriter:
         self.write(data)
         self._set_end()
 
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` whenever a slow client has caught up."""
-        self._connection.call_when_writable(callback)
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` whenever a slow client has caught up; None = nothing."""
+        self.connection.call_when_writable(callback)
 
     async def finished(self) -> None:
         """Wait for `finish`."""
@@ -80,7 +57,7 @@ class EventWriter:
     def close(self) -> None:
         """Stop writing comments and calling back."""
         self._timer.cancel()
-        self._connection.call_when_writable(None)
+        self.connection.call_when_writable(None)
         self._set_end()
 
     def _set_end(self) -> None:
@@ -89,8 +66,8 @@ class EventWriter:
             self._end.set_result(None)
 
     def _break_silence(self) -> None:
-        if self._is_silent and self._connection.is_writable:
-            self._connection.write_body(_COMMENT)
+        if self._is_silent and self.connection.is_writable:
+            self.connection.write_body(_COMMENT)
         self._is_silent = True
         self._timer = self._loop.call_later(COMMENT_SECONDS, self._break_silence)
 
@@ -112,13 +89,13 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events or the client are at their end."""
-        connection: Any = scope["state"]["connection"]
+        connection: Connection = scope["state"]["connection"]
         writer = None
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             writer = EventWriter(connection)
             self._start(writer)
-            await until_disconnect(receive, writer.finished())
+            await until_disconnect(scope, writer.finished())
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
             return

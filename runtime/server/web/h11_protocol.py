@@ -47,7 +47,8 @@ class BoundedH11Protocol(H11Protocol):
     * A client that closes its sending side still gets its answer; one that has left altogether is found by probes.
 
     Attributes:
-        is_writable: whether the client has read most of what was written.
+        is_lost: whether the connection is closed.
+        is_writable: whether the client is there and has read most of what was written.
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
@@ -59,26 +60,28 @@ class BoundedH11Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.is_writable = True
+        self.is_lost, self.is_writable = False, True
         self.app_state = {**self.app_state, "connection": self}
         self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_if_silent)
         self._stall_timer: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self._on_writable: Callable[[], None] | None = None
+        self._on_lost: Callable[[], None] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._header_timer, self._stall_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
         self._on_writable = None
+        self.is_lost, self.is_writable = True, False
         super().connection_lost(exc)
+        if self._on_lost is not None:
+            self._on_lost()
 
     # Event streams
 
     def write_body(self, data: bytes) -> None:
         """Write a part of the body of an answer that has no length, as HTTP/1.1 frames it."""
-        if self.transport.is_closing():
-            return
         if self.scope["http_version"] == "1.1":
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self.transport.write(data)
@@ -86,6 +89,12 @@ class BoundedH11Protocol(H11Protocol):
     def call_when_writable(self, callback: Callable[[], None] | None) -> None:
         """Call ``callback`` whenever a slow client has caught up."""
         self._on_writable = callback
+
+    def call_when_lost(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` when the connection closes."""
+        self._on_lost = callback
+        if callback is not None:
+            self.flow.resume_reading()
 
     # Clients that do not read
 
