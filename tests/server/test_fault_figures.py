@@ -22,6 +22,7 @@ import pytest
 from .jobs import Job, is_open_mpi, serve
 from .test_lifecycle import events
 from .test_serve import CONFIG, LONG, assert_one_line, serve_tiny, tiny
+from .test_supervise import supervised
 from .test_unusual_faults import FAULTY
 
 __all__ = ["tiny"]
@@ -247,6 +248,18 @@ def test_a_second_signal_does_not_wait(tiny: Path, figures: Figures, round_: int
         assert events(stream)[-1]["error"]["code"] == "engine_failed"
         measured = end_of(job, started)
     figures.add("7. a second signal", {GONE: 4.1}, measured)
+
+
+@repeated
+def test_a_supervised_server_is_ready_again(tiny: Path, figures: Figures, round_: int) -> None:
+    with supervised(tiny, 4, "--tp", "2", "--pp", "2") as job:
+        started = time.monotonic()
+        os.kill(job.rank(3), signal.SIGKILL)
+        assert job.server.lines_with("READY again")
+        measured = {"READY again": time.monotonic() - started}
+        os.kill(job.server.process.pid, signal.SIGTERM)
+        assert job.server.wait()[0] == 0
+    figures.add("9. SIGKILL of a rank under --supervise", {}, measured)
 
 
 @repeated

@@ -229,9 +229,9 @@ def test_the_mpirun_of_another_mpi_is_refused_in_one_sentence(site: Site) -> Non
 
 def assert_four_ranks_answer_as_one(url: str) -> None:
     alone = run("generate", "--prompt", str(PROMPT["prompt"]), "--max-tokens", "8", "--json").stdout
-    answer = httpx.post(f"{url}/v1/completions", json=PROMPT, headers=HEADERS, timeout=30).json()
+    answer = httpx.post(f"{url}/v1/completions", json=PROMPT, headers=HEADERS, timeout=60).json()
     assert answer["choices"][0]["text"] == json.loads(alone)["text"]
-    info = httpx.get(f"{url}/server_info", headers=HEADERS, timeout=30).json()
+    info = httpx.get(f"{url}/server_info", headers=HEADERS, timeout=60).json()
     assert "pp 2 x tp 2" in info["layout"]
 
 
