@@ -74,11 +74,21 @@ class AttentionSpec:
             raise ConfigError(
                 f"{len(self.alibi_slopes)} ALiBi slopes for num_heads={self.num_heads}; give one per head"
             )
+        if self.rope is not None:
+            self._check_rotation(self.rope)
         if self.window and not self.causal:
             raise ConfigError(f"window={self.window} needs causal attention; use window=0 where causal=False")
         if self.prefix_end and (self.window or not self.causal or not self.cached):
             raise ConfigError(
                 f"prefix_end={self.prefix_end} needs causal attention without a window over cached keys; leave it out"
+            )
+
+    def _check_rotation(self, rope: RopeConfig) -> None:
+        parts = 2 if rope.two_dimensional else 1
+        if rope.rotary_dim < 2 or rope.rotary_dim % 2 or parts * rope.rotary_dim > self.head_dim:
+            raise ConfigError(
+                f"rotary_dim={rope.rotary_dim} cannot turn pairs of {parts} part(s) of heads of head_dim={self.head_dim}; it must be even, "
+                "and the parts no larger than a head: config.json is damaged"
             )
 
     @staticmethod

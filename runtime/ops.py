@@ -32,6 +32,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import Activation
 
@@ -48,12 +49,21 @@ class ExpertsSpec:
         num_experts, top_k: E, and how many of them each token takes.
         activation: of the gate.
         renormalise: the chosen experts' probabilities are divided by their sum.
+
+    Raises:
+        ConfigError: a token would take more experts than there are.
     """
 
     num_experts: int
     top_k: int
     activation: Activation
     renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.top_k} exceeds the {self.num_experts} experts of a layer; config.json is damaged"
+            )
 
 
 class Ops(ABC, Generic[Tensor]):

@@ -228,4 +228,4 @@ def kv_head_shard(config: ModelConfig) -> Shard:
 def feed_forward_shard(config: ModelConfig, axis: int) -> Shard:
     """Feed-forward columns in units that keep 16-byte rows on a GPU where the size allows it."""
     unit = next(unit for unit in (16, 8, 4, 2, 1) if config.intermediate_size % unit == 0)
-    return Shard(axis, unit=unit, what="feed-forward units")
+    return Shard(axis, unit=unit, what=f"feed-forward units of {unit}")

@@ -23,7 +23,7 @@ from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES as TENSORRT
 from phalanx.runtime.executors.tensorrt.ops import TrtOps
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.models import Model, find_model, registry
-from phalanx.runtime.ops import AttentionSpec, Ops
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
 from tests.support.checkpoints import CASES, CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 
@@ -119,7 +119,7 @@ def test_the_refusal_comes_before_weights_are_read(
     ("capabilities", "change", "message"),
     [
         (CUDA, lambda spec: replace(spec, head_dim=264), r"attention\.head_dim=264 exceeds its limit of 256; use --engine numpy"),
-        (CUDA, lambda spec: replace(spec, head_dim=12), r"attention\.head_dim=12 is not a multiple of 8"),
+        (CUDA, lambda spec: replace(spec, head_dim=12, rope=None), r"attention\.head_dim=12 is not a multiple of 8"),
         (CUDA, lambda spec: replace(spec, cached=False), r"attention\.cached=False is not supported"),
         (NUMPY, lambda spec: replace(spec, keys="encoder"), r"attention\.keys=encoder is not supported$"),
         (TENSORRT, lambda spec: replace(spec, soft_cap=50.0), r"attention\.soft_cap=50\.0 is not supported; use --engine numpy"),
@@ -195,6 +195,13 @@ def test_families_that_an_engine_lacks_something_for_are_refused_by_name(
 
 def test_contradictory_fields_are_refused() -> None:
     spec = AttentionSpec(4, 2, 8, 0.5)
+    for rope in (RopeConfig(rotary_dim=10), RopeConfig(rotary_dim=3), RopeConfig(rotary_dim=6, two_dimensional=True)):
+        with pytest.raises(
+            ConfigError, match=r"rotary_dim=\d+ cannot turn pairs of . part\(s\) of heads of head_dim=8"
+        ):
+            replace(spec, rope=rope)
+    with pytest.raises(ConfigError, match="num_experts_per_tok=8 exceeds the 6 experts of a layer"):
+        ExpertsSpec(6, 8, "silu")
     with pytest.raises(ConfigError, match="3 ALiBi slopes for num_heads=4"):
         replace(spec, alibi_slopes=(1.0, 0.5, 0.25))
     with pytest.raises(ConfigError, match="window=4 needs causal attention"):
