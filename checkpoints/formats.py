@@ -230,10 +230,12 @@ def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[st
     if needed == 1:
         return shard
     unit = math.lcm(shard.unit, needed)
-    if shard.groups and extent // shard.groups % unit:
+    pieces = shard.groups or shard.whole
+    each = (shard.whole * shard.unit or extent) // pieces if pieces else unit
+    if each % unit or (shard.whole and unit != shard.unit):
         raise ConfigError(
-            f"{spec.name}: groups of {needed} values do not divide the {extent // shard.groups} of each of "
-            f"{shard.groups} {shard.what}; use a checkpoint with smaller quantisation groups"
+            f"{spec.name}: groups of {needed} values do not divide the {each} of each of "
+            f"{pieces} {shard.what}; use a checkpoint with smaller quantisation groups"
         )
     pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
     return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit))

@@ -43,7 +43,7 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class GroupIndex:
-    """The group of each column ``[I]``, for all of ``rows`` rows: GPTQ's ``g_idx``, values as declared ``[O, I]``."""
+    """The group of each column ``[I]``, for all of ``rows`` rows: GPTQ's ``g_idx``, values as declared ``[rows, I]``."""
 
     rows: int
     dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})

@@ -28,6 +28,9 @@ _DUMMY_CODES = {"int4": DummyRange(-7.99, 7.99), "int8": DummyRange(-127.9, 127.
 _DUMMY_SCALES = {kind: DummyRange(0.04 / -codes.low, 0.05 / -codes.low) for kind, codes in _DUMMY_CODES.items()}
 """Random weights with a standard deviation of about 0.02, as those without a format."""
 
+INDEXED_ROWS = 64
+"""Rows that share a row of the index of groups, where their number and cuts allow: it takes 4 / 64 bytes a weight then."""
+
 SMALLEST_GROUP = 32
 """Groups that heads cut into smaller pieces than this would take more memory for scales than for codes."""
 
@@ -66,6 +69,7 @@ class GroupCodes:
         label: what reports and refusals call it: ``int4``, ``fp8 blocks``.
         group: columns that share a scale in the file; 0 = the whole row.
         cut: columns that share a scale in memory, a divisor of ``group``: smaller where heads decide the cuts.
+        indexed: rows that share a row of the index of groups in memory.
         input: how inputs are quantised: not at all, or like the weight's groups.
     """
 
@@ -73,6 +77,7 @@ class GroupCodes:
     stored: Stored
     group: int
     cut: int = 0
+    indexed: int = 1
     input: Literal["plain", "fp8 groups"] = "plain"
 
     @property
@@ -101,7 +106,7 @@ class GroupCodes:
         return "int4" if isinstance(encoding, PackedWords | NibbleRows) and encoding.bits == 4 else "int8"
 
     def for_weight(self, spec: WeightSpec) -> GroupCodes:
-        """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128.
+        """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128, and share a row of an index.
 
         Raises:
             ConfigError: the pieces would be too small to be worth it.
@@ -115,16 +120,16 @@ class GroupCodes:
                 f"{spec.name}: heads cut its quantisation groups of {self.group} columns into pieces of {cut}, below "
                 f"{SMALLEST_GROUP}; use a checkpoint with other groups"
             )
-        return replace(self, cut=cut)
+        return replace(self, cut=cut, indexed=math.gcd(*map(_common_rows, spec.parts)))
 
     def units(self, part: Part) -> tuple[int, ...]:
-        """Columns in whole pieces of groups; any where each column names its group."""
-        return 1, 1 if self.stored.group_index else max(self.cut, 1)
+        """Columns in whole pieces of groups; where each column names its group any columns, and rows that share an index."""
+        return (self.indexed, 1) if self.stored.group_index else (1, max(self.cut, 1))
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """``codes``, ``scale``, unless symmetric ``zero``, with activation order ``group_index`` ``[O, I]``, and perhaps ``prescale``.
+        """``codes``, ``scale``, unless symmetric ``zero``, with activation order ``group_index``, and perhaps ``prescale``.
 
-        With that order any column may belong to any group, so ranks that share columns all hold the scales of every group.
+        The index is ``[O / indexed, I]``, because q, k and v (gate and up) may have one each, and a rank any rows of them. With that order any column may belong to any group, so ranks that share columns all hold the scales of every group.
         """
         stored = self.stored
         codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
@@ -137,13 +142,8 @@ class GroupCodes:
             zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
             result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8", dummy=DummyRange(-1.0, 2.0)))
         if stored.group_index:
-            indices = [
-                replace(self._part(part, stored.group_index, GroupIndex(part.source_extents[0])), transposed=False)
-                for part in spec.parts
-            ]
-            result.append(
-                WeightSpec(f"{spec.owner}.group_index", tuple(indices), dtype="I32", dummy=DummyRange(0.0, 1.0))
-            )
+            indices = tuple(map(self._index_part, spec.parts))
+            result.append(WeightSpec(f"{spec.owner}.group_index", indices, dtype="I32", dummy=DummyRange(0.0, 1.0)))
         if stored.prescale:
             result.append(prescale_component(spec, stored.prescale))
         return tuple(result)
@@ -194,13 +194,27 @@ class GroupCodes:
                 f"a column of a weight is in group {index.min() if index.min() < 0 else index.max()} of {groups.shape[1]} "
                 f"({self.stored.group_index}); copy the checkpoint again"
             )
-        return np.take_along_axis(groups, index, axis=1)
+        values, rows = np.empty(components["codes"].shape, groups.dtype), len(groups) // max(len(index), 1)
+        for number, columns in enumerate(index):
+            some = slice(number * rows, (number + 1) * rows)
+            np.take(groups[some], columns, axis=1, out=values[some])
+        return values
 
     def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
         source, *aliases = part.siblings(suffix)
         return replace(
             part, source=source, aliases=tuple(aliases), encoding=encoding, transposed=self.stored.transposed
         )
+
+    def _index_part(self, part: Part) -> Part:
+        shared, shard = self.indexed, part.shard
+        if shard is not None and shard.axis == 0:
+            shard = replace(shard, unit=shard.unit // shared, pad_to=shard.pad_to // shared)
+        rows = part.source_extents[0] // shared
+        return replace(
+            self._part(part, self.stored.group_index, GroupIndex(rows)), shape=(part.shape[0] // shared, part.shape[1]),
+            shard=shard, transposed=False, first_row=part.first_row // shared, source_rows=rows,
+        )  # fmt: skip
 
     def _group_part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
         """Of ``[O, G]`` values. Zero points are packed along rows and so never repeat along them."""
@@ -220,3 +234,12 @@ class GroupCodes:
             )
         whole = replace(self._part(part, suffix, encoding), shape=(part.shape[0], columns), shard=shard)
         return whole
+
+
+def _common_rows(part: Part) -> int:
+    """A divisor of every number of rows at which a rank's share of ``part`` can begin or end; all rows where they are not split."""
+    rows = math.gcd(part.shape[0], part.first_row, part.source_extents[0])
+    if part.shard is None or part.shard.axis == 1:
+        return rows
+    shard = part.shard
+    return math.gcd(rows, INDEXED_ROWS, *((shard.unit, part.shape[0] // shard.groups) if shard.groups else ()))

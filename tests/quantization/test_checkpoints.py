@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
+from phalanx.checkpoints.formats import format_weights, read_formats
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CheckpointError, ConfigError
@@ -337,6 +338,23 @@ def test_a_column_of_a_group_that_does_not_exist_is_an_error(root: Path, tmp_pat
         generate(tmp_path / "damaged")
     with pytest.raises(CheckpointError, match=r"a column of layers\.1\.down\.group_index is in group 99 of"):
         generate(tmp_path / "damaged", engine="cuda", dtype="float16")
+
+
+@pytest.mark.parametrize("inner", [688, 11008, 13696, 18944, 29568])
+def test_indices_of_groups_take_a_fraction_of_a_byte_a_weight(inner: int) -> None:
+    """They are one row for all rows of a matrix in the file; q, k and v may have one each, and ranks take any rows of gate and up."""
+    config = {**CASE.config, "hidden_size": 4096, "intermediate_size": inner, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+    model = find_model(config)
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}
+    weights = format_weights(model.weights(model.read_config(config)), read_formats({"quantization_config": section}))
+    for tp in (1, 2, 3, 8):
+        for weight in weights:
+            components = {one.kind: one.local_shape(tp - 1, tp) for one in weight.components}
+            if "group_index" in components:
+                (rows, columns), (index_rows, index_columns) = components["codes"], components["group_index"]
+                assert (rows % index_rows, index_columns) == (0, columns)
+                assert 4 * index_rows * index_columns <= rows * columns / 4
+                assert index_rows == 1 or not weight.spec.owner.endswith(("output", "down"))
 
 
 def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:
