@@ -34,6 +34,7 @@ _CONTENTS: Sequence[tuple[bytes, str]] = (
 )
 
 _PICKLED = "convert it first: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) of transformers writes safetensors"
+_CONVERTED = "make it a model directory first: phalanx convert --from {} --input DIR --output NEW_DIR"
 _DIRECTORIES: Mapping[str, str] = MappingProxyType(
     {
         "adapter_config.json": "an adapter (PEFT, LoRA) without its base model; merge it into the base model first: "
@@ -47,16 +48,22 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
         "*.aria2": "an unfinished download; download the model again",
         "*.part": "an unfinished download; download the model again",
         "*.incomplete": "an unfinished download; download the model again",
+        "model_config.yaml": f"the configuration of a NeMo checkpoint; {_CONVERTED.format('nemo')}",
+        "*.nemo": f"a NeMo archive; {_CONVERTED.format('nemo')}",
+        "latest_checkpointed_iteration.txt": f"what Megatron-LM writes next to its checkpoints; {_CONVERTED.format('megatron')}",
+        "model_optim_rng.pt": f"what a rank of Megatron-LM saved; {_CONVERTED.format('megatron')}",
+        "*.distcp": "a piece of a distributed training checkpoint; of Megatron-LM's, "
+        + _CONVERTED.format("megatron")
+        + "; any other, consolidate and save as safetensors",
+        "model.wte.bin": f"a tensor of FasterTransformer's; {_CONVERTED.format('fastertransformer')}",
         "pytorch_model*.bin": f"pickled PyTorch weights; {_PICKLED}",
         "*.bin": f"pickled PyTorch weights; {_PICKLED}",
         "*.pth": f"pickled PyTorch weights in the layout of their authors; use the Hugging Face version of the model, or {_PICKLED}",
         "*.pt": f"pickled PyTorch weights; {_PICKLED}",
         "*.ckpt*": f"a training checkpoint; {_PICKLED}",
-        "*.distcp": "a distributed training checkpoint; consolidate it and save the model as safetensors first",
         "*.h5": f"TensorFlow weights; {_PICKLED}",
         "*.ot": f"weights for Rust; {_PICKLED}",
         "*.msgpack": f"Flax weights; {_PICKLED}",
-        "*.nemo": "a NeMo archive; convert it to the Hugging Face layout first",
         "*.onnx": "an ONNX graph; use the original model with *.safetensors",
         "*.npz": "NumPy or MLX weights; use the original model with *.safetensors",
         "*.engine": "a TensorRT engine; give the model's own directory, and this one as --engine-dir",
