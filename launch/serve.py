@@ -118,9 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     door = _Door()
     try:
         args, world = job_arguments(build_parser(), argv, door.open)
-        if (
-            world.rank
-        ):  # not before: a signal that only some ranks act on while MPI starts would leave the others waiting there
+        # Not before: a signal that only some ranks act on while MPI starts would leave the others waiting there.
+        if world.rank:
             DrainSignals.ignore()
         progress = _progress()
         with _watch(args, world, progress, door) as watch:
