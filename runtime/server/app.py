@@ -65,7 +65,10 @@ def build_app(
 def server_routes(services: Services, inference: Inference) -> list[Route]:
     """Return every route of the server."""
     routes = Routes(services)
-    return [
+    return [  # tried in this order
+        BodyRoute("/v1/completions", routes.completions, CompletionRequest, "openai", OBJECT_OR_EVENTS),
+        BodyRoute("/v1/chat/completions", routes.chat, ChatRequest, "openai", OBJECT_OR_EVENTS),
+        BodyRoute("/v1/responses", routes.responses, ResponsesRequest, "openai", OBJECT_OR_EVENTS),
         Route("/", routes.page),
         Route("/health", routes.health),
         Route("/ready", routes.ready),
@@ -76,9 +79,6 @@ def server_routes(services: Services, inference: Inference) -> list[Route]:
         Route("/metrics", routes.metrics),
         Route("/v1/models", routes.models),
         Route("/v1/models/{model:path}", routes.model),
-        BodyRoute("/v1/completions", routes.completions, CompletionRequest, "openai", OBJECT_OR_EVENTS),
-        BodyRoute("/v1/chat/completions", routes.chat, ChatRequest, "openai", OBJECT_OR_EVENTS),
-        BodyRoute("/v1/responses", routes.responses, ResponsesRequest, "openai", OBJECT_OR_EVENTS),
         BodyRoute("/tokenize", routes.tokenize, TokenizeRequest),
         BodyRoute("/detokenize", routes.detokenize, DetokenizeRequest),
         Route("/tokenizer_info", routes.tokenizer_info),
