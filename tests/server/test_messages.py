@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.runtime.request import Logprob, Request, SamplingParams, TokenDelta
-from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
+from phalanx.runtime.server.link.channel import MESSAGE_BYTES, REQUEST_BYTES, FrontendChannel, FrontendChannels
 from phalanx.runtime.server.link.messages import (
     Cancel,
     Deltas,
@@ -106,6 +107,31 @@ def test_a_closed_end_is_an_error_with_a_way_out() -> None:
         with pytest.raises(CommunicatorError, match="HTTP process 0 is gone"):
             channel.send(Stop())
         assert not channel.flush(1.0)
+
+
+def test_a_long_prompt_arrives_before_one_step() -> None:
+    with channel_pair() as (channels, theirs):
+        request = Request("0", tuple(range(25_000)), SamplingParams())
+        data = encode_frame(Submit(request))
+        assert len(data) > 2 * REQUEST_BYTES
+        theirs.sendall(data)
+        assert channels.receive(1.0) == [(0, Submit(request))]
+
+
+def test_a_request_that_never_ends_holds_no_step_up() -> None:
+    """However fast it comes: a part of it is taken before each step."""
+    with channel_pair() as (channels, theirs):
+        request = Request("0", tuple(range(30_000, 1_030_000)), SamplingParams())
+        data = encode_frame(Submit(request))
+        sending = threading.Thread(target=theirs.sendall, args=(data,))
+        sending.start()
+        num_turns, taken = 0, []
+        while not taken:
+            taken = channels.receive(1.0)
+            num_turns += 1
+        sending.join()
+        assert num_turns > len(data) // (MESSAGE_BYTES + REQUEST_BYTES)
+        assert taken == [(0, Submit(request))]
 
 
 def test_a_burst_of_requests_is_taken_a_few_before_each_step() -> None:

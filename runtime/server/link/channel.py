@@ -19,6 +19,8 @@ __all__ = ["Channel", "FrontendChannel", "FrontendChannels", "ReplicaChannel"]
 
 REQUEST_BYTES = 1 << 15
 """What a leader reads of an HTTP process before its next step: some 30 requests, a millisecond of work. The rest of a burst waits."""
+MESSAGE_BYTES = 1 << 20
+"""What is read at most of one message that is longer: a prompt of 100,000 tokens needs no dozen steps to arrive."""
 DELTA_BYTES = 1 << 18
 """What rank 0 reads of another leader: more than one step writes, so that nothing piles up."""
 
@@ -32,7 +34,7 @@ class Channel(Generic[Sent, Received]):
     Args:
         name: of the process, for errors.
         received: the type of its messages.
-        read_bytes: most that one `read` takes.
+        read_bytes: most that one `read` takes, unless a longer message comes.
     """
 
     def __init__(self, sock: socket.socket, name: str, received: Any, read_bytes: int) -> None:
@@ -82,20 +84,29 @@ class Channel(Generic[Sent, Received]):
             raise self._gone() from error
 
     def read(self) -> list[Received]:
-        """What has arrived, as far as ``read_bytes`` go.
+        """What has arrived, as far as ``read_bytes`` go, or up to the end of a longer message.
 
         Raises:
             CommunicatorError: the other end is closed.
         """
+        messages: list[Received] = []
+        num_bytes = 0
+        while not messages and num_bytes < MESSAGE_BYTES and (data := self._receive()):
+            num_bytes += len(data)
+            messages = [self._decoder.decode(body) for body in self._frames.feed(data)]
+        return messages
+
+    def _receive(self) -> bytes:
+        """Some bytes; none if none are there."""
         try:
             data = self._sock.recv(self._read_bytes)
         except BlockingIOError:
-            return []
+            return b""
         except OSError as error:
             raise self._gone() from error
         if not data:
             raise self._gone()
-        return [self._decoder.decode(body) for body in self._frames.feed(data)]
+        return data
 
     def close(self) -> None:
         """Close this end, which ends an HTTP process."""
