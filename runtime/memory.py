@@ -211,8 +211,12 @@ def workspace_bytes(
         activations = activation_bytes(
             specs, mixtures, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
         )
-        codes = _code_bytes(quantized, max_num_tokens + logit_rows, *tp)
-        return activations + codes + _product_bytes(weights, itemsize, *tp)
+        rounded = [
+            weight.spec for weight in weights if isinstance(weight.format, PackedCodes) and weight.format.rounds_inputs
+        ]
+        num_rows = max_num_tokens + logit_rows
+        inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, num_rows, itemsize, *tp)
+        return activations + inputs + _product_bytes(weights, itemsize, *tp)
 
     return max(map(of_layer, layers))
 
@@ -260,6 +264,12 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
     """Room for the 8-bit inputs of ``specs`` with a scale for each row, all alive at once."""
     widths = [spec.local_shape(rank, size)[1] for spec in specs]
     return sum(num_rows * (width + 4) + 4 * ALIGNMENT_BYTES for width in widths)
+
+
+def _rounded_bytes(specs: Iterable[WeightSpec], num_rows: int, itemsize: int, rank: int, size: int) -> int:
+    """Room for inputs of ``specs`` that are rounded before the product, all alive at once."""
+    widths = [spec.local_shape(rank, size)[1] for spec in specs]
+    return sum(num_rows * width * itemsize + ALIGNMENT_BYTES for width in widths)
 
 
 def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int, size: int) -> int:

@@ -31,7 +31,9 @@ QUANTIZE_NAMES: tuple[QuantizeName, ...] = ("none", "fp8", "int8")
 
 @dataclass(frozen=True, slots=True)
 class PackedCodes:
-    """A weight-only format as a GPU holds it: codes of 4 or 8 bits in the order of its kernels, inputs as they are.
+    """A format whose products take inputs of the compute type, as a GPU holds it: codes of 4 or 8 bits in the order of its kernels.
+
+    Inputs are as they are, or made what the scheme says of them first (`rounds_inputs`).
 
     Attributes:
         stored: the format that the checkpoint declares; values are its own.
@@ -58,6 +60,16 @@ class PackedCodes:
         """Columns that share a scale in memory; 0 = the whole row."""
         return self.stored.cut if isinstance(self.stored, GroupCodes) else 0
 
+    @property
+    def input_group(self) -> int:
+        """Columns of inputs that share a scale of fp8 codes, whose values are multiplied; 0 = inputs are no codes."""
+        return self.stored.group if isinstance(self.stored, GroupCodes) and self.stored.input == "fp8 groups" else 0
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are multiplied by factors, or rounded to codes, before the product."""
+        return bool(self.input_group or self.stored.prescale)
+
     def units(self, part: Part) -> tuple[int, ...]:
         """As stored."""
         return self.stored.units(part)
@@ -79,12 +91,10 @@ class PackedCodes:
 
 
 def packed(chosen: Format) -> PackedCodes | None:
-    """How a GPU holds a stored format whose inputs are used as they are and whose groups are in order; None for all others."""
-    if isinstance(chosen, GroupCodes) and chosen.stored.group_index:
-        return None  # kernels take groups of consecutive columns
-    if isinstance(chosen, GroupCodes | RowCodes) and chosen.input == "plain" and not chosen.prescale:
-        return PackedCodes(chosen)
-    return None
+    """How a GPU holds a stored format whose inputs are no codes of whole rows and whose groups are in order; None for all others."""
+    if isinstance(chosen, GroupCodes):
+        return None if chosen.stored.group_index else PackedCodes(chosen)  # kernels take groups of consecutive columns
+    return PackedCodes(chosen) if isinstance(chosen, RowCodes) and chosen.input == "plain" else None
 
 
 def is_ordered(chosen: Format) -> bool:

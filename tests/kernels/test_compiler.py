@@ -29,6 +29,10 @@ SPECS = [
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0}),
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
     ("unpack_ordered", {"HAS_ZERO": 1, "NUM_THREADS": 256}),
+    *(
+        ("round_inputs", {"COLUMNS": 14336, "SPAN": group or 1024, "GROUP": group, "HAS_FACTORS": int(not group), "NUM_THREADS": 128})
+        for group in (0, 128)
+    ),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
     *(
         (

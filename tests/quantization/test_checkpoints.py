@@ -227,7 +227,7 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float16") for name in WEIGHT_ONLY if name != "modelopt-awq"), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
+    [*((name, "float16") for name in WEIGHT_ONLY), ("ct-w4-g64", "float32"), ("awq", "float32")], ids=str,
 )  # fmt: skip
 def test_the_cuda_engine_computes_weight_only_checkpoints(
     root: Path, device: None, name: str, dtype: Any, tp: int
@@ -256,11 +256,30 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
     assert np.abs(output - expected).max() < 0.05 * np.abs(plain - expected).max()
 
 
+@pytest.mark.parametrize(("dtype", "tp"), [("float32", 1), ("float32", 2), ("float16", 1)])
+def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, dtype: Any, tp: int) -> None:
+    """Inputs become what their codes in groups stand for; a last bit that moves one to the next code changes later layers."""
+    quantised, twin = written(root, "hf-fp8-blocks")
+    expected, plain = logprobs(generate(quantised, tp)), logprobs(generate(twin))
+    output = logprobs(generate(quantised, tp, engine="cuda", dtype=dtype))
+    bound = {"float32": 0.05, "float16": 1.0}[dtype]
+    assert np.abs(output - expected).mean() < bound * np.abs(plain - expected).mean()
+
+
+def test_experts_whose_inputs_are_rounded_are_refused_by_name(tmp_path: Path, device: None) -> None:
+    dense = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "dense")
+    module, section = WITH_INPUTS["hf-fp8-blocks"]
+    section = {**section, "modules_to_not_convert": ["lm_head", "block_sparse_moe.gate"]}
+    modules = {"moe.gate.": lambda w: ({"weight": w}, w), "": module}
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", modules, section)
+    with pytest.raises(ConfigError, match="the cuda engine cannot multiply fp8 blocks in groups of 16 weights"):
+        generate(tmp_path / "quantised", engine="cuda", dtype="float16")
+
+
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("hf-fp8-blocks", "fp8 blocks in groups of 16"), ("modelopt-awq", "int4 in groups of 8 with scaled inputs"),
-     ("modelopt-smoothquant", "int8 rows x static with scaled inputs")],
-)  # fmt: skip
+    [("modelopt-smoothquant", "int8 rows x static with scaled inputs")],
+)
 def test_the_cuda_engine_names_the_scheme_that_it_lacks(root: Path, device: None, name: str, scheme: str) -> None:
     with pytest.raises(ConfigError, match=f"the cuda engine cannot multiply {scheme} weights"):
         generate(written(root, name)[0], engine="cuda", dtype="float16")

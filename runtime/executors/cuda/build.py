@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.formats import format_weights
+from phalanx.checkpoints.formats import FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.held import is_ordered, packed
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
@@ -61,9 +61,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(
-        spec.config, [one for one in spec.declared if packed(one.format) is None and not is_ordered(one.format)]
-    )
+    CAPABILITIES.check_formats(spec.config, _not_packed(spec))
     return create_lowered_executor(spec, lambda model: model.decode)
 
 
@@ -104,6 +102,18 @@ def create_lowered_executor(
         # Outside the context: aborting NCCL blocks while captured graphs hold the communicator.
         executor.warm_up(spec.comm)
     return executor, max_model_len
+
+
+def _not_packed(spec: RankSpec) -> list[FormattedWeight]:
+    """Weights that products take as they are stored, or experts whose inputs would have to be rounded, which only packed products do."""
+    experts = use_of(spec.model, spec.config).experts
+    result = []
+    for weight in spec.declared:
+        held = packed(weight.format)
+        is_expert = weight.spec.owner.rpartition(".")[0] in experts
+        if not is_ordered(weight.format) if held is None else held.rounds_inputs and is_expert:
+            result.append(weight)
+    return result
 
 
 def _free_bytes() -> int:

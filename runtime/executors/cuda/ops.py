@@ -24,6 +24,7 @@ from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
+from phalanx.kernels.round_inputs import round_inputs
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.sigmoid_gate import sigmoid_gate
@@ -322,8 +323,15 @@ class CudaOps(Ops[DeviceArray]):
 
     def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
         """``x`` in the form in which the matrix takes it."""
-        weight = self._matrix(name)
-        return self._codes(x, self._rule(name)) if isinstance(weight, QuantizedRows) else self._values(x)
+        if isinstance(self._matrix(name), QuantizedRows):
+            return self._codes(x, self._rule(name))
+        weight, x = self._weights.linear(name), self._values(x)
+        chosen = weight.format
+        if not isinstance(chosen, PackedCodes) or not chosen.rounds_inputs:
+            return x
+        out = self._pool.array(x.shape, x.dtype)
+        round_inputs(self._library, x, out, group=chosen.input_group, factors=weight.components.get("prescale"))
+        return out
 
     def _multiply(
         self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, bias: DeviceArray | None

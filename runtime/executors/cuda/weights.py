@@ -14,6 +14,7 @@ from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.held import PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
+from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
@@ -191,7 +192,10 @@ class ConvertingSink(CudaSink):
         scale, zero = _by_group(parts["scale"]), _by_group(parts["zero"]) if "zero" in parts else None
         packed = PackedWeight(codes, scale, zero, chosen.kind, columns, chosen.group)
         if weight.name not in self._plain:
-            return replace(weight, format=chosen, components={"packed": packed})
+            held = {"packed": packed}
+            if "prescale" in parts:
+                held["prescale"] = cupy.ascontiguousarray(common_prescale(parts["prescale"]).reshape(-1))
+            return replace(weight, format=chosen, components=held)
         values = cupy.empty(packed.shape, self._dtype)
         unpack_weight(self._library, packed, values)
         return replace(weight, format=DENSE, components={"weight": values})

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Inputs of packed weights as their scheme has them: times a factor for each column (SmoothQuant, AWQ), then what e4m3 codes with one scale
+// for each GROUP columns stand for (fp8 blocks); either may be off. Each step is rounded to the compute type.
+// Shapes: x, out [T, COLUMNS]; factors [COLUMNS] float32. Grid: (T, COLUMNS over SPAN); SPAN is GROUP where there is one.
+// Defines: SCALAR, COLUMNS, SPAN, GROUP (0 = none), HAS_FACTORS, NUM_THREADS.
+// Reference: quantize_groups in checkpoints/quantization/numbers.py, equal bit for bit.
+#define QUANTIZED 1
+#define STATIC_SCALE 0
+#include "dtype.cuh"
+#include "launch.cuh"
+#include "quantize.cuh"
+#include "reduce.cuh"
+
+constexpr int EACH = (SPAN + NUM_THREADS - 1) / NUM_THREADS;
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, scalar* __restrict__ out) {
+    let_next_start();
+    wait_for_previous();
+    const int first = blockIdx.y * SPAN;
+    const int64 row = static_cast<int64>(blockIdx.x) * COLUMNS;
+    float value[EACH] = {};
+    unsigned amax = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int offset = i * NUM_THREADS + threadIdx.x, column = first + offset;
+        if (offset >= SPAN || column >= COLUMNS) continue;
+        value[i] = to_float(x[row + column]);
+        if constexpr (HAS_FACTORS) value[i] = rounded(__fmul_rn(value[i], factors[column]));
+        amax = Max()(amax, magnitude_bits(value[i]));
+    }
+    RowScale group = {1.0f, 1.0f};
+    if constexpr (GROUP > 0) group = row_scale(block_reduce<NUM_THREADS>(amax, Max()), __uint_as_float(0x7f800000u));
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int offset = i * NUM_THREADS + threadIdx.x, column = first + offset;
+        if (offset >= SPAN || column >= COLUMNS) continue;
+        if constexpr (GROUP > 0) {
+            const unsigned code = e4m3_pair(__fmul_rn(value[i], group.inverse), 0.0f) & 0xffu;
+            value[i] = __fmul_rn(e4m3_value(code), group.scale);
+        }
+        assign(out[row + column], value[i]);
+    }
+}
