@@ -17,6 +17,10 @@ from phalanx.parallel.errors import CheckpointError, ConfigError
 __all__ = ["array_of", "flat", "read_torch_file"]
 
 
+_PASSED_OVER = ("megatron.", "signal.Signals", "pathlib.")
+"""Classes whose objects are among Megatron's arguments and are not read: names begin with these."""
+
+
 class _StandIn:
     """An object of a class of the training program, of which nothing is used."""
 
@@ -44,7 +48,7 @@ def read_torch_file(file: Path | IO[bytes], name: str) -> Any:
         names = []
     if not isinstance(file, Path):
         file.seek(0)
-    stand_ins = [(type("StandIn", (_StandIn,), {}), each) for each in names if each.startswith("megatron.")]
+    stand_ins = [(type("StandIn", (_StandIn,), {}), each) for each in names if each.startswith(_PASSED_OVER)]
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

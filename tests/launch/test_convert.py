@@ -7,6 +7,7 @@ import configparser
 import enum
 import io
 import json
+import signal
 import sys
 import tarfile
 import types
@@ -447,6 +448,7 @@ def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path: Path, monkey
     kind = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module=module.__name__)  # type: ignore[misc]
     module.ModelType = kind  # type: ignore[attr-defined]
     state["args"].model_type = kind(1)
+    state["args"].exit_signal, state["args"].load = signal.SIGTERM, tmp_path
     with monkeypatch.context() as patch:
         for name in ("megatron", "megatron.core", module.__name__):
             patch.setitem(sys.modules, name, module)
