@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan, FormattedWeight, components_of, format_weights
+from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
 from phalanx.checkpoints.quantization.held import PackedCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -211,9 +211,7 @@ def workspace_bytes(
         activations = activation_bytes(
             specs, mixtures, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
         )
-        rounded = [
-            weight.spec for weight in weights if isinstance(weight.format, PackedCodes) and weight.format.rounds_inputs
-        ]
+        rounded = [weight.spec for weight in weights if _rounds_inputs(weight.format)]
         num_rows = max_num_tokens + logit_rows
         inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, num_rows, itemsize, *tp)
         return activations + inputs + _product_bytes(weights, itemsize, *tp)
@@ -264,6 +262,12 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
     """Room for the 8-bit inputs of ``specs`` with a scale for each row, all alive at once."""
     widths = [spec.local_shape(rank, size)[1] for spec in specs]
     return sum(num_rows * (width + 4) + 4 * ALIGNMENT_BYTES for width in widths)
+
+
+def _rounds_inputs(chosen: Format) -> bool:
+    if isinstance(chosen, PackedCodes):
+        return chosen.rounds_inputs
+    return isinstance(chosen, RowCodes) and bool(chosen.prescale)
 
 
 def _rounded_bytes(specs: Iterable[WeightSpec], num_rows: int, itemsize: int, rank: int, size: int) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.quantization.numbers import CodeKind, Codes
     from phalanx.checkpoints.source import Array
 
-__all__ = ["FP8_BOUNDED", "FP8_ROWS", "FP8_STATIC", "INT8_ROWS", "RowCodes"]
+__all__ = ["FP8_BOUNDED", "FP8_ROWS", "FP8_STATIC", "INT8_ROWS", "INT8_STATIC", "SMOOTHQUANT", "RowCodes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,9 @@ FP8_ROWS, INT8_ROWS = RowCodes("fp8"), RowCodes("int8")
 """What ``--quantize`` makes."""
 FP8_STATIC, FP8_BOUNDED = RowCodes("fp8", input="static"), RowCodes("fp8", input_ceiling=1200.0)
 """What calibrated and FBGEMM's checkpoints hold besides; the bound is each one's own."""
+INT8_STATIC = RowCodes("int8", input="static")
+SMOOTHQUANT = INT8_STATIC.with_prescale("pre_quant_scale")
+"""int8 with static inputs, and ModelOpt's W8A8_SQ, whose inputs are scaled by column first."""
 
 
 def _input_scale(part: Part) -> Part:

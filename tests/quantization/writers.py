@@ -218,3 +218,11 @@ def weight_only_int8(w: Array) -> Written:
     scale = np.abs(w).max(1) / np.float32(127)
     codes = np.clip(np.rint(w / scale[:, None]), -128, 127).astype(np.int8)
     return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale[:, None]
+
+
+def int8_static(input_scale: float) -> Module:
+    def module(w: Array) -> Written:
+        tensors, values = int8(w)
+        return {**tensors, "input_scale": np.array([input_scale], np.float32)}, values
+
+    return module

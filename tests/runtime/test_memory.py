@@ -52,7 +52,16 @@ def test_the_state_of_a_batch_stays_within_its_bound(
     assert sum(taken) <= bound <= 1.2 * sum(taken) + 65_536, "and is not far above it"
 
 
-NAMES = ["ct-w4-g16-asymmetric", "gptq-4-order", "awq", "ct-fp8-static", "ct-int8", "hf-fp8-blocks", "modelopt-awq"]
+NAMES = [
+    "ct-w4-g16-asymmetric",
+    "gptq-4-order",
+    "awq",
+    "ct-fp8-static",
+    "ct-int8",
+    "hf-fp8-blocks",
+    "modelopt-awq",
+    "modelopt-smoothquant",
+]
 LAYOUTS = [(1, 1), (2, 2), (2, 1), (1, 2)]
 DIAGONAL = [(name, *LAYOUTS[number % 4]) for number, name in enumerate(NAMES)]
 OTHERS = [(name, *layout) for name in NAMES for layout in LAYOUTS if (name, *layout) not in DIAGONAL]

@@ -12,7 +12,16 @@ from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.held import PackedCodes
-from phalanx.checkpoints.quantization.row_codes import FP8_BOUNDED, FP8_ROWS, FP8_STATIC, INT8_ROWS, RowCodes
+from phalanx.checkpoints.quantization.prescale import common_prescale
+from phalanx.checkpoints.quantization.row_codes import (
+    FP8_BOUNDED,
+    FP8_ROWS,
+    FP8_STATIC,
+    INT8_ROWS,
+    INT8_STATIC,
+    SMOOTHQUANT,
+    RowCodes,
+)
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
@@ -30,6 +39,7 @@ from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.sigmoid_gate import sigmoid_gate
 from phalanx.kernels.soft_cap import soft_cap as cap_logits
 from phalanx.kernels.step_update import StepArrays
+from phalanx.parallel.errors import CheckpointError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span, local_experts
 from phalanx.runtime.config import Activation
@@ -77,7 +87,17 @@ CAPABILITIES = Capabilities(
         "experts.renormalise": ANY,
         "sigmoid_gate": ANY,
     },
-    formats=frozenset({DENSE.name, FP8_ROWS.name, FP8_STATIC.name, FP8_BOUNDED.name, INT8_ROWS.name}),
+    formats=frozenset(
+        {
+            DENSE.name,
+            FP8_ROWS.name,
+            FP8_STATIC.name,
+            FP8_BOUNDED.name,
+            INT8_ROWS.name,
+            INT8_STATIC.name,
+            SMOOTHQUANT.name,
+        }
+    ),
 )
 
 
@@ -109,6 +129,9 @@ class CudaOps(Ops[DeviceArray]):
         self._logit_rows, self.stops_before_logits = range(0), False
         self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
         self._rules: dict[str, CodeRule] = {}
+        self._factors: dict[str, DeviceArray | None] = {}
+        formats = {weight.name: weight.format for weight in weights.values()}
+        self._input_groups = {name: one.input_group for name, one in formats.items() if isinstance(one, PackedCodes)}
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
@@ -323,15 +346,26 @@ class CudaOps(Ops[DeviceArray]):
 
     def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
         """``x`` in the form in which the matrix takes it."""
-        if isinstance(self._matrix(name), QuantizedRows):
-            return self._codes(x, self._rule(name))
-        weight, x = self._weights.linear(name), self._values(x)
-        chosen = weight.format
-        if not isinstance(chosen, PackedCodes) or not chosen.rounds_inputs:
-            return x
-        out = self._pool.array(x.shape, x.dtype)
-        round_inputs(self._library, x, out, group=chosen.input_group, factors=weight.components.get("prescale"))
-        return out
+        factors, group = self._factors_of(name), self._input_groups.get(name, 0)
+        if factors is not None or group:
+            plain = self._values(x)
+            x = self._pool.array(plain.shape, plain.dtype)
+            round_inputs(self._library, plain, x, group=group, factors=factors)
+        return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
+
+    def _factors_of(self, name: str) -> DeviceArray | None:
+        """``[I]`` what a product's inputs are multiplied by; None = nothing.
+
+        Raises:
+            CheckpointError: its parts have different factors.
+        """
+        if name not in self._factors:
+            stored = self._weights.linear(name).components.get("prescale")
+            try:
+                self._factors[name] = None if stored is None else common_prescale(stored).reshape(-1)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+        return self._factors[name]
 
     def _multiply(
         self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, bias: DeviceArray | None

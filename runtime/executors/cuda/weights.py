@@ -14,7 +14,6 @@ from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.held import PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
-from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
@@ -194,7 +193,7 @@ class ConvertingSink(CudaSink):
         if weight.name not in self._plain:
             held = {"packed": packed}
             if "prescale" in parts:
-                held["prescale"] = cupy.ascontiguousarray(common_prescale(parts["prescale"]).reshape(-1))
+                held["prescale"] = parts["prescale"]
             return replace(weight, format=chosen, components=held)
         values = cupy.empty(packed.shape, self._dtype)
         unpack_weight(self._library, packed, values)
