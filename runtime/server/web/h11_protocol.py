@@ -77,11 +77,15 @@ class BoundedH11Protocol(H11Protocol):
         super().connection_lost(exc)
         if self._on_lost is not None:
             self._on_lost()
+        # They lead back to this object, which would wait for the garbage collector.
+        self.app_state, self.scope, self.cycle = {}, None, None  # type: ignore[assignment]
 
     # Event streams
 
     def write_body(self, data: bytes) -> None:
         """Write a part of the body of an answer that has no length, as HTTP/1.1 frames it."""
+        if self.is_lost:
+            return
         if self.scope["http_version"] == "1.1":
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self.transport.write(data)
