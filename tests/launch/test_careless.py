@@ -147,6 +147,7 @@ MISTAKES = (
 )  # fmt: skip
 
 ELSEWHERE = {
+    "`--against` a model with another vocabulary or tokenizer": "tests/demo/test_eval_against.py::test_mistakes_get_one_line",
     "Ctrl-C on the server under Open MPI": "tests/server/test_serve.py::test_an_interrupted_open_mpi_ends_with_an_error",
     "standard output closed (`>&-`)": "tests/launch/test_streams.py::test_output_to_a_closed_stream_is_one_line",
     "a flag without the one that it needs": "tests/launch/test_flags_without_effect.py::test_a_flag_that_needs_another_is_refused_without_it",
