@@ -87,9 +87,17 @@ class DrainSignals:
             self._start_drain()
 
     def drain(self) -> None:
-        """What the first signal does; nothing after one. For the admin route, on the thread that handles signals."""
-        if not self._is_told:
-            signal.raise_signal(signal.SIGUSR1)
+        """What the first signal does; nothing after one. For the admin route, on the thread that handles signals.
+
+        It does not count as a signal: Kubernetes sends SIGTERM after a `preStop` hook that asks for a drain, and the open requests
+        are still waited for.
+        """
+        if self._is_told:
+            return
+        self._is_told = True
+        if self._drain is not None:
+            os.write(sys.stderr.fileno(), _DRAINING)
+            self._start_drain()
 
     def _start_drain(self) -> None:
         assert self._drain is not None

@@ -172,6 +172,7 @@ class RankWatch:
             if now >= due:
                 late, due = now - due, now + STAMP_SECONDS
                 self._send_all(self._progress.stamp(), droppable=True)
+                self._end_if_due(now)
                 if late > LATE_SECONDS:  # the others may have said much that is not read yet
                     self._heard = {rank: heard + late for rank, heard in self._heard.items()}
                 else:
@@ -205,7 +206,8 @@ class RankWatch:
             case End(status):
                 os._exit(status)
             case Verdict(text):
-                self._end_job(text)
+                if not self._closing:
+                    self._end_job(text)
             case Retire():
                 # Open MPI's other ranks would wait in MPI_Finalize for one that exits without it, but not for one that is killed.
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -248,12 +250,14 @@ class RankWatch:
             self._on_loss(group, f"{state} {what}")
         return True
 
-    def _judge(self, now: float) -> None:
-        states = self._states_at(now)
+    def _end_if_due(self, now: float) -> None:
         if self._end_at is not None and now > self._end_at[0]:
             self._end_job(self._end_at[2], self._end_at[1])
+
+    def _judge(self, now: float) -> None:
         if self._closing:
             return
+        states = self._states_at(now)
         verdict = judge.silent_rank(states, self._limits)
         if verdict is None and self._rank == 0:
             verdict = judge.stalled_rank(states, self._limits)

@@ -68,7 +68,7 @@ def test_a_signal_while_ranks_load_ends_them(is_supervised: bool) -> None:
     assert after(TERM, is_supervised=is_supervised, is_ready=False) == ([(0.0, 0)], 0)
 
 
-def test_an_administrator_who_asks_twice_for_a_drain_changes_nothing() -> None:
+def test_a_drain_by_route_is_not_a_signal() -> None:
     watch: Any = Ends()
     signals = DrainSignals(watch, 25.0)
     signals.catch()
@@ -76,3 +76,7 @@ def test_an_administrator_who_asks_twice_for_a_drain_changes_nothing() -> None:
     signals.drain()
     signals.drain()
     assert watch.told == [(25.0, 1)]
+    signal.raise_signal(TERM)
+    assert watch.told == [(25.0, 1)], "the same request by another way, as Kubernetes makes it after a preStop hook"
+    signal.raise_signal(TERM)
+    assert watch.told == [(25.0, 1), (0.0, 128 + TERM)]

@@ -56,7 +56,9 @@ def test_a_drain_by_route_answers_what_is_open_and_may_be_asked_for_twice(
         assert server.wait()[0] == 0
 
 
-def test_a_drain_by_route_has_the_limit_of_a_signal_and_a_signal_cuts_it_short(tiny: Path, tmp_path: Path) -> None:
+def test_a_drain_by_route_has_the_limit_of_a_signal_and_a_second_signal_cuts_it_short(
+    tiny: Path, tmp_path: Path
+) -> None:
     (tmp_path / "admins").write_text("root\n")
     flags = ("--admin-key-file", str(tmp_path / "admins"))
     for limit, reason, expected in (("0.01", "--shutdown-timeout=0.01", 1), ("60", "told again", 143)):
@@ -65,6 +67,7 @@ def test_a_drain_by_route_has_the_limit_of_a_signal_and_a_signal_cuts_it_short(t
             assert job.server.post(DRAIN, {}, Authorization="Bearer root").status == 202
             job.server.lines_with("draining")
             if expected != 1:
+                os.kill(job.server.process.pid, signal.SIGUSR1)  # the same request, by another way
                 os.kill(job.server.process.pid, signal.SIGTERM)
             assert reason in events(stream)[-1]["error"]["message"]
             assert job.server.wait()[0] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 import uuid
@@ -23,7 +24,7 @@ from phalanx.runtime.server.kserve.answers import EventChunks
 from phalanx.runtime.server.kserve.contract import MODELS
 from phalanx.runtime.server.kserve.parsing import parse_rows
 from phalanx.runtime.server.link.engine_client import EngineClient
-from phalanx.runtime.server.link.messages import Deltas, encode_frame
+from phalanx.runtime.server.link.messages import Deltas, Failed, encode_frame
 from phalanx.runtime.server.metrics import INTER_TOKEN_SECONDS, Histogram, Metrics
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.generation import GenerationJob, GenerationStream
@@ -43,6 +44,9 @@ PARSERS: dict[str, tuple[Callable[[bytes], ApiGeneration], dict[str, Any]]] = {
     "response": (parse_response, {"input": "hi"}),
     "message": (parse_message, {"messages": HI, "max_tokens": 9}),
 }
+
+
+SHORT = SamplingParams(max_tokens=9)
 
 
 class Connection:
@@ -79,7 +83,13 @@ class Connection:
 class Streamed:
     """A stream whose engine is this test."""
 
-    def __init__(self, tokenizer: Tokenizer, n: int, chunks: Callable[[GenerationJob], StreamChunks]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        n: int,
+        chunks: Callable[[GenerationJob], StreamChunks],
+        params: SamplingParams = SHORT,
+    ) -> None:
         self.client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -88,7 +98,7 @@ class Streamed:
         metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
         services = Services(self.client, FrontendSettings(), metrics, workers, tokenizer)
         self.job = GenerationJob(services, n, 0.0)
-        self.job.submit([((1,), SamplingParams(max_tokens=9))])
+        self.job.submit([((1,), params)])
         self.connection = Connection()
         self.writer = EventWriter(self.connection)
         GenerationStream(self.job, chunks(self.job), []).start(self.writer)
@@ -111,11 +121,11 @@ def tokenizer(model_directory: Path) -> Tokenizer:
     return Tokenizer.from_directory(model_directory)
 
 
-def streamed(tokenizer: Tokenizer, kind: str, **fields: Any) -> Streamed:
+def streamed(tokenizer: Tokenizer, kind: str, params: SamplingParams = SHORT, **fields: Any) -> Streamed:
     parse, body = PARSERS[kind]
     generation = parse(json.dumps({**body, **fields, "stream": True}).encode())
     reply = generation.reply(Served("m", tokenizer))
-    return Streamed(tokenizer, generation.n, lambda job: reply.stream(job.usage))
+    return Streamed(tokenizer, generation.n, lambda job: reply.stream(job.usage), params)
 
 
 def plain(tokenizer: Tokenizer, text: str, choice: int = 0) -> list[Deltas]:
@@ -180,8 +190,9 @@ def test_plain_next_tokens_are_written_as_all_others_are(
     """Their way from token ids to bytes is shorter; where ``is_plain_text`` is False it is not taken."""
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
     monkeypatch.setattr(time, "time", lambda: 7.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
 
-    async def run(is_plain: bool) -> list[bytes]:
+    async def run(is_plain: bool) -> tuple[list[bytes], list[str]]:
         monkeypatch.setattr(Answer, "is_plain_text", property(lambda answer: is_plain))
         short_way, texts = Answer.extend_text, []
         monkeypatch.setattr(Answer, "extend_text", lambda *given: texts.append(short_way(*given)) or texts[-1])
@@ -195,9 +206,28 @@ def test_plain_next_tokens_are_written_as_all_others_are(
         assert stream.job.choices[0].num_tokens == stream.job.usage()["completion_tokens"]
         stream.close()
         assert bool(texts) == is_plain
-        return stream.connection.writes
+        metrics = stream.job.services.metrics.render().decode().splitlines()
+        return stream.connection.writes, [line for line in metrics if re.match(r"phalanx_\w+_(count|sum|total)\b", line)]
 
     assert asyncio.run(run(True)) == asyncio.run(run(False))
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_an_engine_that_fails_after_a_stop_text_adds_nothing_to_the_end(kind: str, tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        stream = streamed(tokenizer, kind, params=SamplingParams(max_tokens=9, stop=("END",)))
+        await stream.tell(*plain(tokenizer, "a"))
+        stream.connection.is_writable = False
+        await stream.tell(*plain(tokenizer, "bcENDde"))
+        stream.client.data_received(encode_frame(Failed("rank 1 has ended")))
+        await asyncio.sleep(0)
+        stream.connection.catch_up()
+        text = b"".join(stream.connection.writes).decode()
+        assert "engine stopped" not in text
+        assert text.count("[DONE]") == (kind in ("completion", "chat"))
+        stream.close()
+
+    asyncio.run(run())
 
 
 def test_next_tokens_are_in_the_metrics_when_the_turn_is_over() -> None:

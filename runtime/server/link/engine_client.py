@@ -249,13 +249,15 @@ class EngineClient(asyncio.Protocol):
         """
         marked, now = self.marked, time.monotonic()
         end = now + DELIVERY_SECONDS
-        while marked and now <= end:
-            marked.popleft().notify(now)
-            now = time.monotonic()
-        self._is_delivering = bool(marked)
-        if marked:
-            asyncio.get_running_loop().call_soon(self._deliver)
-        self._hold_back(bool(marked))
+        try:
+            while marked and now <= end:
+                marked.popleft().notify(now)
+                now = time.monotonic()
+        finally:  # a reader that fails must not keep the others from being told
+            self._is_delivering = bool(marked)
+            if marked:
+                asyncio.get_running_loop().call_soon(self._deliver)
+            self._hold_back(bool(marked))
 
     def _hold_back(self, hold: bool) -> None:
         if self._transport is None or hold == self._is_held:

@@ -88,8 +88,9 @@ class GenerationJob:
 
     @property
     def only_text(self) -> Answer | None:
-        """The only choice, if it is a text that plain next tokens cannot end, so that `take_text` may be asked first."""
-        return self.choices[0] if len(self.choices) == 1 and self.choices[0].is_plain_text else None
+        """The only choice, if it has begun and is a text that plain next tokens cannot end, so that `take_text` may be asked first."""
+        is_begun = len(self.choices) == 1 and self.first_token is not None
+        return self.choices[0] if is_begun and self.choices[0].is_plain_text else None
 
     def take_text(self, now: float) -> str | None:
         """What `only_text` has grown by since the last call; None if `take` is needed, because more than plain next tokens has arrived."""
@@ -382,7 +383,10 @@ class GenerationStream:
         self._write_text = None if choice is None else self._chunks.text_writer(choice)
 
     def _finish(self, data: bytes) -> None:
+        """Write the end, unless it is written: an engine may fail after an answer that a stop text has ended."""
         assert self._writer is not None
+        if self._writer.is_finished:
+            return
         if self._job.group is not None:
             self._job.group.listen(None)
         self._writer.on_writable(None)
