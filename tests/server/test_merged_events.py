@@ -207,7 +207,9 @@ def test_plain_next_tokens_are_written_as_all_others_are(
         stream.close()
         assert bool(texts) == is_plain
         metrics = stream.job.services.metrics.render().decode().splitlines()
-        return stream.connection.writes, [line for line in metrics if re.match(r"phalanx_\w+_(count|sum|total)\b", line)]
+        return stream.connection.writes, [
+            line for line in metrics if re.match(r"phalanx_\w+_(count|sum|total)\b", line)
+        ]
 
     assert asyncio.run(run(True)) == asyncio.run(run(False))
 
