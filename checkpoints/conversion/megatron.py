@@ -43,6 +43,10 @@ _REFUSED = (
     "use_rope_scaling", "rotary_seq_len_interpolation_factor", "window_size", "quick_geglu", "no_rope_freq", "attention_output_gate",
 )  # fmt: skip
 """Arguments that must be absent or off."""
+_NUMBERS = (
+    "hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
+    "norm_epsilon", "layernorm_epsilon", "rotary_percent", "rotary_base",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,11 @@ def config_of(arguments: Mapping[str, Any], vocab_size: int, dtype: str) -> dict
             f"{bool(arguments.get('apply_layernorm_1p'))} of this Megatron checkpoint is not supported; positions may be learned_absolute "
             "or rope, and apply_layernorm_1p goes with LayerNorm"
         )
+    for name in _NUMBERS:
+        if not isinstance(arguments.get(name), int | float | None):
+            raise ConfigError(
+                f"{name} of this Megatron checkpoint is not a plain number; save its arguments again as such"
+            )
     rotates = arguments.get("use_rotary_position_embeddings") or positions == "rope"
     has_groups = arguments.get("group_query_attention")
     return {

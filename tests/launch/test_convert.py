@@ -7,6 +7,9 @@ import configparser
 import enum
 import io
 import json
+import os
+import random
+import re
 import signal
 import sys
 import tarfile
@@ -20,6 +23,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from phalanx.checkpoints.conversion.megatron import canonical_name, config_of
+from phalanx.checkpoints.conversion.torch_file import array_of, read_torch_file
 from phalanx.launch.convert import main
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.models import find_model
@@ -94,10 +98,37 @@ def write_pieces(name: str, directory: Path, tp: int, pp: int, version: float, i
             tree = model if is_core else {"language_model": {"encoder": {}, **nested(model)}}
             folder = directory / "iter_0000007" / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
             folder.mkdir(parents=True)
-            state = {"args": args, "checkpoint_version": version, "iteration": 7, "model": tree}
+            state = {
+                "args": args,
+                "checkpoint_version": version,
+                "iteration": 7,
+                "model": tree,
+                **training_state(torch),
+            }
             torch.save(state, folder / "model_optim_rng.pt")
     (directory / "latest_checkpointed_iteration.txt").write_text("7")
     return tensors
+
+
+def training_state(torch: Any) -> dict[str, Any]:
+    """What Megatron saves next to the model unless it is told otherwise, Transformer Engine's scales among it."""
+    moments = {"step": 7, "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    group = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "params": [0]}
+    return {
+        "optimizer": {
+            "optimizer": {"state": {0: moments}, "param_groups": [group]}, "grad_scaler": {"scale": torch.ones(1)},
+            "fp32_from_fp16_params": [[torch.zeros(4)]],
+        },
+        "opt_param_scheduler": {"max_lr": 1e-4, "lr_decay_style": "cosine", "num_steps": 7},
+        "rng_state": [
+            {
+                "random_rng_state": random.Random(1).getstate(), "np_rng_state": np.random.RandomState(1).get_state(),
+                "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.zeros(16, dtype=torch.uint8),
+                "rng_tracker_states": {"model-parallel-rng": torch.zeros(16, dtype=torch.uint8)},
+            }
+        ],
+        "rerun_state_machine": {"mode": types.SimpleNamespace(value=1), "extra": io.BytesIO(b"scales")},
+    }  # fmt: skip
 
 
 def nested(model: dict[str, Any]) -> dict[str, Any]:
@@ -442,8 +473,7 @@ def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path: Path, monkey
     torch = pytest.importorskip("torch")
     write_pieces("megatron-gpt3", tmp_path, 1, 1, 3.0, False)
     path = tmp_path / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path, weights_only=True)
+    state = {**read_torch_file(path, "x"), **training_state(torch)}
     module = types.ModuleType("megatron.core.enums")
     kind = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module=module.__name__)  # type: ignore[misc]
     module.ModelType = kind  # type: ignore[attr-defined]
@@ -454,6 +484,72 @@ def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path: Path, monkey
             patch.setitem(sys.modules, name, module)
         torch.save(state, path)
     assert main(["--from", "megatron", "--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("module", "is_zip"), [(None, True), (b"numpy._core.multiarray", False), (b"numpy.core.multiarray", False)]
+)
+def test_random_states_and_the_optimizer_are_passed_over(module: bytes | None, is_zip: bool) -> None:
+    """Files from before PyTorch 1.6 are no archives; NumPy 2 calls its module by another name than NumPy 1."""
+    torch = pytest.importorskip("torch")
+    file = io.BytesIO()
+    state = {**training_state(torch), "model": {"a": torch.ones(2)}}
+    if not is_zip:
+        del state["rerun_state_machine"]
+    torch.save(state, file, _use_new_zipfile_serialization=is_zip)
+    content = file.getvalue() if module is None else re.sub(rb"numpy\._?core\.multiarray", module, file.getvalue())
+    read = read_torch_file(io.BytesIO(content), "x")
+    assert read["model"]["a"].tolist() == [1, 1]
+    assert read["optimizer"]["optimizer"]["param_groups"][0]["lr"] == 1e-4
+
+
+@pytest.mark.torch
+def test_what_is_passed_over_is_taken_for_no_weight_and_no_argument() -> None:
+    torch = pytest.importorskip("torch")
+    file = io.BytesIO()
+    torch.save(
+        {"weight": np.ones(2), "swiglu": np.bool_(False), "base": np.float32(5), "random": torch.Generator()}, file
+    )
+    file.seek(0)
+    read = read_torch_file(file, "x")
+    with pytest.raises(CheckpointError, match="a weight or an argument of the checkpoint is an array, a number"):
+        array_of(read["weight"])
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 8}
+    with pytest.raises(CheckpointError, match="a weight or an argument of the checkpoint is an array, a number"):
+        config_of({**sizes, "swiglu": read["swiglu"]}, 101, "float32")
+    with pytest.raises(ConfigError, match="rotary_base of this Megatron checkpoint is not a plain number"):
+        config_of({**sizes, "rotary_base": read["base"]}, 101, "float32")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_a_pickle_would_run_is_named_with_our_way_out(is_zip: bool) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("exit 1",)
+
+    file = io.BytesIO()
+    torch.save({"args": Evil()}, file, _use_new_zipfile_serialization=is_zip)
+    file.seek(0)
+    with pytest.raises(CheckpointError) as error:
+        read_torch_file(file, "x")
+    assert str(error.value) == (
+        "x cannot be read as weights and plain values: it holds posix.system, which is not run; save the weights without it in the "
+        "program that wrote them (Megatron-LM: --no-save-optim --no-save-rng)"
+    )
+
+
+@pytest.mark.torch
+def test_a_damaged_file_of_pytorch_is_one_sentence() -> None:
+    pytest.importorskip("torch")
+    for content in (b"", b"garbage", b"PK\x03\x04 cut off", b"\x80\x02]q\x00"):
+        with pytest.raises(
+            CheckpointError, match=r"^x cannot be read as weights and plain values: [^\n\x1b]*; copy it again$"
+        ):
+            read_torch_file(io.BytesIO(content), "x")
 
 
 @pytest.mark.torch
