@@ -19,16 +19,27 @@ QUANTIZATION_FILES: Mapping[str, str] = MappingProxyType(
 )
 """File -> the ``quant_method`` that it stands for."""
 
-_SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"bits": ("bits", "w_bit"), "group_size": ("group_size", "q_group_size"), "quant_algo": ("quant_algo",)}
+_SPELLINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "w_bit": "bits",
+        "q_group_size": "group_size",
+        "format": "checkpoint_format",
+        "ignore": "exclude_modules",
+        "kv_cache_scheme": "kv_cache_quant_algo",
+    }
 )
-"""What two descriptions must agree in, and the keys of it."""
+"""What one and the same field is called in one of the two places, and in the other."""
+
+_ABOUT_THE_RUN = frozenset(
+    {"producer", "meta", "model_name_or_path", "model_file_base_name", "dataset", "tokenizer", "damp_percent"}
+)
+"""Fields that say how weights were made, not what they are."""
 
 
 def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) -> dict[str, Any]:
     """``config.json`` with the ``quantization_config`` that a file next to it holds, or with what its own leaves out.
 
-    ModelOpt, for one, writes the size of groups into its file alone.
+    ModelOpt, for one, writes the size of groups into its file alone, and GPTQ's packers the meaning of their zero points.
 
     Raises:
         ConfigError: both are there and disagree.
@@ -42,26 +53,35 @@ def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) ->
         if not own:
             return {**config, "quantization_config": found}
         if isinstance(own, dict):
-            _refuse_contradiction(own, found, name)
-            left_out = {
-                field: value
-                for field, keys in _SPELLINGS.items()
-                if _value(own, keys) is None and (value := _value(found, keys)) is not None
-            }
-            config = {**config, "quantization_config": {**own, **left_out}}
+            config = {**config, "quantization_config": _merged(_flat(own), _flat(found), name)}
     return config
 
 
-def _refuse_contradiction(own: Mapping[str, Any], found: Mapping[str, Any], name: str) -> None:
-    for field, keys in {"quant_method": ("quant_method",), **_SPELLINGS}.items():
-        one, other = _value(own, keys), _value(found, keys)
-        if one is not None and other is not None and str(one).lower() != str(other).lower():
-            raise ConfigError(
-                f"{field} is {one!r} in quantization_config of config.json, but {other!r} in {name}; remove the one that is wrong"
-            )
-
-
-def _value(section: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+def _flat(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say something, those that ModelOpt nests in ``quantization`` among them."""
     nested = section.get("quantization")
     fields = {**section, **nested} if isinstance(nested, dict) else section
-    return next((fields[key] for key in keys if fields.get(key) is not None), None)
+    return {key: value for key, value in fields.items() if key != "quantization" and value is not None}
+
+
+def _merged(own: dict[str, Any], found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    keys = {_SPELLINGS.get(key, key): key for key in own}
+    for key, value in found.items():
+        field = _SPELLINGS.get(key, key)
+        if field not in keys:
+            own = {**own, field: value}
+        elif field not in _ABOUT_THE_RUN and _meaning(own[keys[field]]) != _meaning(value):
+            raise ConfigError(
+                f"{field} is {own[keys[field]]!r} in quantization_config of config.json, but {value!r} in {name}; "
+                "remove the one that is wrong"
+            )
+    return own
+
+
+def _meaning(value: Any) -> Any:
+    """What equal values have in common: case says nothing, nor do the order and nesting of names."""
+    if isinstance(value, list):
+        return frozenset(str(name) for one in value for name in (one if isinstance(one, list) else [one]))
+    if isinstance(value, dict) and value.get("type") == "float":
+        return f"fp{value.get('num_bits')}"  # ModelOpt's cache: {"num_bits": 8, "type": "float"} here, "FP8" there
+    return str(value).lower()

@@ -162,6 +162,78 @@ def test_a_file_of_the_quantiser_stands_in_for_config_json_and_must_not_contradi
         read_config(ModelDirectory.at(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "own", "found", "message"),
+    [
+        ("quantize_config.json", {**THE_BLOKE_GPTQ, "checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"},
+         "checkpoint_format is 'gptq' in .*, but 'gptq_v2' in quantize_config"),
+        ("quantize_config.json", {**THE_BLOKE_GPTQ, "format": "gptq"}, {"checkpoint_format": "gptq_v2"}, "checkpoint_format is"),
+        ("quantize_config.json", THE_BLOKE_GPTQ, {"desc_act": False}, "desc_act is True in .*, but False"),
+        ("quantize_config.json", THE_BLOKE_GPTQ, {"sym": False}, "sym is True in .*, but False"),
+        ("quantize_config.json", THE_BLOKE_GPTQ, {"true_sequential": False}, "true_sequential is True"),
+        ("quantize_config.json", {**THE_BLOKE_GPTQ, "modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.gate_proj"]]},
+         {"modules_in_block_to_quantize": ["mlp.down_proj"]}, "modules_in_block_to_quantize is"),
+        ("quant_config.json", AWQ, {"w_bit": 8}, "bits is 4 in .*, but 8 in quant_config"),
+        ("quant_config.json", AWQ, {"q_group_size": 64}, "group_size is 128 in .*, but 64"),
+        ("quant_config.json", AWQ, {"zero_point": False}, "zero_point is True"),
+        ("quant_config.json", {**AWQ, "modules_to_not_convert": ["lm_head"]}, {"modules_to_not_convert": ["gate"]},
+         "modules_to_not_convert is"),
+        ("hf_quant_config.json", MODELOPT, {"quantization": {"exclude_modules": ["lm_head", "*.down_proj"]}}, "exclude_modules is"),
+        ("hf_quant_config.json", MODELOPT, {"quantization": {"kv_cache_quant_algo": "NVFP4"}}, "kv_cache_quant_algo is"),
+    ],
+)  # fmt: skip
+def test_a_field_of_which_the_two_descriptions_disagree_is_named_with_both_values(
+    tmp_path: Path, file: str, own: dict[str, Any], found: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoints.CASE.config, "quantization_config": own}))
+    (tmp_path / file).write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=message):
+        read_config(ModelDirectory.at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "own", "found"),
+    [
+        ("quantize_config.json", THE_BLOKE_GPTQ, {**THE_BLOKE_GPTQ, "model_name_or_path": "/tmp/out", "damp_percent": 0.01}),
+        ("quantize_config.json", {**THE_BLOKE_GPTQ, "modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.gate_proj"]]},
+         {"modules_in_block_to_quantize": ["mlp.gate_proj", "mlp.up_proj"]}),
+        ("quant_config.json", AWQ, {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}),
+        ("hf_quant_config.json", MODELOPT, MODELOPT_FILE),
+    ],
+)  # fmt: skip
+def test_two_descriptions_that_agree_in_other_words_are_read_as_one(
+    tmp_path: Path, file: str, own: dict[str, Any], found: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoints.CASE.config, "quantization_config": own}))
+    (tmp_path / file).write_text(json.dumps(found))
+    alone, both = read_formats({"quantization_config": own}), read_formats(read_config(ModelDirectory.at(tmp_path)))
+    assert schemes(both) == schemes(alone)
+    assert both.has_kv_scales == alone.has_kv_scales
+
+
+def test_an_fp8_cache_and_exclusions_that_the_file_alone_names_are_read(tmp_path: Path) -> None:
+    own = {key: value for key, value in MODELOPT.items() if key not in ("kv_cache_scheme", "ignore")}
+    (tmp_path / "config.json").write_text(json.dumps({**checkpoints.CASE.config, "quantization_config": own}))
+    fields = {**MODELOPT_FILE["quantization"], "exclude_modules": ["lm_head", "*.down_proj"]}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({**MODELOPT_FILE, "quantization": fields}))
+    plan = read_formats(read_config(ModelDirectory.at(tmp_path)))
+    assert plan.has_kv_scales
+    dense = {owner for owner, name in schemes(plan).items() if owner.startswith("layers.") and name == "dense"}
+    assert dense == {"layers.0.down", "layers.1.down"}
+
+
+def test_zero_points_of_gptq_v2_that_the_file_alone_names_are_not_taken_for_those_of_v1(
+    dense: Path, tmp_path: Path
+) -> None:
+    quantised, twin = gptq(dense, tmp_path, symmetric=False, v1=False)
+    config = json.loads((quantised / "config.json").read_text())
+    form = config["quantization_config"].pop("checkpoint_format")
+    (quantised / "config.json").write_text(json.dumps(config))
+    (quantised / "quantize_config.json").write_text(json.dumps({"bits": 4, "checkpoint_format": form}))
+    found, expected = (checkpoints.logprobs(checkpoints.generate(path)) for path in (quantised, twin))
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
 def gptq(dense: Path, path: Path, symmetric: bool = True, v1: bool = True) -> tuple[Path, Path]:
     module, section = checkpoints._gptq(4, 16, symmetric, v1)
     writers.write(dense, path / "quantised", path / "twin", module, section)
