@@ -9,6 +9,7 @@ version 2 of Zarr's specification.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -98,16 +99,30 @@ def _layers(name: str, value: Array) -> Iterator[tuple[str, Array]]:
         yield f"decoder.layers.{layer}.{stacked[1]}", part
 
 
+@contextlib.contextmanager
+def _described_by(place: str) -> Iterator[None]:
+    """Whatever is missing from the description of tensors ``place``, or is of another kind there, is the fault of that file."""
+    try:
+        yield
+    except (CheckpointError, ConfigError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{place} does not describe tensors as Megatron-core saves them ({type(error).__name__}: {error}); copy it again"
+        ) from None
+
+
 def _torch_dist(files: Files, folder: str) -> Iterator[tuple[str, Array]]:
-    with files.open(f"{folder}{METADATA}") as file:
-        metadata = read_inert(file.read(), f"{folder}{METADATA}").state
-    pieces: dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]] = {}
-    for index, where in metadata["storage_data"].items():
-        place = index.state.get("offset")
-        pieces.setdefault(index.state["fqn"], []).append((_numbers(place), where.state))
-    for name, described in metadata["state_dict_metadata"].items():
-        if described.name.endswith(".TensorStorageMetadata") and not _OTHERS.match(name):
-            yield name, _joined(files, folder, name, _numbers(described.state["size"]), pieces.get(name, []))
+    with _described_by(f"{folder}{METADATA}"):
+        with files.open(f"{folder}{METADATA}") as file:
+            metadata = read_inert(file.read(), f"{folder}{METADATA}").state
+        pieces: dict[str, list[tuple[tuple[int, ...], Mapping[str, Any]]]] = {}
+        for index, where in metadata["storage_data"].items():
+            place = index.state.get("offset")
+            pieces.setdefault(index.state["fqn"], []).append((_numbers(place), where.state))
+        for name, described in metadata["state_dict_metadata"].items():
+            if described.name.endswith(".TensorStorageMetadata") and not _OTHERS.match(name):
+                yield name, _joined(files, folder, name, _numbers(described.state["size"]), pieces.get(name, []))
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
@@ -158,13 +173,14 @@ def _zarr(files: Files, folder: str) -> Iterator[tuple[str, Array]]:
         name = place.removeprefix(folder).removesuffix(f"/{ZARRAY}")
         if _OTHERS.match(name) or "/" in name:
             continue
-        with files.open(place) as file:
-            described = json.load(file)
-        if described.get("compressor") or described.get("filters") or described.get("order", "C") != "C":
-            raise ConfigError(
-                f"{place}: the pieces are compressed or not in C order; save the checkpoint again as torch_dist"
-            )
-        yield name, _chunked(files, names, place.removesuffix(ZARRAY), described)
+        with _described_by(place):
+            with files.open(place) as file:
+                described = json.load(file)
+            if described.get("compressor") or described.get("filters") or described.get("order", "C") != "C":
+                raise ConfigError(
+                    f"{place}: the pieces are compressed or not in C order; save the checkpoint again as torch_dist"
+                )
+            yield name, _chunked(files, names, place.removesuffix(ZARRAY), described)
 
 
 def _chunked(files: Files, names: set[str], folder: str, described: Mapping[str, Any]) -> Array:

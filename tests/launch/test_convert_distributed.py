@@ -18,6 +18,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from phalanx.checkpoints.conversion.distributed import read_distributed
+from phalanx.checkpoints.conversion.files import Directory
 from phalanx.checkpoints.conversion.inert_pickle import Inert, read_inert
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
@@ -211,6 +213,55 @@ def test_pieces_of_zarr_that_are_compressed_or_missing_are_refused(tmp_path: Pat
     write_zarr(core, tmp_path / "model_weights", compressor={"id": "blosc"})
     with pytest.raises(ConfigError, match=r"the pieces are compressed .* save the checkpoint again as torch_dist"):
         convert("nemo", tmp_path, tmp_path / "out")
+
+
+class Described:
+    """An object that only has attributes, as those of ``.metadata`` do."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__ = attributes
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        Described(),
+        Described(storage_data={}, state_dict_metadata=[]),
+        Described(storage_data={}, state_dict_metadata={"a": 1}),
+        Described(storage_data={"a": 1}, state_dict_metadata={}),
+        Described(storage_data={Described(): Described()}, state_dict_metadata={}),
+    ],
+)
+def test_a_list_of_tensors_that_is_not_pytorchs_is_one_sentence(content: Any, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"^\.metadata does not describe tensors as Megatron-core .*; copy it again$"
+    ):
+        read_distributed(Directory(tmp_path), "", 0)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"shape": [1], "chunks": [1, 2], "dtype": "<f4"}', '{"shape": 1}']
+)
+def test_a_folder_of_zarr_that_describes_no_tensor_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.a").mkdir()
+    (tmp_path / "model.a" / ".zarray").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^model\.a/\.zarray does not describe tensors .*; copy it again$"):
+        read_distributed(Directory(tmp_path), "", 0)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_a_piece_whose_file_is_not_named_is_one_sentence(tmp_path: Path, torch_group: Any) -> None:
+    write_torch_dist(torch_group, {"decoder.final_layernorm.weight": np.ones(64, np.float32)}, tmp_path / "a", "", None)
+    place = tmp_path / "a" / ".metadata"
+    place.write_bytes(place.read_bytes().replace(b"relative_path", b"relative_tree"))
+    with pytest.raises(
+        CheckpointError, match=r"^\.metadata does not describe .* \(KeyError: 'relative_path'\); copy it"
+    ):
+        read_distributed(Directory(tmp_path / "a"), "", 0)
 
 
 class Runs:
