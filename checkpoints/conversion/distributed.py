@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -113,6 +113,7 @@ def _described_by(place: str) -> Iterator[None]:
 
 
 def _torch_dist(files: Files, folder: str) -> Iterator[tuple[str, Array]]:
+    names = set(files.names())
     with _described_by(f"{folder}{METADATA}"):
         with files.open(f"{folder}{METADATA}") as file:
             metadata = read_inert(file.read(), f"{folder}{METADATA}").state
@@ -122,7 +123,8 @@ def _torch_dist(files: Files, folder: str) -> Iterator[tuple[str, Array]]:
             pieces.setdefault(index.state["fqn"], []).append((_numbers(place), where.state))
         for name, described in metadata["state_dict_metadata"].items():
             if described.name.endswith(".TensorStorageMetadata") and not _OTHERS.match(name):
-                yield name, _joined(files, folder, name, _numbers(described.state["size"]), pieces.get(name, []))
+                parts = ((start, _piece(files, names, folder, name, where)) for start, where in pieces.get(name, ()))
+                yield name, _joined(name, _numbers(described.state["size"]), parts)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
@@ -130,13 +132,11 @@ def _numbers(value: Any) -> tuple[int, ...]:
     return tuple(value.arguments[0]) if isinstance(value, Inert) else tuple(value or ())
 
 
-def _joined(
-    files: Files, folder: str, name: str, shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], Mapping[str, Any]]]
-) -> Array:  # fmt: skip
+def _joined(name: str, shape: tuple[int, ...], parts: Iterable[tuple[tuple[int, ...], Array]]) -> Array:
+    """One tensor of its parts by where each begins, taken one at a time."""
     whole: Array | None = None
     held = 0
-    for start, where in pieces:
-        part = _piece(files, folder, name, where)
+    for start, part in parts:
         whole = np.empty(shape, part.dtype) if whole is None else whole
         box = tuple(slice(low, low + size) for low, size in zip(start or (0,) * len(shape), part.shape, strict=True))
         if whole[box].shape != part.shape:
@@ -152,12 +152,12 @@ def _joined(
     return whole
 
 
-def _piece(files: Files, folder: str, name: str, where: Mapping[str, Any]) -> Array:
+def _piece(files: Files, names: set[str], folder: str, name: str, where: Mapping[str, Any]) -> Array:
     """One tensor within a file of many."""
     place = f"{folder}{where['relative_path']}"
     if where.get("transform_descriptors"):
         raise ConfigError(f"{place} is compressed; save the checkpoint again without")
-    if place not in files.names():
+    if place not in names:
         raise CheckpointError(f"{place} is missing, which holds a piece of {name}; restore it")
     with files.open(place) as file:
         file.seek(where["offset"])

@@ -166,6 +166,26 @@ def test_a_file_of_pieces_that_is_missing_or_cut_off_is_said_to_be(tmp_path: Pat
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
+def test_the_tree_of_files_is_listed_once_for_all_pieces(
+    tmp_path: Path, torch_group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training directory on a parallel file system has thousands of pieces, and each listing visits them all."""
+    core = {f"decoder.layers.{layer}.input_layernorm.weight": np.ones(64, np.float32) for layer in range(4)}
+    write_torch_dist(torch_group, core, tmp_path / "saved", "", None)
+    listings: list[None] = []
+
+    def listed(files: Directory) -> list[str]:
+        listings.append(None)
+        return names(files)
+
+    names = Directory.names
+    monkeypatch.setattr(Directory, "names", listed)
+    assert len(read_distributed(Directory(tmp_path / "saved"), "", 0)) == 4
+    assert len(listings) <= 2  # which form it is, and the pieces
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
 def test_a_distributed_checkpoint_without_megatrons_arguments_is_refused_with_the_way_out(
     tmp_path: Path, torch_group: Any
 ) -> None:
