@@ -19,7 +19,7 @@ __all__ = ["read_compressed_tensors"]
 
 
 def read_compressed_tensors(section: Section) -> FormatPlan:
-    """``config_groups`` with targets, and ``ignore``."""
+    """``config_groups`` with targets, and ``ignore``. Of several targets that match, names come before ``re:``, and both before classes."""
     sparsity = section.get("sparsity_config") or {}
     if sparsity and sparsity.get("format", "dense") != "dense":
         raise refused(f"compressed-tensors sparsity format={sparsity.get('format')!r}", "use the dense checkpoint")
@@ -27,16 +27,18 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
         raise refused("compressed-tensors with transforms (transform_config)", "use a checkpoint without rotations")
     if not section.get("config_groups"):
         raise refused("compressed-tensors without config_groups", "restore its config.json")
-    groups = [
-        (tuple(group.get("targets") or ("Linear",)), _compressed_format(group, section))
-        for group in (section.get("config_groups") or {}).values()
-    ]
+    formats = {
+        str(target): _compressed_format(group, section)
+        for group in section["config_groups"].values()
+        for target in group.get("targets") or ("Linear",)
+    }
+    by_rank = sorted(formats, key=lambda target: (target == "Linear", target.startswith("re:"), target))
     ignored = tuple(section.get("ignore") or ())
 
     def choose(modules: Sequence[str]) -> Format:
         if _targets(ignored, modules):
             return DENSE
-        return next((chosen for targets, chosen in groups if "Linear" in targets or _targets(targets, modules)), DENSE)
+        return next((formats[one] for one in by_rank if one == "Linear" or _targets((one,), modules)), DENSE)
 
     scheme = section.get("kv_cache_scheme")
     if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):

@@ -119,6 +119,21 @@ def test_modules_that_are_named_one_by_one_stay_as_they_are() -> None:
     }
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_most_specific_target_decides_whichever_group_comes_first(is_first: bool) -> None:
+    (everything,) = FP8_DYNAMIC["config_groups"].values()
+    weight_only = {**everything, "input_activations": None}
+    groups = [
+        everything,
+        {**weight_only, "targets": ["re:.*down_proj", "re:model.layers.1.*o_proj"]},
+        {**everything, "targets": ["model.layers.1.mlp.down_proj"]},
+    ]
+    named = {f"group_{n}": group for n, group in enumerate(groups if is_first else groups[::-1])}
+    found = schemes(read_formats({"quantization_config": {**FP8_DYNAMIC, "config_groups": named}}))
+    plain = {owner for owner, name in found.items() if name == "fp8 rows"}
+    assert plain == {"layers.0.down", "layers.1.output"}
+
+
 ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
 
 
