@@ -178,9 +178,7 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
                 chosen[stored[part.source]] = part.transposed
     for name in sorted(plain & chosen.keys()):
         raise ConfigError(f"{name} holds matrices that stay as they are, too; use --quantize fp8 when serving")
-    tables = {stored[part.source] for spec in specs if "." not in spec.owner for part in spec.parts} - {
-        "lm_head.weight"
-    }
+    tables = {stored[part.source] for spec in specs if spec.owner in ("embed", "positions") for part in spec.parts}
     source = checkpoint.source
     ignored = [
         name.removesuffix(".weight")

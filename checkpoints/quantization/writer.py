@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.partial_directory import PartialDirectory
+from phalanx.checkpoints.quantization.choosing import HEAD
 from phalanx.checkpoints.quantization.scheme import KV_CACHE_SCHEME, Scheme
 from phalanx.checkpoints.safetensors_layout import plan_file
 from phalanx.checkpoints.source import TensorInfo, TensorSource
@@ -90,7 +91,7 @@ def write_quantized(
     Args:
         directory: where tokenizer and the other small files come from.
         chosen: names of the matrices to quantise, and whether they are stored ``[in, out]``; they are written ``[out, in]``.
-        ignored: modules of the other matrices.
+        ignored: modules of the other matrices; the head need not be among them, because a tied one is a module that stores nothing.
         progress: told each tensor's name once it is written.
 
     Raises:
@@ -120,7 +121,7 @@ def write_quantized(
             progress(name)
         _copy_small_files(directory, partial)
         cache = {"kv_cache_scheme": dict(KV_CACHE_SCHEME)} if has_cache_scales else {}
-        section = {**scheme.section, "ignore": sorted(ignored) or ["lm_head"], **cache}
+        section = {**scheme.section, "ignore": sorted({HEAD, *ignored}), **cache}
         (partial / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
     return errors
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.weights import load_stage
 from phalanx.runtime.models import find_model
-from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 
 BOUNDS = {"fp8": 0.03, "int8": 0.012, "w8a16": 0.012, "w4a16": 0.12}
 """Relative error of a normal weight: half a step of 4, 8 and 8, and 4 bits, some of it lost to the largest value."""
@@ -61,13 +63,29 @@ def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: 
     assert not (tmp_path / "out").exists()
 
 
-def test_matrices_that_stay_plain_are_listed_for_other_readers(tmp_path: Path) -> None:
-    """compressed-tensors takes every linear module that ``ignore`` does not list for a quantised one: routers, too."""
-    mixtral = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "mixtral")
-    main(["--model", str(mixtral), "--output", str(tmp_path / "out"), "--scheme", "w8a16"])
-    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
-    layers = CASES_BY_NAME["mixtral-plain"].config["num_hidden_layers"]
-    assert ignored == ["lm_head", *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(layers))]
+MIXTRAL = CASES_BY_NAME["mixtral-plain"]
+NARROW_OPT = CASES_BY_NAME["opt-narrow-norm-last"]
+ROUTERS = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(MIXTRAL.config["num_hidden_layers"])]
+PROJECTIONS = ["model.decoder.project_in", "model.decoder.project_out"]
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "expected"),
+    [
+        (MIXTRAL, {}, ["lm_head", *ROUTERS]),
+        (MIXTRAL, {"tie_word_embeddings": True}, ["lm_head", *ROUTERS]),
+        (NARROW_OPT, {}, ["lm_head", *PROJECTIONS]),
+        (NARROW_OPT, {"tie_word_embeddings": True}, ["lm_head", *PROJECTIONS]),
+        (CASES_BY_NAME["gpt_neox-parallel"], {}, ["embed_out", "lm_head"]),
+    ],
+)
+def test_matrices_that_stay_plain_are_listed_for_other_readers(
+    case: CheckpointCase, changes: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    """compressed-tensors takes every linear module that ``ignore`` does not list for a quantised one: routers, and tied heads, too."""
+    dense = write_checkpoint(replace(case, config={**case.config, **changes}), tmp_path / "dense")
+    main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w8a16"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == expected
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Path) -> None:
