@@ -52,6 +52,8 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
         "*.nemo": f"a NeMo archive; {_CONVERTED.format('nemo')}",
         "latest_checkpointed_iteration.txt": f"what Megatron-LM writes next to its checkpoints; {_CONVERTED.format('megatron')}",
         "model_optim_rng.pt": f"what a rank of Megatron-LM saved; {_CONVERTED.format('megatron')}",
+        ".zarray": f"a tensor in pieces, as Megatron-core saves them; {_CONVERTED.format('megatron')}",
+        "common.pt": f"what Megatron-core saves next to tensors in pieces; {_CONVERTED.format('megatron')}",
         "*.distcp": "a piece of a distributed training checkpoint; of Megatron-LM's, "
         + _CONVERTED.format("megatron")
         + "; any other, consolidate and save as safetensors",

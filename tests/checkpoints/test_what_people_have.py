@@ -75,6 +75,8 @@ FORMATS = {
     "latest_checkpointed_iteration.txt": "phalanx convert --from megatron",
     "mp_rank_00/model_optim_rng.pt": "phalanx convert --from megatron",
     "iter_0000007/__0_0.distcp": "phalanx convert --from megatron",
+    "model.decoder.final_layernorm.weight/.zarray": "phalanx convert --from megatron",
+    "iter_0000007/common.pt": "phalanx convert --from megatron",
     "model.wte.bin": "phalanx convert --from fastertransformer",
     "onnx/model.onnx": "ONNX",
     "weights.npz": "MLX",
@@ -99,6 +101,16 @@ def test_weights_in_another_format_are_named_with_the_way_out(name: str, with_co
         open_checkpoint(tmp_path)
     assert repr(name) in str(error.value)
     assert FORMATS[name] in str(error.value)
+
+
+def test_a_zarr_directory_of_megatron_is_not_taken_for_pickled_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model.decoder.final_layernorm.weight"
+    folder.mkdir()
+    for file in (folder / ".zarray", folder / "0", tmp_path / "common.pt", tmp_path / "metadata.json"):
+        file.write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="phalanx convert --from megatron") as error:
+        open_checkpoint(tmp_path)
+    assert "AutoModelForCausalLM" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"])
