@@ -41,8 +41,14 @@ _RENAMED = (
 _REFUSED = (
     "num_experts", "apply_residual_connection_post_layernorm", "multi_latent_attention", "qk_layernorm", "rotary_interleaved",
     "use_rope_scaling", "rotary_seq_len_interpolation_factor", "window_size", "quick_geglu", "no_rope_freq", "attention_output_gate",
+    "head_wise_attn_gate", "glu_linear_offset", "activation_func_clamp_value", "qk_l2_norm", "softmax_scale", "rotary_base_per_layer", "use_mup",
 )  # fmt: skip
-"""Arguments that must be absent or off."""
+"""Arguments that must be absent or off; most leave no tensor by which they could be told.
+
+Source: ``megatron/core/transformer/transformer_config.py`` of Megatron-LM.
+"""
+_ONLY = {"softmax_type": "vanilla", "scaling_recipe": "none"}
+"""Arguments that must be absent or have this value."""
 _NUMBERS = (
     "hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
     "norm_epsilon", "layernorm_epsilon", "rotary_percent", "rotary_base",
@@ -131,8 +137,8 @@ def config_of(arguments: Mapping[str, Any], vocab_size: int, dtype: str) -> dict
     """
     norm = arguments.get("normalization") or "LayerNorm"
     positions = arguments.get("position_embedding_type") or "learned_absolute"
-    for name in _REFUSED:
-        if arguments.get(name):
+    for name in (*_REFUSED, *_ONLY):
+        if arguments.get(name) and arguments[name] != _ONLY.get(name):
             raise ConfigError(
                 f"{name}={arguments[name]!r} of this Megatron checkpoint is not supported; leave it with Megatron-LM"
             )

@@ -584,6 +584,15 @@ def test_a_rank_that_is_missing_and_names_that_nobody_knows_are_refused(tmp_path
     [
         ({"rotary_interleaved": True}, "rotary_interleaved=True of this Megatron checkpoint is not supported"),
         ({"use_rope_scaling": True}, "use_rope_scaling=True"),
+        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' of this Megatron checkpoint is not supported"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset=1.0"),
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value=7.0"),
+        ({"qk_l2_norm": True}, "qk_l2_norm=True"),
+        ({"softmax_scale": 0.5}, "softmax_scale=0.5"),
+        ({"rotary_base_per_layer": [1e4, 1e6]}, "rotary_base_per_layer="),
+        ({"head_wise_attn_gate": True}, "head_wise_attn_gate=True"),
+        ({"use_mup": True}, "use_mup=True"),
+        ({"scaling_recipe": "depth_mup"}, "scaling_recipe='depth_mup'"),
         (
             {"position_embedding_type": "none"},
             "position_embedding_type='none' .* positions may be learned_absolute or rope",
@@ -594,5 +603,7 @@ def test_a_rank_that_is_missing_and_names_that_nobody_knows_are_refused(tmp_path
 def test_arguments_of_megatron_that_would_be_dropped_are_refused(arguments: dict[str, Any], message: str) -> None:
     sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 8}
     assert config_of(sizes, 101, "float32")["position_embedding_type"] == "learned_absolute"
+    defaults = {"softmax_type": "vanilla", "scaling_recipe": "none", "glu_linear_offset": 0.0, "softmax_scale": None}
+    assert config_of({**sizes, **defaults}, 101, "float32") == config_of(sizes, 101, "float32")
     with pytest.raises(ConfigError, match=message):
         config_of({**sizes, **arguments}, 101, "float32")
