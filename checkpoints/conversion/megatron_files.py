@@ -15,10 +15,11 @@ from phalanx.checkpoints.conversion.whole import WholeModel, config_dtype
 from phalanx.checkpoints.source import Array
 from phalanx.parallel.errors import CheckpointError, ConfigError
 
-__all__ = ["by_stage", "join_stages", "read_megatron", "whole_model"]
+__all__ = ["INTERLEAVED", "by_stage", "join_stages", "read_megatron", "refuse_interleaved", "whole_model"]
 
 FILE = "model_optim_rng.pt"
 TABLE, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+INTERLEAVED = "virtual_pipeline_model_parallel_size"
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 
 
@@ -38,6 +39,7 @@ def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
     stages = _stages(_iteration(directory))
     first = read_torch_file(stages[0][0], str(stages[0][0]))
     arguments = vars(first["args"])
+    refuse_interleaved(arguments)
     heads = arguments["num_attention_heads"]
     groups = arguments["num_query_groups"] if arguments.get("group_query_attention") else heads
     version = float(first.get("checkpoint_version", 0))
@@ -72,6 +74,19 @@ def whole_model(tensors: dict[str, Array], arguments: Mapping[str, Any]) -> Whol
     if not arguments.get("untie_embeddings_and_output_weights"):
         tensors.pop(HEAD, None)
     return WholeModel(tensors, config_of(arguments, len(tensors[TABLE]), config_dtype(tensors[TABLE])))
+
+
+def refuse_interleaved(arguments: Mapping[str, Any]) -> None:
+    """Refuse ranks' own files whose layers do not follow one another; a distributed checkpoint names layers over all ranks.
+
+    Raises:
+        ConfigError: each rank held several stages of the pipeline.
+    """
+    if chunks := arguments.get(INTERLEAVED):
+        raise ConfigError(
+            f"{INTERLEAVED}={chunks} interleaves the layers of the ranks' files, which cannot be joined; save the checkpoint "
+            "again as a distributed one (torch_dist) or without"
+        )
 
 
 def join_stages(stages: Iterable[Sequence[Mapping[str, Any]]], layout: MegatronLayout) -> dict[str, Array]:

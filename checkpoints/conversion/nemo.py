@@ -18,7 +18,13 @@ import numpy as np
 from phalanx.checkpoints.conversion.distributed import distributed_folder, read_distributed
 from phalanx.checkpoints.conversion.files import Files, opened
 from phalanx.checkpoints.conversion.megatron import MegatronLayout
-from phalanx.checkpoints.conversion.megatron_files import by_stage, join_stages, whole_model
+from phalanx.checkpoints.conversion.megatron_files import (
+    INTERLEAVED,
+    by_stage,
+    join_stages,
+    refuse_interleaved,
+    whole_model,
+)
 from phalanx.checkpoints.conversion.torch_file import array_of, read_torch_file
 from phalanx.checkpoints.conversion.whole import WholeModel
 from phalanx.parallel.errors import CheckpointError, ConfigError
@@ -32,7 +38,7 @@ _REFUSED = {
     "transformer_block_type": "pre_ln", "headscale": False, "num_moe_experts": None, "megatron_legacy": False,
     "seq_len_interpolation_factor": None, "apply_rope_scaling": False, "scale_positional_embedding": False, "qk_layernorm": False,
     "normalize_attention_scores": True, "sliding_window": None, "window_size": None, "mcore_customization_config": None,
-    "apply_embedding_scaling": False, "peft": None, "virtual_pipeline_model_parallel_size": None, "rotary_interleaved": False,
+    "apply_embedding_scaling": False, "peft": None, "rotary_interleaved": False,
     "layernorm_zero_centered_gamma": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 """Keys that must be absent or have this value."""
@@ -56,6 +62,7 @@ def read_nemo(path: Path, vocab_size: int) -> WholeModel:
         arguments = arguments_of(config)
         if (folder := distributed_folder(files)) is not None:
             return whole_model(read_distributed(files, folder, vocab_size), arguments)
+        refuse_interleaved(arguments)
         heads = arguments["num_attention_heads"]
         layout = MegatronLayout(3.0, heads, arguments["num_query_groups"], arguments["swiglu"], vocab_size)
         stages = by_stage(_places(files, path), f"{WEIGHTS} in {path}")
@@ -106,6 +113,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "bias_gelu_fusion": kind == "openai-gelu" or bool(config.get("openai_gelu")) or bool(is_fused),
         "add_bias_linear": bias,
         "add_qkv_bias": bool(config.get("qkv_bias", False)),
+        INTERLEAVED: config.get(INTERLEAVED),
         "untie_embeddings_and_output_weights": not config.get("share_embeddings_and_output_weights", True),
     }
 

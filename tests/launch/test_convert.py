@@ -469,6 +469,27 @@ def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path:
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("source", ["megatron", "nemo"])
+def test_files_of_ranks_with_interleaved_layers_are_refused(source: str, tmp_path: Path) -> None:
+    """Megatron-LM's own then hold ``model0``, ``model1`` and so on, which was a traceback."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path
+    if source == "megatron":
+        arguments = argparse.Namespace(num_attention_heads=4, num_layers=4, virtual_pipeline_model_parallel_size=2)
+        (tmp_path / "mp_rank_00").mkdir()
+        torch.save({"args": arguments, "model0": {}, "model1": {}}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    else:
+        write_nemo("megatron-gpt3", tmp_path, 1, 1)
+        path = tmp_path / "nemo"
+        config = yaml.safe_load((path / "model_config.yaml").read_text())
+        (path / "model_config.yaml").write_text(yaml.safe_dump({**config, "virtual_pipeline_model_parallel_size": 2}))
+    with pytest.raises(
+        ConfigError, match=r"virtual_pipeline_model_parallel_size=2 interleaves the layers of the ranks' files"
+    ):
+        convert(source, path, tmp_path / "out")
+
+
+@pytest.mark.torch
 def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     write_pieces("megatron-gpt3", tmp_path, 1, 1, 3.0, False)

@@ -220,6 +220,16 @@ def test_zarr_of_nemo_becomes_the_model_that_was_saved(name: str, tmp_path: Path
     check(*convert("nemo", tmp_path / "nemo", tmp_path / "out", *OPTIONS), expected, name)
 
 
+def test_whole_tensors_do_not_depend_on_the_pipeline_having_been_interleaved(tmp_path: Path) -> None:
+    """Megatron-core counts layers over all ranks and stages there (`TransformerBlock.sharded_state_dict`)."""
+    name = "megatron-llama"
+    expected = whole_tensors(name, tmp_path)
+    write_zarr(stacked(expected), tmp_path / "nemo" / "model_weights")
+    config = {**SIZES, **NEMO[name], "virtual_pipeline_model_parallel_size": 3}
+    (tmp_path / "nemo" / "model_config.yaml").write_text(yaml.safe_dump(config))
+    check(*convert("nemo", tmp_path / "nemo", tmp_path / "out", *OPTIONS), expected, name)
+
+
 def test_pieces_of_zarr_that_are_compressed_or_missing_are_refused(tmp_path: Path) -> None:
     core = {"decoder.final_layernorm.weight": np.ones(64, np.float32)}
     (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(SIZES))
