@@ -28,12 +28,10 @@ def fp8_blocks(scale: str, rows: int, columns: int, plain: bool = False) -> Form
     return GroupCodes("fp8 blocks", stored, columns, input="plain" if plain else "fp8 groups")
 
 
-def excluding(chosen: Format, section: Section) -> FormatPlan:
-    """``chosen`` for every module whose path contains none of the excluded names."""
+def excluding(chosen: Format, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:
+    """``chosen`` for every module whose path contains none of the excluded names, nor of ``always``; the head if none are given."""
     names = ("modules_to_not_convert", "ignored_layers", "ignore")
-    excluded = tuple(str(name) for key in names for name in section.get(key) or ())
-    if not excluded:
-        excluded = (HEAD,)
+    excluded = (*(str(name) for key in names for name in section.get(key) or ()), *always) or (HEAD,)
 
     def choose(modules: Sequence[str]) -> Format:
         return DENSE if any(name in module for name in excluded for module in modules) else chosen

@@ -66,7 +66,7 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
 
 
 def read_awq(section: Section) -> FormatPlan:
-    """AutoAWQ, ``version: gemm``."""
+    """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it."""
     version, bits = str(section.get("version", "gemm")).lower(), section.get("bits", section.get("w_bit"))
     group = int(section.get("group_size", section.get("q_group_size", 128)))
     if version != "gemm" or bits != 4 or not section.get("zero_point", True):
@@ -75,7 +75,7 @@ def read_awq(section: Section) -> FormatPlan:
         )
     words = PackedWords(4, axis=0, offset=8, order=AWQ_ORDER)
     stored = Stored("qweight", "scales", "qzeros", words, words, transposed=True)
-    return excluding(GroupCodes("int4", stored, max(group, 0)), section)
+    return excluding(GroupCodes("int4", stored, max(group, 0)), section, always=(HEAD,))
 
 
 def read_gptq(section: Section) -> FormatPlan:

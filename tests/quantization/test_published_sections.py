@@ -16,7 +16,7 @@ from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.formats import FormatPlan, read_formats
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.models import find_model
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 from . import test_checkpoints as checkpoints
 from . import writers
@@ -61,6 +61,8 @@ QWEN_GPTQ_INT8 = {
     "use_cuda_fp16": False, "use_exllama": True,
 }  # fmt: skip
 AWQ = {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm", "zero_point": True}  # fmt: skip
+MIXTRAL_AWQ = {**AWQ, "modules_to_not_convert": ["gate"]}
+"""AutoAWQ's recipe for Mixtral; the head is not listed, and plain."""
 QWEN_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 AUTO_FP8_KV = {"activation_scheme": "static", "ignored_layers": ["lm_head"], "kv_cache_scheme": "static", "quant_method": "fp8"}  # fmt: skip
 FBGEMM_405B = {"activation_scale_ub": 1200.0, "quant_method": "fbgemm_fp8", "modules_to_not_convert": [
@@ -117,6 +119,17 @@ def test_modules_that_are_named_one_by_one_stay_as_they_are() -> None:
     assert {owner for owner, scheme in found.items() if scheme != "dense"} == {
         f"layers.{layer}.{owner}" for layer in range(2) for owner in ("qkv", "gate_up")
     }
+
+
+def test_the_head_of_an_awq_mixtral_is_plain_though_only_routers_are_listed(tmp_path: Path) -> None:
+    case = CASES_BY_NAME["mixtral-plain"]
+    dense = write_checkpoint(case, tmp_path / "dense")
+    as_it_is = lambda w: ({"weight": w}, w)  # noqa: E731
+    modules = {".gate.": as_it_is, "": writers.awq(8)}
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    writers.write(dense, *paths, modules, {**MIXTRAL_AWQ, "group_size": 8})
+    found, expected = (checkpoints.logprobs(checkpoints.generate(path)) for path in paths)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
 @pytest.mark.parametrize("is_first", [True, False])
