@@ -132,7 +132,7 @@ class FormatPlan:
     """Which weight of a checkpoint has which format.
 
     Attributes:
-        choose: format of a matrix, by the source modules of its parts. Biases and norms are always dense.
+        choose: format of a matrix, by the names that the modules of its parts may have. Biases and norms are always dense.
         ignored_tensors: regular expressions (full match) of tensors that the formats store but do not need.
         unread: tensors that are stored, too, and hold nothing that the formats do not say: they are looked at, not used.
         has_kv_scales: the checkpoint promises scales of an fp8 key/value cache (`phalanx.checkpoints.quantization.kv_scales`).
@@ -147,7 +147,7 @@ class FormatPlan:
     choose_by_names: Callable[[Collection[str]], Callable[[WeightSpec], Format]] | None = None
 
     def for_stored(self, names: Collection[str]) -> FormatPlan:
-        """The plan of a checkpoint that holds tensors of these names: its rules are about modules as they are called there."""
+        """The plan of a checkpoint that holds tensors of these names: each part goes by the name under which it is there."""
         choose = self.choose if self.choose_by_names is None else self.choose_by_names(names)
         modules = {name.rpartition(".")[0] for name in names}
         return replace(self, choose=lambda spec: choose(_as_stored(spec, modules)))
@@ -208,16 +208,14 @@ def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
 
 
 def _as_stored(spec: WeightSpec, modules: Collection[str]) -> WeightSpec:
-    """``spec`` with the one name of each part under which there is a module, if any is."""
+    """``spec`` with those names of each part first under which there is a module, if any is."""
     if not any(part.aliases for part in spec.parts):
         return spec
-    return replace(
-        spec,
-        parts=tuple(
-            replace(part, source=next((name for name in part.names if name.rpartition(".")[0] in modules), part.source))
-            for part in spec.parts
-        ),
-    )
+    parts = []
+    for part in spec.parts:
+        source, *aliases = sorted(part.names, key=lambda name: name.rpartition(".")[0] not in modules)
+        parts.append(replace(part, source=source, aliases=tuple(aliases)))
+    return replace(spec, parts=tuple(parts))
 
 
 def _cut(spec: WeightSpec, part: Part, shard: Shard) -> tuple[str, Shard, int]:

@@ -14,7 +14,8 @@ __all__ = ["HEAD", "KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "f
 
 Section = Mapping[str, Any]
 Chooser = Callable[[Sequence[str]], Format]
-"""Format of a module, by its name in the checkpoint, and for the model's head by `HEAD`, too, whatever the family calls it."""
+"""Format of a module, by every name that it may have, and for the model's head by `HEAD`, too. Rules are about the classes of the
+program that quantised it, whose names for a module need not be those in the file: transformers renames some as it saves."""
 HEAD = "lm_head"
 """What quantisers' rules call the head."""
 
@@ -47,12 +48,13 @@ def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
             return DENSE
         if any("embed" in name or "wte" in name for part in spec.parts for name in part.names):
             return DENSE  # a head that is tied to the table
-        modules = [part.source.removesuffix(".weight") for part in spec.parts]
+        modules = [tuple(name.removesuffix(".weight") for name in part.names) for part in spec.parts]
         head = (HEAD,) if spec.owner == HEAD else ()
-        formats = {choose((module, *head)) for module in modules}
+        formats = {choose((*names, *head)) for names in modules}
         if len(formats) > 1:
+            listed = ", ".join(names[0] for names in modules)
             raise ConfigError(
-                f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {', '.join(modules)}, which are "
+                f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {listed}, which are "
                 "computed as one product; use a checkpoint with one scheme for them"
             )
         (chosen,) = formats

@@ -100,7 +100,7 @@ def read_gptq(section: Section) -> FormatPlan:
     def choose(modules: Sequence[str]) -> Format:
         if HEAD in modules:
             return chosen if has_head else DENSE
-        return chosen if not included or modules[0].endswith(included) else DENSE
+        return chosen if not included or any(module.endswith(included) for module in modules) else DENSE
 
     return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *(() if is_ordered else (_groups_in_order(group),))))
 
