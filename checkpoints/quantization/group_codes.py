@@ -129,7 +129,8 @@ class GroupCodes:
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
         """``codes``, ``scale``, unless symmetric ``zero``, with activation order ``group_index``, and perhaps ``prescale``.
 
-        The index is ``[O / indexed, I]``, because q, k and v (gate and up) may have one each, and a rank any rows of them. With that order any column may belong to any group, so ranks that share columns all hold the scales of every group.
+        The index is ``[O / indexed, I]``, because q, k and v (gate and up) may have one each, and a rank any rows of them. With that
+        order any column may belong to any group, so ranks that share columns all hold the scales of every group.
         """
         stored = self.stored
         codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]

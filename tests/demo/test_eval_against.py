@@ -116,22 +116,24 @@ def test_mistakes_get_one_line(demo: Path, held_out: Path, tmp_path: Path) -> No
 TOKENS = [0, 17, 5000, 8, 431, 99, 2, 77, 1023, 5, 640, 3000, 12]
 
 
-def kept(path: Path, comm: Communicator, layout: Sequence[int], context: int, **options: Any) -> KeptLogits:
-    """What a rank keeps of `TOKENS`."""
-    windows = list(windows_over(len(TOKENS), context, 3))
-    logits = KeptLogits(io.BytesIO(), windows, len(TOKENS) - 1)
+def kept(
+    path: Path, comm: Communicator, layout: Sequence[int], context: int, tokens: Sequence[int] = TOKENS, **options: Any
+) -> KeptLogits:
+    """What a rank keeps of ``tokens``."""
+    windows = list(windows_over(len(tokens), context, 3))
+    logits = KeptLogits(io.BytesIO(), windows, len(tokens) - 1)
     arguments = {"engine": "numpy", "block_size": 16, "num_kv_blocks": 8, "max_num_batched_tokens": 5, **options}
     sizes = zip(("tensor", "pipeline", "data"), layout, strict=False)
     with LLM(path, comm=comm, **{f"{name}_parallel_size": size for name, size in sizes}, **arguments) as llm:
-        list(scored_tokens(llm, TOKENS, context, 3, logits))
+        list(scored_tokens(llm, tokens, context, 3, logits))
     return logits
 
 
-def by_hand(path: Path, context: int) -> Array:
+def by_hand(path: Path, context: int, tokens: Sequence[int] = TOKENS) -> Array:
     """``[T, V]`` log-probabilities of the windows, one after the other."""
     rows = []
-    for window in windows_over(len(TOKENS), context, 3):
-        logs = Float64Llama(path).log_probabilities(TOKENS[window.start : window.stop])
+    for window in windows_over(len(tokens), context, 3):
+        logs = Float64Llama(path).log_probabilities(tokens[window.start : window.stop])
         rows += list(logs[window.first_scored - window.start - 1 : -1])
     return np.array(rows)
 
@@ -155,6 +157,37 @@ def test_ranks_that_hold_parts_of_the_vocabulary_find_what_float64_does(
 
     p, q = (by_hand(path, 7) for path in (short, short_disturbed))
     for divergence in run_ranks(size, rank):
+        np.testing.assert_allclose(divergence.kl, exact_divergence(p, q), rtol=1e-4, atol=2e-6)
+        np.testing.assert_array_equal(divergence.flips, p.argmax(axis=1) != q.argmax(axis=1))
+
+
+@pytest.mark.parametrize(("model", "reference"), [((2, 1), (1, 2)), ((3, 1), (1, 3))], ids=str)
+def test_rows_that_pad_a_vocabulary_count_for_nothing(
+    tmp_path: Path, model: tuple[int, ...], reference: tuple[int, ...]
+) -> None:
+    """101 tokens, which neither two nor three ranks share without padding: 6,144 need none at any layout."""
+
+    def change(tensors: dict[str, Array]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:101].copy()
+
+    paths = tmp_path / "reference", tmp_path / "model"
+    for path, epsilon in zip(paths, (1e-5, 2e-3), strict=True):
+        write_short_demo(path, 3, change)
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        (path / "config.json").write_text(json.dumps({**config, "vocab_size": 101, "rms_norm_eps": epsilon}))
+    tokens = [token % 101 for token in TOKENS]
+
+    def rank(comm: Communicator) -> Any:
+        own, other = (
+            kept(path, comm, layout, 7, tokens) for path, layout in zip(paths[::-1], (model, reference), strict=True)
+        )
+        return own.num_tokens, compare(other, own, comm)
+
+    p, q = (by_hand(path, 7, tokens) for path in paths)
+    assert p.shape[1] == 101
+    results = run_ranks(int(np.prod(model)), rank)
+    assert sum(num_tokens for num_tokens, _ in results) == 101
+    for _, divergence in results:
         np.testing.assert_allclose(divergence.kl, exact_divergence(p, q), rtol=1e-4, atol=2e-6)
         np.testing.assert_array_equal(divergence.flips, p.argmax(axis=1) != q.argmax(axis=1))
 
