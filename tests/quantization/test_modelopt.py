@@ -14,7 +14,9 @@ from phalanx.checkpoints.config_files import read_config
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.formats import read_formats
 from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.runtime.llm import LLM
 from tests.support.checkpoints import CheckpointCase, write_checkpoint
+from tests.support.fake_cupy import install_fake_device
 from tests.support.float64_llama import Float64Llama
 
 from . import test_checkpoints as checkpoints
@@ -154,6 +156,17 @@ def test_parts_of_one_product_with_other_factors_are_refused_by_name(root: Path,
         CheckpointError, match=r"1\.self_attn\.q_proj\.weight have factors .*1\.self_attn\.k_proj\.weight,"
     ):
         checkpoints.generate(without)
+
+
+def test_other_factors_end_the_cuda_engine_before_it_is_ready(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """It compares them at a matrix's first product, and steps without sequences have run all products when an engine is made."""
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+    name = "model.layers.1.self_attn.k_proj.pre_quant_scale"
+    other = _changed(root / "smoothquant", tmp_path / "other", name, writers.factors(256, seed=4))
+    with pytest.raises(CheckpointError, match=r"^layers\.1\.qkv: .* have different factors"):
+        LLM(other, engine="cuda", dtype="float32", num_kv_blocks=16, max_num_seqs=3, max_num_batched_tokens=8)
 
 
 @pytest.mark.parametrize(
