@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = ["INTERLEAVED", "by_stage", "join_stages", "read_megatron", "refuse_in
 FILE = "model_optim_rng.pt"
 TABLE, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
 INTERLEAVED = "virtual_pipeline_model_parallel_size"
+_NEEDED = ("hidden_size", "num_layers", "num_attention_heads", "max_position_embeddings")
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 
 
@@ -38,7 +41,7 @@ def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
         return _read_core(iteration, folder, directory, vocab_size)
     stages = _stages(_iteration(directory))
     first = read_torch_file(stages[0][0], str(stages[0][0]))
-    arguments = vars(first["args"])
+    arguments = _arguments_in(first, str(stages[0][0]))
     refuse_interleaved(arguments)
     heads = arguments["num_attention_heads"]
     groups = arguments["num_query_groups"] if arguments.get("group_query_attention") else heads
@@ -56,7 +59,7 @@ def _read_core(files: Files, folder: str, directory: Path, vocab_size: int) -> W
             f"{directory} is a distributed checkpoint without Megatron-LM's arguments in common.pt; if NeMo 2 wrote it, export it with "
             "its export_ckpt to Hugging Face's format, else restore common.pt"
         )
-    return whole_model(read_distributed(files, folder, vocab_size), vars(common["args"]))
+    return whole_model(read_distributed(files, folder, vocab_size), _arguments_in(common, f"{directory}'s common.pt"))
 
 
 def whole_model(tensors: dict[str, Array], arguments: Mapping[str, Any]) -> WholeModel:
@@ -121,6 +124,17 @@ def by_stage(found: Mapping[tuple[int, int], str], what: str) -> list[list[str]]
             "missing; give the directory that holds all of them"
         )
     return [[found[stage, rank] for rank in range(ranks)] for stage in range(stages)]
+
+
+def _arguments_in(state: Any, name: str) -> Mapping[str, Any]:
+    """Megatron-LM's arguments, which the file ``name`` holds."""
+    given = state.get("args") if isinstance(state, dict) else None
+    arguments = vars(given) if isinstance(given, argparse.Namespace | types.SimpleNamespace) else {}
+    if missing := [key for key in _NEEDED if key not in arguments]:
+        raise CheckpointError(
+            f"{name} lacks {', '.join(missing)} among Megatron-LM's arguments; give a checkpoint that Megatron-LM itself saved"
+        )
+    return arguments
 
 
 def _iteration(directory: Path) -> Path:

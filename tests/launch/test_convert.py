@@ -469,13 +469,32 @@ def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path:
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+    "state", [{"model": {}}, [], {"args": {"hidden_size": 64}}, {"args": argparse.Namespace(hidden_size=64)}]
+)
+@pytest.mark.parametrize("file", ["mp_rank_00/model_optim_rng.pt", "common.pt"])
+def test_a_file_without_megatrons_arguments_is_refused(file: str, state: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    torch.save(state, tmp_path / file)
+    if file == "common.pt":
+        (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(
+        (CheckpointError, ConfigError), match=r"lacks .*num_layers.* among|without Megatron-LM's arguments"
+    ):
+        convert("megatron", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("source", ["megatron", "nemo"])
 def test_files_of_ranks_with_interleaved_layers_are_refused(source: str, tmp_path: Path) -> None:
     """Megatron-LM's own then hold ``model0``, ``model1`` and so on, which was a traceback."""
     torch = pytest.importorskip("torch")
     path = tmp_path
     if source == "megatron":
-        arguments = argparse.Namespace(num_attention_heads=4, num_layers=4, virtual_pipeline_model_parallel_size=2)
+        arguments = argparse.Namespace(
+            hidden_size=64, num_attention_heads=4, num_layers=4, max_position_embeddings=8, virtual_pipeline_model_parallel_size=2
+        )  # fmt: skip
         (tmp_path / "mp_rank_00").mkdir()
         torch.save({"args": arguments, "model0": {}, "model1": {}}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
     else:

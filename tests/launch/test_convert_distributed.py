@@ -24,7 +24,7 @@ from phalanx.checkpoints.conversion.inert_pickle import Inert, read_inert
 from phalanx.parallel.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
-from .test_convert import ARGUMENTS, CORE_NAMES, NEMO, PREFIX, convert, same_model
+from .test_convert import ARGUMENTS, CORE_NAMES, NEMO, PREFIX, convert, same_model, training_state
 
 SIZES = {
     "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 96,
@@ -93,7 +93,8 @@ def write_torch_dist(torch: Any, core: dict[str, np.ndarray], directory: Path, p
     state[f"{prefix}decoder.layers.self_attention.linear_qkv._extra_state/shard_0_3"] = io.BytesIO(b"scales")
     directory.mkdir(parents=True)
     checkpoint.save(state, checkpoint_id=directory)
-    torch.save({"args": arguments, "iteration": 7} if arguments else {"iteration": 7}, directory / "common.pt")
+    common = {"iteration": 7, **training_state(torch)}
+    torch.save({"args": arguments, **common} if arguments else common, directory / "common.pt")
     (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
 
 
