@@ -109,8 +109,8 @@ class PartialSums:
         wide -= other
         terms = np.where(p > 0, p * wide, 0.0)
         return cls(
-            top, p.sum(axis=1), terms.sum(axis=1), best + float(first_token),
-            other_top, q.sum(axis=1), other_best + float(first_token),
+            top, p.sum(axis=1), terms.sum(axis=1), (best + first_token).astype(np.float64),
+            other_top, q.sum(axis=1), (other_best + first_token).astype(np.float64),
         )  # fmt: skip
 
     def __add__(self, other: PartialSums) -> PartialSums:

@@ -98,7 +98,8 @@ class Scheme:
 
     def integer_scale(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scale of each group of values, ``[..., columns] -> [...]``, with which no value saturates."""
-        largest: NDArray[np.float32] = np.abs(groups).max(axis=-1) / np.float32((1 << (self.bits - 1)) - 0.5)
+        largest: NDArray[np.float32] = np.abs(groups).max(axis=-1)
+        largest /= np.float32((1 << (self.bits - 1)) - 0.5)
         return np.maximum(largest, np.float32(2.0**-40))
 
     def integers(self, values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
