@@ -115,6 +115,7 @@ def test_on_the_demo_smoothquant_is_no_worse_than_rounding_to_nearest(text: Path
     assert smooth < 1.15 * nearest  # they differ by a tenth from text to text
 
 
+@pytest.mark.slow
 def test_on_outliers_awq_and_gptq_beat_rounding_to_nearest_at_any_layout(
     outliers: Path, text: Path, tmp_path: Path
 ) -> None:
