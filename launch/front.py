@@ -36,9 +36,12 @@ def start_frontend(args: argparse.Namespace, *, outlives_engine: bool = False) -
     """
     from phalanx.runtime.server.link.frontend import Frontend
 
-    settings = frontend_settings(args)
+    grpc_port, missing = _grpc_port(args)
+    settings = frontend_settings(args, grpc_port)
     frontend = Frontend.start(HTTP_PROCESS, settings, same_code(), outlives_engine=outlives_engine)
-    if frontend.grpc_port is not None:
+    if missing is not None:  # not before: a server that cannot start says that alone
+        _LOG.warning("serving without gRPC: %s", missing)
+    elif frontend.grpc_port is not None:
         _LOG.info("gRPC on %s:%d", settings.host, frontend.grpc_port)
     return frontend
 
@@ -49,14 +52,14 @@ def model_names(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(args.served_model_name or (name,))
 
 
-def frontend_settings(args: argparse.Namespace) -> FrontendSettings:
+def frontend_settings(args: argparse.Namespace, grpc_port: int | None) -> FrontendSettings:
     """What the HTTP side must know of the flags."""
     from phalanx.runtime.server.settings import FrontendSettings
 
     return FrontendSettings(
         host=args.host,
         port=args.port,
-        grpc_port=_grpc_port(args),
+        grpc_port=grpc_port,
         num_processes=_default_http_processes() if args.http_processes is None else args.http_processes,
         model_names=model_names(args),
         api_key_file=None if args.api_key_file is None else str(args.api_key_file),
@@ -79,8 +82,8 @@ def _default_http_processes() -> int:
     return max(1, min(MAX_DEFAULT_HTTP_PROCESSES, len(os.sched_getaffinity(0)) // 4))
 
 
-def _grpc_port(args: argparse.Namespace) -> int | None:
-    """Where gRPC is served. Asked for, it must work; otherwise the server starts without it and says so.
+def _grpc_port(args: argparse.Namespace) -> tuple[int | None, ConfigError | None]:
+    """Where gRPC is served, and why nowhere. Asked for, it must work; otherwise the server starts without it and says so.
 
     Raises:
         ConfigError: ``--grpc-port`` is given, and the port or the libraries are not there.
@@ -89,13 +92,12 @@ def _grpc_port(args: argparse.Namespace) -> int | None:
 
     given, port = args.grpc_port, GRPC_PORT if args.grpc_port is None else args.grpc_port
     if given is None and args.port == 0:
-        return None
+        return None, None
     try:
         if not (find_spec("grpc") and find_spec("tritonclient")):
             raise ConfigError(f"--grpc-port {port} needs grpcio and tritonclient; pip install 'tritonclient[grpc]'")
-        return port if given == 0 else free_port(args.host, port)
+        return port if given == 0 else free_port(args.host, port), None
     except ConfigError as error:
         if given is not None:
             raise
-        _LOG.warning("serving without gRPC: %s", error)
-        return None
+        return None, error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.launch.front import GRPC_PORT
 from tests.server.jobs import Job, serve
 
 httpclient = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
@@ -100,7 +102,7 @@ def test_a_grpc_port_in_use_is_refused() -> None:
 
 
 def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_them(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from launch import front, serve
     from phalanx.parallel.errors import ConfigError
@@ -109,5 +111,19 @@ def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_th
     arguments = serve.build_parser().parse_args(["--grpc-port", "9001"])
     with pytest.raises(ConfigError, match=r"pip install 'tritonclient\[grpc\]'"):
         front._grpc_port(arguments)
-    assert front._grpc_port(serve.build_parser().parse_args([])) is None
-    assert "serving without gRPC: --grpc-port 8001 needs grpcio" in caplog.text
+    port, missing = front._grpc_port(serve.build_parser().parse_args([]))
+    assert port is None
+    assert "--grpc-port 8001 needs grpcio" in str(missing)
+
+
+def test_a_default_port_that_is_taken_is_told_of_by_a_server_that_starts_and_by_no_other() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        http_port = free.getsockname()[1]
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # then something else holds it
+            held.enter_context(socket.create_server(("127.0.0.1", GRPC_PORT)))
+        with serve(0, "--port", str(http_port)) as job:
+            job.server.lines_with("serving without gRPC: --grpc-port 8001")
+        with serve(0, "--port", "70000", wait_for="") as refused:
+            status, text = refused.server.wait()
+    assert (status, text.count("\n")) == (2, 1), text
