@@ -139,18 +139,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate(llm: LLM, text: str, context: int, stride: int, reader: LogitsReader | None = None) -> Evaluation:
+def evaluate(llm: LLM, text: str, context: int, stride: int) -> Evaluation:
     """Score ``text`` in windows of ``context`` tokens, ``stride`` apart. *Collective.*
 
-    Every token but the first is scored once, by the first window that holds it. Progress goes to standard error. ``reader`` is
-    shown all logits.
+    Every token but the first is scored once, by the first window that holds it. Progress goes to standard error.
 
     Raises:
         RequestError: no tokenizer, a text of fewer than two tokens, or windows that do not fit the model.
     """
-    from phalanx.launch.scoring import encode, scored_tokens
+    from phalanx.launch.scoring import encode
 
-    token_ids, num_bytes = encode(llm.tokenizer, text)
+    return _score(llm, *encode(llm.tokenizer, text), context, stride)
+
+
+def _score(
+    llm: LLM, token_ids: Sequence[int], num_bytes: int, context: int, stride: int, reader: LogitsReader | None = None
+) -> Evaluation:
+    """``evaluate`` a text of which the tokens are known; ``reader`` is shown all logits."""
+    from phalanx.launch.scoring import scored_tokens
+
     windows = scored_tokens(llm, token_ids, context, stride, reader)
     total_loss = -math.fsum(item.logprob for window in windows for item in window)
     return Evaluation(len(token_ids) - 1, num_bytes, total_loss)
@@ -221,13 +228,13 @@ def _run(args: argparse.Namespace, world: Communicator, text: str, keeping: Exit
         context = llm.max_model_len if args.context is None else args.context
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()
+        token_ids, num_bytes = encode(llm.tokenizer, text)
         logits = None
         if keeping is not None:
-            num_tokens = len(encode(llm.tokenizer, text)[0])
             check_windows(context, stride, llm.max_model_len)
-            windows = list(windows_over(num_tokens, context, stride))
-            logits = keeping.enter_context(keeping_logits(windows, num_tokens - 1))
-        evaluation = evaluate(llm, text, context, stride, logits)
+            windows = list(windows_over(len(token_ids), context, stride))
+            logits = keeping.enter_context(keeping_logits(windows, len(token_ids) - 1))
+        evaluation = _score(llm, token_ids, num_bytes, context, stride, logits)
         seconds = time.perf_counter() - started
         return _Run(evaluation, {"context": context, "stride": stride}, _setup(args, llm), seconds, logits)
 
