@@ -229,10 +229,12 @@ def test_a_signal_between_two_jobs_starts_no_further_one(monkeypatch: pytest.Mon
     assert supervisor.job == 1
 
 
-def test_a_launcher_that_forgets_a_signal_is_killed_while_ranks_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.1)
-    frontend: Any = SupervisedFrontend()
-    supervisor = _Supervisor(frontend, ["sleep", "1000"], 10, 1e6)
+def status_of_a_launcher_that_forgets_a_signal(
+    monkeypatch: pytest.MonkeyPatch, frontend: Any, launcher: list[str], kill_seconds: float
+) -> int | None:
+    """The signal comes while the ranks load; ``kill_seconds``: how long the launcher may still take. The supervisor ends well."""
+    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", kill_seconds)
+    supervisor = _Supervisor(frontend, launcher, 10, 1e6)
     handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which the launcher inherits
     monkeypatch.setattr(frontend, "place", lambda job: supervisor.on_signal(signal.SIGUSR1, None) or str(job))
     try:
@@ -240,19 +242,15 @@ def test_a_launcher_that_forgets_a_signal_is_killed_while_ranks_load(monkeypatch
     finally:
         signal.signal(signal.SIGUSR1, handler)
     assert supervisor.process is not None
-    assert supervisor.process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    return supervisor.process.returncode
+
+
+def test_a_launcher_that_forgets_a_signal_is_killed_while_ranks_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = status_of_a_launcher_that_forgets_a_signal(monkeypatch, SupervisedFrontend(), ["sleep", "1000"], 0.1)
+    assert status in (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def test_a_signal_while_ranks_become_ready_drains_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """They were told while they loaded: were the signal lost they would be killed, but they say that they drain."""
-    monkeypatch.setattr(launch.supervise, "KILL_SECONDS", 0.0)
-    frontend: Any = SupervisedFrontend(FrontendReady(1), DrainRequest())
-    supervisor = _Supervisor(frontend, ["sleep", "0.5"], 10, 1e6)
-    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    monkeypatch.setattr(frontend, "place", lambda job: supervisor.on_signal(signal.SIGUSR1, None) or str(job))
-    try:
-        assert supervisor.run() == 0
-    finally:
-        signal.signal(signal.SIGUSR1, handler)
-    assert supervisor.process is not None
-    assert supervisor.process.returncode == 0
+    frontend = SupervisedFrontend(FrontendReady(1), DrainRequest())
+    assert status_of_a_launcher_that_forgets_a_signal(monkeypatch, frontend, ["sleep", "0.5"], 0.0) == 0
