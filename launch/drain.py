@@ -73,33 +73,32 @@ class DrainSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._num_counted += not self._is_supervised or number == signal.SIGUSR1
-        was_told, self._is_told = self._is_told, True
-        if number == signal.SIGINT and (self._num_counted > 1 or self._drain is None):
+        # A hook that asks by the admin route may be followed by SIGTERM; Ctrl-C comes from someone who waits.
+        is_again = self._num_counted > 1 or (self._is_told and number == signal.SIGINT and not self._is_supervised)
+        if number == signal.SIGINT and (is_again or self._drain is None):
             raise KeyboardInterrupt
-        if self._num_counted > 1:
+        if is_again:
             self._watch.end_by(0.0, 128 + number, "told again to end: open requests are not waited for")
-        elif was_told:  # the same request, by another way
-            return
-        elif self._drain is None:
+        elif self._drain is None and not self._is_told:
+            self._is_told = True
             self._watch.end_by(0.0, 0, "told to end while ranks load")
         else:
-            os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
-            self._start_drain()
+            self.drain()
 
     def drain(self) -> None:
         """What the first signal does; nothing after one. For the admin route, on the thread that handles signals.
 
         It does not count as a signal: Kubernetes sends SIGTERM after a `preStop` hook that asks for a drain, and the open requests
-        are still waited for.
+        are still waited for. Ctrl-C after it does not wait.
         """
         if self._is_told:
             return
         self._is_told = True
         if self._drain is not None:
-            os.write(sys.stderr.fileno(), _DRAINING)
             self._start_drain()
 
     def _start_drain(self) -> None:
         assert self._drain is not None
+        os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
         self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
         self._drain()

@@ -134,8 +134,12 @@ class _Supervisor:
         return status
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """The first signal drains, the second ends at once. The loop passes them on: the job may only just be starting."""
-        self.signals.append(number)
+        """The first signal drains, the second ends at once. The loop passes them on: the job may only just be starting.
+
+        Ctrl-C after a drain by the admin route is the second. SIGTERM is not: it may come from the service manager whose hook asked.
+        """
+        is_second = number == signal.SIGINT and self.draining and not self.signals
+        self.signals += [number, number] if is_second else [number]
         self.draining = True
 
     def _run_job(self) -> int:

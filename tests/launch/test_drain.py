@@ -68,6 +68,33 @@ def test_a_signal_while_ranks_load_ends_them(is_supervised: bool) -> None:
     assert after(TERM, is_supervised=is_supervised, is_ready=False) == ([(0.0, 0)], 0)
 
 
+@pytest.mark.parametrize("between", [[], [TERM]])
+def test_ctrl_c_after_a_drain_by_route_does_not_wait(between: list[int]) -> None:
+    watch: Any = Ends()
+    signals = DrainSignals(watch, 25.0)
+    signals.catch()
+    signals.on_drain(lambda: None)
+    signals.drain()
+    for number in between:
+        signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_draining_is_said_once_however_it_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    for asks in (("route", "signal", "route"), ("signal", "route")):
+        watch: Any = Ends()
+        signals = DrainSignals(watch, 25.0)
+        signals.catch()
+        signals.on_drain(lambda: None)
+        for way in asks:
+            if way == "route":
+                signals.drain()
+            else:
+                signal.raise_signal(TERM)
+        assert capfd.readouterr().err.count("draining: ") == 1
+
+
 def test_a_drain_by_route_is_not_a_signal() -> None:
     watch: Any = Ends()
     signals = DrainSignals(watch, 25.0)
