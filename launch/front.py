@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["frontend_settings", "model_names", "start_frontend"]
 
-_LOG = logging.getLogger("phalanx.serve")
 HTTP_PROCESS = (sys.executable, "-P", "-m", "launch.http_process")
 MAX_DEFAULT_HTTP_PROCESSES = 8
 GRPC_PORT = 8001
@@ -39,10 +37,7 @@ def start_frontend(args: argparse.Namespace, *, outlives_engine: bool = False) -
     grpc_port, missing = _grpc_port(args)
     settings = frontend_settings(args, grpc_port)
     frontend = Frontend.start(HTTP_PROCESS, settings, same_code(), outlives_engine=outlives_engine)
-    if missing is not None:  # not before: a server that cannot start says that alone
-        _LOG.warning("serving without gRPC: %s", missing)
-    elif frontend.grpc_port is not None:
-        _LOG.info("gRPC on %s:%d", settings.host, frontend.grpc_port)
+    frontend.without_grpc = missing
     return frontend
 
 
@@ -82,8 +77,8 @@ def _default_http_processes() -> int:
     return max(1, min(MAX_DEFAULT_HTTP_PROCESSES, len(os.sched_getaffinity(0)) // 4))
 
 
-def _grpc_port(args: argparse.Namespace) -> tuple[int | None, ConfigError | None]:
-    """Where gRPC is served, and why nowhere. Asked for, it must work; otherwise the server starts without it and says so.
+def _grpc_port(args: argparse.Namespace) -> tuple[int | None, str]:
+    """Where gRPC is served, or why nowhere. Asked for, it must work; otherwise the server starts without it and its start block says so.
 
     Raises:
         ConfigError: ``--grpc-port`` is given, and the port or the libraries are not there.
@@ -92,12 +87,12 @@ def _grpc_port(args: argparse.Namespace) -> tuple[int | None, ConfigError | None
 
     given, port = args.grpc_port, GRPC_PORT if args.grpc_port is None else args.grpc_port
     if given is None and args.port == 0:
-        return None, None
+        return None, ""
     try:
         if not (find_spec("grpc") and find_spec("tritonclient")):
             raise ConfigError(f"--grpc-port {port} needs grpcio and tritonclient; pip install 'tritonclient[grpc]'")
-        return port if given == 0 else free_port(args.host, port), None
+        return port if given == 0 else free_port(args.host, port), ""
     except ConfigError as error:
         if given is not None:
             raise
-        return None, error
+        return None, str(error)

@@ -302,7 +302,7 @@ def _lead(
         engine, frontend.channels, on_drain_request=signals.drain, num_saturated=lambda: watch.num_saturated
     )
     signals.on_drain(bridge.request_drain)
-    about = describe(replica, announcement.model, hosts)
+    about = describe(replica, announcement.model, hosts, frontend.grpc_in_words())
     model = _model_info(replica, max_open_requests, sampling_defaults, about)
 
     def on_ready() -> None:

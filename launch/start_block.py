@@ -24,8 +24,8 @@ def host_names(world: Communicator) -> str:
     return ", ".join(f"{name} ({count})" for name, count in names.items())
 
 
-def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
-    """Names and values, in the order in which they are shown."""
+def describe(replica: Replica, model: str, hosts: str, grpc: str) -> dict[str, str]:
+    """Names and values, in the order in which they are shown; ``grpc``: where that is served, or why nowhere."""
     from phalanx.runtime.executors.registry import choose_engine, engine_reason
     from phalanx.runtime.quantisation import quantisation_in_words
 
@@ -46,6 +46,7 @@ def describe(replica: Replica, model: str, hosts: str) -> dict[str, str]:
         "cache": f"{cache.num_blocks:,} {'blocks' if cache.kind == 'paged' else 'slots'} x {cache.block_size} = "
         f"{cache.num_blocks * cache.block_size:,} tokens",
         "sequences": f"{options.max_num_seqs:,} at once",
+        **({"gRPC": grpc} if grpc else {}),
     }
 
 

@@ -39,7 +39,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
 def test_an_example_runs_as_it_is_written(
     job: Job, capfd: pytest.CaptureFixture[str], tmp_path: Path, language: str, text: str
 ) -> None:
-    grpc_port = job.server.lines_with("gRPC on ")[0].rpartition(":")[2].strip()
+    grpc_port = job.server.lines_with("gRPC ")[0].rpartition(":")[2].strip()
     text = text.replace("localhost:8000", job.server.url.removeprefix("http://")).replace(
         "localhost:8001", f"127.0.0.1:{grpc_port}"
     )

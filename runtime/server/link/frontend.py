@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -33,6 +34,7 @@ class _Place(msgspec.Struct):
     job: int
     url: str
     grpc_port: int | None
+    without_grpc: str
     doors: list[str]
 
 
@@ -42,6 +44,7 @@ class Frontend:
     Attributes:
         url: where they listen.
         grpc_port: where they serve gRPC; None = nowhere.
+        without_grpc: why they do not, although it was not declined; empty = they do, or it was.
         channels: messages to and from them.
     """
 
@@ -56,6 +59,7 @@ class Frontend:
         self._doors = list(doors)
         self.url = url
         self.grpc_port = grpc_port
+        self.without_grpc = ""
         self.channels = channels
         self._processes = tuple(processes)
 
@@ -114,7 +118,16 @@ class Frontend:
 
     def place(self, job: int) -> str:
         """For `connect`, as text: where the engine of a job, counted from 1, finds the processes that outlive it."""
-        return msgspec.json.encode(_Place(job, self.url, self.grpc_port, self._doors)).decode()
+        return msgspec.json.encode(_Place(job, self.url, self.grpc_port, self.without_grpc, self._doors)).decode()
+
+    def grpc_in_words(self) -> str:
+        """Return the address of gRPC, or why there is none; empty if it was declined."""
+        host = urlsplit(self.url).netloc.rpartition(":")[0]
+        return (
+            f"{host}:{self.grpc_port}"
+            if self.grpc_port is not None
+            else self.without_grpc and f"none: {self.without_grpc}"
+        )
 
     @classmethod
     def connect(cls, place: str) -> Frontend:
@@ -136,6 +149,7 @@ class Frontend:
                 ) from None
             channels.append(FrontendChannel(sock, f"HTTP process {number}"))
         frontend = cls(known.url, (), FrontendChannels(channels), known.grpc_port)
+        frontend.without_grpc = known.without_grpc
         with contextlib.suppress(CommunicatorError):
             frontend.channels.send(Job(known.job))
         return frontend

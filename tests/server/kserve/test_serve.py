@@ -29,7 +29,7 @@ def job() -> Iterator[Job]:
 
 
 def grpc_address(job: Job) -> str:
-    return job.server.lines_with("gRPC on ")[0].split()[-1]
+    return job.server.lines_with("gRPC ")[0].split()[-1]
 
 
 def http_address(job: Job) -> str:
@@ -113,7 +113,7 @@ def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_th
         front._grpc_port(arguments)
     port, missing = front._grpc_port(serve.build_parser().parse_args([]))
     assert port is None
-    assert "--grpc-port 8001 needs grpcio" in str(missing)
+    assert "--grpc-port 8001 needs grpcio" in missing
 
 
 def test_a_default_port_that_is_taken_is_told_of_by_a_server_that_starts_and_by_no_other() -> None:
@@ -123,7 +123,7 @@ def test_a_default_port_that_is_taken_is_told_of_by_a_server_that_starts_and_by_
         with contextlib.suppress(OSError):  # then something else holds it
             held.enter_context(socket.create_server(("127.0.0.1", GRPC_PORT)))
         with serve(0, "--port", str(http_port)) as job:
-            job.server.lines_with("serving without gRPC: --grpc-port 8001")
+            assert "none: --grpc-port 8001" in job.server.lines_with("gRPC ")[0]
         with serve(0, "--port", "70000", wait_for="") as refused:
             status, text = refused.server.wait()
     assert (status, text.count("\n")) == (2, 1), text
