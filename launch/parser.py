@@ -8,11 +8,11 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from phalanx.launch.settings import Settings, variable_name
+from phalanx.launch.settings import PREFIX, Settings, variable_name
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import LOG_FORMATS, LOG_LEVELS, LogFormat, LogLevel, configure
@@ -30,6 +30,8 @@ _YES_NO = {
     "off": False,
     "": False,
 }
+_SIMILAR = 0.75
+"""Two letters that changed places in a word of four are that far from it."""
 _ONLY_ON_THE_COMMAND_LINE = ("--help", "--version", "--config")
 
 
@@ -198,8 +200,8 @@ class CommandParser(argparse.ArgumentParser):
         for name, value in self._settings.variables.items():
             if name in known:
                 yield known[name], value, name
-            elif (close := difflib.get_close_matches(name, known, n=1, cutoff=0.93)) and not _is_setting(name):
-                self.error(f"environment variable {name} is not a setting; did you mean {close[0]}?")
+            elif (close := _similar_variable(name, known)) and not _is_setting(name):
+                self.error(f"environment variable {name} is not a setting; did you mean {close}?")
 
     def _config(self) -> Iterator[tuple[str, Any, str]]:
         known = [flag for flag in self.flags() if flag not in _ONLY_ON_THE_COMMAND_LINE]
@@ -226,6 +228,13 @@ class CommandParser(argparse.ArgumentParser):
         if answer is None:
             self.error(f"{origin}={value!r} is neither yes nor no; use true or false")
         return bool(answer)
+
+
+def _similar_variable(name: str, known: Iterable[str]) -> str:
+    """The one of ``known`` that ``name`` is probably a slip of; empty if there is none: other programs may use our prefix."""
+    rests = [other.removeprefix(PREFIX) for other in known]
+    close = difflib.get_close_matches(name.removeprefix(PREFIX), rests, n=1, cutoff=_SIMILAR)
+    return f"{PREFIX}{close[0]}" if close else ""
 
 
 def _is_setting(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class Settings:
 
     Attributes:
         words: the command line without the program.
-        variables: environment variables that begin with ``PHALANX_``.
+        variables: environment variables that begin with ``PHALANX_``, but for those that Kubernetes sets.
         config_file: where ``config`` comes from, for messages.
         config: keys of the file, with ``-`` for ``_``.
     """
@@ -45,7 +46,11 @@ class Settings:
         Raises:
             ConfigError: the file cannot be read, or it is not a table of flags.
         """
-        variables = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
+        variables = {
+            name: value
+            for name, value in environ.items()
+            if name.startswith(PREFIX) and not _is_of_kubernetes(name, value)
+        }
         name = _config_file(words)
         if name is None:
             name = variables.get(variable_name(_CONFIG), "")
@@ -68,6 +73,14 @@ class Settings:
 def variable_name(flag: str) -> str:
     """``--max-num-seqs -> PHALANX_MAX_NUM_SEQS``."""
     return PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether a container got the variable because there is a Service called ``phalanx`` (``PHALANX_PORT=tcp://10.0.0.1:8000``)."""
+    return (
+        value.startswith(("tcp://", "udp://", "sctp://"))
+        or re.search("_SERVICE_(HOST|PORT)|_PORT_[0-9]", name) is not None
+    )
 
 
 def _config_file(words: Sequence[str]) -> str | None:

@@ -14,8 +14,8 @@ from phalanx.launch.arguments import add_model_arguments
 from phalanx.launch.bench import build_parser
 from phalanx.launch.commands import COMMANDS
 from phalanx.launch.completion import command_parsers
-from phalanx.launch.parser import CommandParser, UsageError
-from phalanx.launch.settings import Settings
+from phalanx.launch.parser import CommandParser, UsageError, _similar_variable
+from phalanx.launch.settings import Settings, variable_name
 from phalanx.parallel.errors import ConfigError
 
 from .commands import ROOT, command_line, messages, run
@@ -60,6 +60,7 @@ def test_lists_and_switches_come_from_elsewhere_too() -> None:
         (["--max-num-seq", "4"], {}, r"unrecognized arguments: --max-num-seq; did you mean --max-num-seqs\?"),
         (["--load", "dummy"], {}, r"did you mean --load-format\?"),
         ([], {"variables": {"PHALANX_MAX_NUM_SEQ": "4"}}, r"PHALANX_MAX_NUM_SEQ is not a setting; did you mean PHALANX_MAX_NUM_SEQS\?"),
+        ([], {"variables": {"PHALANX_SEDE": "4"}}, r"PHALANX_SEDE is not a setting; did you mean PHALANX_SEED\?"),
         ([], {"variables": {"PHALANX_MAX_NUM_SEQS": "x"}}, r"invalid int value: 'x' \(from PHALANX_MAX_NUM_SEQS\)"),
         ([], {"config": {"max-seqs": 4}}, r"file\.toml: 'max-seqs' is not a flag; did you mean --max-num-seqs\?"),
         ([], {"config": {"max-num-seqs": [1, 2]}}, r"has 2 values; --max-num-seqs takes one"),
@@ -71,6 +72,25 @@ def test_lists_and_switches_come_from_elsewhere_too() -> None:
 def test_a_wrong_name_or_value_says_where_it_is_from(words: list[str], elsewhere: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse(*words, **elsewhere)  # type: ignore[arg-type]
+
+
+def test_variables_of_other_programs_are_passed_over() -> None:
+    service = {
+        "PHALANX_PORT": "tcp://10.0.0.1:8000",
+        "PHALANX_PORT_8000_TCP_PROTO": "tcp",
+        "PHALANX_SERVICE_HOST": "10.0.0.1",
+        "PHALANX_SERVICE_PORT_HTTP": "8000",
+    }
+    assert Settings.read((), "serve", {**service, "PHALANX_SEED": "3"}).variables == {"PHALANX_SEED": "3"}
+    others = {
+        "PHALANX_CACHE_DIR": "/tmp",
+        "PHALANX_MPI_START_SECONDS": "9",
+        "PHALANX_TEST_JOB": "x",
+        "PHALANX_URL": "x",
+    }
+    for parser in command_parsers().values():
+        for name in others:
+            assert _similar_variable(name, map(variable_name, parser.flags())) in ("", name)
 
 
 def test_the_model_may_be_a_word_of_its_own() -> None:
