@@ -43,7 +43,7 @@ class InOrder:
 
 
 class ResultFile:
-    """JSON lines on disk, which an interrupted run leaves and a later one continues.
+    """JSON lines on disk, which an interrupted run leaves and a later one continues. A pipe or a device only takes lines.
 
     Raises:
         ConfigError: the file is there and is not to be continued, it cannot be written, or it holds something else.
@@ -52,14 +52,18 @@ class ResultFile:
     def __init__(self, path: Path, resume: bool) -> None:
         self._path = path
         self._lines: dict[int, Mapping[str, Any]] = {}
-        if path.exists() and not resume:
+        self._is_kept = path.is_file() or not path.exists()
+        if path.is_file() and not resume:
             raise ConfigError(f"--output {path} exists; give --resume to continue it, or another name")
+        if resume and not self._is_kept:
+            raise ConfigError(f"--output {path} is not a file that --resume could continue; leave --resume out")
         try:
-            self._file: BinaryIO = path.open("a+b")
+            self._file: BinaryIO = path.open("a+b" if self._is_kept else "wb")
         except OSError as error:
             raise ConfigError(f"--output {path} cannot be written: {error.strerror}; choose another place") from None
         try:
-            self._read()
+            if self._is_kept:
+                self._read()
         except ConfigError:
             self._file.close()
             raise
@@ -77,7 +81,7 @@ class ResultFile:
     def close(self, complete: bool) -> None:
         """Close it; a complete file gets its lines in input order, where an interruption had left them in another."""
         self._file.close()
-        if complete:
+        if complete and self._is_kept:
             lines = self._path.read_bytes().splitlines(keepends=True)
             ordered = sorted(lines, key=lambda line: int(json.loads(line)["index"]))
             if ordered != lines:
@@ -99,9 +103,8 @@ class ResultFile:
                     f"--output {self._path} line {number} is not a result of launch.generate; choose another name"
                 ) from None
             kept += len(line)
-        if self._file.seekable():
-            self._file.truncate(kept)
-            self._file.seek(0, os.SEEK_END)
+        self._file.truncate(kept)
+        self._file.seek(0, os.SEEK_END)
 
 
 def check_same_prompts(

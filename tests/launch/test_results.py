@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,23 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 1 is not a result"):
         ResultFile(path, resume=True)
     assert path.read_text() == "precious\n"
+
+
+def test_a_device_or_a_pipe_takes_lines_as_they_come(tmp_path: Path) -> None:
+    file = ResultFile(Path(os.devnull), resume=False)
+    file.write(output(1))
+    file.close(complete=True)
+    with pytest.raises(ConfigError, match="not a file that --resume could continue"):
+        ResultFile(Path(os.devnull), resume=True)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        received = reader.submit(pipe.read_bytes)
+        file = ResultFile(pipe, resume=False)
+        file.write(output(1))
+        file.close(complete=True)
+    assert json.loads(received.result())["index"] == 1
+    with pytest.raises(ConfigError, match="Is a directory"):
+        ResultFile(tmp_path, resume=False)
 
 
 @pytest.mark.parametrize("path", ["/dev/full/x", "/proc/results", "/nowhere/results"])
