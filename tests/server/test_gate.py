@@ -90,13 +90,33 @@ def test_keys_and_prompts_are_not_logged(locked: Server) -> None:
     assert not any("canary prompt" in line or "secret" in line for line in locked.lines)
 
 
-@pytest.mark.parametrize("content", [None, "", "\n\n", "# only a comment\n"])
-def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", "holds no key"),
+        (b"\n\n", "holds no key"),
+        (b"# only a comment\n", "holds no key"),
+        (b"good\n\0\0\0\n", "line 2 holds a character that cannot be printed"),
+        ("secret\n".encode("utf-16"), "is not UTF-8"),
+        ("secret\n".encode("utf-16-le"), "line 1 holds a character that cannot be printed"),
+        (b"two\twords\n", "line 1 holds a character that cannot be printed"),
+    ],
+)
+def test_a_key_file_without_keys_or_with_one_that_nobody_can_send_is_refused(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
     file = tmp_path / "keys"
     if content is not None:
-        file.write_text(content)
-    with pytest.raises(ConfigError, match="--api-key-file"):
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--api-key-file .*{said}"):
         read_api_keys(str(file))
+
+
+def test_a_key_file_of_windows_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes("one\r\nzwölf\r\n".encode("utf-8-sig"))
+    assert read_api_keys(str(file)) == (b"one", "zwölf".encode())
 
 
 def test_a_missing_key_file_ends_the_server(model_directory: Path) -> None:

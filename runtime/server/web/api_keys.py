@@ -18,15 +18,25 @@ def read_api_keys(path: str | None, flag: str = "--api-key-file") -> tuple[bytes
     """One key per line; empty lines and ``#`` comments do not count.
 
     Raises:
-        ConfigError: the file cannot be read or holds no key.
+        ConfigError: the file cannot be read, holds no key, or one that no header can carry.
     """
     if path is None:
         return ()
     try:
-        lines = [line.strip() for line in Path(path).read_bytes().splitlines()]
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}; check the path") from None
-    keys = tuple(line for line in lines if line and not line.startswith(b"#"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{flag} {path} is not UTF-8 (byte {error.start}); write keys as text, one per line"
+        ) from None
+    stripped = [line.strip() for line in lines]
+    for number, line in enumerate(stripped, 1):
+        if not line.isprintable():
+            raise ConfigError(
+                f"{flag} {path} line {number} holds a character that cannot be printed; write keys as text, one per line"
+            )
+    keys = tuple(line.encode() for line in stripped if line and not line.startswith("#"))
     if not keys:
         raise ConfigError(f"{flag} {path} holds no key; write one per line")
     return keys
