@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -147,7 +148,7 @@ def _say(method: str, errors: Sequence[OutputError]) -> None:
 
 
 def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str], dict[str, bool], list[str]]:
-    """Stored name of every declared tensor; the matrices to quantise; modules of those that stay as they are.
+    """Stored name of every declared tensor; the matrices to quantise; rules that name the modules which stay as they are.
 
     Matrices are whole stored ones, by their stored names, with whether they are stored ``[in, out]``.
 
@@ -180,12 +181,23 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
         raise ConfigError(f"{name} holds matrices that stay as they are, too; use --quantize fp8 when serving")
     tables = {stored[part.source] for spec in specs if spec.owner in ("embed", "positions") for part in spec.parts}
     source = checkpoint.source
-    ignored = [
+    others = [
         name.removesuffix(".weight")
         for name in source.names()
         if name.endswith(".weight") and name not in chosen and name not in tables and len(source.info(name).shape) > 1
     ]
-    return stored, chosen, ignored
+    return stored, chosen, _as_rules(others, model.ignored_tensors)
+
+
+def _as_rules(modules: Sequence[str], unread: Sequence[str]) -> list[str]:
+    """``ignore`` of compressed-tensors for ``modules``; those of parts that the family does not read (an image encoder) by its patterns.
+
+    Rules are about classes, and only the family's patterns know what a part may be called there: transformers 5 has
+    ``model.vision_tower`` for ``vision_tower`` in the file.
+    """
+    patterns = [pattern for pattern in unread if any(re.match(pattern, module) for module in modules)]
+    named = [module for module in modules if not any(re.match(pattern, module) for pattern in patterns)]
+    return [*(f"re:{pattern}" for pattern in patterns), *named]
 
 
 if __name__ == "__main__":

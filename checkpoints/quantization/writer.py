@@ -91,7 +91,7 @@ def write_quantized(
     Args:
         directory: where tokenizer and the other small files come from.
         chosen: names of the matrices to quantise, and whether they are stored ``[in, out]``; they are written ``[out, in]``.
-        ignored: modules of the other matrices; the head need not be among them, because a tied one is a module that stores nothing.
+        ignored: modules of the other matrices, or ``re:`` and an expression; the head need not be among them, because a tied one is a module that stores nothing.
         progress: told each tensor's name once it is written.
 
     Raises:

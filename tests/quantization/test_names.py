@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from phalanx.launch.quantize import main
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 from . import test_checkpoints as checkpoints
@@ -69,6 +73,26 @@ def test_rules_may_call_modules_as_the_file_does_or_as_the_classes_do(
     weights = checkpoints.load(tmp_path / "quantised", 1, 0)
     formats = [weights.linear(f"layers.{layer}.down").format.name for layer in range(3)]
     assert formats == ["fp8 rows x tokens up to a bound", "dense", "fp8 rows x tokens up to a bound"]
+
+
+def test_what_a_family_does_not_read_is_ignored_by_patterns_that_know_its_names_in_memory(
+    gemma3: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers 5 calls the image encoder ``model.vision_tower``, the files of most checkpoints ``vision_tower``."""
+    dense = tmp_path / "dense"
+    shutil.copytree(gemma3[PREFIXES[0]], dense)
+    tensors = load_file(dense / "model.safetensors")
+    image = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"
+    save_file({**tensors, f"{image}.weight": np.ones((16, 16), np.float32)}, dense / "model.safetensors")
+    assert main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "int8"]) == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(written[f"{image}.weight"], np.ones((16, 16), np.float32))
+    rules = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    for module in (image, f"model.{image}"):
+        assert any(re.match(rule.removeprefix("re:"), module) for rule in rules if rule.startswith("re:"))
+    assert not any(re.match(rule.removeprefix("re:"), "model.language_model.layers.0.mlp.down_proj") for rule in rules)
+    plain, quantised = (checkpoints.logprobs(checkpoints.generate(path)) for path in (dense, tmp_path / "out"))
+    assert 0 < np.abs(plain - quantised).max() < 0.5
 
 
 @pytest.fixture(scope="module")
