@@ -2,9 +2,9 @@
 // Residual add and normalisation in one pass over the row, which stays in registers:
 //     sum = x + residual, rounded to storage and written back to residual;
 //     out = (sum - mean) * rsqrt(variance + epsilon) * (weight_offset + weight) + bias.
-// RMSNorm has no mean and no bias, and takes the mean square for the variance. Without a residual nothing is written
-// back. Shapes: x, residual, out [T, D]; weight, bias [D]. out may be x. One block a row.
-// Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_BIAS.
+// RMSNorm has no mean and no bias, and takes the mean square for the variance; without a weight, factors are 1. Without a residual
+// nothing is written back. Shapes: x, residual, out [T, D]; weight, bias [D]. out may be x. One block a row.
+// Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS.
 //     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh, also for
 //     STATIC_SCALE and bound.
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
@@ -61,12 +61,12 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
         const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
         if (at >= HIDDEN_SIZE) continue;
-        float gain[VEC], shift[VEC] = {};
-        load(weight + at, gain);
+        float gain[VEC] = {}, shift[VEC] = {};
+        if constexpr (HAS_WEIGHT) load(weight + at, gain);
         if constexpr (HAS_BIAS) load(bias + at, shift);
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
-            value[chunk][i] = (value[chunk][i] - mean) * factor * (weight_offset + gain[i]) + shift[i];
+            value[chunk][i] = (value[chunk][i] - mean) * factor * (HAS_WEIGHT ? weight_offset + gain[i] : 1.0f) + shift[i];
         if constexpr (!QUANTIZED) store(out + row + at, value[chunk]);
         if constexpr (QUANTIZED) {
 #pragma unroll

@@ -36,7 +36,7 @@ def rms_norm(
 def layer_norm(
     library: Library,
     x: Array,
-    weight: Array,
+    weight: Array | None,
     bias: Array | None,
     out: Array | QuantizedRows,
     *,
@@ -46,7 +46,7 @@ def layer_norm(
 ) -> None:
     """``out = (h - mean(h)) / sqrt(var(h) + epsilon) * (weight_offset + weight) + bias`` with ``h = x + residual``.
 
-    Shapes and the treatment of ``residual`` as in ``rms_norm``; bias [D].
+    Shapes and the treatment of ``residual`` as in ``rms_norm``; bias [D]. Without a weight, factors are 1.
     """
     _norm(library, x, weight, out, epsilon, weight_offset, residual, bias, is_layer_norm=True)
 
@@ -54,7 +54,7 @@ def layer_norm(
 def _norm(
     library: Library,
     x: Array,
-    weight: Array,
+    weight: Array | None,
     out: Array | QuantizedRows,
     epsilon: float,
     weight_offset: float,
@@ -89,6 +89,7 @@ def _norm(
         NUM_THREADS=num_threads,
         LAYER_NORM=int(is_layer_norm),
         HAS_RESIDUAL=int(residual is not None),
+        HAS_WEIGHT=int(weight is not None),
         HAS_BIAS=int(bias is not None),
         **quantized_defines(codes),
     )

@@ -21,14 +21,16 @@ class HeadNorm:
 
     Attributes:
         weight_offset: added to the weights, 1 for Gemma 3.
-        kind: RMSNorm, or LayerNorm without bias.
+        kind: RMSNorm or LayerNorm.
         own_weights: each head has its own weights (Command R+, StableLM 2 12B).
+        has_bias: ``.query_norm.bias`` and ``.key_norm.bias`` of the weights' shapes are added (Phi).
     """
 
     eps: float
     weight_offset: float = 0.0
     kind: Literal["rms", "layer"] = "rms"
     own_weights: bool = False
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

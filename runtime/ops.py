@@ -85,7 +85,10 @@ class Ops(ABC, Generic[Tensor]):
 
     @abstractmethod
     def layer_norm(self, x: Tensor, name: str, eps: float, weight_offset: float = 0.0) -> Tensor:
-        """``(x - mean) / sqrt(var + eps) * (weight + weight_offset) + bias`` over D (Ba et al. 2016), a bias if declared."""
+        """``(x - mean) / sqrt(var + eps) * (weight + weight_offset) + bias`` over D (Ba et al. 2016).
+
+        Weight and bias as far as they are declared: without a weight, factors are 1.
+        """
 
     @abstractmethod
     def column_linear(self, x: Tensor, name: str) -> Tensor:

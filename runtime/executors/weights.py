@@ -90,9 +90,15 @@ class Weights(Generic[Array]):
         """
         return self._find(name)
 
-    def norm(self, name: str) -> tuple[Array, Array | None]:
-        """``[D]`` factors, and the bias if there is one. Raises as `linear`."""
-        return self.array(name), self._find(name).bias
+    def norm(self, name: str) -> tuple[Array | None, Array | None]:
+        """``[D]`` factors and bias of a norm, each if it is declared."""
+        handle = self._weights.get(name)
+        return self.array(name) if handle is not None and handle.components else None, self.bias(name)
+
+    def bias(self, name: str) -> Array | None:
+        """The bias of a matrix or a norm if it is declared."""
+        handle = self._weights.get(name)
+        return None if handle is None else handle.bias
 
     def embedding(self, name: str) -> Array:
         """Table of rows ``[V local, D]``. Raises as `linear`."""

@@ -17,9 +17,9 @@ from phalanx.runtime.models.base import (
 from phalanx.runtime.models.gpt_neox import head
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import attention, embed
-from phalanx.runtime.ops import Ops, Tensor
+from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
-__all__ = ["GPTJ"]
+__all__ = ["GPTJ", "parallel_halves"]
 
 TABLE = "transformer.wte.weight"
 
@@ -56,11 +56,18 @@ def embed_weights(config: ModelConfig) -> list[WeightSpec]:
 def block(
     ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One decoder block: both halves read the same normed rows and take one sum over ranks."""
+    """One decoder block."""
+    return parallel_halves(ops, config, layer, x, residual, attention(config, layer))
+
+
+def parallel_halves(
+    ops: Ops[Tensor], config: ModelConfig, layer: int, x: Tensor, residual: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Attention and feed-forward part of the same normed rows, with one sum over ranks."""
     name = f"layers.{layer}"
     x, residual = ops.add_layer_norm(x, residual, f"{name}.norm", config.norm_eps)
     y = ops.activation(ops.column_linear(x, f"{name}.up"), config.activation)
-    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, attention(config, layer))
+    x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, spec)
     return ops.row_linear_pair(x, f"{name}.output", y, f"{name}.down"), residual
 
 

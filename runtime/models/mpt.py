@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from phalanx.runtime.alibi import alibi_slopes
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models import blocks, declarations
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, token_table
-from phalanx.runtime.models.gpt_neox import head
 from phalanx.runtime.models.hf_config import ConfigReader
 from phalanx.runtime.models.llama import embed
 from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
@@ -24,17 +24,19 @@ TABLE = "transformer.wte.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MptConfig(ModelConfig):
-    """What ``attn_config`` says.
+    """What ``attn_config`` says, and the factor on the logits.
 
     Attributes:
         score_scale: factor on the scores.
         bias_max: the last head's ALiBi slope is ``2^-bias_max``.
         clip_qkv: limit of queries, keys and values; 0 = none.
+        logit_scale: factor on the logits.
     """
 
     score_scale: float
     bias_max: float
     clip_qkv: float
+    logit_scale: float
 
 
 def read_fields(reader: ConfigReader) -> MptConfig:
@@ -42,7 +44,6 @@ def read_fields(reader: ConfigReader) -> MptConfig:
     width, heads = reader.either("d_model", "hidden_size"), reader.either("n_heads", "num_attention_heads")
     num_heads, head_dim = reader.integer(heads), reader.exact_quotient(width, heads)
     reader.refuse_unless("no_bias", True)
-    reader.refuse_unless("logit_scale", None)
     if reader.value("norm_type", "low_precision_layernorm") not in ("low_precision_layernorm", "layernorm"):
         reader.refuse_unless("norm_type", "low_precision_layernorm")
     # ALiBi replaces positions whatever learned_pos_emb says; the others act on gradients, initial values and logs.
@@ -61,9 +62,17 @@ def read_fields(reader: ConfigReader) -> MptConfig:
         activation="gelu",
         rope=None,
         tie_embeddings=reader.flag("tie_word_embeddings", True),
+        logit_scale=_logit_scale(reader, reader.integer(width)),
         **_attention_fields(reader.value("attn_config", {}), head_dim),
         **reader.common(),
     )
+
+
+def _logit_scale(reader: ConfigReader, hidden_size: int) -> float:
+    """A number, or ``inv_sqrt_d_model``, as llm-foundry reads it; transformers ignores it."""
+    if reader.value("logit_scale") == "inv_sqrt_d_model":
+        return 1 / math.sqrt(hidden_size)
+    return reader.number("logit_scale", 1.0)
 
 
 def _attention_fields(fields: object, head_dim: int) -> dict[str, Any]:
@@ -120,6 +129,12 @@ def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
         *declarations.column_linear(f"{name}.up", f"{source}.ffn.up_proj", (f, d), columns),
         *declarations.row_linear(f"{name}.down", f"{source}.ffn.down_proj", (d, f), rows),
     ]
+
+
+def head(ops: Ops[Tensor], config: MptConfig, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Logits of the rows that need them, scaled: ``[B, V local]``."""
+    x, _ = ops.add_layer_norm(x, residual, "final_norm", config.norm_eps)
+    return ops.logits(x if config.logit_scale == 1.0 else ops.scale(x, config.logit_scale), "lm_head")
 
 
 def head_weights(config: ModelConfig) -> list[WeightSpec]:

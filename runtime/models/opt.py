@@ -29,23 +29,21 @@ class OptConfig(ModelConfig):
         has_final_norm: a norm after the last block.
         embed_size: width of token rows and LM head, projected from and to D where they differ.
         has_bias: matrices have biases.
+        has_norm_weights: norms have weights and biases (``layer_norm_elementwise_affine``).
     """
 
     norm_first: bool
     has_final_norm: bool
     embed_size: int
     has_bias: bool
+    has_norm_weights: bool
 
 
 def read_fields(reader: ConfigReader) -> OptConfig:
     """Read ``config.json`` of an ``OPTForCausalLM``; epsilon is not in it."""
     norm_first, num_heads = reader.flag("do_layer_norm_before", True), reader.integer("num_attention_heads")
-    for name, value in {
-        "layer_norm_elementwise_affine": True,
-        "learned_embeddings": True,
-        "scale_embeddings": False,
-    }.items():
-        reader.refuse_unless(name, value)
+    reader.refuse_unless("learned_embeddings", True)
+    reader.refuse_unless("scale_embeddings", False)
     is_removed = reader.flag("_remove_final_layer_norm", False)
     return OptConfig(
         architecture="OPTForCausalLM",
@@ -65,6 +63,7 @@ def read_fields(reader: ConfigReader) -> OptConfig:
         has_final_norm=norm_first and not is_removed,
         embed_size=reader.integer("word_embed_proj_dim", reader.integer("hidden_size")),
         has_bias=reader.flag("enable_bias", True),
+        has_norm_weights=reader.flag("layer_norm_elementwise_affine", True),
         **reader.common(),
     )
 
@@ -118,10 +117,10 @@ def block_weights(config: OptConfig, layer: int) -> list[WeightSpec]:
     q, k, v, out = (f"{source}.self_attn.{kind}_proj" for kind in ("q", "k", "v", "out"))
     columns, rows = feed_forward_shard(config, 0), feed_forward_shard(config, 1)
     specs = [
-        *declarations.norm(f"{name}.attention_norm", f"{source}.self_attn_layer_norm", d, bias=True),
+        *_norm(config, f"{name}.attention_norm", f"{source}.self_attn_layer_norm"),
         *declarations.qkv(config, f"{name}.qkv", (q, k, v), bias),
         *declarations.row_linear(f"{name}.output", out, (d, d), head_shard(config, 1), bias),
-        *declarations.norm(f"{name}.mlp_norm", f"{source}.final_layer_norm", d, bias=True),
+        *_norm(config, f"{name}.mlp_norm", f"{source}.final_layer_norm"),
         *declarations.column_linear(f"{name}.up", f"{source}.fc1", (f, d), columns, bias),
         *declarations.row_linear(f"{name}.down", f"{source}.fc2", (d, f), rows, bias),
     ]
@@ -131,11 +130,15 @@ def block_weights(config: OptConfig, layer: int) -> list[WeightSpec]:
 def head_weights(config: OptConfig) -> list[WeightSpec]:
     """Final norm, projection to the width of token rows, and LM head."""
     d, e = config.hidden_size, config.embed_size
-    norm = declarations.norm("final_norm", f"{DECODER}.final_layer_norm", d, bias=True)
+    norm = _norm(config, "final_norm", f"{DECODER}.final_layer_norm")
     own = Part("lm_head.weight", (config.vocab_size, e), vocabulary_shard())
     table = WeightSpec("lm_head.weight", (_token_rows(config) if config.tie_embeddings else own,))
     projection = [] if e == d else [_whole("project_out", (e, d))]
     return declarations.also_without(PREFIX, [*(norm if config.has_final_norm else []), *projection, table])
+
+
+def _norm(config: OptConfig, name: str, source: str) -> list[WeightSpec]:
+    return declarations.norm(name, source, config.hidden_size, bias=True) if config.has_norm_weights else []
 
 
 def _token_rows(config: OptConfig) -> Part:

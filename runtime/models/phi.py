@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.runtime.attention import HeadNorm
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models import declarations, llama
 from phalanx.runtime.models.base import Family, Pass, feed_forward_shard, head_shard, lm_head, vocabulary_shard
 from phalanx.runtime.models.gpt_neox import head
-from phalanx.runtime.models.gptj import block
+from phalanx.runtime.models.gptj import parallel_halves
 from phalanx.runtime.models.hf_config import ConfigReader
+from phalanx.runtime.ops import AttentionSpec, Ops, Tensor
 
 __all__ = ["PHI"]
 
 
-def read_fields(reader: ConfigReader) -> ModelConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhiConfig(ModelConfig):
+    """``has_head_norms``: query and key heads are normed (``qk_layernorm``), which no published file asks for."""
+
+    has_head_norms: bool
+
+
+def read_fields(reader: ConfigReader) -> PhiConfig:
     """Read ``config.json`` of a ``PhiForCausalLM``."""
     head_dim, num_heads = reader.head_dim(), reader.integer("num_attention_heads")
-    reader.refuse_unless("qk_layernorm", False)
-    return ModelConfig(
+    return PhiConfig(
         architecture="PhiForCausalLM",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
@@ -31,11 +41,23 @@ def read_fields(reader: ConfigReader) -> ModelConfig:
         activation=reader.activation("hidden_act", "gelu_new"),
         rope=reader.rope(head_dim, partial=0.5),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
+        has_head_norms=reader.flag("qk_layernorm", False),
         **reader.common(),
     )
 
 
-def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
+def attention(config: PhiConfig, layer: int) -> AttentionSpec:
+    """The same in every layer."""
+    norm = HeadNorm(config.norm_eps, kind="layer", has_bias=True) if config.has_head_norms else None
+    return replace(AttentionSpec.of(config), head_norm=norm)
+
+
+def block(ops: Ops[Tensor], config: PhiConfig, layer: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One decoder block."""
+    return parallel_halves(ops, config, layer, x, residual, attention(config, layer))
+
+
+def block_weights(config: PhiConfig, layer: int) -> list[WeightSpec]:
     """Weights of one block."""
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     name, source = f"layers.{layer}", f"model.layers.{layer}"
@@ -44,9 +66,19 @@ def block_weights(config: ModelConfig, layer: int) -> list[WeightSpec]:
     return [
         *declarations.norm(f"{name}.norm", f"{source}.input_layernorm", d, bias=True),
         *declarations.qkv(config, f"{name}.qkv", (q, k, v), bias=True),
+        *(_head_norms(config, layer) if config.has_head_norms else ()),
         *declarations.row_linear(f"{name}.output", f"{source}.self_attn.dense", (d, heads), inputs, bias=True),
         *declarations.column_linear(f"{name}.up", f"{source}.mlp.fc1", (f, d), columns, bias=True),
         *declarations.row_linear(f"{name}.down", f"{source}.mlp.fc2", (d, f), rows, bias=True),
+    ]
+
+
+def _head_norms(config: PhiConfig, layer: int) -> list[WeightSpec]:
+    name, source = f"layers.{layer}.attention", f"model.layers.{layer}.self_attn"
+    return [
+        spec
+        for ours, theirs in (("query_norm", "q_layernorm"), ("key_norm", "k_layernorm"))
+        for spec in declarations.norm(f"{name}.{ours}", f"{source}.{theirs}", config.head_dim, bias=True)
     ]
 
 
@@ -63,9 +95,7 @@ PHI = Family(
     other_names=("PhiModel",),
     read_fields=read_fields,
     passes={
-        "decode": Pass[ModelConfig](
-            llama.embed, block, head, llama.embed_weights, block_weights, head_weights, llama.attention
-        )
+        "decode": Pass[PhiConfig](llama.embed, block, head, llama.embed_weights, block_weights, head_weights, attention)
     },
     ignored_tensors=llama.LLAMA.ignored_tensors,
 )

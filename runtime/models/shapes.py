@@ -14,6 +14,7 @@ from typing import Any, Literal
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
+from phalanx.runtime.attention import HeadNorm
 from phalanx.runtime.config import Activation, ModelConfig
 from phalanx.runtime.models.base import Model, Pass
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
@@ -102,7 +103,8 @@ class ShapeOps(Ops[Shape]):
 
     def layer_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
         self._record("layer_norm", weight_offset=weight_offset)
-        self._take(x, self._weight(f"{name}.weight")[0], name)
+        has_weight = f"{name}.weight" in self._declared
+        self._take(x, self._weight(f"{name}.weight")[0] if has_weight else x.width, name)
         self._bias(x, name)
         return x
 
@@ -176,7 +178,7 @@ class ShapeOps(Ops[Shape]):
         heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
         self._take(qkv, heads * spec.head_dim, name, ("split",))
         if spec.head_norm is not None:
-            self._check_head_norms(spec, spec.head_norm.own_weights, name)
+            self._check_head_norms(spec, spec.head_norm, name)
         self.use.attention[name] = spec
         return Shape(spec.num_heads * spec.head_dim, "split")
 
@@ -221,10 +223,11 @@ class ShapeOps(Ops[Shape]):
         if f"{name}.bias" in self._declared:
             self._take(x, self._weight(f"{name}.bias")[0], name, _COMPLETE)
 
-    def _check_head_norms(self, spec: AttentionSpec, own_weights: bool, name: str) -> None:
+    def _check_head_norms(self, spec: AttentionSpec, norm: HeadNorm, name: str) -> None:
         for side, heads in (("query_norm", spec.num_heads), ("key_norm", spec.num_kv_heads)):
-            size = math.prod(self._weight(f"{name}.{side}.weight"))
-            self._take(Shape(spec.head_dim * (heads if own_weights else 1)), size, f"{name}.{side}")
+            for kind in ("weight", "bias") if norm.has_bias else ("weight",):
+                size = math.prod(self._weight(f"{name}.{side}.{kind}"))
+                self._take(Shape(spec.head_dim * (heads if norm.own_weights else 1)), size, f"{name}.{side}")
 
     def _product(self, x: Shape, name: str) -> Shape:
         rows, columns = self._weight(f"{name}.weight")

@@ -33,24 +33,28 @@ def test_query_and_key_heads_are_normed_and_values_left(
     assert_close(device.get(out), expected.reshape(qkv.shape))
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "num_tokens", "num_heads", "num_kv_heads", "head_dim"), cases((1, 4, 4, 64), (3, 5, 1, 40))
 )
 def test_layer_norm_of_heads_with_their_own_weights(
-    device, random_normal, dtype, num_tokens, num_heads, num_kv_heads, head_dim, is_flat
+    device, random_normal, dtype, num_tokens, num_heads, num_kv_heads, head_dim, is_flat, has_bias
 ):
     qkv = (random_normal(np.float64, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim) + 9.0).astype(dtype)
-    weights = [random_normal(dtype, heads, head_dim) for heads in (num_heads, num_kv_heads)]
-    out, given = device.put(qkv), [weight.reshape(-1) if is_flat else weight for weight in weights]
+    weights, biases = ([random_normal(dtype, heads, head_dim) for heads in (num_heads, num_kv_heads)] for _ in "wb")
+    out = device.put(qkv)
+    given = [device.put(vector.reshape(-1) if is_flat else vector) for vector in (*weights, *biases)]
+    query_bias, key_bias = given[2:] if has_bias else (None, None)
     head_norm(
-        device.library, out, *map(device.put, given), num_heads=num_heads, num_kv_heads=num_kv_heads, epsilon=1e-5,
-        weight_offset=0.0, is_layer_norm=True,
+        device.library, out, *given[:2], num_heads=num_heads, num_kv_heads=num_kv_heads, epsilon=1e-5, weight_offset=0.0,
+        is_layer_norm=True, query_bias=query_bias, key_bias=key_bias,
     )  # fmt: skip
     expected = qkv.astype(np.float64).reshape(num_tokens, -1, head_dim)
     normed = expected[:, : num_heads + num_kv_heads]
     normed -= normed.mean(-1, keepdims=True)
     normed *= np.concatenate(weights).astype(np.float64) / np.sqrt((normed**2).mean(-1, keepdims=True) + 1e-5)
+    normed += np.concatenate(biases).astype(np.float64) * has_bias
     assert_close(device.get(out), expected.reshape(qkv.shape))
 
 

@@ -18,17 +18,23 @@ from .test_against_transformers import log_softmax, run_layout
 CASE = CASES_BY_NAME["baichuan-7b"]
 
 
-@pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(autouse=True)
+def the_vocabulary_means_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baichuan, "VOCAB_SIZE_OF_2", CASE.config["vocab_size"])
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
     return write_checkpoint(CASE, tmp_path / "model")
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_logits_are_those_of_the_rows_directions(tp: int, pp: int, directory: Path) -> None:
+@pytest.mark.parametrize(("name", "tp", "pp"), [("baichuan-7b", 1, 1), ("baichuan-7b", 2, 2), ("baichuan-13b", 2, 1)])
+def test_logits_are_those_of_the_rows_directions(name: str, tp: int, pp: int, tmp_path: Path) -> None:
+    case = CASES_BY_NAME[name]
+    directory = write_checkpoint(case, tmp_path)
     lengths = np.linalg.norm(load_file(directory / "model.safetensors")["lm_head.weight"].astype(np.float64), axis=1)
-    expected = log_softmax(load_reference(CASE).logits / lengths)
-    output = run_layout(directory, tp, pp, prompt_token_ids(CASE), max_tokens=1)
+    expected = log_softmax(load_reference(case).logits / lengths)
+    output = run_layout(directory, tp, pp, prompt_token_ids(case), max_tokens=1)
     assert output.prompt_logprobs is not None
     for position, entry in enumerate(output.prompt_logprobs[1:]):
         assert entry is not None

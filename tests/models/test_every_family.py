@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.llm import LLM
-from phalanx.runtime.models import MODELS
+from phalanx.runtime.models import MODELS, find_model
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.checkpoints.splitting import load_rank, read_all, split
 from tests.support.checkpoints import CASES, CheckpointCase, write_checkpoint
@@ -17,10 +18,14 @@ from tests.support.reference import PREFIX_END, load_reference, prompt_token_ids
 
 from .test_against_transformers import NUM_GREEDY, TOLERANCE, log_softmax, run_layout
 
-FIRST = {case.config["architectures"][0]: case for case in reversed(CASES)}
+FIRST = {find_model(case.config).architecture: case for case in reversed(CASES)}
 """One configuration of each family."""
+EVERY = [case if case in FIRST.values() else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+"""All configurations; those that are not the first of their family take part where slow tests run."""
 SIX_LAYOUTS = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 1)}
 """Tensor-parallel and pipeline-parallel size."""
+THREE_UNITS = ("qwen2_moe-odd-every-second-renormalised", "qwen3_moe-odd-narrow-experts")
+"""Experts whose columns are three units, which four ranks cannot share."""
 NUM_TOKENS = 12
 
 
@@ -32,12 +37,16 @@ def test_no_family_is_left_out() -> None:
     assert FIRST.keys() == MODELS.keys()
 
 
-@pytest.mark.parametrize("case", [*FIRST.values()], ids=by_name)
+@pytest.mark.parametrize("case", EVERY, ids=by_name)
 def test_every_family_equals_transformers_at_six_layouts(case: CheckpointCase, tmp_path: Path) -> None:
     """Those that test_against_transformers leaves out: heads and columns that three or four ranks share unevenly, too."""
     reference, prompt = load_reference(case), prompt_token_ids(case)
     expected, directory = log_softmax(reference.logits), write_checkpoint(case, tmp_path)
     for tp, pp in sorted(SIX_LAYOUTS - set(case.layouts)):
+        if case.name in THREE_UNITS and tp == 4:
+            with pytest.raises(ConfigError, match="cannot be shared by tp_size=4; use a tp_size of at most 3"):
+                run_layout(directory, tp, pp, prompt, NUM_GREEDY)
+            continue
         output = run_layout(directory, tp, pp, prompt, NUM_GREEDY, case.max_model_len)
         assert output.token_ids == reference.greedy[:NUM_GREEDY], (tp, pp)
         assert output.prompt_logprobs is not None
@@ -46,22 +55,23 @@ def test_every_family_equals_transformers_at_six_layouts(case: CheckpointCase, t
         np.testing.assert_allclose(values, wanted, rtol=0, atol=TOLERANCE * float(np.ptp(reference.logits)))
 
 
-@pytest.mark.parametrize("case", [*FIRST.values()], ids=by_name)
+@pytest.mark.parametrize("case", EVERY, ids=by_name)
 def test_neither_chunks_nor_preemptions_nor_decoding_step_by_step_change_a_result(
     case: CheckpointCase, tmp_path: Path
 ) -> None:
     directory, prompt = write_checkpoint(case, tmp_path), prompt_token_ids(case)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, prompt_logprobs=1, logprobs=1)
-    prompts, num_tokens = [prompt, prompt[:5], prompt[3:]], 5
+    prompts, num_tokens, longest = [prompt, prompt[:5], prompt[3:]], 5, case.max_model_len and 36
     if case.prefix_end:  # which is never cut
         prompts, num_tokens = [prompt, prompt[8:], prompt[3:]], PREFIX_END + len(case.prefix_end) + 2
-    with LLM(directory, engine="numpy", block_size=4) as llm:
+    with LLM(directory, engine="numpy", block_size=4, max_model_len=longest) as llm:
         roomy = llm.generate(prompts, params)
         texts = [(*output.prompt_token_ids, *output.token_ids) for output in roomy]
         read = llm.generate(texts, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1))
     with LLM(
-        directory, engine="numpy", block_size=4, num_kv_blocks=9, max_num_seqs=3, max_num_batched_tokens=num_tokens
-    ) as llm:
+        directory, engine="numpy", block_size=4, num_kv_blocks=9, max_num_seqs=3, max_num_batched_tokens=num_tokens,
+        max_model_len=longest,
+    ) as llm:  # fmt: skip
         tight = llm.generate(prompts, params)
         engine = llm._replica.engine
         assert engine is not None
@@ -82,7 +92,7 @@ def _logprobs(output: RequestOutput) -> list[float]:
     return [entry.logprob for entry in (*output.prompt_logprobs[1:], *output.logprobs) if entry is not None]
 
 
-@pytest.mark.parametrize("case", [*FIRST.values()], ids=by_name)
+@pytest.mark.parametrize("case", EVERY, ids=by_name)
 def test_a_split_split_again_holds_the_same_bytes_and_gives_ranks_the_same_weights(
     case: CheckpointCase, tmp_path: Path
 ) -> None:

@@ -92,6 +92,10 @@ OPERATIONS: dict[str, tuple[Any, Any, int]] = {
     "layer_norm": (lambda o, x: o.layer_norm(x, "n", 1e-3), layer, 1),
     "layer_norm offset": (lambda o, x: o.layer_norm(x, "n", 1e-3, 1.0), lambda x: layer(x, 1.0), 1),
     "layer_norm without bias": (lambda o, x: o.layer_norm(x, "w", 1e-3), lambda x: centred(x) * WIDE["w.weight"], 1),
+    "layer_norm without weights": (lambda o, x: o.layer_norm(x, "none", 1e-3), centred, 1),
+    "add_layer_norm without weights": (
+        lambda o, x, y: o.add_layer_norm(x, y, "none", 1e-3, 1.0), lambda x, y: (centred(x + y), x + y), 2,
+    ),
     "add_rms_norm": (lambda o, x, y: o.add_rms_norm(x, y, "n", 1e-3), lambda x, y: (rms(x + y), x + y), 2),
     "add_layer_norm offset": (
         lambda o, x, y: o.add_layer_norm(x, y, "n", 1e-3, 1.0), lambda x, y: (layer(x + y, 1.0), x + y), 2,
@@ -203,13 +207,16 @@ SPECS = {
     "not causal": replace(SPEC, causal=False),
     "not cached": replace(SPEC, causal=False, cached=False),
     "head norm of own weights": replace(SPEC, head_norm=HeadNorm(1e-3, 0.0, "layer", own_weights=True)),
+    "head norm with biases": replace(SPEC, head_norm=HeadNorm(1e-3, kind="layer", has_bias=True)),
     "head norm": replace(SPEC, head_norm=HeadNorm(1e-3, 0.5), rope=RopeConfig(theta=100.0, rotary_dim=16)),
 }
 SHARED_NORMS = {"a.query_norm.weight": normal(16), "a.key_norm.weight": normal(16)}
+BIASED_NORMS = {**SHARED_NORMS, "a.query_norm.bias": normal(16), "a.key_norm.bias": normal(16)}
 OWN_NORMS = {"a.query_norm.weight": normal(4, 16), "a.key_norm.weight": normal(2, 16)}
 REFUSED_SPECS: Mapping[str, set[str]] = {
     "numpy": set(), "cuda": {"not cached"},
-    "tensorrt": {"soft cap", "alibi", "not causal", "not cached", "head norm", "head norm of own weights"},
+    "tensorrt": {"soft cap", "alibi", "not causal", "not cached", "head norm", "head norm with biases",
+                 "head norm of own weights"},
 }  # fmt: skip
 """Models that use these are refused (tests/executors/test_capabilities.py)."""
 LENGTHS = (1, 17, 23, 32)
@@ -217,6 +224,8 @@ LENGTHS = (1, 17, 23, 32)
 
 
 def norms_of(spec: AttentionSpec) -> dict[str, Array]:
+    if spec.head_norm is not None and spec.head_norm.has_bias:
+        return BIASED_NORMS
     return OWN_NORMS if spec.head_norm is not None and spec.head_norm.own_weights else SHARED_NORMS
 
 
@@ -230,6 +239,7 @@ def expected_attention(spec: AttentionSpec, qkv: Array, prefix: int = 0) -> Arra
         q, k = (
             x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.head_norm.eps)
             * (norms_of(spec)[f"a.{side}_norm.weight"] + spec.head_norm.weight_offset)
+            + norms_of(spec).get(f"a.{side}_norm.bias", 0.0)
             for x, side in ((q, "query"), (k, "key"))
         )  # fmt: skip
     if spec.rope is not None:

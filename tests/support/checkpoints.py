@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from .checkpoint_case import CheckpointCase
 from .decoder_cases import DECODERS
+from .odd_cases import ODD_CASES
 
 __all__ = ["ARCEE", "CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
 
@@ -236,6 +237,7 @@ CASES = (
         layouts=_FEW,
     ),
     *DECODERS,
+    *ODD_CASES,
 )
 ARCEE = replace(
     _like_llama("arcee", "ArceeForCausalLM", "user-file", pad_token_id=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,14 +34,35 @@ def _load(case: CheckpointCase, directory: Path) -> Model:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
 
 
+def _first_falcon(case: CheckpointCase, directory: Path) -> Model:
+    """transformers passes over the names that the first files have: it reads those of today."""
+    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    fields = {names.get(key, key): value for key, value in case.config.items()}
+    (directory / "config.json").write_text(json.dumps(fields))
+    return _load(case, directory)
+
+
 def _mpt(case: CheckpointCase, directory: Path) -> Model:
-    """transformers builds ALiBi with a bias of at most 8 whatever the file says; llm-foundry, which trains, does not."""
+    """transformers builds ALiBi with a bias of at most 8 and a feed-forward part of 4 D, and leaves logits unscaled, whatever the file
+    says; llm-foundry, which trains, does not."""
+    import torch
+    from transformers import MptConfig, MptForCausalLM
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-    model = _load(case, directory)
-    bias_max = case.config["attn_config"].get("alibi_bias_max", 8)
+    c = case.config
+    width, ratio, scale = c["d_model"], c.get("expansion_ratio", 4), c.get("logit_scale")
+    model = MptForCausalLM(MptConfig(**_fields(c)))
+    for block in model.transformer.blocks:
+        block.ffn.up_proj = torch.nn.Linear(width, ratio * width, bias=False)
+        block.ffn.down_proj = torch.nn.Linear(ratio * width, width, bias=False)
+    tensors = _tensors(directory)
+    _filled(model, {"lm_head.weight": tensors["transformer.wte.weight"], **tensors})
+    bias_max = c["attn_config"].get("alibi_bias_max", 8)
     model.transformer.build_mpt_alibi_tensor = partial(build_mpt_alibi_tensor, alibi_bias_max=bias_max)
-    return model
+    if scale is not None:
+        factor = width**-0.5 if scale == "inv_sqrt_d_model" else scale
+        model.transformer.norm_f.register_forward_hook(lambda module, inputs, output: output * factor)
+    return model.eval()
 
 
 def _internlm2(case: CheckpointCase, directory: Path) -> Model:
@@ -328,6 +350,7 @@ def _filled(model: Model, tensors: dict[str, Any]) -> Model:
 
 
 _OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
+    "RWForCausalLM": _first_falcon,
     "MPTForCausalLM": _mpt,
     "InternLM2ForCausalLM": _internlm2,
     "ChatGLMModel": _chatglm,

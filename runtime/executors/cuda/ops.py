@@ -79,6 +79,7 @@ CAPABILITIES = Capabilities(
         "attention.head_norm.weight_offset": ANY,
         "attention.head_norm.kind": ANY,
         "attention.head_norm.own_weights": ANY,
+        "attention.head_norm.has_bias": ANY,
         "logits.soft_cap": ANY,
         "experts": ANY,
         "experts.num_experts": Limit(at_most=MAX_EXPERTS),
@@ -180,7 +181,7 @@ class CudaOps(Ops[DeviceArray]):
         """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
         x = self._values(x)
         residual = self.rows_of(residual, x)
-        weight, _ = self._weights.norm(name)
+        weight = self._weights.array(name)
         total = x if residual is None else residual
 
         def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
@@ -309,6 +310,7 @@ class CudaOps(Ops[DeviceArray]):
                 self._library, qkv, self._weights.array(f"{name}.query_norm"), self._weights.array(f"{name}.key_norm"),
                 num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads, epsilon=spec.head_norm.eps,
                 weight_offset=spec.head_norm.weight_offset, is_layer_norm=spec.head_norm.kind == "layer",
+                query_bias=self._weights.bias(f"{name}.query_norm"), key_bias=self._weights.bias(f"{name}.key_norm"),
             )  # fmt: skip
         out = self._attention(qkv, layer, spec)
         if layer == self._last_layer and self._num_kept:

@@ -46,6 +46,7 @@ CAPABILITIES = Capabilities(
         "attention.head_norm.weight_offset": ANY,
         "attention.head_norm.kind": ANY,
         "attention.head_norm.own_weights": ANY,
+        "attention.head_norm.has_bias": ANY,
         "logits.soft_cap": ANY,
         "experts": ANY,
         "experts.num_experts": ANY,
@@ -120,7 +121,7 @@ class NumpyOps(Ops[Float32Array]):
         return positioned
 
     def rms_norm(self, x: Float32Array, name: str, eps: float, weight_offset: float = 0.0) -> Float32Array:
-        weight, _ = self._weights.norm(name)
+        weight = self._weights.array(name)
         mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
         inverse = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
         normed: Float32Array = x * inverse[:, None]
@@ -132,7 +133,8 @@ class NumpyOps(Ops[Float32Array]):
         variance = np.einsum("td,td->t", centred, centred) / np.float32(x.shape[1])
         centred *= (np.float32(1) / np.sqrt(variance + np.float32(eps)))[:, None]
         weight, bias = self._weights.norm(name)
-        centred *= weight + np.float32(weight_offset) if weight_offset else weight
+        if weight is not None:
+            centred *= weight + np.float32(weight_offset) if weight_offset else weight
         if bias is not None:
             centred += bias
         return centred
@@ -226,8 +228,8 @@ class NumpyOps(Ops[Float32Array]):
             packed = qkv.reshape(len(qkv), -1, heads.head_dim)
             sides = (("query_norm", 0, heads.num_heads), ("key_norm", heads.num_heads, heads.num_kv_heads))
             for side, first, count in sides:
-                weight = self._weights.array(f"{name}.{side}")
-                normalise_heads(packed[:, first : first + count], weight, spec.head_norm)
+                weight, bias = self._weights.array(f"{name}.{side}"), self._weights.bias(f"{name}.{side}")
+                normalise_heads(packed[:, first : first + count], weight, bias, spec.head_norm)
         return self._attention(qkv, layer, spec)
 
     def logits(self, x: Float32Array, name: str, soft_cap: float = 0.0) -> Float32Array:

@@ -67,13 +67,15 @@ class AttentionKind:
             np.copyto(scores, -np.inf, where=hidden)
 
 
-def normalise_heads(x: Float32Array, weight: Float32Array, norm: HeadNorm) -> None:
-    """Norm of each head in place: ``[T, heads, C]``, weight ``[C]``, or ``[heads, C]``, which may be flat."""
+def normalise_heads(x: Float32Array, weight: Float32Array, bias: Float32Array | None, norm: HeadNorm) -> None:
+    """Norm of each head in place: ``[T, heads, C]``, weight and bias ``[C]``, or ``[heads, C]``, which may be flat."""
     if norm.kind == "layer":
         x -= x.mean(axis=-1, keepdims=True)
     mean_square = np.einsum("thc,thc->th", x, x) / np.float32(x.shape[-1])
     x *= (np.float32(1) / np.sqrt(mean_square + np.float32(norm.eps)))[..., None]
     x *= weight.reshape(-1, x.shape[-1]) + np.float32(norm.weight_offset)
+    if bias is not None:
+        x += bias.reshape(-1, x.shape[-1])
 
 
 def rotate(x: Float32Array, cos: Float32Array, sin: Float32Array, interleaved: bool) -> None:

@@ -47,7 +47,7 @@ class Constants:
 
     def row(self, name: str, kind: str) -> ITensor | None:
         """A constant of one row."""
-        array = self._weights.array(name) if kind == "weight" else self._weights.linear(name).bias
+        array = self._weights.norm(name)[0] if kind == "weight" else self._weights.bias(name)
         return None if array is None else self._graph.weight(f"{name}.{kind}", array, (1, array.size))
 
 
@@ -75,11 +75,12 @@ class TrtLayers:
         return self._in_float32(x, normalise)
 
     def layer_norm(self, x: ITensor, name: str, eps: float, weight_offset: float = 0.0) -> ITensor:
-        graph, scale = self._graph, self._float32_row(name, "weight")
-        if weight_offset:
+        graph, width = self._graph, x.shape[1]
+        weight, bias = (self._parameters.row(name, kind) for kind in ("weight", "bias"))
+        scale = graph.constant(np.ones((1, width), np.float32)) if weight is None else graph.cast(weight, _FLOAT32)
+        if weight is not None and weight_offset:
             scale = graph.binary("SUM", scale, graph.scalar(weight_offset, 2))
-        bias = self._parameters.row(name, "bias")
-        shift = graph.constant(np.zeros((1, x.shape[1]), np.float32)) if bias is None else graph.cast(bias, _FLOAT32)
+        shift = graph.constant(np.zeros((1, width), np.float32)) if bias is None else graph.cast(bias, _FLOAT32)
         if graph.library.has_fused_layers:
             return self._in_float32(x, lambda x: graph.layer_norm(x, scale, shift, eps))
 
