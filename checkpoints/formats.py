@@ -236,7 +236,8 @@ def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[st
             f"{pieces} {shard.what}; use a checkpoint with smaller quantisation groups"
         )
     pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
-    return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit))
+    what = shard.what if pieces or unit == shard.unit else f"pieces of {unit} (quantisation groups of {needed})"
+    return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what)
 
 
 FORMAT_READERS: Mapping[str, Callable[[Mapping[str, Any]], FormatPlan]] = MappingProxyType({})

@@ -84,4 +84,6 @@ def _meaning(value: Any) -> Any:
         return frozenset(str(name) for one in value for name in (one if isinstance(one, list) else [one]))
     if isinstance(value, dict) and value.get("type") == "float":
         return f"fp{value.get('num_bits')}"  # ModelOpt's cache: {"num_bits": 8, "type": "float"} here, "FP8" there
+    if isinstance(value, dict):
+        return frozenset((key, _meaning(one)) for key, one in value.items())
     return str(value).lower()

@@ -1,12 +1,10 @@
 """What ``quantization_config`` says: which module has which format, for each method that is loaded.
 
-Sources: transformers ``quantizers/quantizer_{finegrained_fp8,fbgemm_fp8,awq,gptq}.py``; ModelOpt
-``torch/export/{convert_hf_config,quant_utils}.py``.
+Sources: transformers ``quantizers/quantizer_{finegrained_fp8,fbgemm_fp8,awq,gptq}.py``.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -24,11 +22,10 @@ from phalanx.checkpoints.quantization.choosing import (
     refused,
 )
 from phalanx.checkpoints.quantization.compressed_tensors import read_compressed_tensors
-from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, NibbleRows, PackedWords
+from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
-from phalanx.checkpoints.quantization.prescale import has_prescale, with_prescale
+from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
-from phalanx.checkpoints.spec import WeightSpec
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
@@ -67,15 +64,23 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
 
 def read_awq(section: Section) -> FormatPlan:
     """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it."""
-    version, bits = str(section.get("version", "gemm")).lower(), section.get("bits", section.get("w_bit"))
+    version, bits = _awq_version(section), section.get("bits", section.get("w_bit"))
     group = int(section.get("group_size", section.get("q_group_size", 128)))
     if version != "gemm" or bits != 4 or not section.get("zero_point", True):
         raise refused(
             f"awq version={version!r} bits={bits} zero_point={section.get('zero_point')}", "use version gemm, 4 bits"
         )
+    if section.get("dynamic"):
+        raise refused("awq with rules per module (dynamic)", "use a checkpoint with one scheme")
     words = PackedWords(4, axis=0, offset=8, order=AWQ_ORDER)
     stored = Stored("qweight", "scales", "qzeros", words, words, transposed=True)
     return excluding(GroupCodes("int4", stored, max(group, 0)), section, always=(HEAD,))
+
+
+def _awq_version(section: Section) -> str:
+    """Under each of the names that AutoAWQ, transformers and GPTQModel have for it; several only if they differ."""
+    found = (section.get(key) for key in ("version", "checkpoint_format", "format"))
+    return " and ".join(sorted({str(one).lower() for one in found if one is not None})) or "gemm"
 
 
 def read_gptq(section: Section) -> FormatPlan:
@@ -117,60 +122,6 @@ def _groups_in_order(group: int) -> Unread:
         return bool((tensor == columns // (group if group > 0 else len(tensor))).all())
 
     return Unread(r".*\.g_idx", f"groups of {group} columns in order, as desc_act=false says", is_so)
-
-
-def read_modelopt(section: Section) -> FormatPlan:
-    """ModelOpt: FP8 (static per tensor, or per channel and token), int8 with SmoothQuant, 8-bit weights, 4-bit weights by AWQ."""
-    quantization = section.get("quantization") or section
-    algorithm = str(quantization.get("quant_algo"))
-    chosen = _modelopt_format(algorithm, {**section, **quantization})
-    excluded = tuple(quantization.get("exclude_modules") or quantization.get("ignore") or ())
-    scheme = quantization.get("kv_cache_scheme")
-    kv = quantization.get("kv_cache_quant_algo") or (scheme.get("type") if isinstance(scheme, dict) else scheme)
-    if kv not in (None, "FP8", "float"):
-        raise refused(f"modelopt kv_cache_quant_algo={kv!r}", "use a checkpoint with an fp8 cache or none")
-
-    def of_module(modules: Sequence[str]) -> Format:
-        return DENSE if any(fnmatch.fnmatch(module, one) for one in excluded for module in modules) else chosen
-
-    choose = of_parts(of_module)
-    plan = FormatPlan(choose, KV_SCALES if kv else (), has_kv_scales=bool(kv))
-    if algorithm not in _MODELOPT_PRESCALED:
-        return plan
-    return replace(
-        plan,
-        choose=with_prescale(choose, _MODELOPT_FACTORS, _MODELOPT_PRESCALED[algorithm]),
-        choose_by_names=lambda names: with_prescale(
-            choose, _MODELOPT_FACTORS, lambda spec: has_prescale(spec, _MODELOPT_FACTORS, names)
-        ),
-    )
-
-
-def _modelopt_format(algorithm: str, fields: Section) -> Format:
-    formats: dict[str, Format] = {
-        "FP8": RowCodes("fp8", scale_of="tensor", input="static"),
-        "FP8_PER_CHANNEL_PER_TOKEN": RowCodes("fp8"),
-        "W8A8_SQ_PER_CHANNEL": RowCodes("int8", input="static"),
-        "W8A16": RowCodes("int8", input="plain"),
-    }
-    if algorithm in formats:
-        return formats[algorithm]
-    if algorithm != "W4A16_AWQ":
-        raise refused(f"modelopt quant_algo={algorithm!r}", WAY_OUT)
-    group = int(fields.get("group_size") or 128)
-    if fields.get("has_zero_point"):
-        raise refused("modelopt quant_algo='W4A16_AWQ' with zero points", WAY_OUT)
-    return GroupCodes("int4", Stored("weight", "weight_scale", codes_encoding=NibbleRows()), group)
-
-
-_MODELOPT_FACTORS = "pre_quant_scale"
-_MODELOPT_PRESCALED: Mapping[str, Callable[[WeightSpec], bool]] = MappingProxyType(
-    {
-        "W8A8_SQ_PER_CHANNEL": lambda spec: True,
-        "W4A16_AWQ": lambda spec: any(part.shard is not None and part.shard.axis == 1 for part in spec.parts),
-    }
-)
-"""Which weights' inputs usually have factors: with AWQ those that do not come from a norm, into which they are folded."""
 
 
 READERS: Mapping[str, Callable[[Section], FormatPlan]] = MappingProxyType(

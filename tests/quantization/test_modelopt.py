@@ -172,12 +172,53 @@ def test_other_factors_end_the_cuda_engine_before_it_is_ready(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [({"quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ' cannot be loaded; use the unquantised"),
-     ({"quant_algo": "MIXED_PRECISION"}, "quant_algo='MIXED_PRECISION'"),
+     ({"quant_algo": "MIXED_PRECISION"}, "quant_algo='MIXED_PRECISION' without quantized_layers"),
+     ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4"}}},
+      r"quant_algo='NVFP4' of model\.layers\.0\.mlp\.up_proj \(quantized_layers\) cannot be loaded"),
+     ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {
+         "model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}, "model.layers.0.mlp.gate_proj": {"quant_algo": "W8A16"}}},
+      "gives fp8 rows x static and int8 rows to .*gate_proj, .*up_proj, which are computed as one product"),
+     ({"quant_algo": "FP8", "kv_cache_quant_algo": {"num_bits": 4, "type": "float"}}, "kv_cache_quant_algo={'num_bits': 4"),
      ({**AWQ, "has_zero_point": True}, "'W4A16_AWQ' with zero points")],
 )  # fmt: skip
 def test_what_is_not_loaded_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_formats({"quantization_config": {"quant_method": "modelopt", "quantization": fields}})
+        _names(read_formats({"quantization_config": {"quant_method": "modelopt", "quantization": fields}}))
+
+
+MIXED = {
+    "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*layers.1.mlp.down_proj"],
+    "quantized_layers": {
+        **{f"model.layers.0.self_attn.{part}_proj": {"quant_algo": "FP8"} for part in "qkvo"},
+        "model.layers.0.mlp": {"quant_algo": "W4A16_AWQ", "group_size": 64, "has_zero_point": False, "pre_quant_scale": True},
+        "model.layers.0.mlp.down_proj": {"quant_algo": "W8A8_SQ_PER_CHANNEL"},
+        "model.layers.1.mlp": {"quant_algo": "FP8_PB_WO"},
+    },
+}  # fmt: skip
+"""As ``hf_quant_config.json`` has it, and modules by the one that they are in."""
+
+
+@pytest.mark.parametrize("place", ["hf_quant_config.json", "config.json", "both"])
+def test_each_layer_has_its_own_algorithm(tmp_path: Path, place: str) -> None:
+    converted = {
+        "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": MIXED["exclude_modules"],
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}, "producer": {"name": "modelopt"},
+        "config_groups": {"group_0": {"targets": ["model.layers.0.self_attn.q_proj"]}},
+        "quantized_layers": {name: dict(reversed(entry.items())) for name, entry in reversed(MIXED["quantized_layers"].items())},
+    }  # fmt: skip
+    if place != "config.json":
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"producer": {}, "quantization": MIXED}))
+    section = {} if place == "hf_quant_config.json" else {"quantization_config": converted}
+    (tmp_path / "config.json").write_text(json.dumps({**CASE.config, **section}))
+    plan = read_formats(read_config(ModelDirectory.at(tmp_path)))
+    assert plan.has_kv_scales
+    assert {owner: name for owner, name in _names(plan).items() if name != "dense"} == {
+        "layers.0.qkv": "fp8 rows x static",
+        "layers.0.output": "fp8 rows x static",
+        "layers.0.gate_up": "int4 in groups of 64",
+        "layers.0.down": "int8 rows x static with scaled inputs",
+        "layers.1.gate_up": "fp8 blocks in groups of 128",
+    }
 
 
 def test_another_size_of_groups_than_the_scales_have_is_an_error(root: Path, tmp_path: Path) -> None:

@@ -61,6 +61,10 @@ QWEN_GPTQ_INT8 = {
     "use_cuda_fp16": False, "use_exllama": True,
 }  # fmt: skip
 AWQ = {"bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm", "zero_point": True}  # fmt: skip
+GPTQMODEL_AWQ = {
+    "bits": 4, "group_size": 128, "desc_act": False, "sym": False, "lm_head": False, "quant_method": "awq", "pack_dtype": "int32",
+    "checkpoint_format": "gemm", "format": "gemm", "meta": {"quantizer": ["gptqmodel:5.0.0"]},
+}  # fmt: skip
 MIXTRAL_AWQ = {**AWQ, "modules_to_not_convert": ["gate"]}
 """AutoAWQ's recipe for Mixtral; the head is not listed, and plain."""
 QWEN_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -96,7 +100,7 @@ def schemes(plan: FormatPlan) -> dict[str, str]:
         (FP8_DYNAMIC, "fp8 rows x tokens"), (FP8_STATIC, "fp8 rows x static"), (W8A8, "int8 rows x tokens"),
         (W4A16, "int4 in groups of 128"), (FP8_BLOCK, "fp8 blocks in groups of 128"),
         (THE_BLOKE_GPTQ, "int4 in groups of 128 with activation order"), (QWEN_GPTQ_INT8, "int8 in groups of 128"),
-        (AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"), (AUTO_FP8_KV, "fp8 rows x static"),
+        (AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"), (AUTO_FP8_KV, "fp8 rows x static"),
         (MODELOPT, "fp8 rows x static"), ({"quant_method": "modelopt", **MODELOPT_FILE}, "fp8 rows x static"),
     ],
 )  # fmt: skip
@@ -160,6 +164,9 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
         ({**AUTO_FP8_KV, "kv_cache_scheme": "dynamic"}, "kv_cache_scheme='dynamic'"),
         ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "kv_cache_quant_algo='NVFP4'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
+        ({**GPTQMODEL_AWQ, "checkpoint_format": "gemv_fast", "format": "gemv_fast"}, "awq version='gemv_fast'"),
+        ({**GPTQMODEL_AWQ, "dynamic": {"-:.*down.*": {}}}, "awq with rules per module"),
+        ({**AWQ, "checkpoint_format": "gemv"}, "awq version='gemm and gemv'"),
         ({**QWEN_GPTQ_INT8, "dynamic": {"-:.*down.*": {}}}, "rules per module"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "quant_method='auto-round'"),
     ],
