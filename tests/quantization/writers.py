@@ -141,10 +141,12 @@ def awq(group: int) -> Callable[[Array], Written]:
 def fp8(
     strategy: str, suffix: str = "weight_scale", dtype: Any = np.float32, input_scale: float | None = None
 ) -> Callable[[Array], Written]:
-    """``strategy``: ``tensor``, ``channel``, or ``block`` of 32 x 16."""
+    """``strategy``: ``tensor``, ``channel``, ``block`` of 32 x 16, or ``large block`` of 128 x 128."""
 
     def module(w: Array) -> Written:
-        rows, columns = {"tensor": w.shape, "channel": (1, w.shape[1]), "block": (32, 16)}[strategy]
+        rows, columns = {
+            "tensor": w.shape, "channel": (1, w.shape[1]), "block": (32, 16), "large block": (128, 128),
+        }[strategy]  # fmt: skip
         scales = np.empty((-(-w.shape[0] // rows), -(-w.shape[1] // columns)), dtype)
         codes = np.empty(w.shape, E4M3)
         values = np.empty(w.shape, np.float32)
@@ -211,6 +213,16 @@ def modelopt_smoothquant(input_scale: float) -> Module:
         return tensors, codes.astype(np.float32) * scale[:, None] * p
 
     return module
+
+
+def modelopt_blocks(w: Array) -> Written:
+    """FP8_PB_WO, whose scales have the axes that ModelOpt's blocks have."""
+    tensors, values = fp8("large block")(w)
+    return {**tensors, "weight_scale": tensors["weight_scale"][:, None, :, None]}, values
+
+
+def as_it_is(w: Array) -> Written:
+    return {"weight": w}, w
 
 
 def weight_only_int8(w: Array) -> Written:
