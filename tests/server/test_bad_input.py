@@ -163,6 +163,7 @@ RAW_BODIES = {
     "comment": b'{"prompt": "a" /* b */}',
     "deep": b'{"prompt": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
     "deep where anything goes": b'{"prompt": "a", "user": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+    "101 levels": b'{"prompt": "a", "user": ' + b"[" * 100 + b"]" * 100 + b"}",
     "UTF-16": '{"prompt": "a"}'.encode("utf-16"),
     "form": b"prompt=a",
 }
@@ -198,6 +199,18 @@ def test_body_that_is_no_valid_request(server: Server, path: str, body: bytes) -
     assert answer.status == 400, answer.body
     assert answer.error["code"] in ("invalid_json", "invalid_type", "missing_required_parameter")
     assert server.get("/health").status == 200
+
+
+def test_json_of_a_hundred_levels_is_read_and_brackets_in_texts_are_no_levels(server: Server) -> None:
+    nested = b'{"prompt": "a", "max_tokens": 1, "user": ' + b"[" * 99 + b"]" * 99 + b"}"
+    assert server.post(COMPLETIONS, nested).status == 200
+    assert server.post(COMPLETIONS, {"prompt": "[{" * 120, "max_tokens": 1}).status == 200
+    assert server.post(COMPLETIONS, {"prompt": [[30, 31]] * 8, "user": [[{}] * 200], "max_tokens": 1}).status == 200
+
+
+def test_the_last_of_two_equal_keys_counts_as_with_openai(server: Server) -> None:
+    answer = server.post(COMPLETIONS, b'{"prompt": "a", "max_tokens": 1, "max_tokens": 3}')
+    assert answer.json["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize(

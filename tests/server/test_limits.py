@@ -62,6 +62,14 @@ def test_a_chunked_body_is_counted_as_it_comes(server: Server) -> None:
     assert b"connection: close" in reply.lower()
 
 
+def test_chunks_that_come_together_are_counted_one_by_one(server: Server) -> None:
+    body = [b'{"prompt": "ab", ', b'"max_tokens": 1}']
+    for num_chunks, status in ((50, b"200"), (51, b"413")):
+        data = chunked([body[0], *[b" "] * (num_chunks - 2), body[1]])
+        reply = raw(server, data.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+        assert reply.startswith(b"HTTP/1.1 " + status)
+
+
 def test_a_chunked_body_within_the_limit_is_a_request(server: Server) -> None:
     data = chunked([b'{"prompt": ', b'"ab", "max_', b'tokens": 2}'])
     reply = raw(server, data.replace(b"Host: x", b"Host: x\r\nConnection: close"))

@@ -13,6 +13,7 @@ import msgspec
 from phalanx.runtime.server.kserve.contract import MAX_BATCH_SIZE, ModelContract, TensorSpec
 from phalanx.runtime.server.kserve.errors import InvalidTensor
 from phalanx.runtime.server.kserve.tensors import Tensor
+from phalanx.runtime.server.web.json_body import decode_json
 
 __all__ = ["GenerateBody", "Row", "read_fields_body", "tensor_rows"]
 
@@ -128,9 +129,9 @@ def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str]:
 
 def _decode(body: bytes) -> dict[str, Any]:
     try:
-        msgspec.json.decode(body)  # refuses NaN, invalid UTF-8, lone surrogates and deep nesting
+        decode_json(body)  # refuses NaN, invalid UTF-8, lone surrogates and deep nesting
         fields = json.loads(body, object_pairs_hook=_without_duplicates)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise InvalidTensor(f"the request's JSON cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidTensor("the body is not a JSON object; send one")

@@ -16,6 +16,7 @@ import msgspec
 
 from phalanx.runtime.server.kserve.errors import InvalidTensor
 from phalanx.runtime.server.kserve.tensors import Tensor, from_json, from_raw, to_json, to_raw
+from phalanx.runtime.server.web.json_body import decode_json
 
 __all__ = ["HEADER_LENGTH", "InferHeader", "InferRequest", "read_request", "write_response"]
 
@@ -81,8 +82,8 @@ def read_request(body: bytes, header_length: str | None) -> InferRequest:
     """
     end = len(body) if header_length is None else _header_end(header_length, len(body))
     try:
-        header = msgspec.json.decode(body[:end], type=InferHeader)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        header: InferHeader = decode_json(body[:end], InferHeader)
+    except (msgspec.MsgspecError, ValueError) as error:
         raise InvalidTensor(f"the request's JSON cannot be read: {error}") from None
     inputs, position = {}, end
     for described in header.inputs:

@@ -23,6 +23,7 @@ from phalanx.runtime.sampling.rules import MAX_INT32, Rule, Whole
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.guided import with_guide
 from phalanx.runtime.server.openai.tools import Tool, ToolCall, ToolChoice
+from phalanx.runtime.server.web.json_body import NestingError, decode_json
 
 __all__ = [
     "ChatMessage",
@@ -276,11 +277,11 @@ def sampling_names(door: Door) -> frozenset[str]:
 
 def _decode_object(body: bytes) -> dict[str, Any]:
     try:
-        fields = msgspec.json.decode(body)
+        fields = decode_json(body)
+    except NestingError as error:
+        raise invalid(f"the body cannot be read: {error}", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise invalid("the body is nested too deeply", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise invalid("the body is not a JSON object; send one", code="invalid_type")
     return fields

@@ -39,6 +39,20 @@ class ConnectionLimits:
     unread_seconds: Callable[[], float] = lambda: 30.0
 
 
+class _CountingConnection(h11.Connection):
+    """Counts the chunks of the request's body: uvicorn hands on as one what came together."""
+
+    num_chunks = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self.num_chunks += event.chunk_end
+        elif isinstance(event, h11.Request):
+            self.num_chunks = 0
+        return event
+
+
 class BoundedH11Protocol(H11Protocol):
     """One connection. Application code finds it as ``scope["state"]["connection"]``.
 
@@ -61,6 +75,9 @@ class BoundedH11Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.is_lost, self.is_writable = False, True
+        self.conn = self._counted = _CountingConnection(
+            h11.SERVER, self.config.h11_max_incomplete_event_size or 16 << 10
+        )
         self.app_state = {**self.app_state, "connection": self}
         self._header_timer = self.loop.call_later(self.limits.header_seconds, self._close_if_silent)
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -79,6 +96,11 @@ class BoundedH11Protocol(H11Protocol):
             self._on_lost()
         # They lead back to this object, which would wait for the garbage collector.
         self.app_state, self.scope, self.cycle = {}, None, None  # type: ignore[assignment]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the request's body so far."""
+        return self._counted.num_chunks
 
     # Event streams
 

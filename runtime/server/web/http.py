@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope
+from starlette.types import Scope
 
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.settings import FrontendSettings
@@ -31,10 +31,14 @@ class Connection(Protocol):
     Attributes:
         is_lost: whether the connection is closed.
         is_writable: whether the client is there and has read most of what was written.
+        num_chunks: of the request's body, as they were sent, so far.
     """
 
     is_lost: bool
     is_writable: bool
+
+    @property
+    def num_chunks(self) -> int: ...
 
     def write_body(self, data: bytes) -> None:
         """Write a part of the answer's body."""
@@ -79,7 +83,7 @@ async def read_body(request: Request, settings: FrontendSettings) -> bytes:
         )  # fmt: skip
     try:
         async with asyncio.timeout(settings.body_timeout_seconds):
-            body = await _read_chunks(request.receive, settings)
+            body = await _read_chunks(request, settings)
         return body if encoding == "identity" else _decompressed(body, encoding, settings)
     except TimeoutError:
         seconds = f"{settings.body_timeout_seconds:g}"
@@ -89,18 +93,20 @@ async def read_body(request: Request, settings: FrontendSettings) -> bytes:
         ) from None
 
 
-async def _read_chunks(receive: Receive, settings: FrontendSettings) -> bytes:
+async def _read_chunks(request: Request, settings: FrontendSettings) -> bytes:
     """A body somewhat over the limit is read to its end, so that the client is there to see the refusal."""
+    connection: Connection = request.scope["state"]["connection"]
     chunks: list[bytes] = []
-    num_bytes = num_chunks = 0
+    num_bytes = num_messages = 0
     more = True
     while more:
-        message = await receive()
+        message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         chunk, more = message.get("body", b""), message.get("more_body", False)
         num_bytes += len(chunk)
-        num_chunks += 1
+        num_messages += 1
+        num_chunks = max(num_messages, connection.num_chunks)
         if max(num_bytes / settings.max_body_bytes, num_chunks / settings.max_body_chunks) > 2:
             break
         if num_bytes <= settings.max_body_bytes and num_chunks <= settings.max_body_chunks:

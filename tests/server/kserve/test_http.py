@@ -279,6 +279,18 @@ def test_broken_bodies_are_refused(server: Server, body: bytes) -> None:
     refusal(server.request("POST", "/v2/models/ensemble/generate", body[:90_000]))
 
 
+def test_json_of_more_than_a_hundred_levels_is_refused_wherever_they_are(server: Server) -> None:
+    deep = "[" * 97 + '"a"' + "]" * 97
+    for data, status in ((deep, 200), (f"[{deep}]", 400)):  # in an input, in the list of inputs, in the body
+        inputs = f'[{{"name":"text_input","datatype":"BYTES","shape":[1,1],"data":{data}}},' \
+            '{"name":"max_tokens","datatype":"INT32","shape":[1,1],"data":[2]}]'  # fmt: skip
+        answer = server.post("/v2/models/ensemble/infer", f'{{"inputs":{inputs}}}'.encode())
+        assert answer.status == status, answer.body
+    assert "100 levels" in answer.json["error"]
+    body = f'{{"text_input":"a","max_tokens":1,"x":[[[{deep}]]]}}'
+    assert "100 levels" in refusal(server.request("POST", "/v2/models/ensemble/generate", body.encode()))
+
+
 def test_unknown_models_routes_and_methods_have_errors_of_this_protocol(server: Server) -> None:
     assert "'other' is not found" in refusal(server.post("/v2/models/other/infer", {}), 404)
     assert "version 9" in refusal(server.get("/v2/models/ensemble/versions/9/config"), 404)
