@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models watch-cost test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-lm-eval test-aiperf faults fault-figures
+.PHONY: setup serve test lint types imports format key-tables try-models watch-cost test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-openapi test-lm-eval test-aiperf faults fault-figures
 
 setup: $(BIN)/.installed
 
@@ -59,6 +59,12 @@ test-launchers: setup
 	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
 		tests/launch/test_user_files.py tests/server/test_failures.py tests/server/test_two_hosts.py \
 		tests/server/test_unusual_faults.py tests/parallel/test_scripts.py
+
+# schemathesis over all operations of /openapi.json (PHALANX_SCHEMATHESIS_EXAMPLES each), from an environment of its own.
+test-openapi: setup
+	python3 -m venv .schemathesis && .schemathesis/bin/pip install -q 'schemathesis==4.32.5'
+	PHALANX_SCHEMATHESIS_EXAMPLES=$${PHALANX_SCHEMATHESIS_EXAMPLES:-1000} PHALANX_SCHEMATHESIS=$(CURDIR)/.schemathesis/bin/schemathesis \
+		python -m pytest -q -s -m slow tests/server/test_schemathesis.py
 
 # lm-eval as a client, from an environment of its own (0.8 GB): log-likelihoods within 1e-4 of a float64 reference.
 test-lm-eval: setup

@@ -18,7 +18,9 @@ from phalanx.runtime.server.web.body_route import BodyRoute
 __all__ = ["describe"]
 
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
-_OTHER_TYPES: Mapping[str, str] = {"/": "text/html", "/metrics": "text/plain", "/v2/health/live": "text/plain"}
+_OTHER_TYPES: Mapping[str, str] = {"/": "text/html", "/metrics": "text/plain"}
+_EMPTY = re.compile("/v2/.*(live|ready)")
+"""Routes whose answer is a status only."""
 
 
 def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
@@ -59,7 +61,8 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{route.path}").strip("_"),
         "summary": summary,
         "responses": {
-            "200": {"description": "The answer.", "content": _content(route)},
+            "200": {"description": "The answer."}
+            | ({} if _EMPTY.fullmatch(route.path) else {"content": _content(route)}),
             "default": {"description": "An error, in the form of the protocol.", "content": {"application/json": {}}},
         },
     }
@@ -85,9 +88,21 @@ def _schemas(routes: Iterable[Route]) -> dict[str, Any]:
     kinds = list(dict.fromkeys(route.body for route in bodies))
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for route in bodies:
+        schemas[_name(route)]["properties"] = _or_null(schemas[_name(route)])
         if route.door is not None:
             schemas[_name(route)]["properties"].update(_sampling_properties(route.door))
     return schemas
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Properties, of which those that need not be there may be null, too."""
+    required = schema.get("required", ())
+    return {
+        name: {**value, "type": [value["type"], "null"]}
+        if name not in required and isinstance(value.get("type"), str)
+        else value
+        for name, value in schema["properties"].items()
+    }
 
 
 def _sampling_properties(door: Door) -> dict[str, Any]:

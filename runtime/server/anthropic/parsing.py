@@ -10,6 +10,8 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.anthropic.protocol import (
     CountTokensRequest,
+    DocumentBlock,
+    ImageBlock,
     Message,
     MessagesRequest,
     TextBlock,
@@ -23,6 +25,8 @@ from phalanx.runtime.server.openai.protocol import decode_generation
 from phalanx.runtime.server.openai.tools import FunctionTool, NamedTool, Tool, ToolChoice, ToolName, ToolUse, tool_use
 
 __all__ = ["conversation", "parse_message"]
+
+_Part = TextBlock | ImageBlock | DocumentBlock
 
 
 def parse_message(body: bytes) -> ApiGeneration:
@@ -102,23 +106,23 @@ def _turns(message: Message) -> Iterator[dict[str, Any]]:
         return
     if not message.content:
         raise invalid("a message has no content; give a text", "messages")
-    texts: list[TextBlock] = []
+    texts: list[_Part] = []
     calls: list[dict[str, Any]] = []
     for block in message.content:
-        if isinstance(block, TextBlock):
-            texts.append(block)
-        elif isinstance(block, ToolUseBlock):
+        if isinstance(block, ToolUseBlock):
             calls.append(_call(block, message.role))
-        else:
+        elif isinstance(block, ToolResultBlock):
             yield from _flushed(message.role, texts)
             yield _result(block, message.role)
+        else:
+            texts.append(block)
     if calls:
         yield {"role": message.role, "content": _texts(texts) if texts else None, "tool_calls": calls}
     else:
         yield from _flushed(message.role, texts)
 
 
-def _flushed(role: str, texts: list[TextBlock]) -> Iterator[dict[str, Any]]:
+def _flushed(role: str, texts: list[_Part]) -> Iterator[dict[str, Any]]:
     if texts:
         yield {"role": role, "content": _texts(texts)}
         texts.clear()
@@ -136,10 +140,19 @@ def _result(block: ToolResultBlock, role: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": _texts(block.content or "")}
 
 
-def _texts(content: str | Sequence[TextBlock]) -> str | list[dict[str, str]]:
+def _texts(content: str | Sequence[_Part]) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
-    return [{"type": "text", "text": block.text} for block in content]
+    return [{"type": "text", "text": _text(block)} for block in content]
+
+
+def _text(block: _Part) -> str:
+    if not isinstance(block, TextBlock):
+        kind = block.__struct_config__.tag
+        raise invalid(
+            f"{kind} blocks are not supported by this server, whose models read text; leave them out", "messages"
+        )
+    return block.text
 
 
 def _tool_use(request: CountTokensRequest) -> ToolUse | None:

@@ -12,6 +12,8 @@ import msgspec
 
 __all__ = [
     "CountTokensRequest",
+    "DocumentBlock",
+    "ImageBlock",
     "Message",
     "MessagesRequest",
     "TextBlock",
@@ -26,6 +28,18 @@ class TextBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", ta
     text: str
     cache_control: Any = None
     citations: list[Any] | None = None
+
+
+class ImageBlock(msgspec.Struct, tag_field="type", tag="image"):
+    """Known, and refused by name."""
+
+    source: Any
+
+
+class DocumentBlock(msgspec.Struct, tag_field="type", tag="document"):
+    """Known, and refused by name."""
+
+    source: Any
 
 
 class ToolUseBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
@@ -43,7 +57,7 @@ class ToolResultBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="typ
     """What a call returned; a text that reports an error is a text like others."""
 
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
     is_error: bool | None = None
     cache_control: Any = None
 
@@ -52,7 +66,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One turn."""
 
     role: Literal["user", "assistant"]
-    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock]
+    content: str | list[TextBlock | ImageBlock | DocumentBlock | ToolUseBlock | ToolResultBlock]
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,7 +108,7 @@ class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tru
 
     messages: list[Message]
     model: str | None = None
-    system: str | list[TextBlock] | None = None
+    system: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
