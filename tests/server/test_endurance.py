@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
+import re
+import selectors
 import socket
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from phalanx.runtime.server.app import server_routes
+
 from .servers import Server, stub_server
+from .test_fuzz import VALID
 from .test_routes import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -156,6 +165,123 @@ def test_100_threads_over_three_routes_of_triton(model_directory: Path) -> None:
         for _ in range(20):
             assert set(threads.map(one, range(100))) == {200}
         print("figure 16: 2,000 requests, no failure")
+
+
+def test_sizes_at_the_limits_and_beyond(model_directory: Path) -> None:
+    """Figure 19: what is too large is refused by its limit, what just fits is read, and an endless header takes no memory."""
+    with stub_server(model_directory, {}) as server:
+        pid, ensemble = server.http_process(), f"{ENSEMBLE}/generate"
+        assert server.post(PATH, {"prompt": "a", "max_tokens": 1}).status == 200
+        before = resident_bytes(pid)
+        grown = max(resident_bytes(pid) for _ in endless_header(server)) - before
+        fits = b'{"prompt": "' + b"a" * ((64 << 20) - 14) + b'"}'
+        assert server.post(PATH, fits).error["code"] == "context_length_exceeded"
+        assert server.post(PATH, fits + b" ").status == 413
+        chunks = [b"1\r\n \r\n"] * 65_535 + [b"2\r\n{}\r\n"]
+        assert answered(server, chunked_head(PATH) + b"".join(chunks) + b"0\r\n\r\n") == 400
+        assert answered(server, chunked_head(PATH) + b"".join([chunks[0], *chunks]) + b"0\r\n\r\n") == 413
+        bomb = gzip.compress(bytes((64 << 20) + 1), 9)
+        answers = {path: server.post(path, bomb, **{"Content-Encoding": "gzip"}).status for path in (PATH, ensemble)}
+        assert answers == {PATH: 413, ensemble: 400}
+        for depth in (101, 250_000):
+            nested = b'{"prompt": "a", "text_input": "a", "user": ' + b"[" * depth + b"]" * depth + b"}"
+            assert [server.post(path, nested).status for path in (PATH, ensemble)] == [400, 400]
+    print(f"figure 19: {grown / 1e6:.1f} MB more while a header of 200 MB is sent")
+    assert grown < 16e6
+
+
+def chunked_head(path: str) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+
+
+def answered(server: Server, request: bytes) -> int:
+    with socket.create_connection(address(server), timeout=60) as client:
+        client.sendall(request)
+        return int(client.recv(4096)[9:12])
+
+
+def endless_header(server: Server) -> Iterator[int]:
+    """Send a header of 200 MB; yields after each part until the server has closed the connection."""
+    with contextlib.suppress(ConnectionError), socket.create_connection(address(server), timeout=60) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+        for sent in range(0, 200_000_000, 1 << 16):
+            client.sendall(b"a" * (1 << 16))
+            yield sent
+        pytest.fail("a header of 200 MB was read")
+    yield 0
+
+
+def test_300_clients_that_send_a_byte_now_and_then(model_directory: Path) -> None:
+    """Figure 19: they are closed after the limit on headers and bodies; /health answers meanwhile."""
+    with stub_server(model_directory, {}) as server, contextlib.ExitStack() as opened:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n".encode()
+        body = head + b"Content-Length: 1000\r\n\r\n"
+        clients = [opened.enter_context(socket.create_connection(address(server))) for _ in range(300)]
+        for number, client in enumerate(clients):
+            client.sendall(body if number % 2 else head + b"X: ")
+        start, waits = time.monotonic(), []
+        with selectors.DefaultSelector() as selector:
+            for client in clients:
+                selector.register(client, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select(0.5):
+                    client = key.fileobj
+                    assert isinstance(client, socket.socket)
+                    with contextlib.suppress(ConnectionError):
+                        if client.recv(4096):
+                            continue
+                    selector.unregister(client)
+                for key in selector.get_map().values():
+                    with contextlib.suppress(OSError):
+                        assert isinstance(key.fileobj, socket.socket)
+                        key.fileobj.send(b" ")
+                asked = time.monotonic()
+                assert server.get("/health").status == 200
+                waits.append(time.monotonic() - asked)
+        seconds = time.monotonic() - start
+    print(
+        f"figure 19: closed after {seconds:.1f} s; /health p50 {1e3 * median(waits):.1f}, max {1e3 * max(waits):.0f} ms"
+    )
+    assert seconds < 60
+    assert median(waits) < 0.05
+
+
+MUTATIONS = int(os.environ.get("PHALANX_MUTATIONS", "200"))
+METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE")
+
+
+def test_mutated_requests_on_every_route_and_method(model_directory: Path) -> None:
+    """Figure 22: bytes of requests changed, removed, repeated; the server answers below 500 or closes, and lives."""
+    paths = sorted({re.sub(r"\{model.*?\}", "ensemble", route.path) for route in server_routes(None, None)})  # type: ignore[arg-type]
+    cases = [(path, method, seed) for path in paths for method in METHODS for seed in range(MUTATIONS)]
+    settings = {"header_timeout_seconds": 0.5, "body_timeout_seconds": 0.5, "model_names": ["ensemble"]}
+    with stub_server(model_directory, settings, max_open_requests=64) as server, ThreadPoolExecutor(16) as threads:
+        statuses = Counter(threads.map(lambda case: mutated(server, *case), cases))
+        assert server.get("/health").status == 200
+        assert server.process.poll() is None
+        wait_until_idle(server)
+    print(f"figure 22: {len(cases)} requests on {len(paths)} routes: {dict(sorted(statuses.items()))}")
+    assert not [status for status in statuses if status >= 500 and status != 501]
+    _, said = server.wait()
+    assert "Traceback" not in said
+
+
+def mutated(server: Server, path: str, method: str, seed: int) -> int:
+    """The status of a request with a few changes; 0 = the server closed the connection without one."""
+    draw = random.Random(f"{path} {method} {seed}")
+    body = json.dumps(VALID.get(path, {"text_input": "ab", "max_tokens": 2})).encode()
+    request = bytearray(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    for _ in range(draw.randrange(1, 8)):
+        position, length = draw.randrange(len(request)), draw.randrange(4)
+        kept = request[position : position + length] * draw.choice((0, 0, 2, 300))
+        request[position : position + length] = kept or draw.randbytes(draw.randrange(4))
+    with contextlib.suppress(ConnectionError), socket.create_connection(address(server), timeout=20) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        while (received := connection.recv(65_536)).startswith(b"HTTP/1.1 100"):  # asks whether the client is there
+            continue
+        return int(received[9:12]) if received else 0
+    return 0
 
 
 def test_mixed_load_with_clients_that_crash(model_directory: Path) -> None:
