@@ -13,6 +13,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from phalanx.checkpoints.file_kinds import HEAD_BYTES, describe_content
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
+from phalanx.runtime.text.pair_files import PAIR_FILES, BytePairs, pairs_to_backend, read_pairs
 from phalanx.runtime.text.rank_file import is_rank_file, ranks_to_backend, read_ranks
 from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend, to_spelt_backend
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
@@ -26,8 +27,8 @@ MAX_TOKENIZER_BYTES = 1 << 30
 
 
 def has_tokenizer(directory: ModelDirectory) -> bool:
-    """Whether texts can be read: ``tokenizer.json`` or a library's file is there."""
-    return any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES)))
+    """Whether texts can be read: ``tokenizer.json``, a library's file, or ``vocab.json`` and ``merges.txt`` are there."""
+    return any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES))) or all(map(directory.has, PAIR_FILES))
 
 
 def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
@@ -38,8 +39,9 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers
     """
     backend = _read(directory) if directory.has(TOKENIZER_FILE) else _convert(directory, files)
     _add_tokens(backend, files)
+    _add_defaults(backend, directory, files)
     _apply_prefix_space(backend, files)
-    _apply_bos_and_eos(backend, files)
+    _apply_bos_and_eos(backend, files, is_converted=not directory.has(TOKENIZER_FILE))
     if files.flags.get("split_special_tokens"):
         backend.encode_special_tokens = True
     return backend
@@ -49,9 +51,11 @@ def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str
     """Return the id of a special token where there is no ``tokenizer.json``; None if it has none.
 
     Raises:
-        CheckpointError: the library's file cannot be read.
+        CheckpointError: the vocabulary's files cannot be read.
     """
-    vocabulary = _library_vocabulary(directory)
+    vocabulary = _vocabulary(directory)
+    if isinstance(vocabulary, BytePairs):
+        return load_backend(directory, files).token_to_id(text)
     if isinstance(vocabulary, SentencePieceModel):
         found = next((index for index, piece in enumerate(vocabulary.pieces) if piece.text == text), None)
         if found is not None:
@@ -64,8 +68,15 @@ def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str
 
 
 def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """A library's vocabulary, followed by the tokens that only the code of its class names."""
-    vocabulary, kind = _library_vocabulary(directory), files.tokenizer_class
+    """A vocabulary, followed by the tokens that only the code of its class names."""
+    vocabulary, kind = _vocabulary(directory), files.tokenizer_class
+    if isinstance(vocabulary, BytePairs):
+        if not kind.reads_pairs:
+            raise CheckpointError(
+                f"{directory.path!s} holds vocab.json and merges.txt, but not how texts are split, which is known for GPT2Tokenizer, "
+                "CodeGenTokenizer and Qwen2Tokenizer alone; add a tokenizer.json"
+            )
+        return pairs_to_backend(vocabulary, kind.split, files.flags.get("add_prefix_space", False))
     if isinstance(vocabulary, SentencePieceModel):
         backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary)
     elif kind.split is None:
@@ -85,8 +96,10 @@ def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tok
     return backend
 
 
-def _library_vocabulary(directory: ModelDirectory) -> SentencePieceModel | dict[bytes, int]:
-    name = next(filter(directory.has, LIBRARY_FILES))
+def _vocabulary(directory: ModelDirectory) -> SentencePieceModel | dict[bytes, int] | BytePairs:
+    name = next(filter(directory.has, LIBRARY_FILES), None)
+    if name is None:
+        return read_pairs(directory)
     raw = directory.read(name, MAX_TOKENIZER_BYTES)
     if (reason := describe_content(raw[:HEAD_BYTES])) is not None:
         raise CheckpointError(f"{directory.path / name!s} is {reason}")
@@ -133,6 +146,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
             )
 
 
+def _add_defaults(backend: tokenizers.Tokenizer, directory: ModelDirectory, files: TokenizerFiles) -> None:
+    """Special tokens that only the class names, which it adds to ``vocab.json`` where that lacks them."""
+    if not any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES))):
+        known = backend.get_vocab(with_added_tokens=True)
+        backend.add_special_tokens([text for text in files.special_tokens.values() if text not in known])
+
+
 def _native(token: AddedToken, named: Collection[str]) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(
         token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
@@ -171,8 +191,11 @@ def _without_prepend(normalizer: Any) -> normalizers.Normalizer | None:
     return None
 
 
-def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
-    """Put BOS before and EOS after each text where a flag says so, or where the class does and ``tokenizer.json`` says nothing."""
+def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles, is_converted: bool) -> None:
+    """Put BOS before and EOS after each text where a flag says so, or where the class does and ``tokenizer.json`` says nothing.
+
+    ``is_converted``: there is no ``tokenizer.json``, so the flags of every class count.
+    """
     kind, flags = files.tokenizer_class, files.flags
     if (kind.begins_with or kind.ends_with) and backend.post_processor is None:
         begin, end = (
@@ -181,7 +204,7 @@ def _apply_bos_and_eos(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> 
         )
         _surround(backend, begin, end)
         return
-    told = kind.reads_flags and ("add_bos_token" in flags or "add_eos_token" in flags)
+    told = (kind.reads_flags or is_converted) and ("add_bos_token" in flags or "add_eos_token" in flags)
     if not told and (backend.post_processor is not None or not kind.adds_bos):
         return
     bos = _end(backend, files, "bos_token", flags.get("add_bos_token", kind.adds_bos))

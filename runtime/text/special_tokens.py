@@ -39,7 +39,8 @@ class TokenizerClass:
         begins_with: tokens that its code puts before every text.
         ends_with: tokens that its code puts after every text.
         spells_spaces: its code writes line ends, tabs and several spaces as pieces such as ``<n>`` and ``<|blank_2|>``.
-        split: how texts are split where the vocabulary is a file of ranks.
+        split: how texts are split where the vocabulary is a file of ranks; for ``vocab.json`` and ``merges.txt`` None is GPT-2's way.
+        reads_pairs: ``vocab.json`` and ``merges.txt`` are its files.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class TokenizerClass:
     ends_with: tuple[str, ...] = ()
     spells_spaces: bool = False
     split: WordSplit | None = None
+    reads_pairs: bool = False
 
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -58,7 +60,9 @@ _LLAMA = TokenizerClass({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": 
 _GEMMA = TokenizerClass(
     {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, True, True
 )
-_GPT2 = TokenizerClass(dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT), reads_prefix_space=True)
+_GPT2 = TokenizerClass(
+    dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT), reads_prefix_space=True, reads_pairs=True
+)
 _COHERE = TokenizerClass(
     {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}, True, True, True
 )  # fmt: skip
@@ -96,9 +100,12 @@ _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
         "GemmaTokenizer": _GEMMA,
         "GPT2Tokenizer": _GPT2,
         "CodeGenTokenizer": _GPT2,
-        "GPTNeoXTokenizer": replace(_GPT2, reads_flags=True),
+        "GPTNeoXTokenizer": replace(_GPT2, reads_flags=True, reads_pairs=False),
         "Qwen2Tokenizer": TokenizerClass(
-            dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT), reads_prefix_space=True
+            dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT),
+            reads_prefix_space=True,
+            reads_pairs=True,
+            split=_QWEN.split,
         ),
         "BloomTokenizer": TokenizerClass(
             {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

@@ -64,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer | None:
-        """Read ``tokenizer.json`` (or ``tokenizer.model``) and the files next to it; None without it. ``path`` is as `ModelDirectory.at` takes it.
+        """Read ``tokenizer.json``, or without it a library's files, and what is next to it; None without any. ``path`` is as `ModelDirectory.at` takes it.
 
         Raises:
             CheckpointError: a file is there but broken. A broken chat template is no such error: see ``chat_problem``.

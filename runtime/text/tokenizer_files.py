@@ -19,6 +19,7 @@ from phalanx.runtime.token_fields import shown
 
 __all__ = ["AddedToken", "TokenizerFiles", "read_tokenizer_files"]
 
+CONFIG = "config.json"
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
@@ -100,13 +101,23 @@ _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_t
 
 
 def _class_name(directory: ModelDirectory, config: Mapping[str, Any]) -> str | None:
-    """The class that the file names; a SentencePiece model alone is Llama's, and ChatGLM's first has its own file's name."""
+    """The class that the file names; a SentencePiece model alone is Llama's, and ChatGLM's first has its own file's name.
+
+    Of ``vocab.json`` and ``merges.txt`` alone, Qwen's ``model_type`` in ``config.json`` tells its class from GPT-2's.
+    """
     if directory.has("ice_text.model"):
         return "ChatGLM1Tokenizer"
     name = config.get("tokenizer_class")
     if isinstance(name, str):
         return name
-    return None if directory.has("tokenizer.json") or not directory.has("tokenizer.model") else "LlamaTokenizer"
+    if directory.has("tokenizer.json"):
+        return None
+    if directory.has("tokenizer.model"):
+        return "LlamaTokenizer"
+    if not directory.has("merges.txt"):
+        return None
+    model_type = directory.read_json(CONFIG).get("model_type") if directory.has(CONFIG) else None
+    return "Qwen2Tokenizer" if str(model_type).startswith("qwen") else "GPT2Tokenizer"
 
 
 def _text(key: str, value: Any) -> str | None:
