@@ -13,8 +13,12 @@ _SPAN = 1024
 """Columns of a block where no groups say how many."""
 
 
-def round_inputs(library: Library, x: Array, out: Array, *, group: int = 0, factors: Array | None = None) -> None:
+def round_inputs(
+    library: Library, x: Array, out: Array, *, group: int = 0, powers_of_two: bool = False, factors: Array | None = None
+) -> None:
     """``out = round_in_groups(x * factors)``: values of fp8 codes with one scale for each ``group`` columns; 0 = no codes.
+
+    Scales are rounded up to ``powers_of_two``, if they are to be.
 
     x, out [T, I]; factors [I] float32, or None.
     """
@@ -25,6 +29,6 @@ def round_inputs(library: Library, x: Array, out: Array, *, group: int = 0, fact
     span = group or _SPAN
     kernel = library.function(
         "round_inputs", "round_inputs", SCALAR=scalar_name(x), COLUMNS=columns, SPAN=span, GROUP=group,
-        HAS_FACTORS=int(factors is not None), NUM_THREADS=_NUM_THREADS,
+        POWERS_OF_TWO=int(powers_of_two), HAS_FACTORS=int(factors is not None), NUM_THREADS=_NUM_THREADS,
     )  # fmt: skip
     kernel((num_rows, ceil_div(columns, span)), (_NUM_THREADS,), (x, factors, out))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
-from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
+from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 
@@ -23,10 +23,10 @@ KV_SCALES = (r".*\.(k_scale|v_scale|kv_scale)", r".*\.[kv]_proj\.output_scale")
 WAY_OUT = "use the unquantised checkpoint, or one in compressed-tensors fp8, int8, w8a16 or w4a16"
 
 
-def fp8_blocks(scale: str, rows: int, columns: int, plain: bool = False) -> Format:
+def fp8_blocks(scale: str, rows: int, columns: int, inputs: InputScales = "fp8 groups") -> Format:
     """Codes with a scale for each block, named ``scale``; inputs with one for each group of as many columns, unless they are plain."""
     stored = Stored("weight", scale, dtype="F8_E4M3", block_rows=rows)
-    return GroupCodes("fp8 blocks", stored, columns, input="plain" if plain else "fp8 groups")
+    return GroupCodes("fp8 blocks", stored, columns, input=inputs)
 
 
 def excluding(chosen: Format, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:

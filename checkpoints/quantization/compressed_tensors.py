@@ -59,7 +59,7 @@ def _compressed_format(group: Section, section: Section) -> Format:
             rows, columns = weights.get("block_structure") or (128, 128)
             if inputs is not None:
                 _check_groups(inputs, int(columns), what)
-            return fp8_blocks("weight_scale", int(rows), int(columns), plain=inputs is None)
+            return fp8_blocks("weight_scale", int(rows), int(columns), "plain" if inputs is None else "fp8 groups")
         if strategy in ("tensor", "channel") and weights.get("symmetric", True):
             return RowCodes(
                 "fp8" if kind == "float" else "int8", scale_of="tensor" if strategy == "tensor" else "row",

@@ -27,7 +27,7 @@ class Scales:
 
     rows: int = 1
     columns: int = 1
-    dtypes: ClassVar[frozenset[str]] = frozenset({"F32", "F16", "BF16"})
+    dtypes: ClassVar[frozenset[str]] = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
         """A stored scale repeats along both axes."""

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.formats import Multiply
     from phalanx.checkpoints.source import Array
 
-__all__ = ["GroupCodes", "Stored"]
+__all__ = ["GroupCodes", "InputScales", "Stored"]
+
+InputScales = Literal["plain", "fp8 groups", "fp8 groups by powers of two"]
 
 _DUMMY_CODES = {"int4": DummyRange(-7.99, 7.99), "int8": DummyRange(-127.9, 127.9), "fp8": DummyRange(-448.0, 448.0)}
 _DUMMY_SCALES = {kind: DummyRange(0.04 / -codes.low, 0.05 / -codes.low) for kind, codes in _DUMMY_CODES.items()}
@@ -70,7 +72,7 @@ class GroupCodes:
         group: columns that share a scale in the file; 0 = the whole row.
         cut: columns that share a scale in memory, a divisor of ``group``: smaller where heads decide the cuts.
         indexed: rows that share a row of the index of groups in memory.
-        input: how inputs are quantised: not at all, or like the weight's groups.
+        input: how inputs are quantised: not at all, or like the weight's groups, with any scales or with powers of two.
     """
 
     label: str
@@ -78,7 +80,7 @@ class GroupCodes:
     group: int
     cut: int = 0
     indexed: int = 1
-    input: Literal["plain", "fp8 groups"] = "plain"
+    input: InputScales = "plain"
 
     @property
     def name(self) -> str:
@@ -86,11 +88,17 @@ class GroupCodes:
         order = " with activation order" if self.stored.group_index else ""
         scaled = " with scaled inputs" if self.prescale else ""
         groups = f"in groups of {self.group}{order}" if self.group else "by rows"
-        return f"{self.label} {groups}{scaled}"
+        powers = " by powers of two" if self.has_power_of_two_inputs else ""
+        return f"{self.label} {groups}{powers}{scaled}"
 
     @property
     def scheme(self) -> str:
         return self.name if self.input == "plain" else f"{self.name}, activations likewise"
+
+    @property
+    def has_power_of_two_inputs(self) -> bool:
+        """Whether scales of inputs are rounded up to a power of two."""
+        return self.input == "fp8 groups by powers of two"
 
     @property
     def prescale(self) -> str:
@@ -180,7 +188,8 @@ class GroupCodes:
 
         inputs = x * operand["prescale"] if "prescale" in operand else x
         if self.input != "plain":
-            inputs = dequantize(quantize_groups(inputs, self.group), self.group)
+            codes = quantize_groups(inputs, self.group, powers_of_two=self.has_power_of_two_inputs)
+            inputs = dequantize(codes, self.group)
         return multiply(inputs, operand["weight"])
 
     def _spread(self, groups: Array, components: Mapping[str, Array]) -> Array:

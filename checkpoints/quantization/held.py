@@ -63,7 +63,12 @@ class PackedCodes:
     @property
     def input_group(self) -> int:
         """Columns of inputs that share a scale of fp8 codes, whose values are multiplied; 0 = inputs are no codes."""
-        return self.stored.group if isinstance(self.stored, GroupCodes) and self.stored.input == "fp8 groups" else 0
+        return self.stored.group if isinstance(self.stored, GroupCodes) and self.stored.input != "plain" else 0
+
+    @property
+    def has_power_of_two_inputs(self) -> bool:
+        """Whether those scales are powers of two."""
+        return isinstance(self.stored, GroupCodes) and self.stored.has_power_of_two_inputs
 
     @property
     def rounds_inputs(self) -> bool:

@@ -99,7 +99,7 @@ def _format(fields: Section, where: str) -> Format:
     formats: dict[str, Format] = {
         "FP8": RowCodes("fp8", scale_of="tensor", input="static"),
         "FP8_PER_CHANNEL_PER_TOKEN": RowCodes("fp8"),
-        "FP8_PB_WO": fp8_blocks("weight_scale", 128, 128, plain=True),
+        "FP8_PB_WO": fp8_blocks("weight_scale", 128, 128, "plain"),
         "W8A8_SQ_PER_CHANNEL": _SMOOTHQUANT,
         "W8A16": RowCodes("int8", input="plain"),
     }

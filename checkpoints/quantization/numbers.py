@@ -86,11 +86,18 @@ def quantize_rows(x: Float32Array, kind: CodeKind = "fp8", ceiling: float = np.i
     return quantize_groups(x, 0, kind, ceiling)
 
 
-def quantize_groups(x: Float32Array, group: int, kind: CodeKind = "fp8", ceiling: float = np.inf) -> Codes:
-    """One scale for each ``group`` columns of each row, the last group possibly short; ``group`` 0 = whole rows."""
+def quantize_groups(
+    x: Float32Array, group: int, kind: CodeKind = "fp8", ceiling: float = np.inf, powers_of_two: bool = False
+) -> Codes:
+    """One scale for each ``group`` columns of each row, the last group possibly short; ``group`` 0 = whole rows.
+
+    ``powers_of_two``: scales are rounded up to one (``scale_fmt: ue8m0`` of DeepSeek-V3.1), which no value saturates by.
+    """
     starts = np.arange(0, x.shape[1], group) if group else np.zeros(1, np.intp)
     amax = np.maximum.reduceat(np.abs(x), starts, axis=1)
     scale = _scale(np.minimum(amax, np.float32(ceiling)), kind)
+    if powers_of_two:
+        scale = _power_of_two(scale)
     inverse = _spread(np.float32(1) / scale, group, x.shape[1])
     return Codes(to_codes(x, inverse, kind), scale)
 
@@ -128,6 +135,12 @@ def _scale(amax: Float32Array, kind: CodeKind) -> Float32Array:
     largest, smallest = (E4M3_MAX, FP8_SMALLEST_SCALE) if kind == "fp8" else (INT8_MAX, INT8_SMALLEST_SCALE)
     scale: Float32Array = np.maximum(amax / np.float32(largest), smallest)
     return scale
+
+
+def _power_of_two(scale: Float32Array) -> Float32Array:
+    """The smallest power of two that is not below a normal float32; NaN stays."""
+    rounded = (scale.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0xFF800000)
+    return np.where(np.isfinite(scale), rounded.view(np.float32), scale)
 
 
 def _spread(scale: Float32Array, group: int, columns: int) -> Float32Array:

@@ -23,7 +23,7 @@ from phalanx.checkpoints.quantization.choosing import (
 )
 from phalanx.checkpoints.quantization.compressed_tensors import read_compressed_tensors
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
-from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
+from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 
@@ -42,7 +42,7 @@ def read_fp8(section: Section) -> FormatPlan:
     if block:
         if scheme != "dynamic":
             raise refused(f"fp8 with blocks and activation_scheme={scheme!r}", WAY_OUT)
-        chosen: Format = fp8_blocks("weight_scale_inv", int(block[0]), int(block[1]))
+        chosen: Format = fp8_blocks("weight_scale_inv", int(block[0]), int(block[1]), _input_scales(section))
     else:
         if scheme not in ("dynamic", "static"):
             raise refused(f"fp8 with activation_scheme={scheme!r}", WAY_OUT)
@@ -51,6 +51,15 @@ def read_fp8(section: Section) -> FormatPlan:
     if kv not in (None, "static"):
         raise refused(f"fp8 with kv_cache_scheme={kv!r}", WAY_OUT)
     return replace(plan, ignored_tensors=KV_SCALES, has_kv_scales=True) if kv else plan  # AutoFP8
+
+
+def _input_scales(section: Section) -> InputScales:
+    """DeepSeek-V3.1 was trained with powers of two, weights and inputs."""
+    kinds: dict[str, InputScales] = {"float": "fp8 groups", "ue8m0": "fp8 groups by powers of two"}
+    kind = str(section.get("scale_fmt") or "float").lower()
+    if kind not in kinds:
+        raise refused(f"fp8 with scale_fmt={kind!r}", WAY_OUT)
+    return kinds[kind]
 
 
 def read_fbgemm_fp8(section: Section) -> FormatPlan:

@@ -17,19 +17,26 @@ from .test_packed import Case
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("columns", "group"), [(256, 128), (688, 128), (240, 16), (1000, 0)])
-@pytest.mark.parametrize("has_factors", [False, True])
+@pytest.mark.parametrize(("has_factors", "powers"), [(False, False), (True, False), (True, True)])
 def test_inputs_are_multiplied_and_rounded_in_groups(
-    device: KernelDevice, random_normal: Any, dtype: np.dtype[Any], columns: int, group: int, has_factors: bool
+    device: KernelDevice,
+    random_normal: Any,
+    dtype: np.dtype[Any],
+    columns: int,
+    group: int,
+    has_factors: bool,
+    powers: bool,
 ) -> None:
     x = random_normal(dtype, 3, columns, scale=3.0)
     x[1, : columns // 2] = 0  # groups of zeros have the smallest scale
     factors = np.random.default_rng(1).uniform(0.2, 5.0, columns).astype(np.float32)
     out = device.poisoned(x.shape, dtype)
-    round_inputs(device.library, device.put(x), out, group=group, factors=device.put(factors) if has_factors else None)
+    given = device.put(factors) if has_factors else None
+    round_inputs(device.library, device.put(x), out, group=group, powers_of_two=powers, factors=given)
     scaled = (x.astype(np.float32) * factors).astype(dtype) if has_factors else x
     expected = scaled.astype(np.float32)
     if group:
-        expected = dequantize(quantize_groups(expected, group), group)
+        expected = dequantize(quantize_groups(expected, group, powers_of_two=powers), group)
     np.testing.assert_array_equal(device.get(out), expected.astype(dtype))
 
 

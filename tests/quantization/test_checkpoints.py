@@ -112,6 +112,7 @@ WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-int8": (writers.int8, writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**TOKENS, "type": "int"})),
     "ct-int8-static": (writers.int8_static(0.03), writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**STATIC, "type": "int"})),
     "hf-fp8-blocks": (writers.fp8("block", "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic"}),
+    "hf-fp8-powers": (writers.fp8("block", "weight_scale_inv", powers=True), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}),
     "fbgemm": (writers.fp8("channel"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "modelopt-fp8": (writers.fp8("tensor", input_scale=0.02), {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
     "modelopt-smoothquant": (writers.modelopt_smoothquant(0.05), {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL", "ignore": ["lm_head"]}),
@@ -286,10 +287,13 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
     assert np.abs(output - expected).max() < 0.05 * np.abs(plain - expected).max()
 
 
-@pytest.mark.parametrize(("dtype", "tp"), [("float32", 1), ("float32", 2), ("float16", 1)])
-def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, dtype: Any, tp: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "tp"),
+    [("hf-fp8-blocks", "float32", 1), ("hf-fp8-blocks", "float32", 2), ("hf-fp8-blocks", "float16", 1), ("hf-fp8-powers", "float32", 1)],
+)  # fmt: skip
+def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, name: str, dtype: Any, tp: int) -> None:
     """Inputs become what their codes in groups stand for; a last bit that moves one to the next code changes later layers."""
-    quantised, twin = written(root, "hf-fp8-blocks")
+    quantised, twin = written(root, name)
     expected, plain = logprobs(generate(quantised, tp)), logprobs(generate(twin))
     output = logprobs(generate(quantised, tp, engine="cuda", dtype=dtype))
     bound = {"float32": 0.05, "float16": 1.0}[dtype]

@@ -50,6 +50,13 @@ def by_group(x: Array) -> Array:
     return np.concatenate([by_token(448)(x[:, first : first + 16]) for first in range(0, x.shape[1], 16)], axis=1)
 
 
+def by_power_of_two(x: Array) -> Array:
+    """Of 16 columns, as DeepSeek-V3.1's ``act_quant`` with ``scale_fmt="ue8m0"``."""
+    groups = [x[:, first : first + 16] for first in range(0, x.shape[1], 16)]
+    scales = [2.0 ** np.ceil(np.log2(np.abs(group).max(1, keepdims=True) / 448)) for group in groups]
+    return np.concatenate([codes(*each, 448) for each in zip(groups, scales, strict=True)], axis=1)
+
+
 def scaled(x: Array) -> Array:
     """By SmoothQuant's factors; those of the weights, which the twin's values have, are divided out."""
     factors = writers.factors(x.shape[1]).astype(np.float64)
@@ -66,6 +73,7 @@ AT_ANY_CUT: Mapping[str, Round] = {
     "ct-fp8-static": static(0.02, 448),
     "ct-int8-static": static(0.03, 127),
     "hf-fp8-blocks": by_group,
+    "hf-fp8-powers": by_power_of_two,
     "modelopt-fp8": static(0.02, 448),
     "modelopt-smoothquant": scaled,
     "modelopt-mixed-fp8": static(0.02, 448),

@@ -57,6 +57,16 @@ def test_e4m3_is_the_nearest_code(value: float) -> None:
     assert len({code & 0x7F for code in ties}) < 2 or chosen % 2 == 0
 
 
+@pytest.mark.parametrize(
+    ("largest", "scale"),
+    [(448.0, 1.0), (448.0001, 2.0), (300.0, 1.0), (0.0, 2.0**-17), (2.0**100, 2.0**92), (np.inf, np.inf), (np.nan, np.nan)],
+)  # fmt: skip
+def test_scales_by_powers_of_two_are_rounded_up(largest: float, scale: float) -> None:
+    """``2 ** ceil(log2(amax / 448))``, and the power above the smallest scale where all is zero."""
+    codes = quantize_groups(np.array([[1.0, largest]], np.float32)[:, 1:], 0, powers_of_two=True)
+    np.testing.assert_array_equal(codes.scale, np.float32(scale).reshape(1, 1))
+
+
 def test_rows_scale_their_largest_magnitude_to_the_largest_code() -> None:
     x = np.array([[1.0, -3.5, 0.25], [0.0, 0.0, 0.0]], np.float32)
     fp8, int8 = quantize_rows(x), quantize_rows(x, "int8")

@@ -100,7 +100,8 @@ def schemes(plan: FormatPlan) -> dict[str, str]:
         (FP8_DYNAMIC, "fp8 rows x tokens"), (FP8_STATIC, "fp8 rows x static"), (W8A8, "int8 rows x tokens"),
         (W4A16, "int4 in groups of 128"), (FP8_BLOCK, "fp8 blocks in groups of 128"),
         (THE_BLOKE_GPTQ, "int4 in groups of 128 with activation order"), (QWEN_GPTQ_INT8, "int8 in groups of 128"),
-        (AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"), (AUTO_FP8_KV, "fp8 rows x static"),
+        (AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"),
+        ({**QWEN_FP8, "scale_fmt": "ue8m0"}, "fp8 blocks in groups of 128 by powers of two"), (AUTO_FP8_KV, "fp8 rows x static"),
         (MODELOPT, "fp8 rows x static"), ({"quant_method": "modelopt", **MODELOPT_FILE}, "fp8 rows x static"),
     ],
 )  # fmt: skip
@@ -161,6 +162,7 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
         ({**FP8_DYNAMIC, "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}}, "kv_cache_scheme="),
         (compressed({**CHANNEL, "type": "float"}, {**TOKEN, "type": "float", "strategy": "tensor"}, "float-quantized"),
          "activations strategy='tensor' dynamic=True"),
+        ({**QWEN_FP8, "scale_fmt": "e5m2"}, "fp8 with scale_fmt='e5m2'"),
         ({**AUTO_FP8_KV, "kv_cache_scheme": "dynamic"}, "kv_cache_scheme='dynamic'"),
         ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "kv_cache_quant_algo='NVFP4'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),

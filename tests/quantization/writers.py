@@ -139,21 +139,27 @@ def awq(group: int) -> Callable[[Array], Written]:
 
 
 def fp8(
-    strategy: str, suffix: str = "weight_scale", dtype: Any = np.float32, input_scale: float | None = None
+    strategy: str,
+    suffix: str = "weight_scale",
+    dtype: Any = np.float32,
+    input_scale: float | None = None,
+    powers: bool = False,
 ) -> Callable[[Array], Written]:
-    """``strategy``: ``tensor``, ``channel``, ``block`` of 32 x 16, or ``large block`` of 128 x 128."""
+    """``strategy``: ``tensor``, ``channel``, ``block`` of 32 x 16, or ``large block`` of 128 x 128; ``powers`` of two, stored as such."""
 
     def module(w: Array) -> Written:
         rows, columns = {
             "tensor": w.shape, "channel": (1, w.shape[1]), "block": (32, 16), "large block": (128, 128),
         }[strategy]  # fmt: skip
-        scales = np.empty((-(-w.shape[0] // rows), -(-w.shape[1] // columns)), dtype)
+        stored = ml_dtypes.float8_e8m0fnu if powers else dtype
+        scales = np.empty((-(-w.shape[0] // rows), -(-w.shape[1] // columns)), stored)
         codes = np.empty(w.shape, E4M3)
         values = np.empty(w.shape, np.float32)
         for i in range(scales.shape[0]):
             for j in range(scales.shape[1]):
                 block = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
-                scales[i, j] = np.abs(w[block]).max() / 448
+                largest = np.abs(w[block]).max() / 448
+                scales[i, j] = 2.0 ** np.ceil(np.log2(largest)) if powers else largest
                 codes[block] = np.clip(w[block] / np.float32(scales[i, j]), -448, 448).astype(E4M3)
                 values[block] = codes[block].astype(np.float32) * np.float32(scales[i, j])
         tensors: dict[str, Array] = {"weight": codes, suffix: scales.reshape(1) if strategy == "tensor" else scales}

@@ -132,7 +132,7 @@ class CudaOps(Ops[DeviceArray]):
         self._rules: dict[str, CodeRule] = {}
         self._factors: dict[str, DeviceArray | None] = {}
         formats = {weight.name: weight.format for weight in weights.values()}
-        self._input_groups = {name: one.input_group for name, one in formats.items() if isinstance(one, PackedCodes)}
+        self._packed = {name: one for name, one in formats.items() if isinstance(one, PackedCodes)}
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
@@ -348,11 +348,12 @@ class CudaOps(Ops[DeviceArray]):
 
     def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
         """``x`` in the form in which the matrix takes it."""
-        factors, group = self._factors_of(name), self._input_groups.get(name, 0)
+        factors, held = self._factors_of(name), self._packed.get(name)
+        group, powers = (held.input_group, held.has_power_of_two_inputs) if held else (0, False)
         if factors is not None or group:
             plain = self._values(x)
             x = self._pool.array(plain.shape, plain.dtype)
-            round_inputs(self._library, plain, x, group=group, factors=factors)
+            round_inputs(self._library, plain, x, group=group, powers_of_two=powers, factors=factors)
         return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
 
     def _factors_of(self, name: str) -> DeviceArray | None:
