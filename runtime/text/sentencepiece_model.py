@@ -23,6 +23,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _UNIGRAM, _BPE = 1, 2
 _CONTROL, _USER_DEFINED = 3, 4
 _MARK = "▁"
+_MOST_SPACES = 1 << 16
+"""How many spaces are taken away from the start of a text where the model removes all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class SentencePieceModel:
         charsmap: compiled normalisation, empty for none.
         dummy_prefix: a space goes before the text.
         remove_spaces: spaces at both ends go, and several become one.
+        marks_ends: a word's mark comes after it, not before; or spaces are not marked at all.
     """
 
     pieces: tuple[Piece, ...]
@@ -56,6 +59,7 @@ class SentencePieceModel:
     charsmap: bytes = b""
     dummy_prefix: bool = True
     remove_spaces: bool = True
+    marks_ends: bool = False
 
     def text(self, token_id: int) -> str | None:
         """Return a token's text; None for an id that the model does not have."""
@@ -77,46 +81,56 @@ def read_model(raw: bytes, name: str) -> SentencePieceModel:
             f"{name} is not a SentencePiece model of unigrams or byte pairs; save the tokenizer with transformers "
             "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)), which writes tokenizer.json"
         )
+    if model.marks_ends:
+        raise CheckpointError(
+            f"{name} marks the end of words (treat_whitespace_as_suffix) or no spaces (escape_whitespaces), which is not supported; "
+            "add a tokenizer.json, or use token ids"
+        )
     return model
 
 
 def to_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
-    """Return the tokenizer that encodes as ``model`` does; control pieces are special tokens."""
-    backend = _backend(model)
-    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in _texts(model, _USER_DEFINED)])
-    return backend
+    """Return the tokenizer that encodes as ``model`` does; control pieces are special tokens.
+
+    Where a character that normalisation replaces is followed by combining marks, `tokenizers` drops these, the library does not.
+    """
+    return _backend(model)
 
 
 def to_spelt_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
     """Return ChatGLM-6B's tokenizer: line ends, tabs and two spaces or more are pieces that the user defined, ``<n>`` for one.
-
-    Such pieces are cut out of the normalised text, so that no further space is put after them.
 
     Raises:
         CheckpointError: it is not a model of unigrams.
     """
     if model.algorithm != _UNIGRAM:
         raise CheckpointError("ice_text.model is not a SentencePiece model of unigrams; restore it, or use token ids")
-    defined = sorted(_texts(model, _USER_DEFINED), key=len, reverse=True)
-    backend = _backend(model, [(text, piece) for text, piece in _spellings() if piece in defined])
-    if defined:
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated")
-    return backend
+    defined = _texts(model, _USER_DEFINED)
+    return _backend(model, [(text, piece) for text, piece in _spellings() if piece in defined])
 
 
 def _backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -> tokenizers.Tokenizer:
-    """The tokenizer without pieces that the user defined; ``spelt``: texts that are written as pieces before all else."""
+    """The tokenizer; ``spelt``: texts that are written as pieces before all else.
+
+    Pieces that the user defined are cut out of the normalised text, the longest first, so that no further space is put after them.
+    """
     backend = tokenizers.Tokenizer(_algorithm(model))
     steps: list[normalizers.Normalizer] = [normalizers.Replace(text, piece) for text, piece in spelt]
     steps += [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(tokenizers.Regex(rf"\A +|[ {_MARK}]+\z"), ""),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
     steps += [normalizers.Prepend(_MARK)] if model.dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
     replaced = [decoders.Replace(_MARK, " "), *(decoders.Replace(piece, text) for text, piece in spelt)]
-    strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
+    most = _MOST_SPACES if model.remove_spaces else 1
+    strip = [decoders.Strip(" ", most, 0)] if model.dummy_prefix or model.remove_spaces else []
     fallback = [decoders.ByteFallback()] if model.byte_fallback else []
     backend.decoder = decoders.Sequence([*replaced, *fallback, decoders.Fuse(), *strip])
+    if defined := sorted(_texts(model, _USER_DEFINED), key=len, reverse=True):
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated")
     backend.add_special_tokens(_texts(model, _CONTROL))
     return backend
 
@@ -140,7 +154,7 @@ def _algorithm(model: SentencePieceModel) -> models.Model:
     vocabulary = {piece.text: index for index, piece in enumerate(model.pieces)}
     return models.BPE(
         vocabulary, _merges(model.pieces, vocabulary), unk_token=model.text(model.unk_id), fuse_unk=True,
-        byte_fallback=model.byte_fallback,
+        byte_fallback=model.byte_fallback, ignore_merges=bool(_texts(model, _USER_DEFINED)),
     )  # fmt: skip
 
 
@@ -179,6 +193,7 @@ def _parse(raw: bytes) -> SentencePieceModel:
         charsmap=_bytes(normalizer.get(2, b"")),
         dummy_prefix=bool(normalizer.get(3, 1)),
         remove_spaces=bool(normalizer.get(4, 1)),
+        marks_ends=bool(trainer.get(24, 0)) or not normalizer.get(5, 1),
     )
 
 

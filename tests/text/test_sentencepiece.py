@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def test_a_model_alone_encodes_and_decodes(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, model())
     assert tokenizer.encode("hi ab") == (IDS["<s>"], IDS["▁hi"], IDS["▁"], IDS["ab"])
     assert tokenizer.encode("é", add_special_tokens=False) == (IDS["▁"], IDS["<0xC3>"], IDS["<0xA9>"])
-    assert tokenizer.encode("<|user|>", add_special_tokens=False) == (IDS["<|user|>"],)
+    assert tokenizer.encode("<|user|>hi", add_special_tokens=False) == tuple(
+        IDS[text] for text in ("▁", "<|user|>", "h", "i")
+    )
     assert tokenizer.decode(tokenizer.encode("hi  ab é")) == "hi  ab é"
     assert tokenizer.special_tokens == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer_end_token(tmp_path) == IDS["</s>"]
@@ -81,25 +84,67 @@ def test_a_pointer_is_named(tmp_path: Path) -> None:
         load(tmp_path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
 
 
-@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_ids_and_texts_equal_the_library(algorithm: str, tmp_path: Path) -> None:
+def test_words_marked_at_their_end_are_refused_and_so_are_spaces_without_a_mark(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"treat_whitespace_as_suffix.* is not supported"):
+        load(tmp_path, model(f24=1))
+    with pytest.raises(CheckpointError, match="escape_whitespaces"):
+        load(tmp_path, model() + field(3, field(5, 0)))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [("hi\n", "hi\n"), ("\t hi  ab ", "\t hi ab"), ("  hi▁ ", "hi"), ("\xa0", "\xa0")]
+)
+def test_a_model_that_removes_spaces_removes_no_other_blanks(text: str, kept: str, tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, model() + field(3, field(1, b"identity") + field(4, 1)))
+    assert tokenizer.decode(tokenizer.encode(text)) == kept
+
+
+ALPHABET = [
+    *"abcdefghij klmno   'slt\n\t\r.,!?0123456789ABÉéñ日本語🦙\ufeff\x00\x07\x1f\x7f\xa0\u2028\u3000ﬁ²½①▁Ａ한글", "<|user|>", "▁▁", " the",
+    " fox", "  ", "\n\n", "Ünïcödé",
+]  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "as Llama's": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "as Gemma's": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
+                   "split_digits": True, "user_defined_symbols": ["<|user|>", "▁▁", "\n"]},
+    "as Yi's": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<|user|>", "ab"]},
+    "as T5's": {"normalization_rule_name": "nmt_nfkc"},
+    "as T5's without a space before": {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False},
+    "identity without spaces": {"normalization_rule_name": "identity"},
+}  # fmt: skip
+
+
+# Unigrams may cut three spaces into one and a piece of two either way, with the same score.
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [
+        (algorithm, kind)
+        for algorithm in ("bpe", "unigram")
+        for kind in KINDS
+        if (algorithm, kind) != ("unigram", "as Gemma's")
+    ],
+)
+def test_ids_and_texts_equal_the_library(algorithm: str, kind: str, tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentencepiece")
     corpus = [
         "the quick brown fox jumps over the lazy dog",
         "pack my box with five dozen liquor jugs",
         "日本語 émigré 12 34",
+        "Ünïcödé ½ ﬁx ①② <|user|> ok",
     ] * 20
     writer = io.BytesIO()
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_writer=writer, vocab_size=340, model_type=algorithm, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        hard_vocab_limit=False, minloglevel=2, **KINDS[kind],
     )  # fmt: skip
     reference = library.SentencePieceProcessor(model_proto=writer.getvalue())
-    tokenizer = load(tmp_path, writer.getvalue())
-    for text in ("the lazy fox", "  two  spaces ", "日本 émigré 🦙 x\ty\n", "pack jugs 1234", "", "a"):
+    tokenizer, draw = load(tmp_path, writer.getvalue()), random.Random(kind)
+    for text in ("", "a", " ", *("".join(draw.choices(ALPHABET, k=draw.randrange(25))) for _ in range(300))):
         ids = reference.encode(text)
         assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, text
-        assert tokenizer.decode(ids) == reference.decode(ids)
+        decoded, stream = tokenizer.decode(ids), tokenizer.detokenizer()
+        assert decoded == reference.decode(ids)
+        assert "".join(map(stream.push, ids)) + stream.flush() == decoded
     assert read_model(writer.getvalue(), "x").eos_id == reference.eos_id()
 
 
