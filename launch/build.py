@@ -133,7 +133,7 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     from phalanx.checkpoints.formats import format_weights
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.executors.tensorrt.builder import BuildRequest, check_model, network_shape
-    from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
+    from phalanx.runtime.executors.tensorrt.formats import check_formats, check_stripped, notes
     from phalanx.runtime.models import find_model
     from phalanx.runtime.models.tied import with_stored_head
     from phalanx.runtime.models.user_file import model_from_file
@@ -154,7 +154,11 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     library.check_targets(targets)
     check_model(library, model, config, shape.dtype)
     weights = format_weights(model.weights(config), checkpoint.formats)
-    CAPABILITIES.check_formats(config, weights)
+    check_formats(library, config, weights, targets)
+    if args.stripped:
+        check_stripped(weights)
+    for note in notes(weights, checkpoint.formats, shape.dtype):
+        _LOG.info(note)
     return BuildRequest(model, config, shape, targets, args.stripped or library.computes_segments, checkpoint.formats)
 
 

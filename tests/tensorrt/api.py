@@ -31,14 +31,16 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "CausalMaskKind": ("NONE",),
     "CollectiveOperation": ("ALL_GATHER", "ALL_REDUCE"),
     "ComputeCapability": (),
-    "DataType": ("BF16", "FLOAT", "HALF", "INT32", "INT64"),
-    "ElementWiseOperation": ("AND", "DIV", "GREATER", "LESS", "PROD", "SUB", "SUM"),
+    "DataType": ("BF16", "FLOAT", "FP8", "HALF", "INT32", "INT4", "INT64", "INT8"),
+    "ElementWiseOperation": ("AND", "DIV", "GREATER", "LESS", "MAX", "MIN", "PROD", "SUB", "SUM"),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "IAttention": ("decomposable", "get_output", "mask"),
     "IBuilderConfig": (
         "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "num_compute_capabilities",
         "progress_monitor", "set_compute_capability", "set_flag", "set_preview_feature", "set_timing_cache",
     ),
+    "IConcatenationLayer": ("axis",),
+    "IDequantizeLayer": ("axis",),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "ICudaEngine": ("create_execution_context", "create_runtime_config", "device_memory_size_v2"),
     "IExecutionContext": (
@@ -49,8 +51,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "ILogger": ("__init__", "log"),
     "INetworkDefinition": (
         "add_activation", "add_attention", "add_attention_v2", "add_cast", "add_concatenation", "add_constant",
-        "add_dist_collective", "add_elementwise", "add_gather", "add_input", "add_kv_cache_update", "add_matrix_multiply",
-        "add_normalization_v2", "add_reduce", "add_rotary_embedding", "add_select", "add_shape", "add_shuffle", "add_slice", "add_topk",
+        "add_dequantize", "add_dist_collective", "add_elementwise", "add_gather", "add_input", "add_kv_cache_update", "add_matrix_multiply",
+        "add_normalization_v2", "add_quantize", "add_reduce", "add_rotary_embedding", "add_select", "add_shape", "add_shuffle", "add_slice", "add_topk",
         "add_unary", "mark_output", "mark_weights_refittable", "num_layers", "set_weights_name",
     ),
     "INormalizationLayer": ("epsilon",),
@@ -70,11 +72,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
     "Permutation": ("__init__",),
     "PreviewFeature": ("MULTIDEVICE_RUNTIME_10_16",),
-    "ReduceOperation": ("AVG", "NONE", "SUM"),
+    "ReduceOperation": ("AVG", "MAX", "NONE", "SUM"),
     "Refitter": ("__init__", "get_all_weights", "get_missing_weights", "refit_cuda_engine_async", "set_named_weights"),
     "Runtime": ("__init__", "deserialize_cuda_engine"),
     "TopKOperation": ("MAX",),
-    "UnaryOperation": ("NOT", "SQRT"),
+    "UnaryOperation": ("ABS", "NOT", "SQRT"),
     "Weights": ("__init__",),
 }  # fmt: skip
 

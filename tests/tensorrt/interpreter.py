@@ -16,6 +16,8 @@ import numpy as np
 
 from phalanx.parallel.communicator import Communicator
 
+from .codes import bfloat16_values, constant_codes, to_e4m3
+
 Array = np.ndarray[Any, Any]
 
 
@@ -32,13 +34,14 @@ class NetworkInterpreter:
         self._classes = {
             "ACTIVATION": module.IActivationLayer, "ATTENTION_INPUT": module.IAttentionInputLayer,
             "CAST": module.ICastLayer, "CONCATENATION": module.IConcatenationLayer, "CONSTANT": module.IConstantLayer,
-            "DIST_COLLECTIVE": module.IDistCollectiveLayer, "ELEMENTWISE": module.IElementWiseLayer,
+            "DEQUANTIZE": module.IDequantizeLayer, "DIST_COLLECTIVE": module.IDistCollectiveLayer, "ELEMENTWISE": module.IElementWiseLayer,
             "GATHER": module.IGatherLayer, "KV_CACHE_UPDATE": module.IKVCacheUpdateLayer,
             "MATRIX_MULTIPLY": module.IMatrixMultiplyLayer, "NORMALIZATION": module.INormalizationLayer,
-            "REDUCE": module.IReduceLayer, "ROTARY_EMBEDDING": module.IRotaryEmbeddingLayer,
+            "QUANTIZE": module.IQuantizeLayer, "REDUCE": module.IReduceLayer, "ROTARY_EMBEDDING": module.IRotaryEmbeddingLayer,
             "SELECT": module.ISelectLayer, "SHAPE": module.IShapeLayer, "SHUFFLE": module.IShuffleLayer,
             "SLICE": module.ISliceLayer, "TOPK": module.ITopKLayer, "UNARY": module.IUnaryLayer,
         }  # fmt: skip
+        self._code_types = {module.DataType.FP8, module.DataType.INT8, module.DataType.INT4}
 
     @property
     def input_names(self) -> set[str]:
@@ -88,16 +91,42 @@ class NetworkInterpreter:
     # One method a layer type
 
     def _constant(self, layer: Any, operands: Sequence[Array]) -> Array:
-        weights = layer.weights
-        assert isinstance(weights, np.ndarray), "bfloat16 constants cannot be read back in Python"
-        array = weights.reshape(tuple(layer.shape))
+        weights, shape, types = layer.weights, tuple(layer.shape), self._trt.DataType
+        if layer.get_output(0).dtype in self._code_types:
+            return constant_codes(weights).reshape(shape)
+        if layer.get_output(0).dtype == types.BF16:
+            return bfloat16_values(weights).reshape(shape)
+        array = weights.reshape(shape)
         return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
+
+    def _dequantize(self, layer: Any, operands: Sequence[Array]) -> Array:
+        """``code * scale``, a scale for all, each index of the layer's axis, or blocks along one axis; there is no zero point."""
+        codes, scale = operands
+        assert layer.get_input(0).dtype in self._code_types
+        assert layer.get_input(1).dtype == layer.get_output(0).dtype
+        if scale.ndim == 1:
+            assert len(scale) == codes.shape[layer.axis]
+            scale = scale.reshape([-1 if axis == layer.axis else 1 for axis in range(codes.ndim)])
+        elif scale.ndim:
+            scale = _spread(scale, codes.shape)
+        return (codes * scale.astype(np.float64)).astype(np.float32)
+
+    def _quantize(self, layer: Any, operands: Sequence[Array]) -> Array:
+        """``x / scale`` rounded to nearest even and clamped; values of codes."""
+        x, scale = (operand.astype(np.float64) for operand in operands)
+        assert scale.ndim == 0
+        assert layer.get_input(0).dtype == layer.get_input(1).dtype
+        if layer.get_output(0).dtype == self._trt.DataType.FP8:
+            return to_e4m3(x / scale)
+        assert layer.get_output(0).dtype == self._trt.DataType.INT8
+        return np.clip(np.rint(x / scale), -128, 127)
 
     def _shape(self, layer: Any, operands: Sequence[Array]) -> Array:
         return np.array(operands[0].shape, np.int64)
 
     def _cast(self, layer: Any, operands: Sequence[Array]) -> Array:
-        assert layer.to_type in (self._trt.DataType.FLOAT, self._trt.DataType.HALF, self._trt.DataType.BF16)
+        floats = (self._trt.DataType.FLOAT, self._trt.DataType.HALF, self._trt.DataType.BF16)
+        assert {layer.to_type, layer.get_input(0).dtype} <= {*floats}
         return operands[0].astype(np.float32)
 
     def _concatenation(self, layer: Any, operands: Sequence[Array]) -> Array:
@@ -125,6 +154,7 @@ class NetworkInterpreter:
         operations: dict[str, Callable[[Array], Array]] = {
             "SQRT": np.sqrt,
             "NOT": np.logical_not,
+            "ABS": np.abs,
             "ERF": lambda x: np.vectorize(math.erf)(x).astype(np.float32),
         }
         return operations[layer.op.name](operands[0])
@@ -144,7 +174,7 @@ class NetworkInterpreter:
         return np.where(*operands)
 
     def _reduce(self, layer: Any, operands: Sequence[Array]) -> Array:
-        operations: dict[str, Callable[..., Array]] = {"AVG": np.mean, "SUM": np.sum}
+        operations: dict[str, Callable[..., Array]] = {"AVG": np.mean, "SUM": np.sum, "MAX": np.max}
         return operations[layer.op.name](operands[0], axis=_axes(layer.axes), keepdims=layer.keep_dims)
 
     def _topk(self, layer: Any, operands: Sequence[Array]) -> tuple[Array, Array]:
@@ -167,7 +197,8 @@ class NetworkInterpreter:
         for operand, operation in zip(operands, (layer.op0, layer.op1), strict=True):
             assert operation in (none, transpose)
             sides.append(operand.swapaxes(-1, -2) if operation == transpose else operand)
-        return sides[0] @ sides[1]
+            assert operand.dtype == np.float32
+        return (sides[0].astype(np.float64) @ sides[1].astype(np.float64)).astype(np.float32)
 
     def _shuffle(self, layer: Any, operands: Sequence[Array]) -> Array:
         x = operands[0].transpose(_permutation(layer.first_transpose, operands[0].ndim))
@@ -236,6 +267,13 @@ def layer_kind(module: ModuleType, layer: Any) -> str:
 
 def _axes(mask: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(8) if mask >> axis & 1)
+
+
+def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
+    """Scales of equal blocks along one axis, one for each value."""
+    (axis,) = [axis for axis, extent in enumerate(shape) if scale.shape[axis] != extent]
+    assert shape[axis] % scale.shape[axis] == 0, (scale.shape, shape)
+    return np.repeat(scale, shape[axis] // scale.shape[axis], axis=axis)
 
 
 def _permutation(permutation: Any, num_dims: int) -> tuple[int, ...]:

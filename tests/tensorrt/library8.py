@@ -91,14 +91,18 @@ class Context:
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
             shape = self.shapes.get(tensor.name, tuple(tensor.shape))
-            inputs[tensor.name] = self._array(tensor.name, shape).copy()
-        for name, value in interpreter.run(inputs).items():
-            self._array(name, value.shape)[...] = value
+            inputs[tensor.name] = self._array(tensor, shape).astype(np.float32)
+        results = interpreter.run(inputs)
+        for index in range(network.num_outputs):
+            tensor = network.get_output(index)
+            value = results[tensor.name]
+            self._array(tensor, value.shape)[...] = value
         return True
 
-    def _array(self, name: str, shape: tuple[int, ...]) -> Array:
-        memory = (ctypes.c_float * int(np.prod(shape))).from_address(self.addresses[name])
-        return np.ctypeslib.as_array(memory).reshape(shape)
+    def _array(self, tensor: Any, shape: tuple[int, ...]) -> Array:
+        dtype = np.dtype({"FLOAT": np.float32, "HALF": np.float16}[tensor.dtype.name])
+        memory = (ctypes.c_uint8 * (int(np.prod(shape)) * dtype.itemsize)).from_address(self.addresses[tensor.name])
+        return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class Engine:

@@ -51,7 +51,7 @@ def open_request(checkpoint: Path, shape: NetworkShape) -> tuple[TensorRT, Build
     """What a build takes, for compute capability 8.9."""
     opened = open_checkpoint(checkpoint)
     model = find_model(opened.config)
-    request = BuildRequest(model, model.read_config(opened.config), shape, ("8.9",))
+    request = BuildRequest(model, model.read_config(opened.config), shape, ("8.9",), formats=opened.formats)
     return load_tensorrt(), request, opened.source
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.sinks import NumpySink
-from phalanx.parallel.communicator import SelfCommunicator
+from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.base import Executor
 from phalanx.runtime.executors.numpy.executor import NumpyExecutor
@@ -34,23 +35,28 @@ class RecordingNumpyExecutor(NumpyExecutor):
         self.recorded.append(logits)
         return logits
 
+    def _greedy(self, x: Array) -> Array:
+        """By whole rows, which are recorded, at any number of ranks."""
+        return self._logits(x).argmax(axis=1).astype(np.int32)
+
     def execute(self, plan: StepPlan) -> None:
         self.recorded: list[Array] = getattr(self, "recorded", [])
         super().execute(plan)
 
 
-def reference_executor(checkpoint: Path, shape: NetworkShape, rounding: str | None = None) -> RecordingNumpyExecutor:
-    """The NumPy executor on one rank with one cache block a seq_index, so that it takes the same plans."""
+def reference_executor(
+    checkpoint: Path, shape: NetworkShape, rounding: str | None = None, comm: Communicator | None = None
+) -> RecordingNumpyExecutor:
+    """The NumPy executor with one cache block a seq_index, so that it takes the same plans; on one rank, or tensor-parallel over ``comm``."""
+    comm = comm or SelfCommunicator()
+    topology = Topology(Layout(tp=comm.size), comm.rank)
     with open_checkpoint(checkpoint) as opened:
         model = find_model(opened.config)
         config = model.read_config(opened.config)
-        weights = load_stage(
-            opened.source, model, config, opened.formats, Topology(Layout()), NumpySink(rounding=rounding)
-        )
+        weights = load_stage(opened.source, model, config, opened.formats, topology, NumpySink(rounding=rounding))
+    weights = weights.converted(lambda weight: replace(weight, components=weight.format.operand(weight.components)))
     limits = StepLimits(shape.max_num_seqs, shape.max_prefill_tokens, shape.max_model_len, shape.max_model_len, 1)
-    return RecordingNumpyExecutor(
-        model, config, weights, Topology(Layout()), SelfCommunicator(), limits, shape.max_num_seqs
-    )
+    return RecordingNumpyExecutor(model, config, weights, topology, comm, limits, shape.max_num_seqs)
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

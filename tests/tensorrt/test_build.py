@@ -17,6 +17,9 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not ins
 from launch import build
 from phalanx.runtime.models.user_file import model_from_file
 
+from ..quantization import writers
+from ..quantization.test_checkpoints import ALL
+from ..quantization.test_checkpoints import CASE as QUANTISED
 from ..support.checkpoints import ARCEE, CASES_BY_NAME, write_checkpoint
 
 FAMILIES = ("llama-bfloat16", "gpt2-float16", "gemma-wide-heads-bfloat16", "demo")
@@ -123,6 +126,24 @@ def test_dummy_weights_need_no_checkpoint_but_a_config(run_build: Callable[..., 
          *SIZES, "--dtype", "float16", "--target-compute-capability", "8.6"]
     )  # fmt: skip
     assert engines == 0
+
+
+def test_a_quantised_checkpoint_builds_as_it_is_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path / "cache"))
+    write_checkpoint(QUANTISED, tmp_path / "dense")
+    module, section = ALL["awq"]
+    writers.write(tmp_path / "dense", tmp_path / "model", tmp_path / "twin", module, section)
+    output = str(tmp_path / "engines")
+    arguments = ["--model", str(tmp_path / "model"), "--dtype", "float16", "--target-compute-capability", "8.0", *SIZES]
+    assert build.main([*arguments, "--output", output]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"{output}/model_float16_tp1_pp1_rank0.engine"]
+    assert "weights: int4 in groups of 16" in shown.err
+    formats = json.loads((tmp_path / "engines" / "config.json").read_text())["formats"]
+    assert formats
+    assert all(one.startswith("GroupCodes(label='int4'") for one in formats)
 
 
 def test_timing_cache_and_nothing_partial_is_left_behind(run_build: Callable[..., list[Path]]) -> None:

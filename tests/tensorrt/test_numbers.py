@@ -43,7 +43,7 @@ def checkpoint(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: write_checkpoint(CASES_BY_NAME[name], tmp_path / name)
 
 
-def _interpreted(
+def interpreted(
     path: Path, layout: Layout, steps: list[StepPlan], shape: NetworkShape = SHAPE, disturb: Disturbance | None = None
 ) -> tuple[list[Array], list[StepResult]]:
     """Logits of every pass on the first rank of the last stage, and the leader's results."""
@@ -57,7 +57,7 @@ def _interpreted(
     return ranks[-layout.tp][0], ranks[0][1]
 
 
-def _reference(
+def reference(
     path: Path, vocab_size: int, rounding: str | None = None
 ) -> tuple[list[StepPlan], list[Array], list[StepResult]]:
     """Steps of greedy decoding by the NumPy executor, its logits and results."""
@@ -79,7 +79,7 @@ def _reference(
     return steps, executor.recorded, results
 
 
-def _difference(found: list[Array], expected: list[Array]) -> float:
+def difference(found: list[Array], expected: list[Array]) -> float:
     """Largest difference relative to the range of the logits."""
     a, b = np.concatenate(found), np.concatenate(expected)
     assert a.shape == b.shape
@@ -93,9 +93,9 @@ def test_interpreted_network_gives_the_reference_logits(
     name: str, layout: Layout, checkpoint: Callable[[str], Path]
 ) -> None:
     path = checkpoint(name)
-    steps, expected, expected_results = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
-    logits, results = _interpreted(path, layout, steps)
-    assert _difference(logits, expected) <= TOLERANCE
+    steps, expected, expected_results = reference(path, CASES_BY_NAME[name].config["vocab_size"])
+    logits, results = interpreted(path, layout, steps)
+    assert difference(logits, expected) <= TOLERANCE
     assert [result.token_ids.tolist() for result in results] == [
         result.token_ids.tolist() for result in expected_results
     ]
@@ -104,8 +104,8 @@ def test_interpreted_network_gives_the_reference_logits(
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_feature_of_a_family_is_lowered(name: str, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(name)
-    steps, expected, _ = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
-    assert _difference(_interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
+    steps, expected, _ = reference(path, CASES_BY_NAME[name].config["vocab_size"])
+    assert difference(interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "tp"), [("llama-grouped-heads", 3), ("falcon-one-norm", 2)])
@@ -113,15 +113,15 @@ def test_ranks_with_more_heads_than_others_give_the_reference_logits(
     name: str, tp: int, checkpoint: Callable[[str], Path]
 ) -> None:
     path = checkpoint(name)
-    steps, expected, _ = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
-    assert _difference(_interpreted(path, Layout(tp=tp), steps)[0], expected) <= TOLERANCE
+    steps, expected, _ = reference(path, CASES_BY_NAME[name].config["vocab_size"])
+    assert difference(interpreted(path, Layout(tp=tp), steps)[0], expected) <= TOLERANCE
 
 
 def test_float16_network_holds_rounded_weights_and_the_same_graph(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("llama-grouped-heads")
-    steps, expected, _ = _reference(path, 101, rounding="F16")
+    steps, expected, _ = reference(path, 101, rounding="F16")
     half = NetworkShape("float16", SHAPE.max_num_seqs, SHAPE.max_model_len, SHAPE.max_prefill_tokens)
-    assert _difference(_interpreted(path, Layout(tp=2), steps, half)[0], expected) <= TOLERANCE
+    assert difference(interpreted(path, Layout(tp=2), steps, half)[0], expected) <= TOLERANCE
 
 
 def _graph(path: Path, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -199,6 +199,6 @@ def _first(layers: list[Any], kind: str) -> Any:
 )
 def test_one_disturbed_attribute_is_noticed(name: str, disturb: Disturbance, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(name)
-    steps, expected, _ = _reference(path, CASES_BY_NAME[name].config["vocab_size"])
-    assert _difference(_interpreted(path, Layout(), steps)[0], expected) <= TOLERANCE
-    assert _difference(_interpreted(path, Layout(), steps, disturb=disturb)[0], expected) > 20 * TOLERANCE
+    steps, expected, _ = reference(path, CASES_BY_NAME[name].config["vocab_size"])
+    assert difference(interpreted(path, Layout(), steps)[0], expected) <= TOLERANCE
+    assert difference(interpreted(path, Layout(), steps, disturb=disturb)[0], expected) > 20 * TOLERANCE

@@ -142,6 +142,20 @@ def test_engines_that_launch_build_made_serve_any_checkpoint_of_the_shape_within
         LLM(path, engine="tensorrt", engine_dir=engines, dtype="float32", **{**LIMITS, "max_num_batched_tokens": 13})
 
 
+def test_segments_work_with_an_fp8_cache(tmp_path: Path, library: BoundTensorRT8) -> None:
+    """The cache is the CUDA executor's; its codes differ from plain values by more than arithmetic does."""
+    path = write_checkpoint(CASES_BY_NAME["llama-grouped-heads"], tmp_path / "model")
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+
+    def scores(engine: str, cache: str) -> Any:
+        with LLM(path, engine=engine, dtype="float16", kv_cache_dtype=cache, **LIMITS) as llm:
+            (output,) = llm.generate([[5, 17, 3, 99, 42, 8, 61]], params)
+        return np.array([one.logprob for one in output.prompt_logprobs if one is not None])
+
+    expected, plain, found = scores("numpy", "fp8"), scores("numpy", "auto"), scores("tensorrt", "fp8")
+    assert np.abs(found - expected).max() < np.abs(plain - expected).max() / 2
+
+
 @pytest.mark.parametrize("capability", ["7.5", "10.0"])
 def test_a_gpu_older_or_newer_than_its_kernels_is_refused(capability: str, library: BoundTensorRT8) -> None:
     with pytest.raises(ConfigError, match=rf"{capability} is outside 8.0 to 9.0, .* use --engine cuda"):

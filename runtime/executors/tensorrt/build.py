@@ -10,11 +10,12 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt.builder import check_model
+from phalanx.runtime.executors.tensorrt.device import compute_capability
 from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
+from phalanx.runtime.executors.tensorrt.formats import check_cache, check_formats
 from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
 from phalanx.runtime.executors.tensorrt.library8 import TensorRT8
 from phalanx.runtime.executors.tensorrt.loading import find_engine, open_device, open_session
-from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
 from phalanx.runtime.executors.tensorrt.segments.build import create_segment_executor
 
 __all__ = ["create_trt_executor"]
@@ -29,11 +30,13 @@ def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor | CudaExecutor, int
     """
     library = load_tensorrt()
     check_model(library, spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(spec.config, spec.declared)
-    if spec.options.quantize != "none" or spec.options.kv_cache_dtype == "fp8":
+    capability = compute_capability()
+    check_formats(library, spec.config, spec.declared, () if capability is None else (capability,))
+    check_cache(library, spec.options.kv_cache_dtype, spec.checkpoint.formats.has_kv_scales, spec.dtype)
+    if spec.options.quantize != "none":
         raise ConfigError(
-            f"the tensorrt engine cannot run --quantize={spec.options.quantize} --kv-cache-dtype={spec.options.kv_cache_dtype}; "
-            "use --engine cuda or numpy for fp8"
+            f"the tensorrt engine cannot run --quantize={spec.options.quantize}; make a quantised checkpoint (launch.quantize), or use "
+            "--engine cuda or numpy"
         )
     if isinstance(library, TensorRT8):
         _, _, capability = open_device(library)

@@ -18,11 +18,13 @@ from typing import Any
 
 from phalanx.checkpoints.checkpoint import Checkpoint, content_checksum
 from phalanx.checkpoints.dummy import DummySource
+from phalanx.checkpoints.formats import format_weights
 from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, replace_file
+from phalanx.runtime.executors.tensorrt.formats import quantised_formats
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
@@ -43,6 +45,7 @@ class EngineIdentity:
         library: name and version of the TensorRT.
         targets: compute capabilities.
         model_code: digest of the file that defines the family; empty for built-in ones.
+        formats: of quantised weights, each once: ``quantization_config`` decides what the same tensors mean.
     """
 
     config: ModelConfig
@@ -52,6 +55,7 @@ class EngineIdentity:
     library: str
     targets: tuple[str, ...]
     model_code: str = ""
+    formats: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """As values that JSON gives back equal, one to one with what `key` covers. Token ids of the tokenizer do not matter."""
@@ -68,6 +72,7 @@ class EngineIdentity:
             "tensorrt": self.library,
             "target_compute_capabilities": list(self.targets),
             **({"model_code": self.model_code} if self.model_code else {}),
+            **({"formats": list(self.formats)} if self.formats else {}),
         }
         plain: dict[str, Any] = json.loads(json.dumps(fields))  # tuples as lists, as they are read back
         return plain
@@ -203,6 +208,8 @@ def _difference(path: Path, name: str, found: Any, wanted: Any) -> str:
         return f"the engines in {path} were built by {found}, but {wanted} is installed here; {_REBUILD}"
     if name == "weights_checksum":
         return f"the engines in {path} are stale: the checkpoint's weights changed since they were built; {_REBUILD}"
+    if name == "formats":
+        return f"the engines in {path} are stale: the checkpoint's quantization_config changed since they were built; {_REBUILD}"
     if isinstance(found, dict) and isinstance(wanted, dict):
         name, found, wanted = next(
             (f"{name}.{inner}", found.get(inner), value) for inner, value in wanted.items() if found.get(inner) != value
@@ -230,5 +237,6 @@ def identify(checkpoint: Checkpoint, request: BuildRequest, layout: Layout, libr
     """What engines built from these choices are. Reads the checkpoint, unless its checksum is remembered."""
     weights = "" if request.stripped else weights_checksum(checkpoint, cache_directory() / "checksums")
     return EngineIdentity(
-        request.config, request.shape, layout, weights, library.name, request.targets, request.model.code
-    )
+        request.config, request.shape, layout, weights, library.name, request.targets, request.model.code,
+        quantised_formats(format_weights(request.model.weights(request.config), request.formats)),
+    )  # fmt: skip

@@ -75,6 +75,21 @@ class Graph:
         if not (self.network.set_weights_name(weights, name) and self.network.mark_weights_refittable(name)):
             raise ExecutorError(f"TensorRT does not take {name} as refittable; build without --stripped")
 
+    def codes(self, name: str, array: Array) -> ITensor:
+        """Quantised values ``[out, in]`` as the checkpoint has them, int8 or e4m3; only `dequantize` takes them."""
+        layer, _ = self._constant(array, array.shape)
+        layer.name = name
+        return layer.get_output(0)
+
+    def packed_codes(self, name: str, array: NDArray[np.int8]) -> ITensor:
+        """As `codes`, for codes from -8 to 7 of which the engine holds two in each byte; an even number of columns."""
+        low, high = array[:, 0::2], array[:, 1::2]
+        packed = np.ascontiguousarray((low & 15) | (high << 4)).view(np.uint8)
+        self._memory.append(packed)
+        layer = _made(self.network.add_constant(array.shape, self.library.packed_weights(packed)), name)
+        layer.name = name
+        return layer.get_output(0)
+
     def constant(self, array: Array) -> ITensor:
         """A constant of the model's structure: a table, a scale, a shape."""
         layer, _ = self._constant(array, array.shape)
@@ -144,6 +159,12 @@ class Graph:
             layer.second_transpose = self._trt.Permutation(after)
         return self._result(layer, x)
 
+    def side_by_side(self, parts: Sequence[ITensor]) -> ITensor:
+        """``[T, a], [T, b] -> [T, a + b]``."""
+        layer = self.network.add_concatenation(list(parts))
+        layer.axis = 1
+        return self._result(layer, parts[0])
+
     def columns(self, x: ITensor, start: int, shape: ITensor) -> ITensor:
         """``[T, D] -> [T, n]``: columns from ``start``; ``shape`` is ``T, n``."""
         layer = self.network.add_slice(x, (0, start), (0, 0), (1, 1))
@@ -172,17 +193,41 @@ class Graph:
     def cast(self, x: ITensor, dtype: np.dtype[Any]) -> ITensor:
         """``x`` in another type; ``x`` itself if it has it already."""
         target = self.dtype(dtype)
-        if self._type(x) == target:
-            return x
+        return x if self._type(x) == target else self._cast(x, target)
+
+    def _cast(self, x: ITensor, target: Any) -> ITensor:
         result = self.network.add_cast(x, target).get_output(0)
         self._types[result.name] = target
         return result
+
+    def cast_like(self, x: ITensor, other: ITensor) -> ITensor:
+        """``x`` in the type of ``other``; ``x`` itself if it has it already."""
+        return x if self._type(x) == self._type(other) else self._cast(x, self._type(other))
 
     def matmul_transposed(self, x: ITensor, weight: ITensor) -> ITensor:
         """``x @ weight.T``: ``[T, in] x [out, in] -> [T, out]``."""
         none, transpose = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
         layer = _made(self.network.add_matrix_multiply(x, none, weight, transpose), "matrix product")
         return self._result(layer, x)
+
+    def dequantize(self, codes: ITensor, scale: Array) -> ITensor:
+        """``code * scale`` in the type of ``scale``: one for all ``[]``, each row ``[O]``, or columns of each row in equal blocks ``[O, G]``."""
+        layer = self.network.add_dequantize(codes, self.constant(scale), self.dtype(scale.dtype))
+        layer = _made(layer, "dequantisation")
+        if scale.ndim == 1:
+            layer.axis = 0
+        self._types[layer.get_output(0).name] = self.dtype(scale.dtype)
+        return layer.get_output(0)
+
+    def quantize(self, x: ITensor, dtype: np.dtype[Any]) -> ITensor:
+        """``x``, in float32, as int8 or e4m3: rounded to nearest even, saturated; only `dequantize` takes the result."""
+        one = self.constant(np.ones((), np.float32))
+        return _made(self.network.add_quantize(x, one, self.dtype(dtype)), "quantisation").get_output(0)
+
+    def largest_magnitudes(self, x: ITensor) -> ITensor:
+        """Over the last axis: ``[T, D] -> [T, 1]``, ``[T, G, g] -> [T, G, 1]``."""
+        axes = 1 << (len(x.shape) - 1)
+        return self._result(self.network.add_reduce(self.unary("ABS", x), self._trt.ReduceOperation.MAX, axes, True), x)
 
     def mean(self, x: ITensor) -> ITensor:
         """Mean over the last axis: ``[T, D] -> [T, 1]``."""

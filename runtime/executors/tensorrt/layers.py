@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from phalanx.checkpoints.formats import DENSE
 from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import ITensor
+from phalanx.runtime.executors.tensorrt.quantised import QuantisedProducts
 from phalanx.runtime.executors.weights import Weights
 
 __all__ = ["Constants", "Parameters", "TrtLayers"]
@@ -30,6 +32,10 @@ class Parameters(Protocol):
         """The weight ``[out, in]``, or a table of rows."""
         ...
 
+    def product(self, x: ITensor, name: str) -> ITensor:
+        """``x [T, in]`` by the weight: ``[T, out]`` without a bias, in the compute type or in float32."""
+        ...
+
     def row(self, name: str, kind: str) -> ITensor | None:
         """A ``weight`` or ``bias`` of one axis as ``[1, D]``; None if there is none."""
         ...
@@ -38,12 +44,18 @@ class Parameters(Protocol):
 class Constants:
     """Weights that are part of the network; see `Parameters`. The graph keeps their memory."""
 
-    def __init__(self, graph: Graph, weights: Weights[Array]) -> None:
-        self._graph, self._weights = graph, weights
+    def __init__(self, graph: Graph, weights: Weights[Array], dtype: np.dtype[Any]) -> None:
+        self._graph, self._weights, self._quantised = graph, weights, QuantisedProducts(graph, dtype)
 
     def matrix(self, name: str) -> ITensor:
         """A constant of the array's own shape."""
         return self._graph.weight(f"{name}.weight", self._weights.array(name))
+
+    def product(self, x: ITensor, name: str) -> ITensor:
+        weight = self._weights.linear(name)
+        if weight.format == DENSE:
+            return self._graph.matmul_transposed(x, self.matrix(name))
+        return self._quantised.product(x, weight)
 
     def row(self, name: str, kind: str) -> ITensor | None:
         """A constant of one row."""
@@ -93,10 +105,12 @@ class TrtLayers:
         return self._in_float32(x, normalise)
 
     def column_linear(self, x: ITensor, name: str) -> ITensor:
-        return self.add_bias(self.row_linear_partial(x, name), name)
+        graph, product = self._graph, self._parameters.product(x, name)
+        bias = self._parameters.row(name, "bias")
+        return graph.cast(product if bias is None else self.add(product, graph.cast_like(bias, product)), self._dtype)
 
     def row_linear_partial(self, x: ITensor, name: str) -> ITensor:
-        return self._graph.matmul_transposed(x, self._parameters.matrix(name))
+        return self._graph.cast(self._parameters.product(x, name), self._dtype)
 
     def add_bias(self, x: ITensor, name: str) -> ITensor:
         bias = self._parameters.row(name, "bias")

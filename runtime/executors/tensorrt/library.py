@@ -43,7 +43,12 @@ _DATA_TYPES: dict[np.dtype[Any], str] = {
     FLOAT_DTYPES["BF16"]: "BF16",
     np.dtype(np.int32): "INT32",
     np.dtype(np.int64): "INT64",
+    np.dtype(np.int8): "INT8",
+    FLOAT_DTYPES["F8_E4M3"]: "FP8",
 }
+
+_FIRST_WITH_FP8 = 8.9
+"""Compute capability (Ada). For older ones the builder refuses networks with fp8 ("HW-specific datatypes")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,20 @@ class TensorRT:
     def weights(self, array: NDArray[Any]) -> Any:
         """A view of host memory, which must stay untouched until the engine is built."""
         return self.module.Weights(self.data_type(array.dtype), array.ctypes.data, array.size)
+
+    def packed_weights(self, packed: NDArray[np.uint8]) -> Any:
+        """A view of codes of 4 bits, two in each byte, the first in the low half. As `weights`."""
+        return self.module.Weights(self.module.DataType.INT4, packed.ctypes.data, 2 * packed.size)
+
+    def code_kinds(self, targets: Sequence[str]) -> frozenset[str]:
+        """Kinds of codes (``int4``, ``int8``, ``fp8``) that networks for these compute capabilities may hold."""
+        has_fp8 = all(float(capability) >= _FIRST_WITH_FP8 for capability in targets)
+        return frozenset({"int4", "int8", "fp8"} if has_fp8 else {"int4", "int8"})
+
+    @property
+    def has_fp8_cache(self) -> bool:
+        """Whether keys and values may be held as fp8: ``KVCacheUpdate`` takes 16- and 32-bit types only."""
+        return False
 
     # Building
 

@@ -47,6 +47,10 @@ class TensorRT8(TensorRT):
         return False
 
     @property
+    def has_fp8_cache(self) -> bool:
+        return True  # the cache is the CUDA executor's
+
+    @property
     def shape_dtype(self) -> np.dtype[Any]:
         return np.dtype(np.int32)
 

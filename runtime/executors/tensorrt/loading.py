@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.checkpoints.formats import format_weights
 from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
@@ -22,6 +23,7 @@ from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, build_engine, load_shard, network_shape
 from phalanx.runtime.executors.tensorrt.device import compute_capability
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
+from phalanx.runtime.executors.tensorrt.formats import notes, quantised_formats
 from phalanx.runtime.executors.tensorrt.graph import Array
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
@@ -89,7 +91,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
         library.computes_segments,
     )  # fmt: skip
     request = BuildRequest(spec.model, config, shape, (capability,), formats=spec.checkpoint.formats)
-    identity = EngineIdentity(config, shape, topology.layout, checksum, library.name, (capability,), spec.model.code)
+    identity = _identity(spec, library, shape, checksum, capability)
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
     rank = topology.replica_rank
     engine = directory.engine(identity, rank)
@@ -99,6 +101,8 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
     if not engine.exists():
         if spec.comm.rank == 0:
             _LOG.info("building TensorRT engines in %s; later starts will find them there", directory.path)
+            for note in notes(spec.declared, spec.checkpoint.formats, shape.dtype):
+                _LOG.info(note)
         place = Topology(topology.layout, rank)
         build_engine(library, request, spec.checkpoint.source, place, engine, directory.timing_cache)
     return engine, request
@@ -107,18 +111,28 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
 def _given_engine(
     library: TensorRT, spec: RankSpec, engine_dir: Path, capability: str, checksum: str
 ) -> tuple[Path, BuildRequest]:
-    config, topology = spec.config, spec.topology
+    config = spec.config
     directory = EngineDirectory.existing(engine_dir)
     found = directory.read_config()
     shape = directory.read_shape()
     stripped = not found.get("weights_checksum")
-    weights = "" if stripped else checksum
-    identity = EngineIdentity(config, shape, topology.layout, weights, library.name, (capability,), spec.model.code)
-    path = directory.check(identity, topology.replica_rank, capability)
+    identity = _identity(spec, library, shape, "" if stripped else checksum, capability)
+    path = directory.check(identity, spec.topology.replica_rank, capability)
     check_sizes(spec.options, config, shape)
     if library.computes_segments and spec.options.max_num_batched_tokens > shape.max_prefill_tokens:
         raise _beyond("max_num_batched_tokens", spec.options.max_num_batched_tokens, shape.max_prefill_tokens)
     return path, BuildRequest(spec.model, config, shape, (capability,), stripped, spec.checkpoint.formats)
+
+
+def _identity(
+    spec: RankSpec, library: TensorRT, shape: NetworkShape, checksum: str, capability: str
+) -> EngineIdentity:  # fmt: skip
+    """What engines that serve ``spec`` are."""
+    weights = format_weights(spec.model.weights(spec.config), spec.checkpoint.formats)
+    return EngineIdentity(
+        spec.config, shape, spec.topology.layout, checksum, library.name, (capability,), spec.model.code,
+        quantised_formats(weights),
+    )  # fmt: skip
 
 
 def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape) -> None:

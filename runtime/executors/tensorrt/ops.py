@@ -79,7 +79,7 @@ class TrtOps(TrtLayers, Ops[ITensor]):
         shape = graph.shape(step.positions)
         self._num_seqs, self._seq_tokens = graph.extent(shape, 0), graph.extent(shape, 1)
         num_tokens = graph.binary("PROD", self._num_seqs, self._seq_tokens)
-        super().__init__(graph, Constants(graph, weights), dtype, num_tokens)
+        super().__init__(graph, Constants(graph, weights, dtype), dtype, num_tokens)
         self._flat_positions = graph.reshape(step.positions, (-1,))
         self._masks: dict[int, ITensor] = {}
         self._rotary: dict[RopeConfig, tuple[ITensor, ITensor]] = {}

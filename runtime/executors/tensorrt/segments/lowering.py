@@ -35,7 +35,7 @@ def write_segment(graph: Graph, segment: Segment, dtype: np.dtype[Any]) -> None:
     values = [graph.input(input_name(index), dtype, (-1, width)) for index, width in enumerate(segment.widths)]
     num_tokens = graph.extent(graph.shape(values[0]), 0)
     weights = {name: graph.input(name, dtype, _as_matrix(shape)) for name, shape in segment.weights}
-    layers = TrtLayers(graph, _Inputs(weights), dtype, num_tokens)
+    layers = TrtLayers(graph, _Inputs(graph, weights), dtype, num_tokens)
     for call in segment.calls:
         assert call.output == len(values)
         operands = [values[number] for number in call.inputs] + [call.name] * bool(call.name)
@@ -47,12 +47,15 @@ def write_segment(graph: Graph, segment: Segment, dtype: np.dtype[Any]) -> None:
 class _Inputs:
     """Weights that are inputs of the network; see `phalanx.runtime.executors.tensorrt.layers.Parameters`."""
 
-    def __init__(self, tensors: Mapping[str, ITensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, graph: Graph, tensors: Mapping[str, ITensor]) -> None:
+        self._graph, self._tensors = graph, tensors
 
     def matrix(self, name: str) -> ITensor:
         """``[out, in]``."""
         return self._tensors[f"{name}.weight"]
+
+    def product(self, x: ITensor, name: str) -> ITensor:
+        return self._graph.matmul_transposed(x, self.matrix(name))
 
     def row(self, name: str, kind: str) -> ITensor | None:
         """``[1, D]``; None if the segment has none."""

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weight and cache formats the installed TensorRT can compute with, asked before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
+from phalanx.checkpoints.quantization.group_codes import GroupCodes
+from phalanx.checkpoints.quantization.held import is_ordered
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.tensorrt.library import TensorRT
+from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
+
+__all__ = ["check_cache", "check_formats", "check_stripped", "notes", "quantised_formats"]
+
+
+def check_formats(
+    library: TensorRT, config: ModelConfig, weights: Iterable[FormattedWeight], targets: Sequence[str]
+) -> None:
+    """Refuse weights that networks for these compute capabilities cannot hold.
+
+    Raises:
+        ConfigError: naming the first weight, its format and what can be done instead.
+    """
+    unknown = []
+    for weight in weights:
+        if isinstance(weight.format, RowCodes | GroupCodes):
+            _check_kind(library, weight.spec.owner, weight.format, targets)
+        else:
+            unknown.append(weight)
+    CAPABILITIES.check_formats(config, unknown)
+
+
+def _check_kind(library: TensorRT, name: str, chosen: RowCodes | GroupCodes, targets: Sequence[str]) -> None:
+    if library.computes_segments:
+        raise ConfigError(
+            f"{name} is {chosen.name}, but {library.name} computes with plain weights only; use --engine cuda, or install a newer TensorRT"
+        )
+    if chosen.kind not in library.code_kinds(targets):
+        raise ConfigError(
+            f"{name} is {chosen.name}, which {library.name} cannot build for compute capability {', '.join(targets)} (fp8 needs 8.9); "
+            "use an int8 or 4-bit checkpoint, build for other GPUs (--target-compute-capability), or use --engine numpy"
+        )
+
+
+def check_cache(library: TensorRT, wanted: str, has_scales: bool, dtype: str) -> None:
+    """Refuse a cache of fp8, asked for by ``--kv-cache-dtype`` or, where that is ``auto``, by a checkpoint that brings scales.
+
+    Raises:
+        ConfigError: with what can be done instead.
+    """
+    if library.has_fp8_cache or wanted not in ("auto", "fp8") or (wanted == "auto" and not has_scales):
+        return
+    reason = "--kv-cache-dtype=fp8" if wanted == "fp8" else "the checkpoint's scales of an fp8 key/value cache"
+    raise ConfigError(
+        f"{reason}: the cache layer of {library.name} takes 16- and 32-bit types only; use --kv-cache-dtype {dtype}, or --engine cuda"
+    )
+
+
+def check_stripped(weights: Iterable[FormattedWeight]) -> None:
+    """Refuse engines without weights where some are codes, which the network holds in a form of its own.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for weight in weights:
+        if weight.format != DENSE:
+            raise ConfigError(
+                f"--stripped leaves out plain weights only, but {weight.spec.owner} is {weight.format.name}; leave --stripped out"
+            )
+
+
+def quantised_formats(weights: Iterable[FormattedWeight]) -> tuple[str, ...]:
+    """Every format but plain values, each once, with all that tells it from others."""
+    return tuple(sorted({repr(weight.format) for weight in weights if weight.format != DENSE}))
+
+
+def notes(weights: Sequence[FormattedWeight], formats: FormatPlan, dtype: str) -> list[str]:
+    """What an operator should know of engines of a quantised checkpoint, a sentence each."""
+    schemes = sorted({weight.format.scheme for weight in weights if weight.format != DENSE})
+    plain = sum(is_ordered(weight.format) for weight in weights)
+    lines = [f"weights: {' and '.join(schemes)}"] if schemes else []
+    if plain:
+        lines.append(f"{plain} weights with activation order are held as plain values of {dtype}")
+    if formats.has_kv_scales:
+        lines.append(f"the checkpoint's cache scales are not used: start with --kv-cache-dtype {dtype}")
+    return lines

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of quantised weights as layers: constants of codes, dequantised; inputs rounded to codes where the format says so.
+
+`phalanx.checkpoints.quantization.numbers` defines the numbers. A dequantisation layer knows no zero points, and no blocks of 8-bit
+codes, so these are composed: codes times one, less the zero, times the scale, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from phalanx.checkpoints.quantization.group_codes import GroupCodes
+from phalanx.checkpoints.quantization.numbers import (
+    E4M3,
+    E4M3_MAX,
+    FP8_SMALLEST_SCALE,
+    INT8_MAX,
+    INT8_SMALLEST_SCALE,
+    CodeKind,
+)
+from phalanx.checkpoints.quantization.prescale import common_prescale
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.runtime.executors.tensorrt.graph import Array, Graph
+from phalanx.runtime.executors.tensorrt.library import ITensor
+from phalanx.runtime.executors.weights import Weight
+
+__all__ = ["QuantisedProducts"]
+
+_FLOAT32 = np.dtype(np.float32)
+_ONE = np.ones((), np.float32)
+
+
+class QuantisedProducts:
+    """Products by weights that are codes, as layers of ``graph``.
+
+    Args:
+        dtype: compute type.
+    """
+
+    def __init__(self, graph: Graph, dtype: np.dtype[Any]) -> None:
+        self._graph, self._dtype = graph, dtype
+
+    def product(self, x: ITensor, weight: Weight[Array]) -> ITensor:
+        """Outputs ``[T, out]`` for inputs ``[T, in]`` of the compute type, without a bias.
+
+        In float32 where inputs become codes, so that the sum is rounded once, after its scales and the bias; else in the compute type.
+        """
+        x = self._prescaled(x, weight)
+        if isinstance(weight.format, RowCodes) and weight.format.input != "plain":
+            return self._product_of_codes(x, weight, weight.format)
+        if isinstance(weight.format, GroupCodes) and weight.format.input != "plain":
+            x = self._rounded_by_groups(x, weight.format.group, weight.components["codes"].shape[1])
+        return self._graph.matmul_transposed(x, self._values(weight))
+
+    def _prescaled(self, x: ITensor, weight: Weight[Array]) -> ITensor:
+        """Each column times its factor, rounded to the compute type."""
+        if "prescale" not in weight.components:
+            return x
+        graph = self._graph
+        factors = graph.constant(np.ascontiguousarray(common_prescale(weight.components["prescale"])))
+        return graph.cast(graph.binary("PROD", graph.cast(x, _FLOAT32), factors), self._dtype)
+
+    # Weights
+
+    def _values(self, weight: Weight[Array]) -> ITensor:
+        """The weight ``[out, in]`` in the compute type, each value rounded once."""
+        parts, chosen = weight.components, weight.format
+        if isinstance(chosen, RowCodes):
+            return self._dequantised(self._graph.codes(f"{weight.name}.codes", parts["codes"]), parts["scale"])
+        assert isinstance(chosen, GroupCodes)
+        if "group_index" in parts:  # columns of one group are apart, which no layer expresses
+            plain = np.ascontiguousarray(chosen.operand(parts)["weight"].astype(self._dtype))
+            return self._graph.weight(f"{weight.name}.weight", plain)
+        return self._grouped_values(weight, chosen)
+
+    def _grouped_values(self, weight: Weight[Array], chosen: GroupCodes) -> ITensor:
+        graph, parts = self._graph, weight.components
+        num_rows, num_columns = parts["codes"].shape
+        block = _block(chosen.cut, num_columns)
+        is_packed = chosen.kind == "int4" and not num_columns % 2
+        make = graph.packed_codes if is_packed else graph.codes
+        codes, scale = make(f"{weight.name}.codes", parts["codes"]), _by_block(parts["scale"], chosen.cut, num_columns)
+        has_zeros = "zero" in parts and parts["zero"].any()
+        zero = _by_block(parts["zero"], chosen.cut, num_columns) if has_zeros else None
+        if zero is None and scale.shape[1] == 1:
+            return self._dequantised(codes, np.ascontiguousarray(scale[:, 0]))
+        if zero is None and is_packed and block > 1:
+            return self._dequantised(codes, scale)
+        values = graph.reshape(graph.dequantize(codes, _ONE), (num_rows, scale.shape[1], block))
+        if zero is not None:
+            values = graph.binary("SUB", values, graph.constant(zero.astype(np.float32)[:, :, None]))
+        values = graph.binary("PROD", values, graph.constant(scale[:, :, None]))
+        return graph.cast(graph.reshape(values, (num_rows, num_columns)), self._dtype)
+
+    def _dequantised(self, codes: ITensor, scale: Array) -> ITensor:
+        """``codes * scale`` rounded to the compute type; scales that this type does not hold exactly are not rounded alone."""
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(self._dtype)
+        is_exact = bool((rounded.astype(np.float32) == scale).all())
+        return self._graph.cast(self._graph.dequantize(codes, rounded if is_exact else scale), self._dtype)
+
+    # Inputs
+
+    def _product_of_codes(self, x: ITensor, weight: Weight[Array], chosen: RowCodes) -> ITensor:
+        """``(sum of code products) * scale of the token * scale of the row`` in float32."""
+        graph, parts = self._graph, weight.components
+        inverse, scale = self._input_scale(x, chosen, parts)
+        inputs = self._as_codes(graph.binary("PROD", graph.cast(x, _FLOAT32), inverse), chosen.kind)
+        sums = graph.matmul_transposed(
+            inputs, graph.dequantize(graph.codes(f"{weight.name}.codes", parts["codes"]), _ONE)
+        )
+        rows = graph.constant(np.ascontiguousarray(parts["scale"][None]))
+        return graph.binary("PROD", graph.binary("PROD", sums, scale), rows)
+
+    def _input_scale(self, x: ITensor, chosen: RowCodes, parts: Any) -> tuple[ITensor, ITensor]:
+        """What inputs are multiplied by to become codes, and its inverse, each ``[T, 1]`` or ``[1, 1]``."""
+        if chosen.input == "static":
+            scale = np.float32(parts["input_scale"].max())  # q, k and v see one input
+            return self._graph.scalar(float(np.float32(1) / scale), 2), self._graph.scalar(float(scale), 2)
+        return self._token_scale(x, chosen.kind, chosen.input_ceiling)
+
+    def _token_scale(self, x: ITensor, kind: CodeKind, ceiling: float = math.inf) -> tuple[ITensor, ITensor]:
+        """As `_input_scale`, from the largest magnitude along the last axis."""
+        graph, num_dims = self._graph, len(x.shape)
+        largest, smallest = (E4M3_MAX, FP8_SMALLEST_SCALE) if kind == "fp8" else (INT8_MAX, INT8_SMALLEST_SCALE)
+        amax = graph.cast(graph.largest_magnitudes(x), _FLOAT32)
+        if ceiling < math.inf:
+            amax = graph.binary("MIN", amax, graph.scalar(ceiling, num_dims))
+        scale = graph.binary("DIV", amax, graph.scalar(largest, num_dims))
+        scale = graph.binary("MAX", scale, graph.scalar(float(smallest), num_dims))
+        return graph.binary("DIV", graph.scalar(1.0, num_dims), scale), scale
+
+    def _as_codes(self, scaled: ITensor, kind: CodeKind) -> ITensor:
+        """Values of codes, float32."""
+        return self._graph.dequantize(self._graph.quantize(scaled, E4M3 if kind == "fp8" else np.dtype(np.int8)), _ONE)
+
+    def _rounded_by_groups(self, x: ITensor, group: int, num_columns: int) -> ITensor:
+        """What fp8 codes with a scale for each ``group`` columns of a token stand for, rounded to the compute type: ``[T, in]``."""
+        graph, whole = self._graph, num_columns // group * group
+        num_tokens = graph.extent(graph.shape(x), 0)
+        parts = []
+        for start, width, size in ((0, whole, group), (whole, num_columns - whole, num_columns - whole)):
+            if width:
+                columns = graph.columns(x, start, graph.extents(num_tokens, width))
+                blocks = graph.reshape(columns, (-1, width // size, size))
+                inverse, scale = self._token_scale(blocks, "fp8")
+                codes = self._as_codes(graph.binary("PROD", graph.cast(blocks, _FLOAT32), inverse), "fp8")
+                parts.append(graph.reshape(graph.binary("PROD", codes, scale), (-1, width)))
+        return graph.cast(parts[0] if len(parts) == 1 else graph.side_by_side(parts), self._dtype)
+
+
+def _block(group: int, num_columns: int) -> int:
+    """Columns of equal blocks that make up all groups, the last of which may be short; ``group`` 0 = one for all columns."""
+    return math.gcd(group, num_columns) if group else num_columns
+
+
+def _by_block(groups: Array, group: int, num_columns: int) -> Array:
+    """Values of groups ``[O, G]`` for the blocks of each row, contiguous."""
+    block = _block(group, num_columns)
+    return np.ascontiguousarray(np.repeat(groups, group // block or 1, axis=1)[:, : num_columns // block])
