@@ -27,7 +27,7 @@ from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import HostGroup, install_fake_device
-from tests.support.reference import prompt_token_ids
+from tests.support.reference import load_reference, prompt_token_ids
 from tests.support.thread_ranks import generate_on_threads
 
 TOLERANCE = 1e-3
@@ -93,6 +93,15 @@ def test_tokens_and_logprobs_equal_the_numpy_engines(
 )
 def test_other_families_equal_the_numpy_engine(name: str, tp: int, tmp_path: Path, device: None) -> None:
     test_tokens_and_logprobs_equal_the_numpy_engines(CASES_BY_NAME[name], tp, 1, tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["gptj-plain", "falcon-two-norms"])
+def test_parallel_halves_have_buffers_of_their_own_in_every_step(name: str, tmp_path: Path, device: None) -> None:
+    """vllm#592: one buffer for the sums of both halves."""
+    case = CASES_BY_NAME[name]
+    recorded, params = load_reference(case).greedy, SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+    output = generate(write_checkpoint(case, tmp_path), 2, 1, [prompt_token_ids(case)], params)[0]
+    assert output.token_ids == recorded
 
 
 @pytest.mark.parametrize(

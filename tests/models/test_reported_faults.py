@@ -46,7 +46,7 @@ def no_windows(config: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[tuple[str, ...], ConfigChange]] = {
-    "neighbouring channels taken for halves, or halves for them (vllm#747, #590, #941, #42016, #49290)": (
+    "neighbouring channels taken for halves, or halves for them (vllm#747, #590, #941, #42016, #42765, #49290)": (
         ("gptj-plain", "glm-plain", "glm4-plain", "chatglm-groups", "cohere-head-norms", "cohere2-windows", "phi3-window"),
         other_pairs,
     ),

@@ -58,6 +58,7 @@ def mscale(multiplier: float) -> float:
     ],
 )
 def test_yarn_attention_factor_follows_mscale(fields: dict[str, Any], factor: float) -> None:
+    """transformers#47435, mobius#548, imp#880."""
     assert yarn(**fields).attention_factor == pytest.approx(factor, rel=1e-12)
 
 

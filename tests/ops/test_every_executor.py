@@ -193,6 +193,35 @@ def test_products_and_norms_only_read(executor: Executor, name: str) -> None:
     np.testing.assert_array_equal(unchanged, X)
 
 
+@pytest.mark.parametrize("executor", ["numpy", "cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("chances", "renormalise", "expected"),
+    [
+        ((4, 3, 2, 1), True, 4 / 7 * 1 + 3 / 7 * 2),
+        ((4, 3, 2, 1), False, 0.4 * 1 + 0.3 * 2),
+        ((1, 2, 3, 4), False, 0.4 * 4 + 0.3 * 3),
+        ((1, 1, 1, 1), True, (1 + 2) / 2),
+        ((1, 2, 2, 2), True, (2 + 3) / 2),
+    ],
+)
+def test_experts_count_by_their_probabilities_once(
+    executor: Executor, chances: tuple[int, ...], renormalise: bool, expected: float
+) -> None:
+    """Expert e answers e + 1; of equals the first counts.
+
+    TRT-LLM#2752, sglang-jax#1282, vllm#45037, torchtitan#1448, flashinfer#2889, sglang#35160: chosen before the softmax, renormalised
+    or scaled twice, or not at all.
+    """
+    width, first = 8, np.eye(1, 8, dtype=np.float32)
+    router = np.log(np.array(chances, np.float32))[:, None] * first
+    gate_up = np.tile(np.vstack([first] * 16), (4, 1))  # gate and up are 1 in all eight columns
+    down = np.vstack([np.full((width, 8), (index + 1) / 8, np.float32) for index in range(4)])
+    weights = {"x.router.weight": router, "x.gate_up.weight": gate_up, "x.down.weight": down}
+    spec = ExpertsSpec(4, 2, "relu", renormalise)
+    (result,) = executor.run(lambda ops, x: ops.experts(x, "x", spec), weights, [np.repeat(first, 3, axis=0)])
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
 SPEC = AttentionSpec(4, 2, 16, 0.25)
 SPECS = {
     "plain": SPEC,

@@ -142,6 +142,7 @@ BOS, EOS = (1, 2)
     [
         ({"tokenizer_class": "LlamaTokenizer"}, True, False),
         ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}, True, True),
+        ({"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>"}, True, False),
         ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False, False),
         ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, False, False),
         ({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": "<s>"}, False, False),
@@ -151,6 +152,7 @@ BOS, EOS = (1, 2)
     ],
 )
 def test_bos_and_eos_are_added_as_class_and_flags_say(config: Any, first: bool, last: bool, tmp_path: Path) -> None:
+    """lm-eval#1465: Gemma without BOS."""
     ids = load(tmp_path, made.byte_fallback(), config).encode("the fox")
     assert (ids[0] == BOS, ids[-1] == EOS) == (first, last)
 
