@@ -127,8 +127,3 @@ class Services:
             return await asyncio.get_running_loop().run_in_executor(self.workers, work)
         except RequestError as error:
             raise from_request_error(error) from None
-
-    def deadline(self, arrival: float) -> float | None:
-        """Monotonic time at which a request that arrived at ``arrival`` must be over."""
-        seconds = self.settings.request_timeout_seconds
-        return None if seconds is None else arrival + seconds

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.server.errors import ApiError, unavailable
 from phalanx.runtime.server.kserve.contract import MODELS
-from phalanx.runtime.server.kserve.grpc_messages import read_inputs, wanted_outputs, write_response
+from phalanx.runtime.server.kserve.grpc_messages import read_inputs, read_parameters, wanted_outputs, write_response
 from phalanx.runtime.server.kserve.inference import Inference
 from phalanx.runtime.server.kserve.inputs import tensor_rows
 from phalanx.runtime.server.link.engine_client import ServerState
@@ -180,7 +180,8 @@ class _Door:
     async def _model_infer(self, request: Any, context: Any) -> Any:
         contract = self._inference.contract(request.model_name, request.model_version)
         self._inference.check_outputs(contract, wanted_outputs(request))
-        outputs = await self._inference.run(contract, tensor_rows(contract, read_inputs(request)))
+        rows = tensor_rows(contract, read_inputs(request))
+        outputs = await self._inference.run(contract, rows, read_parameters(request))
         return write_response(request, outputs)
 
     async def _model_stream_infer(self, requests: Any, context: Any) -> None:
@@ -217,8 +218,9 @@ class _Stream:
         contract = self._inference.contract(request.model_name, request.model_version)
         self._inference.check_outputs(contract, wanted_outputs(request))
         rows = tensor_rows(contract, read_inputs(request))
-        marks_with_empty = request.parameters["triton_enable_empty_final_response"].bool_param
-        async for outputs, last in self._inference.stream(contract, rows):
+        parameters = read_parameters(request)
+        marks_with_empty = parameters.get("triton_enable_empty_final_response") is True
+        async for outputs, last in self._inference.stream(contract, rows, parameters):
             await self._write_one(request, outputs, last and not marks_with_empty)
         if marks_with_empty:
             await self._write_one(request, (), True)

@@ -15,9 +15,10 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from phalanx.runtime.server.kserve.errors import InvalidTensor
+from phalanx.runtime.server.kserve.parameters import check_tensor_parameters
 from phalanx.runtime.server.kserve.tensors import Tensor, check_header, from_json, from_raw, to_raw
 
-__all__ = ["read_inputs", "wanted_outputs", "write_response"]
+__all__ = ["read_inputs", "read_parameters", "wanted_outputs", "write_response"]
 
 _CONTENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -44,6 +45,7 @@ def read_inputs(request: Any) -> dict[str, Tensor]:
     for index, described in enumerate(request.inputs):
         if described.name in tensors:
             raise InvalidTensor(f"input '{described.name}' is given twice; name each input once")
+        check_tensor_parameters(described.name, read_parameters(described))
         if not raw:
             tensors[described.name] = _typed(described)
             continue
@@ -75,13 +77,23 @@ def wanted_outputs(request: Any) -> list[str]:
     """Names of the outputs that a request asks for; none = all.
 
     Raises:
-        InvalidTensor: one is named twice.
+        InvalidTensor: one is named twice, or has a parameter that is not supported.
     """
     names = [output.name for output in request.outputs]
     for name in names:
         if names.count(name) > 1:
             raise InvalidTensor(f"output '{name}' is asked for twice; name each output once")
+    for output in request.outputs:
+        check_tensor_parameters(output.name, read_parameters(output))
     return names
+
+
+def read_parameters(message: Any) -> dict[str, Any]:
+    """Return the parameters of a request or a tensor, as they are in JSON."""
+    return {
+        name: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+        for name, value in message.parameters.items()
+    }
 
 
 def write_response(request: Any, outputs: Iterable[Tensor], *, final: bool | None = None) -> Any:

@@ -14,6 +14,7 @@ from phalanx.runtime.server.kserve.answers import piece, whole
 from phalanx.runtime.server.kserve.contract import MODELS, ModelContract
 from phalanx.runtime.server.kserve.errors import InvalidTensor
 from phalanx.runtime.server.kserve.inputs import Row
+from phalanx.runtime.server.kserve.parameters import timeout_seconds
 from phalanx.runtime.server.kserve.parsing import Query, parse_rows
 from phalanx.runtime.server.kserve.statistics import ModelStatistics
 from phalanx.runtime.server.kserve.tensors import Tensor
@@ -100,15 +101,15 @@ class Inference:
         """
         return parse_rows(contract, rows, self.services.model.vocab_size)
 
-    async def start(self, query: Query) -> GenerationJob:
+    async def start(self, query: Query, parameters: Mapping[str, Any]) -> GenerationJob:
         """Submit a query. The job must be closed.
 
         Raises:
-            ApiError: as `start_job`.
+            ApiError: as `start_job`; ``timeout`` is not a number of microseconds.
         """
-        return await start_job(self.services, query.rows, time.monotonic())
+        return await start_job(self.services, query.rows, time.monotonic(), timeout_seconds(parameters))
 
-    async def run(self, contract: ModelContract, rows: Sequence[Row]) -> list[Tensor]:
+    async def run(self, contract: ModelContract, rows: Sequence[Row], parameters: Mapping[str, Any]) -> list[Tensor]:
         """All outputs, once they are complete. Cancelled with the task.
 
         Raises:
@@ -118,13 +119,15 @@ class Inference:
             if contract.name in _TEXT_MODELS:
                 return await _TEXT_MODELS[contract.name](self.services, rows)
             query = self.parse(contract, rows)
-            job = await self.start(query)
+            job = await self.start(query, parameters)
             try:
                 return whole(contract, query, await job.collect())
             finally:
                 job.close()
 
-    async def stream(self, contract: ModelContract, rows: Sequence[Row]) -> AsyncIterator[tuple[list[Tensor], bool]]:
+    async def stream(
+        self, contract: ModelContract, rows: Sequence[Row], parameters: Mapping[str, Any]
+    ) -> AsyncIterator[tuple[list[Tensor], bool]]:
         """The outputs of each response, and whether it is the last: what is new, if the request asks to stream, else everything at once.
 
         Raises:
@@ -132,10 +135,10 @@ class Inference:
         """
         query = None if contract.name in _TEXT_MODELS else self.parse(contract, rows)
         if query is None or not query.stream:
-            yield await self.run(contract, rows), True
+            yield await self.run(contract, rows, parameters), True
             return
         with self.statistics[contract.name].measure(len(rows)):
-            job = await self.start(query)
+            job = await self.start(query, parameters)
             try:
                 while not job.is_finished:
                     taken = await job.next()

@@ -99,8 +99,8 @@ def _texts(name: str, value: Any) -> Any:
         raise InvalidTensor(f"input '{name}' holds bytes that are not UTF-8; send text") from None
 
 
-def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str]:
-    """The row of a ``generate`` request, and its id. Scalars that are no inputs are parameters, which change nothing.
+def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str, dict[str, Any]]:
+    """The row of a ``generate`` request, its id, and its parameters: scalars that are no inputs.
 
     Raises:
         InvalidTensor: no JSON object; a key is given twice; a value is nested, or of another type than the model declares.
@@ -113,6 +113,7 @@ def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str]:
     if not isinstance(parameters, dict):
         raise InvalidTensor("parameters is not an object; send one or leave it out")
     row: Row = {}
+    others: dict[str, Any] = {}
     specs = {spec.name: spec for spec in contract.inputs}
     for given, value in (*fields.items(), *parameters.items()):
         name = _ALIASES.get(given, given)
@@ -122,9 +123,11 @@ def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str]:
             row[name] = _field(specs[name], given, value)
         elif isinstance(value, (dict, list)):
             raise InvalidTensor(f"'{given}' is no input of model '{contract.name}', and a parameter must be a scalar")
+        else:
+            others[given] = value
     given_values = {name: value for name, value in row.items() if value is not None}
     _check_required(contract, given_values)
-    return given_values, request_id
+    return given_values, request_id, others
 
 
 def _decode(body: bytes) -> dict[str, Any]:

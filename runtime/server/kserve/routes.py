@@ -110,27 +110,27 @@ class _Door:
         asked = read_request(body, request.headers.get(HEADER_LENGTH))
         self._inference.check_outputs(contract, list(asked.outputs))
         rows = tensor_rows(contract, asked.inputs)
-        outputs = await until_disconnect(request.scope, self._inference.run(contract, rows))
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, rows, asked.parameters))
         headers, answer = write_response(asked, contract.name, outputs)
         return _compressed(answer, headers, request.headers.get("accept-encoding", ""))
 
     async def generate(self, request: Request) -> Response:
         """JSON fields in, one JSON object out."""
         contract = self._generating(request)
-        row, request_id = await self._read_fields(request, contract)
-        outputs = await until_disconnect(request.scope, self._inference.run(contract, [row]))
+        row, request_id, parameters = await self._read_fields(request, contract)
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], parameters))
         return json_response(scalars(contract, outputs, request_id))
 
     async def generate_stream(self, request: Request) -> Response:
         """JSON fields in, events out: one, unless ``stream`` is true."""
         contract = self._generating(request)
-        row, request_id = await self._read_fields(request, contract)
+        row, request_id, parameters = await self._read_fields(request, contract)
         query = self._inference.parse(contract, [row])
         if not query.stream:
-            outputs = await until_disconnect(request.scope, self._inference.run(contract, [row]))
+            outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], parameters))
             return Response(event(scalars(contract, outputs, request_id)), media_type="text/event-stream")
         started, statistics = time.monotonic_ns(), self._inference.statistics[contract.name]
-        job = await self._inference.start(query)
+        job = await self._inference.start(query, parameters)
         job.held.callback(
             lambda: (
                 statistics.count_success(1, time.monotonic_ns() - started)
@@ -153,7 +153,9 @@ class _Door:
             raise ApiError(400, f"model '{contract.name}' takes tensors; use its infer route, or model 'ensemble'")
         return contract
 
-    async def _read_fields(self, request: Request, contract: ModelContract) -> tuple[dict[str, Any], str]:
+    async def _read_fields(
+        self, request: Request, contract: ModelContract
+    ) -> tuple[dict[str, Any], str, dict[str, Any]]:
         return read_fields_body(contract, await read_body(request, self._inference.services.settings))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from phalanx.runtime.server.kserve.errors import InvalidTensor
+from phalanx.runtime.server.kserve.parameters import check_tensor_parameters
 from phalanx.runtime.server.kserve.tensors import Tensor, from_json, from_raw, to_json, to_raw
 from phalanx.runtime.server.web.json_body import decode_json
 
@@ -89,6 +90,7 @@ def read_request(body: bytes, header_length: str | None) -> InferRequest:
     for described in header.inputs:
         if described.name in inputs:
             raise InvalidTensor(f"input '{described.name}' is given twice; name each input once")
+        check_tensor_parameters(described.name, described.parameters or {})
         num_bytes = _raw_size(described)
         if num_bytes is None:
             tensor = from_json(described.name, described.datatype, described.shape, described.data)
@@ -133,6 +135,7 @@ def _outputs(header: InferHeader, binary_output: bool) -> dict[str, bool]:
     for output in header.outputs or ():
         if output.name in wanted:
             raise InvalidTensor(f"output '{output.name}' is asked for twice; name each output once")
+        check_tensor_parameters(output.name, output.parameters or {})
         wanted[output.name] = _flag(output.parameters or {}, "binary_data", binary_output)
     return wanted
 

@@ -44,11 +44,13 @@ class GenerationJob:
         choices: the answers, those to one prompt in a row.
         num_unfinished: choices that have not ended well.
         held: what is released when the request is over.
+        timeout_seconds: when it must be over, after its arrival; None = whenever.
     """
 
     services: Services
     n: int
     arrival: float
+    timeout_seconds: float | None = None
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
     num_unfinished: int = 0
@@ -74,9 +76,14 @@ class GenerationJob:
         self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         self.group = self.services.client.submit(
             [(choice.prompt_token_ids, choice.params) for choice in self.choices],
-            self.services.deadline(self.arrival),
+            self.deadline,
             self.n,
         )
+
+    @property
+    def deadline(self) -> float | None:
+        """Monotonic time at which the request must be over."""
+        return None if self.timeout_seconds is None else self.arrival + self.timeout_seconds
 
     def close(self) -> None:
         """Cancel what still runs and make room for others."""
@@ -196,7 +203,7 @@ class GenerationJob:
         Raises:
             ApiError: there is no other engine, or it did not come before the request's deadline.
         """
-        client, deadline = self.services.client, self.services.deadline(self.arrival)
+        client, deadline = self.services.client, self.deadline
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 await client.wait_until_serving()
@@ -216,16 +223,14 @@ class GenerationJob:
             if self.group is not None:
                 self.group.raise_error()
             return
-        deadline = self.services.deadline(self.arrival)
-        if deadline is not None and time.monotonic() >= deadline:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             raise self._too_late()
         if failed.error_param is not None:
             raise invalid(failed.error or "the request cannot be answered", failed.error_param)
         raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=_NO_RETRY)
 
     def _too_late(self) -> ApiError:
-        seconds = self.services.settings.request_timeout_seconds
-        message = f"the request took longer than {seconds:g} s; ask for fewer tokens"
+        message = f"the request took longer than {self.timeout_seconds:g} s; ask for fewer tokens"
         return ApiError(408, message, code="request_timeout", headers=_NO_RETRY)
 
     def _observe(self, num_tokens: int, now: float) -> None:
@@ -275,8 +280,12 @@ async def generate(services: Services, request: Request, parse: Callable[[bytes]
         raise
 
 
-async def start_job(services: Services, generations: Sequence[Generation], arrival: float) -> GenerationJob:
+async def start_job(
+    services: Services, generations: Sequence[Generation], arrival: float, timeout_seconds: float | None = None
+) -> GenerationJob:
     """Make room, encode and submit. All ``generations`` ask for the same number of answers. The job must be closed.
+
+    ``timeout_seconds`` is the client's wish, within the server's limit.
 
     Raises:
         ApiError: no room, a prompt that cannot be encoded, or an engine that is gone.
@@ -285,7 +294,10 @@ async def start_job(services: Services, generations: Sequence[Generation], arriv
         held.enter_context(services.client.admit(sum(generation.num_answers for generation in generations)))
         await services.turnstile.enter()
         prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
-        job = GenerationJob(services, generations[0].n, arrival)
+        limits = [
+            seconds for seconds in (timeout_seconds, services.settings.request_timeout_seconds) if seconds is not None
+        ]
+        job = GenerationJob(services, generations[0].n, arrival, min(limits, default=None))
         job.submit(prompts)
         job.held = held.pop_all()
     return job

@@ -240,6 +240,30 @@ def test_cancelling_and_deadlines_reach_the_engine(model_directory: Path) -> Non
         assert server.drain()[0] == 0
 
 
+def test_a_request_ends_at_its_own_timeout(model_directory: Path) -> None:
+    with (
+        stub_server(model_directory, {"grpc_port": 0}, step_seconds=0.01) as server,
+        grpcclient.InferenceServerClient(address(server)) as client,
+    ):
+        with pytest.raises(grpcclient.InferenceServerException, match=r"DEADLINE_EXCEEDED.*longer than 0.1 s"):
+            client.infer("ensemble", text_inputs("ab", 200), timeout=100_000)
+        assert text_of(client.infer("ensemble", text_inputs("ab", 1), timeout=60_000_000))
+
+
+def test_tensors_that_would_lie_in_shared_memory_or_be_ranked_are_refused(client: Any) -> None:
+    elsewhere, ranked = (grpcclient.InferRequestedOutput("text_output", class_count=count) for count in (0, 3))
+    elsewhere.set_shared_memory("region", 100)
+    for output, said in ((elsewhere, "shared_memory_region"), (ranked, "classification")):
+        with pytest.raises(
+            grpcclient.InferenceServerException, match=f"{said} of tensor 'text_output' is not supported"
+        ):
+            client.infer("ensemble", text_inputs("ab"), outputs=[output])
+    inputs = text_inputs("ab")
+    inputs[0].set_shared_memory("region", 100)
+    with pytest.raises(grpcclient.InferenceServerException, match="INVALID_ARGUMENT"):
+        client.infer("ensemble", inputs)
+
+
 def test_keys_cover_everything_but_health(model_directory: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret\n")

@@ -338,6 +338,38 @@ def test_a_full_queue_is_unavailable(model_directory: Path) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
+def test_a_request_ends_at_its_own_timeout(model_directory: Path) -> None:
+    with stub_server(model_directory, {}, step_seconds=0.01) as server:
+        for fields in ({"timeout": 100_000}, {"parameters": {"timeout": 100_000}}):
+            assert "longer than 0.1 s" in refusal(generate(server, max_tokens=200, **fields), 503)
+            assert (
+                "longer than 0.1 s"
+                in events(generate(server, "generate_stream", max_tokens=200, stream=True, **fields))[-1]["error"]
+            )
+        assert generate(server, timeout=0).status == 200
+        for wrong in (-1, 0.5, "1", True, 1 << 63):
+            assert "is not a number of microseconds" in refusal(generate(server, timeout=wrong))
+        with (
+            httpclient.InferenceServerClient(server.url.removeprefix("http://")) as client,
+            pytest.raises(httpclient.InferenceServerException, match=r"503.*longer than 0.1 s"),
+        ):
+            client.infer("ensemble", text_inputs(["ab"], 200), timeout=100_000)
+
+
+def test_tensors_that_would_lie_in_shared_memory_or_be_ranked_are_refused(client: Any) -> None:
+    elsewhere, ranked = (httpclient.InferRequestedOutput("text_output", class_count=count) for count in (0, 3))
+    elsewhere.set_shared_memory("region", 100)
+    for output, said in ((elsewhere, "shared_memory_region"), (ranked, "classification")):
+        with pytest.raises(
+            httpclient.InferenceServerException, match=f"{said} of tensor 'text_output' is not supported"
+        ):
+            client.infer("ensemble", text_inputs(["ab"]), outputs=[output])
+    inputs = text_inputs(["ab"])
+    inputs[0].set_shared_memory("region", 100)
+    with pytest.raises(httpclient.InferenceServerException, match="shared_memory_region of tensor 'text_input'"):
+        client.infer("ensemble", inputs)
+
+
 def test_a_client_that_leaves_frees_its_request(model_directory: Path) -> None:
     with stub_server(model_directory, {}, step_seconds=0.01) as server:
         server.open_stream("/v2/models/ensemble/generate_stream", {"text_input": "ab", "max_tokens": 200}).close()
