@@ -293,22 +293,21 @@ class RankWatch:
         os._exit(status)
 
     def _speak(self, verdict: str, status: int) -> None:
-        """Tell people, then clients.
+        """Tell people and clients.
 
         The verdict comes first, because a launcher that sees a rank end kills the others within milliseconds. One that does not see it
-        looks for ended ranks whenever something is written: it gets the whole report at once.
+        looks for ended ranks whenever something is written: it gets the whole report at once, and clients' processes, which write nothing
+        until this one has ended, know the verdict before.
         """
         parts = [f"phalanx: {verdict}"]
         if not self._held:
             _say(parts.pop())
-            self._on_failure(verdict)
+        self._on_failure(verdict)
         if status == FAILED:
             text = judge.report(verdict, self._collect_stacks())
             parts += [*text.splitlines()[1:], *self._keep(text)]
         if parts:
             _say("\n".join(parts))
-        if self._held:
-            self._on_failure(verdict)
 
     def _collect_stacks(self) -> list[RankState]:
         self._send_all(StackRequest())

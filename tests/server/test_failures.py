@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .jobs import is_open_mpi
+from .jobs import Job, is_open_mpi
 from .test_lifecycle import events
 from .test_serve import LONG, serve_tiny, tiny
 
@@ -35,25 +35,30 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "failures"
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_stopped_rank_under_load_ends_the_job_and_is_named(tiny: Path, rank: int, reports: Path) -> None:
-    with serve_tiny(tiny, 4, "--stall-timeout", "4") as job:
-        streams = [job.server.open_stream("/v1/completions", LONG) for _ in range(4)]
-        pid = job.rank(rank)
-        os.kill(pid, signal.SIGSTOP)
-        for stream in streams:
-            error = events(stream)[-1]["error"]
-            assert error["code"] == "engine_failed"
-            assert f"rank {rank} (" in error["message"]
-        status, errors = job.server.wait()
-        assert status != 0
-        assert f"pid {pid}) has given no sign of life" in errors
-        assert job.seconds_until_gone() < 10
+def assert_stopping_a_rank_ends_everything(job: Job, rank: int, reports: Path) -> None:
+    """Under load; standard error, the clients and the kept report name the rank."""
+    streams = [job.server.open_stream("/v1/completions", LONG) for _ in range(4)]
+    pid = job.rank(rank)
+    os.kill(pid, signal.SIGSTOP)
+    for stream in streams:
+        error = events(stream)[-1]["error"]
+        assert error["code"] == "engine_failed"
+        assert f"rank {rank} (" in error["message"]
+    status, errors = job.server.wait()
+    assert status != 0
+    assert f"pid {pid}) has given no sign of life" in errors
+    assert job.seconds_until_gone() < 10
     (report,) = reports.iterdir()
     text = report.read_text()
     assert "no sign of life" in text
-    assert all(f"  rank {number} (" in text for number in range(4))
+    assert all(f"  rank {number} (" in text for number in range(job.num_ranks))
     assert "thread MainThread" in text
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_stopped_rank_under_load_ends_the_job_and_is_named(tiny: Path, rank: int, reports: Path) -> None:
+    with serve_tiny(tiny, 4, "--stall-timeout", "4") as job:
+        assert_stopping_a_rank_ends_everything(job, rank, reports)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -23,25 +23,28 @@ __all__ = ["tiny"]
 
 PATH = "/v1/completions"
 FAULTY = """
+# launch.serve: by this word a job finds its ranks
 import ctypes, os, sys, launch
 from phalanx.launch import serve
 from phalanx.launch.arguments import run_command
 from phalanx.parallel.launcher import launch_info
-from phalanx.runtime.executors.numpy.executor import NumpyExecutor
+import phalanx.runtime.executors.{folder}.build as build
 
-class Faulty(NumpyExecutor):
-    steps = 0
-
+class Faulty(build.{executor}):
     def execute(self, plan):
-        self.steps += 1
-        if launch_info().rank == {rank} and self.steps == {step}:
+        if launch_info().rank == {rank} and os.path.exists({trigger!r}):
             {fault}
         super().execute(plan)
 
-import phalanx.runtime.executors.numpy.build as build
-build.NumpyExecutor = Faulty
+build.{executor} = Faulty
 run_command(serve.main, sys.argv[1:])
 """
+EXECUTORS = {
+    "numpy": ("numpy", "NumpyExecutor"),
+    "cuda": ("cuda", "CudaExecutor"),
+    "tensorrt": ("cuda", "CudaExecutor"),
+}
+"""By engine; the segments of TensorRT run within a step of the CUDA executor."""
 ANSWER = {"prompt": "ab", "max_tokens": 12, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
 
 
@@ -53,13 +56,31 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.contextmanager
-def serve_faulty(tiny: Path, directory: Path, rank: int, fault: str) -> Iterator[Job]:
-    """tp 2 x pp 2, and something happens to one rank in its twentieth step."""
-    script = directory / "launch.serve.py"  # by which a job finds its ranks
-    script.write_text(FAULTY.format(rank=rank, step=20, fault=fault))
-    flags = ("--model", str(tiny), "--load-format", "dummy", "--tp", "2", "--pp", "2", "--stall-timeout", "4")
-    with serve(4, *flags, program=(script,)) as job:
-        yield job
+def serve_faulty(
+    tiny: Path, directory: Path, rank: int, fault: str, *flags: str, num_ranks: int = 4, engine: str = "numpy"
+) -> Iterator[tuple[Job, Path]]:
+    """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, something happens to one rank in its next step."""
+    folder, executor = EXECUTORS[engine]
+    trigger = directory / "trigger"
+    code = FAULTY.format(folder=folder, executor=executor, rank=rank, trigger=str(trigger), fault=fault)
+    layout = flags or ("--tp", "2", "--pp", "2")
+    model = ("--model", str(tiny), "--load-format", "dummy", "--engine", engine)
+    with serve(num_ranks, *model, *layout, "--stall-timeout", "4", program=("-c", code)) as job:
+        yield job, trigger
+
+
+def assert_a_fault_ends_every_stream_and_names_the_rank(job: Job, trigger: Path, rank: int) -> str:
+    """Let it happen under load; what the job wrote to standard error."""
+    streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
+    trigger.touch()
+    for stream in streams:
+        error = events(stream)[-1]["error"]
+        assert error["code"] == "engine_failed"
+        assert f"rank {rank} (" in error["message"]
+    status, errors = job.server.wait()
+    assert status not in (0, 2)
+    assert job.seconds_until_gone() < 10
+    return errors
 
 
 FAULTS = [
@@ -87,19 +108,12 @@ QUICK = (0, 1, 4)
 def test_a_fault_in_a_step_ends_every_stream_and_names_the_rank(
     tiny: Path, tmp_path: Path, reports: Path, rank: int, fault: str, said: str
 ) -> None:
-    with serve_faulty(tiny, tmp_path, rank, fault) as job:
-        streams = [job.server.open_stream(PATH, LONG) for _ in range(2)]
-        for stream in streams:
-            error = events(stream)[-1]["error"]
-            assert error["code"] == "engine_failed"
-            assert f"rank {rank} (" in error["message"]
-        status, errors = job.server.wait()
-        assert status not in (0, 2)
-        if rank == 0 and "os.close(2)" in fault:  # nothing of rank 0 reaches the launcher any more
-            errors = "".join(report.read_text() for report in reports.iterdir())
-        assert said in errors
-        assert re.search(rf"rank {rank}\b", errors)
-        assert job.seconds_until_gone() < 10
+    with serve_faulty(tiny, tmp_path, rank, fault) as (job, trigger):
+        errors = assert_a_fault_ends_every_stream_and_names_the_rank(job, trigger, rank)
+    if rank == 0 and "os.close(2)" in fault:  # nothing of rank 0 reaches the launcher any more
+        errors = "".join(report.read_text() for report in reports.iterdir())
+    assert said in errors
+    assert re.search(rf"rank {rank}\b", errors)
 
 
 def test_an_http_process_that_is_stopped_for_a_moment_answers_all_it_had_open(tiny: Path) -> None:

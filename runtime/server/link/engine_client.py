@@ -49,6 +49,10 @@ __all__ = ["EngineClient", "EngineLost", "ServerState"]
 DELIVERY_SECONDS = 0.002
 """How long readers are told of their tokens before others have the loop: /health must answer under any load."""
 
+REPORT_SECONDS = 2.0
+"""How long a rank 0 that has said why it ends may take to end. Until then this process writes nothing, not even that requests have failed:
+MPICH's launcher, once a rank has crashed, kills the others at the next output of any process, and would cut off rank 0's report."""
+
 _LOG = logging.getLogger("phalanx.server")
 
 
@@ -115,6 +119,7 @@ class EngineClient(asyncio.Protocol):
         self.marked: deque[GenerationGroup] = deque()
         self._is_delivering = False
         self._is_held = False
+        self._last_words: tuple[str, asyncio.TimerHandle] | None = None
         self._num_submitted = 0
         self._last_progress = [clock()]
 
@@ -231,7 +236,9 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Rank 0 is gone."""
         self._transport = None
-        if not self._is_stopped:
+        if self._last_words is not None:
+            self._report_failure()
+        elif not self._is_stopped:
             reason = "the launcher may have ended it because another rank was lost"
             self._lose(f"{self._engine_name} has ended without a message; {reason}")
         if self._on_change is None:
@@ -288,11 +295,19 @@ class EngineClient(asyncio.Protocol):
                 self.phase = text
             case Trouble(text):
                 self.trouble = text
-            case Failed(text):
-                self._lose(text, is_said=self.state is ServerState.STARTING)
+            case Failed(text) if self._last_words is None:  # what is said first says more
+                timer = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report_failure)
+                self._last_words = text, timer
             case Stop():
                 self._is_stopped = True
                 self._on_gone()
+
+    def _report_failure(self) -> None:
+        """Rank 0 has said why it ends, and has ended or takes its time."""
+        if self._last_words is not None:
+            (reason, timer), self._last_words = self._last_words, None
+            timer.cancel()
+            self._lose(reason, is_said=self.state is ServerState.STARTING)
 
     def _take_deltas(self, deltas: Deltas) -> None:
         find = self._open.get
