@@ -1,8 +1,10 @@
 """Served against offline, in one session on one machine: ``python -m tests.gpu.bench_serving [--streams 64 1024 3000]``.
 
 Gemma 2B's sizes with random weights and a tokenizer of as many entries. For each number of streams, `launch.bench throughput`
-generates for so many prompts at once; then one server gets the same load from `launch.bench serve`. A line per number to standard
-output, JSON, logs and plots to ``--out``. Under four minutes on one H200 with 16 cores.
+generates for so many prompts at once; then one server gets the same load from `launch.bench serve`, and the same prompts again as they
+come one after another (Poisson, at 80 % of the requests a second that it answered): of a thousand prompts at once the last waits for all
+others, so only the second load says how evenly first tokens come. Two lines per number to standard output, JSON, logs and plots to
+``--out``. Under four minutes on one H200 with 16 cores.
 """
 
 from __future__ import annotations
@@ -91,18 +93,30 @@ def server(args: argparse.Namespace, directory: Path) -> Iterator[str]:
         process.wait()
 
 
-def served(args: argparse.Namespace, url: str, streams: int, vocab_size: int) -> dict[str, Any]:
-    """`launch.bench serve` with so many streams at once, the second of two times."""
-    result = args.out / f"served-{streams}.json"
+def served(args: argparse.Namespace, url: str, streams: int, vocab_size: int, *flags: str) -> dict[str, Any]:
+    """`launch.bench serve` with so many streams at most, the second of two times."""
+    name = f"served-{streams}{'-arriving' if flags else ''}"
+    result = args.out / f"{name}.json"
     command = [
         "launch.bench", "serve", "--url", url, *load_flags(args, streams, result), "--max-concurrency", str(streams),
-        "--vocab-size", str(vocab_size), "--plot", str(args.out / f"served-{streams}.svg"),
+        "--vocab-size", str(vocab_size), "--plot", str(args.out / f"{name}.svg"), *flags,
     ]  # fmt: skip
     if args.num_clients is not None:
         command += ["--num-clients", str(args.num_clients)]
     for seed in range(2):
-        run([*command, "--seed", str(seed)], args.out / f"served-{streams}.log")
+        run([*command, "--seed", str(seed)], args.out / f"{name}.log")
     return dict(json.loads(result.read_text()))
+
+
+def arriving(args: argparse.Namespace, url: str, streams: int, vocab_size: int, requests_per_second: float) -> str:
+    """The same prompts, one after another; how soon their first tokens come."""
+    rate = 0.8 * requests_per_second
+    through = served(args, url, streams, vocab_size, "--request-rate", f"{rate:.3f}")
+    first = through["time_to_first_token_ms"]
+    return (
+        f"{streams} prompts, {rate:.0f}/s: first token p50 {first['p50']:.0f} p99 {first['p99']:.0f} ms = {first['p99'] / first['p50']:.2f}; "
+        f"gap p99 {through['inter_token_latency_ms']['p99']:.1f} ms; {through['failed_requests']} failed"
+    )
 
 
 def line(streams: int, alone: dict[str, Any], through: dict[str, Any]) -> str:
@@ -127,7 +141,12 @@ def main() -> None:
     parser.add_argument("--engine", default="cuda")
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 1024, 3000])
     parser.add_argument("--max-num-seqs", type=int, default=3072)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=4096,
+        help="above --max-num-seqs: prompts wait where all tokens of a step are other sequences' next",
+    )
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--http-processes", type=int, help="default: as launch.serve")
@@ -144,7 +163,9 @@ def main() -> None:
         alone = {streams: offline(args, directory, streams) for streams in args.streams}
         with server(args, directory) as url:
             for streams in args.streams:
-                print(line(streams, alone[streams], served(args, url, streams, vocab_size)), flush=True)
+                through = served(args, url, streams, vocab_size)
+                print(line(streams, alone[streams], through), flush=True)
+                print(arriving(args, url, streams, vocab_size, through["requests_per_second"]), flush=True)
 
 
 if __name__ == "__main__":
