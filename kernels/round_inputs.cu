@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inputs of packed weights as their scheme has them: times a factor for each column (SmoothQuant, AWQ), then what e4m3 codes with one scale
-// for each GROUP columns stand for (fp8 blocks), a power of two with POWERS_OF_TWO; either may be off. Each step is rounded to the compute type.
-// Shapes: x, out [T, COLUMNS]; factors [COLUMNS] float32. Grid: (T, COLUMNS over SPAN); SPAN is GROUP where there is one.
-// Defines: SCALAR, COLUMNS, SPAN, GROUP (0 = none), POWERS_OF_TWO, HAS_FACTORS, NUM_THREADS.
-// Reference: quantize_groups in checkpoints/quantization/numbers.py, equal bit for bit.
-#define QUANTIZED 1
-#define STATIC_SCALE 0
+// Inputs of packed weights and of experts as their scheme has them: times a factor for each column (SmoothQuant, AWQ), then what 8-bit
+// codes stand for that have one scale for each SPAN columns (fp8 blocks, or the whole row; a power of two with POWERS_OF_TWO), or `bound` for
+// all of them; either may be off. Each step is rounded to the compute type.
+// Shapes: x, out [T, COLUMNS]; factors [COLUMNS] float32. Grid: (T, COLUMNS over SPAN).
+// Defines: SCALAR, COLUMNS, SPAN, QUANTIZED (0 = no codes, 1 = fp8, 2 = int8), STATIC_SCALE, POWERS_OF_TWO, HAS_FACTORS, NUM_THREADS.
+// Reference: quantize_groups and quantize_static in checkpoints/quantization/numbers.py, equal bit for bit.
 #include "dtype.cuh"
 #include "launch.cuh"
 #include "quantize.cuh"
 #include "reduce.cuh"
 
 constexpr int EACH = (SPAN + NUM_THREADS - 1) / NUM_THREADS;
+
+// What the code of a value that was divided by its scale stands for, less the scale.
+__device__ __forceinline__ float value_of_code(float scaled) {
+    if constexpr (QUANTIZED == 2) return static_cast<float>(static_cast<signed char>(int8_code(scaled)));
+    return e4m3_value(e4m3_pair(scaled, 0.0f) & 0xffu);
+}
 
 // The smallest power of two that is not below the scale; what is not finite stays.
 __device__ __forceinline__ RowScale power_of_two(RowScale group) {
@@ -22,7 +27,7 @@ __device__ __forceinline__ RowScale power_of_two(RowScale group) {
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, scalar* __restrict__ out) {
+round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, scalar* __restrict__ out, float bound) {
     let_next_start();
     wait_for_previous();
     const int first = blockIdx.y * SPAN;
@@ -38,16 +43,13 @@ round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, sc
         amax = Max()(amax, magnitude_bits(value[i]));
     }
     RowScale group = {1.0f, 1.0f};
-    if constexpr (GROUP > 0) group = row_scale(block_reduce<NUM_THREADS>(amax, Max()), __uint_as_float(0x7f800000u));
-    if constexpr (GROUP > 0 && POWERS_OF_TWO) group = power_of_two(group);
+    if constexpr (QUANTIZED > 0) group = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
+    if constexpr (POWERS_OF_TWO) group = power_of_two(group);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int offset = i * NUM_THREADS + threadIdx.x, column = first + offset;
         if (offset >= SPAN || column >= COLUMNS) continue;
-        if constexpr (GROUP > 0) {
-            const unsigned code = e4m3_pair(__fmul_rn(value[i], group.inverse), 0.0f) & 0xffu;
-            value[i] = __fmul_rn(e4m3_value(code), group.scale);
-        }
+        if constexpr (QUANTIZED > 0) value[i] = __fmul_rn(value_of_code(__fmul_rn(value[i], group.inverse)), group.scale);
         assign(out[row + column], value[i]);
     }
 }

@@ -13,7 +13,7 @@ from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -213,7 +213,7 @@ def workspace_bytes(
         )
         rounded = [weight.spec for weight in weights if _rounds_inputs(weight.format)]
         num_rows = max_num_tokens + logit_rows
-        inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, num_rows, itemsize, *tp)
+        inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, mixtures, num_rows, itemsize, *tp)
         return activations + inputs + _product_bytes(weights, itemsize, *tp)
 
     return max(map(of_layer, layers))
@@ -267,12 +267,16 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
 def _rounds_inputs(chosen: Format) -> bool:
     if isinstance(chosen, PackedCodes):
         return chosen.rounds_inputs
+    if isinstance(chosen, ExpertCodes):
+        return True
     return isinstance(chosen, RowCodes) and bool(chosen.prescale)
 
 
-def _rounded_bytes(specs: Iterable[WeightSpec], num_rows: int, itemsize: int, rank: int, size: int) -> int:
+def _rounded_bytes(
+    specs: Iterable[WeightSpec], experts: Mapping[str, ExpertsSpec], num_rows: int, itemsize: int, rank: int, size: int
+) -> int:
     """Room for inputs of ``specs`` that are rounded before the product, all alive at once."""
-    widths = [spec.local_shape(rank, size)[1] for spec in specs]
+    widths = [_row_widths(spec, experts, rank, size)[1] for spec in specs]
     return sum(num_rows * width * itemsize + ALIGNMENT_BYTES for width in widths)
 
 

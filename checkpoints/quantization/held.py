@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
 __all__ = [
+    "INPUT_COMPONENTS",
     "QUANTIZE_NAMES",
+    "ExpertCodes",
     "PackedCodes",
     "QuantizeName",
+    "held_by_experts",
     "held_formats",
     "is_ordered",
     "packed",
     "quantized_while_loading",
+    "unpacked_by_experts",
 ]
 
 QuantizeName = Literal["none", "fp8", "int8"]
@@ -95,6 +99,65 @@ class PackedCodes:
         return self.stored.product(x, operand, multiply)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertCodes:
+    """A format of experts, whose kernels take plain values, where inputs are codes or scaled: values of the compute type on a GPU.
+
+    Inputs become what the scheme says of them first, in values of the compute type, too.
+
+    Attributes:
+        stored: the format that the checkpoint declares.
+    """
+
+    stored: GroupCodes | RowCodes
+
+    @property
+    def name(self) -> str:
+        """That of the stored format."""
+        return self.stored.name
+
+    @property
+    def scheme(self) -> str:
+        return self.stored.scheme
+
+    def units(self, part: Part) -> tuple[int, ...]:
+        """As stored."""
+        return self.stored.units(part)
+
+    def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """``weight`` in the compute type, and what the stored format has for inputs."""
+        stored = self.stored.components(spec)
+        return (spec, *(one for one in stored if one.kind in INPUT_COMPONENTS))
+
+    def dequantize(self, components: Mapping[str, Array]) -> Array:
+        """The values."""
+        return components["weight"]
+
+    def operand(self, components: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self.stored.operand(components)
+
+    def product(self, x: Array, operand: Mapping[str, Array], multiply: Multiply) -> Array:
+        return self.stored.product(x, operand, multiply)
+
+
+INPUT_COMPONENTS = frozenset({"input_scale", "prescale"})
+"""Components that say something of a product's inputs."""
+
+
+def held_by_experts(chosen: Format) -> Format:
+    """In which format a GPU holds experts that are stored as ``chosen``."""
+    if not isinstance(chosen, GroupCodes | RowCodes):
+        return chosen
+    return DENSE if chosen.input == "plain" and not chosen.prescale else ExpertCodes(chosen)
+
+
+def unpacked_by_experts(chosen: Format) -> PackedCodes | None:
+    """How codes of experts are packed before they become plain values; None if they are plain, or become so in another way."""
+    if isinstance(chosen, RowCodes):
+        return PackedCodes(replace(chosen, input="plain", prescale=""))
+    return packed(chosen)
+
+
 def packed(chosen: Format) -> PackedCodes | None:
     """How a GPU holds a stored format whose inputs are no codes of whole rows and whose groups are in order; None for all others."""
     if isinstance(chosen, GroupCodes):
@@ -119,18 +182,17 @@ def quantized_while_loading(spec: WeightSpec) -> bool:
 def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:
     """Formats in a GPU's memory of a checkpoint whose formats are ``stored``; for planning.
 
-    ``experts``: modules (``layers.3.mlp``) whose weight-only matrices are held as plain values.
+    ``experts``: modules (``layers.3.mlp``) whose matrices are held as plain values.
     """
 
     def choose(spec: WeightSpec) -> Format:
         if quantize != "none" and quantized_while_loading(spec):
             return RowCodes(quantize)
         chosen = stored.choose(spec)
-        held = packed(chosen)
         if is_ordered(chosen):
             return DENSE
-        if held is None:
-            return chosen
-        return DENSE if spec.owner.rpartition(".")[0] in experts else held
+        if spec.owner.rpartition(".")[0] in experts:
+            return held_by_experts(chosen)
+        return packed(chosen) or chosen
 
     return FormatPlan(choose, stored.ignored_tensors, stored.has_kv_scales)

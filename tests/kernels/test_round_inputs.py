@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.numbers import E4M3, dequantize, quantize_groups
+from phalanx.checkpoints.quantization.numbers import E4M3, dequantize, quantize_groups, quantize_rows, quantize_static
 from phalanx.kernels.packed import gemv_packed, unpack_weight
-from phalanx.kernels.round_inputs import round_inputs
+from phalanx.kernels.quantize import CodeRule
+from phalanx.kernels.round_inputs import InputRule, round_inputs
 
 from .devices import DTYPES, KernelDevice
 from .test_packed import Case
@@ -32,7 +33,8 @@ def test_inputs_are_multiplied_and_rounded_in_groups(
     factors = np.random.default_rng(1).uniform(0.2, 5.0, columns).astype(np.float32)
     out = device.poisoned(x.shape, dtype)
     given = device.put(factors) if has_factors else None
-    round_inputs(device.library, device.put(x), out, group=group, powers_of_two=powers, factors=given)
+    rule = InputRule(CodeRule("fp8"), group, powers) if group else None
+    round_inputs(device.library, device.put(x), out, rule, given)
     scaled = (x.astype(np.float32) * factors).astype(dtype) if has_factors else x
     expected = scaled.astype(np.float32)
     if group:
@@ -40,11 +42,35 @@ def test_inputs_are_multiplied_and_rounded_in_groups(
     np.testing.assert_array_equal(device.get(out), expected.astype(dtype))
 
 
+RULES: dict[str, tuple[CodeRule, Any]] = {
+    "fp8 by row": (CodeRule("fp8"), quantize_rows),
+    "fp8 by row up to a bound": (CodeRule("fp8", 2.0), lambda x: quantize_rows(x, "fp8", 2.0)),
+    "fp8 static": (CodeRule("fp8", 0.011, is_static=True), lambda x: quantize_static(x, 0.011)),
+    "int8 by row": (CodeRule("int8"), lambda x: quantize_rows(x, "int8")),
+    "int8 static": (CodeRule("int8", 0.03, is_static=True), lambda x: quantize_static(x, 0.03, "int8")),
+}
+
+
+@pytest.mark.parametrize("dtype", [DTYPES["bfloat16"], DTYPES["float32"]], ids=str)
+@pytest.mark.parametrize("columns", [80, 2063])
+@pytest.mark.parametrize("name", RULES)
+def test_inputs_of_experts_are_what_codes_of_whole_rows_stand_for(
+    device: KernelDevice, random_normal: Any, dtype: np.dtype[Any], columns: int, name: str
+) -> None:
+    rule, quantize = RULES[name]
+    x = random_normal(dtype, 3, columns, scale=2.0)
+    x[1] = 0
+    out = device.poisoned(x.shape, dtype)
+    round_inputs(device.library, device.put(x), out, InputRule(rule))
+    expected = dequantize(quantize(x.astype(np.float32))).astype(dtype)
+    np.testing.assert_array_equal(device.get(out), expected)
+
+
 def test_a_group_that_is_not_finite_does_not_become_finite(device: KernelDevice) -> None:
     x = np.ones((2, 64), np.float32)
     x[1, 5] = np.nan
     out = device.poisoned(x.shape, np.dtype(np.float32))
-    round_inputs(device.library, device.put(x), out, group=32)
+    round_inputs(device.library, device.put(x), out, InputRule(CodeRule("fp8"), 32))
     found = device.get(out)
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1, :32]).all()
@@ -70,7 +96,7 @@ def test_products_of_fp8_blocks_are_near_the_sum_over_blocks_of_code_products(
     rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype.name]
     bound = rounding * np.abs(exact) + 4 * rounding * np.sqrt(size)
     given, rounded, out = device.put(x), device.poisoned(x.shape, dtype), device.poisoned((5, 24), dtype)
-    round_inputs(device.library, given, rounded, group=128)
+    round_inputs(device.library, given, rounded, InputRule(CodeRule("fp8"), 128))
     gemv_packed(device.library, rounded, case.packed(device), out)
     assert (np.abs(device.get(out).astype(np.float64) - exact) <= bound).all()
     values = device.poisoned((24, 688), dtype)

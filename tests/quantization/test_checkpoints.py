@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,14 +301,30 @@ def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, name: s
     assert np.abs(output - expected).mean() < bound * np.abs(plain - expected).mean()
 
 
-def test_experts_whose_inputs_are_rounded_are_refused_by_name(tmp_path: Path, device: None) -> None:
-    dense = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "dense")
-    module, section = WITH_INPUTS["hf-fp8-blocks"]
-    section = {**section, "modules_to_not_convert": ["lm_head", "block_sparse_moe.gate"]}
-    modules = {"moe.gate.": lambda w: ({"weight": w}, w), "": module}
-    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", modules, section)
-    with pytest.raises(ConfigError, match="the cuda engine cannot multiply fp8 blocks in groups of 16 weights"):
-        generate(tmp_path / "quantised", engine="cuda", dtype="float16")
+EXCLUSIONS = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert", "modelopt": "ignore"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "has_router"),
+    [("hf-fp8-blocks", 1, False), ("hf-fp8-blocks", 2, False), ("hf-fp8-powers", 1, False), ("ct-fp8-channel", 1, False),
+     ("ct-int8", 2, False), ("ct-fp8-static", 1, False), ("fbgemm", 1, True), ("modelopt-smoothquant", 1, False)],
+)  # fmt: skip
+def test_the_cuda_engine_rounds_inputs_of_experts(
+    tmp_path: Path, device: None, name: str, tp: int, has_router: bool
+) -> None:
+    """Experts are plain values there, and their inputs what codes stand for; a router may be quantised, too."""
+    case = CASES_BY_NAME["mixtral-plain"]
+    dense = write_checkpoint(replace(case, config={**case.config, "num_hidden_layers": 2}), tmp_path / "dense")
+    module, section = WITH_INPUTS[name]
+    if not has_router:
+        routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
+        section = {**section, EXCLUSIONS[section["quant_method"]]: ["lm_head", *routers]}
+    modules = {"moe.gate.": module if has_router else writers.as_it_is, "": module}
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    writers.write(dense, *paths, modules, section)
+    expected, plain = logprobs(generate(paths[0], tp)), logprobs(generate(paths[1]))
+    output = logprobs(generate(paths[0], tp, engine="cuda", dtype="float32"))
+    assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
 
 
 SCALES = {

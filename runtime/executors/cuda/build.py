@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.formats import FormattedWeight, format_weights
-from phalanx.checkpoints.quantization.held import is_ordered, packed
+from phalanx.checkpoints.quantization.held import held_by_experts, is_ordered, packed, unpacked_by_experts
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
@@ -105,15 +105,8 @@ def create_lowered_executor(
 
 
 def _not_packed(spec: RankSpec) -> list[FormattedWeight]:
-    """Weights that products take as they are stored, or experts whose inputs would have to be rounded, which only packed products do."""
-    experts = use_of(spec.model, spec.config).experts
-    result = []
-    for weight in spec.declared:
-        held = packed(weight.format)
-        is_expert = weight.spec.owner.rpartition(".")[0] in experts
-        if not is_ordered(weight.format) if held is None else held.rounds_inputs and is_expert:
-            result.append(weight)
-    return result
+    """Weights that products take as they are stored."""
+    return [weight for weight in spec.declared if packed(weight.format) is None and not is_ordered(weight.format)]
 
 
 def _free_bytes() -> int:
@@ -219,9 +212,15 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
-    packing = {weight.spec.owner: held for weight in spec.declared if (held := packed(weight.format)) is not None}
     experts = use_of(spec.model, spec.config).experts
-    plain = [name for name in packing if name.rpartition(".")[0] in experts]
+    packing, plain = {}, {}
+    for weight in spec.declared:
+        owner, is_expert = weight.spec.owner, weight.spec.owner.rpartition(".")[0] in experts
+        held = unpacked_by_experts(weight.format) if is_expert else packed(weight.format)
+        if held is not None:
+            packing[owner] = held
+        if held is not None and is_expert:
+            plain[owner] = held_by_experts(weight.format)
     ordered = [weight.spec.owner for weight in spec.declared if is_ordered(weight.format)]
     sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain, ordered)
     return sink.converted(spec.load(sink))

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
     FP8_BOUNDED,
@@ -33,7 +33,7 @@ from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
-from phalanx.kernels.round_inputs import round_inputs
+from phalanx.kernels.round_inputs import InputRule, round_inputs
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.sigmoid_gate import sigmoid_gate
@@ -131,8 +131,7 @@ class CudaOps(Ops[DeviceArray]):
         self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
         self._rules: dict[str, CodeRule] = {}
         self._factors: dict[str, DeviceArray | None] = {}
-        formats = {weight.name: weight.format for weight in weights.values()}
-        self._packed = {name: one for name, one in formats.items() if isinstance(one, PackedCodes)}
+        self._input_rules: dict[str, InputRule | None] = {}
         packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
@@ -285,14 +284,15 @@ class CudaOps(Ops[DeviceArray]):
         held = local_experts(spec.num_experts, num_held, self._group.rank, self._group.size)
         routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, held)
         rows = ExpertRows.allocate(self._pool.array, len(x), routing, x.dtype.itemsize)
-        route(self._library, x, router, self._row_marks(len(x)), routing, rows)
+        route(self._library, self._rounded(x, f"{name}.router"), router, self._row_marks(len(x)), routing, rows)
         num_pairs = len(x) * spec.top_k
         hidden = self._pool.array((num_pairs, down.shape[1]), x.dtype)
         grouped_product(
-            self._library, x, gate_up, hidden, routing, rows, gathers=True, activation=_ACTIVATIONS[spec.activation]
-        )
+            self._library, self._rounded(x, f"{name}.gate_up"), gate_up, hidden, routing, rows, gathers=True,
+            activation=_ACTIVATIONS[spec.activation],
+        )  # fmt: skip
         products = self._pool.array((num_pairs, x.shape[1]), x.dtype)
-        grouped_product(self._library, hidden, down, products, routing, rows)
+        grouped_product(self._library, self._rounded(hidden, f"{name}.down"), down, products, routing, rows)
         out = self._pool.array(x.shape, x.dtype)
         combine(self._library, products, rows, out)
         return out
@@ -348,13 +348,32 @@ class CudaOps(Ops[DeviceArray]):
 
     def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
         """``x`` in the form in which the matrix takes it."""
-        factors, held = self._factors_of(name), self._packed.get(name)
-        group, powers = (held.input_group, held.has_power_of_two_inputs) if held else (0, False)
-        if factors is not None or group:
-            plain = self._values(x)
-            x = self._pool.array(plain.shape, plain.dtype)
-            round_inputs(self._library, plain, x, group=group, powers_of_two=powers, factors=factors)
+        x = self._rounded(x, name)
         return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
+
+    def _rounded(self, x: Rows, name: str) -> Rows:
+        """``x`` as plain values that its factors and codes make of it, where the product takes such; else as it is."""
+        factors, rule = self._factors_of(name), self._input_rule(name)
+        if factors is None and rule is None:
+            return x
+        plain = self._values(x)
+        out = self._pool.array(plain.shape, plain.dtype)
+        round_inputs(self._library, plain, out, rule, factors)
+        return out
+
+    def _input_rule(self, name: str) -> InputRule | None:
+        """Which codes the inputs of a product of plain values stand for; None = they are none."""
+        if name not in self._input_rules:
+            weight = self._weights.linear(name)
+            held, rule = weight.format, None
+            if isinstance(held, PackedCodes | ExpertCodes):
+                stored = held.stored
+                if isinstance(stored, RowCodes):
+                    rule = None if stored.input == "plain" else InputRule(_rule_of(stored, weight.components))
+                elif stored.input != "plain":
+                    rule = InputRule(CodeRule("fp8"), stored.group, stored.has_power_of_two_inputs)
+            self._input_rules[name] = rule
+        return self._input_rules[name]
 
     def _factors_of(self, name: str) -> DeviceArray | None:
         """``[I]`` what a product's inputs are multiplied by; None = nothing.

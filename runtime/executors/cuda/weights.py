@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
-from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.formats import DENSE, Format
+from phalanx.checkpoints.quantization.held import INPUT_COMPONENTS, PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
@@ -118,6 +119,8 @@ class CudaSink:
         )
 
 
+_NONE: Mapping[str, Format] = MappingProxyType({})
+
 Held = Callable[[DeviceArray], Any]
 """What a component becomes once it is complete."""
 
@@ -130,13 +133,13 @@ class ConvertingSink(CudaSink):
     Args:
         quantize: weights of floats to quantise, by the names that models use.
         packing: weights whose codes are packed, likewise.
-        plain: those of them that are unpacked again, because no product takes them packed.
+        plain: those of them that are unpacked again, because no product takes them packed, and the formats that they then have.
         ordered: weights whose columns belong to groups in any order, which become plain values.
     """
 
     def __init__(
         self, dtype: str, library: Library, quantize: Mapping[str, RowCodes], packing: Mapping[str, PackedCodes],
-        plain: Collection[str] = (), ordered: Collection[str] = (),
+        plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
         self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
@@ -197,7 +200,8 @@ class ConvertingSink(CudaSink):
             return replace(weight, format=chosen, components=held)
         values = cupy.empty(packed.shape, self._dtype)
         unpack_weight(self._library, packed, values)
-        return replace(weight, format=DENSE, components={"weight": values})
+        inputs = {kind: array for kind, array in parts.items() if kind in INPUT_COMPONENTS}
+        return replace(weight, format=self._plain[weight.name], components={"weight": values, **inputs})
 
     def _finish(self) -> None:
         if self._filling is None:
