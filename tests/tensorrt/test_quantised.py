@@ -39,6 +39,8 @@ from .test_numbers import SHAPE, TOLERANCE, difference, interpreted, reference
 Array = np.ndarray[Any, Any]
 
 PRODUCTS = ("qkv", "output", "gate_up", "down")
+REFUSED = "hf-fp8-powers"
+NETWORKS = [name for name in ALL if name != REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def divergence(found: list[Array], expected: list[Array]) -> float:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", WITH_INPUTS)
+@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if name != REFUSED])
 def test_networks_that_quantise_inputs_compute_what_the_numpy_engine_does(root: Path, name: str, tp: int) -> None:
     """A last bit moves an input to the neighbouring code and that all later ones, so two programs may differ by what the codes cost."""
     path = written(root, name)
@@ -119,13 +121,15 @@ def inputs(columns: int) -> Array:
 
 
 @pytest.mark.parametrize("case", [CASE.name, ODD.name])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_products_are_those_of_the_definition(root: Path, name: str, case: str) -> None:
     _, request, source = open_request(written(root, name, case), SHAPE)
     for rank in range(2):
         weights = load_shard(request, source, Topology(Layout(tp=2), rank))
         for product in PRODUCTS:
             weight = weights.linear(f"layers.1.{product}")
+            if weight.format == DENSE:
+                continue  # the one that modelopt-mixed leaves as it is
             x = inputs(weight.components["codes"].shape[1])
             expected = reference_product(weight, x)
             found = interpreted_product(weight, x, np.float32)
@@ -159,7 +163,7 @@ def test_16_bit_networks_hold_the_same_codes_and_scales(root: Path, name: str, d
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_engines_of_every_scheme_build_without_a_gpu(root: Path, name: str, dtype: str, tmp_path: Path) -> None:
     library, request, source = open_request(written(root, name, ODD.name), replace(SHAPE, dtype=dtype))
     place = Topology(Layout(tp=2), 1)
