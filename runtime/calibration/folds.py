@@ -35,7 +35,7 @@ def find_folds(model: Model, config: ModelConfig) -> list[Fold]:
     return [fold for name, fold in ops.folds.items() if fold.products and name not in ops.read_elsewhere]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Normed(Shape):
     """The output of a norm."""
 
@@ -98,8 +98,10 @@ class _NormOps(ShapeOps):
         return super().logits(self._read(x), name, soft_cap)
 
     def _normed(self, x: Shape, name: str, weight_offset: float) -> Shape:
+        if f"{name}.weight" not in self._declared:  # factors need a weight to go into
+            return x
         self.folds[name] = Fold(name, weight_offset)
-        return _Normed(x.width, x.kind, name)
+        return _Normed(x.width, x.kind, norm=name)
 
     def _multiplied(self, x: Shape, name: str) -> Shape:
         if isinstance(x, _Normed):

@@ -9,14 +9,17 @@ import hashlib
 import linecache
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Family, Model
+from phalanx.runtime.models.family_fields import check_family, naming
+from phalanx.runtime.models.hf_config import ConfigReader
 
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
@@ -103,7 +106,7 @@ def _read(path: Path) -> ModelCode:
         data = path.read_bytes()
         if len(data) > _MOST_BYTES:
             raise ConfigError(f"--model-file {path} has {len(data)} bytes; a model file has at most {_MOST_BYTES}")
-        return ModelCode(path.name, data.decode())
+        return ModelCode(path.name, data.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--model-file {path} cannot be read: {error.strerror}; give a Python file") from None
     except UnicodeDecodeError:
@@ -119,8 +122,8 @@ def _model(code: ModelCode) -> Model:
     try:
         exec(compile(code.text, code.name, "exec"), module.__dict__)  # noqa: S102  the operator named the file to run it
     except SyntaxError as error:
-        raise ConfigError(f"{code.name} line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+        raise ConfigError(f"{code.name} line {error.lineno or 1}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == code.name]
         where = f" line {lines[-1]}" if lines else ""
         raise ConfigError(f"{code.name}{where}: {type(error).__name__}: {error}") from error
@@ -142,4 +145,23 @@ def _checked(module: ModuleType, code: ModelCode) -> Model:
         raise ConfigError(
             f"{code.name} defines no MODEL; set it to the Family, for example MODEL = replace(LLAMA, ...)"
         )
-    return replace(model, code=code.digest)
+    with naming(f"{code.name}, MODEL"):
+        check_family(model)
+    return replace(model, code=code.digest, read_fields=_checked_reading(model, code.name))
+
+
+def _checked_reading(model: Model, name: str) -> Callable[[ConfigReader], ModelConfig]:
+    """Its ``read_fields``, of which whatever it raises or returns is one sentence."""
+
+    def read_fields(reader: ConfigReader) -> ModelConfig:
+        try:
+            config = model.read_fields(reader)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{name}, read_fields: {type(error).__name__}: {error}") from error
+        if not isinstance(config, ModelConfig):
+            raise ConfigError(f"{name}, read_fields returns {type(config).__name__}, not a ModelConfig")
+        return config
+
+    return read_fields

@@ -86,6 +86,41 @@ def hidden_head(ops: Any, config: Any, x: Any, residual: Any) -> Any:
     return ops.add_rms_norm(x, residual, "final_norm", 1e-5)[0]
 
 
+def cut(name: str, shard: Shard | None, bias: tuple[int, ...] = ()) -> Callable[[Any, int], list[WeightSpec]]:
+    """Llama's declarations with another share of one weight, or one bias more."""
+
+    def block_weights(config: Any, layer: int) -> list[WeightSpec]:
+        specs = {spec.name: spec for spec in llama.block_weights(config, layer)}
+        full = f"layers.{layer}.{name}"
+        parts = (Part("x", bias),) if bias else specs[full].parts
+        specs[full] = WeightSpec(full, tuple(replace(part, shard=shard) for part in parts))
+        return [*specs.values()]
+
+    return block_weights
+
+
+def without_parts(config: Any, layer: int) -> list[WeightSpec]:
+    return [*llama.block_weights(config, layer), WeightSpec(f"layers.{layer}.gate.weight", ())]
+
+
+def given_away(ops: Any, name: str, x: Any) -> Any:
+    y = ops.scale(x, 2.0)
+    return ops.add(y, x)
+
+
+def conditional(ops: Any, name: str, x: Any) -> Any:
+    return ops.scale(x, 2.0) if x else x
+
+
+def residual_given_away(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+    x, residual = ops.add_rms_norm(x, residual, f"layers.{layer}.attention_norm", 1e-5)
+    return ops.add(blocks.attention(ops, f"layers.{layer}", layer, x, AttentionSpec.of(config)), residual), residual
+
+
+def scaled_logits(ops: Any, config: Any, x: Any, residual: Any) -> Any:
+    return ops.scale(llama.head(ops, config, x, residual), 2.0)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "undeclared weight": (
         {"block": with_mlp(lambda ops, name, x: ops.column_linear(x, f"{name}.gate"))},
@@ -152,6 +187,57 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "block that returns one tensor": (
         {"block": lambda ops, config, layer, x, residual: x}, "a block returns (x, residual), but this is Shape(",
     ),
+    "tensor used after it was given away": (
+        {"block": with_mlp(given_away)},
+        "an argument of add is a tensor that scale may have overwritten; go on with what scale returned",
+    ),
+    "residual returned after it was given away": (
+        {"block": residual_given_away}, "residual is a tensor that add may have overwritten; go on with what add returned",
+    ),
+    "no such activation": (
+        {"block": with_mlp(lambda ops, name, x: ops.activation(x, "mish"))},
+        "activation knows no 'mish'; it knows silu, gelu_tanh, gelu, relu, relu2",
+    ),
+    "factor that is no number": (
+        {"block": with_mlp(lambda ops, name, x: ops.scale(x, float("nan")))}, "scale has factor=nan, which is not a finite number",
+    ),
+    "epsilon that is a text": (
+        {"block": with_mlp(lambda ops, name, x: ops.rms_norm(x, f"{name}.mlp_norm", "1e-5"))},
+        "rms_norm has eps='1e-5', which is not a finite number",
+    ),
+    "limit below 0": (
+        {"block": with_mlp(lambda ops, name, x: ops.clip(x, -1.0))}, "clip has limit=-1.0; it must be above 0",
+    ),
+    "argument that is no tensor": (
+        {"block": with_mlp(lambda ops, name, x: ops.add(x, 1.0))}, "an argument of add is 1.0, not a tensor",
+    ),
+    "condition on a tensor": (
+        {"block": with_mlp(conditional)}, "a condition depends on a tensor, whose values no function sees; decide by the configuration",
+    ),
+    "norm declared split": (
+        {"block_weights": cut("mlp_norm.weight", Shard(0, unit=16))},
+        "layers.0.mlp_norm.weight is declared split over ranks, but every rank needs all of it; leave the shard out",
+    ),
+    "bias of outputs declared whole": (
+        {"block_weights": cut("gate_up.bias", None, (176,))},
+        "layers.0.gate_up.bias is declared whole on every rank, but what it is added to is split over ranks",
+    ),
+    "bias after a sum declared split": (
+        {"block_weights": cut("down.bias", Shard(0), (48,))},
+        "layers.0.down.bias is declared split over ranks, but what it is added to is whole on every rank",
+    ),
+    "axis that a weight does not have": (
+        {"block_weights": cut("down.weight", Shard(2))},
+        "declaring weights: layers.0.down.weight is split along axis 2, which model.layers.0.mlp.down_proj.weight of shape (48, 88) lacks",
+    ),
+    "weight without parts": (
+        {"block_weights": without_parts}, "the parts of layers.0.gate.weight are (); give a tuple of at least one Part",
+    ),
+    "layer in no pass": (
+        {"layers": lambda config: range(1, 3)}, "the layers of its passes are [range(1, 3)]; each of 0 to 2 must be in one of them",
+    ),
+    "logits changed by the head": ({"head": scaled_logits}, "not what logits returns"),
+    "output of another kind": ({"output": "tokens"}, "output='tokens' of the pass is neither 'logits' nor 'hidden'"),
     "block that raises": (
         {"block": lambda ops, config, layer, x, residual: config.no_such_field},
         "block of layer 0: AttributeError: 'LlamaConfig' object has no attribute 'no_such_field'",

@@ -66,6 +66,6 @@ def test_attention_other_than_declared_is_noticed() -> None:
     model = find_model(LLAMA.config)
     with pytest.raises(
         ConfigError,
-        match=r"block of layer 0: layers\.0\.attention is AttentionSpec\(.*, which the family does not declare",
+        match=r"block of layer 0: layers\.0\.attention is attention with window=0, which the family does not declare",
     ):
         use_of(*with_block(LLAMA, model.decode.block, attention=attention))

@@ -124,7 +124,20 @@ def test_check_says_what_the_model_is_and_what_each_engine_lacks(
 
 
 HEADER = "from dataclasses import replace\nfrom phalanx.models import built_in\nPHALANX_API = 1\nLLAMA = built_in('LlamaForCausalLM')\n"
+MINE = HEADER + "MODEL = replace(LLAMA, architecture='ArceeForCausalLM', "
 FILES = {
+    "exit": ("raise SystemExit(3)\n", r"mine\.py line 1: SystemExit: 3"),
+    "no pass": (MINE + "passes={})\n", r"mine\.py, MODEL: passes holds \{\}, but it is a mapping to Pass, with one called 'decode'"),
+    "one text": (MINE + "other_names='A')\n", r"mine\.py, MODEL: other_names='A' is not a tuple of strings"),
+    "no expression": (MINE + "ignored_tensors=('(',))\n", r"mine\.py, MODEL: '\(' in ignored_tensors is no regular expression"),
+    "everything ignored": (MINE + "ignored_tensors=('.*',))\n", r"'\.\*' in ignored_tensors matches every tensor"),
+    "no config": (MINE + "read_fields=lambda reader: {})\n", r"mine\.py, read_fields returns dict, not a ModelConfig"),
+    "no such method": (MINE + "read_fields=lambda reader: reader.act())\n", r"mine\.py, read_fields: AttributeError: .*'act'"),
+    "chance": (
+        "import random\n" + MINE + "passes={'decode': replace(LLAMA.decode, head=lambda ops, config, x, residual: LLAMA.decode.head("
+        "ops, config, ops.scale(x, random.random()), residual))})\n",
+        r"a second run of its functions differs from the first; they must depend on their arguments alone",
+    ),
     "syntax": ("def block(:\n", r"mine\.py line 1: invalid syntax"),
     "exception": ("x = 1\ny = x / 0\n", r"mine\.py line 2: ZeroDivisionError: division by zero"),
     "missing import": ("import nowhere_to_be_found\n", r"mine\.py line 1: ModuleNotFoundError"),

@@ -1,0 +1,358 @@
+"""Operations on shapes alone: they record what a model uses and refuse what cannot be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import numbers
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from phalanx.checkpoints.spec import WeightSpec
+from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Shard
+from phalanx.runtime.attention import HeadNorm
+from phalanx.runtime.config import Activation
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
+
+__all__ = ["WORDS", "Feature", "ModelUse", "Shape", "ShapeOps", "state_of"]
+
+_ONLY_READ = ("rms_norm", "layer_norm", "column_linear", "row_linear_partial", "experts", "logits")
+"""Operations that leave their tensors as they are; see `phalanx.runtime.ops`, *Ownership*."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Something that an executor must have: an operation, or a value of one of its options.
+
+    Attributes:
+        name: ``rms_norm``, ``rms_norm.weight_offset``, ``attention.rope.interleaved``, ...
+        value: of the option; None for the operation itself.
+    """
+
+    name: str
+    value: Any = None
+
+
+@dataclass(slots=True)
+class ModelUse:
+    """What a model's functions use.
+
+    Attributes:
+        features: each once, in the order of first use.
+        weights: names of weights, in that order.
+        attention: spec of each attention by its name.
+        experts: spec of each mixture of experts by its name.
+        calls: every operation with its arguments other than tensors.
+    """
+
+    features: dict[Feature, None] = field(default_factory=dict)
+    weights: dict[str, None] = field(default_factory=dict)
+    attention: dict[str, AttentionSpec] = field(default_factory=dict)
+    experts: dict[str, ExpertsSpec] = field(default_factory=dict)
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+Kind = Literal["whole", "split", "partial"]
+"""What a rank holds of a tensor: all of it, a share of its columns, or a product that is still to be summed over ranks."""
+
+
+@dataclass(slots=True)
+class Shape:
+    """A tensor ``[T, width]`` over all ranks; ``owner`` is the operation that it was given to for good."""
+
+    width: int
+    kind: Kind = "whole"
+    owner: str = field(default="", compare=False)
+
+    def __bool__(self) -> bool:
+        raise ConfigError("a condition depends on a tensor, whose values no function sees; decide by the configuration")
+
+
+class ShapeOps(Ops[Shape]):
+    """Operations on shapes; records into ``use``.
+
+    Args:
+        declared: the weights that the model declares, by name.
+
+    Raises:
+        ConfigError: a weight is not declared, is not split as the operation needs it, or does not fit; or a sum over ranks
+            is missing or done twice; or an argument is no tensor, no number, or was given away before.
+    """
+
+    def __init__(self, declared: Mapping[str, WeightSpec]) -> None:
+        self._declared = declared
+        self.use = ModelUse()
+        self.layer: int | None = None  # the one whose block runs; None = not known
+        self.attended: set[str] = set()  # names of attentions of earlier layers
+        self.last_logits: Shape | None = None
+
+    @property
+    def unused(self) -> str | None:
+        """The first declared weight that no function has used; None if there is none."""
+        return next((name for name in self._declared if name not in self.use.weights), None)
+
+    def embedding(self, name: str, scale: float = 1.0) -> Shape:
+        self._record("embedding", scale=scale)
+        self._check_vocabulary(name)
+        return Shape(self._weight(f"{name}.weight")[1])
+
+    def position_embedding(self, x: Shape, name: str) -> Shape:
+        self._record("position_embedding", x)
+        self._check_whole(name)
+        self._take(x, self._weight(f"{name}.weight")[1], name)
+        return Shape(x.width)
+
+    def rms_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
+        self._record("rms_norm", x, values={"eps": eps}, weight_offset=weight_offset)
+        self._check_whole(name)
+        self._take(x, self._weight(f"{name}.weight")[0], name)
+        return Shape(x.width)
+
+    def layer_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
+        self._record("layer_norm", x, values={"eps": eps}, weight_offset=weight_offset)
+        has_weight = f"{name}.weight" in self._declared
+        if has_weight:
+            self._check_whole(name)
+        self._take(x, self._weight(f"{name}.weight")[0] if has_weight else x.width, name)
+        self._bias(x, name)
+        return Shape(x.width)
+
+    def linear(self, x: Shape, name: str) -> Shape:
+        self._record("column_linear", x)
+        self._check_cut(name, None, "linear")
+        return self._product(x, name)
+
+    def column_linear(self, x: Shape, name: str) -> Shape:
+        self._record("column_linear", x)
+        self._check_cut(name, 0, "column_linear")
+        return Shape(self._product(x, name, "split").width, "split")
+
+    def row_linear_partial(self, x: Shape, name: str) -> Shape:
+        self._record("row_linear_partial", x)
+        self._check_cut(name, 1, "row_linear")
+        rows, columns = self._weight(f"{name}.weight")
+        self._take(x, columns, name, ("split",))
+        return Shape(rows, "partial")
+
+    def add_bias(self, x: Shape, name: str) -> Shape:
+        self._record("add_bias", x)
+        if x.kind == "partial":
+            raise ConfigError(
+                f"the bias of {name} is added to a partial product, once on each rank; call all_reduce first"
+            )
+        self._bias(x, name)
+        return Shape(x.width, x.kind)
+
+    def all_reduce(self, x: Shape) -> Shape:
+        self._record("all_reduce", x)
+        if x.kind != "partial":
+            raise ConfigError(f"all_reduce sums a tensor that is {WORDS[x.kind]}, no partial product; leave it out")
+        return Shape(x.width)
+
+    def add(self, x: Shape, y: Shape) -> Shape:
+        self._record("add", x, y)
+        if x.kind != y.kind:
+            raise ConfigError(
+                f"add takes a tensor that is {WORDS[x.kind]} and one that is {WORDS[y.kind]}; sum over ranks first"
+            )
+        if x.width != y.width:
+            raise ConfigError(f"add takes tensors of {x.width} and {y.width} columns; they must be equal")
+        return Shape(x.width, x.kind)
+
+    def scale(self, x: Shape, factor: float) -> Shape:
+        self._record("scale", x, values={"factor": factor})
+        return Shape(x.width, x.kind)
+
+    def clip(self, x: Shape, limit: float) -> Shape:
+        self._record("clip", x, values={"limit": limit})
+        if limit <= 0:
+            raise ConfigError(f"clip has limit={limit}; it must be above 0")
+        self._take(x, x.width, "clip", _COMPLETE)
+        return Shape(x.width, x.kind)
+
+    def activation(self, x: Shape, kind: Activation) -> Shape:
+        self._record("activation", x, kind=kind)
+        self._take(x, x.width, "an activation", _COMPLETE)
+        return Shape(x.width, x.kind)
+
+    def gated_activation(self, x: Shape, kind: Activation) -> Shape:
+        self._record("gated_activation", x, kind=kind)
+        self._take(x, x.width, "an activation", _COMPLETE)
+        if x.width % 2:
+            raise ConfigError(f"gated_activation takes gate and up side by side, but the tensor has {x.width} columns")
+        return Shape(x.width // 2, x.kind)
+
+    def attention(self, qkv: Shape, name: str, layer: int, spec: AttentionSpec) -> Shape:
+        self._record("attention", qkv, spec=spec)
+        if self.layer not in (None, layer):
+            raise ConfigError(f"{name} uses the cache of layer {layer}; pass the layer that the block is called for")
+        heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
+        self._take(qkv, heads * spec.head_dim, name, ("split",))
+        if spec.head_norm is not None:
+            self._check_head_norms(spec, spec.head_norm, name)
+        self.use.attention[name] = spec
+        return Shape(spec.num_heads * spec.head_dim, "split")
+
+    def logits(self, x: Shape, name: str, soft_cap: float = 0.0) -> Shape:
+        self._record("logits", x, soft_cap=soft_cap)
+        self._check_vocabulary(name)
+        self.last_logits = Shape(self._product(x, name, "split").width, "split")
+        return self.last_logits
+
+    def experts(self, x: Shape, name: str, spec: ExpertsSpec) -> Shape:
+        self._record("experts", x, spec=spec)
+        self.use.experts[name] = spec
+        self._check_cut(f"{name}.router", None, "experts")
+        self._product(x, f"{name}.router")
+        gate_up, down = (self._weight(f"{name}.{kind}.weight") for kind in ("gate_up", "down"))
+        self._take(x, gate_up[1], name)
+        self._take(Shape(gate_up[0] // (2 * spec.num_experts)), down[1], name)
+        return Shape(down[0] // spec.num_experts, "partial")
+
+    def sigmoid_gate(self, x: Shape, y: Shape, name: str) -> Shape:
+        self._record("sigmoid_gate", x)
+        self._check_cut(name, None, "sigmoid_gate")
+        _, columns = self._weight(f"{name}.weight")
+        self._take(y, columns, name)
+        return Shape(x.width, x.kind)
+
+    def _record(
+        self, operation: str, *tensors: Shape, values: Mapping[str, float] = MappingProxyType({}), **options: Any
+    ) -> None:
+        """An operation with its tensors, and its options, of which ``values`` concern no executor."""
+        for tensor in tensors:
+            self._pass(tensor, operation)
+        _check_options(operation, {**values, **options})
+        self.use.calls.append((operation, {**values, **options}))
+        self.use.features[Feature(operation)] = None
+        defaults = _defaults(operation)
+        for option, value in options.items():
+            if value == defaults[option]:
+                continue
+            # The one dataclass argument of an operation goes without its name: attention.window, not attention.spec.window.
+            name = operation if dataclasses.is_dataclass(value) else f"{operation}.{option}"
+            for feature in _features(name, value):
+                self.use.features[feature] = None
+
+    def _pass(self, tensor: Shape, operation: str) -> None:
+        """A tensor as an argument: the operation may overwrite it unless it only reads."""
+        state_of(tensor, f"an argument of {operation}")
+        if operation not in _ONLY_READ:
+            tensor.owner = operation
+
+    def _weight(self, name: str) -> tuple[int, ...]:
+        if name not in self._declared:
+            raise ConfigError(f"uses weight {name!r}, which is not declared")
+        self.use.weights[name] = None
+        return self._declared[name].local_shape(0, 1)
+
+    def _bias(self, x: Shape, name: str) -> None:
+        """A bias, if there is one: of ``x``'s width, and cut as ``x`` is."""
+        if f"{name}.bias" not in self._declared:
+            return
+        self._take(x, self._weight(f"{name}.bias")[0], f"the bias of {name}", _COMPLETE)
+        is_cut = any(part.shard is not None for part in self._declared[f"{name}.bias"].parts)
+        if is_cut != (x.kind == "split"):
+            cuts = {True: "split over ranks", False: "whole on every rank"}
+            raise ConfigError(f"{name}.bias is declared {cuts[is_cut]}, but what it is added to is {WORDS[x.kind]}")
+
+    def _check_whole(self, name: str) -> None:
+        self._weight(f"{name}.weight")
+        if any(part.shard is not None for part in self._declared[f"{name}.weight"].parts):
+            raise ConfigError(
+                f"{name}.weight is declared split over ranks, but every rank needs all of it; leave the shard out"
+            )
+
+    def _check_head_norms(self, spec: AttentionSpec, norm: HeadNorm, name: str) -> None:
+        for side, heads in (("query_norm", spec.num_heads), ("key_norm", spec.num_kv_heads)):
+            for kind in ("weight", "bias") if norm.has_bias else ("weight",):
+                size = math.prod(self._weight(f"{name}.{side}.{kind}"))
+                self._take(Shape(spec.head_dim * (heads if norm.own_weights else 1)), size, f"{name}.{side}")
+
+    def _product(self, x: Shape, name: str, kind: Kind = "whole") -> Shape:
+        rows, columns = self._weight(f"{name}.weight")
+        self._take(x, columns, name)
+        self._bias(Shape(rows, kind), name)
+        return Shape(rows, kind)
+
+    def _shard(self, name: str) -> Shard | None:
+        self._weight(f"{name}.weight")
+        return self._declared[f"{name}.weight"].parts[0].shard
+
+    def _check_cut(self, name: str, axis: int | None, operation: str) -> None:
+        shard = self._shard(name)
+        declared = None if shard is None else shard.axis
+        if declared != axis:
+            cuts = {None: "whole on every rank", 0: "split by outputs", 1: "split by inputs"}
+            raise ConfigError(
+                f"{operation} needs a weight that is {cuts[axis]}, but {name}.weight is declared {cuts[declared]}"
+            )
+
+    def _check_vocabulary(self, name: str) -> None:
+        shard = self._shard(name)
+        if shard is None or shard.axis != 0 or not shard.pad_to:
+            raise ConfigError(f"{name}.weight is not split by vocabulary rows; declare it with vocabulary_shard")
+
+    def _take(self, x: Shape, width: int, name: str, kinds: tuple[Kind, ...] = ("whole",)) -> None:
+        if x.kind not in kinds:
+            wanted = " or ".join(WORDS[kind] for kind in kinds)
+            way = "; call all_reduce (or row_linear)" if x.kind == "partial" else ""
+            raise ConfigError(f"{name} takes a tensor that is {wanted}, but this one is {WORDS[x.kind]}{way}")
+        if x.width != width:
+            raise ConfigError(f"{name} takes {width} columns, but the tensor has {x.width}")
+
+
+_COMPLETE: tuple[Kind, ...] = ("whole", "split")
+WORDS: Mapping[Kind, str] = {
+    "whole": "whole on every rank",
+    "split": "split over ranks",
+    "partial": "still to be summed over ranks",
+}
+"""What a tensor of each kind is, in messages."""
+
+
+def state_of(x: Any, what: str) -> Shape:
+    """``x`` if it is a tensor that no operation has taken.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not isinstance(x, Shape):
+        raise ConfigError(f"{what} is {x!r}, not a tensor")
+    if x.owner:
+        raise ConfigError(f"{what} is a tensor that {x.owner} may have overwritten; go on with what {x.owner} returned")
+    return x
+
+
+def _check_options(operation: str, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name == "kind":
+            if value not in get_args(Activation):
+                raise ConfigError(f"{operation} knows no {value!r}; it knows {', '.join(get_args(Activation))}")
+        elif name != "spec" and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise ConfigError(f"{operation} has {name}={value!r}, which is not a finite number")
+
+
+def _features(name: str, value: Any) -> Iterator[Feature]:
+    """A value, or of a dataclass every field that is not at its default."""
+    if not dataclasses.is_dataclass(value):
+        yield Feature(name, value)
+        return
+    for part in dataclasses.fields(value):
+        inner = getattr(value, part.name)
+        if part.default is not dataclasses.MISSING and inner == part.default:
+            continue
+        if dataclasses.is_dataclass(inner):
+            yield Feature(f"{name}.{part.name}")
+        yield from _features(f"{name}.{part.name}", inner)
+
+
+@cache
+def _defaults(operation: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(Ops, operation)).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters}
