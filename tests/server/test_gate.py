@@ -88,6 +88,9 @@ def test_keys_and_prompts_are_not_logged(locked: Server) -> None:
     assert answer.status == 200
     assert any("canary-id POST /v1/completions 200" in line for line in locked.lines_with("canary-id"))
     assert not any("canary prompt" in line or "secret" in line for line in locked.lines)
+    shown = locked.get("/metrics", Authorization="Bearer first-secret")
+    assert b"canary" not in shown.body
+    assert b"secret" not in shown.body
 
 
 @pytest.mark.parametrize(
