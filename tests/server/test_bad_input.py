@@ -201,6 +201,13 @@ def test_body_that_is_no_valid_request(server: Server, path: str, body: bytes) -
     assert server.get("/health").status == 200
 
 
+def test_a_byte_order_mark_is_passed_over_and_an_empty_body_is_said_to_be_empty(server: Server) -> None:
+    assert server.post(COMPLETIONS, b'\xef\xbb\xbf{"prompt": "a", "max_tokens": 1}').status == 200
+    generate = "/v2/models/ensemble/generate"
+    assert server.post(generate, b'\xef\xbb\xbf{"text_input": "a", "max_tokens": 1}').status == 200
+    assert server.post(COMPLETIONS, b"").error["message"] == "the body is empty; send a JSON object"
+
+
 def test_json_of_a_hundred_levels_is_read_and_brackets_in_texts_are_no_levels(server: Server) -> None:
     nested = b'{"prompt": "a", "max_tokens": 1, "user": ' + b"[" * 99 + b"]" * 99 + b"}"
     assert server.post(COMPLETIONS, nested).status == 200

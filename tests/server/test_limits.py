@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,13 +99,42 @@ def test_a_kept_alive_connection_is_not_taken_for_a_silent_one(small: Server) ->
 def test_headers_over_the_limit_end_the_connection(small: Server) -> None:
     with contextlib.suppress(ConnectionError):  # the refusal is lost where data still comes after it
         reply = raw(small, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n")
-        assert reply.startswith(b"HTTP/1.1 400 ")
+        assert reply.startswith(b"HTTP/1.1 431 ")
     assert small.get("/health").status == 200
 
 
-def test_no_http_is_refused(small: Server) -> None:
-    assert raw(small, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, "illegal request line"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Missing mandatory Host: header"),
+        (POST + b"Content-Length: -5\r\n\r\n", 400, "bad Content-Length"),
+        (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400, "conflicting Content-Length headers"),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501, "Only Transfer-Encoding: chunked is supported"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "illegal chunk header"),
+    ],
+)
+def test_no_http_is_refused_with_an_error_object(small: Server, data: bytes, status: int, reason: str) -> None:
+    head, _, body = raw(small, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    error = json.loads(body)["error"]
+    assert error["code"] == "invalid_http"
+    assert reason in error["message"]
     assert small.get("/health").status == 200
+
+
+def test_no_http_after_an_answer_closes_the_connection_without_a_traceback(small: Server) -> None:
+    address = urlsplit(small.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 404 ")
+        connection.sendall(b"zz\r\n")
+        assert connection.recv(65_536) == b""
+    assert small.get("/health").status == 200
+    assert not [line for line in small.lines if "Traceback" in line]
 
 
 def test_a_full_queue_is_429_and_room_is_made_when_clients_leave(small: Server) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -133,7 +134,7 @@ def read_fields_body(contract: ModelContract, body: bytes) -> tuple[Row, str, di
 def _decode(body: bytes) -> dict[str, Any]:
     try:
         decode_json(body)  # refuses NaN, invalid UTF-8, lone surrogates and deep nesting
-        fields = json.loads(body, object_pairs_hook=_without_duplicates)
+        fields = json.loads(body.removeprefix(BOM_UTF8), object_pairs_hook=_without_duplicates)
     except (msgspec.MsgspecError, ValueError) as error:
         raise InvalidTensor(f"the request's JSON cannot be read: {error}") from None
     if not isinstance(fields, dict):

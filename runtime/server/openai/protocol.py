@@ -276,6 +276,8 @@ def sampling_names(door: Door) -> frozenset[str]:
 
 
 def _decode_object(body: bytes) -> dict[str, Any]:
+    if not body:
+        raise invalid("the body is empty; send a JSON object", code="invalid_json")
     try:
         fields = decode_json(body)
     except NestingError as error:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -15,6 +17,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.web.listener import BACKLOG
 
 __all__ = ["BoundedH11Protocol", "ConnectionLimits", "QuietServer"]
@@ -180,6 +183,25 @@ class BoundedH11Protocol(H11Protocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """A client that offers HTTP/2 (Java's does with every request) or a WebSocket gets HTTP/1.1, as RFC 9110, section 7.8 has it."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP with an error object and h11's reason, unless an answer is under way; close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = sys.exception()
+            status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+            body = ApiError(status, f"invalid HTTP request: {error or msg}", code="invalid_http").encoded()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def handle_events(self) -> None:
         super().handle_events()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,12 +23,13 @@ class NestingError(ValueError):
 
 
 def decode_json(body: bytes, kind: Any = Any) -> Any:
-    """Return the value as ``kind``.
+    """Return the value as ``kind``; a byte order mark in front of it is passed over (RFC 8259, section 8.1).
 
     Raises:
         msgspec.DecodeError, UnicodeDecodeError: it is not JSON, or not of that kind.
         NestingError: it is nested too deeply.
     """
+    body = body.removeprefix(BOM_UTF8)
     try:
         value = msgspec.json.decode(body, type=kind)
     except RecursionError:
