@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.replica import Replica
 
-__all__ = ["describe", "host_names", "start_block"]
+__all__ = ["describe", "host_names", "sequences_in_words", "start_block"]
 
 
 def host_names(world: Communicator) -> str:
@@ -45,9 +45,19 @@ def describe(replica: Replica, model: str, hosts: str, grpc: str) -> dict[str, s
         "context": f"{replica.max_model_len:,} tokens",
         "cache": f"{cache.num_blocks:,} {'blocks' if cache.kind == 'paged' else 'slots'} x {cache.block_size} = "
         f"{cache.num_blocks * cache.block_size:,} tokens",
-        "sequences": f"{options.max_num_seqs:,} at once",
+        "sequences": sequences_in_words(options.max_num_seqs, options.max_num_batched_tokens),
         **({"gRPC": grpc} if grpc else {}),
     }
+
+
+def sequences_in_words(most: int, num_tokens: int) -> str:
+    """How many run at once; what their number costs where each step's tokens are all theirs."""
+    if most < num_tokens:
+        return f"{most:,} at once, {num_tokens:,} tokens a step"
+    return (
+        f"{most:,} at once; with {num_tokens:,} tokens a step prompts wait once so many run: use a larger --max-num-batched-tokens, "
+        f"such as {max(4096, 2 * most)}"
+    )
 
 
 def start_block(facts: dict[str, str], url: str, model: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from phalanx import LLM, SamplingParams
+from phalanx.launch.start_block import sequences_in_words
 from phalanx.runtime.server.link.bridge import STATS_SECONDS
 from tests.support.launcher import ROOT
 
@@ -153,11 +154,17 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
     }
     assert info["layout"] == "dp 1 x pp 2 x tp 2 = 4 rank(s)"
     assert info["cache"] == "64 blocks x 8 = 512 tokens"
+    assert info["sequences"] == "16 at once, 2,048 tokens a step"
     assert info["quantisation"] == "weights: not quantised; cache: not quantised"
     (card,) = job.server.get("/v1/models").json["data"]
     assert card["quantization"] == info["quantisation"]
     assert info["engine"].startswith("numpy: ") or info["engine"].startswith("cuda: ")
     assert "curl http://127.0.0.1:" in shown["ask"]
+
+
+def test_the_start_says_that_prompts_will_wait_where_sequences_take_all_tokens_of_a_step() -> None:
+    assert "--max-num-batched-tokens" not in sequences_in_words(2047, 2048)
+    assert "use a larger --max-num-batched-tokens, such as 6144" in sequences_in_words(3072, 2048)
 
 
 def test_chat_and_scores(job: Job) -> None:
