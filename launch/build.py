@@ -57,6 +57,8 @@ def build_parser() -> CommandParser:
         default="auto",
         help="compute type; auto: the checkpoint's own",
     )
+    parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
+                        help="quantise float weights of layers and their inputs; start with the same flag")  # fmt: skip
     _add_size_arguments(parser)
     parser.add_argument("--target-compute-capability", type=_capabilities, metavar="8.0,8.9",
                         help="GPUs to build for (default: the one here)")  # fmt: skip
@@ -130,10 +132,9 @@ def _ranks(args: argparse.Namespace, layout: Layout) -> Sequence[int]:
 
 
 def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT) -> BuildRequest:
-    from phalanx.checkpoints.formats import format_weights
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.executors.tensorrt.builder import BuildRequest, check_model, network_shape
-    from phalanx.runtime.executors.tensorrt.formats import check_formats, check_stripped, notes
+    from phalanx.runtime.executors.tensorrt.formats import check_formats, check_stripped, network_weights, notes
     from phalanx.runtime.models import find_model
     from phalanx.runtime.models.tied import with_stored_head
     from phalanx.runtime.models.user_file import model_from_file
@@ -153,13 +154,14 @@ def _request(args: argparse.Namespace, checkpoint: Checkpoint, library: TensorRT
     targets = args.target_compute_capability or library.default_targets()
     library.check_targets(targets)
     check_model(library, model, config, shape.dtype)
-    weights = format_weights(model.weights(config), checkpoint.formats)
+    weights = network_weights(model, config, checkpoint.formats, args.quantize)
     check_formats(library, config, weights, targets)
     if args.stripped:
         check_stripped(weights)
     for note in notes(weights, checkpoint.formats, shape.dtype):
         _LOG.info(note)
-    return BuildRequest(model, config, shape, targets, args.stripped or library.computes_segments, checkpoint.formats)
+    stripped = args.stripped or library.computes_segments
+    return BuildRequest(model, config, shape, targets, stripped, checkpoint.formats, args.quantize)
 
 
 def _plan_line(request: BuildRequest, library: TensorRT) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.checkpoint import Checkpoint
-from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
-from phalanx.checkpoints.quantization.held import held_formats, quantized_while_loading
+from phalanx.checkpoints.formats import FormatPlan, FormattedWeight
+from phalanx.checkpoints.quantization.held import held_formats
 from phalanx.checkpoints.quantization.kv_scales import attention_module, read_kv_scales
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.parallel.communicator import Communicator
@@ -19,9 +19,11 @@ from phalanx.parallel.sharding import local_kv_heads
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.attention import AttentionSpec
 from phalanx.runtime.config import ComputeDType, EngineConfig, ModelConfig
+from phalanx.runtime.executors.quantised_loading import formats_while_loading
 from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.shapes import use_of
+from phalanx.runtime.quantisation import has_fp8_cache
 
 __all__ = ["RankSpec"]
 
@@ -73,16 +75,7 @@ class RankSpec:
         Raises:
             ConfigError: the checkpoint is quantised already.
         """
-        if self.options.quantize == "none":
-            return {}
-        declared = self.declared
-        for weight in declared:
-            if weight.format != DENSE:
-                raise ConfigError(
-                    f"--quantize={self.options.quantize}: the checkpoint holds {weight.format.name} weights already; leave it out"
-                )
-        chosen = RowCodes(self.options.quantize)
-        return {weight.spec.owner: chosen for weight in declared if quantized_while_loading(weight.spec)}
+        return formats_while_loading(self.declared, self.options.quantize)
 
     @property
     def held_formats(self) -> FormatPlan:
@@ -90,23 +83,31 @@ class RankSpec:
         return held_formats(self.checkpoint.formats, self.options.quantize, use_of(self.model, self.config).experts)
 
     @property
-    def kv_scales(self) -> dict[int, NDArray[np.float32]] | None:
-        """For each layer of this stage ``[2, K local]`` scales of an fp8 cache, keys and values; None = a cache of plain values.
+    def has_fp8_cache(self) -> bool:
+        """Whether keys and values are to be held as fp8, by the operator's choice or the checkpoint's.
 
         Raises:
             ConfigError: the cache's type is neither fp8 nor the compute type.
-            CheckpointError: the checkpoint promises scales that it lacks.
         """
         wanted = self.options.kv_cache_dtype
         if wanted not in ("auto", "fp8", self.dtype):
             raise ConfigError(
                 f"--kv-cache-dtype={wanted} is neither fp8 nor the compute type {self.dtype}; use one of these"
             )
-        calibrated = self.checkpoint.formats.has_kv_scales
-        if wanted not in ("auto", "fp8") or (wanted == "auto" and not calibrated):
+        return has_fp8_cache(self.checkpoint.formats, self.options)
+
+    @property
+    def kv_scales(self) -> dict[int, NDArray[np.float32]] | None:
+        """For each layer of this stage ``[2, K local]`` scales of an fp8 cache, keys and values; None = a cache of plain values.
+
+        Raises:
+            ConfigError: as `has_fp8_cache`.
+            CheckpointError: the checkpoint promises scales that it lacks.
+        """
+        if not self.has_fp8_cache:
             return None
         heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size)
-        if not calibrated:
+        if not self.checkpoint.formats.has_kv_scales:
             return {layer: np.ones((2, heads.size), np.float32) for layer in self.layers}
         modules = {
             weight.spec.owner: [attention_module(name) for name in weight.spec.parts[0].names]

@@ -15,7 +15,8 @@ from phalanx.checkpoints.dtypes import NUMPY_DTYPES
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.encodings import PackedWords
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
-from phalanx.checkpoints.quantization.numbers import E4M3
+from phalanx.checkpoints.quantization.held import QuantizeName
+from phalanx.checkpoints.quantization.numbers import E4M3, quantize_rows
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.thread_comm import run_ranks
@@ -137,6 +138,22 @@ def test_products_are_those_of_the_definition(root: Path, name: str, case: str) 
                 np.testing.assert_array_equal(found, expected, err_msg=product)
             else:
                 np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=product)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_quantize_makes_codes_of_values_of_the_compute_type(root: Path, kind: QuantizeName) -> None:
+    _, request, source = open_request(root / CASE.name / "dense", replace(SHAPE, dtype="bfloat16"))
+    place = Topology(Layout(tp=2), 1)
+    plain, codes = (load_shard(one, source, place) for one in (request, replace(request, quantize=kind)))
+    for weight in codes.values():
+        values = plain.linear(weight.name).components["weight"].astype(np.float32)
+        if weight.name.endswith(PRODUCTS):
+            expected = quantize_rows(values, kind)
+            np.testing.assert_array_equal(weight.components["codes"].view(np.int8), expected.codes.view(np.int8))
+            np.testing.assert_array_equal(weight.components["scale"], expected.scale[:, 0])
+            assert weight.format == RowCodes(kind)
+        else:
+            assert weight.components["weight"].dtype == NUMPY_DTYPES["BF16"]
 
 
 def test_nibbles_in_another_order_are_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -299,6 +300,26 @@ def test_first_use_builds_and_later_use_finds_the_engine(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match="stale"):
         find(given)
     assert find(options) != engine
+
+
+def test_engines_of_quantised_weights_serve_no_start_without_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    monkeypatch.setenv("PHALANX_CACHE_DIR", str(tmp_path / "cache"))
+    path = write_checkpoint(CASES_BY_NAME["gpt2-plain"], tmp_path / "model")
+    plain = EngineConfig(engine="tensorrt", dtype="float16", max_num_seqs=2, max_model_len=32)
+    quantised = replace(plain, quantize="int8")
+
+    def find(options: EngineConfig) -> Path:
+        with open_checkpoint(path) as checkpoint:
+            return find_engine(load_tensorrt(), _alone(checkpoint, options), "8.9")[0]
+
+    engines = [find(options) for options in (quantised, plain)]
+    assert engines[0].parent != engines[1].parent
+    for engine, options in zip(engines, (plain, quantised), strict=True):
+        with pytest.raises(ConfigError, match=r"stale: .*--quantize, changed since"):
+            find(replace(options, engine_dir=engine.parent))
 
 
 def test_shard_is_read_in_the_compute_type_once(tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from phalanx.checkpoints.formats import ALL_DENSE
-from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import Array
 from phalanx.parallel.errors import CheckpointError
@@ -17,6 +15,7 @@ from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.executors.fit import available_host_bytes, refuse_what_cannot_fit
 from phalanx.runtime.executors.numpy.executor import NumpyExecutor
 from phalanx.runtime.executors.numpy.ops import CAPABILITIES
+from phalanx.runtime.executors.quantised_loading import quantised
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weight
@@ -43,7 +42,8 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     share = available_host_bytes() // launch_info().local_size
     refuse_what_cannot_fit(spec, ALL_DENSE, 4, share, "this host")  # whatever the format, the products are of float32
     weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
-    weights = weights.converted(lambda weight: _operand(_quantized(weight, spec.quantized)))
+    formats = spec.quantized
+    weights = weights.converted(lambda weight: _operand(quantised(weight, formats)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
     max_len = longest_sequence(config, options, num_blocks)
@@ -51,14 +51,6 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
         options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size, spec.config.vocab_size
     )
     return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks, spec.kv_scales), max_len
-
-
-def _quantized(weight: Weight[Array], quantized: Mapping[str, RowCodes]) -> Weight[Array]:
-    """``--quantize``: a float weight by the format that it is to have."""
-    chosen = quantized.get(weight.name)
-    if chosen is None:
-        return weight
-    return replace(weight, format=chosen, components=chosen.quantize(weight.components["weight"]))
 
 
 def _operand(weight: Weight[Array]) -> Weight[Array]:

@@ -6,13 +6,12 @@ TensorRT 8.6, which has no layers for attention, computes segments within the CU
 
 from __future__ import annotations
 
-from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt.builder import check_model
 from phalanx.runtime.executors.tensorrt.device import compute_capability
 from phalanx.runtime.executors.tensorrt.executor import TrtExecutor
-from phalanx.runtime.executors.tensorrt.formats import check_cache, check_formats
+from phalanx.runtime.executors.tensorrt.formats import check_cache, check_formats, network_weights
 from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
 from phalanx.runtime.executors.tensorrt.library8 import TensorRT8
 from phalanx.runtime.executors.tensorrt.loading import find_engine, open_device, open_session
@@ -31,13 +30,9 @@ def create_trt_executor(spec: RankSpec) -> tuple[TrtExecutor | CudaExecutor, int
     library = load_tensorrt()
     check_model(library, spec.model, spec.config, spec.dtype)
     capability = compute_capability()
-    check_formats(library, spec.config, spec.declared, () if capability is None else (capability,))
-    check_cache(library, spec.options.kv_cache_dtype, spec.checkpoint.formats.has_kv_scales, spec.dtype)
-    if spec.options.quantize != "none":
-        raise ConfigError(
-            f"the tensorrt engine cannot run --quantize={spec.options.quantize}; make a quantised checkpoint (launch.quantize), or use "
-            "--engine cuda or numpy"
-        )
+    weights = network_weights(spec.model, spec.config, spec.checkpoint.formats, spec.options.quantize)
+    check_formats(library, spec.config, weights, () if capability is None else (capability,))
+    check_cache(library, spec.has_fp8_cache, spec.dtype)
     if isinstance(library, TensorRT8):
         _, _, capability = open_device(library)
         path, request = find_engine(library, spec, capability)

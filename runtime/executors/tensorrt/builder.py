@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.checkpoints.formats import ALL_DENSE, FormatPlan
+from phalanx.checkpoints.quantization.held import QuantizeName
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.config import DTypeName, ModelConfig
+from phalanx.runtime.executors.quantised_loading import formats_while_loading, quantised
 from phalanx.runtime.executors.sizes import longest_requested
 from phalanx.runtime.executors.tensorrt.graph import Array, Graph
 from phalanx.runtime.executors.tensorrt.library import TensorRT
@@ -30,7 +32,7 @@ from phalanx.runtime.executors.tensorrt.network import NetworkShape, RankNetwork
 from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
 from phalanx.runtime.executors.tensorrt.segments.plans import SegmentBuilder, digest, profile_sizes, write_plans
 from phalanx.runtime.executors.tensorrt.segments.programs import check_segments, rank_programs
-from phalanx.runtime.executors.weights import Weights, load_stage
+from phalanx.runtime.executors.weights import Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
 
 __all__ = [
@@ -60,6 +62,7 @@ class BuildRequest:
         targets: compute capabilities.
         stripped: leave the weights out, to be filled in when the engine is loaded.
         formats: of the checkpoint's weights.
+        quantize: into which codes float weights of layers are made while they are loaded.
     """
 
     model: Model
@@ -68,6 +71,7 @@ class BuildRequest:
     targets: tuple[str, ...]
     stripped: bool = False
     formats: FormatPlan = ALL_DENSE
+    quantize: QuantizeName = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +192,16 @@ def _build_segments(
 
 
 def load_shard(request: BuildRequest, source: TensorSource, topology: Topology) -> Weights[Array]:
-    """One rank's weights in the compute type, read once, slice by slice.
+    """One rank's weights in the compute type or as codes, read once, slice by slice.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
     """
     sink = NumpySink(dtype=request.shape.numpy_dtype, chunk_bytes=16 << 20)
-    return load_stage(source, request.model, request.config, request.formats, topology, sink)
+    weights = load_stage(source, request.model, request.config, request.formats, topology, sink)
+    declared = stage_weights(request.model, request.config, request.formats, topology)
+    formats = formats_while_loading(declared, request.quantize)
+    return weights.converted(lambda weight: quantised(weight, formats)) if formats else weights
 
 
 def _create_builder(library: TensorRT, log: BuildLog) -> Any:

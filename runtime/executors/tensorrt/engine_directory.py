@@ -18,13 +18,12 @@ from typing import Any
 
 from phalanx.checkpoints.checkpoint import Checkpoint, content_checksum
 from phalanx.checkpoints.dummy import DummySource
-from phalanx.checkpoints.formats import format_weights
 from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, replace_file
-from phalanx.runtime.executors.tensorrt.formats import quantised_formats
+from phalanx.runtime.executors.tensorrt.formats import network_weights, quantised_formats
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.network import NetworkShape
 
@@ -45,7 +44,7 @@ class EngineIdentity:
         library: name and version of the TensorRT.
         targets: compute capabilities.
         model_code: digest of the file that defines the family; empty for built-in ones.
-        formats: of quantised weights, each once: ``quantization_config`` decides what the same tensors mean.
+        formats: of quantised weights, each once: ``quantization_config`` or ``--quantize`` decides what the same tensors mean.
     """
 
     config: ModelConfig
@@ -186,8 +185,8 @@ class EngineDirectory:
         Raises:
             ConfigError: it is missing, stale, of another TensorRT or for another GPU: what differs, and what to do.
         """
-        config = self.read_config()
-        wanted = identity.fields()
+        config = {"formats": [], **self.read_config()}
+        wanted = {"formats": [], **identity.fields()}
         if capability not in config.get("target_compute_capabilities", []):
             raise ConfigError(
                 f"the engines in {self.path} were built for compute capability "
@@ -209,7 +208,7 @@ def _difference(path: Path, name: str, found: Any, wanted: Any) -> str:
     if name == "weights_checksum":
         return f"the engines in {path} are stale: the checkpoint's weights changed since they were built; {_REBUILD}"
     if name == "formats":
-        return f"the engines in {path} are stale: the checkpoint's quantization_config changed since they were built; {_REBUILD}"
+        return f"the engines in {path} are stale: the checkpoint's quantization_config, or --quantize, changed since they were built; {_REBUILD}"
     if isinstance(found, dict) and isinstance(wanted, dict):
         name, found, wanted = next(
             (f"{name}.{inner}", found.get(inner), value) for inner, value in wanted.items() if found.get(inner) != value
@@ -238,5 +237,5 @@ def identify(checkpoint: Checkpoint, request: BuildRequest, layout: Layout, libr
     weights = "" if request.stripped else weights_checksum(checkpoint, cache_directory() / "checksums")
     return EngineIdentity(
         request.config, request.shape, layout, weights, library.name, request.targets, request.model.code,
-        quantised_formats(format_weights(request.model.weights(request.config), request.formats)),
+        quantised_formats(network_weights(request.model, request.config, request.formats, request.quantize)),
     )  # fmt: skip

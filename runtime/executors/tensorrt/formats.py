@@ -4,17 +4,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight
+from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
-from phalanx.checkpoints.quantization.held import is_ordered
+from phalanx.checkpoints.quantization.held import QuantizeName, is_ordered
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.executors.quantised_loading import formats_while_loading
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
+from phalanx.runtime.models import Model
 
-__all__ = ["check_cache", "check_formats", "check_stripped", "notes", "quantised_formats"]
+__all__ = ["check_cache", "check_formats", "check_stripped", "network_weights", "notes", "quantised_formats"]
+
+
+def network_weights(
+    model: Model, config: ModelConfig, formats: FormatPlan, quantize: QuantizeName
+) -> list[FormattedWeight]:  # fmt: skip
+    """Every weight with the format that networks compute with: the checkpoint's, or what ``--quantize`` makes of it.
+
+    Raises:
+        ConfigError: a group of values would have to be cut, or the checkpoint is quantised already.
+    """
+    weights = format_weights(model.weights(config), formats)
+    chosen = formats_while_loading(weights, quantize)
+    return [replace(weight, format=chosen.get(weight.spec.owner, weight.format)) for weight in weights]
 
 
 def check_formats(
@@ -50,17 +66,18 @@ def _check_kind(library: TensorRT, name: str, chosen: RowCodes | GroupCodes, tar
         )
 
 
-def check_cache(library: TensorRT, wanted: str, has_scales: bool, dtype: str) -> None:
-    """Refuse a cache of fp8, asked for by ``--kv-cache-dtype`` or, where that is ``auto``, by a checkpoint that brings scales.
+def check_cache(library: TensorRT, is_fp8: bool, dtype: str) -> None:
+    """Refuse a cache of fp8 where it is a layer of the network; ``dtype``: compute type.
 
     Raises:
         ConfigError: with what can be done instead.
     """
-    if library.has_fp8_cache or wanted not in ("auto", "fp8") or (wanted == "auto" and not has_scales):
+    if not is_fp8 or library.has_fp8_cache:
         return
-    reason = "--kv-cache-dtype=fp8" if wanted == "fp8" else "the checkpoint's scales of an fp8 key/value cache"
+    plain = f"--kv-cache-dtype {dtype}" if dtype != "float32" else "--dtype float16 --kv-cache-dtype float16"
     raise ConfigError(
-        f"{reason}: the cache layer of {library.name} takes 16- and 32-bit types only; use --kv-cache-dtype {dtype}, or --engine cuda"
+        f"keys and values are to be held as fp8 (--kv-cache-dtype, or the checkpoint's scales), but the cache layer of {library.name} takes "
+        f"16- and 32-bit types only; use {plain}, or --engine cuda"
     )
 
 

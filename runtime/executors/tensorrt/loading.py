@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.checkpoint import Checkpoint
-from phalanx.checkpoints.formats import format_weights
 from phalanx.kernels.compiler import cache_directory
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError, ExecutorError
@@ -23,7 +22,7 @@ from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.tensorrt.builder import BuildRequest, build_engine, load_shard, network_shape
 from phalanx.runtime.executors.tensorrt.device import compute_capability
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity, weights_checksum
-from phalanx.runtime.executors.tensorrt.formats import notes, quantised_formats
+from phalanx.runtime.executors.tensorrt.formats import network_weights, notes, quantised_formats
 from phalanx.runtime.executors.tensorrt.graph import Array
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.log import BuildLog
@@ -90,7 +89,8 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
         config, options.dtype, options.max_num_seqs, options.max_model_len, options.max_num_batched_tokens,
         library.computes_segments,
     )  # fmt: skip
-    request = BuildRequest(spec.model, config, shape, (capability,), formats=spec.checkpoint.formats)
+    formats, quantize = spec.checkpoint.formats, options.quantize
+    request = BuildRequest(spec.model, config, shape, (capability,), formats=formats, quantize=quantize)
     identity = _identity(spec, library, shape, checksum, capability)
     directory = EngineDirectory.of(cache_directory() / "engines" / identity.key, spec.checkpoint.path)
     rank = topology.replica_rank
@@ -101,7 +101,7 @@ def find_engine(library: TensorRT, spec: RankSpec, capability: str) -> tuple[Pat
     if not engine.exists():
         if spec.comm.rank == 0:
             _LOG.info("building TensorRT engines in %s; later starts will find them there", directory.path)
-            for note in notes(spec.declared, spec.checkpoint.formats, shape.dtype):
+            for note in notes(network_weights(spec.model, config, formats, quantize), formats, shape.dtype):
                 _LOG.info(note)
         place = Topology(topology.layout, rank)
         build_engine(library, request, spec.checkpoint.source, place, engine, directory.timing_cache)
@@ -121,14 +121,15 @@ def _given_engine(
     check_sizes(spec.options, config, shape)
     if library.computes_segments and spec.options.max_num_batched_tokens > shape.max_prefill_tokens:
         raise _beyond("max_num_batched_tokens", spec.options.max_num_batched_tokens, shape.max_prefill_tokens)
-    return path, BuildRequest(spec.model, config, shape, (capability,), stripped, spec.checkpoint.formats)
+    formats, quantize = spec.checkpoint.formats, spec.options.quantize
+    return path, BuildRequest(spec.model, config, shape, (capability,), stripped, formats, quantize)
 
 
 def _identity(
     spec: RankSpec, library: TensorRT, shape: NetworkShape, checksum: str, capability: str
 ) -> EngineIdentity:  # fmt: skip
     """What engines that serve ``spec`` are."""
-    weights = format_weights(spec.model.weights(spec.config), spec.checkpoint.formats)
+    weights = network_weights(spec.model, spec.config, spec.checkpoint.formats, spec.options.quantize)
     return EngineIdentity(
         spec.config, shape, spec.topology.layout, checksum, library.name, (capability,), spec.model.code,
         quantised_formats(weights),
