@@ -15,6 +15,8 @@ from phalanx.parallel.launcher import launch_info
 from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.runtime.request import RequestOutput
 
+from ..quantization import writers
+from ..quantization.test_checkpoints import ALL, CASE, WEIGHT_ONLY
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +24,11 @@ pytestmark = pytest.mark.gpu
 CASES = ("llama-grouped-heads", "llama-biases-llama3-rope", "gpt2-plain", "gemma-one-kv-head")
 TOLERANCES = {"float32": 2e-4, "float16": 6e-2, "bfloat16": 0.5}
 """Largest error of a log-probability, as for the CUDA engine."""
+
+QUANTISED = (
+    "ct-w8-channel", "ct-w4-g64", "ct-w4-g16-asymmetric", "awq", "gptq-4-v1", "gptq-4-order", "ct-fp8-weight-only", "ct-fp8-channel",
+    "ct-fp8-static", "ct-int8", "ct-int8-static", "hf-fp8-blocks", "fbgemm", "modelopt-smoothquant",
+)  # fmt: skip
 
 LIMITS = {"max_num_seqs": 5, "max_model_len": 96, "max_num_batched_tokens": 24}
 PROMPT_LENGTHS = (1, 2, 17, 40, 33, 5, 64)
@@ -39,6 +46,24 @@ def checkpoint() -> Callable[[str], Path]:
         comm.barrier()
         comm.close()
         return folder / name
+
+    return write
+
+
+@pytest.fixture
+def quantised() -> Callable[[str], tuple[Path, Path]]:
+    """Writes a quantised checkpoint, and a float one with the values that it stands for, as ``checkpoint`` does."""
+    folder = Path(tempfile.gettempdir()) / "phalanx-tensorrt-quantised"
+
+    def write(name: str) -> tuple[Path, Path]:
+        paths = folder / name / "quantised", folder / name / "twin"
+        if launch_info().rank == 0 and not paths[1].exists():
+            module, section = ALL[name]
+            writers.write(write_checkpoint(CASE, folder / "dense"), *paths, module, section)
+        comm = world_communicator()
+        comm.barrier()
+        comm.close()
+        return paths
 
     return write
 
@@ -69,6 +94,21 @@ def test_log_probabilities_are_the_numpy_engines(name: str, dtype: str, checkpoi
         size = sum(len(output.prompt_token_ids) - 1 for output in expected)
         errors = np.abs(_logprobs(found)[:size] - _logprobs(expected)[:size])
         assert errors.max() <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_checkpoints_are_the_numpy_engines(name: str, quantised: Callable[[str], tuple[Path, Path]]) -> None:
+    """On any number of ranks, each of which scales its own columns of inputs: codes may differ, and cost what the twin shows."""
+    path, twin = quantised(name)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    outputs = [_run(path, "numpy", "float16", params), _run(path, "tensorrt", "float16", params)]
+    outputs.append(_run(twin, "numpy", "float16", params))
+    size = sum(len(output.prompt_token_ids) - 1 for output in outputs[0])
+    expected, found, plain = (_logprobs(one)[:size] for one in outputs)
+    if name in WEIGHT_ONLY:
+        assert np.abs(found - expected).max() <= TOLERANCES["float16"]
+    else:
+        assert np.abs(found - expected).mean() <= 2 * np.abs(plain - expected).mean()
 
 
 def test_captured_decoding_repeats_itself(checkpoint: Callable[[str], Path]) -> None:

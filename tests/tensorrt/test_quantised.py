@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
 
+from launch import quantize
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.encodings import PackedWords
@@ -24,14 +25,14 @@ from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.tensorrt.builder import build_engine, load_shard
 from phalanx.runtime.executors.tensorrt.graph import Graph
 from phalanx.runtime.executors.tensorrt.installed import load_tensorrt
-from phalanx.runtime.executors.tensorrt.layers import Constants
+from phalanx.runtime.executors.tensorrt.layers import Constants, TrtLayers
 from phalanx.runtime.executors.tensorrt.quantised import QuantisedProducts
 from phalanx.runtime.executors.weights import Weight, Weights
 from phalanx.runtime.step import StepPlan
 
 from ..quantization import writers
 from ..quantization.test_checkpoints import ALL, CASE, ODD, WEIGHT_ONLY, WITH_INPUTS
-from ..support.checkpoints import write_checkpoint
+from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from .interpreter import NetworkInterpreter
 from .networks import open_request
 from .steps import reference_executor, run
@@ -39,6 +40,7 @@ from .test_numbers import SHAPE, TOLERANCE, difference, interpreted, reference
 
 Array = np.ndarray[Any, Any]
 
+FAMILIES = ("gpt2-plain", "gemma-one-kv-head", "qwen2-plain", "opt-narrow-norm-last", "falcon-two-norms", "phi3-window")
 PRODUCTS = ("qkv", "output", "gate_up", "down")
 REFUSED = "hf-fp8-powers"
 NETWORKS = [name for name in ALL if name != REFUSED]
@@ -66,6 +68,20 @@ def test_networks_of_weight_only_checkpoints_give_the_reference_logits(root: Pat
     path = written(root, name)
     steps, expected, _ = reference(path, CASE.config["vocab_size"])
     assert difference(interpreted(path, Layout(tp=tp), steps)[0], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", [("w8a16",), ("w4a16", "--group-size", "4")], ids=lambda scheme: scheme[0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_of_quantised_families_give_the_reference_logits(
+    family: str, scheme: tuple[str, ...], tmp_path: Path
+) -> None:  # fmt: skip
+    """Biases, matrices stored ``[in, out]``, one projection for all of q, k and v, gates."""
+    case = CASES_BY_NAME[family]
+    path = tmp_path / "quantised"
+    arguments = ["--model", str(write_checkpoint(case, tmp_path / "dense")), "--output", str(path), "--scheme", *scheme]
+    assert quantize.main(arguments) == 0
+    steps, expected, _ = reference(path, case.config["vocab_size"])
+    assert difference(interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
 
 
 def numpy_logits(path: Path, steps: list[StepPlan], tp: int) -> list[Array]:
@@ -154,6 +170,29 @@ def test_quantize_makes_codes_of_values_of_the_compute_type(root: Path, kind: Qu
             assert weight.format == RowCodes(kind)
         else:
             assert weight.components["weight"].dtype == NUMPY_DTYPES["BF16"]
+
+
+@pytest.mark.parametrize(
+    "chosen", [RowCodes("int8"), RowCodes("fp8", input="static"), RowCodes("int8", input="plain")], ids=str
+)
+def test_a_bias_is_added_before_the_sum_is_rounded(chosen: RowCodes) -> None:
+    random = np.random.default_rng(4)
+    components = chosen.quantize(random.normal(size=(12, 40)).astype(np.float32))
+    components["input_scale"] = np.array([0.5, 0.125], np.float32)
+    weight = Weight("layers.0.up", chosen, components, random.normal(size=12).astype(np.float16))
+    library = load_tensorrt()
+    builder = library.module.Builder(library.logger(lambda severity, message: None))
+    graph, half = Graph(library, library.create_network(builder)), np.dtype(np.float16)
+    x = graph.input("x", half, (-1, 40))
+    layers = TrtLayers(
+        graph, Constants(graph, Weights({weight.name: weight}), half), half, graph.extent(graph.shape(x), 0)
+    )
+    graph.output("y", layers.column_linear(x, weight.name))
+    interpreter = NetworkInterpreter(library.module, graph.network, SelfCommunicator(), (graph, builder, weight))
+    expected = reference_product(weight, inputs(40)) + weight.bias
+    np.testing.assert_allclose(interpreter.run({"x": inputs(40)})["y"], expected, atol=3e-6 * np.abs(expected).max())
+    rounds = [layer.get_output(0).dtype.name for layer in interpreter.layers()][-2:]
+    assert rounds == (["HALF", "HALF"] if chosen.input == "plain" else ["FLOAT", "HALF"])
 
 
 def test_nibbles_in_another_order_are_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
