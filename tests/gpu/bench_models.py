@@ -64,6 +64,8 @@ FLOAT_CASES = {
     "llama-3-8b-tp2-one": Case("llama-3-8b", 128, 3, max_num_seqs=1, tp=2),
     "llama-2-70b-tp2": Case("llama-2-70b", 128, 1024, tp=2),
     "llama-2-70b-pp2": Case("llama-2-70b", 128, 1024, pp=2),
+    "llama-2-70b-pp2-at-once": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, max_num_batched_tokens=4096, pp=2),
+    "llama-2-70b-pp4-at-once": Case("llama-2-70b", 128, 8192, max_num_seqs=4096, max_num_batched_tokens=8192, pp=4),
     "llama-2-70b-tp2-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=2),
     "llama-2-70b-tp4": Case("llama-2-70b", 128, 2048, tp=4),
     "llama-2-70b-pp4": Case("llama-2-70b", 128, 2048, pp=4),
@@ -78,6 +80,10 @@ FLOAT_CASES = {
     "llama-2-70b-tp2-pp4": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, tp=2, pp=4),
     "llama-2-70b-pp8": Case("llama-2-70b", 128, 4096, max_num_seqs=2048, pp=8),
     "llama-2-70b-tp8-one": Case("llama-2-70b", 128, 2, max_num_seqs=1, tp=8),
+    "llama-2-70b-tp8-294": Case(
+        "llama-2-70b", 294, 4096, max_num_seqs=2048, max_num_batched_tokens=4096, tp=8, output_len=292
+    ),
+    "gemma-2b-tp8-one": Case("gemma-2b", 128, 3, max_num_seqs=1, tp=8),
 }
 DENSE_CASES = {name: case for name, case in FLOAT_CASES.items() if not name.startswith(("mixtral", "qwen3-30b"))}
 CASES = (

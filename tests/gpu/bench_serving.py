@@ -72,14 +72,12 @@ def offline(args: argparse.Namespace, directory: Path, streams: int) -> dict[str
 
 
 @contextmanager
-def server(args: argparse.Namespace, directory: Path) -> Iterator[str]:
-    """The address of a server; ended afterwards."""
-    flags = [*engine_flags(args, directory), "--port", "0", "--max-queued-requests", str(max(args.streams))]
-    if args.http_processes is not None:
-        flags += ["--http-processes", str(args.http_processes)]
-    log = args.out / "server.log"
+def server(flags: Sequence[str], log: Path, num_ranks: int = 1) -> Iterator[str]:
+    """The address of `launch.serve` with these flags; ended afterwards."""
+    launcher = ["mpirun", "-n", str(num_ranks)] if num_ranks > 1 else []
+    command = [*launcher, sys.executable, "-m", "launch.serve", *flags, "--port", "0"]
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "launch.serve", *flags], stderr=file, env=ENVIRONMENT)
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=ENVIRONMENT)
     try:
         while (found := re.search(r"^READY (http://\S+)", log.read_text(), re.MULTILINE)) is None:
             if process.poll() is not None:
@@ -91,6 +89,18 @@ def server(args: argparse.Namespace, directory: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def model_directory(model: Path) -> Iterator[tuple[Path, int]]:
+    """A directory with the config and a tokenizer of as many entries, and their number."""
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / model.name
+        directory.mkdir()
+        shutil.copy(model / "config.json", directory)
+        write_wide_tokenizer(directory, vocab_size)
+        yield directory, vocab_size
 
 
 def served(args: argparse.Namespace, url: str, streams: int, vocab_size: int, *flags: str) -> dict[str, Any]:
@@ -154,14 +164,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    vocab_size = json.loads((args.model / "config.json").read_text())["vocab_size"]
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name) / args.model.name
-        directory.mkdir()
-        shutil.copy(args.model / "config.json", directory)
-        write_wide_tokenizer(directory, vocab_size)
+    with model_directory(args.model) as (directory, vocab_size):
         alone = {streams: offline(args, directory, streams) for streams in args.streams}
-        with server(args, directory) as url:
+        flags = [*engine_flags(args, directory), "--max-queued-requests", str(max(args.streams))]
+        if args.http_processes is not None:
+            flags += ["--http-processes", str(args.http_processes)]
+        with server(flags, args.out / "server.log") as url:
             for streams in args.streams:
                 through = served(args, url, streams, vocab_size)
                 print(line(streams, alone[streams], through), flush=True)

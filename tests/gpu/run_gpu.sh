@@ -14,7 +14,7 @@
 #     allreduce   our all-reduce and NCCL's
 #     kernels     benchmarks of kernels
 #     models      benchmarks of models, medians of three
-#     serving     Gemma 2B's sizes served to 64, 1,024 and 3,000 streams beside offline
+#     serving     Gemma 2B's sizes served to 64, 1,024 and 3,000 streams beside offline; with several GPUs two replicas beside one
 # Logs and JSON go to $OUT, by default ./gpu-results; exit status 1 if a step failed. Needs phalanx-llm[cuda13,test]; torch and
 # transformers for their comparisons.
 set -uo pipefail
@@ -81,7 +81,10 @@ for step in "${@:-${STEPS[@]}}"; do
             run bench_experts "$PYTHON" tests/gpu/bench_experts.py --json "$OUT/bench_experts.json"
             ;;
         models) run models "$PYTHON" -m tests.gpu.bench_models --out "$OUT" ;;
-        serving) run serving "$PYTHON" -m tests.gpu.bench_serving --out "$OUT" ;;
+        serving)
+            run serving "$PYTHON" -m tests.gpu.bench_serving --out "$OUT"
+            (($(nvidia-smi --list-gpus | wc -l) < 2)) || run replicas "$PYTHON" -m tests.gpu.bench_replicas --out "$OUT"
+            ;;
         *) echo "unknown step $step; there are ${STEPS[*]}" >&2; exit 2 ;;
     esac
 done
