@@ -1,13 +1,14 @@
 """FasterTransformer's binary directories: ``config.ini``, and a file without a header for each tensor and tensor-parallel rank.
 
-Source: ``examples/pytorch/gpt/utils/huggingface_gpt_convert.py`` and ``examples/pytorch/gptj/utils/huggingface_gptj_ckpt_convert.py`` of
-FasterTransformer 5.3; for ``[llama]`` the converter of its forks. Matrices are stored ``[in, out]``; q, k and v as ``[D, 3, H C / R]`` of each
+Source: ``examples/pytorch/gpt/utils/huggingface_gpt_convert.py``, ``examples/pytorch/gptj/utils/huggingface_gptj_ckpt_convert.py`` and
+``examples/pytorch/gptneox/utils/huggingface_gptneox_convert.py`` of FasterTransformer 5.3; for ``[llama]`` the converter of its forks. Matrices are stored ``[in, out]``; q, k and v as ``[D, 3, H C / R]`` of each
 of R ranks.
 """
 
 from __future__ import annotations
 
 import configparser
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu"}
 
 
 def read_faster_transformer(directory: Path, vocab_size: int) -> WholeModel:
-    """Join the ranks' files of a ``[gpt]``, ``[gptj]`` or ``[llama]`` model. ``vocab_size``: as in `launch.convert`; 0 = that of the file.
+    """Join the ranks' files of a ``[gpt]``, ``[gptj]``, ``[gptneox]`` or ``[llama]`` model. ``vocab_size``: as in `launch.convert`; 0 = that of the file.
 
     Raises:
         ConfigError: ``config.ini`` is missing or names another kind of model.
@@ -37,7 +38,7 @@ def read_faster_transformer(directory: Path, vocab_size: int) -> WholeModel:
     parser = configparser.ConfigParser()
     if not parser.read(directory / FILE):
         raise ConfigError(f"--input {str(directory)!r} holds no {FILE}; give the directory of a layout, such as 2-gpu")
-    kinds = {"gpt": _gpt, "gptj": _gptj, "llama": _llama}
+    kinds = {"gpt": _gpt, "gptj": _gptj, "gptneox": _gptneox, "llama": _llama}
     kind = next((name for name in parser.sections() if name in kinds), None)
     if kind is None:
         raise ConfigError(
@@ -111,6 +112,10 @@ class _Files:
             raise CheckpointError(f"{name} of {shape} cannot be in {self.num_ranks} files; {FILE} is of another model")
         own = tuple(size // self.num_ranks if place == axis else size for place, size in enumerate(shape))
         return np.concatenate([self._read(f"model.{name}.{rank}.bin", own) for rank in range(self.num_ranks)], axis)
+
+    def shared(self, name: str, *shape: int) -> Array:
+        """A bias that is stored once, divided by the number of ranks, which all add it."""
+        return self.whole(name, *shape) * np.array(self.num_ranks, self.dtype)
 
     def table(self, name: str) -> Array:
         """Rows of the vocabulary without padding: ``[V, D]``."""
@@ -196,6 +201,45 @@ def _gptj(files: _Files) -> WholeModel:
     own = {"n_inner": f, "rotary_dim": files.size("rotary_embedding"), "n_positions": files.size("max_pos_seq_len", 2048),
            "layer_norm_epsilon": files.number("layernorm_eps", 1e-5), "tie_word_embeddings": False}  # fmt: skip
     return _model(files, "GPTJForCausalLM", "gptj", tensors, _GPT_KEYS, own)
+
+
+def _gptneox(files: _Files) -> WholeModel:
+    """GPT-NeoX, whose q, k and v of a head lie together; each rank's bias after a sum is stored as its share of it."""
+    d, f, heads = files.width, files.size("inter_size"), files.size("head_num")
+    tensors = {"gpt_neox.embed_in.weight": files.table("wte"), "embed_out.weight": files.table("lm_head.weight")}
+    tensors |= dict(_norm(files, "final_layernorm", "gpt_neox.final_layer_norm"))
+    for number in range(files.size("num_layer")):
+        layer, name = f"layers.{number}", f"gpt_neox.layers.{number}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors |= dict(_norm(files, f"{layer}.{norm}", f"{name}.{norm}"))
+        bias = files.split(f"{layer}.attention.query_key_value.bias", 1, 3, d)
+        tensors |= {
+            f"{name}.attention.query_key_value.weight": _by_head(_qkv(files, layer), heads),
+            f"{name}.attention.query_key_value.bias": _by_head(bias.reshape(3 * d), heads),
+            f"{name}.attention.dense.weight": files.split(f"{layer}.attention.dense.weight", 0, d, d).T,
+            f"{name}.attention.dense.bias": files.shared(f"{layer}.attention.dense.bias", d),
+            f"{name}.mlp.dense_h_to_4h.weight": files.split(f"{layer}.mlp.dense_h_to_4h.weight", 1, d, f).T,
+            f"{name}.mlp.dense_h_to_4h.bias": files.split(f"{layer}.mlp.dense_h_to_4h.bias", 0, f),
+            f"{name}.mlp.dense_4h_to_h.weight": files.split(f"{layer}.mlp.dense_4h_to_h.weight", 0, f, d).T,
+            f"{name}.mlp.dense_4h_to_h.bias": files.shared(f"{layer}.mlp.dense_4h_to_h.bias", d),
+        }
+    # FasterTransformer knows GELU by its tanh form, this base and this epsilon alone.
+    own = {"intermediate_size": f, "hidden_act": "gelu_fast", "rotary_emb_base": 10000, "rotary_pct": _share(files),
+           "use_parallel_residual": files.size("use_gptj_residual", 1) == 1, "layer_norm_eps": 1e-5,
+           "max_position_embeddings": files.size("max_pos_seq_len", 2048), "tie_word_embeddings": False}  # fmt: skip
+    return _model(files, "GPTNeoXForCausalLM", "gpt_neox", tensors, _LLAMA_KEYS, own)
+
+
+def _by_head(rows: Array, heads: int) -> Array:
+    """``[3, H, C]`` rows as ``[H, 3, C]``."""
+    return rows.reshape(3, heads, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
+def _share(files: _Files) -> float:
+    """The rotated share of a head, of which the head's size makes the whole number again."""
+    rotated, size = files.size("rotary_embedding"), files.size("size_per_head")
+    share = rotated / size
+    return share if int(size * share) == rotated else math.nextafter(share, math.inf)
 
 
 def _llama(files: _Files) -> WholeModel:

@@ -415,6 +415,59 @@ def write_faster_transformer(name: str, directory: Path, ranks: int, dtype: str)
     return tensors
 
 
+def write_faster_neox(name: str, directory: Path, ranks: int, dtype: str) -> dict[str, np.ndarray]:
+    """As FasterTransformer's ``huggingface_gptneox_convert.py`` writes: transposed, split, the biases after a sum divided."""
+    case = CASES_BY_NAME[name].config
+    stored = load_file(write_checkpoint(CASES_BY_NAME[name], directory / "whole") / "model.safetensors")
+    tensors = {key: value.astype({"fp32": np.float32, "fp16": np.float16}[dtype]) for key, value in stored.items()}
+    folder, heads, d = directory / f"{ranks}-gpu", case["num_attention_heads"], case["hidden_size"]
+    folder.mkdir()
+    top = {"gpt_neox.embed_in": "wte", "embed_out": "lm_head", "gpt_neox.final_layer_norm": "final_layernorm"}
+    for key, value in tensors.items():
+        owner, _, kind = key.rpartition(".")
+        name_of, rows = (
+            f"{top.get(owner, owner.removeprefix('gpt_neox.'))}.{kind}".replace("wte.weight", "wte"),
+            value.T,
+        )
+        axis = {"dense_h_to_4h": -1, "query_key_value": -1}.get(owner.rpartition(".")[2])
+        if owner in top or "layernorm" in owner:
+            rows = value
+        elif "query_key_value" in owner:
+            lead = () if kind == "bias" else (d,)
+            rows = np.moveaxis(rows.reshape(*lead, heads, 3, d // heads), -2, -3).reshape(*lead, 3, d)
+        elif axis is None and kind == "weight":
+            axis = 0
+        elif axis is None:
+            rows = rows / np.array(ranks, rows.dtype)
+        for rank, share in enumerate([rows] if axis is None else np.split(rows, ranks, axis)):
+            number = "" if axis is None else f".{rank}"
+            (folder / f"model.{name_of}{number}.bin").write_bytes(np.ascontiguousarray(share).tobytes())
+    section = {
+        "head_num": heads, "size_per_head": d // heads, "inter_size": case["intermediate_size"], "num_layer": case["num_hidden_layers"],
+        "rotary_embedding": int(d // heads * case["rotary_pct"]), "vocab_size": case["vocab_size"], "start_id": 1, "end_id": 2,
+        "use_gptj_residual": int(case.get("use_parallel_residual", True)), "weight_data_type": dtype,
+    }  # fmt: skip
+    parser = configparser.ConfigParser()
+    parser["gptneox"] = {key: str(value) for key, value in section.items()}
+    with open(folder / "config.ini", "w") as file:
+        parser.write(file)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["gpt_neox-parallel", "gpt_neox-odd-six-of-24-rotated"])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (4, "fp16")])
+def test_gpt_neox_of_fastertransformer_becomes_the_checkpoint_that_it_was_cut_from(
+    name: str, ranks: int, dtype: str, tmp_path: Path
+) -> None:
+    expected = write_faster_neox(name, tmp_path, ranks, dtype)
+    actual, written = convert("fastertransformer", tmp_path / f"{ranks}-gpu", tmp_path / "out")
+    assert actual.keys() == expected.keys()
+    assert all(actual[key].tobytes() == expected[key].tobytes() for key in expected)
+    case = {**CASES_BY_NAME[name].config, "rotary_emb_base": 10000, "hidden_act": "gelu_fast"}
+    case |= {"max_position_embeddings": 2048, "torch_dtype": "float32" if dtype == "fp32" else "float16"}
+    assert same_model(written, case)
+
+
 @pytest.mark.parametrize("name", ["gpt2-plain", "gptj-plain", "llama-plain"])
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (4, "fp16")])
 def test_binary_directories_of_fastertransformer_become_the_checkpoint_that_they_were_cut_from(
@@ -464,7 +517,9 @@ def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path:
     with pytest.raises(ConfigError, match=r"holds no config\.ini; give the directory of a layout"):
         main(arguments)
     (tmp_path / "config.ini").write_text("[bert]\n")
-    with pytest.raises(ConfigError, match=r"describes \['bert'\]; \[gpt\]\[gptj\]\[llama\] can be converted"):
+    with pytest.raises(
+        ConfigError, match=r"describes \['bert'\]; \[gpt\]\[gptj\]\[gptneox\]\[llama\] can be converted"
+    ):
         main(arguments)
 
 
