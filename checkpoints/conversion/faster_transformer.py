@@ -35,8 +35,14 @@ def read_faster_transformer(directory: Path, vocab_size: int) -> WholeModel:
         ConfigError: ``config.ini`` is missing or names another kind of model.
         CheckpointError: a file is missing, or has another size than ``config.ini`` says.
     """
-    parser = configparser.ConfigParser()
-    if not parser.read(directory / FILE):
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        is_there = parser.read(directory / FILE, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{directory / FILE} cannot be read: {str(error).splitlines()[0]}; copy it again"
+        ) from None
+    if not is_there:
         raise ConfigError(f"--input {str(directory)!r} holds no {FILE}; give the directory of a layout, such as 2-gpu")
     kinds = {"gpt": _gpt, "gptj": _gptj, "gptneox": _gptneox, "llama": _llama}
     kind = next((name for name in parser.sections() if name in kinds), None)
@@ -115,7 +121,8 @@ class _Files:
 
     def shared(self, name: str, *shape: int) -> Array:
         """A bias that is stored once, divided by the number of ranks, which all add it."""
-        return self.whole(name, *shape) * np.array(self.num_ranks, self.dtype)
+        summed: Array = self.whole(name, *shape) * np.array(self.num_ranks, self.dtype)
+        return summed
 
     def table(self, name: str) -> Array:
         """Rows of the vocabulary without padding: ``[V, D]``."""

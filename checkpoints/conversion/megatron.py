@@ -16,7 +16,7 @@ import numpy as np
 from phalanx.checkpoints.source import Array
 from phalanx.parallel.errors import CheckpointError, ConfigError
 
-__all__ = ["MegatronLayout", "canonical_name", "config_of", "join_pieces"]
+__all__ = ["MegatronLayout", "canonical_name", "config_of", "join_pieces", "refuse_arguments"]
 
 PREFIX = "language_model."
 _STACK = re.compile(r"(?:language_model\.)?(?:encoder|transformer|decoder)\.(.*)")
@@ -137,11 +137,7 @@ def config_of(arguments: Mapping[str, Any], vocab_size: int, dtype: str) -> dict
     """
     norm = arguments.get("normalization") or "LayerNorm"
     positions = arguments.get("position_embedding_type") or "learned_absolute"
-    for name in (*_REFUSED, *_ONLY):
-        if arguments.get(name) and arguments[name] != _ONLY.get(name):
-            raise ConfigError(
-                f"{name}={arguments[name]!r} of this Megatron checkpoint is not supported; leave it with Megatron-LM"
-            )
+    refuse_arguments(arguments)
     if positions not in ("learned_absolute", "rope") or (norm != "LayerNorm" and arguments.get("apply_layernorm_1p")):
         raise ConfigError(
             f"position_embedding_type={positions!r} with normalization={norm!r}, apply_layernorm_1p="
@@ -178,6 +174,19 @@ def config_of(arguments: Mapping[str, Any], vocab_size: int, dtype: str) -> dict
         "untie_embeddings_and_output_weights": arguments.get("untie_embeddings_and_output_weights", False),
         "torch_dtype": dtype,
     }
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that change the model and leave no tensor; NeMo hands them on to Megatron-core under the same names.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in (*_REFUSED, *_ONLY):
+        if arguments.get(name) and arguments[name] != _ONLY.get(name):
+            raise ConfigError(
+                f"{name}={arguments[name]!r} of this Megatron checkpoint is not supported; leave it with Megatron-LM"
+            )
 
 
 def _activation(arguments: Mapping[str, Any]) -> str:

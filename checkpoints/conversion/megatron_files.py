@@ -47,7 +47,7 @@ def read_megatron(directory: Path, vocab_size: int) -> WholeModel:
     groups = arguments["num_query_groups"] if arguments.get("group_query_attention") else heads
     version = float(first.get("checkpoint_version", 0))
     layout = MegatronLayout(version, heads, groups, bool(arguments.get("swiglu")), vocab_size)
-    pieces = ([read_torch_file(path, str(path))["model"] for path in ranks] for ranks in stages)
+    pieces = ([_model_in(path) for path in ranks] for ranks in stages)
     return whole_model(join_stages(pieces, layout), arguments)
 
 
@@ -130,11 +130,21 @@ def _arguments_in(state: Any, name: str) -> Mapping[str, Any]:
     """Megatron-LM's arguments, which the file ``name`` holds."""
     given = state.get("args") if isinstance(state, dict) else None
     arguments = vars(given) if isinstance(given, argparse.Namespace | types.SimpleNamespace) else {}
-    if missing := [key for key in _NEEDED if key not in arguments]:
+    needed = (*_NEEDED, *(("num_query_groups",) if arguments.get("group_query_attention") else ()))
+    if missing := [key for key in needed if not isinstance(arguments.get(key), int)]:
         raise CheckpointError(
             f"{name} lacks {', '.join(missing)} among Megatron-LM's arguments; give a checkpoint that Megatron-LM itself saved"
         )
     return arguments
+
+
+def _model_in(path: Path) -> Mapping[str, Any]:
+    """One rank's tensors."""
+    state: Any = read_torch_file(path, str(path))
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{path} holds no model of Megatron-LM under 'model'; copy the rank's file again")
+    return model
 
 
 def _iteration(directory: Path) -> Path:

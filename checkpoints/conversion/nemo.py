@@ -17,7 +17,7 @@ import numpy as np
 
 from phalanx.checkpoints.conversion.distributed import distributed_folder, read_distributed
 from phalanx.checkpoints.conversion.files import Files, opened
-from phalanx.checkpoints.conversion.megatron import MegatronLayout
+from phalanx.checkpoints.conversion.megatron import MegatronLayout, refuse_arguments
 from phalanx.checkpoints.conversion.megatron_files import (
     INTERLEAVED,
     by_stage,
@@ -79,6 +79,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _REFUSED.items():
         if config.get(key) not in (None, value):
             raise ConfigError(f"{key}={config[key]!r} in {CONFIG} is not supported; only {value!r} is")
+    refuse_arguments(config)
     kind, norm = config.get("activation", "gelu"), config.get("normalization", "layernorm")
     activation = _ACTIVATIONS.get(kind)
     if activation is None or norm not in _NORMS:

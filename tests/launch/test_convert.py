@@ -318,6 +318,9 @@ def test_an_archive_that_was_cut_off_is_said_to_be(compression: Literal["", "gz"
         ),
         ({"num_moe_experts": 8}, "num_moe_experts=8 in model_config.yaml is not supported"),
         ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma=True"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True of this Megatron checkpoint is not supported"),
+        ({"softmax_type": "learnable"}, "softmax_type='learnable'"),
+        ({"rotary_base_per_layer": [1, 2]}, r"rotary_base_per_layer=\[1, 2\]"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
         ({"transformer_block_type": "post_ln"}, "transformer_block_type='post_ln'"),
@@ -523,6 +526,15 @@ def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path:
         main(arguments)
 
 
+@pytest.mark.parametrize(
+    "text", [b"[gpt]\nhead_num = 4\n\0\0", b"head_num = 4\n", b"[gpt]\nx = 1\nx = 2\n", b"\xff\xfe[gpt]\n"]
+)
+def test_a_damaged_config_ini_is_one_sentence(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"config\.ini cannot be read: .*; copy it again"):
+        main(["--from", "fastertransformer", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "state", [{"model": {}}, [], {"args": {"hidden_size": 64}}, {"args": argparse.Namespace(hidden_size=64)}]
@@ -537,6 +549,27 @@ def test_a_file_without_megatrons_arguments_is_refused(file: str, state: Any, tm
     with pytest.raises(
         (CheckpointError, ConfigError), match=r"lacks .*num_layers.* among|without Megatron-LM's arguments"
     ):
+        convert("megatron", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("arguments", "model", "message"),
+    [
+        ({"group_query_attention": True}, {}, "lacks num_query_groups among Megatron-LM's arguments"),
+        ({"num_layers": None}, {}, "lacks num_layers among Megatron-LM's arguments"),
+        ({}, {"models": {}}, r"model_optim_rng\.pt holds no model of Megatron-LM under 'model'"),
+        ({}, {"model": [1]}, r"model_optim_rng\.pt holds no model of Megatron-LM under 'model'"),
+    ],
+)
+def test_a_ranks_file_without_groups_or_model_is_one_sentence(
+    arguments: dict[str, Any], model: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    given = {"hidden_size": 64, "num_attention_heads": 4, "num_layers": 4, "max_position_embeddings": 8, **arguments}
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save({"args": argparse.Namespace(**given), **model}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError, match=message):
         convert("megatron", tmp_path, tmp_path / "out")
 
 
