@@ -57,11 +57,6 @@ def test_fp8_is_refused_for_gpus_without_it(declared: SimpleNamespace, name: str
         check_formats(LIBRARY, CONFIG, weights, ("8.0", "8.9"))
 
 
-def test_scales_of_inputs_by_powers_of_two_are_refused(declared: SimpleNamespace) -> None:
-    with pytest.raises(ConfigError, match=r"fp8 blocks .* by powers of two, and no network rounds .*--engine cuda"):
-        check_formats(LIBRARY, CONFIG, declared.of("hf-fp8-powers"), ("9.0",))
-
-
 @pytest.mark.parametrize("name", ["ct-int8", "ct-w4-g64", "awq", "gptq-4-order", "modelopt-smoothquant"])
 def test_integers_are_taken_for_every_gpu(declared: SimpleNamespace, name: str) -> None:
     check_formats(LIBRARY, CONFIG, declared.of(name), ("8.0",))

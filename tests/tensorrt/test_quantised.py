@@ -42,8 +42,6 @@ Array = np.ndarray[Any, Any]
 
 FAMILIES = ("gpt2-plain", "gemma-one-kv-head", "qwen2-plain", "opt-narrow-norm-last", "falcon-two-norms", "phi3-window")
 PRODUCTS = ("qkv", "output", "gate_up", "down")
-REFUSED = "hf-fp8-powers"
-NETWORKS = [name for name in ALL if name != REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,7 @@ def divergence(found: list[Array], expected: list[Array]) -> float:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", [name for name in WITH_INPUTS if name != REFUSED])
+@pytest.mark.parametrize("name", WITH_INPUTS)
 def test_networks_that_quantise_inputs_compute_what_the_numpy_engine_does(root: Path, name: str, tp: int) -> None:
     """A last bit moves an input to the neighbouring code and that all later ones, so two programs may differ by what the codes cost."""
     path = written(root, name)
@@ -138,7 +136,7 @@ def inputs(columns: int) -> Array:
 
 
 @pytest.mark.parametrize("case", [CASE.name, ODD.name])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_products_are_those_of_the_definition(root: Path, name: str, case: str) -> None:
     _, request, source = open_request(written(root, name, case), SHAPE)
     for rank in range(2):
@@ -170,6 +168,25 @@ def test_quantize_makes_codes_of_values_of_the_compute_type(root: Path, kind: Qu
             assert weight.format == RowCodes(kind)
         else:
             assert weight.components["weight"].dtype == NUMPY_DTYPES["BF16"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_scales_by_powers_of_two_are_exact_at_and_next_to_powers(dtype: Any) -> None:
+    """Also the smallest, of zeros, and those of the compute type's largest value and of infinity."""
+    powers = (448 * 2.0 ** np.arange(-10, 7)).astype(dtype)
+    beyond = [0, 1e-7, np.finfo(dtype).max, np.inf]
+    values = np.concatenate((powers, np.nextafter(powers, dtype(0)), np.nextafter(powers, dtype(60000)), beyond))
+    x = np.stack((values, values * 0.03), axis=1).astype(np.float32)
+    stored = Stored("w", "s", dtype="F8_E4M3")
+    chosen = GroupCodes("fp8 blocks", stored, 2, 2, input="fp8 groups by powers of two")
+    components = {"codes": np.array([[1, 0], [0, 1]], E4M3), "scale": np.ones((2, 1), np.float32)}
+    weight = Weight("layers.0.down", chosen, components)
+    with np.errstate(
+        invalid="ignore", over="ignore"
+    ):  # infinity times the inverse of its scale, and the largest rounded up
+        found, expected = interpreted_product(weight, x, dtype), reference_product(weight, x)
+    assert np.isnan(expected[-1]).all()
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +236,7 @@ def test_16_bit_networks_hold_the_same_codes_and_scales(root: Path, name: str, d
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_engines_of_every_scheme_build_without_a_gpu(root: Path, name: str, dtype: str, tmp_path: Path) -> None:
     library, request, source = open_request(written(root, name, ODD.name), replace(SHAPE, dtype=dtype))
     place = Topology(Layout(tp=2), 1)

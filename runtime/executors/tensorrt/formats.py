@@ -55,10 +55,6 @@ def _check_kind(library: TensorRT, name: str, chosen: RowCodes | GroupCodes, tar
         raise ConfigError(
             f"{name} is {chosen.name}, but {library.name} computes with plain weights only; use --engine cuda, or install a newer TensorRT"
         )
-    if isinstance(chosen, GroupCodes) and chosen.has_power_of_two_inputs:
-        raise ConfigError(
-            f"{name} is {chosen.name}, and no network rounds scales of inputs to powers of two; use --engine cuda or numpy"
-        )
     if chosen.kind not in library.code_kinds(targets):
         raise ConfigError(
             f"{name} is {chosen.name}, which {library.name} cannot build for compute capability {', '.join(targets)} (fp8 needs 8.9); "

@@ -52,7 +52,7 @@ class QuantisedProducts:
         if isinstance(weight.format, RowCodes) and weight.format.input != "plain":
             return self._product_of_codes(x, weight, weight.format)
         if isinstance(weight.format, GroupCodes) and weight.format.input != "plain":
-            x = self._rounded_by_groups(x, weight.format.group, weight.components["codes"].shape[1])
+            x = self._rounded_by_groups(x, weight.format, weight.components["codes"].shape[1])
         return self._graph.matmul_transposed(x, self._values(weight))
 
     def _prescaled(self, x: ITensor, weight: Weight[Array]) -> ITensor:
@@ -120,33 +120,51 @@ class QuantisedProducts:
         if chosen.input == "static":
             scale = np.float32(parts["input_scale"].max())  # q, k and v see one input
             return self._graph.scalar(float(np.float32(1) / scale), 2), self._graph.scalar(float(scale), 2)
-        return self._token_scale(x, chosen.kind, chosen.input_ceiling)
+        scales = self._token_scale(x, chosen.kind, chosen.input_ceiling)
+        return self._inverse(scales), scales
 
-    def _token_scale(self, x: ITensor, kind: CodeKind, ceiling: float = math.inf) -> tuple[ITensor, ITensor]:
-        """As `_input_scale`, from the largest magnitude along the last axis."""
+    def _token_scale(self, x: ITensor, kind: CodeKind, ceiling: float = math.inf) -> ITensor:
+        """From the largest magnitude along the last axis: ``[T, 1]``, of groups ``[T, G, 1]``."""
         graph, num_dims = self._graph, len(x.shape)
         largest, smallest = (E4M3_MAX, FP8_SMALLEST_SCALE) if kind == "fp8" else (INT8_MAX, INT8_SMALLEST_SCALE)
         amax = graph.cast(graph.largest_magnitudes(x), _FLOAT32)
         if ceiling < math.inf:
             amax = graph.binary("MIN", amax, graph.scalar(ceiling, num_dims))
         scale = graph.binary("DIV", amax, graph.scalar(largest, num_dims))
-        scale = graph.binary("MAX", scale, graph.scalar(float(smallest), num_dims))
-        return graph.binary("DIV", graph.scalar(1.0, num_dims), scale), scale
+        return graph.binary("MAX", scale, graph.scalar(float(smallest), num_dims))
+
+    def _inverse(self, scale: ITensor) -> ITensor:
+        return self._graph.binary("DIV", self._graph.scalar(1.0, len(scale.shape)), scale)
+
+    def _power_of_two(self, scale: ITensor) -> ITensor:
+        """The smallest power of two that is not below each of ``[T, G, 1]``: the largest whose half is below it, which needs no logarithm."""
+        widest = np.float16 if self._dtype == np.float16 else np.float32  # bfloat16 has the range of float32
+        largest = float(np.finfo(widest).max) / E4M3_MAX
+        exponents = range(math.ceil(math.log2(FP8_SMALLEST_SCALE)), math.ceil(math.log2(largest)) + 1)
+        powers = np.array([*(2.0**exponent for exponent in exponents), np.inf], np.float32).reshape(1, 1, -1)
+        halves = np.array([0.0, *powers[0, 0, :-1]], np.float32).reshape(1, 1, -1)
+        graph = self._graph
+        is_below = graph.binary("GREATER", scale, graph.constant(halves))
+        return graph.largest_magnitudes(graph.select(is_below, graph.constant(powers), graph.scalar(0.0, 3)))
 
     def _as_codes(self, scaled: ITensor, kind: CodeKind) -> ITensor:
         """Values of codes, float32."""
         return self._graph.dequantize(self._graph.quantize(scaled, E4M3 if kind == "fp8" else np.dtype(np.int8)), _ONE)
 
-    def _rounded_by_groups(self, x: ITensor, group: int, num_columns: int) -> ITensor:
-        """What fp8 codes with a scale for each ``group`` columns of a token stand for, rounded to the compute type: ``[T, in]``."""
-        graph, whole = self._graph, num_columns // group * group
+    def _rounded_by_groups(self, x: ITensor, chosen: GroupCodes, num_columns: int) -> ITensor:
+        """What fp8 codes with a scale for each group of a token's columns stand for, rounded to the compute type: ``[T, in]``."""
+        graph, group = self._graph, chosen.group
+        whole = num_columns // group * group
         num_tokens = graph.extent(graph.shape(x), 0)
         parts = []
         for start, width, size in ((0, whole, group), (whole, num_columns - whole, num_columns - whole)):
             if width:
                 columns = graph.columns(x, start, graph.extents(num_tokens, width))
                 blocks = graph.reshape(columns, (-1, width // size, size))
-                inverse, scale = self._token_scale(blocks, "fp8")
+                scale = self._token_scale(blocks, "fp8")
+                if chosen.has_power_of_two_inputs:
+                    scale = self._power_of_two(scale)
+                inverse = self._inverse(scale)
                 codes = self._as_codes(graph.binary("PROD", graph.cast(blocks, _FLOAT32), inverse), "fp8")
                 parts.append(graph.reshape(graph.binary("PROD", codes, scale), (-1, width)))
         return graph.cast(parts[0] if len(parts) == 1 else graph.side_by_side(parts), self._dtype)
