@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.checkpoints import ARCEE, CASES_BY_NAME
+from tests.support.checkpoints import ARCEE, CASES_BY_NAME, OLMO
 from tests.support.reference import FOLDER, transformers_reference
 
 
 def main() -> None:
     """Write one ``.npz`` for each case, or for those named."""
     FOLDER.mkdir(exist_ok=True)
-    known = {**CASES_BY_NAME, ARCEE.name: ARCEE}
+    known = {**CASES_BY_NAME, ARCEE.name: ARCEE, OLMO.name: OLMO}
     for case in (known[name] for name in sys.argv[1:] or known):
         with tempfile.TemporaryDirectory() as directory:
             reference = transformers_reference(case, Path(directory))

@@ -152,7 +152,11 @@ def _iteration(directory: Path) -> Path:
     latest = directory / "latest_checkpointed_iteration.txt"
     if not latest.is_file():
         return directory
-    name = latest.read_text().strip()
+    name = latest.read_text(errors="replace").strip()
+    if not name.isdecimal() and name != "release":
+        raise CheckpointError(
+            f"{latest} holds {name[:40]!r}, but it is a number or 'release'; correct it, or give the iteration's directory"
+        )
     return directory / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
 

@@ -25,7 +25,7 @@ from phalanx.runtime.models import find_model
 from phalanx.runtime.models.user_file import model_from_file
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.models.test_against_transformers import log_softmax
-from tests.support.checkpoints import ARCEE, CASES_BY_NAME, write_checkpoint
+from tests.support.checkpoints import ARCEE, CASES_BY_NAME, OLMO, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 from tests.support.reference import load_reference, prompt_token_ids, transformers_reference
 
@@ -35,19 +35,19 @@ SURFACE = Path(__file__).with_name("surface.json")
 """``phalanx.models`` as version 1 has it. Additions with defaults may be recorded; for anything else raise API_VERSION."""
 
 
-def generate(directory: Path, tp: int, pp: int, **options: Any) -> RequestOutput:
-    reference = load_reference(ARCEE)
+def generate(directory: Path, tp: int, pp: int, case: CheckpointCase = ARCEE, **options: Any) -> RequestOutput:
+    reference = load_reference(case)
 
     def rank(comm: Communicator) -> RequestOutput:
         sizes = {"block_size": 16, "max_num_seqs": 2, "max_num_batched_tokens": 12, "num_kv_blocks": 20}
-        files = {"model_file": FILE if comm.rank == 0 else Path("/nowhere/another.py")}
+        files = {"model_file": case.model_file if comm.rank == 0 else Path("/nowhere/another.py")}
         with LLM(
             directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, **{**sizes, **files, **options}
         ) as llm:
             params = SamplingParams(
                 max_tokens=len(reference.greedy), temperature=0.0, ignore_eos=True, prompt_logprobs=0
             )
-            return llm.generate([prompt_token_ids(ARCEE)], params)[0]
+            return llm.generate([prompt_token_ids(case)], params)[0]
 
     return run_ranks(tp * pp, rank)[0]
 
@@ -58,9 +58,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 1), (2, 2), (4, 1), (1, 3)])
-def test_a_users_family_equals_transformers_and_ranks_run_the_text_of_rank_0(tp: int, pp: int, directory: Path) -> None:
-    reference, prompt = load_reference(ARCEE), prompt_token_ids(ARCEE)
-    output = generate(directory, tp, pp, engine="numpy")
+@pytest.mark.parametrize("case", [ARCEE, OLMO], ids=lambda case: case.name)
+def test_a_users_family_equals_transformers_and_ranks_run_the_text_of_rank_0(
+    case: CheckpointCase, tp: int, pp: int, tmp_path: Path
+) -> None:
+    reference, prompt = load_reference(case), prompt_token_ids(case)
+    output = generate(write_checkpoint(case, tmp_path), tp, pp, case, engine="numpy")
     assert output.token_ids == reference.greedy
     assert output.prompt_logprobs is not None
     expected = log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
@@ -68,21 +71,24 @@ def test_a_users_family_equals_transformers_and_ranks_run_the_text_of_rank_0(tp:
     np.testing.assert_allclose(values, expected, rtol=0, atol=2e-4 * float(np.ptp(reference.logits)))
 
 
+@pytest.mark.parametrize("case", [ARCEE, OLMO], ids=lambda case: case.name)
 def test_a_users_family_runs_on_the_cuda_engine(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    case: CheckpointCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
-    assert generate(directory, 2, 1, engine="cuda").token_ids == load_reference(ARCEE).greedy
+    output = generate(write_checkpoint(case, tmp_path), 2, 1, case, engine="cuda")
+    assert output.token_ids == load_reference(case).greedy
 
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
-def test_the_record_is_that_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    live = transformers_reference(ARCEE, tmp_path)
-    np.testing.assert_allclose(
-        load_reference(ARCEE).logits, live.logits, rtol=0, atol=1e-5 * float(np.ptp(live.logits))
-    )
-    assert check.main(["--model", str(tmp_path), "--model-file", str(FILE), "--against-transformers"]) == 0
+@pytest.mark.parametrize("case", [ARCEE, OLMO], ids=lambda case: case.name)
+def test_the_record_is_that_of_transformers(
+    case: CheckpointCase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = transformers_reference(case, tmp_path)
+    np.testing.assert_allclose(load_reference(case).logits, live.logits, rtol=0, atol=1e-5 * float(np.ptp(live.logits)))
+    assert check.main(["--model", str(tmp_path), "--model-file", str(case.model_file), "--against-transformers"]) == 0
     assert "transformers: equal; log-probabilities of 23 tokens differ by at most" in capsys.readouterr().out
 
 

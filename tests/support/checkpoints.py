@@ -15,7 +15,7 @@ from .checkpoint_case import CheckpointCase
 from .decoder_cases import DECODERS
 from .odd_cases import ODD_CASES
 
-__all__ = ["ARCEE", "CASES", "CASES_BY_NAME", "CheckpointCase", "write_checkpoint"]
+__all__ = ["ARCEE", "CASES", "CASES_BY_NAME", "OLMO", "CheckpointCase", "write_checkpoint"]
 
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -244,6 +244,11 @@ ARCEE = replace(
     model_file=Path(__file__).resolve().parents[2] / "examples" / "arcee.py",
 )
 """A family that is not built in."""
+OLMO = replace(
+    _like_llama("olmo", "OlmoForCausalLM", "user-file", clip_qkv=0.9, pad_token_id=0),
+    model_file=Path(__file__).resolve().parents[2] / "examples" / "olmo.py",
+)
+"""Another, whose norms have no weights."""
 CASES_BY_NAME = {case.name: case for case in CASES}
 
 
