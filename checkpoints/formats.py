@@ -257,7 +257,8 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
     fields: dict[str, Any] = section if isinstance(section, dict) else {}
     from phalanx.checkpoints.quantization.readers import READERS
 
-    reader = {**READERS, **FORMAT_READERS}.get(str(fields.get("quant_method")))
+    method = str(fields.get("quant_method"))
+    reader = {**READERS, **FORMAT_READERS}.get(method) or READERS.get(method.lower())
     if reader is None:
         raise ConfigError(f"{description}; it cannot be loaded: use the unquantised checkpoint")
     return reader(fields)

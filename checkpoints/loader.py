@@ -20,6 +20,7 @@ from phalanx.checkpoints.pieces import Piece, cut
 from phalanx.checkpoints.resolve import resolve
 from phalanx.checkpoints.source import Array, Buffer, Index, TensorSource, index_shape
 from phalanx.checkpoints.spec import WeightSpec, distinct
+from phalanx.parallel.errors import CheckpointError
 
 __all__ = ["DummySink", "LoadReport", "WeightSink", "load_weights"]
 
@@ -127,5 +128,9 @@ def _load_piece(
         sink.generate(destination, piece.local, source.slice(name, piece.stored, piece.part.transposed))
         return 0
     array = source.read(name, piece.stored, sink.staging(num_bytes))
-    sink.write(destination, piece.local, piece.values(array))
+    try:
+        values = piece.values(array)
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor {name!r}: {error}") from None
+    sink.write(destination, piece.local, values)
     return num_bytes

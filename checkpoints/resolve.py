@@ -37,6 +37,7 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     found = {name: find_stored(part.names, present) for name, part in parts.items()}
     if missing := [name for name, stored in found.items() if stored is None]:
         _refuse_quantized(present, is_plain)
+        _refuse_undescribed(missing, present, is_plain)
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json requires: {list_names(missing)}; "
             "a shard is missing, or config.json belongs to another model"
@@ -104,6 +105,11 @@ def _check_unused(unused: set[str], ignored: Sequence[str], is_plain: bool) -> N
     extra = [name for name in unused if not pattern.fullmatch(name)]
     if extra:
         _refuse_quantized(extra, is_plain)
+        if not is_plain and quantized_tensors(extra) is not None:
+            raise CheckpointError(
+                f"the checkpoint holds {list_names(extra)}, which quantization_config in config.json does not describe: a module that it "
+                "leaves out is quantised, or has another scheme; restore config.json from where the checkpoint comes from"
+            )
         raise CheckpointError(
             f"the checkpoint holds {len(extra)} tensor(s) that the model does not use: {list_names(extra)}; "
             "config.json belongs to another model, or the model has a feature that is not supported"
@@ -117,6 +123,17 @@ def _refuse_quantized(names: Iterable[str], is_plain: bool) -> None:
             f"the checkpoint is quantised ({method}: packed weights or scales among its tensors), though config.json does not say "
             "so; use the unquantised checkpoint, or restore its config.json"
         )
+
+
+def _refuse_undescribed(missing: Iterable[str], present: Collection[str], is_plain: bool) -> None:
+    """Raise `CheckpointError` if a module has a weight, but not what its quantisation scheme needs besides."""
+    for name in () if is_plain else sorted(missing):
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" and f"{module}.weight" in present:
+            raise CheckpointError(
+                f"quantization_config in config.json says that {module} is quantised, but the checkpoint has {module}.weight without "
+                f"{kind}: list the module among those that stay as they are, or copy the checkpoint again"
+            )
 
 
 def _check_tensor(source: TensorSource, name: str, part: Part, dtype: str | None) -> None:

@@ -191,21 +191,27 @@ def _check_vocabularies(args: argparse.Namespace, text: str) -> bytes:
     """Find out before a model runs whether the two can be compared.
 
     Raises:
-        ConfigError: they have vocabularies of two sizes.
+        ConfigError: they have vocabularies of two sizes, or one that is to be quantised while it is loaded is quantised already.
         RequestError: they cut the text into different tokens, or it cannot be scored.
     """
     from phalanx.checkpoints.config_files import demo_path, read_config
     from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.checkpoints.formats import read_formats
     from phalanx.launch.scoring import encode
     from phalanx.parallel.errors import ConfigError, RequestError
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.user_file import model_from_file
+    from phalanx.runtime.quantisation import check_quantize
     from phalanx.runtime.text import Tokenizer
 
     own, sizes, tokens = model_from_file(args.model_file), [], []
-    for directory in (ModelDirectory.at(args.model or demo_path()), ModelDirectory.at(args.against)):
+    sides = ((args.model or demo_path(), args.quantize, ""), (args.against, args.against_quantize, "against-"))
+    for path, quantize, prefix in sides:
+        directory = ModelDirectory.at(path)
         config = read_config(directory)
-        sizes.append(find_model(config, own).read_config(config).vocab_size)
+        model = find_model(config, own)
+        sizes.append((declared := model.read_config(config)).vocab_size)
+        check_quantize(model, declared, read_formats(config), quantize, f"--{prefix}quantize")
         tokens.append(encode(Tokenizer.from_directory(directory.path), text)[0])
     if sizes[0] != sizes[1]:
         raise ConfigError(

@@ -176,7 +176,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.user_file import model_from_file
-    from phalanx.runtime.quantisation import quantisation_in_words
+    from phalanx.runtime.quantisation import check_quantize, quantisation_in_words
     from phalanx.runtime.step_records import StepRecord, record_path
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
@@ -186,6 +186,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     assert options.max_model_len is not None
     dtype = config.compute_dtype(options.dtype)
     stored = read_formats(raw)
+    check_quantize(model, config, stored, options.quantize)
     has_fp8_cache = options.kv_cache_dtype == "fp8" or (options.kv_cache_dtype == "auto" and stored.has_kv_scales)
     ranks = plan_memory(
         model,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phalanx.checkpoints.quantization.held import held_formats
+from phalanx.checkpoints.quantization.held import check_not_quantized, held_formats
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.formats import FormatPlan
+    from phalanx.checkpoints.quantization.held import QuantizeName
+    from phalanx.checkpoints.spec import WeightSpec
     from phalanx.runtime.config import EngineConfig, ModelConfig
     from phalanx.runtime.models import Model
 
-__all__ = ["has_fp8_cache", "quantisation_in_words", "saturation_in_words"]
+__all__ = ["check_quantize", "has_fp8_cache", "quantisation_in_words", "saturation_in_words"]
 
 
 def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan, options: EngineConfig) -> str:
@@ -21,11 +23,25 @@ def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan,
         stored: formats of the checkpoint, which `options` may have quantised while it is loaded.
     """
     held = held_formats(stored, options.quantize)
-    matrices = [spec for spec in model.weights(config) if len(spec.parts[0].shape) > 1]
     schemes = sorted(
-        {scheme for spec in matrices if (scheme := held.choose(spec).scheme or stored.choose(spec).scheme)}
+        {
+            scheme
+            for spec in _matrices(model, config)
+            if (scheme := held.choose(spec).scheme or stored.choose(spec).scheme)
+        }
     )
     return f"weights: {' and '.join(schemes) or 'not quantised'}; cache: {_cache(stored, options)}"
+
+
+def check_quantize(
+    model: Model, config: ModelConfig, stored: FormatPlan, quantize: QuantizeName, flag: str = "--quantize"
+) -> None:
+    """Refuse ``--quantize``, or another ``flag`` that says it, of a checkpoint that is quantised already.
+
+    Raises:
+        ConfigError: naming its format.
+    """
+    check_not_quantized(map(stored.choose, _matrices(model, config)), quantize, flag)
 
 
 def has_fp8_cache(stored: FormatPlan, options: EngineConfig) -> bool:
@@ -39,6 +55,10 @@ def saturation_in_words(count: int) -> str:
         f"{count:,} keys or values were too large for the fp8 cache and were cut to the largest that its scales allow, which "
         "changes answers; calibrate the checkpoint (launch.quantize --kv-cache fp8), or keep the cache in the compute type (--kv-cache-dtype)"
     )
+
+
+def _matrices(model: Model, config: ModelConfig) -> list[WeightSpec]:
+    return [spec for spec in model.weights(config) if len(spec.parts[0].shape) > 1]
 
 
 def _cache(stored: FormatPlan, options: EngineConfig) -> str:

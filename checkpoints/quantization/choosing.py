@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.quantization.fields import Section, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 
 __all__ = ["HEAD", "KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "fp8_blocks", "of_parts", "refused"]
 
-Section = Mapping[str, Any]
 Chooser = Callable[[Sequence[str]], Format]
 """Format of a module, by every name that it may have, and for the model's head by `HEAD`, too. Rules are about the classes of the
 program that quantised it, whose names for a module need not be those in the file: transformers renames some as it saves."""
@@ -31,8 +30,8 @@ def fp8_blocks(scale: str, rows: int, columns: int, inputs: InputScales = "fp8 g
 
 def excluding(chosen: Format, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:
     """``chosen`` for every module whose path contains none of the excluded names, nor of ``always``; the head if none are given."""
-    names = ("modules_to_not_convert", "ignored_layers", "ignore")
-    excluded = (*(str(name) for key in names for name in section.get(key) or ()), *always) or (HEAD,)
+    keys = ("modules_to_not_convert", "ignored_layers", "ignore")
+    excluded = (*(name for key in keys for name in names(section, key)), *always) or (HEAD,)
 
     def choose(modules: Sequence[str]) -> Format:
         return DENSE if any(name in module for name in excluded for module in modules) else chosen
@@ -50,9 +49,9 @@ def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
             return DENSE  # a head that is tied to the table
         modules = [tuple(name.removesuffix(".weight") for name in part.names) for part in spec.parts]
         head = (HEAD,) if spec.owner == HEAD else ()
-        formats = {choose((*names, *head)) for names in modules}
+        formats = {choose((*called, *head)) for called in modules}
         if len(formats) > 1:
-            listed = ", ".join(names[0] for names in modules)
+            listed = ", ".join(called[0] for called in modules)
             raise ConfigError(
                 f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {listed}, which are "
                 "computed as one product; use a checkpoint with one scheme for them"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
-from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, Section, fp8_blocks, of_parts, refused
+from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, fp8_blocks, of_parts, refused
 from phalanx.checkpoints.quantization.encodings import PackedWords
+from phalanx.checkpoints.quantization.fields import Section, group_size, integer, names, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 
@@ -20,27 +21,29 @@ __all__ = ["read_compressed_tensors"]
 
 def read_compressed_tensors(section: Section) -> FormatPlan:
     """``config_groups`` with targets, and ``ignore``. Of several targets that match, names come before ``re:``, and both before classes."""
-    sparsity = section.get("sparsity_config") or {}
+    sparsity = table(section, "sparsity_config")
     if sparsity and sparsity.get("format", "dense") != "dense":
         raise refused(f"compressed-tensors sparsity format={sparsity.get('format')!r}", "use the dense checkpoint")
-    if (section.get("transform_config") or {}).get("config_groups"):
+    if table(section, "transform_config").get("config_groups"):
         raise refused("compressed-tensors with transforms (transform_config)", "use a checkpoint without rotations")
-    if not section.get("config_groups"):
+    groups = table(section, "config_groups")
+    if not groups:
         raise refused("compressed-tensors without config_groups", "restore its config.json")
     formats = {
-        str(target): _compressed_format(group, section)
-        for group in section["config_groups"].values()
-        for target in group.get("targets") or ("Linear",)
+        target: _compressed_format(table(groups, name), section)
+        for name in groups
+        for target in names(table(groups, name), "targets") or ("Linear",)
     }
     by_rank = sorted(formats, key=lambda target: (target == "Linear", target.startswith("re:"), target))
-    ignored = tuple(section.get("ignore") or ())
+    ignored = names(section, "ignore")
+    _check_rules((*formats, *ignored))
 
     def choose(modules: Sequence[str]) -> Format:
         if _targets(ignored, modules):
             return DENSE
         return next((formats[one] for one in by_rank if one == "Linear" or _targets((one,), modules)), DENSE)
 
-    scheme = section.get("kv_cache_scheme")
+    scheme = table(section, "kv_cache_scheme")
     if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
     ignored_tensors = (r".*\.weight_shape", *(KV_SCALES if scheme else ()))
@@ -48,18 +51,18 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
 
 
 def _compressed_format(group: Section, section: Section) -> Format:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = table(group, "weights"), table(group, "input_activations") or None
     layout = group.get("format") or section.get("format") or ""
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    bits, kind, strategy = integer(weights, "num_bits", 0), weights.get("type"), weights.get("strategy")
     what = f"compressed-tensors format={layout!r} num_bits={bits} type={kind!r} strategy={strategy!r}"
     if weights.get("actorder") == "group":
         raise refused(f"{what} actorder='group'", "use a checkpoint without activation order")
     if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         if kind == "float" and strategy == "block":
-            rows, columns = weights.get("block_structure") or (128, 128)
+            rows, columns = _block_structure(weights)
             if inputs is not None:
-                _check_groups(inputs, int(columns), what)
-            return fp8_blocks("weight_scale", int(rows), int(columns), "plain" if inputs is None else "fp8 groups")
+                _check_groups(inputs, columns, what)
+            return fp8_blocks("weight_scale", rows, columns, "plain" if inputs is None else "fp8 groups")
         if strategy in ("tensor", "channel") and weights.get("symmetric", True):
             return RowCodes(
                 "fp8" if kind == "float" else "int8", scale_of="tensor" if strategy == "tensor" else "row",
@@ -67,7 +70,7 @@ def _compressed_format(group: Section, section: Section) -> Format:
             )  # fmt: skip
     if layout == "pack-quantized" and kind == "int" and bits in (4, 8) and inputs is None:
         half = 1 << (bits - 1)
-        columns = 0 if strategy == "channel" else int(weights.get("group_size") or 0)
+        columns = 0 if strategy == "channel" else group_size(weights, default=0)
         zero = "" if weights.get("symmetric", True) else "weight_zero_point"
         stored = Stored(
             "weight_packed", "weight_scale", zero,
@@ -75,6 +78,25 @@ def _compressed_format(group: Section, section: Section) -> Format:
         )  # fmt: skip
         return GroupCodes(f"int{bits}", stored, columns)
     raise refused(what, WAY_OUT)
+
+
+def _block_structure(weights: Section) -> tuple[int, int]:
+    sizes = weights.get("block_structure") or (128, 128)
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise refused(f"compressed-tensors block_structure={sizes!r}", "write the rows and columns of a block")
+    rows, columns = (integer({"block_structure": size}, "block_structure", 0) for size in sizes)
+    return rows, columns
+
+
+def _check_rules(rules: Sequence[str]) -> None:
+    """Refuse expressions that cannot be compiled, and classes of modules, of which files say nothing, other than the usual one."""
+    for rule in rules:
+        try:
+            re.compile(rule.removeprefix("re:") if rule.startswith("re:") else "")
+        except re.error as error:
+            raise refused(f"compressed-tensors rule {rule!r} ({error})", "correct the expression") from None
+        if rule[0].isupper() and rule.isidentifier() and rule != "Linear":
+            raise refused(f"compressed-tensors rule {rule!r}, a class of modules,", "name the modules, or Linear")
 
 
 def _input_kind(inputs: Section | None, what: str) -> Any:

@@ -7,7 +7,7 @@ Sources: compressed-tensors ``compressors/quantized_compressors/pack_quantized.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from phalanx.checkpoints.encoding import Block
 from phalanx.parallel.errors import CheckpointError
@@ -23,10 +23,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """One float for ``rows`` rows and ``columns`` columns of scales, widened to float32; axes as declared, ``[O]`` or ``[O, G]``."""
+    """One float for ``rows`` rows and ``columns`` columns of scales, widened to float32; axes as declared, ``[O]`` or ``[O, G]``.
+
+    Weights may have scales of zero, of which all values are zero; by those of inputs one divides.
+    """
 
     rows: int = 1
     columns: int = 1
+    of: Literal["weights", "inputs"] = "weights"
     dtypes: ClassVar[frozenset[str]] = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
@@ -34,10 +38,21 @@ class Scales:
         return (Block(1, self.rows), Block(1, self.columns))[: len(extents)]
 
     def decode(self, stored: Array) -> Array:
-        """Exact: every float format widens to float32."""
+        """Exact: every float format widens to float32.
+
+        Raises:
+            CheckpointError: a scale is no number that values or inputs can have.
+        """
         import numpy as np
 
-        wide: Array = np.repeat(stored.astype(np.float32), self.rows, axis=0)
+        scales = stored.astype(np.float32)
+        useful = np.isfinite(scales) & (scales > 0) if self.of == "inputs" else np.isfinite(scales)
+        if not useful.all():
+            wanted = "finite and above zero" if self.of == "inputs" else "finite"
+            raise CheckpointError(
+                f"holds {scales[~useful][0]} for a scale, which has to be {wanted}; copy the checkpoint again"
+            )
+        wide: Array = np.repeat(scales, self.rows, axis=0)
         return wide if wide.ndim == 1 else np.repeat(wide, self.columns, axis=1)
 
 

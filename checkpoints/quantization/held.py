@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +10,7 @@ from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Multiply
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
@@ -20,6 +21,7 @@ __all__ = [
     "ExpertCodes",
     "PackedCodes",
     "QuantizeName",
+    "check_not_quantized",
     "held_by_experts",
     "held_formats",
     "is_ordered",
@@ -177,6 +179,17 @@ def quantized_while_loading(spec: WeightSpec) -> bool:
     """
     is_matrix = len(spec.parts[0].shape) == 2 and not spec.owner.endswith("norm")
     return is_matrix and spec.owner.startswith("layers.") and all(part.shard for part in spec.parts)
+
+
+def check_not_quantized(formats: Iterable[Format], quantize: QuantizeName, flag: str = "--quantize") -> None:
+    """Refuse ``--quantize``, or another ``flag`` that says it, of a checkpoint whose weights have such ``formats``.
+
+    Raises:
+        ConfigError: naming the first format that is not that of plain values.
+    """
+    found = next((one for one in formats if one != DENSE), None)
+    if quantize != "none" and found is not None:
+        raise ConfigError(f"{flag}={quantize}: the checkpoint holds {found.name} weights already; leave it out")
 
 
 def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:

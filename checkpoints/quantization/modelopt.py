@@ -14,12 +14,12 @@ from phalanx.checkpoints.quantization.choosing import (
     KV_SCALES,
     WAY_OUT,
     Chooser,
-    Section,
     fp8_blocks,
     of_parts,
     refused,
 )
 from phalanx.checkpoints.quantization.encodings import NibbleRows
+from phalanx.checkpoints.quantization.fields import Section, flag, group_size, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
 from phalanx.checkpoints.quantization.prescale import has_prescale, with_prescale
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -84,7 +84,7 @@ def _of_layer(name: str, entry: Any, fields: Section) -> Format:
 
 
 def _excluded(fields: Section) -> tuple[str, ...]:
-    return tuple(map(str, fields.get("exclude_modules") or fields.get("ignore") or ()))
+    return names(fields, "exclude_modules") or names(fields, "ignore")
 
 
 def _matches(patterns: Sequence[str], modules: Sequence[str]) -> bool:
@@ -108,10 +108,10 @@ def _format(fields: Section, where: str) -> Format:
         return formats[algorithm]
     if algorithm != "W4A16_AWQ":
         raise refused(f"modelopt quant_algo={fields.get('quant_algo')!r}{where}", WAY_OUT)
-    if fields.get("has_zero_point"):
+    if flag(fields, "has_zero_point", False):
         raise refused(f"modelopt quant_algo='W4A16_AWQ'{where} with zero points", WAY_OUT)
     stored = Stored("weight", "weight_scale", codes_encoding=NibbleRows())
-    return GroupCodes("int4", stored, int(fields.get("group_size") or 128))
+    return GroupCodes("int4", stored, group_size(fields) or 128)
 
 
 def _may_be_scaled(chosen: Format) -> bool:

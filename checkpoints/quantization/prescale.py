@@ -77,5 +77,5 @@ def _factors(part: Part, suffix: str) -> Part:
     shard = part.shard if part.shard is not None and part.shard.axis == 1 else None
     return replace(
         part, source=source, aliases=tuple(aliases), shape=(1, part.shape[1]), shard=shard, transposed=False,
-        first_row=0, source_rows=0, encoding=Scales(),
+        first_row=0, source_rows=0, encoding=Scales(of="inputs"),
     )  # fmt: skip

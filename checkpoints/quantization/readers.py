@@ -15,7 +15,6 @@ from phalanx.checkpoints.quantization.choosing import (
     HEAD,
     KV_SCALES,
     WAY_OUT,
-    Section,
     excluding,
     fp8_blocks,
     of_parts,
@@ -23,6 +22,7 @@ from phalanx.checkpoints.quantization.choosing import (
 )
 from phalanx.checkpoints.quantization.compressed_tensors import read_compressed_tensors
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
+from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, number
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -35,14 +35,14 @@ __all__ = ["READERS"]
 
 def read_fp8(section: Section) -> FormatPlan:
     """Hugging Face ``fp8`` (DeepSeek's blocks) and vLLM's of the same name (a scale for each tensor)."""
-    block = section.get("weight_block_size")
+    block = _block_size(section)
     if not block and section.get("activation_scheme") is None:  # blocks of 128 in transformers, an error in vLLM
         raise refused("fp8 without activation_scheme and weight_block_size", "write the one by which it was quantised")
     scheme = str(section.get("activation_scheme") or "dynamic")
     if block:
         if scheme != "dynamic":
             raise refused(f"fp8 with blocks and activation_scheme={scheme!r}", WAY_OUT)
-        chosen: Format = fp8_blocks("weight_scale_inv", int(block[0]), int(block[1]), _input_scales(section))
+        chosen: Format = fp8_blocks("weight_scale_inv", *block, _input_scales(section))
     else:
         if scheme not in ("dynamic", "static"):
             raise refused(f"fp8 with activation_scheme={scheme!r}", WAY_OUT)
@@ -51,6 +51,16 @@ def read_fp8(section: Section) -> FormatPlan:
     if kv not in (None, "static"):
         raise refused(f"fp8 with kv_cache_scheme={kv!r}", WAY_OUT)
     return replace(plan, ignored_tensors=KV_SCALES, has_kv_scales=True) if kv else plan  # AutoFP8
+
+
+def _block_size(section: Section) -> tuple[int, int] | None:
+    sizes = section.get("weight_block_size")
+    if sizes is None:
+        return None
+    if not isinstance(sizes, list) or len(sizes) != 2:
+        raise refused(f"fp8 with weight_block_size={sizes!r}", "write the rows and columns of a block")
+    rows, columns = (integer({"weight_block_size": size}, "weight_block_size", 0) for size in sizes)
+    return rows, columns
 
 
 def _input_scales(section: Section) -> InputScales:
@@ -64,7 +74,7 @@ def _input_scales(section: Section) -> InputScales:
 
 def read_fbgemm_fp8(section: Section) -> FormatPlan:
     """A scale for each row and token; ``activation_scale_ub`` bounds the latter."""
-    ceiling = float(section.get("activation_scale_ub") or 1200.0)
+    ceiling = number(section, "activation_scale_ub", 1200.0)
     bound = Unread(
         r".*\.input_scale_ub", f"activation_scale_ub={ceiling:g}", lambda tensor: bool((tensor == ceiling).all())
     )
@@ -73,17 +83,18 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
 
 def read_awq(section: Section) -> FormatPlan:
     """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it."""
-    version, bits = _awq_version(section), section.get("bits", section.get("w_bit"))
-    group = int(section.get("group_size", section.get("q_group_size", 128)))
-    if version != "gemm" or bits != 4 or not section.get("zero_point", True):
-        raise refused(
-            f"awq version={version!r} bits={bits} zero_point={section.get('zero_point')}", "use version gemm, 4 bits"
-        )
+    version, bits = _awq_version(section), integer(section, "bits", integer(section, "w_bit", 0))
+    group, has_zeros = (
+        group_size(section, default=group_size(section, "q_group_size")),
+        flag(section, "zero_point", True),
+    )
+    if version != "gemm" or bits != 4 or not has_zeros:
+        raise refused(f"awq version={version!r} bits={bits} zero_point={has_zeros}", "use version gemm, 4 bits")
     if section.get("dynamic"):
         raise refused("awq with rules per module (dynamic)", "use a checkpoint with one scheme")
     words = PackedWords(4, axis=0, offset=8, order=AWQ_ORDER)
     stored = Stored("qweight", "scales", "qzeros", words, words, transposed=True)
-    return excluding(GroupCodes("int4", stored, max(group, 0)), section, always=(HEAD,))
+    return excluding(GroupCodes("int4", stored, group), section, always=(HEAD,))
 
 
 def _awq_version(section: Section) -> str:
@@ -94,22 +105,22 @@ def _awq_version(section: Section) -> str:
 
 def read_gptq(section: Section) -> FormatPlan:
     """GPTQ v1 (zero points less one) and v2, 4 and 8 bits; with activation order (``desc_act``) each column names its group."""
-    bits, group = section.get("bits"), int(section.get("group_size", 128))
+    bits, group = integer(section, "bits", 0), group_size(section)
     form = str(section.get("checkpoint_format") or section.get("format") or "gptq")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
     if section.get("dynamic"):
         raise refused("gptq with rules per module (dynamic)", "use a checkpoint with one scheme")
-    half, is_ordered = 1 << (bits - 1), bool(section.get("desc_act")) and group > 0
-    zeros = PackedWords(bits, axis=0, offset=half, added=int(form == "gptq"), is_middle=bool(section.get("sym")))
+    half, is_ordered = 1 << (bits - 1), flag(section, "desc_act", False) and group > 0
+    zeros = PackedWords(bits, axis=0, offset=half, added=int(form == "gptq"), is_middle=flag(section, "sym", False))
     stored = Stored(
         "qweight", "scales", "qzeros", PackedWords(bits, axis=1, offset=half), zeros, transposed=True,
         group_index="g_idx" if is_ordered else "",
     )  # fmt: skip
-    chosen = GroupCodes(f"int{bits}", stored, max(group, 0))
+    chosen = GroupCodes(f"int{bits}", stored, group)
     blocks = section.get("modules_in_block_to_quantize") or ()
     included = tuple(str(name) for block in blocks for name in ([block] if isinstance(block, str) else block))
-    has_head = bool(section.get("lm_head"))
+    has_head = flag(section, "lm_head", False)
 
     def choose(modules: Sequence[str]) -> Format:
         if HEAD in modules:

@@ -157,4 +157,4 @@ SMOOTHQUANT = INT8_STATIC.with_prescale("pre_quant_scale")
 
 def _input_scale(part: Part) -> Part:
     source, *aliases = part.siblings("input_scale", "activation_scale")
-    return Part(source, (1,), aliases=tuple(aliases), encoding=Scales())
+    return Part(source, (1,), aliases=tuple(aliases), encoding=Scales(of="inputs"))

@@ -48,7 +48,11 @@ class Scheme:
     group_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.group_size < 0 or (self.group_size and self.name not in _BITS):
+        if self.group_size < 0:
+            raise ConfigError(
+                f"--group-size={self.group_size} is negative; give a number of columns, or 0 for whole rows"
+            )
+        if self.group_size and self.name not in _BITS:
             raise ConfigError(f"--group-size={self.group_size} does not fit --scheme={self.name}; leave it out")
 
     def tensors(self, rows: int, columns: int) -> dict[str, TensorInfo]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ def write_quantized(
         ConfigError: a matrix does not fit the scheme's groups, or ``output`` exists or cannot be written.
     """
     names = method.order(sorted(source.names()))
+    _check_groups(
+        {name: source.info(name).shape[0 if is_transposed else 1] for name, is_transposed in chosen.items()}, scheme
+    )
     layout = []
     for name in names:
         layout += _stored(source, name, chosen.get(name), scheme)
@@ -126,16 +130,23 @@ def write_quantized(
     return errors
 
 
+def _check_groups(columns: Mapping[str, int], scheme: Scheme) -> None:
+    for name, count in columns.items():
+        if scheme.group_size and count % scheme.group_size:
+            common = math.gcd(*columns.values())
+            largest = min(common & -common, 1 << (scheme.group_size.bit_length() - 1))
+            raise ConfigError(
+                f"--group-size={scheme.group_size} does not divide the {count} columns of {name}; use {largest}, the largest power of two "
+                "that divides those of all matrices, or 0 for whole rows"
+            )
+
+
 def _stored(source: TensorSource, name: str, transposed: bool | None, scheme: Scheme) -> list[tuple[str, TensorInfo]]:
     """What is written for a tensor; ``transposed``: how a matrix to quantise is stored, None for all else."""
     info = source.info(name)
     if transposed is None:
         return [(name, info)]
     rows, columns = info.shape[::-1] if transposed else info.shape
-    if scheme.group_size and columns % scheme.group_size:
-        raise ConfigError(
-            f"--group-size={scheme.group_size} does not divide the {columns} columns of {name}; use one that does"
-        )
     module = name.removesuffix(".weight")
     return [(f"{module}.{suffix}", tensor) for suffix, tensor in scheme.tensors(rows, columns).items()]
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from phalanx.checkpoints.formats import DENSE, FormattedWeight
-from phalanx.checkpoints.quantization.held import QuantizeName, quantized_while_loading
+from phalanx.checkpoints.formats import FormattedWeight
+from phalanx.checkpoints.quantization.held import QuantizeName, check_not_quantized, quantized_while_loading
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Array
-from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.weights import Weight
 
 __all__ = ["formats_while_loading", "quantised"]
@@ -25,15 +24,10 @@ def formats_while_loading(declared: Iterable[FormattedWeight], quantize: Quantiz
     """
     if quantize == "none":
         return {}
-    chosen = {}
-    for weight in declared:
-        if weight.format != DENSE:
-            raise ConfigError(
-                f"--quantize={quantize}: the checkpoint holds {weight.format.name} weights already; leave it out"
-            )
-        if quantized_while_loading(weight.spec):
-            chosen[weight.spec.owner] = RowCodes(quantize)
-    return chosen
+    weights = list(declared)
+    check_not_quantized((weight.format for weight in weights), quantize)
+    chosen = RowCodes(quantize)
+    return {weight.spec.owner: chosen for weight in weights if quantized_while_loading(weight.spec)}
 
 
 def quantised(weight: Weight[Array], formats: Mapping[str, RowCodes]) -> Weight[Array]:

@@ -107,6 +107,12 @@ def test_mistakes_get_one_line(demo: Path, held_out: Path, tmp_path: Path) -> No
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
     assert "cuts the text into other tokens" in finished.stderr
     config = json.loads((demo / "config.json").read_text("utf-8"))
+    section = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    flags = ("--against", tmp_path / "other", "--against-quantize", "int8")
+    finished = run_eval("--text", held_out / EXCERPT, *flags)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert "--against-quantize=int8: the checkpoint holds int4 in groups of 16 weights already" in finished.stderr
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "vocab_size": 6200}))
     finished = run_eval("--text", held_out / EXCERPT, "--against", tmp_path / "other")
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)

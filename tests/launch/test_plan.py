@@ -170,6 +170,15 @@ def test_it_says_how_weights_activations_and_cache_are_quantised(
     assert words in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_is_quantised_already_is_not_planned_as_something_else(llama_3_8b: Path) -> None:
+    section = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+    (llama_3_8b / "config.json").write_text(json.dumps({**LLAMA_3_8B, "quantization_config": section}))
+    with pytest.raises(
+        ConfigError, match="--quantize=fp8: the checkpoint holds int4 in groups of 128 weights already; leave it out"
+    ):
+        main(["--model", str(llama_3_8b), "--gpu-memory-gib", "80", "--quantize", "fp8"])
+
+
 def test_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         main(["--model", str(tmp_path)])

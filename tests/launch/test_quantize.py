@@ -56,10 +56,14 @@ def test_what_it_writes_loads_and_is_near_the_original(dense: Path, scheme: str,
 def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; remove it or choose another name"):
         main(["--model", str(dense), "--output", str(tmp_path), "--scheme", "fp8"])
-    with pytest.raises(ConfigError, match="--group-size=128 does not divide the 88 columns"):
+    with pytest.raises(
+        ConfigError, match=r"--group-size=128 does not divide the 48 columns of .*; use 8, the largest power of two"
+    ):
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16"])
     with pytest.raises(ConfigError, match="--group-size=16 does not fit --scheme=fp8"):
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "fp8", "--group-size", "16"])
+    with pytest.raises(ConfigError, match="--group-size=-1 is negative; give a number of columns, or 0 for whole rows"):
+        main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16", "--group-size", "-1"])
     assert not (tmp_path / "out").exists()
 
 

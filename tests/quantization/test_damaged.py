@@ -1,0 +1,177 @@
+"""Quantised checkpoints with a field or a tensor that is not what it should be: one line that names it, before anything is computed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from phalanx.checkpoints.formats import read_formats
+from phalanx.parallel.errors import CheckpointError, ConfigError
+from tests.support.checkpoints import write_checkpoint
+from tests.support.fake_cupy import install_fake_device
+
+from . import test_checkpoints as checkpoints
+
+Array = np.ndarray[Any, Any]
+MODULE = "model.layers.1.mlp.down_proj"
+STORED = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16,
+          "I32": np.int32, "I64": np.int64, "I8": np.int8}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("damaged")
+    write_checkpoint(checkpoints.CASE, root / "dense")
+    return root
+
+
+def damaged(root: Path, target: Path, name: str, **changes: Array | None) -> Path:
+    """The checkpoint ``name`` with other tensors of a module by suffix; None = without."""
+    quantised, _ = checkpoints.written(root, name)
+    data = (quantised / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {
+        key: np.frombuffer(data[start:][slice(*one["data_offsets"])], STORED[one["dtype"]]).reshape(one["shape"])
+        for key, one in header.items()
+    }
+    tensors |= {f"{MODULE}.{suffix}": array for suffix, array in changes.items() if array is not None}
+    for suffix in (suffix for suffix, array in changes.items() if array is None):
+        del tensors[f"{MODULE}.{suffix}"]
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors")
+    (target / "config.json").write_text((quantised / "config.json").read_text())
+    return target
+
+
+def scales(rows: int, value: float) -> Array:
+    result = np.full((rows, 1), 0.01, np.float32)
+    result[3] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "array", "message"),
+    [
+        ("ct-int8", "weight_scale", scales(64, np.nan), "weight_scale': holds nan for a scale, which has to be finite;"),
+        ("ct-fp8-channel", "weight_scale", scales(64, np.inf), "weight_scale': holds inf for a scale"),
+        ("awq", "scales", np.full((15, 64), np.nan, np.float16), "scales': holds nan for a scale"),
+        ("ct-fp8-static", "input_scale", np.zeros(1, np.float32), "input_scale': holds 0.0 for a scale, which has to be finite and above zero"),
+        ("ct-int8-static", "input_scale", np.full(1, -1, np.float32), "input_scale': holds -1.0 for a scale"),
+        ("modelopt-fp8", "input_scale", np.full(1, np.inf, np.float32), "input_scale': holds inf for a scale"),
+        ("modelopt-smoothquant", "pre_quant_scale", np.zeros(240, np.float32), "pre_quant_scale': holds 0.0 for a scale"),
+    ],
+)  # fmt: skip
+def test_scales_that_no_value_can_have_are_named(
+    root: Path, tmp_path: Path, name: str, suffix: str, array: Array, message: str,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """They came out as NaN at the first request, or as other inputs at all."""
+    path = damaged(root, tmp_path / "damaged", name, **{suffix: array})
+    with pytest.raises(CheckpointError, match=rf"^tensor 'model\.layers\.1\.mlp\.down_proj\.{message}"):
+        checkpoints.generate(path)
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.generate(path, engine="cuda", dtype="float16")
+
+
+def test_a_scale_of_zero_means_weights_of_zero(root: Path, tmp_path: Path) -> None:
+    """Packers store what is too small for float16 as zero."""
+    path = damaged(root, tmp_path / "zero", "awq", scales=np.zeros((15, 64), np.float16))
+    weight = checkpoints.load(path, 1, 0).linear("layers.1.down")
+    assert not weight.format.dequantize(weight.components).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("ct-int8", {"weight_scale": None}, rf"says that {MODULE} is quantised, but .* has {MODULE}\.weight without weight_scale"),
+        ("ct-w4-g64", {"weight_zero_point": np.zeros((8, 4), np.int32)}, r"weight_zero_point', which quantization_config in config\.json does not describe"),
+        ("ct-int8", {"weight_scale": scales(63, 1.0)}, r"has shape \[63, 1\], but config\.json requires \[64\]"),
+        ("ct-int8", {"weight": np.zeros((64, 240), np.float32)}, "is stored as F32, but its quantisation scheme requires I8"),
+    ],
+)  # fmt: skip
+def test_tensors_and_rules_that_disagree_are_both_named(
+    root: Path, tmp_path: Path, name: str, changes: dict[str, Array | None], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.generate(damaged(root, tmp_path / "damaged", name, **changes))
+
+
+@pytest.mark.parametrize("ignore", [[], None])
+def test_a_head_that_no_rule_leaves_out_is_named(root: Path, tmp_path: Path, ignore: Any) -> None:
+    quantised, _ = checkpoints.written(root, "ct-int8")
+    section = {**checkpoints.ALL["ct-int8"][1], "ignore": ignore}
+    with pytest.raises(
+        CheckpointError, match=r"says that lm_head is quantised, but .* lm_head\.weight without weight_scale"
+    ):
+        checkpoints.generate(checkpoints.changed(quantised, tmp_path / "changed", section))
+
+
+COMPRESSED = checkpoints.ALL["ct-w4-g64"][1]
+FP8, FBGEMM = checkpoints.ALL["hf-fp8-blocks"][1], checkpoints.ALL["fbgemm"][1]
+AWQ, GPTQ = checkpoints.ALL["awq"][1], checkpoints.ALL["gptq-4-v1"][1]
+MODELOPT, MIXED = checkpoints.ALL["modelopt-awq"][1], checkpoints.ALL["modelopt-mixed"][1]
+
+
+def group(**fields: Any) -> dict[str, Any]:
+    section = copy.deepcopy(COMPRESSED)
+    section["config_groups"]["group_0"] |= fields
+    return section
+
+
+def weights(**fields: Any) -> dict[str, Any]:
+    return group(weights=COMPRESSED["config_groups"]["group_0"]["weights"] | fields)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({**COMPRESSED, "ignore": "lm_head"}, "ignore=lm_head is not a list of names; restore the file"),
+        ({**COMPRESSED, "config_groups": [1]}, r"config_groups=\[1\] is not an object of fields"),
+        ({**COMPRESSED, "config_groups": {"group_0": "x"}}, "group_0=x is not an object of fields"),
+        ({**COMPRESSED, "kv_cache_scheme": [1]}, r"kv_cache_scheme=\[1\] is not an object"),
+        ({**COMPRESSED, "sparsity_config": "dense"}, "sparsity_config=dense is not an object"),
+        (group(targets="Linear"), "targets=Linear is not a list of names"),
+        (group(targets=["re:(unclosed"]), r"rule 're:\(unclosed' \(missing \).*correct the expression"),
+        (group(targets=["LlamaMLP"]), "rule 'LlamaMLP', a class of modules, cannot be loaded; name the modules, or Linear"),
+        (group(weights=None), "num_bits=0"),
+        (weights(group_size="x"), "group_size=x is not a whole number"),
+        (weights(group_size=True), "group_size=True is not a whole number"),
+        (weights(group_size=-2), "group_size=-2 is not a whole number of at least -1"),
+        ({**FP8, "weight_block_size": [-32, 16]}, "weight_block_size=-32 is not a whole number of at least 1"),
+        ({**FP8, "weight_block_size": [32.5, 16]}, "weight_block_size=32.5 is not a whole number"),
+        ({**FP8, "weight_block_size": [128]}, r"weight_block_size=\[128\] cannot be loaded; write the rows and columns"),
+        ({**FP8, "weight_block_size": "128"}, "weight_block_size='128' cannot be loaded"),
+        ({**FBGEMM, "activation_scale_ub": "x"}, "activation_scale_ub=x is not a finite number above zero"),
+        ({**FBGEMM, "activation_scale_ub": 0}, "activation_scale_ub=0 is not a finite number above zero"),
+        ({**FBGEMM, "activation_scale_ub": float("nan")}, "activation_scale_ub=nan is not a finite number"),
+        ({**FBGEMM, "modules_to_not_convert": [3]}, r"modules_to_not_convert=\[3\] is not a list of names"),
+        ({**FBGEMM, "modules_to_not_convert": [""]}, r"modules_to_not_convert=\[''\] is not a list of names"),
+        ({**AWQ, "zero_point": "yes"}, "zero_point=yes is not true or false"),
+        ({**GPTQ, "desc_act": "false"}, "desc_act=false is not true or false"),
+        ({**GPTQ, "bits": None}, "gptq bits=0"),
+        ({**MODELOPT, "ignore": "lm_head"}, "ignore=lm_head is not a list of names"),
+        ({**MIXED, "quantized_layers": ["a"]}, "without quantized_layers"),
+        ({**MIXED, "quantized_layers": {"a": {"quant_algo": "W4A16_AWQ", "group_size": "x"}}}, "group_size=x is not"),
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_named_with_their_value(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_formats({"quantization_config": section})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{**AWQ, "quant_method": "AWQ"}, {**GPTQ, "bits": "4", "group_size": "16"}, weights(num_bits="4"), weights(group_size="64")],
+)  # fmt: skip
+def test_numbers_as_text_and_other_case_are_read(section: dict[str, Any]) -> None:
+    read_formats({"quantization_config": section})
