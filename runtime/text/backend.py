@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import tokenizers
@@ -78,7 +79,10 @@ def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tok
             )
         return pairs_to_backend(vocabulary, kind.split, files.flags.get("add_prefix_space", False))
     if isinstance(vocabulary, SentencePieceModel):
-        backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary)
+        marks_first = files.flags.get("legacy") is False
+        if kind.reads_prefix_space and files.flags.get("add_prefix_space") is False:
+            vocabulary = replace(vocabulary, dummy_prefix=False)
+        backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary, marks_first)
     elif kind.split is None:
         raise CheckpointError(
             f"{directory.path!s} holds tiktoken's ranks, but not how texts are split, which is known for QWenTokenizer and "

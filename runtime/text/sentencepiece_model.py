@@ -89,12 +89,15 @@ def read_model(raw: bytes, name: str) -> SentencePieceModel:
     return model
 
 
-def to_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
+def to_backend(model: SentencePieceModel, marks_first: bool = False) -> tokenizers.Tokenizer:
     """Return the tokenizer that encodes as ``model`` does; control pieces are special tokens.
+
+    ``marks_first``: the space before a text goes before its first word alone and not after special tokens, nor before another space, as
+    in transformers with ``legacy`` false.
 
     Where a character that normalisation replaces is followed by combining marks, `tokenizers` drops these, the library does not.
     """
-    return _backend(model)
+    return _backend(model, marks_first=marks_first)
 
 
 def to_spelt_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
@@ -109,7 +112,9 @@ def to_spelt_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
     return _backend(model, [(text, piece) for text, piece in _spellings() if piece in defined])
 
 
-def _backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -> tokenizers.Tokenizer:
+def _backend(
+    model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = (), marks_first: bool = False
+) -> tokenizers.Tokenizer:
     """The tokenizer; ``spelt``: texts that are written as pieces before all else.
 
     Pieces that the user defined are cut out of the normalised text, the longest first, so that no further space is put after them.
@@ -122,7 +127,11 @@ def _backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -
             normalizers.Replace(tokenizers.Regex(rf"\A +|[ {_MARK}]+\z"), ""),
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
-    steps += [normalizers.Prepend(_MARK)] if model.dummy_prefix else []
+    words: list[pre_tokenizers.PreTokenizer] = []
+    if model.dummy_prefix and marks_first:
+        words = [pre_tokenizers.Metaspace(_MARK, "first", split=False)]
+    elif model.dummy_prefix:
+        steps.append(normalizers.Prepend(_MARK))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
     replaced = [decoders.Replace(_MARK, " "), *(decoders.Replace(piece, text) for text, piece in spelt)]
     most = _MOST_SPACES if model.remove_spaces else 1
@@ -130,7 +139,9 @@ def _backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -
     fallback = [decoders.ByteFallback()] if model.byte_fallback else []
     backend.decoder = decoders.Sequence([*replaced, *fallback, decoders.Fuse(), *strip])
     if defined := sorted(_texts(model, _USER_DEFINED), key=len, reverse=True):
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated")
+        words.append(pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated"))
+    if words:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     backend.add_special_tokens(_texts(model, _CONTROL))
     return backend
 

@@ -49,7 +49,7 @@ class TokenizerFiles:
         added_tokens: tokens that the files add or describe anew, by id.
         extra_tokens: further special tokens, by text alone.
         tokenizer_class: defaults of the class.
-        flags: ``add_bos_token``, ``add_eos_token``, ``add_prefix_space``, ``split_special_tokens``, where they are set.
+        flags: ``add_bos_token``, ``add_eos_token``, ``add_prefix_space``, ``legacy``, ``split_special_tokens``, where they are set.
         template: the chat template.
     """
 
@@ -97,7 +97,7 @@ def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
     )
 
 
-_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
+_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens")
 
 
 def _class_name(directory: ModelDirectory, config: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ __all__ = ["HONOURED_KEYS", "IGNORED_KEYS", "check_keys"]
 
 HONOURED_KEYS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens", "bos_token",
-    "chat_template", "cls_token", "eos_token", "extra_special_tokens", "mask_token", "pad_token", "sep_token",
+    "chat_template", "cls_token", "eos_token", "extra_special_tokens", "legacy", "mask_token", "pad_token", "sep_token",
     "split_special_tokens", "tokenizer_class", "unk_token",
 )  # fmt: skip
 """Keys that are applied as transformers applies them; so are a model's own ``*_token`` texts, for its chat template."""
@@ -23,7 +23,7 @@ IGNORED_KEYS = (
     "_commit_hash", "_from_auto", "add_dummy_prefix_space", "add_eos_token_to_prompt", "auto_map", "backend", "cache_dir",
     "chat_control_tokens", "clean_text", "clean_up_tokenization_spaces", "device_map", "do_basic_tokenize", "do_lower_case",
     "do_lowercase", "encode_special_tokens", "errors", "extra_ids", "fix_mistral_regex", "from_slow", "full_tokenizer_file",
-    "image_processor_type", "init_inputs", "is_local", "keep_accents", "language", "legacy", "legacy_behaviour", "local_files_only",
+    "image_processor_type", "init_inputs", "is_local", "keep_accents", "language", "legacy_behaviour", "local_files_only",
     "max_len", "max_length", "merges_file", "model_input_names", "model_max_length", "model_specific_special_tokens", "name_or_path",
     "never_split", "normalization", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side",
     "processor_class", "remove_space", "response_schema", "response_template", "return_token_type_ids", "revision",

@@ -526,6 +526,12 @@ def test_a_directory_without_config_ini_or_of_another_model_is_refused(tmp_path:
         main(arguments)
 
 
+def test_an_iteration_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"../\xae")
+    with pytest.raises(CheckpointError, match=r"iteration\.txt holds '\.\./.', but it is a number or 'release'"):
+        main(["--from", "megatron", "--input", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     "text", [b"[gpt]\nhead_num = 4\n\0\0", b"head_num = 4\n", b"[gpt]\nx = 1\nx = 2\n", b"\xff\xfe[gpt]\n"]
 )

@@ -84,6 +84,28 @@ def test_a_pointer_is_named(tmp_path: Path) -> None:
         load(tmp_path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
 
 
+@pytest.mark.parametrize(
+    ("flags", "text", "pieces"),
+    [
+        ({}, "hi</s>hi", ("▁hi", "</s>", "▁hi")),
+        ({"legacy": True}, " hi</s>hi", ("▁", "▁hi", "</s>", "▁hi")),
+        ({"legacy": False}, "hi</s>hi", ("▁hi", "</s>", "h", "i")),
+        ({"legacy": False}, " hi</s> hi", ("▁hi", "</s>", "▁hi")),
+        ({"legacy": False}, "hi<|user|>hi", ("▁hi", "<|user|>", "h", "i")),
+        ({"add_prefix_space": False}, "hi</s>hi", ("h", "i", "</s>", "h", "i")),
+        ({"add_prefix_space": False, "legacy": False}, "hi hi", ("h", "i", "▁hi")),
+    ],
+)
+def test_flags_say_where_a_space_goes_before_words(
+    flags: dict[str, bool], text: str, pieces: Any, tmp_path: Path
+) -> None:
+    """``legacy`` and ``add_prefix_space`` of transformers' LlamaTokenizer, with which these agree."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **flags}))
+    tokenizer = load(tmp_path, model())
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == tuple(IDS[piece] for piece in pieces)
+
+
 def test_words_marked_at_their_end_are_refused_and_so_are_spaces_without_a_mark(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"treat_whitespace_as_suffix.* is not supported"):
         load(tmp_path, model(f24=1))
