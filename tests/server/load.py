@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .servers import ROOT, stub_server
 
@@ -25,6 +27,47 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many streams of how many tokens, and how they come.
+
+    Attributes:
+        step_seconds: from token to token; 0 = as fast as they go.
+        request_rate: requests a second; None = all at once.
+        model: whose tokenizer to use.
+    """
+
+    streams: int = 3000
+    step_seconds: float = 0.06
+    tokens: int = 200
+    http_processes: int = 1
+    clients: int = 1
+    request_rate: float | None = None
+    model: Path = ROOT / "checkpoints" / "demo"
+
+
+def measure(load: Load) -> tuple[dict[str, Any], list[float]]:
+    """The report of `launch.bench serve`, and processor seconds of the stub engine and of each HTTP process."""
+    options = {
+        "max_open_requests": load.streams + 8,
+        "max_model_len": load.tokens + 16,
+        "step_seconds": load.step_seconds,
+    }
+    with stub_server(load.model, {"num_processes": load.http_processes}, vocab_size=6144, **options) as server:
+        pids = [server.process.pid, *server.http_processes()]
+        command = [
+            sys.executable, "-m", "launch.bench", "serve", "--url", server.url, "--input-len", "8",
+            "--output-len", str(load.tokens), "--num-prompts", str(load.streams), "--max-concurrency", str(load.streams),
+            "--num-clients", str(load.clients), "--vocab-size", str(VOCAB_SIZE),
+        ]  # fmt: skip
+        if load.request_rate is not None:
+            command += ["--request-rate", str(load.request_rate)]
+        before = [processor_seconds(pid) for pid in pids]
+        report: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout)
+        used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+    return report, used
+
+
 def main() -> None:
     """Measure once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,19 +79,8 @@ def main() -> None:
     parser.add_argument("--request-rate", type=float, help="default: all at once")
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "demo", help="whose tokenizer to use")
     args = parser.parse_args()
-    options = {"max_open_requests": args.streams + 8, "max_model_len": args.tokens + 16, "step_seconds": args.step}
-    with stub_server(args.model, {"num_processes": args.http_processes}, vocab_size=6144, **options) as server:
-        pids = [server.process.pid, *server.http_processes()]
-        command = [
-            sys.executable, "-m", "launch.bench", "serve", "--url", server.url, "--input-len", "8",
-            "--output-len", str(args.tokens), "--num-prompts", str(args.streams), "--max-concurrency", str(args.streams),
-            "--num-clients", str(args.clients), "--vocab-size", str(VOCAB_SIZE),
-        ]  # fmt: skip
-        if args.request_rate is not None:
-            command += ["--request-rate", str(args.request_rate)]
-        before = [processor_seconds(pid) for pid in pids]
-        report = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-        used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+    load = Load(args.streams, args.step, args.tokens, args.http_processes, args.clients, args.request_rate, args.model)
+    report, used = measure(load)
     cost = 1e6 * sum(used[1:]) / report["output_tokens"]
     print(
         f"{args.streams} streams, {args.http_processes} processes, {'paced' if args.step else 'unpaced'}: "

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from phalanx.runtime.server.app import server_routes
+from tests.support.hostile_guides import HOSTILE_GUIDES
 
-from .servers import Server, stub_server
+from .kserve.test_grpc import address as grpc_address
+from .kserve.test_grpc import grpcclient, text_inputs
+from .load import Load, measure
+from .servers import ROOT, Server, stub_server
 from .test_fuzz import VALID
 from .test_routes import metrics
 
@@ -88,28 +93,59 @@ def test_200_long_requests_whose_clients_give_up(model_directory: Path) -> None:
 
 
 def test_1000_clients_that_leave_at_random_moments(model_directory: Path) -> None:
-    """Figure 10: streams, whole answers and Triton's; afterwards nothing is open."""
+    """Figure 10: streams, whole answers, Triton's over HTTP and gRPC; afterwards nothing is open, and an end is noticed at once."""
     options = {"max_open_requests": 256, "step_seconds": 0.005}
     draw = random.Random(10)
-    with stub_server(model_directory, {}, **options) as server, ThreadPoolExecutor(32) as threads:
+    with (
+        stub_server(model_directory, {"grpc_port": 0}, **options) as server,
+        ThreadPoolExecutor(32) as threads,
+        grpcclient.InferenceServerClient(grpc_address(server)) as client,
+    ):
 
         def one(number: int) -> None:
-            body = {"prompt": "ab", "max_tokens": 200, "stream": number % 3 == 0}
-            path = PATH
-            if number % 3 == 2:
+            seconds = 0.001 + delays[number]
+            body = {"prompt": "ab", "max_tokens": 200, "stream": number % 4 == 0}
+            if number % 4 == 2:
                 path, body = f"{ENSEMBLE}/generate_stream", {"text_input": "ab", "max_tokens": 200, "stream": True}
-            leave_after(server, body, 0.001 + delays[number], path)
+                leave_after(server, body, seconds, path)
+            elif number % 4 == 3:
+                with contextlib.suppress(grpcclient.InferenceServerException):
+                    client.infer("ensemble", text_inputs("ab", 200), client_timeout=seconds)
+            else:
+                leave_after(server, body, seconds)
 
         delays = [draw.random() * 0.5 for _ in range(1000)]
         list(threads.map(one, range(1000)))
         print(f"figure 10: idle after {wait_until_idle(server):.2f} s")
+        waits = sorted(seconds_to_cancel(server) for _ in range(100))
+        print(f"figure 10: the engine is told after {1e3 * median(waits):.1f} ms, {1e3 * waits[-2]:.1f} ms at p99")
         assert server.post(PATH, {"prompt": "a", "max_tokens": 1}).status == 200
 
 
+def seconds_to_cancel(server: Server) -> float:
+    """From the end of a stream's connection to the engine's word that its request is cancelled."""
+    before = len([line for line in server.lines if line.startswith("CANCELLED")])
+    stream = server.open_stream(PATH, {"prompt": "ab", "max_tokens": 200})
+    start = time.monotonic()
+    stream.close()
+    server.wait_for("CANCELLED", before + 1)
+    return time.monotonic() - start
+
+
+def gaps(server: Server, num_tokens: int) -> list[float]:
+    """Seconds between the events of a stream, from the shortest to the longest."""
+    stream, times = server.open_stream(PATH, {"prompt": "ab", "max_tokens": num_tokens}), []
+    for line in stream:
+        if line.startswith(b"data: "):
+            times.append(time.monotonic())
+    return sorted(after - before for before, after in pairwise(times))
+
+
 def test_100_readers_that_never_read(model_directory: Path) -> None:
-    """Figure 11: memory of the HTTP process grows by less than 64 MB, and another stream goes on."""
-    options = {"max_open_requests": 128, "max_model_len": 20_100, "step_seconds": 0.002}
+    """Figure 11: memory of the HTTP process grows by less than 64 MB, and another stream goes on as before."""
+    options = {"max_open_requests": 128, "max_model_len": 20_100, "step_seconds": 0.01}
     with stub_server(model_directory, {}, **options) as server:
+        alone = gaps(server, 1000)
         before = resident_bytes(server.http_process())
         body = json.dumps({"prompt": "ab", "max_tokens": 20_000, "stream": True}).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -119,10 +155,13 @@ def test_100_readers_that_never_read(model_directory: Path) -> None:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.connect(address(server))
                 client.sendall(head + body)
-            events = server.stream(PATH, {"prompt": "ab", "max_tokens": 2000})
+            among = gaps(server, 1000)
             grown = resident_bytes(server.http_process()) - before
-        print(f"figure 11: {grown / 1e6:.0f} MB more with 100 readers that do not read")
-        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        print(
+            f"figure 11: {grown / 1e6:.0f} MB more with 100 readers that do not read; p99 gap of another stream {1e3 * alone[-10]:.1f} "
+            f"ms alone, {1e3 * among[-10]:.1f} among them"
+        )
+        assert len(among) >= 500, "events of tokens that are ready together are merged, but no stream stands still"
         assert grown < 64e6
         wait_until_idle(server)
 
@@ -143,6 +182,41 @@ def test_requests_over_the_limit_are_refused_exactly_and_at_once(model_directory
         assert sum(status == 200 for status, _ in answers) == 64
         print(f"figure 14: 50 refused, the slowest after {1e3 * max(refused):.0f} ms")
         assert server.post(PATH, {"prompt": "a", "max_tokens": 1}).status == 200
+
+
+@pytest.mark.parametrize("step_seconds", [0.0, 0.06])
+def test_1024_streams(step_seconds: float) -> None:
+    """Figure 15: no error; how many events a second, and when the first token comes. Paced by steps, and as fast as they go."""
+    report, used = measure(Load(streams=1024, step_seconds=step_seconds))
+    first = report["time_to_first_token_ms"]
+    print(
+        f"figure 15: 1,024 streams, {'paced' if step_seconds else 'unpaced'}: {report['output_tokens_per_second']:,.0f} tokens/s, "
+        f"{report['output_tokens_per_event']:.1f} an event, {1e6 * used[1] / report['output_tokens']:.1f} us of processor each, first token p99 {first['p99']:.0f} ms"
+    )
+    assert (report["failed_requests"], report["errors"]) == (0, [])
+
+
+def test_hostile_guides_hold_up_no_other_request() -> None:
+    """Figure 25: each is refused or compiled within 5 s; /health answers meanwhile."""
+    with stub_server(ROOT / "checkpoints" / "demo", {}, vocab_size=6144) as server, ThreadPoolExecutor(2) as threads:
+        seconds, waits = [], []
+        for name, guide in HOSTILE_GUIDES.items():
+            if name == "deeper":  # than a request may be, and Python's encoder can go
+                continue
+            asked = time.monotonic()
+            answer = threads.submit(server.post, PATH, {"prompt": "a", "max_tokens": 1, "structured_outputs": guide})
+            while not answer.done():
+                start = time.monotonic()
+                assert server.get("/health").status == 200
+                waits.append(time.monotonic() - start)
+            seconds.append(time.monotonic() - asked)
+            assert answer.result().status in (200, 400)
+        resident = resident_bytes(server.http_process())
+    print(
+        f"figure 25: {len(seconds)} guides, the slowest {max(seconds):.2f} s; /health p50 {1e3 * median(waits):.1f}, "
+        f"max {1e3 * max(waits):.0f} ms; {resident / 1e6:.0f} MB"
+    )
+    assert max(seconds) < 10
 
 
 def test_100_threads_over_three_routes_of_triton(model_directory: Path) -> None:
