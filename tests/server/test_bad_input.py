@@ -99,11 +99,13 @@ COMPLETION_FIELDS: list[tuple[str, Any, str | None]] = [
     ("top_k", 1.5, None),
     ("top_p", -0.5, None),
     ("top_p", 1.5, None),
-    ("truncate_prompt_tokens", 5, None),
     ("tools", [], None),
     ("messages", HI, None),
     ("temprature", 0.5, None),
-    ("cache_salt", "x", None),
+    ("cache_salt", "x" * 257, None),
+    ("cache_salt", 1, None),
+    ("truncate_prompt_tokens", 0, None),
+    ("truncate_prompt_tokens", 1.5, None),
 ]
 
 CHAT_FIELDS: list[tuple[str, Any, str | None]] = [

@@ -129,6 +129,16 @@ def test_the_routes_of_its_remote_tokenizer(job: Job) -> None:
     assert job.server.post("/detokenize", {"tokens": tokens}).json == {"prompt": "def f():"}
 
 
+def test_what_the_prefix_cache_holds_is_shared_within_a_salt_only(job: Job) -> None:
+    def num_cached(salt: str | None) -> int:
+        body = {"prompt": QUESTION * 20, "max_tokens": 1, "cache_salt": salt}
+        answer = job.server.post("/v1/completions", body).json
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [num_cached(salt) for salt in ("one", "two", None)] == [0, 0, 0]
+    assert all(num_cached(salt) > 0 for salt in ("one", "two", None, ""))
+
+
 def test_best_of_returns_the_most_probable_of_the_same_candidates(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {
         "model": MODEL,

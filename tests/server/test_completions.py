@@ -57,6 +57,20 @@ def test_token_ids_as_prompt(server: Server) -> None:
     assert complete(server, prompt=ids(server, "xyz"), max_tokens=4)["choices"][0]["text"] == "xyzx"
 
 
+def test_the_last_tokens_of_a_prompt_may_be_all_that_is_kept(server: Server) -> None:
+    for prompt in ("abcdef", ["abcdef"], [[30, 31, 32, 33]]):
+        answer = server.post(
+            PATH, {"prompt": prompt, "max_tokens": 3, "truncate_prompt_tokens": 2, "return_token_ids": True}
+        ).json
+        assert answer["usage"]["prompt_tokens"] == 2
+        first, second, again = answer["choices"][0]["token_ids"]
+        assert first == again != second
+    whole = server.post(PATH, {"prompt": "ab", "max_tokens": 2, "truncate_prompt_tokens": 9}).json
+    assert whole["choices"][0]["text"] == "ab"
+    refused = server.post(PATH, {"prompt": "ab", "echo": True, "truncate_prompt_tokens": 1})
+    assert (refused.status, refused.error["param"]) == (400, "truncate_prompt_tokens")
+
+
 def test_several_prompts_times_n_are_indexed_prompt_by_prompt(server: Server) -> None:
     choices = complete(server, prompt=["ab", "cd"], n=2, max_tokens=2)["choices"]
     assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "ab"), (1, "ab"), (2, "cd"), (3, "cd")]

@@ -204,6 +204,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Server, fields: dict
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"reasoning": {"effort": None, "summary": None}}, {"include": []}, {"store": False}]
+)
+def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    assert client.responses.create(model="stub", input="ab", max_output_tokens=2, **fields).output_text
+
+
 def test_a_failure_inside_a_stream_is_an_event(model_directory: Path) -> None:
     with stub_server(model_directory, {"model_names": ["stub"]}, fail_after_steps=4, step_seconds=0.1) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

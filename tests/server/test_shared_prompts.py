@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 
-from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.server.board import Board, Room
-from phalanx.runtime.server.link.engine_client import EngineClient
+from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, Submit
+from phalanx.runtime.server.metrics import Metrics
+from phalanx.runtime.server.openai.generation import GenerationJob
+from phalanx.runtime.server.services import Services
+from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.text import Tokenizer
 
 
 class RecordingTransport(asyncio.Transport):
@@ -24,6 +32,41 @@ class RecordingTransport(asyncio.Transport):
         self.written += data
 
 
+def submitted(transport: RecordingTransport) -> list[Request]:
+    """The requests that the engine has been sent."""
+    frames = FrameDecoder().feed(bytes(transport.written))
+    messages = [msgspec.msgpack.decode(body, type=FromFrontend) for body in frames]
+    return [message.request for message in messages if isinstance(message, Submit)]
+
+
+def test_a_search_that_is_asked_once_more_is_one_search_again(model_directory: Path) -> None:
+    client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport = RecordingTransport(ours)
+        client.connection_made(transport)
+    client.state = ServerState.SERVING
+    board = Board.of_one()
+    metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
+    services = Services(client, FrontendSettings(), metrics, workers, Tokenizer.from_directory(model_directory))
+    job = GenerationJob(services, 2, time.monotonic(), timeout_seconds=1000.0, cache_salt="s")
+    job.submit([((30, 31), SamplingParams(beam_width=2)), ((30, 31), SamplingParams(beam_width=2))])
+    asyncio.run(job._submit_again())
+    workers.shutdown()
+    ids = [request.request_id for request in submitted(transport)]
+    assert [request.fork_from for request in submitted(transport)] == [
+        None,
+        ids[0],
+        None,
+        ids[2],
+        None,
+        ids[4],
+        None,
+        ids[6],
+    ]
+    assert {request.cache_salt for request in submitted(transport)} == {"s"}
+
+
 def test_requests_with_one_prompt_name_the_first_of_them() -> None:
     client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
     ours, theirs = socket.socketpair()
@@ -31,9 +74,6 @@ def test_requests_with_one_prompt_name_the_first_of_them() -> None:
         transport = RecordingTransport(ours)
         client.connection_made(transport)
     client.submit([(prompt, SamplingParams(seed=seed)) for prompt in ((1, 2), (3, 4)) for seed in range(3)], None)
-    messages = [
-        msgspec.msgpack.decode(body, type=FromFrontend) for body in FrameDecoder().feed(bytes(transport.written))
-    ]
-    requests = [message.request for message in messages if isinstance(message, Submit)]
+    requests = submitted(transport)
     first, second = requests[0].request_id, requests[3].request_id
     assert [request.fork_from for request in requests] == [None, first, first, None, second, second]

@@ -147,7 +147,11 @@ class EngineClient(asyncio.Protocol):
             self._report_drained()
 
     def submit(
-        self, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], deadline: float | None, num_choices: int = 1
+        self,
+        prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
+        deadline: float | None,
+        num_choices: int = 1,
+        cache_salt: str = "",
     ) -> GenerationGroup:
         """Queue requests, ``num_choices`` in a row for each prompt; `admit` has made room. The group must be closed."""
         if self.failure is not None:
@@ -164,7 +168,7 @@ class EngineClient(asyncio.Protocol):
             if params.beam_width > 1:  # a search gives its answers to the choices of one prompt
                 first = ids[index - index % num_choices]
             fork_from = None if first == request_id else first
-            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from)))
+            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from, cache_salt)))
         return group
 
     def cancel(self, request_id: str) -> None:

@@ -30,6 +30,8 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     encoded = []
     for prompt in generation.prompts:
         token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)
+        if generation.most_prompt_tokens is not None:
+            token_ids = token_ids[-generation.most_prompt_tokens :]
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
 

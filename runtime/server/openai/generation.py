@@ -45,12 +45,14 @@ class GenerationJob:
         num_unfinished: choices that have not ended well.
         held: what is released when the request is over.
         timeout_seconds: when it must be over, after its arrival; None = whenever.
+        cache_salt: see `Request.cache_salt`.
     """
 
     services: Services
     n: int
     arrival: float
     timeout_seconds: float | None = None
+    cache_salt: str = ""
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
     num_unfinished: int = 0
@@ -74,11 +76,11 @@ class GenerationJob:
                 )
         self.num_unfinished = len(self.choices)
         self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
-        self.group = self.services.client.submit(
-            [(choice.prompt_token_ids, choice.params) for choice in self.choices],
-            self.deadline,
-            self.n,
-        )
+        self.group = self._ask()
+
+    def _ask(self) -> GenerationGroup:
+        prompts = [(choice.prompt_token_ids, choice.params) for choice in self.choices]
+        return self.services.client.submit(prompts, self.deadline, self.n, self.cache_salt)
 
     @property
     def deadline(self) -> float | None:
@@ -214,7 +216,7 @@ class GenerationJob:
             for choice in self.choices
         ]
         self.failed, self.first_token, self.num_unfinished = None, None, len(self.choices)
-        self.group = client.submit([(choice.prompt_token_ids, choice.params) for choice in self.choices], deadline)
+        self.group = self._ask()
 
     def raise_failure(self) -> None:
         """Raise ApiError if a choice failed or the group ended with an error, after all that came before."""
@@ -297,7 +299,10 @@ async def start_job(
         limits = [
             seconds for seconds in (timeout_seconds, services.settings.request_timeout_seconds) if seconds is not None
         ]
-        job = GenerationJob(services, generations[0].n, arrival, min(limits, default=None))
+        first = generations[0]
+        job = GenerationJob(
+            services, first.n, arrival, timeout_seconds=min(limits, default=None), cache_salt=first.cache_salt
+        )
         job.submit(prompts)
         job.held = held.pop_all()
     return job

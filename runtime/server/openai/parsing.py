@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx.runtime.sampling.fields import MAX_BEAM_WIDTH
@@ -30,6 +30,7 @@ DEFAULT_MAX_TOKENS = 16
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
+MAX_SALT_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Generation:
         max_tokens_name: what the request calls it.
         default_max_tokens: None = all that the context has room for.
         add_special_tokens: whether encoding adds them to texts.
+        cache_salt: only requests with the same one share what the prefix cache holds.
+        most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; None = all.
     """
 
     model: str | None
@@ -69,6 +72,8 @@ class Generation:
     max_tokens_name: str
     default_max_tokens: int | None
     add_special_tokens: bool
+    cache_salt: str = field(default="", kw_only=True)
+    most_prompt_tokens: int | None = field(default=None, kw_only=True)
 
     @property
     def num_answers(self) -> int:
@@ -98,6 +103,10 @@ def parse_completion(body: bytes) -> ApiGeneration:
     options = _stream_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
+    if request.echo and request.truncate_prompt_tokens is not None:
+        raise invalid(
+            "echo gives the whole prompt back; leave out truncate_prompt_tokens, or echo", "truncate_prompt_tokens"
+        )
     beams = _beams(request, sampling, request.best_of)
     sampling |= beams
     num_candidates = request.n if beams else _num_candidates(request)
@@ -119,6 +128,8 @@ def parse_completion(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is not False,
         stream=request.stream,
         reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts, num_candidates), options),
+        cache_salt=_cache_salt(request),
+        most_prompt_tokens=request.truncate_prompt_tokens,
     )
 
 
@@ -179,6 +190,8 @@ def parse_chat(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is True,
         stream=request.stream,
         reply=lambda served: ChunkReply(ChatFormat(served, request, prompt.tools), options),
+        cache_salt=_cache_salt(request),
+        most_prompt_tokens=request.truncate_prompt_tokens,
     )
 
 
@@ -238,6 +251,13 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
 def _thoughts(message: ChatMessage) -> str | None:
     """What a model wrote before its answer; servers call it ``reasoning_content`` or, later, ``reasoning``."""
     return message.reasoning_content or message.reasoning
+
+
+def _cache_salt(request: GenerationRequest) -> str:
+    salt = request.cache_salt or ""
+    if len(salt) > MAX_SALT_CHARACTERS:
+        raise invalid(f"cache_salt has {len(salt)} characters; use at most {MAX_SALT_CHARACTERS}", "cache_salt")
+    return salt
 
 
 def _stream_options(request: GenerationRequest) -> StreamOptions:

@@ -63,6 +63,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     stream: bool = False
     stream_options: StreamOptions | None = None
     use_beam_search: bool | None = None
+    cache_salt: str | None = None
+    truncate_prompt_tokens: int | None = None
 
     # Other spellings of structured_outputs (see `with_guide`)
     guided_choice: list[str] | None = None
@@ -82,13 +84,11 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     request_id: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
-    cache_salt: Any = None
     kv_transfer_params: Any = None
     logits_processors: Any = None
     priority: Any = None
     prompt_logprobs: Any = None
     spaces_between_special_tokens: Any = None
-    truncate_prompt_tokens: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -171,7 +171,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "annotations": ([],),
         "audio": (),
         "background": (False,),
-        "cache_salt": (),
         "chat_template": (),
         "documents": ([],),
         "container": (),
@@ -201,7 +200,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "suffix": ("",),
         "thinking": ({"type": "disabled"},),
         "top_logprobs": (0,),
-        "truncate_prompt_tokens": (),
         "truncation": ("disabled",),
         "verbosity": ("medium",),
         "web_search_options": (),
@@ -222,6 +220,7 @@ _COUNTS: Mapping[str, Rule] = MappingProxyType(
         "max_completion_tokens": Whole(1, MAX_INT32),
         "max_output_tokens": Whole(1, MAX_INT32),
         "top_logprobs": Whole(0, MAX_LOGPROBS),
+        "truncate_prompt_tokens": Whole(1, MAX_INT32),
     }
 )
 """Whole numbers of the protocol that are not sampling fields."""
@@ -291,7 +290,7 @@ def _decode_object(body: bytes) -> dict[str, Any]:
 
 def _to_struct(fields: dict[str, Any], kind: type[Body]) -> Body:
     given = _without_null(fields)
-    for name in ("messages", "stream_options", "tools"):
+    for name in ("messages", "reasoning", "stream_options", "tools"):
         if name in given:
             given[name] = _without_null_inside(given[name])
     try:
