@@ -60,7 +60,7 @@ def written(root: Path, name: str, case: str = CASE.name) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_networks_of_weight_only_checkpoints_give_the_reference_logits(root: Path, name: str, tp: int) -> None:
     path = written(root, name)
