@@ -103,6 +103,7 @@ class NetworkInterpreter:
         """``code * scale``, a scale for all, each index of the layer's axis, or blocks along one axis; there is no zero point."""
         codes, scale = operands
         assert layer.get_input(0).dtype in self._code_types
+        assert (scale > 0).all(), "scales must be positive"
         assert layer.get_input(1).dtype == layer.get_output(0).dtype
         if scale.ndim == 1:
             assert len(scale) == codes.shape[layer.axis]

@@ -170,6 +170,18 @@ def test_quantize_makes_codes_of_values_of_the_compute_type(root: Path, kind: Qu
             assert weight.components["weight"].dtype == NUMPY_DTYPES["BF16"]
 
 
+@pytest.mark.parametrize("name", ["int8 weight-only", "int4 in groups"])
+def test_scales_that_are_not_positive_are_no_dequantisation_layers(name: str) -> None:
+    """The layer asks for positive ones; the rows that pad a vocabulary have scales of zero."""
+    chosen, _ = HELD[name]
+    components = components_of_random_codes(chosen, 256)
+    components["scale"][7], components["scale"][9] = 0, -1
+    weight = Weight("lm_head", chosen, components)
+    found, expected = interpreted_product(weight, inputs(256), np.float16), reference_product(weight, inputs(256))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert not expected[:, 7].any()
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_scales_by_powers_of_two_are_exact_at_and_next_to_powers(dtype: Any) -> None:
     """Also the smallest, of zeros, and those of the compute type's largest value and of infinity."""

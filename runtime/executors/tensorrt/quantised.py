@@ -67,40 +67,40 @@ class QuantisedProducts:
 
     def _values(self, weight: Weight[Array]) -> ITensor:
         """The weight ``[out, in]`` in the compute type, each value rounded once."""
-        parts, chosen = weight.components, weight.format
-        if isinstance(chosen, RowCodes):
-            return self._dequantised(self._graph.codes(f"{weight.name}.codes", parts["codes"]), parts["scale"])
-        assert isinstance(chosen, GroupCodes)
+        graph, parts, chosen = self._graph, weight.components, weight.format
+        assert isinstance(chosen, RowCodes | GroupCodes)
         if "group_index" in parts:  # columns of one group are apart, which no layer expresses
             plain = np.ascontiguousarray(chosen.operand(parts)["weight"].astype(self._dtype))
-            return self._graph.weight(f"{weight.name}.weight", plain)
-        return self._grouped_values(weight, chosen)
-
-    def _grouped_values(self, weight: Weight[Array], chosen: GroupCodes) -> ITensor:
-        graph, parts = self._graph, weight.components
+            return graph.weight(f"{weight.name}.weight", plain)
         num_rows, num_columns = parts["codes"].shape
-        block = _block(chosen.cut, num_columns)
+        group = chosen.cut if isinstance(chosen, GroupCodes) else 0
         is_packed = chosen.kind == "int4" and not num_columns % 2
         make = graph.packed_codes if is_packed else graph.codes
-        codes, scale = make(f"{weight.name}.codes", parts["codes"]), _by_block(parts["scale"], chosen.cut, num_columns)
-        has_zeros = "zero" in parts and parts["zero"].any()
-        zero = _by_block(parts["zero"], chosen.cut, num_columns) if has_zeros else None
-        if zero is None and scale.shape[1] == 1:
-            return self._dequantised(codes, np.ascontiguousarray(scale[:, 0]))
-        if zero is None and is_packed and block > 1:
-            return self._dequantised(codes, scale)
-        values = graph.reshape(graph.dequantize(codes, _ONE), (num_rows, scale.shape[1], block))
+        codes = make(f"{weight.name}.codes", parts["codes"])
+        scale = _by_block(parts["scale"].reshape(num_rows, -1), group, num_columns)
+        if "zero" in parts and parts["zero"].any():
+            return self._composed(codes, scale, _by_block(parts["zero"], group, num_columns))
+        has_layer = scale.shape[1] == 1 or (is_packed and scale.shape[1] < num_columns)
+        is_positive = bool((scale > 0).all())  # which the layer asks for; the rows that pad a vocabulary have none
+        return self._dequantised(codes, scale) if has_layer and is_positive else self._composed(codes, scale)
+
+    def _dequantised(self, codes: ITensor, scale: Array) -> ITensor:
+        """``codes * scale``; scales that the compute type does not hold exactly are not rounded alone."""
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(self._dtype)
+        is_exact = bool((rounded.astype(np.float32) == scale).all())
+        chosen = rounded if is_exact else scale
+        by_row = np.ascontiguousarray(chosen[:, 0]) if scale.shape[1] == 1 else chosen
+        return self._graph.cast(self._graph.dequantize(codes, by_row), self._dtype)
+
+    def _composed(self, codes: ITensor, scale: Array, zero: Array | None = None) -> ITensor:
+        """``(codes - zero) * scale`` by arithmetic in float32; scale and zero ``[O, G]`` of equal blocks."""
+        graph, (num_rows, num_columns) = self._graph, codes.shape
+        values = graph.reshape(graph.dequantize(codes, _ONE), (num_rows, scale.shape[1], num_columns // scale.shape[1]))
         if zero is not None:
             values = graph.binary("SUB", values, graph.constant(zero.astype(np.float32)[:, :, None]))
         values = graph.binary("PROD", values, graph.constant(scale[:, :, None]))
         return graph.cast(graph.reshape(values, (num_rows, num_columns)), self._dtype)
-
-    def _dequantised(self, codes: ITensor, scale: Array) -> ITensor:
-        """``codes * scale`` rounded to the compute type; scales that this type does not hold exactly are not rounded alone."""
-        with np.errstate(over="ignore"):
-            rounded = scale.astype(self._dtype)
-        is_exact = bool((rounded.astype(np.float32) == scale).all())
-        return self._graph.cast(self._graph.dequantize(codes, rounded if is_exact else scale), self._dtype)
 
     # Inputs
 
@@ -170,12 +170,7 @@ class QuantisedProducts:
         return graph.cast(parts[0] if len(parts) == 1 else graph.side_by_side(parts), self._dtype)
 
 
-def _block(group: int, num_columns: int) -> int:
-    """Columns of equal blocks that make up all groups, the last of which may be short; ``group`` 0 = one for all columns."""
-    return math.gcd(group, num_columns) if group else num_columns
-
-
 def _by_block(groups: Array, group: int, num_columns: int) -> Array:
-    """Values of groups ``[O, G]`` for the blocks of each row, contiguous."""
-    block = _block(group, num_columns)
+    """Values of groups ``[O, G]`` for equal blocks of columns, contiguous: the last group may be short; ``group`` 0 = all columns."""
+    block = math.gcd(group, num_columns) if group else num_columns
     return np.ascontiguousarray(np.repeat(groups, group // block or 1, axis=1)[:, : num_columns // block])
