@@ -1,4 +1,4 @@
-"""schemathesis from a separate environment: ``make test-openapi`` installs it and runs this over all operations."""
+"""schemathesis from a separate environment: CI and ``make test-openapi`` install it and run this over all operations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def test_schemathesis_finds_no_server_error_and_no_answer_that_the_description_d
             "--exclude-path-regex", LEFT_OUT, "--continue-on-failure", "--no-shrink", "--warnings", "off",
             "--request-timeout", "60", "--suppress-health-check", "all",
         ]  # fmt: skip
-        done = subprocess.run([program, "run", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [Path(program).absolute(), "run", *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         print(done.stdout[-500:])
         assert server.get("/health").status == 200
