@@ -26,6 +26,8 @@ SIX_LAYOUTS = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (3, 1)}
 """Tensor-parallel and pipeline-parallel size."""
 THREE_UNITS = ("qwen2_moe-odd-every-second-renormalised", "qwen3_moe-odd-narrow-experts")
 """Experts whose columns are three units, which four ranks cannot share."""
+MISREAD = ("falcon-odd-old-keys", "mpt-odd-scaled-logits")
+"""Whose sizes transformers takes for its defaults whatever the file says; their oracles put it right."""
 NUM_TOKENS = 12
 
 
@@ -113,8 +115,8 @@ def test_a_split_split_again_holds_the_same_bytes_and_gives_ranks_the_same_weigh
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_a_checkpoint_saved_again_by_transformers_is_the_same_model(case: CheckpointCase, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    if case.config["model_type"] not in transformers.CONFIG_MAPPING:
-        pytest.skip("no class of the oracle's reads this model_type")
+    if case.config["model_type"] not in transformers.CONFIG_MAPPING or case.name in MISREAD:
+        pytest.skip("no class of the oracle's reads this file")
     directory, saved = write_checkpoint(case, tmp_path / "model"), tmp_path / "saved"
     transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").save_pretrained(saved)
     reference = load_reference(case)
