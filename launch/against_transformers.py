@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.quantized import QUANTIZATION_KEYS
+
 __all__ = ["Comparison", "compare"]
 
 TOLERANCE = 2e-4
@@ -41,7 +43,7 @@ class Comparison:
         verdict = "equal" if self.is_equal else "NOT equal"
         return (
             f"transformers: {verdict}; log-probabilities of {_PROMPT_LENGTH - 1} tokens differ by at most "
-            f"{self.difference:.2e} of a range of {self.spread:.2f} ({_NUM_LAYERS} layers, random weights, float32)"
+            f"{self.difference:.2e} of a range of {self.spread:.2f} ({_NUM_LAYERS} layers, random plain weights, float32)"
         )
 
 
@@ -64,15 +66,16 @@ def compare(raw: Mapping[str, Any], model_file: Path | None) -> Comparison:
 
 
 def _shortened(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fewer layers; lists with an entry for each layer are cut to match."""
-    config = {**raw, "dtype": "float32", "torch_dtype": "float32"}
+    """Fewer layers, not quantised; lists with an entry for each layer are cut to match."""
+    plain = {name: value for name, value in raw.items() if name not in QUANTIZATION_KEYS}
+    config = {**plain, "dtype": "float32", "torch_dtype": "float32"}
     for key in _LAYER_KEYS:
-        count = raw.get(key)
+        count = plain.get(key)
         if isinstance(count, int):
             config[key] = min(count, _NUM_LAYERS)
             config |= {
                 name: value[:_NUM_LAYERS]
-                for name, value in raw.items()
+                for name, value in plain.items()
                 if isinstance(value, list) and len(value) == count
             }
     return config

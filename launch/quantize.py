@@ -133,7 +133,10 @@ def _calibrated(
     model = find_model(checkpoint.config, own)
     config = model.read_config(checkpoint.config)
     windows = calibration_windows(
-        default_text() if text is None else text, Tokenizer.from_directory(checkpoint.path), config.max_positions
+        default_text() if text is None else text,
+        Tokenizer.from_directory(checkpoint.path),
+        config.max_positions,
+        config.vocab_size,
     )
     runs = LayerRuns(checkpoint, model, config, windows)
     return CalibratedMethod(args.method, scheme, model, config, stored, chosen, runs, args.kv_cache == "fp8")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.manifest import MANIFEST_FILE
 from phalanx.checkpoints.partial_directory import PartialDirectory
 from phalanx.checkpoints.quantization.choosing import HEAD
 from phalanx.checkpoints.quantization.scheme import KV_CACHE_SCHEME, Scheme
@@ -152,10 +153,10 @@ def _stored(source: TensorSource, name: str, transposed: bool | None, scheme: Sc
 
 
 def _copy_small_files(directory: Path, output: Path) -> None:
-    """Tokenizer, chat template, generation defaults: what is neither weights, nor their index, nor ``config.json``."""
+    """Tokenizer, chat template, generation defaults: what is neither weights, nor their index or manifest, nor ``config.json``."""
     for path in directory.iterdir():
         is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(
             ".index.json"
         )
-        if path.is_file() and not is_weights and path.name != "config.json":
+        if path.is_file() and not is_weights and path.name not in ("config.json", MANIFEST_FILE):
             shutil.copyfile(path, output / path.name)

@@ -32,13 +32,15 @@ def default_text() -> str:
     return text
 
 
-def calibration_windows(text: str, tokenizer: Tokenizer | None, longest: int) -> list[NDArray[np.int32]]:
+def calibration_windows(
+    text: str, tokenizer: Tokenizer | None, longest: int, vocab_size: int
+) -> list[NDArray[np.int32]]:
     """Up to 32,768 tokens of ``text`` in windows of 512, or of ``longest`` if that is less.
 
     Each begins with what the tokenizer puts before a text.
 
     Raises:
-        ConfigError: no tokenizer, or a text too short to keep rows for judging.
+        ConfigError: no tokenizer, one of another model, or a text too short to keep rows for judging.
     """
     if tokenizer is None:
         raise ConfigError(
@@ -50,6 +52,11 @@ def calibration_windows(text: str, tokenizer: Tokenizer | None, longest: int) ->
         raise ConfigError(f"the calibration text cannot be read: {error}") from None
     if len(ids) < 64:
         raise ConfigError(f"the calibration text has {len(ids)} tokens; give one of at least 64, better of 32,768")
+    if max(ids) >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token {max(ids)} for the calibration text, but the model has {vocab_size} tokens; copy the tokenizer "
+            "that belongs to it"
+        )
     begin = [token for token in tokenizer.encode("")[:1] if token != ids[0]]
     size = min(_WINDOW, longest) - len(begin)
     return [np.array([*begin, *ids[start : start + size]], np.int32) for start in range(0, len(ids), size)]

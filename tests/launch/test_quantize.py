@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.weights import load_stage
 from phalanx.runtime.models import find_model
+from tests.checkpoints.splitting import split
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
+from tests.support.short_demo import DEMO
 
 BOUNDS = {"fp8": 0.03, "int8": 0.012, "w8a16": 0.012, "w4a16": 0.12}
 """Relative error of a normal weight: half a step of 4, 8 and 8, and 4 bits, some of it lost to the largest value."""
@@ -64,6 +67,29 @@ def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: 
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "fp8", "--group-size", "16"])
     with pytest.raises(ConfigError, match="--group-size=-1 is negative; give a number of columns, or 0 for whole rows"):
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16", "--group-size", "-1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_checkpoint_is_written_as_the_whole_one_is(dense: Path, tmp_path: Path) -> None:
+    """Its manifest is of files that the output does not have."""
+    split(dense, tmp_path / "split", 2, 1)
+    outputs = tmp_path / "of-whole", tmp_path / "of-split"
+    for path, output in zip((dense, tmp_path / "split"), outputs, strict=True):
+        assert main(["--model", str(path), "--output", str(output), "--scheme", "int8"]) == 0
+    assert sorted(path.name for path in outputs[1].iterdir()) == ["config.json", "model.safetensors"]
+    expected, found = (load_file(path / "model.safetensors") for path in outputs)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tokenizer_of_another_model_is_named_before_the_text_is_run(dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense, tmp_path / "model")
+    shutil.copy(DEMO / "tokenizer.json", tmp_path / "model")
+    arguments = ["--output", str(tmp_path / "out"), "--scheme", "fp8-static"]
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer gives token \d+ for the calibration text, but the model has 101 tokens"
+    ):
+        main(["--model", str(tmp_path / "model"), *arguments])
     assert not (tmp_path / "out").exists()
 
 

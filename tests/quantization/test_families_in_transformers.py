@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from phalanx.launch import check
 from phalanx.launch.quantize import main
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
@@ -126,3 +127,13 @@ def test_image_encoders_stay_as_they_are_under_either_name(tmp_path: Path, as_sa
         save_file(state, dense / "model.safetensors", {"format": "pt"})
     assert any(name.startswith("vision_tower." if as_saved else "model.vision_tower.") for name in load_file(dense / "model.safetensors"))  # fmt: skip
     agree(quantised(dense, "--scheme", "w8a16"), dense)
+
+
+def test_a_quantised_checkpoint_is_checked_as_the_plain_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``launch.check --against-transformers`` compares random weights, which are not quantised."""
+    dense = write_checkpoint(CASES_BY_NAME["qwen2-plain"], tmp_path / "dense")
+    output = quantised(dense, "--scheme", "w4a16", "--group-size", "8")
+    assert check.main(["--model", str(output), "--against-transformers"]) == 0
+    assert "transformers: equal" in capsys.readouterr().out
