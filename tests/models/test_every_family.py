@@ -87,6 +87,23 @@ def test_neither_chunks_nor_preemptions_nor_decoding_step_by_step_change_a_resul
         np.testing.assert_allclose(_logprobs(one), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("case", EVERY, ids=by_name)
+def test_blocks_that_an_earlier_request_left_give_the_same_result(case: CheckpointCase, tmp_path: Path) -> None:
+    directory, prompt = write_checkpoint(case, tmp_path), prompt_token_ids(case)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=1)
+    with LLM(directory, engine="numpy", block_size=4, max_model_len=case.max_model_len) as llm:
+        first, second = (llm.generate([prompt], params)[0] for _ in range(2))
+        engine = llm._replica.engine
+        assert engine is not None
+        assert engine.scheduler.stats().prefix_hit_tokens == 16
+    assert first.logprobs is not None
+    assert second.logprobs is not None
+    assert first.token_ids == second.token_ids
+    pairs = zip(first.logprobs, second.logprobs, strict=True)
+    tolerance = 1e-5 * float(np.ptp(load_reference(case).logits))
+    assert max(abs(one.logprob - other.logprob) for one, other in pairs) <= tolerance
+
+
 def _logprobs(output: RequestOutput) -> list[float]:
     """Of the prompt from its second token on, then of the generated tokens."""
     assert output.prompt_logprobs is not None

@@ -110,7 +110,7 @@ def test_a_planted_fault_is_noticed(fault: str, name: str, tmp_path: Path, monke
 def test_alibi_slopes_counted_from_a_ranks_first_head_are_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Megatron-DeepSpeed#227, flashinfer#1606: two ranks of three heads, the second with the first's slopes."""
+    """Megatron-DeepSpeed#227, flashinfer#1606, #5101: two ranks of three heads, the second with the first's slopes."""
     case = CASES_BY_NAME[name]
     module = __import__(find_model(case.config).read_fields.__module__, fromlist=["alibi_slopes"])
     directory = write_checkpoint(case, tmp_path)

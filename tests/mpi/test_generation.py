@@ -13,6 +13,7 @@ from phalanx.parallel.mpi_comm import world_communicator
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+from tests.support.reference import load_reference, prompt_token_ids
 
 pytestmark = pytest.mark.mpi
 
@@ -52,3 +53,20 @@ def test_tokens_do_not_depend_on_the_layout(directory: Path, tp: int, pp: int, d
     comm.close()
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
     assert [output.finish_reason for output in outputs] == [output.finish_reason for output in expected]
+
+
+@pytest.mark.parametrize("name", ["gptj-plain", "bloom-plain", "falcon-two-norms", "gemma3-windows", "mixtral-plain"])
+def test_families_answer_alike_on_every_axis_at_once(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With 8 ranks two of each axis; parallel halves, ALiBi, groups of heads, two kinds of attention, experts."""
+    tp, pp = (2 if SIZE % 2 == 0 else 1), (2 if SIZE % 4 == 0 else 1)
+    case, comm = CASES_BY_NAME[name], world_communicator()
+    directory = write_checkpoint(case, tmp_path_factory.mktemp(name))
+    with LLM(
+        directory, comm=comm, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=SIZE // (tp * pp),
+        engine="numpy", block_size=4,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(
+            [prompt_token_ids(case)] * 3, SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+        )
+    comm.close()
+    assert {output.token_ids for output in outputs} == {load_reference(case).greedy[:16]}
