@@ -68,6 +68,19 @@ def test_networks_of_weight_only_checkpoints_give_the_reference_logits(root: Pat
     assert difference(interpreted(path, Layout(tp=tp), steps)[0], expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["ct-w8-channel", "ct-w4-g16-asymmetric"])
+def test_a_quantised_head_is_split_over_the_vocabulary(root: Path, name: str) -> None:
+    """101 tokens on two ranks: the second pads its rows."""
+    module, section = ALL[name]
+    path = root / f"{name}-head"
+    with_head = {**section, "ignore": []}
+    writers.write(
+        root / CASE.name / "dense", path, root / f"{name}-head-twin", module, with_head, also=("lm_head.weight",)
+    )
+    steps, expected, _ = reference(path, CASE.config["vocab_size"])
+    assert difference(interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("scheme", [("w8a16",), ("w4a16", "--group-size", "4")], ids=lambda scheme: scheme[0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_networks_of_quantised_families_give_the_reference_logits(

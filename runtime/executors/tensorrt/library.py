@@ -161,7 +161,10 @@ class TensorRT:
 
     @property
     def has_fp8_cache(self) -> bool:
-        """Whether keys and values may be held as fp8: ``KVCacheUpdate`` takes 16- and 32-bit types only."""
+        """Whether keys and values may be held as fp8.
+
+        RTX 1.7 refuses it ("cache has type FP8 but must have type Float, Half, or BFloat16"); the others are taken to do the same.
+        """
         return False
 
     # Building
