@@ -192,18 +192,27 @@ class GroupCodes:
             inputs = dequantize(codes, self.group)
         return multiply(inputs, operand["weight"])
 
+    def column_groups(self, components: Mapping[str, Array]) -> Array | None:
+        """The group of each column, for runs of rows: ``[O / rows of a run, I]``; None where columns are in order.
+
+        Raises:
+            CheckpointError: there is no such group.
+        """
+        index, groups = components.get("group_index"), components["scale"].shape[1]
+        if index is not None and index.size and not 0 <= index.min() <= index.max() < groups:
+            raise CheckpointError(
+                f"a column of a weight is in group {index.min() if index.min() < 0 else index.max()} of {groups} "
+                f"({self.stored.group_index}); copy the checkpoint again"
+            )
+        return index
+
     def _spread(self, groups: Array, components: Mapping[str, Array]) -> Array:
         """Values of groups ``[O, G]`` for the columns ``[O, I]``."""
         import numpy as np
 
-        index = components.get("group_index")
+        index = self.column_groups(components)
         if index is None:
             return np.repeat(groups, self.cut, axis=1)[:, : components["codes"].shape[1]] if self.cut else groups
-        if index.size and not 0 <= index.min() <= index.max() < groups.shape[1]:
-            raise CheckpointError(
-                f"a column of a weight is in group {index.min() if index.min() < 0 else index.max()} of {groups.shape[1]} "
-                f"({self.stored.group_index}); copy the checkpoint again"
-            )
         values, rows = np.empty(components["codes"].shape, groups.dtype), len(groups) // max(len(index), 1)
         for number, columns in enumerate(index):
             some = slice(number * rows, (number + 1) * rows)

@@ -106,11 +106,8 @@ def test_another_scheme_of_the_same_tensors_makes_engines_stale(declared: Simple
         directory.check(identity("fbgemm"), 0, "8.9")
 
 
-def test_what_is_held_as_plain_values_is_said(declared: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_scheme_of_engines_is_said(declared: SimpleNamespace, tmp_path: Path) -> None:
     weights = declared.of("gptq-4-order")
     with open_checkpoint(tmp_path / "gptq-4-order") as checkpoint:
         lines = notes(weights, checkpoint.formats, "float16")
-    assert lines == [
-        "weights: int4 in groups of 16 with activation order",
-        "8 weights with activation order are held as plain values of float16",
-    ]
+    assert lines == ["weights: int4 in groups of 16 with activation order"]

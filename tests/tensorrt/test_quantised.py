@@ -296,6 +296,7 @@ HELD = {
     "int4 in groups": (GroupCodes("int4", INT4, 128, 128), 0.5),
     "int4 in groups with zeros": (GroupCodes("int4", replace(INT4, zero="zero"), 128, 128), 0.5),
     "int8 in groups": (GroupCodes("int8", replace(INT4, codes_encoding=None), 128, 128), 1.0),
+    "int4 in order of activations": (GroupCodes("int4", replace(INT4, zero="zero", group_index="g_idx"), 128), 0.5),
     "fp8 blocks": (GroupCodes("fp8 blocks", Stored("w", "s", dtype="F8_E4M3"), 128, 128, input="fp8 groups"), 1.0),
 }
 
@@ -309,7 +310,8 @@ def components_of_random_codes(chosen: Any, size: int) -> dict[str, Array]:
         return {"codes": codes, "scale": np.full(size, 0.3, np.float32), "input_scale": np.ones(3, np.float32)}
     groups = np.full((size, size // 128), 0.25, np.float32)
     zero = {"zero": np.full(groups.shape, 3, np.int8)} if chosen.stored.zero else {}
-    return {"codes": codes, "scale": groups, **zero}
+    order = {"group_index": random.permutation(size)[None].astype(np.int32) // 128} if chosen.stored.group_index else {}
+    return {"codes": codes, "scale": groups, **zero, **order}
 
 
 @pytest.mark.parametrize("name", HELD)

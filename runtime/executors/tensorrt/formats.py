@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from phalanx.checkpoints.formats import DENSE, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
-from phalanx.checkpoints.quantization.held import QuantizeName, is_ordered
+from phalanx.checkpoints.quantization.held import QuantizeName
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
@@ -98,10 +98,7 @@ def quantised_formats(weights: Iterable[FormattedWeight]) -> tuple[str, ...]:
 def notes(weights: Sequence[FormattedWeight], formats: FormatPlan, dtype: str) -> list[str]:
     """What an operator should know of engines of a quantised checkpoint, a sentence each."""
     schemes = sorted({weight.format.scheme for weight in weights if weight.format != DENSE})
-    plain = sum(is_ordered(weight.format) for weight in weights)
     lines = [f"weights: {' and '.join(schemes)}"] if schemes else []
-    if plain:
-        lines.append(f"{plain} weights with activation order are held as plain values of {dtype}")
     if formats.has_kv_scales:
         lines.append(f"the checkpoint's cache scales are not used: start with --kv-cache-dtype {dtype}")
     return lines

@@ -159,10 +159,12 @@ class Graph:
             layer.second_transpose = self._trt.Permutation(after)
         return self._result(layer, x)
 
-    def side_by_side(self, parts: Sequence[ITensor]) -> ITensor:
-        """``[T, a], [T, b] -> [T, a + b]``."""
+    def joined(self, parts: Sequence[ITensor], axis: int) -> ITensor:
+        """``[T, a], [T, b] -> [T, a + b]`` along axis 1, ``[a, D], [b, D] -> [a + b, D]`` along axis 0; one part as it is."""
+        if len(parts) == 1:
+            return parts[0]
         layer = self.network.add_concatenation(list(parts))
-        layer.axis = 1
+        layer.axis = axis
         return self._result(layer, parts[0])
 
     def columns(self, x: ITensor, start: int, shape: ITensor) -> ITensor:
@@ -252,9 +254,9 @@ class Graph:
         layer.epsilon = eps
         return layer.get_output(0)
 
-    def gather(self, x: ITensor, indices: ITensor) -> ITensor:
-        """Rows of ``x``."""
-        return self.network.add_gather(x, indices, 0).get_output(0)
+    def gather(self, x: ITensor, indices: ITensor, axis: int = 0) -> ITensor:
+        """Rows of ``x``, or columns."""
+        return self.network.add_gather(x, indices, axis).get_output(0)
 
     # Decoder layers
 

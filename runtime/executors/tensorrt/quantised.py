@@ -8,6 +8,7 @@ codes, so these are composed: codes times one, less the zero, times the scale, i
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,22 +68,23 @@ class QuantisedProducts:
 
     def _values(self, weight: Weight[Array]) -> ITensor:
         """The weight ``[out, in]`` in the compute type, each value rounded once."""
-        graph, parts, chosen = self._graph, weight.components, weight.format
+        parts, chosen = weight.components, weight.format
         assert isinstance(chosen, RowCodes | GroupCodes)
-        if "group_index" in parts:  # columns of one group are apart, which no layer expresses
-            plain = np.ascontiguousarray(chosen.operand(parts)["weight"].astype(self._dtype))
-            return graph.weight(f"{weight.name}.weight", plain)
         num_rows, num_columns = parts["codes"].shape
-        group = chosen.cut if isinstance(chosen, GroupCodes) else 0
         is_packed = chosen.kind == "int4" and not num_columns % 2
-        make = graph.packed_codes if is_packed else graph.codes
+        make = self._graph.packed_codes if is_packed else self._graph.codes
         codes = make(f"{weight.name}.codes", parts["codes"])
-        scale = _by_block(parts["scale"].reshape(num_rows, -1), group, num_columns)
-        if "zero" in parts and parts["zero"].any():
-            return self._composed(codes, scale, _by_block(parts["zero"], group, num_columns))
+        scale, zero = parts["scale"].reshape(num_rows, -1), parts.get("zero")
+        zero = zero if zero is not None and zero.any() else None
+        if isinstance(chosen, GroupCodes) and (index := chosen.column_groups(parts)) is not None:
+            return self._ordered(codes, scale, zero, index)
+        group = chosen.cut if isinstance(chosen, GroupCodes) else 0
+        scale = _by_block(scale, group, num_columns)
         has_layer = scale.shape[1] == 1 or (is_packed and scale.shape[1] < num_columns)
         is_positive = bool((scale > 0).all())  # which the layer asks for; the rows that pad a vocabulary have none
-        return self._dequantised(codes, scale) if has_layer and is_positive else self._composed(codes, scale)
+        if zero is None and has_layer and is_positive:
+            return self._dequantised(codes, scale)
+        return self._blocked(codes, scale, None if zero is None else _by_block(zero, group, num_columns))
 
     def _dequantised(self, codes: ITensor, scale: Array) -> ITensor:
         """``codes * scale``; scales that the compute type does not hold exactly are not rounded alone."""
@@ -93,14 +95,31 @@ class QuantisedProducts:
         by_row = np.ascontiguousarray(chosen[:, 0]) if scale.shape[1] == 1 else chosen
         return self._graph.cast(self._graph.dequantize(codes, by_row), self._dtype)
 
-    def _composed(self, codes: ITensor, scale: Array, zero: Array | None = None) -> ITensor:
-        """``(codes - zero) * scale`` by arithmetic in float32; scale and zero ``[O, G]`` of equal blocks."""
+    def _blocked(self, codes: ITensor, scale: Array, zero: Array | None) -> ITensor:
+        """``(codes - zero) * scale`` by arithmetic; scale and zero ``[O, G]`` of equal blocks of columns."""
         graph, (num_rows, num_columns) = self._graph, codes.shape
         values = graph.reshape(graph.dequantize(codes, _ONE), (num_rows, scale.shape[1], num_columns // scale.shape[1]))
-        if zero is not None:
-            values = graph.binary("SUB", values, graph.constant(zero.astype(np.float32)[:, :, None]))
-        values = graph.binary("PROD", values, graph.constant(scale[:, :, None]))
-        return graph.cast(graph.reshape(values, (num_rows, num_columns)), self._dtype)
+        each = [None if one is None else graph.constant(_float32(one[:, :, None])) for one in (scale, zero)]
+        return graph.cast(graph.reshape(self._scaled(values, *each), (num_rows, num_columns)), self._dtype)
+
+    def _ordered(self, codes: ITensor, scale: Array, zero: Array | None, index: Array) -> ITensor:
+        """As `_blocked`, with groups of columns in any order: ``index`` ``[runs of rows, I]``."""
+        each = [None if one is None else self._by_column(_float32(one), index) for one in (scale, zero)]
+        return self._graph.cast(self._scaled(self._graph.dequantize(codes, _ONE), *each), self._dtype)
+
+    def _scaled(self, codes: ITensor, scale: ITensor | None, zero: ITensor | None) -> ITensor:
+        values = codes if zero is None else self._graph.binary("SUB", codes, zero)
+        return self._graph.binary("PROD", values, scale)
+
+    def _by_column(self, groups: Array, index: Array) -> ITensor:
+        """Values of groups ``[O, G]`` for the columns ``[O, I]``, gathered by the engine: once for all neighbouring rows whose order is the same."""
+        graph, rows = self._graph, len(groups) // len(index)
+        changes = np.flatnonzero((index[1:] != index[:-1]).any(axis=1)) + 1
+        parts = []
+        for start, stop in pairwise([0, *changes.tolist(), len(index)]):
+            some = graph.constant(np.ascontiguousarray(groups[start * rows : stop * rows]))
+            parts.append(graph.gather(some, graph.constant(np.ascontiguousarray(index[start])), axis=1))
+        return graph.joined(parts, axis=0)
 
     # Inputs
 
@@ -167,7 +186,11 @@ class QuantisedProducts:
                 inverse = self._inverse(scale)
                 codes = self._as_codes(graph.binary("PROD", graph.cast(blocks, _FLOAT32), inverse), "fp8")
                 parts.append(graph.reshape(graph.binary("PROD", codes, scale), (-1, width)))
-        return graph.cast(parts[0] if len(parts) == 1 else graph.side_by_side(parts), self._dtype)
+        return graph.cast(graph.joined(parts, axis=1), self._dtype)
+
+
+def _float32(array: Array) -> Array:
+    return np.ascontiguousarray(array, np.float32)
 
 
 def _by_block(groups: Array, group: int, num_columns: int) -> Array:
