@@ -126,6 +126,10 @@ class Tokenizer:
             return token.encode()
         return self._rules.token_bytes(token)
 
+    def is_special(self, text: str) -> bool:
+        """Whether ``text`` is a special token, which plain text never becomes."""
+        return self._backend.token_to_id(text) in self._special_ids
+
     def detokenizer(self, *, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental detokeniser; with ``prompt_token_ids`` it gives only what follows them."""
         detokenizer: Detokenizer

@@ -180,6 +180,13 @@ def test_a_call_can_be_required_or_named(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
 
 
+def test_strict_tools_leave_the_model_free_to_call(client: openai.OpenAI) -> None:
+    message = client.chat.completions.create(model=MODEL, messages=CHAT, tools=TOOLS, max_tokens=8).choices[0].message
+    assert message.content or message.tool_calls
+    functions: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    assert client.responses.create(model=MODEL, input=QUESTION, tools=functions, max_output_tokens=8).output
+
+
 def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: openai.OpenAI) -> None:
     text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
     response = client.responses.create(model=MODEL, input=QUESTION, text=text, temperature=0, max_output_tokens=100)

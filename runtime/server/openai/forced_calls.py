@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guides for answers that must be calls: one function's arguments, or a list of calls, as JSON."""
+"""Guides for answers that must be calls, as JSON: one function's arguments, or a list; and for calls that may come in a text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
 
-__all__ = ["arguments_schema", "calls_schema"]
+__all__ = ["MARKED_FORM", "OPENING_MARK", "arguments_schema", "calls_schema", "marked_calls_grammar"]
 
 _SHARED = ("$defs", "definitions")
+
+MARKED_FORM, OPENING_MARK = "hermes", "<tool_call>"
+"""The form of calls, a key of `TOOL_CALL_FORMS`, that `marked_calls_grammar` describes, and the text with which a call begins."""
+
+_MARKED_CALLS = r"""start: (mark SPACE %%json %s SPACE "</tool_call>")* TEXT
+mark[lazy]: TEXT "<tool_call>"
+TEXT: /(.|\n)*/
+SPACE: /[ \n]*/
+"""
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -28,12 +38,28 @@ def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, p
             or ``$defs`` is not an object.
     """
     shared: dict[str, dict[str, Any]] = {}
-    calls = [_call_schema(name, arguments_schema(parameters), shared) for name, parameters in functions]
+    calls = [_call_schema(name, arguments_schema(parameters), shared, "parameters") for name, parameters in functions]
     most = {} if parallel else {"maxItems": 1}
     return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most, **shared}
 
 
-def _call_schema(name: str, parameters: dict[str, Any], shared: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def marked_calls_grammar(functions: Sequence[tuple[str, Mapping[str, Any] | None]]) -> str:
+    """Return llguidance's Lark grammar of a text that may hold calls between marks, as models of `MARKED_FORM` write them.
+
+    The schema of each function's arguments holds from the mark on (https://github.com/guidance-ai/llguidance, docs/syntax.md, "Tool
+    calling").
+
+    Raises:
+        ApiError: as `calls_schema`.
+    """
+    shared: dict[str, dict[str, Any]] = {}
+    calls = [_call_schema(name, arguments_schema(parameters), shared, "arguments") for name, parameters in functions]
+    return _MARKED_CALLS % json.dumps({"anyOf": calls, **shared})
+
+
+def _call_schema(
+    name: str, parameters: dict[str, Any], shared: dict[str, dict[str, Any]], arguments: str
+) -> dict[str, Any]:
     for key in _SHARED:
         definitions = parameters.pop(key, {})
         if not isinstance(definitions, dict):
@@ -43,7 +69,7 @@ def _call_schema(name: str, parameters: dict[str, Any], shared: dict[str, dict[s
                 raise invalid(f"tools: two functions define {key}/{defined} differently; rename one of them", "tools")
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, "parameters": parameters},
-        "required": ["name", "parameters"],
+        "properties": {"name": {"const": name}, arguments: parameters},
+        "required": ["name", arguments],
         "additionalProperties": False,
     }

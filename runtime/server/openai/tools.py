@@ -14,7 +14,7 @@ import msgspec
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import from_request_error, invalid
-from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
+from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema, marked_calls_grammar
 from phalanx.runtime.text.tool_calls import ArgumentsReader, CallListReader, ToolCallReader, tool_call_reader
 
 __all__ = [
@@ -93,6 +93,7 @@ class ToolUse:
         parallel: whether an answer may hold several calls.
         is_required: whether the answer must be calls.
         named: the function that must be called; None = any.
+        strict: names of functions whose arguments must match their schema where the model is free to call or not.
     """
 
     described: Sequence[dict[str, Any]]
@@ -100,6 +101,7 @@ class ToolUse:
     parallel: bool = True
     is_required: bool = False
     named: str | None = None
+    strict: frozenset[str] = frozenset()
 
     @property
     def is_forced(self) -> bool:
@@ -130,23 +132,33 @@ class ToolUse:
                 "unsupported_parameter",
             )
         if not self.is_forced:  # some forms mark a call with a special token
-            return {"skip_special_tokens": False, **given}
-        functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in self.described]
-        if self.named is not None:
-            schema = arguments_schema(dict(functions)[self.named])
-        else:
-            schema = calls_schema(functions, parallel=self.parallel)
+            given = {"skip_special_tokens": False, **given}
+        if not (self.is_forced or self.strict):
+            return dict(given)
         try:
-            return {**given, "structured_outputs": GuideRule().check("tools", {"json": schema})}
+            return {**given, "structured_outputs": GuideRule().check("tools", self._guide())}
         except RequestError as error:
             raise from_request_error(error) from None
+
+    def _guide(self) -> dict[str, Any]:
+        functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in self.described]
+        if self.named is not None:
+            return {"json": arguments_schema(dict(functions)[self.named])}
+        if self.is_required:
+            return {"json": calls_schema(functions, parallel=self.parallel)}
+        free = {"type": "object"}
+        return {
+            "grammar": marked_calls_grammar(
+                [(name, parameters if name in self.strict else free) for name, parameters in functions]
+            )
+        }
 
 
 def tool_use(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool | None) -> ToolUse | None:
     """Return the tools that the model is shown; None if there are none, or the choice is ``none``.
 
     Raises:
-        ApiError: 400: too many tools, a name twice, a choice without its tool, or a promise that cannot be kept.
+        ApiError: 400: too many tools, a name twice, or a choice without its tool.
     """
     names = tuple(tool.function.name for tool in tools)
     _check_names(names)
@@ -157,14 +169,10 @@ def tool_use(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool | 
         raise invalid("tool_choice 'required' needs tools; give at least one", "tool_choice")
     if not tools or choice == "none":
         return None
-    use = ToolUse([_described(tool) for tool in tools], names, parallel is not False, choice == "required", named)
-    if not use.is_forced and any(tool.function.strict for tool in tools):
-        raise invalid(
-            "tools: strict is enforced with tool_choice 'required' or a named function only; leave it out, and check the arguments",
-            "tools",
-            "unsupported_parameter",
-        )
-    return use
+    is_forced = choice == "required" or named is not None
+    strict = frozenset(() if is_forced else (tool.function.name for tool in tools if tool.function.strict))
+    described = [_described(tool) for tool in tools]
+    return ToolUse(described, names, parallel is not False, choice == "required", named, strict)
 
 
 def template_call(call: ToolCall, param: str = "messages") -> dict[str, Any]:
