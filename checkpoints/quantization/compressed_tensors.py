@@ -55,8 +55,6 @@ def _compressed_format(group: Section, section: Section) -> Format:
     layout = group.get("format") or section.get("format") or ""
     bits, kind, strategy = integer(weights, "num_bits", 0), weights.get("type"), weights.get("strategy")
     what = f"compressed-tensors format={layout!r} num_bits={bits} type={kind!r} strategy={strategy!r}"
-    if weights.get("actorder") == "group":
-        raise refused(f"{what} actorder='group'", "use a checkpoint without activation order")
     if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         if kind == "float" and strategy == "block":
             rows, columns = _block_structure(weights)
@@ -71,13 +69,19 @@ def _compressed_format(group: Section, section: Section) -> Format:
     if layout == "pack-quantized" and kind == "int" and bits in (4, 8) and inputs is None:
         half = 1 << (bits - 1)
         columns = 0 if strategy == "channel" else group_size(weights, default=0)
+        is_ordered = weights.get("actorder") in _ORDERED and columns > 0
         zero = "" if weights.get("symmetric", True) else "weight_zero_point"
         stored = Stored(
             "weight_packed", "weight_scale", zero,
             PackedWords(bits, axis=1, offset=half), PackedWords(bits, axis=0, offset=half) if zero else None,
+            group_index="weight_g_idx" if is_ordered else "",
         )  # fmt: skip
         return GroupCodes(f"int{bits}", stored, columns)
     raise refused(what, WAY_OUT)
+
+
+_ORDERED = ("group", "dynamic", True)
+"""``actorder`` of columns that name their groups; with ``weight`` or ``static`` they are in order again when they are stored."""
 
 
 def _block_structure(weights: Section) -> tuple[int, int]:

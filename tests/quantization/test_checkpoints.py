@@ -46,15 +46,18 @@ TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True
 STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
-def _int(bits: int, group: int, symmetric: bool) -> tuple[Any, dict[str, Any]]:
+def _int(bits: int, group: int, symmetric: bool, in_order: bool = True) -> tuple[Any, dict[str, Any]]:
     weights = {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
         "strategy": "group" if group else "channel",
         "group_size": group or None,
+        "actorder": None if in_order else "group",
     }
-    return writers.compressed_int(bits, group, symmetric), writers.compressed_section(weights, "pack-quantized")
+    return writers.compressed_int(bits, group, symmetric, in_order), writers.compressed_section(
+        weights, "pack-quantized"
+    )
 
 
 def _gptq(bits: int, group: int, symmetric: bool, v1: bool, in_order: bool = True) -> tuple[Any, dict[str, Any]]:
@@ -87,6 +90,8 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-w4-g16-asymmetric": _int(4, 16, False),
     "ct-w8-channel": _int(8, 0, True),
     "ct-w8-g16-asymmetric": _int(8, 16, False),
+    "ct-w4-order": _int(4, 16, True, in_order=False),
+    "ct-w8-order-asymmetric": _int(8, 16, False, in_order=False),
     "gptq-4-v1": _gptq(4, 16, False, True),
     "gptq-4-v2": _gptq(4, 16, False, False),
     "gptq-8-v1": _gptq(8, 16, False, True),

@@ -82,17 +82,24 @@ def values_of(codes: Array, scales: Array, zeros: Array, group: int) -> Array:
     return ((codes - wide[0]) * wide[1]).astype(np.float32)
 
 
-def compressed_int(bits: int, group: int, symmetric: bool) -> Callable[[Array], Written]:
+def compressed_int(bits: int, group: int, symmetric: bool, in_order: bool = True) -> Callable[[Array], Written]:
+    """Out of order as `gptq`."""
+    random = np.random.default_rng(8)
+
     def module(w: Array) -> Written:
-        codes, scales, zeros = grouped(w, bits, group, symmetric, ml_dtypes.bfloat16)
+        order = np.arange(w.shape[1]) if in_order else random.permutation(w.shape[1])
+        back = np.argsort(order)
+        codes, scales, zeros = grouped(w[:, order], bits, group, symmetric, ml_dtypes.bfloat16)
         tensors = {
-            "weight_packed": pack(codes, bits),
+            "weight_packed": pack(codes[:, back], bits),
             "weight_scale": scales,
             "weight_shape": np.array(w.shape, np.int64),
         }
         if not symmetric:
             tensors["weight_zero_point"] = pack(zeros.T, bits).T
-        return tensors, values_of(codes, scales, zeros, group)
+        if not in_order:
+            tensors["weight_g_idx"] = (np.arange(w.shape[1]) // group)[back].astype(np.int32)
+        return tensors, values_of(codes, scales, zeros, group)[:, back]
 
     return module
 
