@@ -18,7 +18,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="launch.convert",
         description="Join the pieces of a GPT of Megatron-LM (mp_rank_*/model_optim_rng.pt, or a distributed checkpoint: torch_dist, zarr) or "
-        "NeMo 1 (a .nemo file or its directory), or a binary directory of FasterTransformer (GPT, GPT-J, GPT-NeoX, Llama), into one directory. The first "
+        "NeMo (a .nemo file or its directory, or NeMo 2's directory), or a binary directory of FasterTransformer (GPT, GPT-J, GPT-NeoX, Llama), into one directory. The first "
         "two hold pickles: PyTorch, which must be installed, reads weights and plain values from them in this process alone and runs nothing; "
         "archives are not unpacked.",
     )

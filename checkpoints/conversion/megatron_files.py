@@ -56,8 +56,8 @@ def _read_core(files: Files, folder: str, directory: Path, vocab_size: int) -> W
     common = read_common(files, folder)
     if "args" not in common:
         raise ConfigError(
-            f"{directory} is a distributed checkpoint without Megatron-LM's arguments in common.pt; if NeMo 2 wrote it, export it with "
-            "its export_ckpt to Hugging Face's format, else restore common.pt"
+            f"{directory} is a distributed checkpoint without Megatron-LM's arguments in common.pt; if NeMo 2 wrote it, give --from nemo "
+            "the directory of its context/ and weights/, else restore common.pt"
         )
     return whole_model(read_distributed(files, folder, vocab_size), _arguments_in(common, f"{directory}'s common.pt"))
 

@@ -1,4 +1,4 @@
-"""NeMo's GPT checkpoints: a ``.nemo`` archive, or the directory that it was unpacked into.
+"""NeMo's GPT checkpoints: a ``.nemo`` archive, or the directory that it was unpacked into; or the directory of NeMo 2.
 
 It holds ``model_config.yaml`` and ``model_weights.ckpt``, or one of these for each rank below ``mp_rank_00`` or
 ``tp_rank_00_pp_rank_000``, or a distributed checkpoint in ``model_weights``. Members of the archive are read where they lie; nothing is unpacked.
@@ -25,6 +25,7 @@ from phalanx.checkpoints.conversion.megatron_files import (
     refuse_interleaved,
     whole_model,
 )
+from phalanx.checkpoints.conversion.nemo2 import CONTEXT, arguments_of_context
 from phalanx.checkpoints.conversion.torch_file import array_of, read_torch_file
 from phalanx.checkpoints.conversion.whole import WholeModel
 from phalanx.parallel.errors import CheckpointError, ConfigError
@@ -58,10 +59,14 @@ def read_nemo(path: Path, vocab_size: int) -> WholeModel:
         CheckpointError: a file is damaged, or the archive holds a link or a name that leads out of it.
     """
     with opened(path) as files:
-        config = _read_config(files, path)
-        arguments = arguments_of(config)
+        is_second = CONTEXT in files.names()
+        arguments = (
+            arguments_of_context(_yaml(files, CONTEXT, path)) if is_second else arguments_of(_read_config(files, path))
+        )
         if (folder := distributed_folder(files)) is not None:
             return whole_model(read_distributed(files, folder, vocab_size), arguments)
+        if is_second:
+            raise ConfigError(f"{path} holds no distributed checkpoint in weights/; restore it")
         refuse_interleaved(arguments)
         heads = arguments["num_attention_heads"]
         layout = MegatronLayout(3.0, heads, arguments["num_query_groups"], arguments["swiglu"], vocab_size)
@@ -155,22 +160,26 @@ def _places(files: Files, path: Path) -> dict[tuple[int, int], str]:
 
 
 def _read_config(files: Files, path: Path) -> dict[str, Any]:
-    import yaml
-
     if CONFIG not in files.names():
         if any(name.startswith("context/") for name in files.names()):
             raise ConfigError(
-                f"{path} is a checkpoint of NeMo 2 (context/, weights/), which is not read; export it with its export_ckpt to Hugging Face's "
-                "format"
+                f"{path} is a checkpoint of NeMo 2 without {CONTEXT}; export it with its export_ckpt to Hugging Face's format"
             )
         raise ConfigError(f"{path} holds no {CONFIG}; give a .nemo file, or the directory that it was unpacked into")
-    with files.open(CONFIG) as file:
+    config = _yaml(files, CONFIG, path)
+    inner = config.get("model")
+    return inner if isinstance(inner, dict) else config
+
+
+def _yaml(files: Files, name: str, path: Path) -> dict[str, Any]:
+    import yaml
+
+    with files.open(name) as file:
         text = file.read(_MOST_CONFIG_BYTES)
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise CheckpointError(f"{CONFIG} of {path} is not YAML: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{name} of {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{CONFIG} of {path} is not a mapping; restore the file")
-    inner = config.get("model")
-    return inner if isinstance(inner, dict) else config
+        raise CheckpointError(f"{name} of {path} is not a mapping; restore the file")
+    return config

@@ -192,7 +192,7 @@ def test_a_distributed_checkpoint_without_megatrons_arguments_is_refused_with_th
 ) -> None:
     write_torch_dist(torch_group, {"a": np.ones(2, np.float32)}, tmp_path / "saved", "module.", None)
     with pytest.raises(
-        ConfigError, match=r"without Megatron-LM's arguments in common\.pt; if NeMo 2 wrote it, export it"
+        ConfigError, match=r"without Megatron-LM's arguments in common\.pt; if NeMo 2 wrote it, give --from nemo"
     ):
         convert("megatron", tmp_path / "saved", tmp_path / "out")
 
@@ -204,11 +204,86 @@ def test_a_directory_of_several_distributed_checkpoints_is_refused(tmp_path: Pat
         convert("megatron", tmp_path, tmp_path / "out")
 
 
-def test_a_checkpoint_of_nemo_2_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    for name in ("context/model.yaml", "weights/metadata.json"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match=r"a checkpoint of NeMo 2 .* export it with its export_ckpt"):
+def context_of(name: str, **changes: Any) -> str:
+    """``context/model.yaml`` as NeMo 2 writes it, for a case."""
+    case = CASES_BY_NAME[name].config
+    kind = {"megatron-gpt3": "gelu", "megatron-rope": "gelu", "megatron-llama": "silu"}[name]
+    config = {
+        "_target_": "nemo.collections.llm.gpt.model.llama.Llama3Config8B" if kind == "silu" else "nemo.collections.llm.gpt.model.base.GPTConfig",
+        **SIZES, "seq_length": 128, "num_query_groups": case.get("num_query_groups"), "num_moe_experts": None, "window_size": None,
+        "normalization": case.get("normalization", "LayerNorm").removesuffix("1P"), "gated_linear_unit": kind == "silu",
+        "layernorm_zero_centered_gamma": case.get("normalization") == "LayerNorm1P",
+        "activation_func": {"_target_": f"torch.nn.functional.{kind}", "_call_": False},
+        "bias_activation_fusion": name != "megatron-rope", "add_bias_linear": case.get("add_bias_linear", True),
+        "add_qkv_bias": case.get("add_qkv_bias", False), "position_embedding_type": case.get("position_embedding_type", "learned_absolute"),
+        "rotary_base": case.get("rotary_base", 10000), "rotary_percent": case.get("rotary_percent", 1.0),
+        "share_embeddings_and_output_weights": not case.get("untie_embeddings_and_output_weights", False), **changes,
+    }  # fmt: skip
+    given = {key: value for key, value in config.items() if value is not ...}
+    return yaml.safe_dump({"_target_": "nemo.collections.llm.gpt.model.base.GPTModel", "config": given})
+
+
+def write_context(directory: Path, text: str) -> None:
+    (directory / "context").mkdir(parents=True)
+    (directory / "context" / "model.yaml").write_text(text)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["megatron-gpt3", "megatron-rope", "megatron-llama"])
+def test_a_checkpoint_of_nemo_2_becomes_the_model_that_was_saved(name: str, tmp_path: Path, torch_group: Any) -> None:
+    expected = whole_tensors(name, tmp_path)
+    write_context(tmp_path / "nemo", context_of(name))
+    write_torch_dist(torch_group, stacked(expected), tmp_path / "nemo" / "weights", "module.", None)
+    check(*convert("nemo", tmp_path / "nemo", tmp_path / "out", *OPTIONS), expected, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_target_": "nemo.collections.llm.gpt.model.gemma.GemmaConfig2B"}, r"gemma\.GemmaConfig2B in context/model\.yaml is not supported"),
+        ({"_target_": ...}, "None in context/model.yaml is not supported; supported are configurations of base, llama"),
+        ({"rotary_percent": ...}, r"context/model\.yaml lacks rotary_percent; export it with NeMo's export_ckpt"),
+        ({"hidden_size": None, "seq_length": ...}, "lacks hidden_size, seq_length"),
+        ({"scale_factor": 8}, "scale_factor=8 in context/model.yaml is not supported"),
+        ({"num_moe_experts": 8}, "num_moe_experts=8"),
+        ({"window_size": [4096, 0]}, r"window_size=\[4096, 0\]"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "activation_func=gelu with gated_linear_unit=True"),
+        ({"gated_linear_unit": False}, "activation_func=silu with gated_linear_unit=False"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type='yarn'"),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_of_nemo_2_asks_for_beyond_megatrons_gpt_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_context(tmp_path / "nemo", context_of("megatron-llama", **changes))
+    write_zarr(stacked(whole_tensors("megatron-llama", tmp_path)), tmp_path / "nemo" / "weights")
+    with pytest.raises(ConfigError, match=message):
+        convert("nemo", tmp_path / "nemo", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "holds no config of a model"),
+        ("config: 1", "holds no config of a model"),
+        ("[", "is not YAML"),
+        ("- 1", "is not a mapping"),
+    ],
+)
+def test_a_damaged_configuration_of_nemo_2_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    write_context(tmp_path, text)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        convert("nemo", tmp_path, tmp_path / "out")
+
+
+def test_a_checkpoint_of_nemo_2_without_configuration_or_weights_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "io.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"NeMo 2 without context/model\.yaml; export it with its export_ckpt"):
+        convert("nemo", tmp_path, tmp_path / "out")
+    (tmp_path / "context" / "model.yaml").write_text(context_of("megatron-llama"))
+    with pytest.raises(ConfigError, match="holds no distributed checkpoint in weights/; restore it"):
         convert("nemo", tmp_path, tmp_path / "out")
 
 
