@@ -1,0 +1,98 @@
+"""Scales of an fp8 cache under every name and in every shape that files have them, at every layout, against a Llama in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.support.checkpoints import CheckpointCase, write_checkpoint
+from tests.support.float64_llama import Float64Llama
+
+from . import test_checkpoints as checkpoints
+from . import writers
+
+Array = np.ndarray[Any, Any]
+PROMPT = [5, 17, 3, 99, 42, 8, 61]
+NUM_LAYERS, NUM_HEADS = 2, 4
+CASE = CheckpointCase(
+    "llama-four-kv-heads", {**checkpoints.CASE.config, "num_key_value_heads": NUM_HEADS, "tie_word_embeddings": True}
+)
+NAMES = {
+    "k_scale": "v_scale",
+    "attn.k_scale": "attn.v_scale",
+    "k_proj.k_scale": "v_proj.v_scale",
+    "k_proj.output_scale": "v_proj.output_scale",
+}
+"""Of keys and of values; `test_published_sections` has ``kv_scale`` for both."""
+
+
+class CachedLlama(Float64Llama):
+    """Keys and values are what their e4m3 codes stand for: ``scales`` ``[layers, 2, K]``."""
+
+    def __init__(self, directory: Path, scales: Array) -> None:
+        super().__init__(directory)
+        self._scales, self._rotations = scales.astype(np.float64), 0
+
+    def _rotated(self, heads: Array) -> Array:
+        self._rotations += 1
+        layer, is_key = divmod(self._rotations - 1, 2)  # queries first
+        rotated = super()._rotated(heads)
+        return cached(rotated, self._scales[layer, 0][:, None, None]) if is_key else rotated
+
+    def _project(self, hidden: Array, name: str) -> Array:
+        projected = super()._project(hidden, name)
+        if not name.endswith("v_proj"):
+            return projected
+        scale = self._scales[int(name.split(".")[2]), 1]
+        return cached(projected, np.repeat(scale, projected.shape[1] // NUM_HEADS))
+
+
+def cached(x: Array, scale: Array) -> Array:
+    return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cache")
+    write_checkpoint(CASE, root / "dense")
+    return root
+
+
+def written(root: Path, target: Path, names: tuple[str, str], scales: Array) -> Path:
+    module, section = checkpoints.WEIGHT_ONLY["ct-w8-channel"]
+    section = {**section, "kv_cache_scheme": checkpoints.KV_SECTION["kv_cache_scheme"]}
+    stored = {
+        f"model.layers.{layer}.self_attn.{name}": scales[layer, side]
+        for layer in range(NUM_LAYERS)
+        for side, name in enumerate(names)
+    }
+    writers.write(root / "dense", target / "quantised", target / "twin", module, section, stored)
+    return target / "quantised"
+
+
+PER_HEAD = np.random.default_rng(2).uniform(0.002, 0.02, (NUM_LAYERS, 2, NUM_HEADS)).astype(np.float32)
+"""Every key and value fits, and heads differ by up to ten times."""
+
+
+@pytest.mark.parametrize(("tp", "pp"), checkpoints.LAYOUTS)
+def test_each_head_has_its_own_scale_at_every_layout(root: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    """``[K, 1, 1]``, as ``strategy: attn_head`` of compressed-tensors stores them."""
+    path = written(root, tmp_path, ("k_scale", "v_scale"), PER_HEAD[..., None, None])
+    found = checkpoints.logprobs(checkpoints.generate(path, tp, pp))
+    models = CachedLlama(tmp_path / "twin", PER_HEAD), Float64Llama(tmp_path / "twin")
+    exact, plain = (model.log_probabilities(PROMPT)[np.arange(len(PROMPT) - 1), PROMPT[1:]] for model in models)
+    assert np.abs(found - exact).mean() < 0.05 * np.abs(plain - exact).mean()
+    other = CachedLlama(tmp_path / "twin", PER_HEAD[..., ::-1]).log_probabilities(PROMPT)
+    assert np.abs(found - other[np.arange(len(PROMPT) - 1), PROMPT[1:]]).mean() > 0.2 * np.abs(plain - exact).mean()
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_scales_are_found_under_each_name(root: Path, tmp_path: Path, key: str) -> None:
+    scales = PER_HEAD[..., :1]
+    expected = checkpoints.generate(written(root, tmp_path / "usual", ("k_scale", "v_scale"), scales))
+    found = checkpoints.generate(written(root, tmp_path / "other", (key, NAMES[key]), scales))
+    np.testing.assert_array_equal(checkpoints.logprobs(found), checkpoints.logprobs(expected))
