@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from phalanx.parallel.launcher import launch_info
 
@@ -32,6 +33,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Tests compare rank counts; a BLAS that starts a thread per core in each rank only makes them slow.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+# A machine that does other things, too, takes longer for an example than Hypothesis allows.
+settings.register_profile("phalanx", deadline=None)
+settings.load_profile("phalanx")
 
 
 def _has_torch() -> bool:
