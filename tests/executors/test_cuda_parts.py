@@ -12,7 +12,15 @@ import pytest
 
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
-from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda.graphs import (
+    DECODE_ROWS,
+    MOST_GRAPHS,
+    PREFILL_LOGIT_ROWS,
+    PREFILL_ROWS,
+    Buckets,
+    GraphCache,
+    StepKey,
+)
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.step_times import decoding_step, measured_sizes
 from phalanx.runtime.step import BatchState
@@ -21,15 +29,44 @@ from tests.support.fake_cupy import install_fake_device
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 100, 1024, 8192])
-def test_buckets_hold_every_count_with_little_padding(limit: int) -> None:
-    sizes = bucket_sizes(limit)
+@pytest.mark.parametrize(
+    ("buckets", "padding"),
+    [(DECODE_ROWS, 1 / 8), (PREFILL_ROWS, 1 / 8), (PREFILL_LOGIT_ROWS, 1 / 2)],
+    ids=["decode", "prefill", "logits"],
+)
+def test_buckets_hold_every_count_with_little_padding(buckets: Buckets, padding: float, limit: int) -> None:
+    sizes = buckets.sizes(limit)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == limit
     for count in range(1, limit + 1):
-        size = bucket_size(count, limit)
+        size = buckets.size(count, limit)
         assert count <= size <= limit
         assert size in sizes
-        assert size - count < max(8, count / 8)
+        assert size - count < max(buckets.step, count * padding)
+
+
+def test_all_pairs_of_sizes_with_prompts_have_graphs_at_once() -> None:
+    """With the defaults of the CUDA engine, 1,024 sequences and 2,048 tokens, and one kind of sampling."""
+    pairs = {
+        (rows, PREFILL_LOGIT_ROWS.size(count, min(1024, rows)))
+        for rows in PREFILL_ROWS.sizes(2048)
+        for count in range(1, min(1024, rows) + 1)
+    }
+    assert len(pairs) + len(PREFILL_ROWS.sizes(2048)) + len(DECODE_ROWS.sizes(1024)) < MOST_GRAPHS
+
+
+def test_steady_traffic_meets_few_pairs_of_sizes() -> None:
+    """100 requests a second of varied lengths: each pair's first two steps run without a graph, and all streams wait for them."""
+    random = np.random.default_rng(7)
+    running, pairs = 0.0, set()
+    for _ in range(20_000):  # steps of 5 ms
+        prompts = np.clip(np.exp(random.normal(5.3, 1.0, random.poisson(0.5))), 1, 1900).astype(int)
+        running += len(prompts) - random.binomial(int(running), 1 / 200)
+        num_tokens, num_sampled = min(int(running) + int(prompts.sum()), 2048), int(running) + len(prompts)
+        if len(prompts):
+            rows = PREFILL_ROWS.size(num_tokens, 2048)
+            pairs.add((rows, PREFILL_LOGIT_ROWS.size(min(num_sampled, rows), min(1024, rows))))
+    assert len(pairs) < 150
 
 
 def test_results_are_cut_without_their_padding_rows() -> None:
@@ -62,8 +99,8 @@ def test_results_without_log_probabilities_are_tokens_only() -> None:
 def test_measured_sizes_are_few_warm_and_reach_the_largest_micro_batch(max_num_seqs: int, num_stages: int) -> None:
     sizes = measured_sizes(max_num_seqs, num_stages)
     assert sizes[0] == 1
-    assert set(sizes) <= set(bucket_sizes(max_num_seqs)), "these have graphs"
-    assert all(bucket_size(size, 10_000) == size for size in sizes), "a plan of that many has the same one"
+    assert set(sizes) <= set(DECODE_ROWS.sizes(max_num_seqs)), "these have graphs"
+    assert all(DECODE_ROWS.size(size, 10_000) == size for size in sizes), "a plan of that many has the same one"
     assert sizes[-1] >= -(-max_num_seqs // num_stages)
     assert len(sizes) <= 10
 

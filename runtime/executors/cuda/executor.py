@@ -29,7 +29,13 @@ from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.executors.base import CacheSize, refuse_other_passes
 from phalanx.runtime.executors.cuda.attention import CudaAttention
-from phalanx.runtime.executors.cuda.graphs import GraphCache, StepKey, bucket_size, bucket_sizes
+from phalanx.runtime.executors.cuda.graphs import (
+    DECODE_ROWS,
+    PREFILL_LOGIT_ROWS,
+    PREFILL_ROWS,
+    GraphCache,
+    StepKey,
+)
 from phalanx.runtime.executors.cuda.memory import DeviceArray, download, pinned_array, upload
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.executors.cuda.ring import StepBuffers, StepRing
@@ -177,10 +183,13 @@ class CudaExecutor:
         """
         limits = self._limits
         most = min(limits.max_num_seqs, limits.max_num_tokens)
-        keys = [StepKey(size, most, True) for size in bucket_sizes(limits.max_num_tokens) if size > most]
-        keys += [StepKey(size, size, False) for size in bucket_sizes(most)]
+        prefill_sizes = PREFILL_ROWS.sizes(limits.max_num_tokens)
+        few = min(PREFILL_LOGIT_ROWS.smallest, most)
+        pairs = [(size, most) for size in prefill_sizes if size > most] + [(size, few) for size in prefill_sizes]
+        keys = [StepKey(size, size, False) for size in DECODE_ROWS.sizes(most)]
+        keys += [StepKey(size, num_logit_rows, True) for size, num_logit_rows in dict.fromkeys(pairs)]
         with self._device, self._stream:
-            for key in reversed(keys):
+            for key in sorted(keys, key=lambda key: key.num_rows, reverse=True):
                 for _ in range(2):
                     self._run(key)
             self._stream.synchronize()
@@ -235,12 +244,15 @@ class CudaExecutor:
         limits, num_logit_rows = self._limits, plan.num_logit_rows
         sampling = self._state.sampling_of(plan)
         num_scored, num_top = self._state.logprob_shape(plan)
+        has_prefill = plan.num_decodes < plan.num_seqs
+        rows, logit_rows = (PREFILL_ROWS, PREFILL_LOGIT_ROWS) if has_prefill else (DECODE_ROWS, DECODE_ROWS)
+        num_rows = rows.size(plan.num_tokens, limits.max_num_tokens)
         if num_logit_rows and not self._runs_in_parts(plan):
-            num_logit_rows = bucket_size(num_logit_rows, limits.max_num_seqs)
+            num_logit_rows = logit_rows.size(num_logit_rows, min(limits.max_num_seqs, num_rows))
         return StepKey(
-            num_rows=bucket_size(plan.num_tokens, limits.max_num_tokens),
+            num_rows=num_rows,
             num_logit_rows=num_logit_rows,
-            has_prefill=plan.num_decodes < plan.num_seqs,
+            has_prefill=has_prefill,
             filters=bool(restricts_tokens(sampling).any()),
             adjusts=bool(adjusts_logits(sampling).any()) or len(plan.masks) > 0,
             num_top=num_top if num_scored else -1,

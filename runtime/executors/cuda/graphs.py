@@ -4,6 +4,10 @@ A graph is fixed in its number of rows, so steps are rounded up to buckets; ever
 block tables, sampling parameters) is read on the device. Which bucket a step falls into follows from the plan alone,
 and all ranks see the same plans, so ranks agree on when to capture and what to replay: a graph with NCCL in it is a
 collective.
+
+A step that decodes has one row that samples for each of its rows; in one with prompts the two numbers vary apart. Their buckets are
+coarser, so that traffic meets few pairs: a pair's first two steps run without a graph, launch by launch, in three times the time of
+a step or more, and every stream waits for them.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-__all__ = ["GraphCache", "StepKey", "bucket_size", "bucket_sizes"]
+__all__ = ["DECODE_ROWS", "MOST_GRAPHS", "PREFILL_LOGIT_ROWS", "PREFILL_ROWS", "Buckets", "GraphCache", "StepKey"]
 
 Outputs = TypeVar("Outputs")
 
-_MOST_GRAPHS = 512
+MOST_GRAPHS = 512
 """A graph of a 32-layer model takes about a megabyte of device memory."""
 
 
@@ -41,22 +45,42 @@ class StepKey:
     num_top: int = -1
 
 
-def bucket_size(count: int, limit: int) -> int:
-    """``count`` rounded up to a bucket of at most ``limit``: powers of two to 8, then steps of 8 or 1/16."""
-    if count <= 8:
-        size = 1 << max(count - 1, 0).bit_length()
-    else:
-        step = max(8, (1 << (count - 1).bit_length()) // 32)
-        size = -(-count // step) * step
-    return min(size, limit)
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Sizes to which counts are rounded up: powers of two, then multiples of a step that grows with them.
+
+    Attributes:
+        smallest: size; a power of two.
+        step: smallest difference between sizes above it; a power of two, at least ``smallest``.
+        per_octave: how many sizes there are between a large power of two and the next.
+    """
+
+    smallest: int
+    step: int
+    per_octave: int
+
+    def size(self, count: int, limit: int) -> int:
+        """``count`` rounded up, to ``limit`` at most."""
+        above = 1 << max(count - 1, 0).bit_length()
+        if count <= self.step:
+            return min(max(above, self.smallest), limit)
+        step = max(self.step, above // (2 * self.per_octave))
+        return min(-(-count // step) * step, limit)
+
+    def sizes(self, limit: int) -> list[int]:
+        """All sizes up to ``limit``, ascending."""
+        sizes = [self.size(1, limit)]
+        while sizes[-1] < limit:
+            sizes.append(self.size(sizes[-1] + 1, limit))
+        return sizes
 
 
-def bucket_sizes(limit: int) -> list[int]:
-    """All buckets up to ``limit``, ascending."""
-    sizes = [bucket_size(1, limit)]
-    while sizes[-1] < limit:
-        sizes.append(bucket_size(sizes[-1] + 1, limit))
-    return sizes
+DECODE_ROWS = Buckets(smallest=1, step=8, per_octave=16)
+"""Rows of a step that decodes only, each of which samples a token."""
+PREFILL_ROWS = Buckets(smallest=64, step=64, per_octave=16)
+"""Rows of a step with prompts."""
+PREFILL_LOGIT_ROWS = Buckets(smallest=32, step=32, per_octave=2)
+"""Those of them that sample a token; a padding row costs a product with the LM head only."""
 
 
 @dataclass(slots=True)
@@ -108,7 +132,7 @@ class GraphCache(Generic[Outputs]):
             entry.graph = entry.outputs = None
 
     def _capture(self, key: StepKey, entry: _Entry, program: Callable[[StepKey], Outputs]) -> None:
-        if not self._enabled or self.num_captured >= _MOST_GRAPHS:
+        if not self._enabled or self.num_captured >= MOST_GRAPHS:
             return
         from cupy.cuda import runtime
 
