@@ -316,7 +316,7 @@ def components_of_random_codes(chosen: Any, size: int) -> dict[str, Array]:
 
 @pytest.mark.parametrize("name", HELD)
 def test_engines_hold_codes_and_not_the_values_that_they_stand_for(name: str) -> None:
-    """Bytes a weight of 2048 x 2048: codes and scales, and up to 0.15 for kernels."""
+    """Bytes a weight of 2048 x 2048, scales and kernels included."""
     chosen, expected = HELD[name]
     weight = Weight("layers.0.down", chosen, components_of_random_codes(chosen, 2048))
-    assert expected < product_engine_bytes(weight) / 2048**2 < expected + 0.15
+    assert expected < product_engine_bytes(weight) / 2048**2 < 1.5 * expected

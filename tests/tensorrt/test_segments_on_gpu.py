@@ -53,11 +53,13 @@ def checkpoint() -> Callable[[str], Path]:
     return write
 
 
-def _run(path: Path, engine: str, dtype: str, params: SamplingParams, tp: int = 1, pp: int = 1) -> list[RequestOutput]:
+def _run(
+    path: Path, engine: str, dtype: str, params: SamplingParams, tp: int = 1, pp: int = 1, **options: Any
+) -> list[RequestOutput]:  # fmt: skip
     random = np.random.default_rng(5)
     prompts = [random.integers(3, 90, length).tolist() for length in PROMPT_LENGTHS]
     sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    with LLM(path, engine=engine, dtype=dtype, **sizes, **LIMITS) as llm:
+    with LLM(path, engine=engine, dtype=dtype, **sizes, **options, **LIMITS) as llm:
         return llm.generate(prompts, params)
 
 
@@ -106,6 +108,20 @@ def test_float32_tokens_and_log_probabilities_are_the_numpy_engines(
             for output in (one, other)
         )
         np.testing.assert_allclose(seen, wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", _layouts(), ids=lambda layout: f"tp{layout[0]}pp{layout[1]}")
+def test_an_fp8_cache_is_the_cuda_engines(layout: tuple[int, int], checkpoint: Callable[[str], Path]) -> None:
+    """Rounding of float16 moves some codes; what the cache costs is more."""
+    path, (tp, pp) = checkpoint("llama-grouped-heads"), layout
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+    runs = (("cuda", "fp8"), ("tensorrt", "fp8"), ("cuda", "auto"))
+    outputs = [_run(path, engine, "float16", params, tp, pp, kv_cache_dtype=cache) for engine, cache in runs]
+    expected, found, plain = (
+        np.array([entry.logprob for one in output for entry in one.prompt_logprobs or () if entry is not None])
+        for output in outputs
+    )
+    assert np.abs(found - expected).mean() < np.abs(plain - expected).mean() / 2
 
 
 @pytest.mark.parametrize("layout", _layouts(), ids=lambda layout: f"tp{layout[0]}pp{layout[1]}")
