@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup serve test lint types imports format key-tables try-models watch-cost test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-openapi test-lm-eval test-aiperf faults fault-figures
+.PHONY: setup serve test lint types imports format key-tables try-models watch-cost test-1 test-2 test-3 test-4 test-8 test-guides test-endurance test-launchers test-openapi test-lm-eval test-aiperf test-agents faults fault-figures
 
 setup: $(BIN)/.installed
 
@@ -75,6 +75,11 @@ test-lm-eval: setup
 test-aiperf: setup
 	python3 -m venv .aiperf && .aiperf/bin/pip install -q aiperf
 	PHALANX_AIPERF=$(CURDIR)/.aiperf/bin/aiperf python -m pytest -q -m slow tests/server/test_aiperf.py
+
+# LiteLLM and OpenAI's Agents SDK as clients, from an environment of their own.
+test-agents: setup
+	python3 -m venv .agents && .agents/bin/pip install -q litellm openai-agents
+	PHALANX_AGENTS_PYTHON=$(CURDIR)/.agents/bin/python python -m pytest -q -m slow tests/server/test_agents.py
 
 faults: setup
 	PHALANX_FAULT_ROUNDS=100 PHALANX_FAULT_SEED=$${PHALANX_FAULT_SEED:-2026} python -m pytest -q tests/server/test_random_faults.py
