@@ -5,7 +5,8 @@ Sources: transformers ``quantizers/quantizer_{finegrained_fp8,fbgemm_fp8,awq,gpt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from phalanx.checkpoints.quantization.choosing import (
 )
 from phalanx.checkpoints.quantization.compressed_tensors import read_compressed_tensors
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
-from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, number
+from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, number, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -104,44 +105,70 @@ def _awq_version(section: Section) -> str:
 
 
 def read_gptq(section: Section) -> FormatPlan:
-    """GPTQ v1 (zero points less one) and v2, 4 and 8 bits; with activation order (``desc_act``) each column names its group."""
+    """GPTQ v1 (zero points less one) and v2, 4 and 8 bits; with activation order (``desc_act``) each column names its group.
+
+    ``dynamic`` has rules for modules by expressions: ``-:`` leaves them as they are, others change fields; the first that matches decides.
+    """
+    chosen, rules = _gptq_format(section), [*_gptq_rules(section)]
+    included = _included(section)
+    has_head = flag(section, "lm_head", False)
+
+    def choose(modules: Sequence[str]) -> Format:
+        found = next((one for pattern, one in rules if any(pattern.match(module) for module in modules)), None)
+        if found is not None:
+            return found
+        if HEAD in modules:
+            return chosen if has_head else DENSE
+        return chosen if not included or any(module.endswith(included) for module in modules) else DENSE
+
+    formats = [one for one in (chosen, *(one for _, one in rules)) if isinstance(one, GroupCodes)]
+    groups = sorted({one.group for one in formats if not one.stored.group_index})
+    return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *([_groups_in_order(groups)] if groups else ())))
+
+
+def _gptq_format(section: Section) -> GroupCodes:
     bits, group = integer(section, "bits", 0), group_size(section)
     form = str(section.get("checkpoint_format") or section.get("format") or "gptq")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
-    if section.get("dynamic"):
-        raise refused("gptq with rules per module (dynamic)", "use a checkpoint with one scheme")
     half, is_ordered = 1 << (bits - 1), flag(section, "desc_act", False) and group > 0
     zeros = PackedWords(bits, axis=0, offset=half, added=int(form == "gptq"), is_middle=flag(section, "sym", False))
     stored = Stored(
         "qweight", "scales", "qzeros", PackedWords(bits, axis=1, offset=half), zeros, transposed=True,
         group_index="g_idx" if is_ordered else "",
     )  # fmt: skip
-    chosen = GroupCodes(f"int{bits}", stored, group)
+    return GroupCodes(f"int{bits}", stored, group)
+
+
+def _gptq_rules(section: Section) -> Iterator[tuple[re.Pattern[str], Format]]:
+    rules = table(section, "dynamic")
+    for rule in rules:
+        expression = rule.removeprefix("-:").removeprefix("+:")
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            raise refused(f"gptq rule {rule!r} ({error})", "correct the expression") from None
+        yield pattern, DENSE if rule.startswith("-:") else _gptq_format({**section, **table(rules, rule)})
+
+
+def _included(section: Section) -> tuple[str, ...]:
     blocks = section.get("modules_in_block_to_quantize") or ()
-    included = tuple(str(name) for block in blocks for name in ([block] if isinstance(block, str) else block))
-    has_head = flag(section, "lm_head", False)
-
-    def choose(modules: Sequence[str]) -> Format:
-        if HEAD in modules:
-            return chosen if has_head else DENSE
-        return chosen if not included or any(module.endswith(included) for module in modules) else DENSE
-
-    return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *(() if is_ordered else (_groups_in_order(group),))))
+    return tuple(str(name) for block in blocks for name in ([block] if isinstance(block, str) else block))
 
 
 _EXTRA_BIASES = Unread(r".*\.bias", "zeros", lambda tensor: not tensor.any())
 """AutoGPTQ gave every matrix a bias."""
 
 
-def _groups_in_order(group: int) -> Unread:
+def _groups_in_order(groups: Sequence[int]) -> Unread:
     def is_so(tensor: Array) -> bool:
         import numpy as np
 
         columns = np.arange(len(tensor))
-        return bool((tensor == columns // (group if group > 0 else len(tensor))).all())
+        return any(bool((tensor == columns // (group or len(tensor))).all()) for group in groups)
 
-    return Unread(r".*\.g_idx", f"groups of {group} columns in order, as desc_act=false says", is_so)
+    listed = " or ".join(map(str, groups))
+    return Unread(r".*\.g_idx", f"groups of {listed} columns in order, as desc_act=false says", is_so)
 
 
 READERS: Mapping[str, Callable[[Section], FormatPlan]] = MappingProxyType(

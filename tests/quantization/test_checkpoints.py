@@ -85,6 +85,14 @@ def _modelopt_mixed(attention: Any, algorithm: str) -> tuple[Any, dict[str, Any]
     return modules, {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
 
+def _gptq_by_rules() -> tuple[Any, dict[str, Any]]:
+    """As GPTQModel writes ``dynamic``: a matrix as it is, others of 8 bits in other groups."""
+    module, section = _gptq(4, 16, True, True)
+    wide = writers.gptq(8, 32, False, True)
+    rules = {r"-:.*layers\.1\.mlp\.down_proj": {}, r"+:.*self_attn\.": {"bits": 8, "group_size": 32, "sym": False}}
+    return {"layers.1.mlp.down_proj": writers.as_it_is, "self_attn": wide, "": module}, {**section, "dynamic": rules}
+
+
 WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-w4-g64": _int(4, 64, True),  # heads of 32 halve the groups
     "ct-w4-g16-asymmetric": _int(4, 16, False),
@@ -98,6 +106,7 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq-4-row-symmetric": _gptq(4, 0, True, True),
     "gptq-4-order": _gptq(4, 16, False, True, in_order=False),
     "gptq-8-order-wide": _gptq(8, 64, True, False, in_order=False),
+    "gptq-mixed": _gptq_by_rules(),
     "awq": (
         writers.awq(16),
         {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
@@ -215,7 +224,7 @@ def test_dequantised_weights_equal_the_twins_bit_for_bit(odd: Path, name: str, t
     whole = load(twin, 1, 0)
     for rank in range(tp):
         weights, cut = load(quantised, tp, rank), shares(quantised, tp, rank)
-        assert len(cut) == len(QUANTISED) - (name.startswith("modelopt-mixed"))
+        assert len(cut) == len(QUANTISED) - ("mixed" in name)
         for owner, share in cut.items():
             weight, expected = weights.linear(owner), share(whole.linear(owner).components["weight"])
             np.testing.assert_array_equal(weight.format.dequantize(weight.components), expected, err_msg=owner)

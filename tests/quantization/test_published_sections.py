@@ -137,6 +137,19 @@ def test_the_head_of_an_awq_mixtral_is_plain_though_only_routers_are_listed(tmp_
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
+def test_rules_of_gptqmodel_leave_modules_out_or_change_their_fields() -> None:
+    rules = {
+        r"-:.*\.1\.mlp\.down": {}, r"+:.*mlp\.(gate|up)": {"bits": 4, "group_size": 32}, r".*\.mlp": {"desc_act": True},
+        r"self_attn": {"bits": 4}, "-:.*embed": {},
+    }  # fmt: skip
+    found = schemes(read_formats({"quantization_config": {**QWEN_GPTQ_INT8, "dynamic": rules}}))
+    assert {owner: name for owner, name in found.items() if name != "dense"} == {
+        **{f"layers.{layer}.{owner}": "int8 in groups of 128" for layer in range(2) for owner in ("qkv", "output")},
+        **{f"layers.{layer}.gate_up": "int4 in groups of 32" for layer in range(2)},
+        "layers.0.down": "int8 in groups of 128 with activation order",
+    }
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_the_most_specific_target_decides_whichever_group_comes_first(is_first: bool) -> None:
     (everything,) = FP8_DYNAMIC["config_groups"].values()
@@ -169,7 +182,9 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
         ({**GPTQMODEL_AWQ, "checkpoint_format": "gemv_fast", "format": "gemv_fast"}, "awq version='gemv_fast'"),
         ({**GPTQMODEL_AWQ, "dynamic": {"-:.*down.*": {}}}, "awq with rules per module"),
         ({**AWQ, "checkpoint_format": "gemv"}, "awq version='gemm and gemv'"),
-        ({**QWEN_GPTQ_INT8, "dynamic": {"-:.*down.*": {}}}, "rules per module"),
+        ({**QWEN_GPTQ_INT8, "dynamic": {"-:(down": {}}}, r"gptq rule '-:\(down' \(missing \)"),
+        ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": {"bits": 3}}}, "gptq bits=3"),
+        ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": 4}}, "is not an object of fields"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "quant_method='auto-round'"),
     ],
 )  # fmt: skip

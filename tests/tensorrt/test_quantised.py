@@ -157,7 +157,7 @@ def test_products_are_those_of_the_definition(root: Path, name: str, case: str) 
         for product in PRODUCTS:
             weight = weights.linear(f"layers.1.{product}")
             if weight.format == DENSE:
-                continue  # the one that modelopt-mixed leaves as it is
+                continue  # the one that some formats leave as it is
             x = inputs(weight.components["codes"].shape[1])
             expected = reference_product(weight, x)
             found = interpreted_product(weight, x, np.float32)
