@@ -124,6 +124,7 @@ def test_a_default_port_that_is_taken_is_told_of_by_a_server_that_starts_and_by_
             held.enter_context(socket.create_server(("127.0.0.1", GRPC_PORT)))
         with serve(0, "--port", str(http_port)) as job:
             assert "none: --grpc-port 8001" in job.server.lines_with("gRPC ")[0]
-        with serve(0, "--port", "70000", wait_for="") as refused:
-            status, text = refused.server.wait()
-    assert (status, text.count("\n")) == (2, 1), text
+        for mistake in (("--port", "70000"), ("--port", str(http_port), "--tp", "2")):
+            with serve(0, *mistake, wait_for="") as refused:
+                status, text = refused.server.wait()
+            assert (status, text.count("\n")) == (2, 1), text
