@@ -257,6 +257,19 @@ def test_serving_without_a_gpu_points_to_building(tmp_path: Path) -> None:
             create_trt_executor(spec)
 
 
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [("fp8", r"held as fp8 .*the cache layer of tensorrt_rtx 1\.7.* use --kv-cache-dtype bfloat16, or --engine cuda"),
+     ("float16", r"--kv-cache-dtype=float16 is neither fp8 nor the compute type bfloat16")],
+)  # fmt: skip
+def test_a_cache_that_the_network_cannot_hold_is_refused_first(cache: Any, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    with open_checkpoint(write_checkpoint(CASES_BY_NAME["llama-bfloat16"], tmp_path / "model")) as checkpoint:
+        options = EngineConfig(engine="tensorrt", kv_cache_dtype=cache)
+        with pytest.raises(ConfigError, match=message):
+            create_trt_executor(_alone(checkpoint, options))
+
+
 def test_auto_never_chooses_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     from phalanx.kernels import device
 
