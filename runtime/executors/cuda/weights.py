@@ -148,10 +148,15 @@ class ConvertingSink(CudaSink):
         self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
         self._plain, self._ordered = plain, ordered
         self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
+        self._owner = ""
 
     def allocate(self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
         """As `CudaSink.allocate`."""
         self._finish()
+        owner = names[0].rpartition(".")[0]
+        if owner != self._owner:
+            self._unpack()
+        self._owner = owner
         array = super().allocate(names, shape, dtype)
         if names[0] in self._conversions:
             self._filling = names, array
@@ -177,11 +182,11 @@ class ConvertingSink(CudaSink):
         A last component may not have been complete then.
         """
         self._finish()
+        self._unpack()
+        self._owner = ""
         return weights.converted(self._converted)
 
     def _converted(self, weight: Weight[DeviceArray]) -> Weight[DeviceArray]:
-        import cupy
-
         if weight.name in self._ordered:
             return replace(weight, format=DENSE, components={"weight": self.weights[f"{weight.name}.group_index"]})
         chosen = self._formats.get(weight.name)
@@ -190,18 +195,27 @@ class ConvertingSink(CudaSink):
         if isinstance(chosen, RowCodes):
             rows = self.weights[f"{weight.name}.weight"]
             return replace(weight, format=chosen, components={"codes": rows.codes, "scale": rows.scale})
-        parts, (codes, columns) = weight.components, self.weights[f"{weight.name}.codes"]
-        scale, zero = _by_group(parts["scale"]), _by_group(parts["zero"]) if "zero" in parts else None
-        packed = PackedWeight(codes, scale, zero, chosen.kind, columns, chosen.group)
-        if weight.name not in self._plain:
-            held = {"packed": packed}
-            if "prescale" in parts:
-                held["prescale"] = parts["prescale"]
-            return replace(weight, format=chosen, components=held)
-        values = cupy.empty(packed.shape, self._dtype)
-        unpack_weight(self._library, packed, values)
-        inputs = {kind: array for kind, array in parts.items() if kind in INPUT_COMPONENTS}
-        return replace(weight, format=self._plain[weight.name], components={"weight": values, **inputs})
+        inputs = {kind: array for kind, array in weight.components.items() if kind in INPUT_COMPONENTS}
+        if weight.name in self._plain:
+            values = self.weights[f"{weight.name}.codes"]
+            return replace(weight, format=self._plain[weight.name], components={"weight": values, **inputs})
+        return replace(weight, format=chosen, components={"packed": self._packed(weight.name, chosen), **inputs})
+
+    def _packed(self, name: str, chosen: PackedCodes) -> PackedWeight:
+        (codes, columns), zero = self.weights[f"{name}.codes"], self.weights.get(f"{name}.zero")
+        scale = _by_group(self.weights[f"{name}.scale"])
+        return PackedWeight(codes, scale, None if zero is None else _by_group(zero), chosen.kind, columns, chosen.group)
+
+    def _unpack(self) -> None:
+        """Make plain values of the codes of the weight that was loaded last, where it is to be so, so that one is held in both forms."""
+        import cupy
+
+        chosen = self._formats.get(self._owner)
+        if self._owner in self._plain and isinstance(chosen, PackedCodes):
+            packed = self._packed(self._owner, chosen)
+            values = cupy.empty(packed.shape, self._dtype)
+            unpack_weight(self._library, packed, values)
+            self.weights[f"{self._owner}.codes"] = values
 
     def _finish(self) -> None:
         if self._filling is None:
