@@ -35,7 +35,7 @@ from ..quantization.test_checkpoints import ALL, CASE, ODD, WEIGHT_ONLY, WITH_IN
 from ..support.checkpoints import CASES_BY_NAME, write_checkpoint
 from .interpreter import NetworkInterpreter
 from .networks import open_request
-from .steps import reference_executor, run
+from .steps import NUM_DECODE_STEPS, PROMPT_LENGTHS, plans, reference_executor, run
 from .test_numbers import SHAPE, TOLERANCE, difference, interpreted, reference
 
 Array = np.ndarray[Any, Any]
@@ -95,6 +95,14 @@ def test_networks_of_quantised_families_give_the_reference_logits(
     assert difference(interpreted(path, Layout(tp=2), steps)[0], expected) <= TOLERANCE
 
 
+def fixed_steps(vocab_size: int) -> list[StepPlan]:
+    """Random tokens, so that no engine has to find them first."""
+    random = np.random.default_rng(11)
+    return list(
+        plans([random.integers(0, vocab_size, length + NUM_DECODE_STEPS + 2).tolist() for length in PROMPT_LENGTHS])
+    )
+
+
 def numpy_logits(path: Path, steps: list[StepPlan], tp: int) -> list[Array]:
     def body(comm: Communicator) -> list[Array]:
         executor = reference_executor(path, SHAPE, comm=comm)
@@ -116,12 +124,12 @@ def divergence(found: list[Array], expected: list[Array]) -> float:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", WITH_INPUTS)
 def test_networks_that_quantise_inputs_compute_what_the_numpy_engine_does(root: Path, name: str, tp: int) -> None:
-    """A last bit moves an input to the neighbouring code and that all later ones, so two programs may differ by what the codes cost."""
+    """A last bit may move an input to the neighbouring code, and that all later ones; what codes of inputs cost is more."""
     path = written(root, name)
-    steps, _, _ = reference(path, CASE.config["vocab_size"])
+    steps = fixed_steps(CASE.config["vocab_size"])
     expected, plain = (numpy_logits(one, steps, tp) for one in (path, path.with_name(f"{name}-twin")))
     found = interpreted(path, Layout(tp=tp), steps)[0]
-    assert divergence(found, expected) <= 2 * divergence(plain, expected)
+    assert divergence(found, expected) <= divergence(plain, expected) / 2
 
 
 def interpreted_product(weight: Weight[Array], x: Array, dtype: Any) -> Array:
