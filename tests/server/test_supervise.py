@@ -192,6 +192,20 @@ def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pyt
     assert supervisor.ready_at is None
 
 
+@pytest.mark.parametrize(
+    ("numbers", "counted"),
+    [((signal.SIGINT,), 2), ((signal.SIGTERM,), 1), ((signal.SIGTERM, signal.SIGINT), 2)],
+    ids=["Ctrl-C", "SIGTERM", "both"],
+)
+def test_ctrl_c_after_a_drain_by_route_is_the_second_signal(numbers: tuple[int, ...], counted: int) -> None:
+    frontend: Any = SupervisedFrontend(DrainRequest())
+    supervisor = _Supervisor(frontend, ["true"], 0, 1e6)
+    supervisor._listen(0.0)
+    for number in numbers:
+        supervisor.on_signal(number, None)
+    assert len(supervisor.signals) == counted
+
+
 def fails_before(job: int) -> list[str]:
     """A command whose jobs before this one fail at once, while this one runs until it is ended."""
     return ["sh", "-c", f"test ${launch.supervise.PLACE_VARIABLE} -lt {job} && exit 1; exec sleep 1000"]
