@@ -112,6 +112,7 @@ class RankSpec:
         modules = {
             weight.spec.owner: [attention_module(name) for name in weight.spec.parts[0].names]
             for weight in self.declared
+            if weight.spec.kind == "weight"
         }
         return {
             layer: np.ascontiguousarray(

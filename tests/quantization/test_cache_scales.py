@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support.checkpoints import CheckpointCase, write_checkpoint
+from phalanx.launch.quantize import main
+from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.float64_llama import Float64Llama
+from tests.support.short_demo import DEMO
 
 from . import test_checkpoints as checkpoints
 from . import writers
@@ -88,6 +92,30 @@ def test_each_head_has_its_own_scale_at_every_layout(root: Path, tmp_path: Path,
     assert np.abs(found - exact).mean() < 0.05 * np.abs(plain - exact).mean()
     other = CachedLlama(tmp_path / "twin", PER_HEAD[..., ::-1]).log_probabilities(PROMPT)
     assert np.abs(found - other[np.arange(len(PROMPT) - 1), PROMPT[1:]]).mean() > 0.2 * np.abs(plain - exact).mean()
+
+
+FAMILIES = ("qwen2-plain", "opt-plain", "gpt2-plain", "chatglm-groups", "megatron-gpt3", "gemma3_multimodal-windows")
+"""With biases of queries, keys and values, whose names are no modules', and under other names than Llama's."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scales_that_a_calibration_wrote_are_found_in_every_familys_modules(tmp_path: Path, name: str) -> None:
+    case, text = CASES_BY_NAME[name], tmp_path / "text.txt"
+    config = {**case.config, **{key: 6144 for key in ("vocab_size", "padded_vocab_size") if key in case.config}}
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], "vocab_size": 6144}
+    dense = write_checkpoint(replace(case, config=config), tmp_path / "dense")
+    shutil.copy(DEMO / "tokenizer.json", dense)
+    text.write_text("def calibrate(text):\n    return text\n" * 10)
+    arguments = ["--scheme", "w8a16", "--kv-cache", "fp8", "--calibration", str(text)]
+    assert main(["--model", str(dense), "--output", str(tmp_path / "out"), *arguments]) == 0
+    tp = 2 if (2, 1) in case.layouts else 1
+    found, of_one, plain = (
+        checkpoints.logprobs(checkpoints.generate(tmp_path / "out", tp, kv_cache_dtype=one))
+        for one in ("auto", "fp8", "float32")
+    )
+    assert np.abs(found - plain).max() > 0
+    np.testing.assert_array_equal(of_one, found)
 
 
 @pytest.mark.parametrize("key", NAMES)
