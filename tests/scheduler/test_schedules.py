@@ -240,7 +240,7 @@ def check_nothing_left(driver: Driver) -> None:
         assert len(set(blocks)) == len(blocks) == -(-most // cache.block_size)
 
 
-@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=900, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedules)
 def test_every_request_gets_its_own_tokens_and_nothing_is_left_over(schedule: Schedule) -> None:
     driver = run(schedule)
