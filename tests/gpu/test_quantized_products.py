@@ -147,3 +147,31 @@ def test_log_probabilities_follow_the_numpy_engine(name: str, tmp_path: Path) ->
     )
     # Two roundings to bfloat16 at different places; int8 codes of activations that are near a half turn over besides.
     assert np.abs(output - expected).max() < 2 * np.abs(expected - exact).max() + 0.05
+
+
+def is_near(quantised: Path, twin: Path, **options: Any) -> bool:
+    """Whether a GPU's log-probabilities differ from the NumPy engine's by at most twice what those differ from the float twin's.
+
+    A last bit of an input moves its code to the neighbour, and that all later ones.
+    """
+    expected, plain = (checkpoints.logprobs(checkpoints.generate(path)) for path in (quantised, twin))
+    found = checkpoints.logprobs(checkpoints.generate(quantised, engine="cuda", **options))
+    return bool(np.isfinite(found).all() and np.abs(found - expected).mean() < 2 * np.abs(plain - expected).mean())
+
+
+@pytest.mark.parametrize("name", [name for name in checkpoints.WITH_INPUTS if name != "ct-int8"])
+def test_formats_with_quantised_inputs_follow_the_numpy_engine(name: str, tmp_path: Path) -> None:
+    dense = write_checkpoint(checkpoints.CASE, tmp_path / "dense")
+    module, section = checkpoints.WITH_INPUTS[name]
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
+    assert is_near(tmp_path / "quantised", tmp_path / "twin", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_router"),
+    [("hf-fp8-blocks", False), ("hf-fp8-powers", False), ("ct-fp8-channel", False), ("ct-int8", False), ("ct-fp8-static", False),
+     ("fbgemm", True), ("modelopt-smoothquant", False)],
+)  # fmt: skip
+def test_experts_of_every_kind_of_inputs_follow_the_numpy_engine(name: str, has_router: bool, tmp_path: Path) -> None:
+    """In float32, where experts are chosen as there."""
+    assert is_near(*checkpoints.written_experts(tmp_path, name, has_router), dtype="float32")

@@ -346,6 +346,20 @@ def test_one_matrix_of_experts_is_held_packed_at_a_time(
 EXCLUSIONS = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert", "modelopt": "ignore"}
 
 
+def written_experts(root: Path, name: str, has_router: bool = False) -> tuple[Path, Path]:
+    """A Mixtral of two layers in the format ``name``, its router, too, with ``has_router``; and its float twin."""
+    case = CASES_BY_NAME["mixtral-plain"]
+    dense = write_checkpoint(replace(case, config={**case.config, "num_hidden_layers": 2}), root / "dense")
+    module, section = WITH_INPUTS[name]
+    if not has_router:
+        routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
+        section = {**section, EXCLUSIONS[section["quant_method"]]: ["lm_head", *routers]}
+    modules = {"moe.gate.": module if has_router else writers.as_it_is, "": module}
+    paths = root / "quantised", root / "twin"
+    writers.write(dense, *paths, modules, section)
+    return paths
+
+
 @pytest.mark.parametrize(
     ("name", "tp", "has_router"),
     [("hf-fp8-blocks", 1, False), ("hf-fp8-blocks", 2, False), ("hf-fp8-powers", 1, False), ("ct-fp8-channel", 1, False),
@@ -355,15 +369,7 @@ def test_the_cuda_engine_rounds_inputs_of_experts(
     tmp_path: Path, device: None, name: str, tp: int, has_router: bool
 ) -> None:
     """Experts are plain values there, and their inputs what codes stand for; a router may be quantised, too."""
-    case = CASES_BY_NAME["mixtral-plain"]
-    dense = write_checkpoint(replace(case, config={**case.config, "num_hidden_layers": 2}), tmp_path / "dense")
-    module, section = WITH_INPUTS[name]
-    if not has_router:
-        routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
-        section = {**section, EXCLUSIONS[section["quant_method"]]: ["lm_head", *routers]}
-    modules = {"moe.gate.": module if has_router else writers.as_it_is, "": module}
-    paths = tmp_path / "quantised", tmp_path / "twin"
-    writers.write(dense, *paths, modules, section)
+    paths = written_experts(tmp_path, name, has_router)
     expected, plain = logprobs(generate(paths[0], tp)), logprobs(generate(paths[1]))
     output = logprobs(generate(paths[0], tp, engine="cuda", dtype="float32"))
     assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
