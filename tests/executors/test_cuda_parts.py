@@ -55,6 +55,15 @@ def test_all_pairs_of_sizes_with_prompts_have_graphs_at_once() -> None:
     assert len(pairs) + len(PREFILL_ROWS.sizes(2048)) + len(DECODE_ROWS.sizes(1024)) < MOST_GRAPHS
 
 
+@pytest.mark.parametrize("most", [1, 5, 100, 300, 1000, 1024])
+def test_every_number_of_sequences_that_decode_has_the_graph_that_a_start_captured(most: int) -> None:
+    captured = set(DECODE_ROWS.sizes(most))
+    for count in range(1, most + 1):
+        num_rows = DECODE_ROWS.size(count, most)
+        assert num_rows in captured
+        assert DECODE_ROWS.size(count, min(most, num_rows)) == num_rows
+
+
 def test_steady_traffic_meets_few_pairs_of_sizes() -> None:
     """100 requests a second of varied lengths: each pair's first two steps run without a graph, and all streams wait for them."""
     random = np.random.default_rng(7)

@@ -245,10 +245,13 @@ class CudaExecutor:
         sampling = self._state.sampling_of(plan)
         num_scored, num_top = self._state.logprob_shape(plan)
         has_prefill = plan.num_decodes < plan.num_seqs
-        rows, logit_rows = (PREFILL_ROWS, PREFILL_LOGIT_ROWS) if has_prefill else (DECODE_ROWS, DECODE_ROWS)
-        num_rows = rows.size(plan.num_tokens, limits.max_num_tokens)
+        most = min(limits.max_num_seqs, limits.max_num_tokens)
+        if has_prefill:
+            logit_rows, num_rows = PREFILL_LOGIT_ROWS, PREFILL_ROWS.size(plan.num_tokens, limits.max_num_tokens)
+        else:
+            logit_rows, num_rows = DECODE_ROWS, DECODE_ROWS.size(plan.num_tokens, most)
         if num_logit_rows and not self._runs_in_parts(plan):
-            num_logit_rows = logit_rows.size(num_logit_rows, min(limits.max_num_seqs, num_rows))
+            num_logit_rows = logit_rows.size(num_logit_rows, min(most, num_rows))
         return StepKey(
             num_rows=num_rows,
             num_logit_rows=num_logit_rows,
