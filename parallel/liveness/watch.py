@@ -296,7 +296,7 @@ class RankWatch:
         """Tell people and clients.
 
         The verdict comes first, because a launcher that sees a rank end kills the others within milliseconds. One that does not see it
-        looks for ended ranks whenever something is written: it gets the whole report at once, and clients' processes, which write nothing
+        looks for ended ranks whenever something is written: it gets the whole report at once, and clients' processes, which hold their logs
         until this one has ended, know the verdict before.
         """
         parts = [f"phalanx: {verdict}"]

@@ -22,7 +22,7 @@ from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import ACCEPTS_PER_TURN
-from phalanx.runtime.server.web.log import start_logging
+from phalanx.runtime.server.web.log import hold_log, start_logging
 from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
 __all__ = ["main"]
@@ -109,6 +109,7 @@ async def _serve(
         room=room,
         process=number,
         on_change=None if engines is None else lambda state: supervisor.tell(state),
+        on_quiet=hold_log,
     )
     supervisor = SupervisorLink(client, on_gone=lambda: _leave(server))
     workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")

@@ -1,62 +1,85 @@
-"""What rank 0 says before it ends: kept until it has ended, so that nothing this process writes cuts its report off."""
+"""What rank 0 says before it ends: clients hear it at once, and this process's log waits, so that rank 0's report is not cut off."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link import engine_client
-from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Failed, encode_frame
+from phalanx.runtime.server.web.log import hold_log, start_logging
 
 from .test_shared_prompts import RecordingTransport
 
-
-def after_failure(then: Callable[[EngineClient], None]) -> EngineClient:
-    """A client with an open request that has heard why its engine ends, and again in fewer words; what comes ``then``."""
-
-    async def run() -> EngineClient:
-        client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            client.connection_made(RecordingTransport(ours))
-        client.serve()
-        client.submit([((1, 2), SamplingParams())], None)
-        client.data_received(encode_frame(Failed("rank 3 (host, pid 7) has ended")) + encode_frame(Failed("ended")))
-        then(client)
-        await asyncio.sleep(0)
-        return client
-
-    return asyncio.run(run())
+LOST = "rank 3 (host, pid 7) has ended"
 
 
-def test_nothing_is_written_until_rank_0_has_ended(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "phalanx.server"):
-        client = after_failure(lambda client: None)
-        assert client.state is ServerState.SERVING
-        assert not caplog.records
+def failed_client(told: list[bool]) -> EngineClient:
+    """A client with an open request that has heard why its engine ends, and again in fewer words."""
+    client = EngineClient(
+        lambda model: None,
+        lambda: None,
+        lambda stats: None,
+        Room(Board.of_one()),
+        on_quiet=lambda quiet: told.append(quiet),
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client.connection_made(RecordingTransport(ours))
+    client.serve()
+    client.submit([((1, 2), SamplingParams())], None)
+    client.data_received(encode_frame(Failed(LOST)) + encode_frame(Failed("ended")))
+    return client
 
 
-def test_the_first_words_are_told_when_rank_0_has_ended(caplog: pytest.LogCaptureFixture) -> None:
-    client = after_failure(lambda client: client.connection_lost(None))
-    assert client.failure == "rank 3 (host, pid 7) has ended"
-    assert [record.message for record in caplog.records] == ["the engine stopped: rank 3 (host, pid 7) has ended"]
+def test_clients_hear_the_first_words_at_once_and_nothing_is_written_until_rank_0_has_ended() -> None:
+    told: list[bool] = []
+
+    async def run() -> None:
+        client = failed_client(told)
+        assert client.failure == LOST
+        assert told == [True]
+        client.connection_lost(None)
+        assert client.failure == LOST
+
+    asyncio.run(run())
+    assert told == [True, False]
 
 
 def test_a_rank_0_that_does_not_end_is_waited_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "REPORT_SECONDS", 0.0)
+    told: list[bool] = []
 
-    async def run() -> EngineClient:
-        client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-        client.data_received(encode_frame(Failed("rank 3 (host, pid 7) has ended")))
-        while client.failure is None:
+    async def run() -> None:
+        failed_client(told)
+        while told != [True, False]:
             await asyncio.sleep(0)
-        return client
 
-    assert asyncio.run(run()).failure == "rank 3 (host, pid 7) has ended"
+    asyncio.run(run())
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """What a log writes to; the root logger is left as it was."""
+    root, written = logging.getLogger(), io.StringIO()
+    handlers, level = root.handlers[:], root.level
+    yield written
+    root.handlers[:], root.level = handlers, level
+
+
+def test_a_held_log_writes_its_lines_later(stream: io.StringIO) -> None:
+    log = start_logging(stream, "info", "text")
+    hold_log(True)
+    logging.getLogger("phalanx.server").info("a request has failed")
+    assert stream.getvalue() == ""
+    hold_log(False)
+    log.stop()
+    assert "a request has failed" in stream.getvalue()

@@ -77,6 +77,7 @@ class EngineClient(asyncio.Protocol):
         process: number of this HTTP process; it begins the ids of its requests.
         on_change: under a supervisor, called when requests are answered from now on, a drain has begun, or the engine is lost; None =
             no supervisor, so the process ends with the engine.
+        on_quiet: called with True when this process must not write to its standard error for a moment, and with False when it may again.
 
     Attributes:
         state: where the server is in its life.
@@ -98,8 +99,9 @@ class EngineClient(asyncio.Protocol):
         process: int = 0,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[ServerState], None] | None = None,
+        on_quiet: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        self._on_change = on_change
+        self._on_change, self._on_quiet = on_change, on_quiet
         self._serving: asyncio.Future[None] | None = None
         self._is_stopped = False
         self._refusal: FrontendRefused | None = None
@@ -119,7 +121,7 @@ class EngineClient(asyncio.Protocol):
         self.marked: deque[GenerationGroup] = deque()
         self._is_delivering = False
         self._is_held = False
-        self._last_words: tuple[str, asyncio.TimerHandle] | None = None
+        self._quiet: asyncio.TimerHandle | None = None
         self._num_submitted = 0
         self._last_progress = [clock()]
 
@@ -240,9 +242,8 @@ class EngineClient(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Rank 0 is gone."""
         self._transport = None
-        if self._last_words is not None:
-            self._report_failure()
-        elif not self._is_stopped:
+        self._may_write()
+        if not self._is_stopped:
             reason = "the launcher may have ended it because another rank was lost"
             self._lose(f"{self._engine_name} has ended without a message; {reason}")
         if self._on_change is None:
@@ -299,19 +300,24 @@ class EngineClient(asyncio.Protocol):
                 self.phase = text
             case Trouble(text):
                 self.trouble = text
-            case Failed(text) if self._last_words is None:  # what is said first says more
-                timer = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report_failure)
-                self._last_words = text, timer
+            case Failed(text):
+                self._keep_quiet()
+                self._lose(text, is_said=self.state is ServerState.STARTING)
             case Stop():
                 self._is_stopped = True
                 self._on_gone()
 
-    def _report_failure(self) -> None:
-        """Rank 0 has said why it ends, and has ended or takes its time."""
-        if self._last_words is not None:
-            (reason, timer), self._last_words = self._last_words, None
-            timer.cancel()
-            self._lose(reason, is_said=self.state is ServerState.STARTING)
+    def _keep_quiet(self) -> None:
+        """Rank 0 has said why it ends: let it write its report, until it has ended or takes its time."""
+        if self._quiet is None:
+            self._on_quiet(True)
+            self._quiet = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._may_write)
+
+    def _may_write(self) -> None:
+        if self._quiet is not None:
+            self._quiet.cancel()
+            self._quiet = None
+            self._on_quiet(False)
 
     def _take_deltas(self, deltas: Deltas) -> None:
         find = self._open.get
