@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["InOrder", "ResultFile", "check_same_prompts", "to_json"]
 
+_DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+"""What is there stands for something else, such as the shell's file behind ``/dev/stdout``, which takes lines but is not continued."""
+
 
 class InOrder:
     """Hands results on in input order, each as soon as all earlier ones are there.
@@ -52,13 +55,13 @@ class ResultFile:
     def __init__(self, path: Path, resume: bool) -> None:
         self._path = path
         self._lines: dict[int, Mapping[str, Any]] = {}
-        self._is_kept = path.is_file() or not path.exists()
-        if path.is_file() and not resume:
+        self._is_kept = (path.is_file() or not path.exists()) and path.parent not in _DEVICES
+        if path.is_file() and self._is_kept and not resume:
             raise ConfigError(f"--output {path} exists; give --resume to continue it, or another name")
         if resume and not self._is_kept:
             raise ConfigError(f"--output {path} is not a file that --resume could continue; leave --resume out")
         try:
-            self._file: BinaryIO = path.open("a+b" if self._is_kept else "wb")
+            self._file: BinaryIO = path.open("a+b" if self._is_kept else "ab")
         except OSError as error:
             raise ConfigError(f"--output {path} cannot be written: {error.strerror}; choose another place") from None
         try:

@@ -200,3 +200,12 @@ def test_flags_without_effect_are_refused(flags: tuple[str, ...], said: str) -> 
     result = run("generate", "--prompt", "a", *flags)
     assert result.returncode == 2
     assert said in result.stderr
+
+
+def test_the_file_behind_standard_output_takes_lines_after_what_it_holds(tmp_path: Path) -> None:
+    command = "import sys; from pathlib import Path; from phalanx.launch.results import ResultFile; ResultFile(Path('/dev/stdout'), False).close(complete=True)"
+    kept = tmp_path / "results.jsonl"
+    kept.write_text("before\n")
+    with kept.open("a") as file:
+        subprocess.run([sys.executable, "-c", command], stdout=file, check=True)
+    assert kept.read_text() == "before\n"
