@@ -57,7 +57,7 @@ for ranks in 2 4; do
         run "${ranks}_gpus" mpirun -n "$ranks" "${pytest[@]}" -m gpu "$on_gpu"
     fi
 done
-run serve env PHALANX_GPU_ENGINE=tensorrt "${pytest[@]}" -m gpu tests/server/test_serve_on_gpu.py
+run serve env GPU_TEST_ENGINE=tensorrt "${pytest[@]}" -m gpu tests/server/test_serve_on_gpu.py
 run demo_build "$PYTHON" -m launch.build --output "$OUT/demo" "${sizes[@]}"
 run demo_generate "$PYTHON" -m launch.generate --engine tensorrt --engine-dir "$OUT/demo" "${sizes[@]}" \
     --prompt "def main(" --max-tokens 40

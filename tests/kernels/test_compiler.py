@@ -30,7 +30,8 @@ SPECS = [
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
     ("unpack_ordered", {"HAS_ZERO": 1, "NUM_THREADS": 256}),
     *(
-        ("round_inputs", {"COLUMNS": 14336, "SPAN": group or 1024, "GROUP": group, "HAS_FACTORS": int(not group), "NUM_THREADS": 128})
+        ("round_inputs", {"COLUMNS": 14336, "SPAN": group or 1024, "GROUP": group, "HAS_FACTORS": int(not group), "NUM_THREADS": 128,
+                          "QUANTIZED": int(group > 0), "STATIC_SCALE": 0, "POWERS_OF_TWO": 0})
         for group in (0, 128)
     ),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),

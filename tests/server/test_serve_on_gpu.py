@@ -1,4 +1,4 @@
-"""``launch.serve`` with the CUDA engine, or that of ``PHALANX_GPU_ENGINE``, over as many GPUs as there are, up to four.
+"""``launch.serve`` with the CUDA engine, or that of ``GPU_TEST_ENGINE``, over as many GPUs as there are, up to four.
 
 The assertions are those of `test_serve`; only the job differs.
 """
@@ -38,7 +38,7 @@ from .test_unusual_faults import assert_a_fault_ends_every_stream_and_names_the_
 
 pytestmark = pytest.mark.gpu
 
-ENGINE = os.environ.get("PHALANX_GPU_ENGINE", "cuda")
+ENGINE = os.environ.get("GPU_TEST_ENGINE", "cuda")
 
 
 TOLERATED_BYTES = 64 << 20

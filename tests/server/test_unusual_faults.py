@@ -24,27 +24,30 @@ __all__ = ["tiny"]
 PATH = "/v1/completions"
 FAULTY = """
 # launch.serve: by this word a job finds its ranks
-import ctypes, os, sys, launch
+import ctypes, importlib, os, sys, launch
 from phalanx.launch import serve
 from phalanx.launch.arguments import run_command
 from phalanx.parallel.launcher import launch_info
-import phalanx.runtime.executors.{folder}.build as build
 
-class Faulty(build.{executor}):
-    def execute(self, plan):
-        if launch_info().rank == {rank} and os.path.exists({trigger!r}):
-            {fault}
-        super().execute(plan)
+def faulty(executor):
+    class Faulty(executor):
+        def execute(self, plan):
+            if launch_info().rank == {rank} and os.path.exists({trigger!r}):
+                {fault}
+            super().execute(plan)
+    return Faulty
 
-build.{executor} = Faulty
+for folder, name in {executors!r}:
+    build = importlib.import_module(f"phalanx.runtime.executors.{{folder}}.build")
+    setattr(build, name, faulty(getattr(build, name)))
 run_command(serve.main, sys.argv[1:])
 """
 EXECUTORS = {
-    "numpy": ("numpy", "NumpyExecutor"),
-    "cuda": ("cuda", "CudaExecutor"),
-    "tensorrt": ("cuda", "CudaExecutor"),
+    "numpy": [("numpy", "NumpyExecutor")],
+    "cuda": [("cuda", "CudaExecutor")],
+    "tensorrt": [("cuda", "CudaExecutor"), ("tensorrt", "TrtExecutor")],  # segments run in a step of the former
 }
-"""By engine; the segments of TensorRT run within a step of the CUDA executor."""
+"""Where they are built, by engine."""
 ANSWER = {"prompt": "ab", "max_tokens": 12, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
 
 
@@ -60,9 +63,8 @@ def serve_faulty(
     tiny: Path, directory: Path, rank: int, fault: str, *flags: str, num_ranks: int = 4, engine: str = "numpy"
 ) -> Iterator[tuple[Job, Path]]:
     """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, something happens to one rank in its next step."""
-    folder, executor = EXECUTORS[engine]
     trigger = directory / "trigger"
-    code = FAULTY.format(folder=folder, executor=executor, rank=rank, trigger=str(trigger), fault=fault)
+    code = FAULTY.format(executors=EXECUTORS[engine], rank=rank, trigger=str(trigger), fault=fault)
     layout = flags or ("--tp", "2", "--pp", "2")
     model = ("--model", str(tiny), "--load-format", "dummy", "--engine", engine)
     with serve(num_ranks, *model, *layout, "--stall-timeout", "4", program=("-c", code)) as job:
