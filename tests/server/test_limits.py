@@ -137,6 +137,30 @@ def test_no_http_after_an_answer_closes_the_connection_without_a_traceback(small
     assert not [line for line in small.lines if "Traceback" in line]
 
 
+@pytest.mark.parametrize("line", ["HEAD /health", "GET /health", "POST /nothing", "POST /v2/models/ensemble/load"])
+def test_a_bad_chunk_with_the_head_is_answered_once_and_without_a_traceback(small: Server, line: str) -> None:
+    reply = raw(small, f"{line} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode())
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert (b"HTTP/1.1" in body, bool(body)) == (False, not line.startswith("HEAD"))
+    assert small.get("/health").status == 200
+    assert not [logged for logged in small.lines if "Traceback" in logged]
+
+
+@pytest.mark.parametrize("target", ["/v2/models/ensemble/infer", "http://x/v2/models/ensemble/infer"])
+def test_a_bad_chunk_below_v2_is_refused_in_tritons_form(small: Server, target: str) -> None:
+    reply = raw(small, f"POST {target} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode())
+    error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert error.startswith("invalid HTTP request: illegal chunk header")
+
+
+def test_only_the_beginning_of_a_line_that_is_not_http_is_repeated(small: Server) -> None:
+    reply = raw(small, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"y" * 2000 + b"\r\n\r\n")
+    message = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert "illegal header line" in message
+    assert len(message) < 250
+
+
 def test_a_full_queue_is_429_and_room_is_made_when_clients_leave(small: Server) -> None:
     body: dict[str, Any] = {"prompt": "ab", "max_tokens": 200}
     streams = [small.open_stream(PATH, body) for _ in range(2)]

@@ -28,6 +28,9 @@ that has left answers to the first probe is seen at the second."""
 
 STALL_CHECK_SECONDS = 1.0
 
+SHOWN_CHARACTERS = 200
+"""Of h11's reason, which repeats a line of the request."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -187,21 +190,27 @@ class BoundedH11Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP with an error object and h11's reason, unless an answer is under way; close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = sys.exception()
-            status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-            body = ApiError(status, f"invalid HTTP request: {error or msg}", code="invalid_http").encoded()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
-            for event in (
-                h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+            self._refuse(sys.exception() or msg)
         self.transport.close()
+
+    def _refuse(self, reason: BaseException | str) -> None:
+        method, path = "", ""
+        if self.conn.our_state is h11.SEND_RESPONSE:  # the head was read, so the application has the request
+            _strip_authority(self.scope)
+            method, path = self.scope["method"], self.scope["path"]
+            self.cycle.disconnected = True  # its answer would come after this one
+            self.cycle.message_event.set()
+        hint = reason.error_status_hint if isinstance(reason, h11.RemoteProtocolError) else 400
+        message = f"invalid HTTP request: {reason!s:.{SHOWN_CHARACTERS}}"
+        status, body = ApiError(hint, message, code="invalid_http").for_path(path)
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        events = [
+            h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
+            *([] if method == "HEAD" else [h11.Data(data=body)]),
+            h11.EndOfMessage(),
+        ]
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
 
     def handle_events(self) -> None:
         super().handle_events()
