@@ -36,6 +36,8 @@ def read_inputs(request: Any) -> dict[str, Tensor]:
     Raises:
         InvalidTensor: the data are not what the request says.
     """
+    for described in request.inputs:
+        check_tensor_parameters(described.name, read_parameters(described))
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidTensor(
@@ -45,7 +47,6 @@ def read_inputs(request: Any) -> dict[str, Tensor]:
     for index, described in enumerate(request.inputs):
         if described.name in tensors:
             raise InvalidTensor(f"input '{described.name}' is given twice; name each input once")
-        check_tensor_parameters(described.name, read_parameters(described))
         if not raw:
             tensors[described.name] = _typed(described)
             continue

@@ -258,10 +258,12 @@ def test_tensors_that_would_lie_in_shared_memory_or_be_ranked_are_refused(client
             grpcclient.InferenceServerException, match=f"{said} of tensor 'text_output' is not supported"
         ):
             client.infer("ensemble", text_inputs("ab"), outputs=[output])
-    inputs = text_inputs("ab")
-    inputs[0].set_shared_memory("region", 100)
-    with pytest.raises(grpcclient.InferenceServerException, match="INVALID_ARGUMENT"):
-        client.infer("ensemble", inputs)
+    for index, name in enumerate(("text_input", "max_tokens")):
+        inputs = text_inputs("ab")
+        inputs[index].set_shared_memory("region", 100)
+        said = f"INVALID_ARGUMENT.*shared_memory_region of tensor '{name}' is not supported"
+        with pytest.raises(grpcclient.InferenceServerException, match=said):
+            client.infer("ensemble", inputs)
 
 
 def test_keys_cover_everything_but_health(model_directory: Path, tmp_path: Path) -> None:
