@@ -122,6 +122,12 @@ def test_a_key_file_of_windows_is_read(tmp_path: Path) -> None:
     assert read_api_keys(str(file)) == (b"one", "zwölf".encode())
 
 
+def test_comments_in_a_key_file_may_hold_anything(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"# team A\trotated\n \t# \x1b[1mteam B\none\n")
+    assert read_api_keys(str(file)) == (b"one",)
+
+
 def test_a_missing_key_file_ends_the_server(model_directory: Path) -> None:
     with stub_server(model_directory, {"api_key_file": "/nowhere"}, wait_for="") as server:
         status, errors = server.wait()

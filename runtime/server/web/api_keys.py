@@ -32,7 +32,7 @@ def read_api_keys(path: str | None, flag: str = "--api-key-file") -> tuple[bytes
         ) from None
     stripped = [line.strip() for line in lines]
     for number, line in enumerate(stripped, 1):
-        if not line.isprintable():
+        if not line.startswith("#") and not line.isprintable():
             raise ConfigError(
                 f"{flag} {path} line {number} holds a character that cannot be printed; write keys as text, one per line"
             )
