@@ -21,8 +21,10 @@ __all__ = ["SentencePieceModel", "read_model", "to_backend", "to_spelt_backend"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _UNIGRAM, _BPE = 1, 2
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _MARK = "▁"
+_BYTE_FORM = ("<", "0", "x", "[0-9A-F]", "[0-9A-F]", ">")
+"""The characters of a byte's piece."""
 _MOST_SPACES = 1 << 16
 """How many spaces are taken away from the start of a text where the model removes all."""
 
@@ -138,12 +140,32 @@ def _backend(
     strip = [decoders.Strip(" ", most, 0)] if model.dummy_prefix or model.remove_spaces else []
     fallback = [decoders.ByteFallback()] if model.byte_fallback else []
     backend.decoder = decoders.Sequence([*replaced, *fallback, decoders.Fuse(), *strip])
-    if defined := sorted(_texts(model, _USER_DEFINED), key=len, reverse=True):
-        words.append(pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, defined))), "isolated"))
+    if cuts := _cuts(model):
+        words.append(pre_tokenizers.Split(tokenizers.Regex("|".join(cuts)), "isolated"))
     if words:
         backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     backend.add_special_tokens(_texts(model, _CONTROL))
     return backend
+
+
+def _cuts(model: SentencePieceModel) -> list[str]:
+    """Patterns of what is cut out of a text. Merges never make a byte's piece, so most byte-pair models need none for bytes."""
+    defined = [re.escape(text) for text in sorted(_texts(model, _USER_DEFINED), key=len, reverse=True)]
+    takes_bytes = model.byte_fallback and (defined or model.algorithm == _UNIGRAM)
+    return [*defined, _byte_cut(model)] if takes_bytes else defined
+
+
+def _byte_cut(model: SentencePieceModel) -> str:
+    """Pattern of the place in a text such as ``<0x41>`` where it is cut, as `tokenizers` would take the whole for that byte.
+
+    It is the first between two characters that no piece of text joins, so that the cut changes no other token; after ``<`` if each is
+    joined by some piece.
+    """
+    texts = "\n".join(piece.text for piece in model.pieces if piece.kind != _BYTE)
+    places = range(1, len(_BYTE_FORM))
+    free = (place for place in places if not re.search("".join(_BYTE_FORM[place - 1 : place + 1]), texts))
+    place = next(free, 1)
+    return f"(?<={''.join(_BYTE_FORM[:place])})(?={''.join(_BYTE_FORM[place:])})"
 
 
 def _texts(model: SentencePieceModel, kind: int) -> list[str]:
@@ -170,9 +192,11 @@ def _algorithm(model: SentencePieceModel) -> models.Model:
 
 
 def _merges(pieces: Sequence[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best score of the result first."""
+    """Every pair of pieces that makes a piece of text, best score of the result first."""
     found = []
     for piece in pieces:
+        if piece.kind == _BYTE:
+            continue
         for cut in range(1, len(piece.text)):
             left, right = piece.text[:cut], piece.text[cut:]
             if left in vocabulary and right in vocabulary:

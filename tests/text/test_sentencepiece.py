@@ -123,7 +123,7 @@ def test_a_model_that_removes_spaces_removes_no_other_blanks(text: str, kept: st
 
 ALPHABET = [
     *"abcdefghij klmno   'slt\n\t\r.,!?0123456789ABÉéñ日本語🦙\ufeff\x00\x07\x1f\x7f\xa0\u2028\u3000ﬁ²½①▁Ａ한글", "<|user|>", "▁▁", " the",
-    " fox", "  ", "\n\n", "Ünïcödé",
+    " fox", "  ", "\n\n", "Ünïcödé", "<0x41>", "<0x0A>", "<0xFG>", "<",
 ]  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "as Llama's": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
@@ -152,7 +152,7 @@ def test_ids_and_texts_equal_the_library(algorithm: str, kind: str, tmp_path: Pa
         "the quick brown fox jumps over the lazy dog",
         "pack my box with five dozen liquor jugs",
         "日本語 émigré 12 34",
-        "Ünïcödé ½ ﬁx ①② <|user|> ok",
+        "Ünïcödé ½ ﬁx ①② <|user|> ok <0 x41",
     ] * 20
     writer = io.BytesIO()
     library.SentencePieceTrainer.train(
@@ -168,6 +168,22 @@ def test_ids_and_texts_equal_the_library(algorithm: str, kind: str, tmp_path: Pa
         assert decoded == reference.decode(ids)
         assert "".join(map(stream.push, ids)) + stream.flush() == decoded
     assert read_model(writer.getvalue(), "x").eos_id == reference.eos_id()
+
+
+@pytest.mark.parametrize("algorithm", [1, 2])
+@pytest.mark.parametrize("text", ["<0x41>", "<|user|><0x41><|user|>", "a<0x41>b", "<<0xE9>>"])
+def test_a_byte_written_out_is_text_and_not_that_byte(text: str, algorithm: int, tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, model(f3=algorithm))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_byte_written_out_is_text_even_where_pieces_join_all_its_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = [(text, -9.0, 1) for text in ("<0", "0x", "x4", "41", "1>", *"<0x41>")]
+    monkeypatch.setattr(f"{__name__}.PIECES", [*PIECES, *joined])
+    tokenizer = load(tmp_path, model())
+    assert tokenizer.decode(tokenizer.encode("<|user|><0x41><|user|>")) == "<|user|><0x41><|user|>"
 
 
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
@@ -210,6 +226,7 @@ def test_chatglm_6b_spells_spaces_as_pieces_and_ends_every_text(tmp_path: Path) 
         " x ",
         "",
         "日本\r\n",
+        "a<0x41>\n<0x0A>",
     ):
         ids = reference.encode(spelt(text))
         assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, text
