@@ -104,6 +104,7 @@ class PackedWords:
         order: place of each element of a word among its values; empty = in order.
         is_middle: zero points of symmetric GPTQ codes, which are half the range. Writers disagree about whether to store them less one,
             whatever they call the format: both are taken, nothing else is.
+        columns: that share a value, where values are packed along rows (zero points of groups).
     """
 
     bits: int
@@ -112,12 +113,13 @@ class PackedWords:
     added: int = 0
     order: tuple[int, ...] = ()
     is_middle: bool = False
+    columns: int = 1
     dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
         """A word along the packed axis."""
         word = Block(1, 32 // self.bits)
-        return (word, Block()) if self.axis == 0 else (Block(), word)
+        return (word, Block(1, self.columns)) if self.axis == 0 else (Block(), word)
 
     def decode(self, stored: Array) -> Array:
         """int8 codes."""
@@ -135,7 +137,7 @@ class PackedWords:
             codes = codes.transpose(0, 2, 1)
         rows, columns = stored.shape
         shape = (rows * per_word, columns) if self.axis == 0 else (rows, columns * per_word)
-        return codes.reshape(shape).astype(np.int8)
+        return np.repeat(codes.reshape(shape).astype(np.int8), self.columns, axis=1)
 
 
 def _middle(fields: Array, half: int, added: int) -> Array:

@@ -55,7 +55,7 @@ class Stored:
     scale: str
     zero: str = ""
     codes_encoding: Encoding | None = None
-    zero_encoding: Encoding | None = None
+    zero_encoding: PackedWords | None = None
     dtype: str = "I8"
     transposed: bool = False
     block_rows: int = 1
@@ -126,7 +126,7 @@ class GroupCodes:
         if cut < min(self.group, SMALLEST_GROUP):
             raise ConfigError(
                 f"{spec.name}: heads cut its quantisation groups of {self.group} columns into pieces of {cut}, below "
-                f"{SMALLEST_GROUP}; use a checkpoint with other groups"
+                f"{SMALLEST_GROUP}, at any tensor-parallel size; use a checkpoint with other groups"
             )
         return replace(self, cut=cut, indexed=math.gcd(*map(_common_rows, spec.parts)))
 
@@ -235,8 +235,8 @@ class GroupCodes:
             shard=shard, transposed=False, first_row=part.first_row // shared, source_rows=rows,
         )  # fmt: skip
 
-    def _group_part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
-        """Of ``[O, G]`` values. Zero points are packed along rows and so never repeat along them."""
+    def _group_part(self, part: Part, suffix: str, encoding: PackedWords | None) -> Part:
+        """Of ``[O, G]`` values; a stored one repeats for each piece of its group. Zero points are packed along rows and never repeat along them."""
         columns = -(-part.shape[1] // self.cut) if self.cut else 1
         shard = part.shard
         if shard is not None and shard.axis == 1 and self.stored.group_index:
@@ -245,14 +245,8 @@ class GroupCodes:
             unit = shard.unit // self.cut if self.cut else 0
             shard = replace(shard, unit=unit, has_short_last=bool(columns % unit)) if unit else None
         repeats = self.group // self.cut if self.cut else 1
-        if encoding is None:
-            encoding = Scales(self.stored.block_rows, repeats)
-        elif repeats > 1:
-            raise ConfigError(
-                f"{part.source}: heads cut its quantisation groups; zero points of such groups cannot be read"
-            )
-        whole = replace(self._part(part, suffix, encoding), shape=(part.shape[0], columns), shard=shard)
-        return whole
+        repeated = replace(encoding, columns=repeats) if encoding else Scales(self.stored.block_rows, repeats)
+        return replace(self._part(part, suffix, repeated), shape=(part.shape[0], columns), shard=shard)
 
 
 def _common_rows(part: Part) -> int:

@@ -97,6 +97,7 @@ def _gptq_by_rules() -> tuple[Any, dict[str, Any]]:
 
 WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-w4-g64": _int(4, 64, True),  # heads of 32 halve the groups
+    "ct-w4-g64-asymmetric": _int(4, 64, False),
     "ct-w4-g16-asymmetric": _int(4, 16, False),
     "ct-w8-channel": _int(8, 0, True),
     "ct-w8-g16-asymmetric": _int(8, 16, False),
@@ -105,6 +106,7 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq-4-v1": _gptq(4, 16, False, True),
     "gptq-4-v2": _gptq(4, 16, False, False),
     "gptq-8-v1": _gptq(8, 16, False, True),
+    "gptq-4-g64": _gptq(4, 64, False, True),
     "gptq-4-row-symmetric": _gptq(4, 0, True, True),
     "gptq-4-order": _gptq(4, 16, False, True, in_order=False),
     "gptq-8-order-wide": _gptq(8, 64, True, False, in_order=False),
@@ -112,6 +114,10 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "awq": (
         writers.awq(16),
         {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
+    ),
+    "awq-g64": (
+        writers.awq(64),
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},
     ),
     "ct-fp8-weight-only": (
         writers.fp8("channel"),
@@ -246,7 +252,7 @@ def test_weight_only_checkpoints_compute_what_their_twins_do(odd: Path, name: st
 
 @pytest.mark.parametrize(
     "name",
-    ["ct-w4-g16-asymmetric", "gptq-4-v1", "gptq-4-order", "awq", "ct-fp8-tensor", "hf-fp8-blocks", "modelopt-awq", "modelopt-smoothquant"],
+    ["ct-w4-g16-asymmetric", "gptq-4-v1", "gptq-4-order", "awq", "awq-g64", "ct-fp8-tensor", "hf-fp8-blocks", "modelopt-awq", "modelopt-smoothquant"],
 )  # fmt: skip
 def test_splits_hold_the_same_values(root: Path, name: str, tmp_path: Path) -> None:
     quantised, _ = written(root, name)
@@ -464,6 +470,17 @@ def test_indices_of_groups_take_a_fraction_of_a_byte_a_weight(inner: int) -> Non
                 assert (rows % index_rows, index_columns) == (0, columns)
                 assert 4 * index_rows * index_columns <= rows * columns / 4
                 assert index_rows == 1 or not weight.spec.owner.endswith(("output", "down"))
+
+
+def test_heads_that_cut_groups_into_small_pieces_are_refused_whatever_the_layout() -> None:
+    """Phi-2 has heads of 80 columns: with groups of 128 they leave pieces of 16."""
+    config = {**CASE.config, "hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 80}
+    model = find_model(config)
+    section = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    with pytest.raises(
+        ConfigError, match=r"groups of 128 columns into pieces of 16, below 32, at any tensor-parallel size"
+    ):
+        format_weights(model.weights(model.read_config(config)), read_formats({"quantization_config": section}))
 
 
 def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def test_words_hold_the_codes_that_their_packers_meant(encoding: PackedWords, st
     assert decoded.shape == ((len(codes), 1) if encoding.axis == 0 else (1, len(codes)))
 
 
+def test_zero_points_repeat_for_each_piece_of_their_group() -> None:
+    stored = np.array([[0x76543210, 0x01234567]], np.uint32).view(np.int32)
+    expected = [[code, code, 7 - code, 7 - code] for code in range(8)]
+    assert PackedWords(4, 0, columns=2).decode(stored).tolist() == expected
+
+
 def test_bytes_hold_two_rows_as_modelopt_packed_them() -> None:
     """What ``pack_int4_in_uint8`` of ModelOpt 0.47 made of these two rows, with scales of 1."""
     rows = [[-8, -7, -1, 0, 1, 2, 7, 3], [7, -8, 0, -1, 5, -3, 6, -2]]
