@@ -26,13 +26,13 @@ from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.sampling.mask_sizes import mask_words
 from phalanx.runtime.text import Tokenizer
 
-__all__ = ["FIELD", "GuideCompiler", "GuideMask", "check_guide"]
+__all__ = ["FIELD", "JSON_WHITESPACE", "GuideCompiler", "GuideMask", "check_guide"]
 
 Int32Array = NDArray[np.int32]
 
 FIELD = "structured_outputs"
 
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text: without a limit a model may go on with nothing else."""
 
 _MOST_KEPT = 32
@@ -180,7 +180,7 @@ def _grammar(library: Any, guide: Guide) -> str:
     make = library.LLMatcher
     text: str = guide.text
     if guide.kind == "json":
-        grammar: str = make.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+        grammar: str = make.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_WHITESPACE})
     elif guide.kind == "regex":
         grammar = make.grammar_from_regex(text)
     elif guide.kind == "choice":

@@ -249,6 +249,13 @@ def marked(name: str, arguments: str, space: str = "\n") -> str:
         (marked("other", "{}"), False),
         ("<tool_call> none", False),
         (marked("weather", '{"city": "Oslo"}').removesuffix("</tool_call>"), False),
+        (marked("weather", '{"city":\n\t "Oslo"}', "\n" * 64), True),
+        (marked("weather", '{"city":' + "\n" * 500 + '"Oslo"}'), False),
+        (marked("weather", '{"city": "Oslo"}', "\n" * 500), False),
+        ("<tool_call>" + "\n" * 500 + '{"name": "add", "arguments": {}}</tool_call>', False),
+        ('<tool_call>{"name": "add", "arguments": {}}' + "\n" * 500 + "</tool_call>", False),
+        (marked("add", '{"x": [1,' + "\n" * 500 + "2]}"), False),
+        ("\n" * 500 + marked("add", "{}") + "\n" * 500, True),
     ],
 )
 def test_arguments_of_strict_tools_match_their_schema_wherever_the_model_calls(text: str, fits: bool) -> None:

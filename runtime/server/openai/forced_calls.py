@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phalanx.runtime.guidance import JSON_WHITESPACE
 from phalanx.runtime.server.errors import invalid
 
 __all__ = ["MARKED_FORM", "OPENING_MARK", "arguments_schema", "calls_schema", "marked_calls_grammar"]
@@ -19,7 +20,7 @@ MARKED_FORM, OPENING_MARK = "hermes", "<tool_call>"
 _MARKED_CALLS = r"""start: (mark SPACE %%json %s SPACE "</tool_call>")* TEXT
 mark[lazy]: TEXT "<tool_call>"
 TEXT: /(.|\n)*/
-SPACE: /[ \n]*/
+SPACE: /[ \n]{0,64}/
 """
 
 
@@ -54,7 +55,8 @@ def marked_calls_grammar(functions: Sequence[tuple[str, Mapping[str, Any] | None
     """
     shared: dict[str, dict[str, Any]] = {}
     calls = [_call_schema(name, arguments_schema(parameters), shared, "arguments") for name, parameters in functions]
-    return _MARKED_CALLS % json.dumps({"anyOf": calls, **shared})
+    bounds = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+    return _MARKED_CALLS % json.dumps({"anyOf": calls, **shared, **bounds})
 
 
 def _call_schema(
