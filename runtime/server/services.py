@@ -111,14 +111,18 @@ class Services:
         self.need_tokenizer(guide.name)
         await self.guides.check(guide)
 
-    async def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> tuple[int, ...]:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, name: str = "prompt", any_length: bool = False
+    ) -> tuple[int, ...]:
         """Token ids of a text, computed outside the event loop.
 
         Raises:
-            ApiError: 400: no tokenizer; more characters than the context can hold, whatever they are.
+            ApiError: 400: no tokenizer; more characters than the context can hold, whatever they are, unless a text may have ``any_length``,
+                because its tokens will be cut.
         """
         tokenizer = self.need_tokenizer(name)
-        self.check_characters(len(text), name)
+        if not any_length:
+            self.check_characters(len(text), name)
         return await self.in_worker(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def in_worker(self, work: Callable[[], Result]) -> Result:

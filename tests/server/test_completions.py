@@ -71,6 +71,17 @@ def test_the_last_tokens_of_a_prompt_may_be_all_that_is_kept(server: Server) -> 
     assert (refused.status, refused.error["param"]) == (400, "truncate_prompt_tokens")
 
 
+def test_a_prompt_that_is_cut_may_be_longer_than_the_context_can_hold(server: Server) -> None:
+    long = "ab" * 25_000
+    refused = server.post(PATH, {"prompt": long, "max_tokens": 2})
+    assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
+    assert "50000 characters" in refused.error["message"]
+    cut = server.post(PATH, {"prompt": long, "max_tokens": 2, "truncate_prompt_tokens": 4})
+    assert (cut.json["usage"]["prompt_tokens"], cut.json["choices"][0]["text"]) == (4, "ab")
+    body = {"messages": [{"role": "user", "content": long}], "max_tokens": 2, "truncate_prompt_tokens": 4}
+    assert server.post("/v1/chat/completions", body).json["usage"]["prompt_tokens"] == 4
+
+
 def test_several_prompts_times_n_are_indexed_prompt_by_prompt(server: Server) -> None:
     choices = complete(server, prompt=["ab", "cd"], n=2, max_tokens=2)["choices"]
     assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "ab"), (1, "ab"), (2, "cd"), (3, "cd")]

@@ -30,7 +30,12 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
         await services.check_guide(guide)
     encoded = []
     for prompt in generation.prompts:
-        token_ids = await prompt_token_ids(services, prompt, add_special_tokens=generation.add_special_tokens)
+        token_ids = await prompt_token_ids(
+            services,
+            prompt,
+            add_special_tokens=generation.add_special_tokens,
+            any_length=generation.most_prompt_tokens is not None,
+        )
         if generation.most_prompt_tokens is not None:
             token_ids = token_ids[-generation.most_prompt_tokens :]
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
@@ -92,20 +97,24 @@ def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
     return dataclasses.replace(params, seed=split_mix64(params.seed, choice))
 
 
-async def prompt_token_ids(services: Services, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+async def prompt_token_ids(
+    services: Services, prompt: Prompt, *, add_special_tokens: bool, any_length: bool = False
+) -> tuple[int, ...]:
     """Return the token ids of one prompt.
 
     Raises:
-        ApiError: 400: it cannot be read, or a token id is outside the vocabulary.
+        ApiError: 400: it cannot be read, a token id is outside the vocabulary, or its text cannot fit into the context, unless it may
+            have ``any_length``.
     """
     if isinstance(prompt, tuple):
         services.check_token_ids(prompt, "prompt")
         return prompt
     if isinstance(prompt, str):
-        return await services.encode(prompt, add_special_tokens=add_special_tokens)
-    services.check_characters(_num_characters(prompt), "messages")
+        return await services.encode(prompt, add_special_tokens=add_special_tokens, any_length=any_length)
+    if not any_length:
+        services.check_characters(_num_characters(prompt), "messages")
     text = await render(services, prompt)
-    return await services.encode(text, add_special_tokens=add_special_tokens, name="messages")
+    return await services.encode(text, add_special_tokens=add_special_tokens, name="messages", any_length=any_length)
 
 
 def _num_characters(prompt: Conversation) -> int:
