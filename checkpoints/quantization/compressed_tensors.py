@@ -12,9 +12,9 @@ from typing import Any
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
 from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, fp8_blocks, of_parts, refused
 from phalanx.checkpoints.quantization.encodings import PackedWords
-from phalanx.checkpoints.quantization.fields import Section, group_size, integer, names, table
+from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, names, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
-from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.quantization.row_codes import InputKind, RowCodes
 
 __all__ = ["read_compressed_tensors"]
 
@@ -54,14 +54,19 @@ def _compressed_format(group: Section, section: Section) -> Format:
     weights, inputs = table(group, "weights"), table(group, "input_activations") or None
     layout = group.get("format") or section.get("format") or ""
     bits, kind, strategy = integer(weights, "num_bits", 0), weights.get("type"), weights.get("strategy")
+    is_symmetric = flag(weights, "symmetric", True)
     what = f"compressed-tensors format={layout!r} num_bits={bits} type={kind!r} strategy={strategy!r}"
+    if table(group, "output_activations"):
+        raise refused(f"{what} with quantised outputs (output_activations)", "use a checkpoint without them")
+    if inputs is not None:
+        _check_inputs(inputs, kind, what)
     if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         if kind == "float" and strategy == "block":
             rows, columns = _block_structure(weights)
             if inputs is not None:
                 _check_groups(inputs, columns, what)
             return fp8_blocks("weight_scale", rows, columns, "plain" if inputs is None else "fp8 groups")
-        if strategy in ("tensor", "channel") and weights.get("symmetric", True):
+        if kind in ("float", "int") and strategy in ("tensor", "channel") and is_symmetric:
             return RowCodes(
                 "fp8" if kind == "float" else "int8", scale_of="tensor" if strategy == "tensor" else "row",
                 input=_input_kind(inputs, what),
@@ -70,7 +75,7 @@ def _compressed_format(group: Section, section: Section) -> Format:
         half = 1 << (bits - 1)
         columns = 0 if strategy == "channel" else group_size(weights, default=0)
         is_ordered = weights.get("actorder") in _ORDERED and columns > 0
-        zero = "" if weights.get("symmetric", True) else "weight_zero_point"
+        zero = "" if is_symmetric else "weight_zero_point"
         stored = Stored(
             "weight_packed", "weight_scale", zero,
             PackedWords(bits, axis=1, offset=half), PackedWords(bits, axis=0, offset=half) if zero else None,
@@ -103,24 +108,30 @@ def _check_rules(rules: Sequence[str]) -> None:
             raise refused(f"compressed-tensors rule {rule!r}, a class of modules,", "name the modules, or Linear")
 
 
-def _input_kind(inputs: Section | None, what: str) -> Any:
-    if inputs is None:
-        return "plain"
-    if not inputs.get("symmetric", True):
+def _check_inputs(inputs: Section, kind: Any, what: str) -> None:
+    """Refuse inputs that are not symmetric codes of 8 bits of the weights' type."""
+    if not flag(inputs, "symmetric", True):
         raise refused(f"{what} with asymmetric activations", "use a checkpoint with symmetric ones")
     if inputs.get("num_bits") != 8:
         raise refused(f"{what} with activations of {inputs.get('num_bits')} bits", WAY_OUT)
+    if inputs.get("type") != kind:
+        raise refused(f"{what} with activations type={inputs.get('type')!r}", WAY_OUT)
+
+
+def _input_kind(inputs: Section | None, what: str) -> InputKind:
+    if inputs is None:
+        return "plain"
     dynamic, strategy = inputs.get("dynamic"), inputs.get("strategy")
-    kinds: dict[tuple[Any, Any], str] = {(True, "token"): "tokens", (False, "tensor"): "static"}
-    kind = kinds.get((dynamic, strategy))
-    if kind is None:
-        raise refused(f"{what} with activations strategy={strategy!r} dynamic={dynamic}", WAY_OUT)
-    return kind
+    if dynamic is True and strategy == "token":
+        return "tokens"
+    if dynamic is False and strategy == "tensor":
+        return "static"
+    raise refused(f"{what} with activations strategy={strategy!r} dynamic={dynamic}", WAY_OUT)
 
 
 def _check_groups(inputs: Section, columns: int, what: str) -> None:
-    found = inputs.get("strategy"), inputs.get("group_size"), inputs.get("dynamic"), inputs.get("num_bits")
-    if found != ("group", columns, True, 8):
+    found = inputs.get("strategy"), inputs.get("group_size"), inputs.get("dynamic")
+    if found != ("group", columns, True):
         raise refused(
             f"{what} with activations strategy={found[0]!r} group_size={found[1]} dynamic={found[2]}", WAY_OUT
         )

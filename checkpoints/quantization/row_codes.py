@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from phalanx.checkpoints.quantization.numbers import CodeKind, Codes
     from phalanx.checkpoints.source import Array
 
-__all__ = ["FP8_BOUNDED", "FP8_ROWS", "FP8_STATIC", "INT8_ROWS", "INT8_STATIC", "SMOOTHQUANT", "RowCodes"]
+__all__ = ["FP8_BOUNDED", "FP8_ROWS", "FP8_STATIC", "INT8_ROWS", "INT8_STATIC", "SMOOTHQUANT", "InputKind", "RowCodes"]
+
+InputKind = Literal["tokens", "static", "plain"]
+"""How inputs become codes: `RowCodes.input`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class RowCodes:
     kind: CodeKind
     scale: str = "weight_scale"
     scale_of: Literal["row", "tensor"] = "row"
-    input: Literal["tokens", "static", "plain"] = "tokens"
+    input: InputKind = "tokens"
     input_ceiling: float = math.inf
     prescale: str = ""
 

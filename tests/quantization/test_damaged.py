@@ -132,6 +132,13 @@ def weights(**fields: Any) -> dict[str, Any]:
     return group(weights=COMPRESSED["config_groups"]["group_0"]["weights"] | fields)
 
 
+def inputs(**fields: Any) -> dict[str, Any]:
+    """int8 with changed fields of activations."""
+    section = copy.deepcopy(checkpoints.ALL["ct-int8"][1])
+    section["config_groups"]["group_0"]["input_activations"] |= fields
+    return section
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -144,6 +151,15 @@ def weights(**fields: Any) -> dict[str, Any]:
         (group(targets=["re:(unclosed"]), r"rule 're:\(unclosed' \(missing \).*correct the expression"),
         (group(targets=["LlamaMLP"]), "rule 'LlamaMLP', a class of modules, cannot be loaded; name the modules, or Linear"),
         (group(weights=None), "num_bits=0"),
+        (weights(symmetric=0), "symmetric=0 is not true or false"),
+        (weights(symmetric="no"), "symmetric=no is not true or false"),
+        (group(output_activations={"num_bits": 8, "type": "float"}), r"with quantised outputs \(output_activations\) cannot be loaded"),
+        (inputs(symmetric="no"), "symmetric=no is not true or false"),
+        (inputs(type="float"), "type='int' strategy='channel' with activations type='float' cannot be loaded"),
+        (inputs(type=None), "with activations type=None cannot be loaded"),
+        (inputs(strategy=[]), r"with activations strategy=\[\] dynamic=True cannot be loaded"),
+        (inputs(strategy={}), r"with activations strategy=\{\} dynamic=True cannot be loaded"),
+        (inputs(dynamic=[True]), r"with activations strategy='token' dynamic=\[True\] cannot be loaded"),
         (weights(group_size="x"), "group_size=x is not a whole number"),
         (weights(group_size=True), "group_size=True is not a whole number"),
         (weights(group_size=-2), "group_size=-2 is not a whole number of at least -1"),
@@ -171,7 +187,8 @@ def test_fields_of_another_type_are_named_with_their_value(section: dict[str, An
 
 @pytest.mark.parametrize(
     "section",
-    [{**AWQ, "quant_method": "AWQ"}, {**GPTQ, "bits": "4", "group_size": "16"}, weights(num_bits="4"), weights(group_size="64")],
+    [{**AWQ, "quant_method": "AWQ"}, {**GPTQ, "bits": "4", "group_size": "16"}, weights(num_bits="4"), weights(group_size="64"),
+     weights(symmetric=None), group(output_activations={})],
 )  # fmt: skip
 def test_numbers_as_text_and_other_case_are_read(section: dict[str, Any]) -> None:
     read_formats({"quantization_config": section})
