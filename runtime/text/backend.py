@@ -39,8 +39,8 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers
         CheckpointError: it cannot be read, or a token would get another id than the files say.
     """
     backend = _read(directory) if directory.has(TOKENIZER_FILE) else _convert(directory, files)
-    _add_tokens(backend, files)
-    _add_defaults(backend, directory, files)
+    adds_defaults = not any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES)))
+    _add_tokens(backend, files, adds_defaults)
     _apply_prefix_space(backend, files)
     _apply_bos_and_eos(backend, files, is_converted=not directory.has(TOKENIZER_FILE))
     if files.flags.get("split_special_tokens"):
@@ -121,12 +121,17 @@ def _read(directory: ModelDirectory) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{directory.path / TOKENIZER_FILE!s} {what}") from None
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
-    """Add tokens that are missing, and describe those anew that are there with other flags."""
+def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles, adds_defaults: bool) -> None:
+    """Add tokens that are missing, and describe those anew that are there with other flags.
+
+    ``adds_defaults``: also special tokens that only the class names, which it adds to ``vocab.json`` where that lacks them.
+    """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     vocabulary = backend.get_vocab(with_added_tokens=True)
     special = files.special_tokens.items()
-    named = dict.fromkeys(text for name, text in special if name not in files.defaults or text in vocabulary)
+    named = dict.fromkeys(
+        text for name, text in special if adds_defaults or name not in files.defaults or text in vocabulary
+    )
     described = {token.content: token for token in files.added_tokens}
     for text, token in known.items():
         flags = (token.special, token.normalized, token.lstrip, token.rstrip, token.single_word)
@@ -148,13 +153,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
                 f"added token {text!r} would get the id {given} instead of {number}; tokenizer.json is of another "
                 "tokenizer than tokenizer_config.json or added_tokens.json"
             )
-
-
-def _add_defaults(backend: tokenizers.Tokenizer, directory: ModelDirectory, files: TokenizerFiles) -> None:
-    """Special tokens that only the class names, which it adds to ``vocab.json`` where that lacks them."""
-    if not any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES))):
-        known = backend.get_vocab(with_added_tokens=True)
-        backend.add_special_tokens([text for text in files.special_tokens.values() if text not in known])
 
 
 def _native(token: AddedToken, named: Collection[str]) -> tokenizers.AddedToken:

@@ -78,8 +78,8 @@ def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
     own = sorted(key for key in fields if key.endswith("_token") and key not in NAMED_TOKENS)
     named = {key: _text(key, fields[key]) for key in (*NAMED_TOKENS, *own) if key in fields}
     defaults = frozenset(kind.tokens.keys() - fields.keys())
-    tokens = {key: text for key, text in named.items() if text is not None}
-    tokens |= {key: kind.tokens[key] for key in defaults}
+    given = {**kind.tokens, **named}
+    tokens = {key: text for key in (*NAMED_TOKENS, *own) if (text := given.get(key)) is not None}
     extra = _extra_tokens(fields)
     added = (
         _decoder_tokens(listed)

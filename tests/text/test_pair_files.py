@@ -117,6 +117,33 @@ def test_the_end_token_of_a_class_follows_a_vocabulary_that_lacks_it(vocabulary:
 
 
 @pytest.mark.parametrize(
+    ("name", "config", "end", "added"),
+    [
+        ("GPT2Tokenizer", {"extra_special_tokens": ["<tool>"]}, SIZE, "<|endoftext|> <tool>"),
+        ("GPT2Tokenizer", {"eos_token": "<|im_end|>"}, SIZE + 1, "<|endoftext|> <|im_end|>"),
+        ("Qwen2Tokenizer", {"additional_special_tokens": ["<tool>"]}, SIZE, "<|endoftext|> <tool>"),
+        ("Qwen2Tokenizer", {"eos_token": "<|im_end|>"}, SIZE, "<|im_end|> <|endoftext|>"),
+        ("CodeGenTokenizer", {"mask_token": "<M>", "image_token": "<I>", "sep_token": "<S>"}, SIZE, "<|endoftext|> <S> <M> <I>"),
+        (
+            "GPT2Tokenizer",
+            {"added_tokens_decoder": {str(SIZE): {"content": "<|im_start|>", "special": True}}, "eos_token": "<|im_end|>"},
+            SIZE + 2,
+            "<|im_start|> <|endoftext|> <|im_end|>",
+        ),
+    ],
+)  # fmt: skip
+def test_tokens_that_the_vocabulary_lacks_get_ids_in_the_order_of_their_names(
+    name: str, config: dict[str, Any], end: int, added: str, vocabulary: Library, tmp_path: Path
+) -> None:
+    """Expected: ``get_added_vocab`` and ``eos_token_id`` of ``AutoTokenizer`` in transformers 5.24.0 on these files."""
+    write(tmp_path, vocabulary, "GPT-2 without a config")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **config}))
+    texts = added.split()
+    assert load(tmp_path).encode("".join(texts)) == tuple(range(SIZE, SIZE + len(texts)))
+    assert tokenizer_end_token(tmp_path) == end
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("vocab.json", '{"a": "x"}', "'a' has the id 'x' in vocab.json; ids are whole numbers"),
