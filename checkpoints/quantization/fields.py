@@ -8,7 +8,7 @@ from typing import Any
 
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["Section", "flag", "group_size", "integer", "names", "number", "table"]
+__all__ = ["Section", "flag", "group_size", "integer", "listed_names", "names", "number", "table"]
 
 Section = Mapping[str, Any]
 
@@ -58,6 +58,18 @@ def names(section: Section, key: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
         raise _wrong(key, value, "a list of names")
     return tuple(value)
+
+
+def listed_names(section: Section, key: str) -> tuple[str, ...]:
+    """A list of names, or of lists of them, as one; absent or null means none."""
+    value = section.get(key)
+    if value is None:
+        return ()
+    blocks = value if isinstance(value, list | tuple) else [value]
+    flat = [name for block in blocks for name in (block if isinstance(block, list | tuple) else [block])]
+    if blocks is not value or not all(isinstance(name, str) and name for name in flat):
+        raise _wrong(key, value, "a list of names or of lists of names")
+    return tuple(flat)
 
 
 def table(section: Section, key: str) -> Section:

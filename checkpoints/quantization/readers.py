@@ -23,7 +23,7 @@ from phalanx.checkpoints.quantization.choosing import (
 )
 from phalanx.checkpoints.quantization.compressed_tensors import read_compressed_tensors
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
-from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, number, table
+from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, listed_names, number, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -110,7 +110,7 @@ def read_gptq(section: Section) -> FormatPlan:
     ``dynamic`` has rules for modules by expressions: ``-:`` leaves them as they are, others change fields; the first that matches decides.
     """
     chosen, rules = _gptq_format(section), [*_gptq_rules(section)]
-    included = _included(section)
+    included = listed_names(section, "modules_in_block_to_quantize")
     has_head = flag(section, "lm_head", False)
 
     def choose(modules: Sequence[str]) -> Format:
@@ -149,11 +149,6 @@ def _gptq_rules(section: Section) -> Iterator[tuple[re.Pattern[str], Format]]:
         except re.error as error:
             raise refused(f"gptq rule {rule!r} ({error})", "correct the expression") from None
         yield pattern, DENSE if rule.startswith("-:") else _gptq_format({**section, **table(rules, rule)})
-
-
-def _included(section: Section) -> tuple[str, ...]:
-    blocks = section.get("modules_in_block_to_quantize") or ()
-    return tuple(str(name) for block in blocks for name in ([block] if isinstance(block, str) else block))
 
 
 _EXTRA_BIASES = Unread(r".*\.bias", "zeros", lambda tensor: not tensor.any())

@@ -174,6 +174,10 @@ def inputs(**fields: Any) -> dict[str, Any]:
         ({**FBGEMM, "modules_to_not_convert": [""]}, r"modules_to_not_convert=\[''\] is not a list of names"),
         ({**AWQ, "zero_point": "yes"}, "zero_point=yes is not true or false"),
         ({**GPTQ, "desc_act": "false"}, "desc_act=false is not true or false"),
+        *(
+            ({**GPTQ, "modules_in_block_to_quantize": value}, rf"modules_in_block_to_quantize={shown} is not a list of names or of lists of names")
+            for value, shown in ((1.5, "1.5"), (True, "True"), (-1, "-1"), ([None], r"\[None\]"), ([[1]], r"\[\[1\]\]"), ("mlp.down_proj", "mlp.down_proj"), ([""], r"\[''\]"))
+        ),
         ({**GPTQ, "bits": None}, "gptq bits=0"),
         ({**MODELOPT, "ignore": "lm_head"}, "ignore=lm_head is not a list of names"),
         ({**MIXED, "quantized_layers": ["a"]}, "without quantized_layers"),
