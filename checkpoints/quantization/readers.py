@@ -107,19 +107,18 @@ def _awq_version(section: Section) -> str:
 def read_gptq(section: Section) -> FormatPlan:
     """GPTQ v1 (zero points less one) and v2, 4 and 8 bits; with activation order (``desc_act``) each column names its group.
 
-    ``dynamic`` has rules for modules by expressions: ``-:`` leaves them as they are, others change fields; the first that matches decides.
+    ``lm_head`` and ``modules_in_block_to_quantize`` say which modules are quantised. Of these, ``dynamic`` has rules by expressions: ``-:``
+    leaves modules as they are, others change fields; the first that matches decides.
     """
     chosen, rules = _gptq_format(section), [*_gptq_rules(section)]
     included = listed_names(section, "modules_in_block_to_quantize")
     has_head = flag(section, "lm_head", False)
 
     def choose(modules: Sequence[str]) -> Format:
-        found = next((one for pattern, one in rules if any(pattern.match(module) for module in modules)), None)
-        if found is not None:
-            return found
-        if HEAD in modules:
-            return chosen if has_head else DENSE
-        return chosen if not included or any(module.endswith(included) for module in modules) else DENSE
+        is_included = not included or any(module.endswith(included) for module in modules)
+        if not (has_head if HEAD in modules else is_included):
+            return DENSE
+        return next((one for pattern, one in rules if any(pattern.match(module) for module in modules)), chosen)
 
     formats = [one for one in (chosen, *(one for _, one in rules)) if isinstance(one, GroupCodes)]
     groups = sorted({one.group for one in formats if not one.stored.group_index})

@@ -150,6 +150,21 @@ def test_rules_of_gptqmodel_leave_modules_out_or_change_their_fields() -> None:
     }
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_rules_of_gptqmodel_quantise_nothing_that_other_fields_leave_out(has_head: bool) -> None:
+    """GPTQModel comes to the rules of a module only once ``lm_head`` and ``modules_in_block_to_quantize`` have let it pass."""
+    fields = {
+        "lm_head": has_head,
+        "modules_in_block_to_quantize": [["mlp.down_proj"]],
+        "dynamic": {"+:.*": {"bits": 4}},
+    }
+    found = schemes(read_formats({"quantization_config": {**QWEN_GPTQ_INT8, **fields}}))
+    assert {owner for owner, name in found.items() if name == "int4 in groups of 128"} == {
+        "layers.0.down", "layers.1.down", *(["lm_head"] if has_head else [])
+    }  # fmt: skip
+    assert set(found.values()) == {"int4 in groups of 128", "dense"}
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_the_most_specific_target_decides_whichever_group_comes_first(is_first: bool) -> None:
     (everything,) = FP8_DYNAMIC["config_groups"].values()
