@@ -37,7 +37,7 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     found = {name: find_stored(part.names, present) for name, part in parts.items()}
     if missing := [name for name, stored in found.items() if stored is None]:
         _refuse_quantized(present, is_plain)
-        _refuse_undescribed(missing, present, is_plain)
+        _refuse_undescribed([name for name in missing if parts[name].encoding is not None], present)
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json requires: {list_names(missing)}; "
             "a shard is missing, or config.json belongs to another model"
@@ -125,9 +125,9 @@ def _refuse_quantized(names: Iterable[str], is_plain: bool) -> None:
         )
 
 
-def _refuse_undescribed(missing: Iterable[str], present: Collection[str], is_plain: bool) -> None:
-    """Raise `CheckpointError` if a module has a weight, but not what its quantisation scheme needs besides."""
-    for name in () if is_plain else sorted(missing):
+def _refuse_undescribed(missing: Iterable[str], present: Collection[str]) -> None:
+    """Raise `CheckpointError` if a module has a weight, but not what its quantisation scheme needs besides: ``missing``."""
+    for name in sorted(missing):
         module, _, kind = name.rpartition(".")
         if kind != "weight" and f"{module}.weight" in present:
             raise CheckpointError(

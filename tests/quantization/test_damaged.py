@@ -106,6 +106,16 @@ def test_tensors_and_rules_that_disagree_are_both_named(
         checkpoints.generate(damaged(root, tmp_path / "damaged", name, **changes))
 
 
+@pytest.mark.parametrize("name", ["ct-int8", "awq", "hf-fp8-blocks"])
+def test_biases_that_are_missing_are_not_taken_for_quantisation(root: Path, tmp_path: Path, name: str) -> None:
+    quantised, _ = checkpoints.written(root, name)
+    path = checkpoints.changed(quantised, tmp_path / "biased", checkpoints.ALL[name][1])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(CheckpointError, match=r"lacks 8 of \d+ tensors that config.json requires: .*k_proj\.bias"):
+        checkpoints.generate(path)
+
+
 @pytest.mark.parametrize("ignore", [[], None])
 def test_a_head_that_no_rule_leaves_out_is_named(root: Path, tmp_path: Path, ignore: Any) -> None:
     quantised, _ = checkpoints.written(root, "ct-int8")
