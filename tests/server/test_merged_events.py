@@ -32,6 +32,7 @@ from phalanx.runtime.server.openai.parsing import ApiGeneration, parse_chat, par
 from phalanx.runtime.server.responses.parsing import parse_response
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.server.web.event_stream import EventWriter
 from phalanx.runtime.text import Tokenizer
 
@@ -97,7 +98,7 @@ class Streamed:
         board = Board.of_one()
         metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
         services = Services(self.client, FrontendSettings(), metrics, workers, tokenizer)
-        self.job = GenerationJob(services, n, 0.0)
+        self.job = GenerationJob(services, n, TimeLimit(0.0))
         self.job.submit([((1,), params)])
         self.connection = Connection()
         self.writer = EventWriter(self.connection)

@@ -18,6 +18,7 @@ from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.openai.generation import GenerationJob
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.settings import FrontendSettings
+from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.text import Tokenizer
 
 
@@ -49,7 +50,7 @@ def test_a_search_that_is_asked_once_more_is_one_search_again(model_directory: P
     board = Board.of_one()
     metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
     services = Services(client, FrontendSettings(), metrics, workers, Tokenizer.from_directory(model_directory))
-    job = GenerationJob(services, 2, time.monotonic(), timeout_seconds=1000.0, cache_salt="s")
+    job = GenerationJob(services, 2, TimeLimit(time.monotonic(), 1000.0), cache_salt="s")
     job.submit([((30, 31), SamplingParams(beam_width=2)), ((30, 31), SamplingParams(beam_width=2))])
     asyncio.run(job._submit_again())
     workers.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -178,10 +179,11 @@ class _Door:
         raise ApiError(501, "models are not loaded or unloaded while the server runs; start another server")
 
     async def _model_infer(self, request: Any, context: Any) -> Any:
+        limit = self._inference.limit(time.monotonic(), read_parameters(request))
         contract = self._inference.contract(request.model_name, request.model_version)
         self._inference.check_outputs(contract, wanted_outputs(request))
         rows = tensor_rows(contract, read_inputs(request))
-        outputs = await self._inference.run(contract, rows, read_parameters(request))
+        outputs = await self._inference.run(contract, rows, limit)
         return write_response(request, outputs)
 
     async def _model_stream_infer(self, requests: Any, context: Any) -> None:
@@ -215,12 +217,13 @@ class _Stream:
             await self._write(failed)
 
     async def _respond(self, request: Any) -> None:
+        parameters = read_parameters(request)
+        limit = self._inference.limit(time.monotonic(), parameters)
         contract = self._inference.contract(request.model_name, request.model_version)
         self._inference.check_outputs(contract, wanted_outputs(request))
         rows = tensor_rows(contract, read_inputs(request))
-        parameters = read_parameters(request)
         marks_with_empty = parameters.get("triton_enable_empty_final_response") is True
-        async for outputs, last in self._inference.stream(contract, rows, parameters):
+        async for outputs, last in self._inference.stream(contract, rows, limit):
             await self._write_one(request, outputs, last and not marks_with_empty)
         if marks_with_empty:
             await self._write_one(request, (), True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from phalanx.runtime.server.kserve.tensors import Tensor
 from phalanx.runtime.server.kserve.text_models import postprocess, preprocess
 from phalanx.runtime.server.openai.generation import GenerationJob, start_job
 from phalanx.runtime.server.services import Services
+from phalanx.runtime.server.time_limit import TimeLimit
 
 __all__ = ["Inference"]
 
@@ -101,15 +101,24 @@ class Inference:
         """
         return parse_rows(contract, rows, self.services.model.vocab_size)
 
-    async def start(self, query: Query, parameters: Mapping[str, Any]) -> GenerationJob:
+    def limit(self, arrival: float, parameters: Mapping[str, Any]) -> TimeLimit:
+        """Return when a request of any model must be over: the client's ``timeout``, within the server's limit.
+
+        Raises:
+            InvalidTensor: ``timeout`` is not a number of microseconds.
+        """
+        seconds = timeout_seconds(parameters)
+        return TimeLimit.shortest(arrival, seconds, self.services.settings.request_timeout_seconds)
+
+    async def start(self, query: Query, limit: TimeLimit) -> GenerationJob:
         """Submit a query. The job must be closed.
 
         Raises:
-            ApiError: as `start_job`; ``timeout`` is not a number of microseconds.
+            ApiError: as `start_job`.
         """
-        return await start_job(self.services, query.rows, time.monotonic(), timeout_seconds(parameters))
+        return await start_job(self.services, query.rows, limit)
 
-    async def run(self, contract: ModelContract, rows: Sequence[Row], parameters: Mapping[str, Any]) -> list[Tensor]:
+    async def run(self, contract: ModelContract, rows: Sequence[Row], limit: TimeLimit) -> list[Tensor]:
         """All outputs, once they are complete. Cancelled with the task.
 
         Raises:
@@ -117,16 +126,17 @@ class Inference:
         """
         with self.statistics[contract.name].measure(len(rows)):
             if contract.name in _TEXT_MODELS:
-                return await _TEXT_MODELS[contract.name](self.services, rows)
+                async with limit.enforced():
+                    return await _TEXT_MODELS[contract.name](self.services, rows)
             query = self.parse(contract, rows)
-            job = await self.start(query, parameters)
+            job = await self.start(query, limit)
             try:
                 return whole(contract, query, await job.collect())
             finally:
                 job.close()
 
     async def stream(
-        self, contract: ModelContract, rows: Sequence[Row], parameters: Mapping[str, Any]
+        self, contract: ModelContract, rows: Sequence[Row], limit: TimeLimit
     ) -> AsyncIterator[tuple[list[Tensor], bool]]:
         """The outputs of each response, and whether it is the last: what is new, if the request asks to stream, else everything at once.
 
@@ -135,10 +145,10 @@ class Inference:
         """
         query = None if contract.name in _TEXT_MODELS else self.parse(contract, rows)
         if query is None or not query.stream:
-            yield await self.run(contract, rows, parameters), True
+            yield await self.run(contract, rows, limit), True
             return
         with self.statistics[contract.name].measure(len(rows)):
-            job = await self.start(query, parameters)
+            job = await self.start(query, limit)
             try:
                 while not job.is_finished:
                     taken = await job.next()

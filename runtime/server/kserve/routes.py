@@ -20,6 +20,7 @@ from phalanx.runtime.server.kserve.inputs import GenerateBody, read_fields_body,
 from phalanx.runtime.server.kserve.wire import HEADER_LENGTH, InferHeader, read_request, write_response
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.openai.generation import stream_response
+from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.server.web.body_route import BodyRoute
 from phalanx.runtime.server.web.http import json_response, read_body, until_disconnect
 
@@ -105,32 +106,33 @@ class _Door:
 
     async def infer(self, request: Request) -> Response:
         """Tensors in, tensors out."""
-        contract = self._contract(request)
+        arrival, contract = time.monotonic(), self._contract(request)
         body = await read_body(request, self._inference.services.settings)
         asked = read_request(body, request.headers.get(HEADER_LENGTH))
         self._inference.check_outputs(contract, list(asked.outputs))
         rows = tensor_rows(contract, asked.inputs)
-        outputs = await until_disconnect(request.scope, self._inference.run(contract, rows, asked.parameters))
+        limit = self._inference.limit(arrival, asked.parameters)
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, rows, limit))
         headers, answer = write_response(asked, contract.name, outputs)
         return _compressed(answer, headers, request.headers.get("accept-encoding", ""))
 
     async def generate(self, request: Request) -> Response:
         """JSON fields in, one JSON object out."""
         contract = self._generating(request)
-        row, request_id, parameters = await self._read_fields(request, contract)
-        outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], parameters))
+        row, request_id, limit = await self._read_fields(request, contract)
+        outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], limit))
         return json_response(scalars(contract, outputs, request_id))
 
     async def generate_stream(self, request: Request) -> Response:
         """JSON fields in, events out: one, unless ``stream`` is true."""
         contract = self._generating(request)
-        row, request_id, parameters = await self._read_fields(request, contract)
+        row, request_id, limit = await self._read_fields(request, contract)
         query = self._inference.parse(contract, [row])
         if not query.stream:
-            outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], parameters))
+            outputs = await until_disconnect(request.scope, self._inference.run(contract, [row], limit))
             return Response(event(scalars(contract, outputs, request_id)), media_type="text/event-stream")
         started, statistics = time.monotonic_ns(), self._inference.statistics[contract.name]
-        job = await self._inference.start(query, parameters)
+        job = await self._inference.start(query, limit)
         job.held.callback(
             lambda: (
                 statistics.count_success(1, time.monotonic_ns() - started)
@@ -153,10 +155,11 @@ class _Door:
             raise ApiError(400, f"model '{contract.name}' takes tensors; use its infer route, or model 'ensemble'")
         return contract
 
-    async def _read_fields(
-        self, request: Request, contract: ModelContract
-    ) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        return read_fields_body(contract, await read_body(request, self._inference.services.settings))
+    async def _read_fields(self, request: Request, contract: ModelContract) -> tuple[dict[str, Any], str, TimeLimit]:
+        arrival = time.monotonic()
+        body = await read_body(request, self._inference.services.settings)
+        row, request_id, parameters = read_fields_body(contract, body)
+        return row, request_id, self._inference.limit(arrival, parameters)
 
 
 def _compressed(body: bytes, headers: dict[str, str], accepted: str) -> Response:

@@ -23,6 +23,7 @@ from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
 from phalanx.runtime.server.services import Services
+from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.server.web.event_stream import EventStream, EventWriter
 from phalanx.runtime.server.web.http import json_response, read_body, until_disconnect
 
@@ -44,14 +45,13 @@ class GenerationJob:
         choices: the answers, those to one prompt in a row.
         num_unfinished: choices that have not ended well.
         held: what is released when the request is over.
-        timeout_seconds: when it must be over, after its arrival; None = whenever.
+        limit: when it arrived, and when it must be over.
         cache_salt: see `Request.cache_salt`.
     """
 
     services: Services
     n: int
-    arrival: float
-    timeout_seconds: float | None = None
+    limit: TimeLimit
     cache_salt: str = ""
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
@@ -80,12 +80,7 @@ class GenerationJob:
 
     def _ask(self) -> GenerationGroup:
         prompts = [(choice.prompt_token_ids, choice.params) for choice in self.choices]
-        return self.services.client.submit(prompts, self.deadline, self.n, self.cache_salt)
-
-    @property
-    def deadline(self) -> float | None:
-        """Monotonic time at which the request must be over."""
-        return None if self.timeout_seconds is None else self.arrival + self.timeout_seconds
+        return self.services.client.submit(prompts, self.limit.deadline, self.n, self.cache_salt)
 
     def close(self) -> None:
         """Cancel what still runs and make room for others."""
@@ -205,12 +200,8 @@ class GenerationJob:
         Raises:
             ApiError: there is no other engine, or it did not come before the request's deadline.
         """
-        client, deadline = self.services.client, self.deadline
-        try:
-            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                await client.wait_until_serving()
-        except TimeoutError:
-            raise self._too_late() from None
+        async with self.limit.enforced():
+            await self.services.client.wait_until_serving()
         self.choices = [
             Answer.start(choice.index, choice.prompt_token_ids, choice.params, self.services.tokenizer)
             for choice in self.choices
@@ -225,29 +216,25 @@ class GenerationJob:
             if self.group is not None:
                 self.group.raise_error()
             return
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise self._too_late()
+        if self.limit.is_over:
+            raise self.limit.exceeded()
         if failed.error_param is not None:
             raise invalid(failed.error or "the request cannot be answered", failed.error_param)
         raise ApiError(500, failed.error or "the engine gave no reason", code="generation_failed", headers=_NO_RETRY)
-
-    def _too_late(self) -> ApiError:
-        message = f"the request took longer than {self.timeout_seconds:g} s; ask for fewer tokens"
-        return ApiError(408, message, code="request_timeout", headers=_NO_RETRY)
 
     def _observe(self, num_tokens: int, now: float) -> None:
         metrics = self.services.metrics
         if self.first_token is None:
             self.first_token = now
             metrics.generation_tokens.inc(num_tokens)
-            metrics.first_token.observe(now - self.arrival)
+            metrics.first_token.observe(now - self.limit.arrival)
         else:
             metrics.next_tokens.add(num_tokens, now - self.last_token)
         self.last_token = now
 
     def _count(self) -> None:
         metrics = self.services.metrics
-        metrics.duration.observe(time.monotonic() - self.arrival)
+        metrics.duration.observe(time.monotonic() - self.limit.arrival)
         if self.first_token is not None:
             metrics.decode.observe(self.last_token - self.first_token)
         for choice in self.choices:
@@ -274,7 +261,8 @@ async def generate(services: Services, request: Request, parse: Callable[[bytes]
     arrival = time.monotonic()
     generation = parse(await read_body(request, services.settings))
     services.check_model(generation.model)
-    job = await start_job(services, [generation], arrival)
+    limit = TimeLimit(arrival, services.settings.request_timeout_seconds)
+    job = await start_job(services, [generation], limit)
     try:
         return await respond(job, generation, request)
     except BaseException:
@@ -282,27 +270,19 @@ async def generate(services: Services, request: Request, parse: Callable[[bytes]
         raise
 
 
-async def start_job(
-    services: Services, generations: Sequence[Generation], arrival: float, timeout_seconds: float | None = None
-) -> GenerationJob:
+async def start_job(services: Services, generations: Sequence[Generation], limit: TimeLimit) -> GenerationJob:
     """Make room, encode and submit. All ``generations`` ask for the same number of answers. The job must be closed.
 
-    ``timeout_seconds`` is the client's wish, within the server's limit.
-
     Raises:
-        ApiError: no room, a prompt that cannot be encoded, or an engine that is gone.
+        ApiError: no room, a prompt that cannot be encoded, a time that is over before all are, or an engine that is gone.
     """
     with ExitStack() as held:
         held.enter_context(services.client.admit(sum(generation.num_answers for generation in generations)))
-        await services.turnstile.enter()
-        prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
-        limits = [
-            seconds for seconds in (timeout_seconds, services.settings.request_timeout_seconds) if seconds is not None
-        ]
+        async with limit.enforced():
+            await services.turnstile.enter()
+            prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
         first = generations[0]
-        job = GenerationJob(
-            services, first.n, arrival, timeout_seconds=min(limits, default=None), cache_salt=first.cache_salt
-        )
+        job = GenerationJob(services, first.n, limit, cache_salt=first.cache_salt)
         job.submit(prompts)
         job.held = held.pop_all()
     return job

@@ -250,6 +250,16 @@ def test_a_request_ends_at_its_own_timeout(model_directory: Path) -> None:
         assert text_of(client.infer("ensemble", text_inputs("ab", 1), timeout=60_000_000))
 
 
+def test_a_timeout_that_is_no_time_is_refused_by_every_model(stub: Any) -> None:
+    for model in ("preprocessing", "ensemble"):
+        request = service_pb2.ModelInferRequest(model_name=model)
+        request.parameters["timeout"].int64_param = -1
+        with pytest.raises(grpc.RpcError, match="is not a number of microseconds"):
+            stub.ModelInfer(request)
+        (answer,) = stub.ModelStreamInfer(iter([request]))
+        assert "is not a number of microseconds" in answer.error_message
+
+
 def test_tensors_that_would_lie_in_shared_memory_or_be_ranked_are_refused(client: Any) -> None:
     elsewhere, ranked = (grpcclient.InferRequestedOutput("text_output", class_count=count) for count in (0, 3))
     elsewhere.set_shared_memory("region", 100)

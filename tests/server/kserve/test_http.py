@@ -355,6 +355,21 @@ def test_a_request_ends_at_its_own_timeout(model_directory: Path) -> None:
             client.infer("ensemble", text_inputs(["ab"], 200), timeout=100_000)
 
 
+def test_text_models_have_a_timeout_too(client: Any) -> None:
+    query = [tensor("QUERY", [[b"ab"]], "BYTES"), tensor("REQUEST_OUTPUT_LEN", [[4]], "INT32")]
+    tokens = [
+        tensor("TOKENS_BATCH", [[[30, 31]]], "INT32"),
+        tensor("SEQUENCE_LENGTH", [[2]], "INT32"),
+    ]
+    for model, inputs in (("preprocessing", query), ("postprocessing", tokens)):
+        for wrong in (-1, "x"):
+            with pytest.raises(httpclient.InferenceServerException, match="is not a number of microseconds"):
+                client.infer(model, inputs, timeout=wrong)
+        with pytest.raises(httpclient.InferenceServerException, match=r"503.*longer than 1e-06 s"):
+            client.infer(model, inputs, timeout=1)
+        client.infer(model, inputs, timeout=60_000_000)
+
+
 def test_tensors_that_would_lie_in_shared_memory_or_be_ranked_are_refused(client: Any) -> None:
     elsewhere, ranked = (httpclient.InferRequestedOutput("text_output", class_count=count) for count in (0, 3))
     elsewhere.set_shared_memory("region", 100)
