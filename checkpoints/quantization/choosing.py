@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.fields import Section, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["HEAD", "KV_SCALES", "WAY_OUT", "Chooser", "Section", "excluding", "fp8_blocks", "of_parts", "refused"]
+if TYPE_CHECKING:
+    from phalanx.checkpoints.source import Array
+
+__all__ = [
+    "HEAD",
+    "KV_SCALES",
+    "WAY_OUT",
+    "Chooser",
+    "Section",
+    "excluding",
+    "fp8_blocks",
+    "groups_in_order",
+    "of_parts",
+    "refused",
+]
 
 Chooser = Callable[[Sequence[str]], Format]
 """Format of a module, by every name that it may have, and for the model's head by `HEAD`, too. Rules are about the classes of the
@@ -60,6 +75,23 @@ def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
         return chosen.for_weight(spec) if isinstance(chosen, GroupCodes) else chosen
 
     return of_weight
+
+
+def groups_in_order(suffix: str, formats: Iterable[Format], field: str, unset: int | None = None) -> tuple[Unread, ...]:
+    """The rule for stored groups of columns that ``field`` says are in order: those of ``formats`` without an index, or all ``unset``."""
+    chosen = (one for one in formats if isinstance(one, GroupCodes) and not one.stored.group_index)
+    groups = sorted({one.group for one in chosen})
+
+    def is_so(tensor: Array) -> bool:
+        import numpy as np
+
+        columns = np.arange(len(tensor))
+        plain = (columns // (group or max(len(tensor), 1)) for group in groups)
+        return bool((tensor == unset).all()) or any(bool((tensor == one).all()) for one in plain)
+
+    listed = " or ".join(map(str, groups))
+    rule = Unread(rf".*\.{suffix}", f"groups of {listed} columns in order, as {field} says", is_so)
+    return (rule,) if groups else ()
 
 
 def refused(what: str, way_out: str) -> ConfigError:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
-from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, fp8_blocks, of_parts, refused
+from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, fp8_blocks, groups_in_order, of_parts, refused
 from phalanx.checkpoints.quantization.encodings import PackedWords
 from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, names, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
@@ -47,7 +47,8 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
     if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
     ignored_tensors = (r".*\.weight_shape", *(KV_SCALES if scheme else ()))
-    return FormatPlan(of_parts(choose), ignored_tensors, has_kv_scales=bool(scheme))
+    in_order = groups_in_order("weight_g_idx", formats.values(), "actorder", unset=-1)
+    return FormatPlan(of_parts(choose), ignored_tensors, has_kv_scales=bool(scheme), unread=in_order)
 
 
 def _compressed_format(group: Section, section: Section) -> Format:
@@ -74,7 +75,10 @@ def _compressed_format(group: Section, section: Section) -> Format:
     if layout == "pack-quantized" and kind == "int" and bits in (4, 8) and inputs is None:
         half = 1 << (bits - 1)
         columns = 0 if strategy == "channel" else group_size(weights, default=0)
-        is_ordered = weights.get("actorder") in _ORDERED and columns > 0
+        order = weights.get("actorder")
+        if order not in (*_ORDERED, *_IN_ORDER):
+            raise refused(f"{what} actorder={order!r}", WAY_OUT)
+        is_ordered = order in _ORDERED and columns > 0
         zero = "" if is_symmetric else "weight_zero_point"
         stored = Stored(
             "weight_packed", "weight_scale", zero,
@@ -86,7 +90,9 @@ def _compressed_format(group: Section, section: Section) -> Format:
 
 
 _ORDERED = ("group", "dynamic", True)
-"""``actorder`` of columns that name their groups; with ``weight`` or ``static`` they are in order again when they are stored."""
+"""``actorder`` of columns that name their groups."""
+_IN_ORDER = ("weight", "static", False, None)
+"""``actorder`` of columns that are in order when they are stored, whatever it was while they were quantised."""
 
 
 def _block_structure(weights: Section) -> tuple[int, int]:

@@ -58,20 +58,35 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class GroupIndex:
-    """The group of each column ``[I]``, for all of ``rows`` rows: GPTQ's ``g_idx``, values as declared ``[rows, I]``."""
+    """The group of each column ``[I]``, for all of ``rows`` rows: GPTQ's ``g_idx``, values as declared ``[rows, I]``.
+
+    Where all indices are -1 (compressed-tensors: unset), each ``group`` consecutive columns make one.
+    """
 
     rows: int
+    group: int
     dtypes: ClassVar[frozenset[str]] = frozenset({"I32"})
 
     def blocks(self, extents: tuple[int, ...]) -> tuple[Block, ...]:
-        """One row of indices for all rows."""
-        return Block(1, self.rows), Block()
+        """One row of indices for all rows, read whole: the place of a column counts where indices are unset."""
+        return Block(1, self.rows), Block(extents[1], extents[1])
 
     def decode(self, stored: Array) -> Array:
-        """The same indices in every row."""
+        """The same indices in every row.
+
+        Raises:
+            CheckpointError: there is no such group.
+        """
         import numpy as np
 
-        return np.repeat(stored.astype(np.int32), self.rows, axis=0)
+        index, columns = stored.astype(np.int32), stored.shape[1]
+        if (index == -1).all():
+            index[:] = np.arange(columns, dtype=np.int32) // self.group
+        groups = -(-columns // self.group)
+        wrong = index[(index < 0) | (index >= groups)]
+        if wrong.size:
+            raise CheckpointError(f"says that a column is in group {wrong[0]} of {groups}; copy the checkpoint again")
+        return np.repeat(index, self.rows, axis=0)
 
 
 @dataclass(frozen=True, slots=True)

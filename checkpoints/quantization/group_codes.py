@@ -231,7 +231,7 @@ class GroupCodes:
             shard = replace(shard, unit=shard.unit // shared, pad_to=shard.pad_to // shared)
         rows = part.source_extents[0] // shared
         return replace(
-            self._part(part, self.stored.group_index, GroupIndex(rows)), shape=(part.shape[0] // shared, part.shape[1]),
+            self._part(part, self.stored.group_index, GroupIndex(rows, self.group)), shape=(part.shape[0] // shared, part.shape[1]),
             shard=shard, transposed=False, first_row=part.first_row // shared, source_rows=rows,
         )  # fmt: skip
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.choosing import (
@@ -18,6 +17,7 @@ from phalanx.checkpoints.quantization.choosing import (
     WAY_OUT,
     excluding,
     fp8_blocks,
+    groups_in_order,
     of_parts,
     refused,
 )
@@ -27,9 +27,6 @@ from phalanx.checkpoints.quantization.fields import Section, flag, group_size, i
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.modelopt import read_modelopt
 from phalanx.checkpoints.quantization.row_codes import RowCodes
-
-if TYPE_CHECKING:
-    from phalanx.checkpoints.source import Array
 
 __all__ = ["READERS"]
 
@@ -121,8 +118,7 @@ def read_gptq(section: Section) -> FormatPlan:
         return next((one for pattern, one in rules if any(pattern.match(module) for module in modules)), chosen)
 
     formats = [one for one in (chosen, *(one for _, one in rules)) if isinstance(one, GroupCodes)]
-    groups = sorted({one.group for one in formats if not one.stored.group_index})
-    return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *([_groups_in_order(groups)] if groups else ())))
+    return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *groups_in_order("g_idx", formats, "desc_act=false")))
 
 
 def _gptq_format(section: Section) -> GroupCodes:
@@ -152,17 +148,6 @@ def _gptq_rules(section: Section) -> Iterator[tuple[re.Pattern[str], Format]]:
 
 _EXTRA_BIASES = Unread(r".*\.bias", "zeros", lambda tensor: not tensor.any())
 """AutoGPTQ gave every matrix a bias."""
-
-
-def _groups_in_order(groups: Sequence[int]) -> Unread:
-    def is_so(tensor: Array) -> bool:
-        import numpy as np
-
-        columns = np.arange(len(tensor))
-        return any(bool((tensor == columns // (group or len(tensor))).all()) for group in groups)
-
-    listed = " or ".join(map(str, groups))
-    return Unread(r".*\.g_idx", f"groups of {listed} columns in order, as desc_act=false says", is_so)
 
 
 READERS: Mapping[str, Callable[[Section], FormatPlan]] = MappingProxyType(

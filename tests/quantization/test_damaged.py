@@ -106,6 +106,22 @@ def test_tensors_and_rules_that_disagree_are_both_named(
         checkpoints.generate(damaged(root, tmp_path / "damaged", name, **changes))
 
 
+@pytest.mark.parametrize("index", [np.full(240, -1), np.arange(240) // 64], ids=["unset", "in order"])
+def test_an_index_of_groups_in_order_is_looked_at_and_left_out(root: Path, tmp_path: Path, index: Array) -> None:
+    path = damaged(root, tmp_path / "indexed", "ct-w4-g64", weight_g_idx=index.astype(np.int32))
+    expected = checkpoints.logprobs(checkpoints.generate(checkpoints.written(root, "ct-w4-g64")[0]))
+    np.testing.assert_array_equal(checkpoints.logprobs(checkpoints.generate(path)), expected)
+
+
+def test_an_order_of_groups_that_actorder_denies_is_an_error(root: Path, tmp_path: Path) -> None:
+    index = (np.arange(240) // 64)[::-1].astype(np.int32)
+    path = damaged(root, tmp_path / "indexed", "ct-w4-g64", weight_g_idx=index.copy())
+    with pytest.raises(
+        CheckpointError, match=r"weight_g_idx', .* does not hold groups of 64 columns in order, as actorder says"
+    ):
+        checkpoints.generate(path)
+
+
 @pytest.mark.parametrize("name", ["ct-int8", "awq", "hf-fp8-blocks"])
 def test_biases_that_are_missing_are_not_taken_for_quantisation(root: Path, tmp_path: Path, name: str) -> None:
     quantised, _ = checkpoints.written(root, name)
@@ -161,6 +177,7 @@ def inputs(**fields: Any) -> dict[str, Any]:
         (group(targets=["re:(unclosed"]), r"rule 're:\(unclosed' \(missing \).*correct the expression"),
         (group(targets=["LlamaMLP"]), "rule 'LlamaMLP', a class of modules, cannot be loaded; name the modules, or Linear"),
         (group(weights=None), "num_bits=0"),
+        (weights(actorder="rows"), "actorder='rows' cannot be loaded"),
         (weights(symmetric=0), "symmetric=0 is not true or false"),
         (weights(symmetric="no"), "symmetric=no is not true or false"),
         (group(output_activations={"num_bits": 8, "type": "float"}), r"with quantised outputs \(output_activations\) cannot be loaded"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, GroupIndex, NibbleRows, PackedWords, Scales
+from phalanx.parallel.errors import CheckpointError
 
 
 def word(value: int) -> np.ndarray:
@@ -52,7 +53,17 @@ def test_bytes_hold_two_rows_as_modelopt_packed_them() -> None:
 
 
 def test_every_row_of_a_weight_has_its_columns_groups() -> None:
-    assert GroupIndex(3).decode(np.array([[1, 0, 2]], np.int32)).tolist() == [[1, 0, 2]] * 3
+    assert GroupIndex(3, 1).decode(np.array([[1, 0, 2]], np.int32)).tolist() == [[1, 0, 2]] * 3
+
+
+def test_groups_are_in_order_where_the_index_is_unset() -> None:
+    assert GroupIndex(2, 3).decode(np.full((1, 7), -1, np.int32)).tolist() == [[0, 0, 0, 1, 1, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("index", [[0, -1, -1], [0, 1, 3]])
+def test_groups_that_do_not_exist_are_an_error(index: list[int]) -> None:
+    with pytest.raises(CheckpointError, match=rf"a column is in group {min(index) if -1 in index else 3} of 3"):
+        GroupIndex(2, 1).decode(np.array([index], np.int32))
 
 
 def test_scales_widen_exactly_and_repeat() -> None:

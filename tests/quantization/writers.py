@@ -104,6 +104,16 @@ def compressed_int(bits: int, group: int, symmetric: bool, in_order: bool = True
     return module
 
 
+def compressed_int_unset(bits: int, group: int) -> Module:
+    """With an index of groups that says nothing: all -1."""
+
+    def module(w: Array) -> Written:
+        tensors, values = compressed_int(bits, group, False)(w)
+        return {**tensors, "weight_g_idx": np.full(w.shape[1], -1, np.int32)}, values
+
+    return module
+
+
 def compressed_section(
     weights: dict[str, Any], layout: str, inputs: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
