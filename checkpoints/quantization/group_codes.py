@@ -72,7 +72,8 @@ class GroupCodes:
         group: columns that share a scale in the file; 0 = the whole row.
         cut: columns that share a scale in memory, a divisor of ``group``: smaller where heads decide the cuts.
         indexed: rows that share a row of the index of groups in memory.
-        input: how inputs are quantised: not at all, or like the weight's groups, with any scales or with powers of two.
+        input: how inputs are quantised: not at all, or in groups of as many columns as the file's, counted from a rank's first one, with
+            any scales or with powers of two.
     """
 
     label: str

@@ -136,6 +136,7 @@ WITH_INPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ct-int8": (writers.int8, writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**TOKENS, "type": "int"})),
     "ct-int8-static": (writers.int8_static(0.03), writers.compressed_section({**INT8, "strategy": "channel"}, "int-quantized", {**STATIC, "type": "int"})),
     "hf-fp8-blocks": (writers.fp8("block", "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic"}),
+    "hf-fp8-wide": (writers.fp8("large block", "weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}),
     "hf-fp8-powers": (writers.fp8("block", "weight_scale_inv", powers=True), {"quant_method": "fp8", "weight_block_size": [32, 16], "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}),
     "fbgemm": (writers.fp8("channel"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "modelopt-fp8": (writers.fp8("tensor", input_scale=0.02), {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),

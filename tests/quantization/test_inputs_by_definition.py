@@ -1,7 +1,7 @@
 """Formats with quantised inputs at every layout and odd sizes, against a Llama in float64 that rounds inputs by definition.
 
-Where inputs have a scale for each token, a rank's share of the columns of an output or down projection has scales of its own; with
-groups of columns, or a scale for all, codes are those of the unsplit model.
+A rank's share of the columns of an output or down projection has its own scale for each token, and its groups of columns are counted
+from its first one. So codes are those of the unsplit model with a scale for all tokens, and with groups that no rank's columns cut.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ def static(scale: float, largest: int) -> Round:
     return lambda x: codes(x, scale, largest)
 
 
-def by_group(x: Array) -> Array:
-    """Of 16 columns."""
-    return np.concatenate([by_token(448)(x[:, first : first + 16]) for first in range(0, x.shape[1], 16)], axis=1)
+def by_group(size: int) -> Round:
+    def groups(x: Array) -> Array:
+        pieces = [x[:, first : first + size] for first in range(0, x.shape[1], size)]
+        return np.concatenate([by_token(448)(piece) for piece in pieces], axis=1)
+
+    return groups
 
 
 def by_power_of_two(x: Array) -> Array:
@@ -63,22 +66,23 @@ def scaled(x: Array) -> Array:
     return codes(x * factors, 0.05, 127) / factors
 
 
-BY_TOKEN: Mapping[str, Round] = {
+BY_CUT: Mapping[str, Round] = {
     "ct-fp8-channel": by_token(448),
     "ct-fp8-tensor": by_token(448),
     "ct-int8": by_token(127),
     "fbgemm": by_token(448, 1200.0),
+    "hf-fp8-wide": by_group(128),  # heads have 32 columns
 }
 AT_ANY_CUT: Mapping[str, Round] = {
     "ct-fp8-static": static(0.02, 448),
     "ct-int8-static": static(0.03, 127),
-    "hf-fp8-blocks": by_group,
+    "hf-fp8-blocks": by_group(16),
     "hf-fp8-powers": by_power_of_two,
     "modelopt-fp8": static(0.02, 448),
     "modelopt-smoothquant": scaled,
     "modelopt-mixed-fp8": static(0.02, 448),
 }
-ROUNDS = {**BY_TOKEN, **AT_ANY_CUT}
+ROUNDS = {**BY_CUT, **AT_ANY_CUT}
 
 
 class Definition(Float64Llama):
@@ -86,7 +90,7 @@ class Definition(Float64Llama):
 
     def __init__(self, twin: Path, name: str, cuts: Mapping[str, Sequence[int]]) -> None:
         super().__init__(twin)
-        self._format, self._cuts = name, cuts if name in BY_TOKEN else {}
+        self._format, self._cuts = name, cuts if name in BY_CUT else {}
 
     def _project(self, hidden: Array, name: str) -> Array:
         if self._format == "modelopt-mixed-fp8" and "mlp" in name:
