@@ -39,8 +39,9 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers
         CheckpointError: it cannot be read, or a token would get another id than the files say.
     """
     backend = _read(directory) if directory.has(TOKENIZER_FILE) else _convert(directory, files)
-    adds_defaults = not any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES)))
-    _add_tokens(backend, files, adds_defaults)
+    of_library = not directory.has(TOKENIZER_FILE) and any(map(directory.has, LIBRARY_FILES))
+    adds_defaults = not directory.has(TOKENIZER_FILE) and not of_library
+    _add_tokens(backend, files, adds_defaults, is_literal=of_library)
     _apply_prefix_space(backend, files)
     _apply_bos_and_eos(backend, files, is_converted=not directory.has(TOKENIZER_FILE))
     if files.flags.get("split_special_tokens"):
@@ -121,29 +122,32 @@ def _read(directory: ModelDirectory) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{directory.path / TOKENIZER_FILE!s} {what}") from None
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles, adds_defaults: bool) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles, adds_defaults: bool, is_literal: bool) -> None:
     """Add tokens that are missing, and describe those anew that are there with other flags.
 
     ``adds_defaults``: also special tokens that only the class names, which it adds to ``vocab.json`` where that lacks them.
+    ``is_literal``: tokens are matched before the text is normalised, whatever ``normalized`` says: transformers marks spaces of a
+    library's model in a later step than here.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    special = files.special_tokens.items()
-    named = dict.fromkeys(
-        text for name, text in special if adds_defaults or name not in files.defaults or text in vocabulary
-    )
+    named: dict[str, AddedToken] = {}
+    for name, token in files.named_tokens.items():
+        if adds_defaults or name not in files.defaults or token.content in vocabulary:
+            named.setdefault(token.content, token)
     described = {token.content: token for token in files.added_tokens}
-    for text, token in known.items():
-        flags = (token.special, token.normalized, token.lstrip, token.rstrip, token.single_word)
+    for text, native in known.items():
+        flags = (native.special, native.normalized, native.lstrip, native.rstrip, native.single_word)
         described.setdefault(text, AddedToken(text, None, *flags))
-    for text in named:
-        described.setdefault(text, AddedToken(text, vocabulary.get(text), special=True, normalized=False))
-    for extra in files.extra_tokens:
-        described.setdefault(extra.content, extra)
+    for token in (*named.values(), *files.extra_tokens):
+        described.setdefault(token.content, token)
+    if files.tokenizer_class.plain_tokens:
+        for text in (*named, *(extra.content for extra in files.extra_tokens)):
+            described[text] = AddedToken(text, described[text].id, special=True, normalized=False)
     backend.add_tokens(
         [
             native
-            for native in (_native(token, named) for token in described.values())
+            for native in (_native(token, named, is_literal) for token in described.values())
             if repr(native) != repr(known.get(native.content))
         ]
     )
@@ -155,10 +159,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles, adds_defau
             )
 
 
-def _native(token: AddedToken, named: Collection[str]) -> tokenizers.AddedToken:
+def _native(token: AddedToken, named: Collection[str], is_literal: bool) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(
         token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
-        normalized=token.normalized, special=token.special or token.content in named,
+        normalized=token.normalized and not is_literal, special=token.special or token.content in named,
     )  # fmt: skip
 
 

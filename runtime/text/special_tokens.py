@@ -41,6 +41,7 @@ class TokenizerClass:
         spells_spaces: its code writes line ends, tabs and several spaces as pieces such as ``<n>`` and ``<|blank_2|>``.
         split: how texts are split where the vocabulary is a file of ranks; for ``vocab.json`` and ``merges.txt`` None is GPT-2's way.
         reads_pairs: ``vocab.json`` and ``merges.txt`` are its files.
+        plain_tokens: its special tokens are matched without the blanks next to them, whatever ``lstrip`` and ``rstrip`` say.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class TokenizerClass:
     spells_spaces: bool = False
     split: WordSplit | None = None
     reads_pairs: bool = False
+    plain_tokens: bool = False
 
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -105,6 +107,7 @@ _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
             dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT),
             reads_prefix_space=True,
             reads_pairs=True,
+            plain_tokens=True,
             split=_QWEN.split,
         ),
         "BloomTokenizer": TokenizerClass(

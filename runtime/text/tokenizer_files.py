@@ -43,8 +43,8 @@ class TokenizerFiles:
     """Tokens and flags of ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``.
 
     Attributes:
-        special_tokens: texts by name (``bos_token``, also a model's own such as ``image_token``), as chat templates see them; in
-            the order in which they get ids if the vocabulary lacks them.
+        named_tokens: special tokens by name (``bos_token``, also a model's own such as ``image_token``), in the order in which they
+            get ids if the vocabulary lacks them.
         defaults: names of those that only the tokenizer's class gives.
         added_tokens: tokens that the files add or describe anew, by id.
         extra_tokens: further special tokens, by text alone.
@@ -53,13 +53,18 @@ class TokenizerFiles:
         template: the chat template.
     """
 
-    special_tokens: Mapping[str, str]
+    named_tokens: Mapping[str, AddedToken]
     defaults: frozenset[str]
     added_tokens: tuple[AddedToken, ...]
     extra_tokens: tuple[AddedToken, ...]
     tokenizer_class: TokenizerClass
     flags: Mapping[str, bool]
     template: TemplateSource
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the named tokens, as chat templates see them."""
+        return {name: token.content for name, token in self.named_tokens.items()}
 
 
 def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
@@ -76,18 +81,18 @@ def read_tokenizer_files(directory: ModelDirectory) -> TokenizerFiles:
         fields.update(directory.read_json(MAP_FILE))
     kind = tokenizer_class(_class_name(directory, config))
     own = sorted(key for key in fields if key.endswith("_token") and key not in NAMED_TOKENS)
-    named = {key: _text(key, fields[key]) for key in (*NAMED_TOKENS, *own) if key in fields}
+    named = {key: _named_token(key, fields[key]) for key in (*NAMED_TOKENS, *own) if key in fields}
     defaults = frozenset(kind.tokens.keys() - fields.keys())
-    given = {**kind.tokens, **named}
-    tokens = {key: text for key in (*NAMED_TOKENS, *own) if (text := given.get(key)) is not None}
+    given = {**{key: _named_token(key, text) for key, text in kind.tokens.items()}, **named}
+    tokens = {key: token for key in (*NAMED_TOKENS, *own) if (token := given.get(key)) is not None}
     extra = _extra_tokens(fields)
     added = (
         _decoder_tokens(listed)
         if listed is not None
-        else _legacy_tokens(directory, {*tokens.values(), *(t.content for t in extra)})
+        else _legacy_tokens(directory, {token.content for token in (*tokens.values(), *extra)})
     )
     return TokenizerFiles(
-        special_tokens=tokens,
+        named_tokens=tokens,
         defaults=defaults,
         added_tokens=tuple(sorted(added, key=lambda token: token.id or 0)),
         extra_tokens=extra,
@@ -120,16 +125,16 @@ def _class_name(directory: ModelDirectory, config: Mapping[str, Any]) -> str | N
     return "Qwen2Tokenizer" if str(model_type).startswith("qwen") else "GPT2Tokenizer"
 
 
-def _text(key: str, value: Any) -> str | None:
-    """A special token's text, given plainly or as an added-token object. Flags such as ``add_bos_token`` are no tokens."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is None:
+def _named_token(key: str, value: Any) -> AddedToken | None:
+    """A special token, given as its text or as an added-token object. Flags such as ``add_bos_token`` are no tokens."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None:
         return None
-    if isinstance(value, str):
-        return _unicode(key, value)
+    if isinstance(text, str):
+        described = value if isinstance(value, dict) else {"content": text}
+        return _described({**described, "content": _unicode(key, text), "special": True}, None)
     if key in NAMED_TOKENS:
-        raise CheckpointError(f"{key}={shown(value)} in {CONFIG_FILE} is not a string; correct it or remove the key")
+        raise CheckpointError(f"{key}={shown(text)} in {CONFIG_FILE} is not a string; correct it or remove the key")
     return None
 
 

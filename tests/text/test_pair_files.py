@@ -143,6 +143,18 @@ def test_tokens_that_the_vocabulary_lacks_get_ids_in_the_order_of_their_names(
     assert tokenizer_end_token(tmp_path) == end
 
 
+@pytest.mark.parametrize(("name", "kept"), [("GPT2Tokenizer", "ab"), ("Qwen2Tokenizer", "a  b")])
+def test_the_class_says_whether_special_tokens_take_blanks(
+    name: str, kept: str, vocabulary: Library, tmp_path: Path
+) -> None:
+    """Qwen2Tokenizer of transformers 5.24.0 adds its special tokens once more, by their texts alone."""
+    write(tmp_path, vocabulary, "GPT-2 without a config")
+    tool = {"content": "<tool>", "lstrip": True, "rstrip": True, "normalized": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "eos_token": tool}))
+    tokenizer = load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a <tool> b")) == kept
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

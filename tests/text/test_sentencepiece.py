@@ -106,6 +106,17 @@ def test_flags_say_where_a_space_goes_before_words(
     assert ids == tuple(IDS[piece] for piece in pieces)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_special_tokens_are_matched_before_spaces_are_marked(normalized: bool, tmp_path: Path) -> None:
+    """As in LlamaTokenizer of transformers 5.24.0, which does not normalise: "hi<pad>hi" and "hi <pad> ab" with these flags."""
+    pad = {"content": "<pad>", "normalized": normalized, "rstrip": True, "lstrip": False, "single_word": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False, "pad_token": pad}))
+    tokenizer, new = load(tmp_path, model()), len(PIECES)
+    assert tokenizer.encode("hi<pad>hi", add_special_tokens=False) == (IDS["▁hi"], new, IDS["h"], IDS["i"])
+    ids = (IDS["▁hi"], IDS["▁"], new, IDS["ab"])
+    assert tokenizer.encode("hi <pad> ab", add_special_tokens=False) == ids
+
+
 def test_words_marked_at_their_end_are_refused_and_so_are_spaces_without_a_mark(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"treat_whitespace_as_suffix.* is not supported"):
         load(tmp_path, model(f24=1))

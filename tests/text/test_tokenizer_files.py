@@ -106,6 +106,21 @@ def test_tokens_that_the_vocabulary_lacks_get_ids_in_transformers_order(tmp_path
     assert ids == [(new + index,) for index in range(5)]
 
 
+@pytest.mark.parametrize("place", ["config", "special_tokens_map"])
+@pytest.mark.parametrize(
+    ("flag", "left"), [({}, "  "), ({"lstrip": True}, " "), ({"lstrip": True, "rstrip": True}, "")]
+)
+def test_a_named_token_takes_the_blanks_that_its_description_says(
+    flag: dict[str, bool], left: str, place: str, tmp_path: Path
+) -> None:
+    """As in transformers 5.24.0, which reads such an object in ``tokenizer_config.json`` with the key ``__type`` alone."""
+    named = {"eos_token": {"__type": "AddedToken", "content": "<tool>", **flag}}
+    config, files = ({**GENERAL, **named}, {}) if place == "config" else (GENERAL, {place: named})
+    tokenizer = load(tmp_path, made.byte_level(), config, **files)
+    assert tokenizer.decode(tokenizer.encode("a <tool> b")) == f"a{left}b"
+    assert tokenizer.special_tokens["eos_token"] == "<tool>"
+
+
 def test_null_takes_a_default_away(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, made.byte_fallback(), {"tokenizer_class": "LlamaTokenizer", "bos_token": None})
     assert "bos_token" not in tokenizer.special_tokens
