@@ -80,7 +80,7 @@ def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tok
             )
         return pairs_to_backend(vocabulary, kind.split, files.flags.get("add_prefix_space", False))
     if isinstance(vocabulary, SentencePieceModel):
-        marks_first = files.flags.get("legacy") is False
+        marks_first = kind.marks_first or files.flags.get("legacy") is False
         if kind.reads_prefix_space and files.flags.get("add_prefix_space") is False:
             vocabulary = replace(vocabulary, dummy_prefix=False)
         backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary, marks_first)

@@ -41,6 +41,7 @@ class TokenizerClass:
         spells_spaces: its code writes line ends, tabs and several spaces as pieces such as ``<n>`` and ``<|blank_2|>``.
         split: how texts are split where the vocabulary is a file of ranks; for ``vocab.json`` and ``merges.txt`` None is GPT-2's way.
         reads_pairs: ``vocab.json`` and ``merges.txt`` are its files.
+        marks_first: a SentencePiece model puts a space before a text's first word alone, whatever ``legacy`` says.
         plain_tokens: its special tokens are matched without the blanks next to them, whatever ``lstrip`` and ``rstrip`` say.
     """
 
@@ -54,6 +55,7 @@ class TokenizerClass:
     spells_spaces: bool = False
     split: WordSplit | None = None
     reads_pairs: bool = False
+    marks_first: bool = False
     plain_tokens: bool = False
 
 
@@ -98,7 +100,7 @@ _CHATGLM4 = TokenizerClass(begins_with=("[gMASK]", "<sop>"), split=WordSplit(_WO
 _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
     {
         "LlamaTokenizer": _LLAMA,
-        "CodeLlamaTokenizer": _LLAMA,
+        "CodeLlamaTokenizer": replace(_LLAMA, marks_first=True),
         "GemmaTokenizer": _GEMMA,
         "GPT2Tokenizer": _GPT2,
         "CodeGenTokenizer": _GPT2,

@@ -99,11 +99,19 @@ def test_a_pointer_is_named(tmp_path: Path) -> None:
 def test_flags_say_where_a_space_goes_before_words(
     flags: dict[str, bool], text: str, pieces: Any, tmp_path: Path
 ) -> None:
-    """``legacy`` and ``add_prefix_space`` of transformers' LlamaTokenizer, with which these agree."""
+    """``legacy`` and ``add_prefix_space`` of transformers' LlamaTokenizer, with which these agree: transformers 4 where ``legacy`` is absent."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **flags}))
     tokenizer = load(tmp_path, model())
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == tuple(IDS[piece] for piece in pieces)
+
+
+@pytest.mark.parametrize("flags", [{}, {"legacy": True}, {"legacy": False}])
+def test_code_llama_puts_a_space_before_the_first_word_alone(flags: dict[str, bool], tmp_path: Path) -> None:
+    """CodeLlamaTokenizer of transformers 5.24.0 does not read ``legacy``."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CodeLlamaTokenizer", **flags}))
+    ids = load(tmp_path, model()).encode("hi</s>hi", add_special_tokens=False)
+    assert ids == (IDS["▁hi"], IDS["</s>"], IDS["h"], IDS["i"])
 
 
 @pytest.mark.parametrize("normalized", [True, False])
