@@ -314,7 +314,7 @@ def test_the_cuda_engine_multiplies_8_bit_checkpoints(root: Path, device: None, 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "tp"),
-    [("hf-fp8-blocks", "float32", 1), ("hf-fp8-blocks", "float32", 2), ("hf-fp8-blocks", "float16", 1), ("hf-fp8-powers", "float32", 1)],
+    [("hf-fp8-blocks", "float32", 1), ("hf-fp8-blocks", "float32", 2), ("hf-fp8-blocks", "float16", 1), ("hf-fp8-powers", "float32", 1), ("hf-fp8-wide", "float32", 2)],
 )  # fmt: skip
 def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, name: str, dtype: Any, tp: int) -> None:
     """Inputs become what their codes in groups stand for; a last bit that moves one to the next code changes later layers."""
