@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
-from phalanx.checkpoints.quantization.fields import Section, names
+from phalanx.checkpoints.quantization.fields import Section, integer, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
@@ -20,6 +20,7 @@ __all__ = [
     "WAY_OUT",
     "Chooser",
     "Section",
+    "block_sizes",
     "excluding",
     "fp8_blocks",
     "groups_in_order",
@@ -92,6 +93,18 @@ def groups_in_order(suffix: str, formats: Iterable[Format], field: str, unset: i
     listed = " or ".join(map(str, groups))
     rule = Unread(rf".*\.{suffix}", f"groups of {listed} columns in order, as {field} says", is_so)
     return (rule,) if groups else ()
+
+
+def block_sizes(sizes: Any, key: str, what: str) -> tuple[int, int]:
+    """Return rows and columns of a block of weights with one scale; ``what`` begins the error.
+
+    Raises:
+        ConfigError: ``sizes`` are not two whole numbers.
+    """
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+        raise refused(f"{what} {key}={sizes!r}", "write the rows and columns of a block")
+    rows, columns = (integer({key: size}, key, 0) for size in sizes)
+    return rows, columns
 
 
 def refused(what: str, way_out: str) -> ConfigError:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
-from phalanx.checkpoints.quantization.choosing import KV_SCALES, WAY_OUT, fp8_blocks, groups_in_order, of_parts, refused
+from phalanx.checkpoints.quantization.choosing import (
+    KV_SCALES,
+    WAY_OUT,
+    block_sizes,
+    fp8_blocks,
+    groups_in_order,
+    of_parts,
+    refused,
+)
 from phalanx.checkpoints.quantization.encodings import PackedWords
 from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, names, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
@@ -63,7 +71,8 @@ def _compressed_format(group: Section, section: Section) -> Format:
         _check_inputs(inputs, kind, what)
     if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         if kind == "float" and strategy == "block":
-            rows, columns = _block_structure(weights)
+            sizes = weights.get("block_structure") or (128, 128)
+            rows, columns = block_sizes(sizes, "block_structure", "compressed-tensors")
             if inputs is not None:
                 _check_groups(inputs, columns, what)
             return fp8_blocks("weight_scale", rows, columns, "plain" if inputs is None else "fp8 groups")
@@ -93,14 +102,6 @@ _ORDERED = ("group", "dynamic", True)
 """``actorder`` of columns that name their groups."""
 _IN_ORDER = ("weight", "static", False, None)
 """``actorder`` of columns that are in order when they are stored, whatever it was while they were quantised."""
-
-
-def _block_structure(weights: Section) -> tuple[int, int]:
-    sizes = weights.get("block_structure") or (128, 128)
-    if not isinstance(sizes, list | tuple) or len(sizes) != 2:
-        raise refused(f"compressed-tensors block_structure={sizes!r}", "write the rows and columns of a block")
-    rows, columns = (integer({"block_structure": size}, "block_structure", 0) for size in sizes)
-    return rows, columns
 
 
 def _check_rules(rules: Sequence[str]) -> None:

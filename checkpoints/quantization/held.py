@@ -36,14 +36,8 @@ QUANTIZE_NAMES: tuple[QuantizeName, ...] = ("none", "fp8", "int8")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedCodes:
-    """A format whose products take inputs of the compute type, as a GPU holds it: codes of 4 or 8 bits in the order of its kernels.
-
-    Inputs are as they are, or made what the scheme says of them first (`rounds_inputs`).
-
-    Attributes:
-        stored: the format that the checkpoint declares; values are its own.
-    """
+class _Held:
+    """A format that holds the values of another, ``stored``, in its own way."""
 
     stored: GroupCodes | RowCodes
 
@@ -55,6 +49,17 @@ class PackedCodes:
     @property
     def scheme(self) -> str:
         return self.stored.scheme
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCodes(_Held):
+    """A format whose products take inputs of the compute type, as a GPU holds it: codes of 4 or 8 bits in the order of its kernels.
+
+    Inputs are as they are, or made what the scheme says of them first (`rounds_inputs`).
+
+    Attributes:
+        stored: the format that the checkpoint declares; values are its own.
+    """
 
     @property
     def kind(self) -> Literal["int4", "int8", "fp8"]:
@@ -102,7 +107,7 @@ class PackedCodes:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertCodes:
+class ExpertCodes(_Held):
     """A format of experts, whose kernels take plain values, where inputs are codes or scaled: values of the compute type on a GPU.
 
     Inputs become what the scheme says of them first, in values of the compute type, too.
@@ -110,17 +115,6 @@ class ExpertCodes:
     Attributes:
         stored: the format that the checkpoint declares.
     """
-
-    stored: GroupCodes | RowCodes
-
-    @property
-    def name(self) -> str:
-        """That of the stored format."""
-        return self.stored.name
-
-    @property
-    def scheme(self) -> str:
-        return self.stored.scheme
 
     def units(self, part: Part) -> tuple[int, ...]:
         """As stored."""

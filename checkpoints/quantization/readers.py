@@ -15,6 +15,7 @@ from phalanx.checkpoints.quantization.choosing import (
     HEAD,
     KV_SCALES,
     WAY_OUT,
+    block_sizes,
     excluding,
     fp8_blocks,
     groups_in_order,
@@ -33,7 +34,8 @@ __all__ = ["READERS"]
 
 def read_fp8(section: Section) -> FormatPlan:
     """Hugging Face ``fp8`` (DeepSeek's blocks) and vLLM's of the same name (a scale for each tensor)."""
-    block = _block_size(section)
+    sizes = section.get("weight_block_size")
+    block = None if sizes is None else block_sizes(sizes, "weight_block_size", "fp8 with")
     if not block and section.get("activation_scheme") is None:  # blocks of 128 in transformers, an error in vLLM
         raise refused("fp8 without activation_scheme and weight_block_size", "write the one by which it was quantised")
     scheme = str(section.get("activation_scheme") or "dynamic")
@@ -49,16 +51,6 @@ def read_fp8(section: Section) -> FormatPlan:
     if kv not in (None, "static"):
         raise refused(f"fp8 with kv_cache_scheme={kv!r}", WAY_OUT)
     return replace(plan, ignored_tensors=KV_SCALES, has_kv_scales=True) if kv else plan  # AutoFP8
-
-
-def _block_size(section: Section) -> tuple[int, int] | None:
-    sizes = section.get("weight_block_size")
-    if sizes is None:
-        return None
-    if not isinstance(sizes, list) or len(sizes) != 2:
-        raise refused(f"fp8 with weight_block_size={sizes!r}", "write the rows and columns of a block")
-    rows, columns = (integer({"weight_block_size": size}, "weight_block_size", 0) for size in sizes)
-    return rows, columns
 
 
 def _input_scales(section: Section) -> InputScales:
