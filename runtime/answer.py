@@ -80,6 +80,7 @@ class Answer:
                 include_stop=self.params.include_stop,
                 min_tokens=self.params.min_tokens,
                 skip_special_tokens=self.params.skip_special_tokens,
+                spaces_between_special_tokens=self.params.spaces_between_special_tokens,
             )
 
     @property

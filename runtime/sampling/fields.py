@@ -171,6 +171,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField("structured_outputs", None, GuideRule(), {"openai": "structured_outputs"}),
     SamplingField("include_stop", False, Flag(), {"openai": "include_stop_str_in_output"}),
     SamplingField("skip_special_tokens", True, Flag(), {"openai": "skip_special_tokens"}),
+    SamplingField("spaces_between_special_tokens", True, Flag(), {"openai": "spaces_between_special_tokens"}),
     SamplingField(
         "logprobs", None, Whole(0, MAX_LOGPROBS), {}, ("K", "alternatives to report per generated token"),
         DeviceColumn("num_logprobs", "<i4", lambda value, _: -1 if value is None else value),
@@ -214,8 +215,8 @@ SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format
 
 
 _FIELDS_OF_BEAM_SEARCH = frozenset({
-    "max_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop", "skip_special_tokens", "logprobs",
-    "prompt_logprobs", "beam_width", "length_penalty", "early_stopping",
+    "max_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop", "skip_special_tokens",
+    "spaces_between_special_tokens", "logprobs", "prompt_logprobs", "beam_width", "length_penalty", "early_stopping",
 })  # fmt: skip
 """What a beam search acts on; any other field would be ignored, so it is refused."""
 
@@ -291,6 +292,8 @@ class SamplingParams:
             ``grammar`` and ``choice``. The model's end tokens then end the answer whatever ``ignore_eos`` says.
         include_stop: keep a stop text, or the text of a stop token, in the answer.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: False = where they are in the text, put no space between two of them; only some tokenizers' decoders
+            (WordPiece, or none) put one.
         logprobs: alternatives to report per generated token; None = none, 0 = the chosen one only.
         prompt_logprobs: the same for prompt tokens.
         beam_width: above 1, search for the most probable answers with so many beams instead of sampling.
@@ -323,6 +326,7 @@ class SamplingParams:
     structured_outputs: Guide | None = None
     include_stop: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     beam_width: int = 1

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from phalanx.runtime.text.decoding_rules import DecodingRules
 
-__all__ = ["ByteDetokenizer", "Detokenizer", "WindowDetokenizer"]
+__all__ = ["ByteDetokenizer", "Detokenizer", "JoinedSpecials", "WindowDetokenizer"]
 
 REPLACEMENT_CHARACTER = "\ufffd"
 LONGEST_CHARACTER_BYTES = 4
@@ -135,3 +135,25 @@ class WindowDetokenizer:
             self._context_text = text
         self._pending = self._incomplete = 0
         return piece
+
+
+class JoinedSpecials:
+    """Another detokenizer's text without what its decoder puts between two added tokens, as vLLM leaves it out."""
+
+    def __init__(self, detokenizer: Detokenizer, added_texts: Mapping[int, str]) -> None:
+        """``added_texts`` are those of added tokens, by id."""
+        self._detokenizer, self._added_texts = detokenizer, added_texts
+        self._follows_added = False
+
+    def push(self, token_id: int) -> str:
+        text, added = self._detokenizer.push(token_id), self._added_texts.get(token_id)
+        if added is not None and self._follows_added:
+            text = added
+        self._follows_added = added is not None
+        return text
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
+
+    def flush(self) -> str:
+        return self._detokenizer.flush()

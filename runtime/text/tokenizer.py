@@ -15,7 +15,7 @@ from phalanx.parallel.errors import CheckpointError, RequestError
 from phalanx.runtime.text.backend import has_tokenizer, load_backend
 from phalanx.runtime.text.chat import ChatTemplate
 from phalanx.runtime.text.decoding_rules import DecodingRules, read_rules
-from phalanx.runtime.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from phalanx.runtime.text.detokenizer import ByteDetokenizer, Detokenizer, JoinedSpecials, WindowDetokenizer
 from phalanx.runtime.text.stream import TextStream
 from phalanx.runtime.text.tokenizer_files import read_tokenizer_files
 
@@ -52,9 +52,9 @@ class Tokenizer:
         self._rules = _decoding_rules(backend)
         self._known_bytes: dict[int, bytes] = {}
         self._known_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
-        self._special_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self._added_texts = {token_id: token.content for token_id, token in added.items()}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.max_token_characters = max(map(len, vocabulary), default=1)
         self.special_tokens = special_tokens
@@ -130,13 +130,24 @@ class Tokenizer:
         """Whether ``text`` is a special token, which plain text never becomes."""
         return self._backend.token_to_id(text) in self._special_ids
 
-    def detokenizer(self, *, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-        """An incremental detokeniser; with ``prompt_token_ids`` it gives only what follows them."""
+    def detokenizer(
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> Detokenizer:
+        """An incremental detokeniser; with ``prompt_token_ids`` it gives only what follows them.
+
+        ``spaces_between_special_tokens``: False = none, where the decoder would put some.
+        """
         detokenizer: Detokenizer
         if self._rules is None:
             detokenizer = WindowDetokenizer(
                 lambda ids: self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
             )
+            if not (skip_special_tokens or spaces_between_special_tokens):
+                detokenizer = JoinedSpecials(detokenizer, self._added_texts)
         else:
             token_bytes = self._visible_bytes if skip_special_tokens else self._spelt_bytes
             detokenizer = ByteDetokenizer(self._rules, token_bytes, self._known_texts[skip_special_tokens])
@@ -152,9 +163,14 @@ class Tokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> TextStream:
         """The growing text of a request that continues ``prompt_token_ids``; see `TextStream`."""
-        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens, prompt_token_ids=prompt_token_ids)
+        detokenizer = self.detokenizer(
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            prompt_token_ids=prompt_token_ids,
+        )
         return TextStream(detokenizer, stop, include_stop=include_stop, min_tokens=min_tokens)
 
     def _visible_bytes(self, token_id: int, first: bool) -> bytes | None:

@@ -112,6 +112,23 @@ def test_lm_evals_log_likelihoods_are_those_of_the_reference(job: Job, reference
     assert len(set(greedy)) == 2, "the cases should hold both"
 
 
+def test_prompt_logprobs_are_those_of_the_reference(client: openai.OpenAI, reference: Float64Llama) -> None:
+    tokens = Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode("def add(a, b):\n    return").ids
+    extra: dict[str, Any] = {"prompt_logprobs": 3}
+    choice = client.completions.create(model=MODEL, prompt=tokens, max_tokens=1, extra_body=extra).choices[0]
+    first, *others = choice.model_dump()["prompt_logprobs"]
+    assert first is None
+    for entry, token, row in zip(others, tokens[1:], reference.log_probabilities(tokens)[:-1], strict=True):
+        assert {int(one): value["logprob"] for one, value in entry.items()} == pytest.approx(
+            {one: row[one] for one in {token, *np.argsort(-row)[:3].tolist()}}, abs=1e-4
+        )
+        place = int((row > row[token]).sum()) + 1
+        assert entry[str(token)]["rank"] == (place if place <= 3 else None)
+    chat = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=1, extra_body=extra)
+    assert chat.usage is not None
+    assert len(chat.model_dump()["prompt_logprobs"]) == chat.usage.prompt_tokens
+
+
 def test_lm_evals_generations_stop_where_it_says(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "seed": 1234}
     whole = client.completions.create(model=MODEL, prompt="def main(", **fields).choices[0].text

@@ -155,6 +155,34 @@ def test_echo_without_tokens_scores_the_prompt_only(server: Server) -> None:
     assert result["usage"]["completion_tokens"] == 0
 
 
+def test_prompt_logprobs_are_by_token_id_with_ranks(server: Server) -> None:
+    a, b, c = ids(server, "abc")
+    choices = complete(server, prompt="ab", n=2, max_tokens=1, prompt_logprobs=2)["choices"]
+    expected = {
+        str(b): {"logprob": -0.5, "rank": 1, "decoded_token": "b"},
+        str(c): {"logprob": -1.5, "rank": 2, "decoded_token": "c"},
+    }
+    assert [choice["prompt_logprobs"] for choice in choices] == [[None, expected]] * 2
+    (choice,) = complete(server, prompt=[[a, b]], max_tokens=0, prompt_logprobs=0)["choices"]
+    assert choice["prompt_logprobs"] == [None, {str(b): {"logprob": -0.5, "rank": None, "decoded_token": "b"}}]
+    assert choice["text"] == ""
+
+
+@pytest.mark.parametrize(("echoed", "asked"), [(0, 3), (3, 0), (2, 2)])
+def test_echo_and_prompt_logprobs_each_have_the_alternatives_they_ask_for(
+    server: Server, echoed: int, asked: int
+) -> None:
+    fields = {"prompt": "ab", "echo": True, "max_tokens": 0, "logprobs": echoed, "prompt_logprobs": asked}
+    choice = complete(server, **fields)["choices"][0]
+    assert len(choice["logprobs"]["top_logprobs"][1]) == max(echoed, 1)
+    assert len(choice["prompt_logprobs"][1]) == max(asked, 1)
+
+
+def test_prompt_logprobs_do_not_stream(server: Server) -> None:
+    error = server.post(PATH, {"prompt": "ab", "prompt_logprobs": 1, "stream": True}).error
+    assert (error["param"], error["type"]) == ("prompt_logprobs", "invalid_request_error")
+
+
 def test_echo_of_a_text_is_that_text_and_offsets_agree(begin_directory: Path) -> None:
     fields = {"prompt": "ab", "echo": True, "max_tokens": 3, "logprobs": 0, "temperature": 0}
     with stub_server(begin_directory, {}) as server:

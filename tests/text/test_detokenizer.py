@@ -179,3 +179,26 @@ def test_tokens_without_text_do_not_cut_a_character(silent: int, place: int) -> 
     assert len(ids) == 4
     ids[place:place] = [backend.token_to_id("<|end|>")] * silent
     assert "".join(streamed(Tokenizer(backend, {}, None), ids)) == "🦙"
+
+
+@pytest.mark.parametrize(("spaces", "between"), [(True, " "), (False, "")])
+def test_special_tokens_are_joined_where_the_decoder_parts_them_and_the_request_says_so(
+    spaces: bool, between: str
+) -> None:
+    ids = [WORDPIECE.token_to_id(token) for token in ("the", "fox", "[SEP]", "[SEP]", "[SEP]", "jump", "##ed", "[SEP]")]
+    stream = Tokenizer(WORDPIECE, {}, None).text_stream(
+        ids[:1], skip_special_tokens=False, spaces_between_special_tokens=spaces
+    )
+    text = stream.extend(ids[1:]) + stream.finish().text
+    assert text == f" fox [SEP]{between}[SEP]{between}[SEP] jumped [SEP]"
+
+
+@pytest.mark.parametrize("backend", [BYTE_LEVEL, LLAMA2, METASPACE], ids=["byte_level", "llama2", "metaspace"])
+def test_decoders_of_language_models_put_nothing_between_special_tokens(backend: tokenizers.Tokenizer) -> None:
+    special = next(iter(backend.get_added_tokens_decoder()))
+    tokenizer, ids = Tokenizer(backend, {}, None), [5, special, special, 5]
+    texts = {
+        tokenizer.text_stream((), skip_special_tokens=False, spaces_between_special_tokens=spaces).extend(ids)
+        for spaces in (True, False)
+    }
+    assert texts == {backend.decode(ids, skip_special_tokens=False)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.server.openai.answer_format import Served
-from phalanx.runtime.server.openai.logprobs import chat_logprob
+from phalanx.runtime.server.openai.logprobs import chat_logprob, prompt_logprobs
 from phalanx.runtime.server.openai.protocol import ChatRequest
 from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
 from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader
@@ -66,7 +66,10 @@ class ChatFormat:
             }
             for choice in choices
         ]
-        return {**self._object("chat.completion", entries), "usage": usage}
+        whole = {**self._object("chat.completion", entries), "usage": usage}
+        if (most := self.request.prompt_logprobs) is not None:
+            whole["prompt_logprobs"] = prompt_logprobs(self.served.tokenizer, choices[0].prompt_logprobs or (), most)
+        return whole
 
     def _delta(self, choice: Answer, text: str, *, last: bool) -> dict[str, Any]:
         if self.tools is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.server.openai.answer_format import Served
-from phalanx.runtime.server.openai.logprobs import CompletionLogprobs
+from phalanx.runtime.server.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from phalanx.runtime.server.openai.protocol import CompletionRequest
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.detokenizer import Detokenizer
@@ -106,12 +106,18 @@ class CompletionFormat:
             entry["token_ids"] = [event.token_id for event in events if event.token_id is not None]
             if last or echo:
                 entry["prompt_token_ids"] = choice.prompt_token_ids
+        if self.request.prompt_logprobs is not None:
+            entry["prompt_logprobs"] = prompt_logprobs(
+                self.tokenizer, choice.prompt_logprobs or (), self.request.prompt_logprobs
+            )
         return entry
 
     def _logprobs(self, choice: Answer, events: Sequence[TokenEvent], echo: bool) -> dict[str, list[Any]]:
         lists = self.logprobs.get(choice.index)
         if lists is None:
-            lists = self.logprobs[choice.index] = CompletionLogprobs(self.tokenizer, self._counter(choice))
+            lists = self.logprobs[choice.index] = CompletionLogprobs(
+                self.tokenizer, self._counter(choice), self.request.logprobs or 0
+            )
         if echo:
             known = choice.prompt_logprobs or ()
             for index, token_id in enumerate(choice.prompt_token_ids):
@@ -135,7 +141,9 @@ class CompletionFormat:
         if self.request.echo:
             return self.tokenizer.detokenizer(skip_special_tokens=isinstance(self._prompt(choice), str))
         return self.tokenizer.detokenizer(
-            skip_special_tokens=choice.params.skip_special_tokens, prompt_token_ids=choice.prompt_token_ids
+            skip_special_tokens=choice.params.skip_special_tokens,
+            spaces_between_special_tokens=choice.params.spaces_between_special_tokens,
+            prompt_token_ids=choice.prompt_token_ids,
         )
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities in the two shapes of the OpenAI protocol."""
+"""Log-probabilities in the two shapes of the OpenAI protocol, and those of prompts in vLLM's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from phalanx.runtime.request import Logprob
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.detokenizer import Detokenizer
 
-__all__ = ["CompletionLogprobs", "chat_logprob"]
+__all__ = ["CompletionLogprobs", "chat_logprob", "prompt_logprobs"]
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity; OpenAI's own stand-in."""
@@ -18,9 +19,10 @@ LOWEST_LOGPROB = -9999.0
 class CompletionLogprobs:
     """Parallel lists, collected token by token: ``tokens, token_logprobs, top_logprobs, text_offset``."""
 
-    def __init__(self, tokenizer: Tokenizer | None, text: Detokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, text: Detokenizer | None, num_alternatives: int) -> None:
         """``text`` counts the characters before each token; it starts where the reported text does."""
         self._tokenizer = tokenizer
+        self._num_alternatives = num_alternatives
         self._text = text
         self._offset = 0
         self._lists = _empty_lists()
@@ -41,7 +43,7 @@ class CompletionLogprobs:
 
     def _top(self, logprob: Logprob) -> dict[str, float]:
         top: dict[str, float] = {}
-        for token_id, value in (*logprob.top, (logprob.token_id, logprob.logprob)):
+        for token_id, value in (*logprob.top[: self._num_alternatives], (logprob.token_id, logprob.logprob)):
             top.setdefault(_label(self._tokenizer, token_id), _finite(value))
         return top
 
@@ -51,6 +53,29 @@ def chat_logprob(tokenizer: Tokenizer | None, logprob: Logprob) -> dict[str, Any
     return {
         **_chat_token(tokenizer, logprob.token_id, logprob.logprob),
         "top_logprobs": [_chat_token(tokenizer, token_id, value) for token_id, value in logprob.top],
+    }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer | None, logprobs: Sequence[Logprob | None], num_alternatives: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """One entry for each token of a prompt in vLLM's shape: by token id, the token itself first, then the alternatives; None for the first.
+
+    A token's ``rank`` is its place among the alternatives, from 1; None where it is not one of them.
+    """
+    return [None if logprob is None else _ranked(tokenizer, logprob, num_alternatives) for logprob in logprobs]
+
+
+def _ranked(tokenizer: Tokenizer | None, logprob: Logprob, num_alternatives: int) -> dict[str, dict[str, Any]]:
+    ranks = {token_id: rank for rank, (token_id, _) in enumerate(logprob.top, 1)}
+    tokens = ((logprob.token_id, logprob.logprob), *logprob.top[:num_alternatives])
+    return {
+        str(token_id): {
+            "logprob": _finite(value),
+            "rank": ranks.get(token_id),
+            "decoded_token": None if tokenizer is None else tokenizer.token_bytes(token_id).decode(errors="replace"),
+        }
+        for token_id, value in tokens
     }
 
 

@@ -101,8 +101,11 @@ def parse_completion(body: bytes) -> ApiGeneration:
     """
     request, sampling = decode_generation(body, CompletionRequest)
     options = _stream_options(request)
-    if request.max_tokens == 0 and not request.echo:
-        raise invalid("max_tokens=0 without echo asks for nothing; use at least 1, or echo", "max_tokens")
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise invalid(
+            "max_tokens=0 without echo or prompt_logprobs asks for nothing; use at least 1, or one of them",
+            "max_tokens",
+        )
     if request.echo and request.truncate_prompt_tokens is not None:
         raise invalid(
             "echo gives the whole prompt back; leave out truncate_prompt_tokens, or echo", "truncate_prompt_tokens"
@@ -114,8 +117,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         sampling |= {"logprobs": 0}
     if request.logprobs is not None:
         sampling |= {"logprobs": request.logprobs}
-        if request.echo:
-            sampling |= {"prompt_logprobs": request.logprobs}
+    sampling |= _prompt_logprobs(request, request.logprobs if request.echo else None)
     prompts = _prompts(request)
     return ApiGeneration(
         model=request.model,
@@ -131,6 +133,14 @@ def parse_completion(body: bytes) -> ApiGeneration:
         cache_salt=_cache_salt(request),
         most_prompt_tokens=request.truncate_prompt_tokens,
     )
+
+
+def _prompt_logprobs(request: GenerationRequest, echoed: int | None = None) -> dict[str, int]:
+    """The sampling field ``prompt_logprobs``: as many as the request asks for, or as it wants ``echoed``."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid("prompt_logprobs are part of a whole answer; leave them out, or do not stream", "prompt_logprobs")
+    wanted = [count for count in (request.prompt_logprobs, echoed) if count is not None]
+    return {"prompt_logprobs": max(wanted)} if wanted else {}
 
 
 def _beams(request: GenerationRequest, sampling: dict[str, Any], best_of: int | None = None) -> dict[str, Any]:
@@ -171,7 +181,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
     if request.logprobs:
         sampling |= {"logprobs": request.top_logprobs}
-    sampling |= _beams(request, sampling)
+    sampling |= _prompt_logprobs(request) | _beams(request, sampling)
     prompt = conversation(request)
     if prompt.tools is not None:
         sampling = prompt.tools.sampling(sampling)

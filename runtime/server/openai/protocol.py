@@ -65,6 +65,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     use_beam_search: bool | None = None
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
 
     # Other spellings of structured_outputs (see `with_guide`)
     guided_choice: list[str] | None = None
@@ -87,8 +88,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     kv_transfer_params: Any = None
     logits_processors: Any = None
     priority: Any = None
-    prompt_logprobs: Any = None
-    spaces_between_special_tokens: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -191,11 +190,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "previous_response_id": (),
         "prompt": (),
         "priority": (0,),
-        "prompt_logprobs": (),
         "reasoning": ({}, {"effort": "none"}),
         "reasoning_effort": (),
         "refusal": ("",),
-        "spaces_between_special_tokens": (True,),
         "speed": ("standard",),
         "suffix": ("",),
         "thinking": ({"type": "disabled"},),
@@ -220,6 +217,7 @@ _COUNTS: Mapping[str, Rule] = MappingProxyType(
         "max_completion_tokens": Whole(1, MAX_INT32),
         "max_output_tokens": Whole(1, MAX_INT32),
         "top_logprobs": Whole(0, MAX_LOGPROBS),
+        "prompt_logprobs": Whole(0, MAX_LOGPROBS),
         "truncate_prompt_tokens": Whole(1, MAX_INT32),
     }
 )
