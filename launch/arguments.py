@@ -125,7 +125,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as keyword arguments of `phalanx.runtime.llm.LLM` (less the model)."""
     names = ("engine", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-             "num_kv_blocks", "quantize", "kv_cache_dtype", "model_file", "engine_dir", "gpu_memory_utilization", "max_queued_requests", "seed")  # fmt: skip
+             "num_kv_blocks", "quantize", "kv_cache_dtype", "model_file", "engine_dir", "gpu_memory_utilization", "max_queued_requests",
+             "scheduling_policy", "seed")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     options["expert_parallel"] = getattr(args, "expert_parallel", False)
     options["prefix_caching"] = not getattr(args, "no_prefix_caching", False)

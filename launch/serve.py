@@ -64,6 +64,8 @@ def build_parser() -> CommandParser:
                         help="processes that share the port (default: one per four processors, at most eight)")  # fmt: skip
     server.add_argument("--served-model-name", nargs="+", metavar="NAME",
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
+    server.add_argument("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs",
+                        help="priority: requests with a lower priority field start first; fcfs (default) refuses the field")  # fmt: skip
     server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
     server.add_argument("--stall-timeout", type=float, default=300.0, metavar="SECONDS",
                         help="a step longer than that ends the job (default 300); so does a silent rank after at most 30")  # fmt: skip

@@ -24,9 +24,11 @@ __all__ = [
     "ModelConfig",
     "QuantizeName",
     "RopeConfig",
+    "SchedulingPolicy",
 ]
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["none", "fp8", "int8"]
@@ -171,6 +173,7 @@ class EngineConfig:
         num_kv_blocks: blocks in the cache; None = as many as memory holds (cuda) or as max_num_seqs could use (numpy).
         model_file: Python file that defines the model's family; None = a built-in one, or of an installed package.
         engine_dir: TensorRT engines made by ``launch.build``; None = build them when first used and keep them.
+        scheduling_policy: in which order requests run, see `SchedulerConfig.policy`.
         prefix_caching: share blocks between requests with equal beginnings.
         seed: for random weights and for requests that bring no seed.
         trace: record a timeline of the last steps (cuda; they then run without graphs).
@@ -196,12 +199,17 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.90
     prefix_caching: bool = True
     max_queued_requests: int = 1024
+    scheduling_policy: SchedulingPolicy = "fcfs"
     seed: int = 0
     trace: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineName):
             raise ConfigError(f"engine={self.engine!r} is unknown; use one of {', '.join(get_args(EngineName))}")
+        if self.scheduling_policy not in get_args(SchedulingPolicy):
+            raise ConfigError(
+                f"--scheduling-policy={self.scheduling_policy} is unknown; use one of {', '.join(get_args(SchedulingPolicy))}"
+            )
         minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:

@@ -114,6 +114,7 @@ def build_replica(
                 max_queued_requests=options.max_queued_requests,
                 vocab_size=config.vocab_size,
                 eos_token_ids=config.eos_token_ids,
+                policy=options.scheduling_policy,
                 prefix_end=family.decode.attention(config, 0).prefix_end,
                 num_microbatches=executor.num_microbatches,
                 lookahead=executor.lookahead,

@@ -35,6 +35,9 @@ class Request:
     or waits. It changes no result. Of a beam search: this request gets its next best answer."""
     cache_salt: str = ""
     """Prefixes in the cache are shared only between requests of one salt."""
+    priority: int = 0
+    """Lower ones start first and are preempted last; among equal ones the order of arrival counts. Other than 0 only where the
+    scheduler's policy is ``priority``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,12 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
         raise RequestError(
             "bad_words are texts, which the checkpoint has no tokenizer.json for; use bad_token_ids", "bad_words"
         )
+    if request.priority and config.policy != "priority":
+        raise RequestError(
+            f"priority={request.priority} counts on servers with --scheduling-policy priority only, which this one is not; "
+            "use 0, or leave it out",
+            "priority",
+        )
     token_ids = _prompt_array(request, config.vocab_size)
     _check_length(len(token_ids), params.max_tokens, config, cache)
     end_token_ids = _end_token_ids(request, config)

@@ -45,7 +45,8 @@ class Selection:
 class RunningSet:
     """Admits waiting sequences, shares out cache blocks among the running ones, and selects what a step computes.
 
-    First come, first served: the oldest request is admitted first and preempted last, so that every request ends.
+    The first request in order (`Sequence.order`: by priority, then first come, first served) is admitted first and preempted last, so
+    that every request ends unless others of higher priority never cease to come.
 
     Args:
         table: the running sequences.
@@ -168,21 +169,21 @@ class RunningSet:
         return -(-len(sequence.token_ids) // self._cache.block_size)
 
     def _place_beams(self) -> None:
-        """Give rows to beams that fork from running ones, oldest search first, taking them from younger requests if need be.
+        """Give rows to beams that fork from running ones, the first search in order first, taking them from later requests if need be.
 
         What the plan has no room for starts with the next one.
         """
         waiting = [beam for beam in self.beams.values() if beam.parent is not None and not beam.is_running]
-        for beam in sorted(waiting, key=lambda beam: beam.sequence.number):
+        for beam in sorted(waiting, key=lambda beam: beam.sequence.order):
             if self._num_heir_blocks >= self._config.max_num_batched_tokens:
                 break
             while beam.parent is not None and self._may_fork(beam, beam.parent):
                 if self._fork(beam, beam.parent):
                     break
-                youngest = self._table.youngest()
-                if int(self._table.numbers[youngest]) <= beam.sequence.number:
+                last = self._table.last()
+                if (other := self._table.sequences[last]) is None or other.order <= beam.sequence.order:
                     break
-                self._preempt(youngest)
+                self._preempt(last)
 
     def _may_fork(self, beam: Beam, parent: Beam) -> bool:
         seq_index = parent.sequence.seq_index
@@ -213,13 +214,13 @@ class RunningSet:
         return num_in_flight >= enough and not (self._table.remaining() > 1).any()
 
     def _choose_decodes(self) -> SeqIndexArray:
-        """Slots that compute one token, with blocks for it; preempts the youngest while blocks are short."""
+        """Slots that compute one token, with blocks for it; preempts the last in order while blocks are short."""
         while True:
             candidates = np.flatnonzero(self._table.remaining() == 1)
             decodes = self._least_recent(self._with_masks(candidates) if self._table.masks else candidates)
             if self._cache.extend(decodes, self._table.num_computed[decodes]):
                 return decodes
-            self._preempt(self._table.youngest())
+            self._preempt(self._table.last())
 
     def _with_masks(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
         """Those whose next mask, if they have one, is there; the others do not hold them up."""
@@ -240,21 +241,21 @@ class RunningSet:
         return -(-num_seqs // self.num_microbatches(num_seqs))
 
     def _add_chunks(self, selection: Selection) -> None:
-        """More of what is partly computed, the oldest first.
+        """More of what is partly computed, in order.
 
         There is one such prompt at most, as the next gets what it leaves over, and beams that start without their parent's cache.
         """
         remaining = self._table.remaining()
         budget = self._config.max_num_batched_tokens - selection.num_tokens
         unfinished = np.flatnonzero(remaining > 1)
-        for seq_index in unfinished[np.argsort(self._table.numbers[unfinished], kind="stable")].tolist():
+        for seq_index in self._table.in_order(unfinished).tolist():
             count = min(int(remaining[seq_index]), budget)
             if count > 0:
                 selection.chunks.append((seq_index, count))
                 budget -= count
 
     def _admit(self, selection: Selection) -> None:
-        """Start waiting requests in order of arrival while rows, blocks and token budget last.
+        """Start waiting requests in order while rows, blocks and token budget last.
 
         One whose prompt another is about to compute lets others pass until it can be forked. Starts also stop where their blocks
         would be more than a plan has room for, with one sequence over: prefixes in the cache cost blocks but no tokens.

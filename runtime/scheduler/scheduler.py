@@ -179,9 +179,10 @@ class Scheduler:
         first = None if request.fork_from is None else self._sequences.get(request.fork_from)
         if first is None:
             return
-        if (first.request.prompt_token_ids, first.salt) != (request.prompt_token_ids, sequence.salt):
+        ours, theirs = ((one.request.prompt_token_ids, one.salt, one.request.priority) for one in (sequence, first))
+        if ours != theirs:
             raise RequestError(
-                f"fork_from={request.fork_from!r} has another prompt or cache salt; name a request with the same",
+                f"fork_from={request.fork_from!r} has another prompt, cache salt or priority; name a request with the same",
                 "fork_from",
             )
         first.group = sequence.group = first.group or PromptGroup(first)

@@ -72,6 +72,11 @@ class Sequence:
     num_prefix: int = 0
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Sequences start in this order; the last one that runs is preempted first."""
+        return self.request.priority, self.number
+
+    @property
     def salt(self) -> bytes:
         """Sequences of another salt share no prefix with it. Tokens that see later ones belong to it."""
         salt = self.request.cache_salt.encode()
@@ -126,6 +131,7 @@ class SequenceTable:
         epochs: changes when a row gets another owner, so that a result in flight is not taken for the new
             one's.
         numbers: order of arrival; -1 = free row.
+        priorities: see `Request.priority`.
         last_turns: when a plan took the row last, counted in rows planned.
         wants_logprobs: the request reports log-probabilities of its tokens.
         has_first_news: its first token comes with more: prompt log-probabilities or the number of cached
@@ -151,6 +157,7 @@ class SequenceTable:
         self.lookahead = np.full(max_num_seqs, lookahead, np.int32)
         self.epochs = np.zeros(max_num_seqs, np.int64)
         self.numbers = np.full(max_num_seqs, -1, np.int64)
+        self.priorities = np.zeros(max_num_seqs, np.int64)
         self.last_turns = np.zeros(max_num_seqs, np.int64)
         self.wants_logprobs = np.zeros(max_num_seqs, np.bool_)
         self.has_first_news = np.zeros(max_num_seqs, np.bool_)
@@ -190,6 +197,7 @@ class SequenceTable:
             self.stop_sequences[seq_index] = [list(tokens) for tokens in sequences]
         self._set_mask(seq_index, sequence.mask)
         self.numbers[seq_index] = sequence.number
+        self.priorities[seq_index] = sequence.request.priority
         self.wants_logprobs[seq_index] = sequence.request.params.logprobs is not None
         self.has_first_news[seq_index] = sequence.prompt_logprobs is not None or sequence.num_cached_tokens > 0
         self.request_ids[seq_index] = sequence.request.request_id
@@ -235,9 +243,13 @@ class SequenceTable:
         unplanned = np.minimum(self.num_known + self.num_pending, self.target_length - 1) - self.num_computed
         return int(np.count_nonzero(unplanned <= 1)) - self.num_free
 
-    def youngest(self) -> int:
-        """Slot of the running sequence that arrived last."""
-        return int(np.argmax(self.numbers))
+    def in_order(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
+        """The same slots by the `Sequence.order` of what runs there."""
+        return seq_indices[np.lexsort((self.numbers[seq_indices], self.priorities[seq_indices]))]
+
+    def last(self) -> int:
+        """Slot of the running sequence that comes last in order."""
+        return int(self.in_order(np.flatnonzero(self.numbers >= 0))[-1])
 
     def tokens_at(self, seq_indices: SeqIndexArray, positions: Int32Array) -> Int32Array:
         """``[S]`` one token of each row; meaningless where it is not known."""

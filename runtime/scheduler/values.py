@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.config import SchedulingPolicy
 from phalanx.runtime.step.times import StepTimes
 
 __all__ = ["SchedulerConfig", "SchedulerStats"]
@@ -22,6 +23,7 @@ class SchedulerConfig:
         vocab_size: prompt token ids are below it.
         eos_token_ids: tokens that end a generation unless the request ignores them.
         prefix_end: see `phalanx.runtime.attention.AttentionSpec`; prompts end their prefix with these tokens.
+        policy: ``fcfs`` = requests run in the order of arrival, ``priority`` = first by `Request.priority`.
         num_microbatches: most plans of different sequences that are kept in flight.
         lookahead: 1 = a sequence may be planned again before its last token is known.
         seed: where the seeds of requests without one are drawn from.
@@ -38,6 +40,7 @@ class SchedulerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     prefix_end: tuple[int, ...] = ()
+    policy: SchedulingPolicy = "fcfs"
     num_microbatches: int = 1
     lookahead: int = 0
     seed: int = 0

@@ -1,11 +1,12 @@
-"""Requests that do not run yet, in order of arrival, and the deadlines of all."""
+"""Requests that do not run yet, in the order in which they will, and the deadlines of all."""
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from phalanx.runtime.scheduler.sequences import Sequence
 
@@ -15,45 +16,62 @@ _MIN_PRUNE = 64
 
 
 class WaitingQueue:
-    """First come, first served; preempted sequences go back to their place, which is at or near the front.
+    """Lower priorities first; within one, first come, first served. Preempted sequences go back to their place.
 
-    Nothing younger than a waiting sequence was admitted, except where it waited for another to compute its prompt, or for a mask.
+    While a sequence waits nothing after it in order is admitted, except where it waits for another to compute its prompt, or for a mask.
 
     Attributes:
         masked: those with masks, by number.
     """
 
     def __init__(self) -> None:
-        self._by_number: OrderedDict[int, Sequence] = OrderedDict()
+        self._by_priority: dict[int, OrderedDict[int, Sequence]] = {}
+        self._priorities: list[int] = []
+        self._length = 0
         self.masked: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
-        return len(self._by_number)
+        return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
-        """The oldest first."""
-        return iter(self._by_number.values())
+        """The first in order first."""
+        return chain.from_iterable(self._by_priority[priority].values() for priority in self._priorities)
 
     def append(self, sequence: Sequence) -> None:
         """Queue a new request."""
         self._add(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queue a preempted sequence again, before all that arrived after it."""
-        older = list(takewhile(lambda number: number < sequence.number, self._by_number))
-        self._add(sequence)
+        """Queue a preempted sequence again, before all of its priority that arrived after it."""
+        by_number = self._add(sequence)
+        older = list(takewhile(lambda number: number < sequence.number, by_number))
         for number in (sequence.number, *reversed(older)):
-            self._by_number.move_to_end(number, last=False)
+            by_number.move_to_end(number, last=False)
 
     def discard(self, sequence: Sequence) -> None:
         """Remove a sequence; no-op if it is not queued."""
-        self._by_number.pop(sequence.number, None)
+        priority = sequence.request.priority
+        by_number = self._by_priority.get(priority)
+        if by_number is None or by_number.pop(sequence.number, None) is None:
+            return
+        self._length -= 1
         self.masked.pop(sequence.number, None)
+        if not by_number:
+            del self._by_priority[priority]
+            self._priorities.remove(priority)
 
-    def _add(self, sequence: Sequence) -> None:
-        self._by_number[sequence.number] = sequence
+    def _add(self, sequence: Sequence) -> OrderedDict[int, Sequence]:
+        """Put a sequence last among those of its priority, which are returned, by number."""
+        priority = sequence.request.priority
+        if priority not in self._by_priority:
+            self._by_priority[priority] = OrderedDict()
+            insort(self._priorities, priority)
+        by_number = self._by_priority[priority]
+        by_number[sequence.number] = sequence
+        self._length += 1
         if sequence.mask is not None:
             self.masked[sequence.number] = sequence
+        return by_number
 
 
 class Deadlines:

@@ -7,6 +7,7 @@ that the request can produce, so that a wrong block, position or token shows up 
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -356,7 +357,10 @@ class Driver:
             return
         if request.params.beam_width > 1:
             self.followers.setdefault(request.fork_from or request.request_id, []).append(request.request_id)
-        self.live.append(request.request_id)
+        place = bisect_right(self.live, request.priority, key=lambda name: self.truths[name].request.priority)
+        if place == 0:
+            self.overdue_for = 0
+        self.live.insert(place, request.request_id)
         self.deltas[request.request_id] = []
         self._log()
 
@@ -380,7 +384,7 @@ class Driver:
         self.executor.execute(plan)
         self.plans.append(plan.words.tobytes())
         self.num_in_flight += 1
-        self._check_oldest(plan)
+        self._check_first(plan)
         return True
 
     def collect(self) -> bool:
@@ -400,20 +404,20 @@ class Driver:
             most_steps -= 1
             assert most_steps > 0, "the schedule does not end"
 
-    def _check_oldest(self, plan: StepPlan) -> None:
-        """The oldest request is part of a plan at least this often, or it waits and no younger one starts.
+    def _check_first(self, plan: StepPlan) -> None:
+        """The first request in order is part of a plan at least this often, or it waits and no later one starts.
 
-        It may wait as long as younger ones run: they passed it while another computed its prompt, or while its mask was not there,
-        and they keep what they have. As none joins them, it starts when they end.
+        It may wait as long as later ones run: they came before it, or passed it while another computed its prompt, or while its mask
+        was not there, and they keep what they have. As none joins them, it starts when they end.
         """
         if not self.live:
             return
-        oldest = self.truths[self.live[0]]
+        first = self.truths[self.live[0]]
         of_plan, started = (
             [self.executor.tenancies[seq_index].truth for seq_index in column.tolist()]
             for column in (plan.seq_indices, plan.admissions["seq_index"])
         )
-        if oldest in of_plan or oldest.request.params.structured_outputs is not None:
+        if first in of_plan or first.request.params.structured_outputs is not None:
             self.overdue_for = 0
         elif started or not self.scheduler.stats().num_waiting:
             self.overdue_for += 1

@@ -118,7 +118,7 @@ def test_a_request_that_has_ended_is_not_waited_for() -> None:
 def test_another_prompt_or_salt_cannot_be_forked(prompt: tuple[int, ...], salt: str) -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("a", PROMPT), 0.0)
-    with pytest.raises(RequestError, match="fork_from='a' has another prompt or cache salt"):
+    with pytest.raises(RequestError, match="fork_from='a' has another prompt, cache salt or priority"):
         scheduler.submit(make_request("b", prompt, fork_from="a", cache_salt=salt), 0.0)
     assert scheduler.stats().num_waiting == 1
 

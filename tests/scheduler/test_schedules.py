@@ -8,6 +8,7 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from phalanx.runtime.config import SchedulingPolicy
 from phalanx.runtime.kv_cache import BlockPlanner, CachePlanner, SlotPlanner
 from phalanx.runtime.request import Request, SamplingParams
 from phalanx.runtime.scheduler import SchedulerConfig
@@ -35,6 +36,7 @@ class Schedule:
     num_requests: int
     disturbed: bool
     seed: int
+    policy: SchedulingPolicy = "fcfs"
 
     @property
     def config(self) -> SchedulerConfig:
@@ -45,6 +47,7 @@ class Schedule:
             max_queued_requests=100,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=EOS,
+            policy=self.policy,
             num_microbatches=self.num_microbatches,
             lookahead=self.lookahead,
             step_times=self.step_times,
@@ -74,6 +77,7 @@ schedules = st.builds(
     num_requests=st.integers(1, 14),
     disturbed=st.booleans(),
     seed=st.integers(0, 2**32),
+    policy=st.sampled_from(["fcfs", "fcfs", "priority"]),
 )
 
 
@@ -98,13 +102,15 @@ def draw_truths(schedule: Schedule, random: Random) -> list[Truth]:
         deadline = random.randint(1, 40) if schedule.disturbed and random.random() < 0.2 else None
         nan_at = random.randint(num_prompt, MAX_MODEL_LEN) if random.random() < 0.1 else None
         prompt, fork_from, salt = (*shared[:num_shared], *tail), None, random.choice(("", "", "salt"))
+        priority = random.randint(-2, 2) if schedule.policy == "priority" else 0
         if truths and random.random() < 0.3:
             first = random.choice(truths).request
             room = MAX_MODEL_LEN - len(first.prompt_token_ids)
             if params.max_tokens <= room:
                 prompt, fork_from, salt = first.prompt_token_ids, first.request_id, first.cache_salt
+                priority = first.priority
                 nan_at = None
-        request = Request(f"r{index}", prompt, params, deadline, fork_from, salt)
+        request = Request(f"r{index}", prompt, params, deadline, fork_from, salt, priority)
         truths.append(Truth(request, nan_at))
         if random.random() < 0.2:
             truths[-1] = Truth(replace(request, params=masked(params, random), fork_from=None), nan_at)

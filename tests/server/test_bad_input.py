@@ -69,6 +69,8 @@ COMPLETION_FIELDS: list[tuple[str, Any, str | None]] = [
     ("prompt", "a" * 256, None),
     ("prompt", "a" * 50_000, None),
     ("prompt", ["ab"] * 9, "n"),
+    ("priority", 2**31, None),
+    ("priority", 0.5, None),
     ("prompt_logprobs", -1, None),
     ("prompt_logprobs", 21, None),
     ("prompt_logprobs", True, None),

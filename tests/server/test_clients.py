@@ -50,7 +50,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     model = tmp_path_factory.mktemp("models") / MODEL
     shutil.copytree(DEMO, model)
     (model / "chat_template.jinja").write_text(HERMES)
-    with serve(2, "--model", str(model), "--dtype", "float32") as running:
+    with serve(2, "--model", str(model), "--dtype", "float32", "--scheduling-policy", "priority") as running:
         yield running
 
 
@@ -227,6 +227,14 @@ def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: ope
     for block in message.content:
         assert block.type == "tool_use"
         jsonschema.validate(block.input, SCHEMA)
+
+
+def test_a_priority_changes_no_answer(client: openai.OpenAI, answer: str) -> None:
+    for priority in (-3, 0, 2**31 - 1):
+        found = client.chat.completions.create(
+            model=MODEL, messages=CHAT, max_tokens=12, temperature=0, n=2, extra_body={"priority": priority}
+        )
+        assert [choice.message.content for choice in found.choices] == [answer] * 2
 
 
 def test_openai_asynchronously(job: Job, answer: str) -> None:

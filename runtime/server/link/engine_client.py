@@ -154,6 +154,7 @@ class EngineClient(asyncio.Protocol):
         deadline: float | None,
         num_choices: int = 1,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> GenerationGroup:
         """Queue requests, ``num_choices`` in a row for each prompt; `admit` has made room. The group must be closed."""
         if self.failure is not None:
@@ -170,7 +171,7 @@ class EngineClient(asyncio.Protocol):
             if params.beam_width > 1:  # a search gives its answers to the choices of one prompt
                 first = ids[index - index % num_choices]
             fork_from = None if first == request_id else first
-            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from, cache_salt)))
+            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from, cache_salt, priority)))
         return group
 
     def cancel(self, request_id: str) -> None:

@@ -46,13 +46,14 @@ class GenerationJob:
         num_unfinished: choices that have not ended well.
         held: what is released when the request is over.
         limit: when it arrived, and when it must be over.
-        cache_salt: see `Request.cache_salt`.
+        cache_salt, priority: see `Request`.
     """
 
     services: Services
     n: int
     limit: TimeLimit
     cache_salt: str = ""
+    priority: int = 0
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
     num_unfinished: int = 0
@@ -80,7 +81,7 @@ class GenerationJob:
 
     def _ask(self) -> GenerationGroup:
         prompts = [(choice.prompt_token_ids, choice.params) for choice in self.choices]
-        return self.services.client.submit(prompts, self.limit.deadline, self.n, self.cache_salt)
+        return self.services.client.submit(prompts, self.limit.deadline, self.n, self.cache_salt, self.priority)
 
     def close(self) -> None:
         """Cancel what still runs and make room for others."""
@@ -282,7 +283,7 @@ async def start_job(services: Services, generations: Sequence[Generation], limit
             await services.turnstile.enter()
             prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
         first = generations[0]
-        job = GenerationJob(services, first.n, limit, cache_salt=first.cache_salt)
+        job = GenerationJob(services, first.n, limit, first.cache_salt, first.priority)
         job.submit(prompts)
         job.held = held.pop_all()
     return job

@@ -61,6 +61,7 @@ class Generation:
         default_max_tokens: None = all that the context has room for.
         add_special_tokens: whether encoding adds them to texts.
         cache_salt: only requests with the same one share what the prefix cache holds.
+        priority: lower ones run first, where the server goes by it.
         most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; None = all.
     """
 
@@ -73,6 +74,7 @@ class Generation:
     default_max_tokens: int | None
     add_special_tokens: bool
     cache_salt: str = field(default="", kw_only=True)
+    priority: int = field(default=0, kw_only=True)
     most_prompt_tokens: int | None = field(default=None, kw_only=True)
 
     @property
@@ -131,6 +133,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         stream=request.stream,
         reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts, num_candidates), options),
         cache_salt=_cache_salt(request),
+        priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
     )
 
@@ -201,6 +204,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         stream=request.stream,
         reply=lambda served: ChunkReply(ChatFormat(served, request, prompt.tools), options),
         cache_salt=_cache_salt(request),
+        priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
     )
 

@@ -66,6 +66,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
+    priority: int | None = None
 
     # Other spellings of structured_outputs (see `with_guide`)
     guided_choice: list[str] | None = None
@@ -87,7 +88,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     kv_transfer_params: Any = None
     logits_processors: Any = None
-    priority: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -189,7 +189,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "prediction": (),
         "previous_response_id": (),
         "prompt": (),
-        "priority": (0,),
         "reasoning": ({}, {"effort": "none"}),
         "reasoning_effort": (),
         "refusal": ("",),
@@ -218,6 +217,7 @@ _COUNTS: Mapping[str, Rule] = MappingProxyType(
         "max_output_tokens": Whole(1, MAX_INT32),
         "top_logprobs": Whole(0, MAX_LOGPROBS),
         "prompt_logprobs": Whole(0, MAX_LOGPROBS),
+        "priority": Whole(-MAX_INT32, MAX_INT32),
         "truncate_prompt_tokens": Whole(1, MAX_INT32),
     }
 )
