@@ -24,6 +24,12 @@ _ALIGNMENT_BYTES = 16
 _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
 _PACKED_SIZES = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}
 _OUTER_VECTOR_SCALES = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: one float32 for each row of an operand
+_GROUP_SCALES = (
+    4  # CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F: one for 128 columns of a row, those of neighbouring rows side by side
+)
+_BLOCK_SCALES = (
+    5  # CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F: one for 128 x 128, a row of blocks padded to a multiple of 4
+)
 _REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums are never rounded to storage
 
 
@@ -36,6 +42,7 @@ class GemmProblem:
         out_dtype: of out and, for codes, of bias. ``int32``: the sums of int8 codes, not scaled.
         packed: layout of a packed weight (``int4/128z``), whose values x is multiplied by; "" = weight is like x.
         has_bias: whether there is a bias.
+        has_blocks: whether scales are those of 128 columns of x and of 128 x 128 of weight; for fp8.
     """
 
     num_tokens: int
@@ -45,11 +52,12 @@ class GemmProblem:
     out_dtype: str
     has_bias: bool = False
     packed: str = ""
+    has_blocks: bool = False
 
     @property
     def key(self) -> str:
         """The problem as one word, for a cache file."""
-        options = "+bias" if self.has_bias else ""
+        options = ("+blocks" if self.has_blocks else "") + ("+bias" if self.has_bias else "")
         dtypes = f"{self.dtype}{'*' if self.packed else ''}{self.packed}>{self.out_dtype}"
         return f"{self.num_tokens}x{self.out_features}x{self.in_features}:{dtypes}{options}"
 
@@ -61,7 +69,7 @@ class GemmProblem:
 
     @property
     def has_scales(self) -> bool:
-        """Whether x and weight are codes with scales."""
+        """Whether x and weight are codes with scales, of rows or of blocks."""
         return self.dtype in ("fp8", "int8") and not self.has_integer_sums
 
     @property
@@ -136,11 +144,14 @@ class CublasLt:
             arrays = (results.ctypes.data, found.ctypes.data)
             lt.matmul_algo_get_heuristic(self._handle, handles.operation, *layouts, preference, count, *arrays)
             lt.matmul_preference_destroy(preference)
-        return [
+        suggested = [
             Algorithm(tuple(int(word) for word in np.ravel(result["algo"]["data_"])), int(result["workspace_size"]))
             for result in results[: int(found[0])]
             if result["state"] == 0
         ]
+        if not suggested:
+            raise ExecutorError(f"cuBLASLt has no algorithm for {problem.key}")
+        return suggested
 
     def accepts(self, problem: GemmProblem, algorithm: Algorithm) -> bool:
         """Whether an algorithm found for one problem computes another one within the workspace."""
@@ -214,13 +225,15 @@ class CublasLt:
         if problem.has_bias:
             self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(out_dtype if problem.has_scales else dtype))
         if problem.has_scales:
-            for mode in (attribute.A_SCALE_MODE, attribute.B_SCALE_MODE):
-                self._set(operation, mode, np.int32(_OUTER_VECTOR_SCALES))
+            modes = (_BLOCK_SCALES, _GROUP_SCALES) if problem.has_blocks else (_OUTER_VECTOR_SCALES,) * 2
+            for name, mode in zip((attribute.A_SCALE_MODE, attribute.B_SCALE_MODE), modes, strict=True):
+                self._set(operation, name, np.int32(mode))
             # The heuristic answers only for pointers that could be read; `run` sets the operands' own.
             for pointer in (attribute.A_SCALE_POINTER, attribute.B_SCALE_POINTER):
                 self._set(operation, pointer, np.uint64(self._workspace.data.ptr))
-            # Sums with the tensor cores' 13 bits: an order of magnitude below the codes' own noise, and 10-16 % faster.
-            self._set(operation, attribute.FAST_ACCUM, np.int8(1))
+            # Sums with the tensor cores' 13 bits: an order of magnitude below the codes' own noise, and 10-16 % faster. Those of
+            # blocks leave the tensor cores after 128 columns in any case, to be scaled.
+            self._set(operation, attribute.FAST_ACCUM, np.int8(not problem.has_blocks))
         t, o, i = problem.num_tokens, problem.out_features, problem.in_features
         weight = lt.matrix_layout_create(dtype, i, o, i)
         x = lt.matrix_layout_create(dtype, i, t, i)

@@ -16,13 +16,15 @@ from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
     MAX_PACKED_TOKENS,
     PackedWeight,
+    block_scale_shape,
     fits_block,
     gemv_packed,
     layout_suits_gemv,
     unpack_weight,
 )
-from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
+from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, padded_tokens, unpacked_bytes
 from phalanx.kernels.quantize import QuantizedRows, require_codes
+from phalanx.kernels.quantize_groups import GROUP, QuantizedGroups
 from phalanx.kernels.rows import add_bias
 from phalanx.kernels.scale_sums import scale_sums
 from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
@@ -44,16 +46,18 @@ _MOST_GUESSED_TOKENS = 8
 _CODE_ALIGNMENT = 16
 
 Weight = Array | QuantizedRows | PackedWeight
+Inputs = Array | QuantizedRows | QuantizedGroups
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
     """The arrays of one product: x [T, I], weight [O, I], out [T, O], bias [O] or None. Codes with scales come on both sides or none.
 
+    Codes of groups meet a packed weight with blocks (`Gemm.takes_groups`).
     ``scratch``: flat uint8 memory that a product of a packed weight (`unpacked_bytes`) or of int8 codes (`SUM_BYTES`) may overwrite.
     """
 
-    x: Array | QuantizedRows
+    x: Inputs
     weight: Weight
     out: Array
     bias: Array | None = None
@@ -66,6 +70,8 @@ def problem_of(operands: Operands) -> GemmProblem:
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     if isinstance(weight, QuantizedRows):
         return _scaled_problem(operands)
+    if isinstance(x, QuantizedGroups):
+        return _block_problem(operands)
     assert not isinstance(x, QuantizedRows), "codes need a quantised weight"
     packed = weight.layout if isinstance(weight, PackedWeight) else ""
     if isinstance(weight, PackedWeight):
@@ -96,6 +102,24 @@ def _scaled_problem(operands: Operands) -> GemmProblem:
     return GemmProblem(num_tokens, out_features, in_features, x.kind, out.dtype.name, bias is not None)
 
 
+def _block_problem(operands: Operands) -> GemmProblem:
+    x, weight, out, bias = operands.x, operands.weight, operands.out, operands.bias
+    assert isinstance(x, QuantizedGroups)
+    assert isinstance(weight, PackedWeight), "codes of groups need a packed weight"
+    assert weight.blocks is not None, "codes of groups need a weight with scales of blocks"
+    (rows, columns), num_tokens = weight.shape, len(x)
+    require("codes of x", x.codes, (num_tokens, packed_row_bytes(columns, "fp8")), "uint8")
+    require("scale of x", x.scale, (ceil_div(columns, GROUP), num_tokens), "float32")
+    require("codes of weight", weight.codes, (rows, x.codes.shape[1]), "uint8")
+    require("blocks", weight.blocks, block_scale_shape(rows, columns), "float32")
+    require("out", out, (num_tokens, rows), out)
+    if bias is not None:
+        require("bias", bias, (rows,), out)
+    return GemmProblem(
+        num_tokens, rows, x.codes.shape[1], "fp8", out.dtype.name, bias is not None, has_blocks=True
+    )  # fmt: skip
+
+
 class Gemm:
     """Products of one device. Each call enqueues on the current stream and does not wait; safe under capture."""
 
@@ -105,10 +129,11 @@ class Gemm:
         self.timings = timings
         self._library = library
         self._choices: dict[GemmProblem, GemmChoice] = {}
+        self._refused: set[GemmProblem] = set()
 
     def __call__(
         self,
-        x: Array | QuantizedRows,
+        x: Inputs,
         weight: Weight,
         out: Array,
         bias: Array | None = None,
@@ -128,6 +153,26 @@ class Gemm:
             add_bias(self._library, out, bias)
             return
         self.run(problem, self.choice(problem), operands)
+
+    def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str) -> bool:
+        """Whether the inputs ``[T, I]`` of a product of fp8 blocks are better given as `QuantizedGroups` than as their values in ``dtype``.
+
+        cuBLASLt multiplies blocks on Hopper, from 12.9 on, and some shapes only. Where both products were timed, the faster one is taken.
+        """
+        rows, columns = weight.shape
+        if weight.blocks is None or num_tokens <= MAX_PACKED_TOKENS or rows % _CODE_ALIGNMENT:
+            return False
+        row_bytes = packed_row_bytes(columns, weight.kind)
+        blocks = GemmProblem(padded_tokens(num_tokens), rows, row_bytes, "fp8", dtype, has_blocks=True)
+        if blocks in self._refused:
+            return False
+        try:
+            of_codes = self.choice(blocks).microseconds
+        except ExecutorError:
+            self._refused.add(blocks)
+            return False
+        of_values = self.choice(GemmProblem(num_tokens, rows, columns, dtype, dtype, packed=weight.layout)).microseconds
+        return not (of_codes and of_values) or of_codes <= of_values
 
     def gated(self, x: Array | QuantizedRows, weight: Weight, out: Array, activation: ActivationName) -> bool:
         """``out = f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], both rounded first, where a kernel that streams the weight does it.
@@ -190,6 +235,9 @@ class Gemm:
         if isinstance(weight, QuantizedRows):
             self._run_scaled(problem, choice, weight, operands)
             return
+        if isinstance(x, QuantizedGroups):
+            self._run_blocks(problem, choice, x, operands)
+            return
         assert not isinstance(x, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
             if isinstance(weight, PackedWeight):
@@ -229,6 +277,18 @@ class Gemm:
             problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr,
             0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
             (x.scale.data.ptr, weight.scale.data.ptr),
+        )  # fmt: skip
+
+    def _run_blocks(self, problem: GemmProblem, choice: GemmChoice, x: QuantizedGroups, operands: Operands) -> None:
+        import cupy
+
+        weight = operands.weight
+        assert isinstance(weight, PackedWeight)
+        assert weight.blocks is not None
+        assert isinstance(choice.kernel, Algorithm), "no other kernel multiplies blocks"
+        self.cublaslt.run(
+            problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr, 0,
+            cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, weight.blocks.data.ptr),
         )  # fmt: skip
 
     def _run_int8(
@@ -289,6 +349,8 @@ def _needs_gemv(problem: GemmProblem) -> bool:
 
 def _suits_gemv(problem: GemmProblem) -> bool:
     is_narrow = problem.out_dtype in ("float16", "bfloat16")
+    if problem.has_blocks:
+        return False
     if problem.has_scales:
         return gemv8_takes(problem.num_tokens, problem.in_features) and is_narrow
     if problem.packed:

@@ -18,9 +18,10 @@ import numpy as np
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm, Operands, open_gemm
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.packed import PackedWeight, parse_layout
+from phalanx.kernels.packed import PackedWeight, block_scale_shape, parse_layout
 from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
 from phalanx.kernels.quantize import CodeKind, QuantizedRows
+from phalanx.kernels.quantize_groups import GROUP, QuantizedGroups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
 __all__ = ["GemmTuner", "TimedOperands", "open_tuner"]
@@ -112,8 +113,9 @@ class GemmTuner:
         seconds = max(2.0 * t * o * i / _ASSUMED_FLOPS, problem.weight_bytes / _ASSUMED_BYTES_PER_SECOND)
         num_calls = min(40, max(4, int(_TIMED_SECONDS / seconds)))
         num_copies = min(num_calls, max(1, -(-_ROTATED_BYTES // problem.weight_bytes)))
-        weights = [self._packed(problem) if problem.packed else self._operand(problem, o) for _ in range(num_copies)]
-        x, out = self._operand(problem, t), self._random((t, o), out_dtype)
+        make = self._blocks if problem.has_blocks else self._packed if problem.packed else self._rows
+        weights = [make(problem) for _ in range(num_copies)]
+        x, out = self._inputs(problem), self._random((t, o), out_dtype)
         bias = self._random((o,), out_dtype) if problem.has_bias else None
         scratch = self._scratch(problem)
         return TimedOperands([Operands(x, weight, out, bias, scratch) for weight in weights], num_calls)
@@ -133,6 +135,23 @@ class GemmTuner:
         scale = self._cupy.full((groups, rows), 1e-2, np.float32)
         zero = self._cupy.ones((groups, rows), np.int8) if has_zero else None
         return PackedWeight(codes, scale, zero, kind, columns, group)
+
+    def _blocks(self, problem: GemmProblem) -> PackedWeight:
+        rows, columns = problem.out_features, problem.in_features
+        codes = self._random((rows, columns), _CODE_DTYPES["fp8"])
+        scale = self._cupy.full((-(-columns // GROUP), rows), 1e-2, np.float32)
+        blocks = self._cupy.full(block_scale_shape(rows, columns), 1e-2, np.float32)
+        return PackedWeight(codes, scale, None, "fp8", columns, GROUP, blocks)
+
+    def _rows(self, problem: GemmProblem) -> Any:
+        return self._operand(problem, problem.out_features)
+
+    def _inputs(self, problem: GemmProblem) -> Any:
+        if not problem.has_blocks:
+            return self._operand(problem, problem.num_tokens)
+        t, i = problem.num_tokens, problem.in_features
+        scale = self._cupy.full((-(-i // GROUP), t), 1e-2, np.float32)
+        return QuantizedGroups(self._random((t, i), _CODE_DTYPES["fp8"]), scale)
 
     def _operand(self, problem: GemmProblem, rows: int) -> Any:
         shape = (rows, problem.in_features)

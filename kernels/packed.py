@@ -17,6 +17,7 @@ from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_nam
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library
 from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
+from phalanx.kernels.quantize_groups import GROUP
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "MAX_PACKED_TOKENS",
     "PackedKind",
     "PackedWeight",
+    "block_scale_shape",
+    "block_scales",
     "fits_block",
     "gemv_packed",
     "layout_suits_gemv",
@@ -37,6 +40,7 @@ _CODES: dict[PackedKind, int] = {"int4": 4, "int8": 8, "fp8": 1}
 _LANE_BYTES = 16
 _PIECE = 8
 _SMALLEST_GROUP = 32
+_BLOCK_ALIGNMENT = 4
 _NUM_THREADS = 128
 _ROWS_PER_TILE = 16
 _TOKENS_PER_TILE = 8
@@ -63,6 +67,8 @@ class PackedWeight:
         zero: ``[G, O]`` int8, or None.
         columns: I.
         group: columns that share a scale, the last group possibly short; 0 = the whole row.
+        blocks: ``[ceil(O / 128), ceil(I / 128) padded to a multiple of 4]`` float32, the same scales for cuBLASLt, where 128 rows share them and
+            inputs are fp8 codes in groups of 128 columns; else None.
     """
 
     codes: Array
@@ -71,6 +77,7 @@ class PackedWeight:
     kind: PackedKind
     columns: int
     group: int
+    blocks: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,6 +119,22 @@ def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     kernel = library.function("pack_weight", "unpack_weight", 0, **(defines | more))
     arguments = (weight.codes, weight.scale, weight.zero, out, np.int32(columns), np.int32(lanes))
     kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), arguments)
+
+
+def block_scale_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of `PackedWeight.blocks` of a weight ``[O, I]``."""
+    return ceil_div(rows, GROUP), ceil_div(ceil_div(columns, GROUP), _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
+
+
+def block_scales(scale: Array, columns: int) -> Array:
+    """`PackedWeight.blocks` of scales ``[O, ceil(I / 128)]`` float32 that are the same for each 128 rows."""
+    import cupy
+
+    rows, groups = scale.shape
+    blocks = cupy.zeros(block_scale_shape(rows, columns), np.float32)
+    blocks[:, :groups] = scale[::GROUP]
+    result: Array = blocks
+    return result
 
 
 def parse_layout(layout: str) -> tuple[PackedKind, int, bool]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SUM_BYTES", "codes_per_chunk", "packed_row_bytes", "unpacked_bytes"]
+__all__ = ["SUM_BYTES", "codes_per_chunk", "packed_row_bytes", "padded_tokens", "unpacked_bytes"]
 
 SUM_BYTES = 32 << 20
 """Room for the int32 sums of an int8 product, made slab by slab: what stays in the second-level cache until it is scaled."""
 
 
 _CHUNK_BYTES = 64
+_TOKEN_ALIGNMENT = 4
 
 
 def codes_per_chunk(kind: str) -> int:
@@ -27,3 +28,8 @@ def packed_row_bytes(columns: int, kind: str) -> int:
 def unpacked_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """Room for the plain values of a packed weight ``[O, I]``, which products of many tokens read."""
     return math.prod(shape) * itemsize
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """Rows of a product of fp8 blocks, of which cuBLASLt takes multiples of 4."""
+    return -(-num_tokens // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT

@@ -18,14 +18,6 @@ __device__ __forceinline__ float value_of_code(float scaled) {
     return e4m3_value(e4m3_pair(scaled, 0.0f) & 0xffu);
 }
 
-// The smallest power of two that is not below the scale; what is not finite stays.
-__device__ __forceinline__ RowScale power_of_two(RowScale group) {
-    const unsigned bits = __float_as_uint(group.scale);
-    if (bits >= 0x7f800000u) return group;
-    const float scale = __uint_as_float((bits + 0x7fffffu) & 0xff800000u);
-    return {scale, __fdiv_rn(1.0f, scale)};
-}
-
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, scalar* __restrict__ out, float bound) {
     let_next_start();

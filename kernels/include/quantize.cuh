@@ -25,6 +25,14 @@ __device__ __forceinline__ RowScale row_scale(unsigned amax_bits, float bound) {
     return {floored, __fdiv_rn(1.0f, floored)};
 }
 
+// The smallest power of two that is not below the scale; what is not finite stays.
+__device__ __forceinline__ RowScale power_of_two(RowScale group) {
+    const unsigned bits = __float_as_uint(group.scale);
+    if (bits >= 0x7f800000u) return group;
+    const float scale = __uint_as_float((bits + 0x7fffffu) & 0xff800000u);
+    return {scale, __fdiv_rn(1.0f, scale)};
+}
+
 __device__ __forceinline__ unsigned int8_code(float scaled) {
     const float nearest = rintf(scaled);
     return static_cast<unsigned>(static_cast<int>(nearest < -128.0f ? -128.0f : nearest > 127.0f ? 127.0f : nearest)) & 0xffu;

@@ -34,6 +34,7 @@ SPECS = [
                           "QUANTIZED": int(group > 0), "STATIC_SCALE": 0, "POWERS_OF_TWO": 0})
         for group in (0, 128)
     ),
+    ("quantize_groups", {"COLUMNS": 14336, "VEC": 4, "POWERS_OF_TWO": 1, "CODES": 1, "QUANTIZED": 1, "STATIC_SCALE": 0}),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
     *(
         (

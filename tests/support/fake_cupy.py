@@ -26,7 +26,7 @@ from phalanx.kernels.quantize import QuantizedRows
 from phalanx.parallel.communicator import Communicator
 from tests.kernels.emulation import EmulatedLibrary
 
-__all__ = ["install_fake_device"]
+__all__ = ["install_fake_cupy", "install_fake_device"]
 
 CODES = {"fp8": E4M3, "int8": np.dtype(np.int8)}
 
@@ -268,14 +268,20 @@ def product(library: Any, x: Any, weight: Any, out: Any, bias: Any = None, scrat
         out[...] = x @ weight.T if bias is None else x @ weight.T + bias
 
 
+def install_fake_cupy(patch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Make ``import cupy`` give what is here; returns it."""
+    cupy = _fake_cupy()
+    for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.runtime": cupy.cuda.runtime}.items():
+        patch.setitem(sys.modules, name, module)
+    return cupy
+
+
 def install_fake_device(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Make ``engine="cuda"`` run here: emulated kernels, NumPy products, ranks joined by their host communicator."""
     from phalanx.runtime.executors.cuda import build as cuda_factory
     from phalanx.runtime.executors.cuda import graphs as cuda_graphs
 
-    cupy = _fake_cupy()
-    for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupy.cuda.runtime": cupy.cuda.runtime}.items():
-        patch.setitem(sys.modules, name, module)
+    install_fake_cupy(patch)
     library = OneAtATime(EmulatedLibrary(cache))
     patch.setattr(cuda_factory, "KernelLibrary", lambda: library)
     patch.setattr(cuda_factory, "open_gemm", FakeGemm)

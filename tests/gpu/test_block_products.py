@@ -1,0 +1,121 @@
+"""Products of fp8 blocks on a GPU: every algorithm of cuBLASLt's that the tuner may choose, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm_tuner import GemmTuner
+from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.packed import block_scales
+from phalanx.kernels.product_sizes import packed_row_bytes, padded_tokens
+from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from tests.kernels.block_case import BlockCase
+from tests.kernels.devices import CudaDevice, has_gpu
+
+cupy = pytest.importorskip("cupy")
+pytest.importorskip("nvmath")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU")]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+WHOLE = [(65, 256, 512), (128, 1024, 640), (1000, 384, 4096), (2048, 512, 2048), (70, 6144, 1024), (257, 128, 14336)]
+CUT = [(130, 1008, 640), (130, 256, 688), (66, 80, 192)]
+"""Rows or columns that are no whole blocks, of which cuBLASLt may take none."""
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def gemm() -> Iterator[Gemm]:
+    gemm = Gemm(KernelLibrary(), CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), GemmTimings(None))
+    yield gemm
+    cupy.cuda.runtime.deviceSynchronize()
+    gemm.close()
+
+
+def put_groups(device: CudaDevice, x: np.ndarray) -> QuantizedGroups:
+    num_tokens, columns = x.shape
+    rows = padded_tokens(num_tokens)
+    codes = device.poisoned((rows, packed_row_bytes(columns, "fp8")), np.uint8)
+    groups = QuantizedGroups(codes, device.poisoned((-(-columns // 128), rows), np.float32))
+    quantize_groups(device.library, device.put(x), groups)
+    return groups
+
+
+def multiplies_blocks(gemm: Gemm) -> bool:
+    """Whether this device and library are what cuBLASLt documents: Hopper, 12.9."""
+    return int(cupy.cuda.Device().compute_capability) == 90 and gemm.cublaslt.version >= 120900
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("shape", [*WHOLE, *CUT], ids=str)
+def test_every_candidate_is_near_the_definition(
+    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], dtype: np.dtype[Any]
+) -> None:
+    """To the rounding of the result and what tensor cores lose in 128 columns, with scales a hundredfold apart."""
+    num_tokens, out_features, in_features = shape
+    case = BlockCase(out_features, in_features)
+    x, weight = case.inputs(num_tokens, BFLOAT16), case.packed(device)
+    if not gemm.takes_groups(num_tokens, weight, dtype.name):
+        assert shape in CUT or not multiplies_blocks(gemm)
+        pytest.skip(f"cuBLASLt {gemm.cublaslt.version} has no algorithm")
+    product, groups = case.product(x), put_groups(device, x)
+    rounding = 1.02 * 2.0**-8 if dtype == BFLOAT16 else 2.0**-23
+    limit = rounding * np.abs(product.expected) + product.sum_error
+    operands = Operands(groups, weight, device.poisoned((len(groups), out_features), dtype))
+    problem = problem_of(operands)
+    candidates = gemm.candidates(problem)
+    assert candidates
+    for candidate in candidates:
+        operands.out.view(np.uint8).fill(0xFF)
+        gemm.run(problem, GemmChoice(candidate), operands)
+        found = device.get(operands.out)
+        error = np.abs(found[:num_tokens].astype(np.float64) - product.expected)
+        assert np.all(error <= limit), (candidate, float((error / limit).max()))
+        assert not found[num_tokens:].any(), "rows that were added"
+
+
+def test_a_bias_is_added_once(gemm: Gemm, device: CudaDevice) -> None:
+    if not multiplies_blocks(gemm):
+        pytest.skip("cuBLASLt multiplies blocks on Hopper, from 12.9 on")
+    case = BlockCase(384, 512)
+    x, bias = case.inputs(68, BFLOAT16), np.random.default_rng(1).standard_normal(384).astype(BFLOAT16)
+    out = device.poisoned((68, 384), BFLOAT16)
+    gemm(put_groups(device, x), case.packed(device), out, device.put(bias))
+    product, added = case.product(x), bias.astype(np.float64)
+    error = np.abs(device.get(out).astype(np.float64) - (product.expected + added))
+    limit = 1.02 * 2.0**-8 * (2 * np.abs(product.expected) + np.abs(added)) + product.sum_error
+    assert np.all(error <= limit), float((error / limit).max())
+
+
+def test_scales_of_blocks_are_read_from_those_of_rows(device: CudaDevice) -> None:
+    case = BlockCase(300, 688)
+    of_rows = device.put(np.repeat(case.blocks, 128, 0)[:300])
+    expected = device.get(case.packed(device).blocks)
+    np.testing.assert_array_equal(device.get(block_scales(of_rows, 688)), expected)
+
+
+def test_the_tuner_times_them_against_products_of_values(gemm: Gemm, device: CudaDevice) -> None:
+    if not multiplies_blocks(gemm):
+        pytest.skip("cuBLASLt multiplies blocks on Hopper, from 12.9 on")
+    weight = BlockCase(4096, 4096).packed(device)
+    timings = GemmTimings(None)
+    tuned = Gemm(device.library, gemm.cublaslt, timings)
+    assert tuned.takes_groups(2048, weight, "bfloat16")
+    found = GemmTuner(tuned, timings).tune(tuned.problems)
+    assert {problem.has_blocks for problem in found} == {True, False}
+    for problem, choice in found.items():
+        assert choice.microseconds > 0
+        print(f"{problem.key}: {choice.microseconds:.1f} us")
+    codes, values = (next(c for p, c in found.items() if p.has_blocks == has_blocks) for has_blocks in (True, False))
+    assert tuned.takes_groups(2048, weight, "bfloat16") == (codes.microseconds <= values.microseconds)

@@ -1,0 +1,152 @@
+"""Products of fp8 blocks through cuBLASLt, but for the library: operands in the layouts that it documents, and which products it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.checkpoints.quantization.numbers import E4M3
+from phalanx.checkpoints.quantization.numbers import quantize_groups as reference
+from phalanx.kernels.cublaslt import GemmProblem
+from phalanx.kernels.gemm import Gemm
+from phalanx.kernels.packed import PackedWeight, block_scales
+from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from phalanx.parallel.errors import ExecutorError
+from tests.support.fake_cublaslt import ALGORITHM, FakeCublasLt
+from tests.support.fake_cupy import install_fake_cupy
+
+from .block_case import BLOCK, BlockCase
+from .devices import DTYPES, EmulatedDevice
+from .fp8_sums import simulated_sum
+from .test_quantize_groups import empty_groups
+
+BFLOAT16 = DTYPES["bfloat16"]
+
+
+class AddressedDevice(EmulatedDevice):
+    """The emulator with arrays that have addresses, as CuPy's."""
+
+    def __init__(self, cache: Path, cupy: Any) -> None:
+        super().__init__(cache)
+        self._cupy = cupy
+
+    def put(self, array: np.ndarray) -> Any:
+        return self._cupy.asarray(array)
+
+    def poisoned(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.put(super().poisoned(shape, dtype))
+
+
+@pytest.fixture
+def addressed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AddressedDevice:
+    cupy = install_fake_cupy(monkeypatch)
+    return AddressedDevice(request.config.cache.mkdir("emulated-kernels"), cupy)
+
+
+def gemm_of(device: AddressedDevice, lt: FakeCublasLt, timings: GemmTimings | None = None) -> Gemm:
+    return Gemm(device.library, lt, timings or GemmTimings(None))  # type: ignore[arg-type]
+
+
+def groups_of(device: AddressedDevice, x: np.ndarray) -> QuantizedGroups:
+    groups = empty_groups(device, *x.shape)
+    quantize_groups(device.library, device.put(x), groups)
+    return groups
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_tokens", "rows", "columns"), [(65, 384, 640), (6, 80, 688), (4, 1024, 128)])
+def test_products_are_the_sum_over_blocks_of_code_products(
+    addressed: AddressedDevice, num_tokens: int, rows: int, columns: int, has_bias: bool
+) -> None:
+    case = BlockCase(rows, columns)
+    x = case.inputs(num_tokens, BFLOAT16)
+    groups, weight = groups_of(addressed, x), case.packed(addressed)
+    bias = np.random.default_rng(1).standard_normal(rows).astype(np.float32)
+    out = addressed.poisoned((len(groups), rows), np.float32)
+    lt = FakeCublasLt()
+    gemm_of(addressed, lt)(groups, weight, out, addressed.put(bias) if has_bias else None)
+    expected = case.product(x).expected + (bias if has_bias else 0)
+    np.testing.assert_allclose(
+        out[:num_tokens], expected, rtol=1e-6, atol=1e-5 * np.abs(expected).max() if has_bias else 0
+    )
+    assert np.all(out[num_tokens:] == (bias if has_bias else 0)), "rows that were added"
+    assert lt.problems == [GemmProblem(len(groups), rows, groups.shape[1], "fp8", "float32", has_blocks=True)]
+
+
+def test_scales_of_blocks_are_read_from_those_of_rows(addressed: AddressedDevice) -> None:
+    case = BlockCase(300, 688)
+    of_rows = np.repeat(case.blocks, 128, 0)[:300]
+    np.testing.assert_array_equal(block_scales(addressed.put(of_rows), 688), case.packed(addressed).blocks)
+
+
+def weight_of(device: AddressedDevice, rows: int = 384, columns: int = 640) -> PackedWeight:
+    return BlockCase(rows, columns).packed(device)
+
+
+def test_inputs_are_codes_for_more_tokens_than_kernels_stream_the_weight_for(addressed: AddressedDevice) -> None:
+    gemm, weight = gemm_of(addressed, FakeCublasLt()), weight_of(addressed)
+    assert not gemm.takes_groups(64, weight, "bfloat16")
+    assert gemm.takes_groups(65, weight, "bfloat16")
+
+
+def test_inputs_are_values_where_cublaslt_has_no_algorithm_for_blocks(addressed: AddressedDevice) -> None:
+    lt = FakeCublasLt(has_blocks=False)
+    gemm, weight = gemm_of(addressed, lt), weight_of(addressed)
+    assert not gemm.takes_groups(128, weight, "bfloat16")
+    lt.has_blocks = True
+    assert not gemm.takes_groups(128, weight, "bfloat16"), "it is asked once"
+    assert not any(problem.has_blocks for problem in gemm.problems), "nothing that a tuner would try"
+
+
+def test_inputs_are_values_where_rows_are_no_multiple_of_what_it_takes(addressed: AddressedDevice) -> None:
+    assert not gemm_of(addressed, FakeCublasLt()).takes_groups(128, weight_of(addressed, rows=200), "bfloat16")
+
+
+@pytest.mark.parametrize(("of_codes", "of_values"), [(20.0, 30.0), (30.0, 20.0), (20.0, 0.0)])
+def test_the_faster_product_is_taken_where_both_were_timed(
+    addressed: AddressedDevice, of_codes: float, of_values: float
+) -> None:
+    timings = GemmTimings(None)
+    blocks = GemmProblem(132, 384, 640, "fp8", "bfloat16", has_blocks=True)
+    values = GemmProblem(130, 384, 640, "bfloat16", "bfloat16", packed="fp8/128")
+    for problem, microseconds in ((blocks, of_codes), (values, of_values)):
+        if microseconds:
+            timings.add({problem: GemmChoice(ALGORITHM, microseconds, microseconds)})
+    gemm = gemm_of(addressed, FakeCublasLt(), timings)
+    assert gemm.takes_groups(130, weight_of(addressed), "bfloat16") == (of_codes < of_values or not of_values)
+    assert {blocks, values} <= set(gemm.problems), "what the tuner times"
+
+
+def test_codes_that_do_not_fit_the_weight_are_refused(addressed: AddressedDevice) -> None:
+    gemm, weight = gemm_of(addressed, FakeCublasLt()), weight_of(addressed)
+    groups = groups_of(addressed, np.ones((8, 512), BFLOAT16))
+    with pytest.raises(ExecutorError, match="codes of x"):
+        gemm(groups, weight, addressed.poisoned((8, 384), BFLOAT16))
+
+
+def test_the_bound_of_products_on_a_gpu_holds_for_tensor_cores_and_for_no_other_layout_of_scales() -> None:
+    """Scales of inputs, or of a square weight, that are read as if they were transposed give other sums."""
+    case = BlockCase(512, 512)
+    x = case.inputs(4, BFLOAT16)
+    product, inputs = case.product(x), reference(x.astype(np.float32), BLOCK)
+
+    def sums(x_scale: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        total = np.zeros((4, 512))
+        for block in range(4):
+            columns = np.s_[block * BLOCK : (block + 1) * BLOCK]
+            codes = (one[:, columns].view(E4M3).astype(np.float64) for one in (inputs.codes, case.codes))
+            total += simulated_sum(*codes) * x_scale[:, block, None] * np.repeat(blocks[:, block], BLOCK)
+        return total
+
+    def excess(found: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(found - product.expected) / product.sum_error)
+
+    right = excess(sums(inputs.scale, case.blocks))
+    assert right.max() < 1
+    assert right.max() > 0.02
+    for wrong in (sums(inputs.scale.T, case.blocks), sums(inputs.scale, case.blocks.T)):
+        assert np.median(excess(wrong)) > 10
