@@ -345,6 +345,7 @@ class Driver:
         self.followers: dict[str, list[str]] = {}
         self.live: list[str] = []
         self.overdue_for = 0
+        self.begun_searches: set[str] = set()
 
     def submit(self, request: Request) -> None:
         try:
@@ -408,7 +409,8 @@ class Driver:
         """The first request in order is part of a plan at least this often, or it waits and no later one starts.
 
         It may wait as long as later ones run: they came before it, or passed it while another computed its prompt, or while its mask
-        was not there, and they keep what they have. As none joins them, it starts when they end.
+        was not there, and they keep what they have. As none joins them, it starts when they end. Beams of a search that has begun are
+        no new requests.
         """
         if not self.live:
             return
@@ -419,8 +421,12 @@ class Driver:
         )
         if first in of_plan or first.request.params.structured_outputs is not None:
             self.overdue_for = 0
-        elif started or not self.scheduler.stats().num_waiting:
+        elif (
+            any(truth.request.request_id not in self.begun_searches for truth in started)
+            or not self.scheduler.stats().num_waiting
+        ):
             self.overdue_for += 1
+        self.begun_searches |= {truth.request.request_id for truth in started if truth.is_search}
         rounds = -(-self.config.max_num_seqs // self.config.max_num_batched_tokens)
         assert self.overdue_for <= rounds + self.depth + 1
 

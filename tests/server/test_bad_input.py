@@ -109,6 +109,10 @@ COMPLETION_FIELDS: list[tuple[str, Any, str | None]] = [
     ("cache_salt", "x" * 257, None),
     ("cache_salt", 1, None),
     ("truncate_prompt_tokens", 0, None),
+    ("truncate_prompt_tokens", -2, None),
+    ("request_id", "x" * 257, None),
+    ("request_id", 5, None),
+    ("return_tokens_as_token_ids", 1, None),
     ("truncate_prompt_tokens", 1.5, None),
 ]
 
@@ -146,7 +150,7 @@ CHAT_FIELDS: list[tuple[str, Any, str | None]] = [
     ("continue_final_message", True, None),
     ("reasoning_effort", "high", None),
     ("web_search_options", {}, None),
-    ("echo", True, None),
+    ("echo", 1, None),
     ("prompt", "hi", None),
 ]
 

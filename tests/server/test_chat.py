@@ -70,6 +70,27 @@ def test_continue_final_message(server: Server) -> None:
     assert text(result).startswith("[user]hi[assistant]yes[user]")
 
 
+def test_echo_begins_the_answer_with_the_turn_that_it_continues(server: Server) -> None:
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]}
+    fields = {"messages": [*HI, turn], "continue_final_message": True, "add_generation_prompt": False, "max_tokens": 6}
+    assert text(chat(server, **fields, echo=True)) == "Hello" + text(chat(server, **fields))
+    deltas = [event["choices"][0]["delta"] for event in server.stream(PATH, {**fields, "echo": True})]
+    assert deltas[:2] == [{"role": "assistant", "content": ""}, {"content": "Hello"}]
+    assert "".join(delta.get("content", "") for delta in deltas) == "Hello" + text(chat(server, **fields))
+    assert text(chat(server, echo=True)) == PROMPT, "the user's turn is not the answer's"
+
+
+def test_a_request_names_its_answer(server: Server) -> None:
+    assert chat(server, request_id="mine")["id"] == "chatcmpl-mine"
+
+
+def test_labels_of_tokens_may_be_their_ids(server: Server) -> None:
+    choice = chat(server, logprobs=True, return_tokens_as_token_ids=True, return_token_ids=True)["choices"][0]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == [
+        f"token_id:{one}" for one in choice["token_ids"]
+    ]
+
+
 def test_several_answers(server: Server) -> None:
     choices = chat(server, n=3)["choices"]
     assert [(choice["index"], choice["message"]["content"]) for choice in choices] == [(i, PROMPT) for i in range(3)]

@@ -71,6 +71,13 @@ def test_the_last_tokens_of_a_prompt_may_be_all_that_is_kept(server: Server) -> 
     assert (refused.status, refused.error["param"]) == (400, "truncate_prompt_tokens")
 
 
+def test_a_prompt_may_be_cut_to_what_the_context_has_room_for(server: Server) -> None:
+    fields = {"prompt": "ab" * 200, "truncate_prompt_tokens": -1, "return_token_ids": True}
+    for max_tokens, kept in ((6, 250), (None, 240)):
+        choice = complete(server, **fields, max_tokens=max_tokens)["choices"][0]
+        assert (len(choice["prompt_token_ids"]), choice["finish_reason"]) == (kept, "length")
+
+
 def test_a_prompt_that_is_cut_may_be_longer_than_the_context_can_hold(server: Server) -> None:
     long = "ab" * 25_000
     refused = server.post(PATH, {"prompt": long, "max_tokens": 2})
@@ -253,6 +260,21 @@ def test_continuous_usage_counts_up(server: Server) -> None:
     options = {"continuous_usage_stats": True}
     events = server.stream(PATH, {"prompt": "ab", "max_tokens": 2, "stream_options": options})
     assert events[-1]["usage"]["completion_tokens"] == 2
+
+
+def test_a_request_names_its_answer(server: Server) -> None:
+    assert complete(server, prompt="ab", max_tokens=1, request_id="mine-7")["id"] == "cmpl-mine-7"
+    events = server.stream(PATH, {"prompt": "ab", "max_tokens": 3, "request_id": "mine-8"})
+    assert {event["id"] for event in events} == {"cmpl-mine-8"}
+
+
+def test_labels_of_tokens_may_be_their_ids(server: Server) -> None:
+    a, b = ids(server, "ab")
+    fields = {"prompt": "ab", "max_tokens": 2, "logprobs": 1, "return_tokens_as_token_ids": True}
+    logprobs = complete(server, **fields)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{a}", f"token_id:{b}"]
+    assert logprobs["top_logprobs"] == [{f"token_id:{a}": -0.5}, {f"token_id:{b}": -0.5}]
+    assert logprobs["text_offset"] == [0, 1]
 
 
 def test_return_token_ids(server: Server) -> None:

@@ -36,7 +36,6 @@ WITHOUT_EFFECT = {
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "request_id",
     "cache_control",
     "inference_geo",
     "prompt_cache_options",

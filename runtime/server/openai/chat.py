@@ -31,9 +31,12 @@ class ChatFormat:
     served: Served
     request: ChatRequest
     tools: ToolUse | None = None
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     readers: dict[int, ToolCallReader] = field(default_factory=dict)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"chatcmpl-{self.request.request_id or uuid.uuid4().hex}"
 
     @property
     def has_plain_chunks(self) -> bool:
@@ -41,8 +44,9 @@ class ChatFormat:
         return not (self.request.logprobs or self.request.return_token_ids or self.tools)
 
     def opening(self, choice: Answer) -> list[dict[str, Any]]:
-        """The role."""
-        return [self._chunk(choice, {"role": "assistant", "content": ""})]
+        """The role, and what is echoed."""
+        first = self._chunk(choice, {"role": "assistant", "content": ""})
+        return [first, self._chunk(choice, {"content": echoed})] if (echoed := self._echoed()) else [first]
 
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
         """One chunk with all of ``events``, then an empty one with the reason for the end."""
@@ -82,7 +86,17 @@ class ChatFormat:
         if self.tools is not None:
             merged = self._merged(self._pieces(choice, text, last=True))
             message |= {"content": merged.get("content", None if "tool_calls" in merged else ""), **merged}
+        if echoed := self._echoed():
+            message["content"] = echoed + (message["content"] or "")
         return message
+
+    def _echoed(self) -> str:
+        """The last message, if the answer is to begin with it: it is the assistant's own."""
+        last = self.request.messages[-1]
+        if not self.request.echo or last.role != "assistant":
+            return ""
+        parts = [{"text": last.content}] if isinstance(last.content, str) else last.content or ()
+        return "".join(part.get("text", "") for part in parts)
 
     def _pieces(self, choice: Answer, text: str, *, last: bool) -> list[CallPiece]:
         reader = self._reader(choice)
@@ -125,8 +139,9 @@ class ChatFormat:
     def _details(self, choice: Answer, events: Sequence[TokenEvent], *, last: bool) -> dict[str, Any]:
         logprobs = None
         if self.request.logprobs and events:
+            labels = None if self.request.return_tokens_as_token_ids else self.served.tokenizer
             logprobs = {
-                "content": [chat_logprob(self.served.tokenizer, e.logprob) for e in events if e.logprob is not None],
+                "content": [chat_logprob(labels, e.logprob) for e in events if e.logprob is not None],
                 "refusal": None,
             }
         details: dict[str, Any] = {

@@ -33,10 +33,13 @@ class CompletionFormat:
     request: CompletionRequest
     prompts: Sequence[Prompt]
     num_candidates: int
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
     echoed: set[int] = field(default_factory=set)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"cmpl-{self.request.request_id or uuid.uuid4().hex}"
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -115,8 +118,9 @@ class CompletionFormat:
     def _logprobs(self, choice: Answer, events: Sequence[TokenEvent], echo: bool) -> dict[str, list[Any]]:
         lists = self.logprobs.get(choice.index)
         if lists is None:
+            labels = None if self.request.return_tokens_as_token_ids else self.tokenizer
             lists = self.logprobs[choice.index] = CompletionLogprobs(
-                self.tokenizer, self._counter(choice), self.request.logprobs or 0
+                labels, self._counter(choice), self.request.logprobs or 0
             )
         if echo:
             known = choice.prompt_logprobs or ()

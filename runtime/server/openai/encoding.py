@@ -37,9 +37,16 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
             any_length=generation.most_prompt_tokens is not None,
         )
         if generation.most_prompt_tokens is not None:
-            token_ids = token_ids[-generation.most_prompt_tokens :]
+            token_ids = token_ids[-_most_prompt_tokens(services, generation) :]
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
+
+
+def _most_prompt_tokens(services: Services, generation: Generation) -> int:
+    """How many tokens of a prompt to keep."""
+    if generation.most_prompt_tokens != -1:
+        return generation.most_prompt_tokens or 0
+    return max(1, services.model.max_model_len - max(1, generation.max_tokens or generation.default_max_tokens or 1))
 
 
 async def render(services: Services, prompt: Conversation) -> str:

@@ -23,7 +23,16 @@ from phalanx.runtime.server.openai.protocol import (
 )
 from phalanx.runtime.server.openai.tools import ToolUse, template_call, tool_use
 
-__all__ = ["ApiGeneration", "Conversation", "Generation", "Prompt", "conversation", "parse_chat", "parse_completion"]
+__all__ = [
+    "ApiGeneration",
+    "Conversation",
+    "Generation",
+    "Prompt",
+    "checked_salt",
+    "conversation",
+    "parse_chat",
+    "parse_completion",
+]
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion; fewer if the context has room for fewer. A chat completion may fill the context."""
@@ -31,6 +40,7 @@ DEFAULT_MAX_TOKENS = 16
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_SALT_CHARACTERS = 256
+MAX_ID_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,8 @@ class Generation:
         add_special_tokens: whether encoding adds them to texts.
         cache_salt: only requests with the same one share what the prefix cache holds.
         priority: lower ones run first, where the server goes by it.
-        most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; None = all.
+        most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; -1 = as many as the context has room for next to
+            ``max_tokens``; None = all.
     """
 
     model: str | None
@@ -102,7 +113,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         ApiError: 400, naming the field.
     """
     request, sampling = decode_generation(body, CompletionRequest)
-    options = _stream_options(request)
+    options = _checked(request)
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         raise invalid(
             "max_tokens=0 without echo or prompt_logprobs asks for nothing; use at least 1, or one of them",
@@ -132,7 +143,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is not False,
         stream=request.stream,
         reply=lambda served: ChunkReply(CompletionFormat(served, request, prompts, num_candidates), options),
-        cache_salt=_cache_salt(request),
+        cache_salt=checked_salt(request.cache_salt),
         priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
     )
@@ -179,7 +190,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         ApiError: 400, naming the field.
     """
     request, sampling = decode_generation(body, ChatRequest)
-    options = _stream_options(request)
+    options = _checked(request)
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
     if request.logprobs:
@@ -203,7 +214,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         add_special_tokens=request.add_special_tokens is True,
         stream=request.stream,
         reply=lambda served: ChunkReply(ChatFormat(served, request, prompt.tools), options),
-        cache_salt=_cache_salt(request),
+        cache_salt=checked_salt(request.cache_salt),
         priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
     )
@@ -267,14 +278,24 @@ def _thoughts(message: ChatMessage) -> str | None:
     return message.reasoning_content or message.reasoning
 
 
-def _cache_salt(request: GenerationRequest) -> str:
-    salt = request.cache_salt or ""
+def checked_salt(given: str | None) -> str:
+    """A request's ``cache_salt``.
+
+    Raises:
+        ApiError: 400: it is too long.
+    """
+    salt = given or ""
     if len(salt) > MAX_SALT_CHARACTERS:
         raise invalid(f"cache_salt has {len(salt)} characters; use at most {MAX_SALT_CHARACTERS}", "cache_salt")
     return salt
 
 
-def _stream_options(request: GenerationRequest) -> StreamOptions:
+def _checked(request: GenerationRequest) -> StreamOptions:
+    """The options of a stream, after checks of what completions and chats share."""
+    if len(request.request_id or "") > MAX_ID_CHARACTERS:
+        raise invalid(f"request_id is longer than {MAX_ID_CHARACTERS} characters; shorten it", "request_id")
+    if request.truncate_prompt_tokens == 0:
+        raise invalid("truncate_prompt_tokens=0 leaves no prompt; use at least 1, or -1", "truncate_prompt_tokens")
     options = request.stream_options or StreamOptions()
     if not request.stream and options != StreamOptions():
         raise invalid("stream_options needs stream=true; leave it out or stream", "stream_options")

@@ -67,6 +67,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    request_id: str | None = None
+    return_tokens_as_token_ids: bool = False
 
     # Other spellings of structured_outputs (see `with_guide`)
     guided_choice: list[str] | None = None
@@ -83,7 +85,6 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    request_id: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
     kv_transfer_params: Any = None
@@ -128,6 +129,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    echo: bool = False
 
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -136,7 +138,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     audio: Any = None
     chat_template: Any = None
     documents: Any = None
-    echo: Any = None
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
@@ -176,7 +177,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "conversation": (),
         "context_management": (),
         "diagnostics": (),
-        "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
         "include": ([], ["reasoning.encrypted_content"]),
@@ -218,7 +218,7 @@ _COUNTS: Mapping[str, Rule] = MappingProxyType(
         "top_logprobs": Whole(0, MAX_LOGPROBS),
         "prompt_logprobs": Whole(0, MAX_LOGPROBS),
         "priority": Whole(-MAX_INT32, MAX_INT32),
-        "truncate_prompt_tokens": Whole(1, MAX_INT32),
+        "truncate_prompt_tokens": Whole(-1, MAX_INT32),
     }
 )
 """Whole numbers of the protocol that are not sampling fields."""

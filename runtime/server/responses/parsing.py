@@ -8,7 +8,7 @@ from typing import Any
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import from_request_error, invalid
-from phalanx.runtime.server.openai.parsing import MAX_MESSAGES, ApiGeneration, Conversation
+from phalanx.runtime.server.openai.parsing import MAX_MESSAGES, ApiGeneration, Conversation, checked_salt
 from phalanx.runtime.server.openai.protocol import convert_item, decode_generation
 from phalanx.runtime.server.openai.tools import (
     FunctionCall,
@@ -65,6 +65,8 @@ def parse_response(body: bytes) -> ApiGeneration:
         add_special_tokens=False,
         stream=request.stream,
         reply=lambda served: ResponseReply(served, request, tools),
+        cache_salt=checked_salt(request.cache_salt),
+        priority=request.priority or 0,
     )
 
 

@@ -136,6 +136,8 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
 
     # Accepted, and without effect on the answer
     prompt_cache_key: Any = None
