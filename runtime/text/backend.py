@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tokenizers
@@ -16,10 +16,12 @@ from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.text.pair_files import PAIR_FILES, BytePairs, pairs_to_backend, read_pairs
 from phalanx.runtime.text.rank_file import is_rank_file, ranks_to_backend, read_ranks
-from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model, to_backend, to_spelt_backend
+from phalanx.runtime.text.sentencepiece_backend import spellings, to_backend, to_encoder
+from phalanx.runtime.text.sentencepiece_encoding import SentencePieceEncoding
+from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
 
-__all__ = ["TOKENIZER_FILE", "has_tokenizer", "library_token_id", "load_backend"]
+__all__ = ["TOKENIZER_FILE", "Backend", "has_tokenizer", "library_token_id", "load_backend"]
 
 TOKENIZER_FILE = "tokenizer.json"
 LIBRARY_FILES = ("tokenizer.model", "ice_text.model", "qwen.tiktoken")
@@ -27,18 +29,35 @@ LIBRARY_FILES = ("tokenizer.model", "ice_text.model", "qwen.tiktoken")
 MAX_TOKENIZER_BYTES = 1 << 30
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A tokenizer of the `tokenizers` library.
+
+    Attributes:
+        tokenizer: tokens, and how they become a text; it can be written as a ``tokenizer.json``.
+        encoder: makes tokens of texts; the same object unless these follow another library.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    encoder: tokenizers.Tokenizer
+
+
 def has_tokenizer(directory: ModelDirectory) -> bool:
     """Whether texts can be read: ``tokenizer.json``, a library's file, or ``vocab.json`` and ``merges.txt`` are there."""
     return any(map(directory.has, (TOKENIZER_FILE, *LIBRARY_FILES))) or all(map(directory.has, PAIR_FILES))
 
 
-def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
+def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> Backend:
     """Load ``tokenizer.json``, or without it a library's file, and apply ``files`` to it.
 
     Raises:
         CheckpointError: it cannot be read, or a token would get another id than the files say.
     """
-    backend = _read(directory) if directory.has(TOKENIZER_FILE) else _convert(directory, files)
+    encoding = None
+    if directory.has(TOKENIZER_FILE):
+        backend = _read(directory)
+    else:
+        backend, encoding = _convert(directory, files)
     of_library = not directory.has(TOKENIZER_FILE) and any(map(directory.has, LIBRARY_FILES))
     adds_defaults = not directory.has(TOKENIZER_FILE) and not of_library
     _add_tokens(backend, files, adds_defaults, is_literal=of_library)
@@ -46,7 +65,7 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers
     _apply_bos_and_eos(backend, files, is_converted=not directory.has(TOKENIZER_FILE))
     if files.flags.get("split_special_tokens"):
         backend.encode_special_tokens = True
-    return backend
+    return Backend(backend, backend if encoding is None else to_encoder(backend, encoding))
 
 
 def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str) -> int | None:
@@ -57,7 +76,7 @@ def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str
     """
     vocabulary = _vocabulary(directory)
     if isinstance(vocabulary, BytePairs):
-        return load_backend(directory, files).token_to_id(text)
+        return load_backend(directory, files).tokenizer.token_to_id(text)
     if isinstance(vocabulary, SentencePieceModel):
         found = next((index for index, piece in enumerate(vocabulary.pieces) if piece.text == text), None)
         if found is not None:
@@ -69,21 +88,25 @@ def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str
     return size + own.index(text) if text in own else None
 
 
-def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """A vocabulary, followed by the tokens that only the code of its class names."""
-    vocabulary, kind = _vocabulary(directory), files.tokenizer_class
+def _convert(
+    directory: ModelDirectory, files: TokenizerFiles
+) -> tuple[tokenizers.Tokenizer, SentencePieceEncoding | None]:
+    """A vocabulary, followed by the tokens that only the code of its class names; and how a SentencePiece model encodes."""
+    vocabulary, kind, encoding = _vocabulary(directory), files.tokenizer_class, None
     if isinstance(vocabulary, BytePairs):
         if not kind.reads_pairs:
             raise CheckpointError(
                 f"{directory.path!s} holds vocab.json and merges.txt, but not how texts are split, which is known for GPT2Tokenizer, "
                 "CodeGenTokenizer and Qwen2Tokenizer alone; add a tokenizer.json"
             )
-        return pairs_to_backend(vocabulary, kind.split, files.flags.get("add_prefix_space", False))
+        return pairs_to_backend(vocabulary, kind.split, files.flags.get("add_prefix_space", False)), None
     if isinstance(vocabulary, SentencePieceModel):
         marks_first = kind.marks_first or files.flags.get("legacy") is False
         if kind.reads_prefix_space and files.flags.get("add_prefix_space") is False:
             vocabulary = replace(vocabulary, dummy_prefix=False)
-        backend = to_spelt_backend(vocabulary) if kind.spells_spaces else to_backend(vocabulary, marks_first)
+        spelt = spellings(vocabulary) if kind.spells_spaces else []
+        backend = to_backend(vocabulary, spelt)
+        encoding = SentencePieceEncoding(vocabulary, spelt, marks_first)
     elif kind.split is None:
         raise CheckpointError(
             f"{directory.path!s} holds tiktoken's ranks, but not how texts are split, which is known for QWenTokenizer and "
@@ -98,7 +121,7 @@ def _convert(directory: ModelDirectory, files: TokenizerFiles) -> tokenizers.Tok
             for text in kind.own_tokens
         ]
     )
-    return backend
+    return backend, encoding
 
 
 def _vocabulary(directory: ModelDirectory) -> SentencePieceModel | dict[bytes, int] | BytePairs:

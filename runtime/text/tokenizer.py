@@ -44,11 +44,14 @@ class Tokenizer:
         chat_template: ChatTemplate | None,
         chat_problem: str | None = None,
         tool_template: ChatTemplate | None = None,
+        encoder: tokenizers.Tokenizer | None = None,
     ) -> None:
+        """``encoder`` makes tokens of texts in place of ``backend``."""
         backend.no_truncation()
         backend.no_padding()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._backend = backend
+        self._encoder = encoder or backend
         self._rules = _decoding_rules(backend)
         self._known_bytes: dict[int, bytes] = {}
         self._known_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
@@ -74,7 +77,7 @@ class Tokenizer:
             return None
         files = read_tokenizer_files(directory)
         backend = load_backend(directory, files)
-        vocabulary = backend.get_vocab(with_added_tokens=True)
+        vocabulary = backend.tokenizer.get_vocab(with_added_tokens=True)
         special_tokens = {
             name: text
             for name, text in files.special_tokens.items()
@@ -83,7 +86,7 @@ class Tokenizer:
         template, problem = _compiled(files.template.text, special_tokens)
         tool_template, tool_problem = _compiled(files.template.tool_text, special_tokens)
         problem = files.template.problem or problem or tool_problem
-        return cls(backend, special_tokens, template, problem, tool_template)
+        return cls(backend.tokenizer, special_tokens, template, problem, tool_template, backend.encoder)
 
     def to_json(self) -> str:
         """The content of a ``tokenizer.json`` that does the same, added tokens included."""
@@ -105,7 +108,7 @@ class Tokenizer:
             raise RequestError(
                 "prompt holds a lone surrogate, which is not valid Unicode; remove it", "prompt"
             ) from None
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return tuple(self._encoder.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the whole text of ``token_ids``. Unknown ids are empty.

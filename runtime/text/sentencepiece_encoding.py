@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts to pieces as the SentencePiece library makes them: normalisation, then unigrams or byte pairs, then bytes of unknown characters.
+
+Source: ``Normalizer::Normalize``, ``unigram::Model::EncodeOptimized``, ``bpe::Model::SampleEncode`` and
+``SentencePieceProcessor::PopulateSentencePieceText`` of the library (0.2).
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+
+from tokenizers import models
+
+from phalanx.runtime.text.sentencepiece_model import MARK, Piece, PieceKind, SentencePieceModel
+
+__all__ = ["SentencePieceEncoding", "merges"]
+
+_PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
+_UNKNOWN_PENALTY = 10.0
+_DEFINED_BONUS = 0.1
+"""Score of each byte but the first of a piece that the user defined."""
+_ABSENT = "\0"
+"""Stands for a character of no piece, of which the place tells the text."""
+
+
+class SentencePieceEncoding:
+    """Cuts a text without special tokens into pieces.
+
+    ``spelt``: texts that are written as pieces before all else. ``marks_first``: the space before a text goes before its first word
+    alone, nor before another space, as in transformers with ``legacy`` false.
+    """
+
+    def __init__(
+        self, model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = (), marks_first: bool = False
+    ) -> None:
+        self._model = model
+        self._spelt = spelt
+        self._marks_first = marks_first
+        self._normaliser = _Normaliser(model)
+        self._segment = _Unigrams(model) if model.is_unigram else _BytePairs(model)
+
+    def pieces(self, text: str, is_first: bool) -> list[str]:
+        """Return the texts of a text's tokens; ``is_first``: nothing goes before it."""
+        for spaces, piece in self._spelt:
+            text = text.replace(spaces, piece)
+        model = self._model
+        text = self._normaliser(text, model.dummy_prefix and not self._marks_first)
+        if model.dummy_prefix and self._marks_first and is_first and text and not text.startswith(MARK):
+            text = MARK + text
+        return list(self._known(self._segment(text)))
+
+    def _known(self, found: Iterator[tuple[str, bool]]) -> Iterator[str]:
+        """Unknown characters as their bytes, or a run of them as one unknown token."""
+        was_known = True
+        for text, is_known in found:
+            if is_known:
+                yield text
+            elif self._model.byte_fallback:
+                yield from (f"<0x{byte:02X}>" for byte in text.encode())
+            elif was_known:
+                yield self._model.pieces[self._model.unk_id].text
+            was_known = is_known
+
+
+class _Normaliser:
+    """Replaces characters, removes and marks spaces; pieces that the user defined stay as they are."""
+
+    def __init__(self, model: SentencePieceModel) -> None:
+        self._removes_spaces = model.remove_spaces
+        self._map = model.character_map
+        defined = _alternatives(model.texts(PieceKind.USER_DEFINED))
+        special = "[^ -~]" if self._map and not self._map.replaces_within(_PRINTABLE) else "(?s:.)"
+        pattern = "|".join([f"({defined})"] * bool(defined) + [special] * bool(self._map))
+        self._suspects = re.compile(pattern) if pattern else None
+
+    def __call__(self, text: str, marks: bool) -> str:
+        """``marks``: a space goes before the text."""
+        if not self._removes_spaces:
+            kept = "".join(part for part, _ in self._parts(text))
+            return (MARK if marks and text else "") + kept.replace(" ", MARK)
+        out, after_space = [], True
+        for part, is_whole in self._parts(text):
+            kept = part if is_whole else re.sub(" +", " ", part)
+            kept = kept.lstrip(" ") if after_space else kept
+            if kept:
+                out.append(kept)
+                after_space = kept.endswith(" ")
+        joined = "".join(out).replace(" ", MARK).rstrip(MARK)
+        return (MARK if marks and joined else "") + joined
+
+    def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """The text with characters replaced, in parts; whether each part is what one match gave."""
+        position = 0
+        while self._suspects and (suspect := self._suspects.search(text, position)):
+            start = suspect.start()
+            for begin in range(max(position, start - 1), start + 1):
+                if begin == start and suspect.lastindex:
+                    match: tuple[int, str] | None = (suspect.end(), suspect[0])
+                else:
+                    match = self._map.match(text, begin) if self._map else None
+                if match is not None:
+                    break
+            yield text[position:begin], False
+            end, replacement = match or (start + 1, text[start])
+            yield replacement, match is not None
+            position = end
+        yield text[position:], False
+
+
+class _BytePairs:
+    """Merges pairs of pieces, the best score first. Pieces that the user defined are cut out before, the longest first."""
+
+    def __init__(self, model: SentencePieceModel) -> None:
+        self._texts = {piece.text for piece in model.pieces if piece.kind in _OF_TEXT}
+        self._defined = re.compile(f"({_alternatives(model.texts(PieceKind.USER_DEFINED)) or '(?!)'})")
+        names = list(dict.fromkeys([_ABSENT, *self._texts, *"".join(self._texts)]))
+        vocabulary = {text: index for index, text in enumerate(names)}
+        self._model = models.BPE(vocabulary, merges(model.pieces, vocabulary), unk_token=_ABSENT, fuse_unk=False)
+
+    def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
+        for index, part in enumerate(self._defined.split(text)):
+            if index % 2:
+                yield part, True
+            elif part:
+                yield from self._merged(part)
+
+    def _merged(self, text: str) -> Iterator[tuple[str, bool]]:
+        data = text.encode()
+        for token in self._model.tokenize(text):
+            start, end = token.offsets
+            found = data[start:end].decode()
+            yield found, found in self._texts
+
+
+_OF_TEXT = (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED)
+
+
+def merges(pieces: Sequence[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of texts that makes a piece, best score of the result first."""
+    found = []
+    for piece in pieces:
+        if piece.kind not in _OF_TEXT:
+            continue
+        for cut in range(1, len(piece.text)):
+            left, right = piece.text[:cut], piece.text[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+class _Unigrams:
+    """Finds the pieces with the best sum of scores (Viterbi), in float32 as the library."""
+
+    def __init__(self, model: SentencePieceModel) -> None:
+        scores = [piece.score for piece in model.pieces if piece.kind == PieceKind.NORMAL] or [0.0]
+        self._unknown = min(scores) - _UNKNOWN_PENALTY
+        self._scores: dict[str, float] = {}
+        for piece in model.pieces:
+            if piece.kind == PieceKind.NORMAL:
+                self._scores[piece.text] = piece.score
+            elif piece.kind == PieceKind.USER_DEFINED:  # nearly always chosen, and the longer of two
+                self._scores[piece.text] = _float32(_DEFINED_BONUS * (len(piece.text.encode()) - 1))
+        self._beginnings = {text[:end] for text in self._scores for end in range(1, len(text) + 1)}
+
+    def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
+        best, starts, sums = array("f", bytes(4 * (len(text) + 1))), [-1] * (len(text) + 1), array("f", [0.0])
+        for start in range(len(text)):
+            for end, score in self._candidates(text, start):
+                sums[0] = best[start] + score
+                if starts[end] < 0 or sums[0] > best[end]:
+                    best[end], starts[end] = sums[0], start
+        yield from reversed(list(self._backwards(text, starts)))
+
+    def _candidates(self, text: str, start: int) -> Iterator[tuple[int, float]]:
+        """End and score of each piece at ``start``; an unknown character where none is one character long."""
+        end = start + 1
+        while end <= len(text) and text[start:end] in self._beginnings:
+            if (score := self._scores.get(text[start:end])) is not None:
+                yield end, score
+            end += 1
+        if text[start] not in self._scores:
+            yield start + 1, self._unknown
+
+    def _backwards(self, text: str, starts: Sequence[int]) -> Iterator[tuple[str, bool]]:
+        end = len(text)
+        while end:
+            piece = text[starts[end] : end]
+            yield piece, piece in self._scores
+            end = starts[end]
+
+
+def _float32(value: float) -> float:
+    return array("f", [value])[0]
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """Pattern of any of ``texts``, the longest that fits."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
