@@ -18,7 +18,7 @@ from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors.cuda import build as cuda_factory
 from phalanx.runtime.executors.cuda import executor as cuda_executor
-from phalanx.runtime.executors.cuda.graphs import StepKey
+from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS, GraphCache, StepKey
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.llm import LLM
@@ -37,6 +37,7 @@ CASES = [
     CheckpointCase("gpt2-heads-of-8", {**GPT2.config, "n_head": 6}),
     CASES_BY_NAME["gemma-one-kv-head"],
 ]
+GREEDY, FILTERED = {"temperature": 0.0}, {"top_p": 0.9, "top_k": 5, "seed": 1}
 FIVE_HEADS = CheckpointCase("gpt2-five-heads", {**GPT2.config, "n_head": 5, "n_embd": 40, "n_inner": 64})
 """As GPT-2 XL, whose 25 heads no even number of ranks divides."""
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -224,6 +225,42 @@ def test_pipeline_measures_its_steps_and_chooses_micro_batches(tp: int, pp: int,
     assert (times.num_stages, times.rows) == (2, (1, 2, 4))
     assert all(seconds > 0 for seconds in times.stage_seconds + times.latency_seconds)
     assert number == num_microbatches(np.array([7]), 3, times)[0]
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_start_captures_every_decoding_step_with_filters_and_without(
+    pp: int, tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request with ``top_p`` meets no step that runs without a graph once its prompt is computed."""
+    captured, run = defaultdict[int, set[StepKey]](set), defaultdict[int, list[StepKey]](list)
+    original = GraphCache.run
+
+    def recorded(self: GraphCache[Any], key: StepKey, program: Any, **options: Any) -> Any:
+        run[id(self)].append(key)
+        return original(self, key, program, **options)
+
+    monkeypatch.setattr(GraphCache, "run", recorded)
+    monkeypatch.setattr(GraphCache, "_capture", lambda self, key, *_: captured[id(self)].add(key))
+    directory = write_checkpoint(CASES[0], tmp_path)
+
+    def rank(comm: Communicator) -> tuple[set[StepKey], set[StepKey]]:
+        with LLM(
+            directory, pipeline_parallel_size=pp, comm=comm, engine="cuda", max_num_seqs=5, max_num_batched_tokens=8, num_kv_blocks=20,
+        ) as llm:  # fmt: skip
+            cache = id(llm._replica.executor._graphs)
+            at_start = set(captured[cache])
+            del run[cache][:]
+            greedy, filtered = (SamplingParams(max_tokens=6, ignore_eos=True, **one) for one in (GREEDY, FILTERED))
+            llm.generate([(5, 6)] * 5, [filtered, filtered, greedy, greedy, greedy])
+            return at_start, {key for key in run[cache] if not key.has_prefill}
+
+    *others, (at_start, decoding) = run_ranks(pp, rank)
+    sizes = {StepKey(size, size, False, filters) for size in DECODE_ROWS.sizes(5) for filters in (False, True)}
+    assert sizes == {key for key in at_start if not key.has_prefill}
+    assert any(key.filters for key in decoding)
+    assert decoding <= at_start
+    for at_start, _ in others:
+        assert not any(key.filters for key in at_start), "stages without logits run both as one graph"
 
 
 def test_stage_times_hold_no_waiting_for_other_stages(

@@ -52,7 +52,7 @@ def test_all_pairs_of_sizes_with_prompts_have_graphs_at_once() -> None:
         for rows in PREFILL_ROWS.sizes(2048)
         for count in range(1, min(1024, rows) + 1)
     }
-    assert len(pairs) + len(PREFILL_ROWS.sizes(2048)) + len(DECODE_ROWS.sizes(1024)) < MOST_GRAPHS
+    assert len(pairs) + len(PREFILL_ROWS.sizes(2048)) + 2 * len(DECODE_ROWS.sizes(1024)) < MOST_GRAPHS
 
 
 @pytest.mark.parametrize("most", [1, 5, 100, 300, 1000, 1024])
@@ -168,6 +168,21 @@ def test_a_step_shape_runs_eagerly_twice_is_captured_after_the_second_and_replay
     assert cache.num_captured == 1
     cache.run(StepKey(8, 8, has_prefill=True), program)
     assert len(runs) == 4
+
+
+def test_a_step_whose_sizes_are_tuned_is_captured_after_its_first_run(fake_cupy: None) -> None:
+    stream, runs = CapturingStream(), []
+    cache: GraphCache[int] = GraphCache(stream)
+
+    def program(key: StepKey) -> int:
+        runs.append(key)
+        return len(runs)
+
+    key = StepKey(8, 8, has_prefill=False, filters=True)
+    assert cache.run(key, program, is_tuned=True) == 1
+    assert (len(runs), cache.num_captured) == (2, 1)
+    assert cache.run(key, program) == 2
+    assert [graph.launches for graph in stream.graphs] == [1]
 
 
 class PassedEvent:

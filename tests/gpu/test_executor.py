@@ -130,12 +130,19 @@ def test_replayed_graphs_and_eager_steps_give_the_same_tokens(
     from phalanx.runtime.executors.cuda.graphs import GraphCache
 
     directory = checkpoint("llama", dtype, tmp_path)
-    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=2)
-    captured = generate(directory, prompts(101) * 2, params)
+    requests = prompts(101) * 2
+    scored = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=2)
+    filtered = SamplingParams(max_tokens=30, temperature=0.9, seed=3, top_k=20, top_p=0.9, ignore_eos=True)
+    kinds: list[Any] = [
+        scored,
+        filtered,
+        [*[filtered] * (len(requests) - 1), dataclasses.replace(filtered, temperature=0.0)],
+    ]
+    captured = [generate(directory, requests, params) for params in kinds]
     monkeypatch.setattr(GraphCache, "_capture", lambda *_: False)
-    eager = generate(directory, prompts(101) * 2, params)
-    assert tokens(captured) == tokens(eager)
-    assert [output.logprobs for output in captured] == [output.logprobs for output in eager]
+    eager = [generate(directory, requests, params) for params in kinds]
+    assert [tokens(outputs) for outputs in captured] == [tokens(outputs) for outputs in eager]
+    assert [output.logprobs for output in captured[0]] == [output.logprobs for output in eager[0]]
 
 
 def test_prompts_in_chunks_give_the_same_tokens_as_whole(tmp_path: Path) -> None:

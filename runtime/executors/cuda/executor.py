@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ class CudaExecutor:
     def warm_up(self, comm: Communicator) -> None:
         """Run and capture steps without sequences, so that serving neither compiles nor tunes much; time a pipeline's.
 
+        Decoding steps of every size are captured without filters and with them.
+
         *Collective over ``comm``, the replica.*
         """
         limits = self._limits
@@ -192,6 +194,8 @@ class CudaExecutor:
             for key in sorted(keys, key=lambda key: key.num_rows, reverse=True):
                 for _ in range(2):
                     self._run(key)
+                if not key.has_prefill:
+                    self._run(replace(key, filters=True), is_tuned=True)
             self._stream.synchronize()
         if self.topology.layout.pp > 1:
             self.step_times = measure_step_times(self, most, comm)
@@ -294,9 +298,9 @@ class CudaExecutor:
         some = slice(rows.start, rows.stop)
         show_scored(reader, plan, self._state, some, span.start, wide[:, : span.stop - span.start])
 
-    def _run(self, key: StepKey) -> None:
+    def _run(self, key: StepKey, *, is_tuned: bool = False) -> None:
         self._receive_hidden(key)
-        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run))
+        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run, is_tuned=is_tuned))
 
     def _of_stage(self, key: StepKey) -> StepKey:
         """Stages without logits run steps that differ in nothing else as one graph."""

@@ -8,6 +8,10 @@ collective.
 A step that decodes has one row that samples for each of its rows; in one with prompts the two numbers vary apart. Their buckets are
 coarser, so that traffic meets few pairs: a pair's first two steps run without a graph, launch by launch, in three times the time of
 a step or more, and every stream waits for them.
+
+Rows with top-k, top-p or min-p need whole rows of logits where the others need eight bytes of each slice, which costs every row of a
+step, and over ranks an all-gather of the vocabulary: so filters are part of the key, and no neutral values in every graph. Most
+requests have them all the same (``generation_config.json`` sets them), so a start captures decoding steps both ways.
 """
 
 from __future__ import annotations
@@ -112,12 +116,16 @@ class GraphCache(Generic[Outputs]):
         """How many graphs there are."""
         return sum(entry.graph is not None for entry in self._entries.values())
 
-    def run(self, key: StepKey, program: Callable[[StepKey], Outputs]) -> Outputs:
-        """Enqueue the step. Enqueues on the stream; does not wait. *Collective, like the program.*"""
+    def run(self, key: StepKey, program: Callable[[StepKey], Outputs], *, is_tuned: bool = False) -> Outputs:
+        """Enqueue the step. Enqueues on the stream; does not wait. *Collective, like the program.*
+
+        ``is_tuned``: steps of this size have run, and this key differs from theirs in how it samples only: its first run is enough.
+        """
         entry = self._entries.get(key)
         if entry is None:
-            self._entries[key] = _Entry()
-            return program(key)
+            entry = self._entries[key] = _Entry()
+            if not is_tuned:
+                return program(key)
         if entry.graph is None:
             returned = program(key)
             self._capture(key, entry, program)
