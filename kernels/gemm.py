@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, require
+from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
 from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gated_gemv, gemv, gemv_takes
@@ -16,15 +17,21 @@ from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
     MAX_PACKED_TOKENS,
     PackedWeight,
-    block_scale_shape,
     fits_block,
     gemv_packed,
     layout_suits_gemv,
     unpack_weight,
 )
-from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, padded_tokens, unpacked_bytes
+from phalanx.kernels.product_sizes import (
+    BLOCK,
+    SUM_BYTES,
+    block_scale_shape,
+    packed_row_bytes,
+    padded_tokens,
+    unpacked_bytes,
+)
 from phalanx.kernels.quantize import QuantizedRows, require_codes
-from phalanx.kernels.quantize_groups import GROUP, QuantizedGroups
+from phalanx.kernels.quantize_groups import QuantizedGroups
 from phalanx.kernels.rows import add_bias
 from phalanx.kernels.scale_sums import scale_sums
 from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
@@ -109,7 +116,7 @@ def _block_problem(operands: Operands) -> GemmProblem:
     assert weight.blocks is not None, "codes of groups need a weight with scales of blocks"
     (rows, columns), num_tokens = weight.shape, len(x)
     require("codes of x", x.codes, (num_tokens, packed_row_bytes(columns, "fp8")), "uint8")
-    require("scale of x", x.scale, (ceil_div(columns, GROUP), num_tokens), "float32")
+    require("scale of x", x.scale, (ceil_div(columns, BLOCK), num_tokens), "float32")
     require("codes of weight", weight.codes, (rows, x.codes.shape[1]), "uint8")
     require("blocks", weight.blocks, block_scale_shape(rows, columns), "float32")
     require("out", out, (num_tokens, rows), out)
@@ -130,6 +137,7 @@ class Gemm:
         self._library = library
         self._choices: dict[GemmProblem, GemmChoice] = {}
         self._refused: set[GemmProblem] = set()
+        self._multiplies_blocks: bool | None = None
 
     def __call__(
         self,
@@ -157,10 +165,15 @@ class Gemm:
     def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str) -> bool:
         """Whether the inputs ``[T, I]`` of a product of fp8 blocks are better given as `QuantizedGroups` than as their values in ``dtype``.
 
-        cuBLASLt multiplies blocks on Hopper, from 12.9 on, and some shapes only. Where both products were timed, the faster one is taken.
+        cuBLASLt multiplies blocks on Hopper, from 12.9 on, and not in every shape. Where both products were timed, the faster one is taken.
+        Waits for the device the first time, for `multiplies_blocks`.
         """
         rows, columns = weight.shape
         if weight.blocks is None or num_tokens <= MAX_PACKED_TOKENS or rows % _CODE_ALIGNMENT:
+            return False
+        if self._multiplies_blocks is None:
+            self._multiplies_blocks = multiplies_blocks(self.cublaslt)
+        if not self._multiplies_blocks:
             return False
         row_bytes = packed_row_bytes(columns, weight.kind)
         blocks = GemmProblem(padded_tokens(num_tokens), rows, row_bytes, "fp8", dtype, has_blocks=True)

@@ -18,10 +18,10 @@ import numpy as np
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm, Operands, open_gemm
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.packed import PackedWeight, block_scale_shape, parse_layout
-from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
+from phalanx.kernels.packed import PackedWeight, parse_layout
+from phalanx.kernels.product_sizes import BLOCK, SUM_BYTES, block_scale_shape, packed_row_bytes, unpacked_bytes
 from phalanx.kernels.quantize import CodeKind, QuantizedRows
-from phalanx.kernels.quantize_groups import GROUP, QuantizedGroups
+from phalanx.kernels.quantize_groups import QuantizedGroups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 
 __all__ = ["GemmTuner", "TimedOperands", "open_tuner"]
@@ -139,9 +139,9 @@ class GemmTuner:
     def _blocks(self, problem: GemmProblem) -> PackedWeight:
         rows, columns = problem.out_features, problem.in_features
         codes = self._random((rows, columns), _CODE_DTYPES["fp8"])
-        scale = self._cupy.full((-(-columns // GROUP), rows), 1e-2, np.float32)
+        scale = self._cupy.full((-(-columns // BLOCK), rows), 1e-2, np.float32)
         blocks = self._cupy.full(block_scale_shape(rows, columns), 1e-2, np.float32)
-        return PackedWeight(codes, scale, None, "fp8", columns, GROUP, blocks)
+        return PackedWeight(codes, scale, None, "fp8", columns, BLOCK, blocks)
 
     def _rows(self, problem: GemmProblem) -> Any:
         return self._operand(problem, problem.out_features)
@@ -150,7 +150,7 @@ class GemmTuner:
         if not problem.has_blocks:
             return self._operand(problem, problem.num_tokens)
         t, i = problem.num_tokens, problem.in_features
-        scale = self._cupy.full((-(-i // GROUP), t), 1e-2, np.float32)
+        scale = self._cupy.full((-(-i // BLOCK), t), 1e-2, np.float32)
         return QuantizedGroups(self._random((t, i), _CODE_DTYPES["fp8"]), scale)
 
     def _operand(self, problem: GemmProblem, rows: int) -> Any:

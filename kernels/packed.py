@@ -2,7 +2,7 @@
 """Packed weights: codes of 4 or 8 bits with scales of groups, multiplied by inputs of 16 bits. Everything enqueues and does not wait.
 
 Few tokens stream the codes (`gemv_packed`). For many, a weight is first unpacked to plain values in a scratch region, which a
-product of plain values then reads: docs/quantisation.md says what that costs.
+product of plain values then reads, or, of fp8 blocks, cuBLASLt multiplies the codes as they are: docs/quantisation.md says what that costs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library
-from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
-from phalanx.kernels.quantize_groups import GROUP
+from phalanx.kernels.product_sizes import BLOCK, block_scale_shape, codes_per_chunk, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "MAX_PACKED_TOKENS",
     "PackedKind",
     "PackedWeight",
-    "block_scale_shape",
     "block_scales",
     "fits_block",
     "gemv_packed",
@@ -40,7 +38,6 @@ _CODES: dict[PackedKind, int] = {"int4": 4, "int8": 8, "fp8": 1}
 _LANE_BYTES = 16
 _PIECE = 8
 _SMALLEST_GROUP = 32
-_BLOCK_ALIGNMENT = 4
 _NUM_THREADS = 128
 _ROWS_PER_TILE = 16
 _TOKENS_PER_TILE = 8
@@ -121,18 +118,13 @@ def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), arguments)
 
 
-def block_scale_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Shape of `PackedWeight.blocks` of a weight ``[O, I]``."""
-    return ceil_div(rows, GROUP), ceil_div(ceil_div(columns, GROUP), _BLOCK_ALIGNMENT) * _BLOCK_ALIGNMENT
-
-
 def block_scales(scale: Array, columns: int) -> Array:
     """`PackedWeight.blocks` of scales ``[O, ceil(I / 128)]`` float32 that are the same for each 128 rows."""
     import cupy
 
     rows, groups = scale.shape
     blocks = cupy.zeros(block_scale_shape(rows, columns), np.float32)
-    blocks[:, :groups] = scale[::GROUP]
+    blocks[:, :groups] = scale[::BLOCK]
     result: Array = blocks
     return result
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SUM_BYTES", "codes_per_chunk", "packed_row_bytes", "padded_tokens", "unpacked_bytes"]
+__all__ = [
+    "BLOCK",
+    "SUM_BYTES",
+    "block_scale_shape",
+    "codes_per_chunk",
+    "packed_row_bytes",
+    "padded_tokens",
+    "unpacked_bytes",
+]
 
 SUM_BYTES = 32 << 20
 """Room for the int32 sums of an int8 product, made slab by slab: what stays in the second-level cache until it is scaled."""
 
 
+BLOCK = 128
+"""Columns of inputs, and rows and columns of weights, that share a scale where cuBLASLt multiplies fp8 blocks."""
+
 _CHUNK_BYTES = 64
 _TOKEN_ALIGNMENT = 4
+_SCALE_ALIGNMENT = 4
 
 
 def codes_per_chunk(kind: str) -> int:
@@ -33,3 +45,9 @@ def unpacked_bytes(shape: tuple[int, ...], itemsize: int) -> int:
 def padded_tokens(num_tokens: int) -> int:
     """Rows of a product of fp8 blocks, of which cuBLASLt takes multiples of 4."""
     return -(-num_tokens // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
+
+
+def block_scale_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of blocks of a weight ``[O, I]`` as cuBLASLt takes them: those of a row of blocks padded to a multiple of 4."""
+    groups = -(-columns // BLOCK)
+    return -(-rows // BLOCK), -(-groups // _SCALE_ALIGNMENT) * _SCALE_ALIGNMENT

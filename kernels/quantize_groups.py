@@ -9,13 +9,11 @@ import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
 from phalanx.kernels.library import Library
-from phalanx.kernels.product_sizes import packed_row_bytes, padded_tokens
+from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes, padded_tokens
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["GROUP", "QuantizedGroups", "quantize_groups"]
+__all__ = ["QuantizedGroups", "quantize_groups"]
 
-GROUP = 128
-"""Columns of inputs, and rows and columns of weights, that share a scale where cuBLASLt multiplies blocks."""
 _TOKENS, _EACH = 8, 4
 _WIDEST_LOAD = 4
 
@@ -54,7 +52,7 @@ def quantize_groups(library: Library, x: Array, out: QuantizedGroups, powers_of_
     if len(out) != padded_tokens(num_tokens):
         raise ExecutorError(f"codes of {num_tokens} tokens need {padded_tokens(num_tokens)} rows; there are {len(out)}")
     require("codes", out.codes, (len(out), packed_row_bytes(columns, "fp8")), "uint8")
-    require("scale", out.scale, (ceil_div(columns, GROUP), len(out)), "float32")
+    require("scale", out.scale, (ceil_div(columns, BLOCK), len(out)), "float32")
     kernel = library.function(
         "quantize_groups", "quantize_groups", SCALAR=scalar_name(x), COLUMNS=columns,
         VEC=next(width for width in (_WIDEST_LOAD, 2, 1) if columns % width == 0), POWERS_OF_TWO=int(powers_of_two), CODES=1, QUANTIZED=1,

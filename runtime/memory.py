@@ -13,11 +13,11 @@ from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes
+from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes, whole_blocks
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
-from phalanx.kernels.product_sizes import SUM_BYTES, packed_row_bytes, unpacked_bytes
+from phalanx.kernels.product_sizes import SUM_BYTES, block_scale_shape, packed_row_bytes, padded_tokens, unpacked_bytes
 from phalanx.parallel.sharding import local_kv_heads
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.attention import AttentionSpec
@@ -164,14 +164,18 @@ def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, i
     result = dict.fromkeys(WEIGHT_PARTS, 0)
     for group in distinct(components):
         spec = group[0]
-        result[_weight_part(spec.owner)] += _component_bytes(spec.local_shape(tp_rank, tp_size), spec.dtype, itemsize)
+        result[_weight_part(spec.owner)] += _component_bytes(spec, tp_rank, tp_size, itemsize)
     return result
 
 
-def _component_bytes(shape: tuple[int, ...], dtype: str | None, itemsize: int) -> int:
-    if dtype is not None and dtype.startswith(PACKED):
-        return shape[0] * packed_row_bytes(shape[1], dtype.removeprefix(PACKED))
-    return math.prod(shape) * (itemsize if dtype is None else ITEM_SIZES[dtype])
+def _component_bytes(spec: WeightSpec, rank: int, size: int, itemsize: int) -> int:
+    shape, dtype = spec.local_shape(rank, size), spec.dtype
+    if dtype is None or not dtype.startswith(PACKED):
+        return math.prod(shape) * (itemsize if dtype is None else ITEM_SIZES[dtype])
+    kind, _, blocks = dtype.removeprefix(PACKED).partition(" ")
+    has_blocks = blocks and whole_blocks(spec.parts, rank, size)
+    scales = math.prod(block_scale_shape(*shape)) * DTYPE_BYTES["float32"] if has_blocks else 0
+    return shape[0] * packed_row_bytes(shape[1], kind) + scales
 
 
 def kv_block_bytes(specs: Iterable[AttentionSpec], tp_rank: int, tp_size: int, block_size: int, itemsize: int) -> int:
@@ -214,7 +218,10 @@ def workspace_bytes(
         rounded = [weight.spec for weight in weights if _rounds_inputs(weight.format)]
         num_rows = max_num_tokens + logit_rows
         inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, mixtures, num_rows, itemsize, *tp)
-        return activations + inputs + _product_bytes(weights, itemsize, *tp)
+        blocks = [
+            weight.spec for weight in weights if isinstance(weight.format, PackedCodes) and weight.format.has_blocks
+        ]
+        return activations + inputs + _added_bytes(blocks, itemsize, *tp) + _product_bytes(weights, itemsize, *tp)
 
     return max(map(of_layer, layers))
 
@@ -278,6 +285,16 @@ def _rounded_bytes(
     """Room for inputs of ``specs`` that are rounded before the product, all alive at once."""
     widths = [_row_widths(spec, experts, rank, size)[1] for spec in specs]
     return sum(num_rows * width * itemsize + ALIGNMENT_BYTES for width in widths)
+
+
+def _added_bytes(specs: Iterable[WeightSpec], itemsize: int, rank: int, size: int) -> int:
+    """What products of fp8 blocks take beyond those of values: rows up to a multiple of 4, whole chunks of codes, scales.
+
+    Codes themselves take the place of rounded inputs, which are twice as large. Counted twice, for rows of the step and those that need logits.
+    """
+    shapes = [spec.local_shape(rank, size) for spec in specs]
+    rows = padded_tokens(1) - 1
+    return sum(2 * (rows * (out + inner) * itemsize + 4 * ALIGNMENT_BYTES) for out, inner in shapes)
 
 
 def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int, size: int) -> int:

@@ -146,7 +146,7 @@ class GroupCodes:
         scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
         result = [
             WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype, dummy=_DUMMY_CODES[self.kind]),
-            WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32", dummy=_DUMMY_SCALES[self.kind]),
+            WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32", dummy=self._dummy_scales),
         ]
         if stored.zero:
             zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
@@ -157,6 +157,12 @@ class GroupCodes:
         if stored.prescale:
             result.append(prescale_component(spec, stored.prescale))
         return tuple(result)
+
+    @property
+    def _dummy_scales(self) -> DummyRange:
+        """Dummy weights are made as decoded values, row by row: where rows are to share a scale, all have the same."""
+        low, high = _DUMMY_SCALES[self.kind]
+        return DummyRange(low, high) if self.stored.block_rows == 1 else DummyRange(high, high)
 
     def with_prescale(self, suffix: str) -> GroupCodes:
         """The same for inputs that are multiplied by stored factors first."""

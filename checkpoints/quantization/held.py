@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,11 @@ __all__ = [
     "packed",
     "quantized_while_loading",
     "unpacked_by_experts",
+    "whole_blocks",
 ]
+
+BLOCK = 128
+"""Rows and columns that share a scale where codes of weights meet codes of inputs."""
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
@@ -55,7 +59,8 @@ class _Held:
 class PackedCodes(_Held):
     """A format whose products take inputs of the compute type, as a GPU holds it: codes of 4 or 8 bits in the order of its kernels.
 
-    Inputs are as they are, or made what the scheme says of them first (`rounds_inputs`).
+    Inputs are as they are, or made what the scheme says of them first (`rounds_inputs`). Some products of fp8 blocks take codes of
+    inputs instead (`has_blocks`).
 
     Attributes:
         stored: the format that the checkpoint declares; values are its own.
@@ -82,6 +87,13 @@ class PackedCodes(_Held):
         return isinstance(self.stored, GroupCodes) and self.stored.has_power_of_two_inputs
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether scales are those of 128 x 128 weights and of 128 columns of inputs: such fp8 codes can be multiplied as they are."""
+        stored = self.stored
+        sizes = (stored.stored.block_rows, stored.group, stored.cut) if isinstance(stored, GroupCodes) else ()
+        return sizes == (BLOCK,) * 3 and self.input_group == BLOCK and self.kind == "fp8" and not stored.prescale
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs are multiplied by factors, or rounded to codes, before the product."""
         return bool(self.input_group or self.stored.prescale)
@@ -91,9 +103,9 @@ class PackedCodes(_Held):
         return self.stored.units(part)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """As stored, but for the size of the codes, which ``packed int4`` and the like name."""
+        """As stored, but for the size of the codes, which ``packed int4``, ``packed fp8 blocks`` and the like name."""
         codes, *rest = self.stored.components(spec)
-        return (replace(codes, dtype=f"packed {self.kind}"), *rest)
+        return (replace(codes, dtype=f"packed {self.kind}{' blocks' if self.has_blocks else ''}"), *rest)
 
     def dequantize(self, components: Mapping[str, Array]) -> Array:
         """As stored."""
@@ -159,6 +171,17 @@ def packed(chosen: Format) -> PackedCodes | None:
     if isinstance(chosen, GroupCodes):
         return None if chosen.stored.group_index else PackedCodes(chosen)  # kernels take groups of consecutive columns
     return PackedCodes(chosen) if isinstance(chosen, RowCodes) and chosen.input == "plain" else None
+
+
+def whole_blocks(parts: Sequence[Part], rank: int, size: int) -> bool:
+    """Whether each of ``parts`` that a rank holds begins with a block of 128 rows, in the file and in the rank's matrix."""
+    row = 0
+    for part in parts:
+        span = part.span(0, rank, size)
+        if row % BLOCK or (part.first_row + span.start) % BLOCK:
+            return False
+        row += span.size
+    return True
 
 
 def is_ordered(chosen: Format) -> bool:

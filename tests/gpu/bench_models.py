@@ -98,12 +98,13 @@ CASES = (
     | {f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
     | {f"{name}-int8": replace(case, quantize="int8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
     | {
-        f"{name}-w4a16": replace(case, model=f"{case.model}-w4a16", kv_cache_dtype="fp8")
+        f"{name}-{form}": replace(case, model=f"{case.model}-{form}", kv_cache_dtype="fp8")
+        for form in ("w4a16", "blocks")
         for name, case in DENSE_CASES.items()
-        if (MODELS / f"{case.model}-w4a16").is_dir()
+        if (MODELS / f"{case.model}-{form}").is_dir()
     }
 )
-"""Every case as it is; but for experts with fp8 or int8 weights and activations, or with 4-bit weights, and with an fp8 cache."""
+"""Every case as it is; but for experts with fp8 or int8 weights and activations, with fp8 blocks, or with 4-bit weights, and with an fp8 cache."""
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:

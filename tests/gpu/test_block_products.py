@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.block_probe import multiplies_blocks as shows_blocks
+from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.library import KernelLibrary
@@ -19,6 +21,7 @@ from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from tests.kernels.block_case import BlockCase
 from tests.kernels.devices import CudaDevice, has_gpu
+from tests.quantization import test_block_products as model
 
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("nvmath")
@@ -55,6 +58,10 @@ def put_groups(device: CudaDevice, x: np.ndarray) -> QuantizedGroups:
 def multiplies_blocks(gemm: Gemm) -> bool:
     """Whether this device and library are what cuBLASLt documents: Hopper, 12.9."""
     return int(cupy.cuda.Device().compute_capability) == 90 and gemm.cublaslt.version >= 120900
+
+
+def test_the_first_product_shows_whether_there_are_others(gemm: Gemm) -> None:
+    assert shows_blocks(gemm.cublaslt) == multiplies_blocks(gemm)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)], ids=str)
@@ -119,3 +126,27 @@ def test_the_tuner_times_them_against_products_of_values(gemm: Gemm, device: Cud
         print(f"{problem.key}: {choice.microseconds:.1f} us")
     codes, values = (next(c for p, c in found.items() if p.has_blocks == has_blocks) for has_blocks in (True, False))
     assert tuned.takes_groups(2048, weight, "bfloat16") == (codes.microseconds <= values.microseconds)
+
+
+@pytest.mark.parametrize("powers", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_follows_the_numpy_engine(
+    dtype: str, powers: bool, gemm: Gemm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 70 tokens at once; a last bit moves an input to the next code, and that all later ones."""
+    computed: list[GemmProblem] = []
+    run = CublasLt.run
+
+    def recorded(self: CublasLt, problem: GemmProblem, *arguments: Any) -> None:
+        computed.append(problem)
+        run(self, problem, *arguments)
+
+    monkeypatch.setattr(CublasLt, "run", recorded)
+    quantised, twin = model.written(tmp_path, model.WIDE, powers)
+    expected, plain = model.generate(quantised), model.generate(twin)
+    output = model.generate(quantised, 1, "cuda", dtype)
+    assert np.isfinite(output).all()
+    assert np.abs(output - expected).mean() < 2 * np.abs(plain - expected).mean()
+    of_blocks = {(one.out_features, one.in_features) for one in computed if one.has_blocks and one.num_tokens == 72}
+    if multiplies_blocks(gemm):
+        assert of_blocks == {(1024, 256), (256, 512), (768, 256), (256, 384)}

@@ -9,17 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.quantization.numbers import E4M3, quantize_groups
-from phalanx.kernels.packed import PackedWeight, block_scale_shape, pack_weight
-from phalanx.kernels.product_sizes import packed_row_bytes
+from phalanx.kernels.packed import PackedWeight, pack_weight
+from phalanx.kernels.product_sizes import BLOCK, block_scale_shape, packed_row_bytes
 
 from .devices import KernelDevice
 from .fp8_sums import sum_bound
 
-__all__ = ["BLOCK", "BlockCase", "BlockProduct"]
+__all__ = ["BlockCase", "BlockProduct"]
 
 Float64Array = NDArray[np.float64]
-
-BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)

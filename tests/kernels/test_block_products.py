@@ -10,16 +10,18 @@ import pytest
 
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.numbers import quantize_groups as reference
+from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.packed import PackedWeight, block_scales
+from phalanx.kernels.product_sizes import BLOCK
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.parallel.errors import ExecutorError
 from tests.support.fake_cublaslt import ALGORITHM, FakeCublasLt
 from tests.support.fake_cupy import install_fake_cupy
 
-from .block_case import BLOCK, BlockCase
+from .block_case import BlockCase
 from .devices import DTYPES, EmulatedDevice
 from .fp8_sums import simulated_sum
 from .test_quantize_groups import empty_groups
@@ -75,6 +77,19 @@ def test_products_are_the_sum_over_blocks_of_code_products(
     )
     assert np.all(out[num_tokens:] == (bias if has_bias else 0)), "rows that were added"
     assert lt.problems == [GemmProblem(len(groups), rows, groups.shape[1], "fp8", "float32", has_blocks=True)]
+
+
+def test_a_first_product_shows_whether_scales_count_where_they_should(addressed: AddressedDevice) -> None:
+    class Transposed(FakeCublasLt):
+        """Reads scales of inputs row by row, as they are not given."""
+
+        def x_scale(self, address: int, num_tokens: int, groups: int) -> Any:
+            return super().x_scale(address, groups, num_tokens).T
+
+    assert multiplies_blocks(FakeCublasLt())  # type: ignore[arg-type]
+    assert not multiplies_blocks(FakeCublasLt(has_blocks=False))  # type: ignore[arg-type]
+    assert not multiplies_blocks(Transposed())  # type: ignore[arg-type]
+    assert not gemm_of(addressed, Transposed()).takes_groups(128, weight_of(addressed), "bfloat16")
 
 
 def test_scales_of_blocks_are_read_from_those_of_rows(addressed: AddressedDevice) -> None:

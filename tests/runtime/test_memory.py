@@ -61,6 +61,7 @@ NAMES = [
     "hf-fp8-blocks",
     "modelopt-awq",
     "modelopt-smoothquant",
+    "hf-fp8-wide",
 ]
 LAYOUTS = [(1, 1), (2, 2), (2, 1), (1, 2)]
 DIAGONAL = [(name, *LAYOUTS[number % 4]) for number, name in enumerate(NAMES)]
@@ -109,4 +110,4 @@ def num_bytes(array: Any) -> int:
     """Of a device array, or of the arrays of a packed weight."""
     if hasattr(array, "nbytes"):
         return int(array.nbytes)
-    return sum(one.nbytes for one in (array.codes, array.scale, array.zero) if one is not None)
+    return sum(one.nbytes for one in (array.codes, array.scale, array.zero, array.blocks) if one is not None)

@@ -52,7 +52,7 @@ class FakeCublasLt:
         assert not problem.has_bias
         t, o, k = problem.num_tokens, problem.out_features, problem.in_features
         length = -(-k // 128)
-        x_scale = array_at(scales[0], (length, t), "float32").T
+        x_scale = self.x_scale(scales[0], t, length)
         weight_scale = array_at(scales[1], (-(-o // 128), -(-length // 4) * 4), "float32")[:, :length]
         codes = [array_at(one, (rows, k), "fp8").astype(np.float64) for one, rows in ((x, t), (weight, o))]
         left = codes[0] * np.repeat(x_scale, 128, 1)[:, :k]
@@ -60,6 +60,10 @@ class FakeCublasLt:
         with np.errstate(all="ignore"):  # padding rows of a step hold anything
             array_at(out, (t, o), problem.out_dtype)[...] = left @ right.T
         self.problems.append(problem)
+
+    def x_scale(self, address: int, num_tokens: int, groups: int) -> Any:
+        """``[T, L]``."""
+        return array_at(address, (groups, num_tokens), "float32").T
 
     def close(self) -> None: ...
 

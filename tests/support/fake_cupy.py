@@ -20,11 +20,15 @@ import numpy as np
 import pytest
 
 from phalanx.checkpoints.quantization.numbers import E4M3, Codes, dequantize
+from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.gemv import gated_gemv, gemv_takes
 from phalanx.kernels.packed import PackedWeight, gemv_packed, layout_suits_gemv, unpack_weight
 from phalanx.kernels.quantize import QuantizedRows
+from phalanx.kernels.quantize_groups import QuantizedGroups
+from phalanx.kernels.tuning import GemmTimings
 from phalanx.parallel.communicator import Communicator
 from tests.kernels.emulation import EmulatedLibrary
+from tests.support.fake_cublaslt import FakeCublasLt
 
 __all__ = ["install_fake_cupy", "install_fake_device"]
 
@@ -170,7 +174,13 @@ def _fake_cupy() -> types.ModuleType:
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
     cupy.__dict__.update(
-        cuda=cuda, ndarray=device_array, zeros=_zeros, empty=_zeros, asarray=_copy, ascontiguousarray=_copy
+        cuda=cuda,
+        ndarray=device_array,
+        zeros=_zeros,
+        empty=_zeros,
+        asarray=_copy,
+        ascontiguousarray=_copy,
+        asnumpy=lambda array: np.array(array),
     )
     return cupy
 
@@ -228,9 +238,16 @@ class FakeGemm:
 
     def __init__(self, library: Any) -> None:
         self._library = library
+        self._of_blocks = Gemm(library, FakeCublasLt(), GemmTimings(None))  # type: ignore[arg-type]
 
-    def __call__(self, *operands: Any, scratch: Any = None) -> None:
-        product(self._library, *operands, scratch=scratch)
+    def __call__(self, x: Any, *operands: Any, scratch: Any = None) -> None:
+        if isinstance(x, QuantizedGroups):
+            self._of_blocks(x, *operands)
+        else:
+            product(self._library, x, *operands, scratch=scratch)
+
+    def takes_groups(self, num_tokens: int, weight: Any, dtype: str) -> bool:
+        return self._of_blocks.takes_groups(num_tokens, weight, dtype)
 
     def gated(self, x: Any, weight: Any, out: Any, activation: Any) -> bool:
         if isinstance(weight, QuantizedRows):

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoints.formats import FormattedWeight, format_weights
-from phalanx.checkpoints.quantization.held import held_by_experts, is_ordered, packed, unpacked_by_experts
+from phalanx.checkpoints.quantization.held import (
+    held_by_experts,
+    is_ordered,
+    packed,
+    unpacked_by_experts,
+    whole_blocks,
+)
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
 from phalanx.kernels.attention import AttentionLimits
@@ -213,7 +219,7 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
     experts = use_of(spec.model, spec.config).experts
-    packing, plain = {}, {}
+    packing, plain, blocks = {}, {}, set()
     for weight in spec.declared:
         owner, is_expert = weight.spec.owner, weight.spec.owner.rpartition(".")[0] in experts
         held = unpacked_by_experts(weight.format) if is_expert else packed(weight.format)
@@ -221,8 +227,10 @@ def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
             packing[owner] = held
         if held is not None and is_expert:
             plain[owner] = held_by_experts(weight.format)
+        elif held is not None and held.has_blocks and whole_blocks(weight.spec.parts, spec.tp_rank, spec.tp_size):
+            blocks.add(owner)
     ordered = [weight.spec.owner for weight in spec.declared if is_ordered(weight.format)]
-    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain, ordered)
+    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain, ordered, blocks)
     return sink.converted(spec.load(sink))
 
 

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes, padded_tokens
 from phalanx.kernels.quantize import CodeRule, QuantizedRows
+from phalanx.kernels.quantize_groups import QuantizedGroups
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 
-__all__ = ["Deferred", "DeferredProduct", "Rows", "quantized_rows"]
+__all__ = ["Deferred", "DeferredProduct", "Rows", "quantized_groups", "quantized_rows"]
 
 Write = Callable[["DeviceArray | QuantizedRows"], None]
 """Enqueues the kernel that fills its argument, in the form that the argument has."""
@@ -114,3 +116,10 @@ Rows = Any
 def quantized_rows(pool: ActivationPool, shape: tuple[int, int], rule: CodeRule) -> QuantizedRows:
     """Uninitialised codes and scales for the rest of the step."""
     return QuantizedRows(pool.array(shape, "uint8"), pool.array(shape[:1], "float32"), rule.kind, rule)
+
+
+def quantized_groups(pool: ActivationPool, shape: tuple[int, int]) -> QuantizedGroups:
+    """Uninitialised codes of inputs ``[T, I]`` with a scale for each group of columns, for the rest of the step."""
+    rows, columns = padded_tokens(shape[0]), shape[1]
+    codes = pool.array((rows, packed_row_bytes(columns, "fp8")), "uint8")
+    return QuantizedGroups(codes, pool.array((-(-columns // BLOCK), rows), "float32"))

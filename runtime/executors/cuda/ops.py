@@ -33,6 +33,7 @@ from phalanx.kernels.norm import layer_norm, rms_norm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
+from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.round_inputs import InputRule, round_inputs
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
@@ -46,7 +47,14 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities, Limit
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
-from phalanx.runtime.executors.cuda.deferred import Deferred, DeferredProduct, Rows, Write, quantized_rows
+from phalanx.runtime.executors.cuda.deferred import (
+    Deferred,
+    DeferredProduct,
+    Rows,
+    Write,
+    quantized_groups,
+    quantized_rows,
+)
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
@@ -342,14 +350,24 @@ class CudaOps(Ops[DeviceArray]):
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         rows = self._operand(x, name)
-        out = self._pool.array((len(x), self._matrix(name).shape[0]), x.dtype)
+        out = self._pool.array((len(rows), self._matrix(name).shape[0]), x.dtype)
         self._multiply(rows, name, out, bias)
-        return out
+        return out[: len(x)] if len(rows) > len(x) else out
 
-    def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows:
-        """``x`` in the form in which the matrix takes it."""
+    def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows | QuantizedGroups:
+        """``x`` in the form in which the matrix takes it; as codes of groups perhaps with more rows."""
+        matrix = self._matrix(name)
+        if isinstance(matrix, PackedWeight) and self._gemm.takes_groups(len(x), matrix, x.dtype.name):
+            return self._groups(x, name)
         x = self._rounded(x, name)
         return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
+
+    def _groups(self, x: Rows, name: str) -> QuantizedGroups:
+        plain, rule = self._values(x), self._input_rule(name)
+        assert rule is not None, "blocks have inputs of codes"
+        out = quantized_groups(self._pool, plain.shape)
+        quantize_groups(self._library, plain, out, rule.powers_of_two)
+        return out
 
     def _rounded(self, x: Rows, name: str) -> Rows:
         """``x`` as plain values that its factors and codes make of it, where the product takes such; else as it is."""
@@ -390,7 +408,7 @@ class CudaOps(Ops[DeviceArray]):
         return self._factors[name]
 
     def _multiply(
-        self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, bias: DeviceArray | None
+        self, rows: DeviceArray | QuantizedRows | QuantizedGroups, name: str, out: DeviceArray, bias: DeviceArray | None
     ) -> None:
         weight = self._matrix(name)
         self._gemm(rows, weight, out, bias, scratch=self._scratch(weight, out.dtype.itemsize))

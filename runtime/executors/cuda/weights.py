@@ -19,7 +19,7 @@ from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
-from phalanx.kernels.packed import PackedWeight, pack_weight, unpack_weight
+from phalanx.kernels.packed import PackedWeight, block_scales, pack_weight, unpack_weight
 from phalanx.kernels.product_sizes import packed_row_bytes
 from phalanx.kernels.quantize import QuantizedRows, quantize_rows
 from phalanx.kernels.unpack_ordered import unpack_ordered
@@ -135,18 +135,19 @@ class ConvertingSink(CudaSink):
         packing: weights whose codes are packed, likewise.
         plain: those of them that are unpacked again, because no product takes them packed, and the formats that they then have.
         ordered: weights whose columns belong to groups in any order, which become plain values.
+        blocks: packed weights whose scales are also held as cuBLASLt takes them.
     """
 
     def __init__(
         self, dtype: str, library: Library, quantize: Mapping[str, RowCodes], packing: Mapping[str, PackedCodes],
-        plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (),
+        plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (), blocks: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
         self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
         self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
         self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
-        self._plain, self._ordered = plain, ordered
+        self._plain, self._ordered, self._blocks = plain, ordered, blocks
         self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
         self._owner = ""
 
@@ -203,8 +204,11 @@ class ConvertingSink(CudaSink):
 
     def _packed(self, name: str, chosen: PackedCodes) -> PackedWeight:
         (codes, columns), zero = self.weights[f"{name}.codes"], self.weights.get(f"{name}.zero")
-        scale = _by_group(self.weights[f"{name}.scale"])
-        return PackedWeight(codes, scale, None if zero is None else _by_group(zero), chosen.kind, columns, chosen.group)
+        scale = self.weights[f"{name}.scale"]
+        return PackedWeight(
+            codes, _by_group(scale), None if zero is None else _by_group(zero), chosen.kind, columns, chosen.group,
+            block_scales(scale, columns) if name in self._blocks else None,
+        )  # fmt: skip
 
     def _unpack(self) -> None:
         """Make plain values of the codes of the weight that was loaded last, where it is to be so, so that one is held in both forms."""
