@@ -17,6 +17,7 @@ from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.attention_tiling import shared_bytes_per_multiprocessor
 from phalanx.kernels.library import Library
+from phalanx.kernels.packed import PackedWeight, check_packed, packed_defines
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -34,12 +35,15 @@ _TILE_WORDS = 4
 _ROUTE_WARPS = 4
 _MOST_ROUTED_TOGETHER = 8
 _SORT_THREADS = 1024
-_STREAM_WARPS, _STREAM_UNROLL = 8, 4
+_STREAM_WARPS = 8
+_PLAIN_VALUES: Defines = {"CODES": 0, "GROUP": 0, "HAS_ZERO": 0}
+_GROUP_COLUMNS = 32
 _PLAIN_WARPS = 4
 _TILE_COLUMNS, _TILE_DEPTH = 128, 64
 _MOST_STAGES = 4
 _RESERVED_BYTES = 2048
 _LANE_ELEMENTS = 8
+_BLOCK_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,32 +147,46 @@ def route(library: Library, x: Array, router: Array, marks: Array, routing: Rout
 
 
 def grouped_product(
-    library: Library, x: Array, weight: Array, out: Array, routing: Routing, rows: ExpertRows, *,
+    library: Library, x: Array, weight: Array | PackedWeight, out: Array, routing: Routing, rows: ExpertRows, *,
     gathers: bool = False, activation: ActivationName | None = None,
 ) -> None:  # fmt: skip
     """``out = x @ weight.T`` with each row's expert; ``f(gate) * up`` of it with ``activation``.
 
     x [T top_k, I] in sorted order, or [T, I] with ``gathers``; weight [E local * O, I], with ``activation``
     [E local * 2 O, I], each expert's gates first; out [T top_k, O] in sorted order, whose rows beyond the tiles stay as they are.
+
+    Raises:
+        ExecutorError: codes with groups that tensor cores do not take.
     """
     num_pairs, out_features = out.shape
     in_features, num_tokens = x.shape[1], num_pairs // routing.top_k
     stacked = len(routing.experts) * out_features * (2 if activation else 1)
     require("x", x, (num_tokens if gathers else num_pairs, in_features), x)
-    require("weight", weight, (stacked, in_features), x)
     require("out", out, (num_pairs, out_features), x)
     defines: Defines = {
         "SCALAR": scalar_name(x), "GATED": int(activation is not None), "ACTIVATION": activation or "silu",
         "GATHERS": int(gathers), "TOP_K": routing.top_k,
     }  # fmt: skip
-    height = rows_per_tile(num_tokens, routing, x.dtype.itemsize)
-    arguments = (x, weight, rows.order, rows.tiles, out, np.int32(out_features), np.int32(in_features))
-    if x.dtype.itemsize > 2 or in_features % _LANE_ELEMENTS:
-        _plain(library, arguments, defines, height)
-    elif height == _STREAMED_ROWS:
-        _stream(library, arguments, defines)
+    if isinstance(weight, PackedWeight):
+        check_packed(weight, (stacked, in_features))
+        operand: tuple[Any, ...] = weight.codes, weight.scale, weight.zero
+        defines |= packed_defines(weight.kind, weight.group, weight.zero is not None)
     else:
-        _tiles(library, arguments, defines, height)
+        require("weight", weight, (stacked, in_features), x)
+        operand = weight, None, None
+        defines |= _PLAIN_VALUES
+    height = rows_per_tile(num_tokens, routing, x.dtype.itemsize)
+    sizes = np.int32(stacked), np.int32(out_features), np.int32(in_features)
+    arguments = (x, *operand, rows.order, rows.tiles, out, *sizes)
+    grid = rows.tiles.shape[0], out_features
+    if x.dtype.itemsize > 2 or in_features % _LANE_ELEMENTS:
+        _plain(library, arguments, grid, defines, height, vector_width(x, in_features))
+    elif int(defines["GROUP"]) % _GROUP_COLUMNS:
+        raise ExecutorError(f"groups of {defines['GROUP']} columns of experts are not multiples of {_GROUP_COLUMNS}")
+    elif height == _STREAMED_ROWS:
+        _stream(library, arguments, grid, defines)
+    else:
+        _tiles(library, arguments, grid, defines, height)
 
 
 def combine(library: Library, rows: Array, routed: ExpertRows, out: Array) -> None:
@@ -192,34 +210,40 @@ def combine(library: Library, rows: Array, routed: ExpertRows, out: Array) -> No
     )  # fmt: skip
 
 
-def _plain(library: Library, arguments: tuple[Any, ...], defines: Defines, height: int) -> None:
-    x, tiles, out = arguments[0], arguments[3], arguments[4]
+def _plain(
+    library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, height: int, width: int
+) -> None:
+    kernel = library.function("experts_plain", "plain", 0, WARPS=_PLAIN_WARPS, ROWS=height, VEC=width, **defines)
+    kernel((grid[0], ceil_div(grid[1], _PLAIN_WARPS)), (32 * _PLAIN_WARPS,), arguments)
+
+
+def _stream(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines) -> None:
+    row_blocks, unroll = _stream_shape(defines)
     kernel = library.function(
-        "experts_plain", "plain", 0, WARPS=_PLAIN_WARPS, ROWS=height, VEC=vector_width(x, x.shape[1]), **defines
+        "experts_stream", "stream", 0, NUM_WARPS=_STREAM_WARPS, ROW_BLOCKS=row_blocks, UNROLL=unroll, **defines
     )
-    kernel((tiles.shape[0], ceil_div(out.shape[1], _PLAIN_WARPS)), (32 * _PLAIN_WARPS,), arguments)
+    outputs = _BLOCK_ROWS * row_blocks // (2 if defines["GATED"] else 1)
+    kernel((grid[0], ceil_div(grid[1], outputs)), (32 * _STREAM_WARPS,), arguments)
 
 
-def _stream(library: Library, arguments: tuple[Any, ...], defines: Defines) -> None:
-    tiles, out = arguments[3], arguments[4]
-    outputs = 8 if defines["GATED"] else 16
-    kernel = library.function(
-        "experts_stream", "stream", 0, NUM_WARPS=_STREAM_WARPS, ROW_BLOCKS=2, UNROLL=_STREAM_UNROLL, **defines
-    )
-    kernel((tiles.shape[0], ceil_div(out.shape[1], outputs)), (32 * _STREAM_WARPS,), arguments)
+def _stream_shape(defines: Defines) -> tuple[int, int]:
+    """Row blocks and steps in advance. A token that is read should meet as many codes as bytes of it; two blocks' registers must fit."""
+    if not defines["CODES"]:
+        return 2, 4
+    has_several_scales = defines["HAS_ZERO"] or int(defines["GROUP"]) % (128 if defines["CODES"] == 4 else 64)
+    return 4, 1 if has_several_scales else 2
 
 
-def _tiles(library: Library, arguments: tuple[Any, ...], defines: Defines, height: int) -> None:
-    tiles, out = arguments[3], arguments[4]
-    row_bytes = 2 * _TILE_DEPTH
-    stage_bytes = (height + _TILE_COLUMNS) * row_bytes
+def _tiles(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, height: int) -> None:
+    bits = {0: 16, 4: 4}.get(int(defines["CODES"]), 8)
+    stage_bytes = height * 2 * _TILE_DEPTH + _TILE_COLUMNS * _TILE_DEPTH * bits // 8
     available = shared_bytes_per_multiprocessor(library.architecture) - _RESERVED_BYTES
-    blocks = 2 if available // 2 >= 3 * stage_bytes + row_bytes + _RESERVED_BYTES else 1
-    stages = min(_MOST_STAGES, (available // blocks - row_bytes - _RESERVED_BYTES) // stage_bytes)
-    shared_bytes = stages * stage_bytes + row_bytes
+    blocks = 2 if available // 2 >= 3 * stage_bytes + _RESERVED_BYTES else 1
+    stages = min(_MOST_STAGES, (available // blocks - _RESERVED_BYTES) // stage_bytes)
+    shared_bytes = stages * stage_bytes
     kernel = library.function(
         "experts_tiles", "multiply_tiles", shared_bytes, ROWS=height, STAGES=stages,
         SHARED_BYTES=shared_bytes, BFLOAT16=int(defines["SCALAR"] == "__nv_bfloat16"), KV_FP8=0, **defines,
     )  # fmt: skip
     outputs = _TILE_COLUMNS // (2 if defines["GATED"] else 1)
-    kernel((tiles.shape[0], ceil_div(out.shape[1], outputs)), (256,), arguments, shared_mem=shared_bytes)
+    kernel((grid[0], ceil_div(grid[1], outputs)), (256,), arguments, shared_mem=shared_bytes)

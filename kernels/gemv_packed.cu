@@ -21,8 +21,6 @@ constexpr int TOKENS = 8;                                               // of on
 constexpr int GATES = GATED ? ROW_BLOCKS / 2 : ROW_BLOCKS;              // row blocks whose sums become outputs
 constexpr int ROWS = GATES * TILE;                                      // outputs of a block
 constexpr int SUMS = TOKEN_TILES * ROW_BLOCKS;                          // accumulators of a warp
-constexpr int SCALES = GROUP == 0 || GROUP % CHUNK == 0 ? 1 : GROUP % 64 == 0 ? PIECES / 2 : PIECES;  // of a row in a chunk
-constexpr int SPAN = PIECES / SCALES;                                   // pieces that share one
 constexpr int SIDES = 2;                                                // a lane has rows lane / 4 and lane / 4 + 8 of each block
 
 // What a lane holds of one chunk of its rows.
@@ -47,14 +45,6 @@ struct Rows {
     const signed char* __restrict__ zero;
     int count, in_features;
 
-    // Of the s-th scale of a chunk.
-    __device__ __forceinline__ uint32 group_of(uint32 chunk, int s) const {
-        if constexpr (GROUP == 0) return 0;
-        if constexpr (GROUP >= CHUNK && GROUP % CHUNK == 0) return chunk / (GROUP >= CHUNK ? GROUP / CHUNK : 1);
-        const uint32 column = chunk * CHUNK + s * SPAN * 4 * PIECE;
-        return (WHOLE_CHUNKS ? column : min(column, static_cast<uint32>(in_features - 1))) / (GROUP ? GROUP : 1);
-    }
-
     __device__ __forceinline__ void load(int chunk, int num_chunks, Step& step) const {
         if (chunk >= num_chunks) return;
 #pragma unroll
@@ -64,7 +54,7 @@ struct Rows {
         if constexpr (GROUP == 0 && !HAS_ZERO) return;
 #pragma unroll
         for (int s = 0; s < SCALES; ++s) {
-            const uint32 first = group_of(chunk, s) * static_cast<uint32>(count);
+            const uint32 first = group_of(chunk, s, WHOLE_CHUNKS ? ~0u : in_features - 1) * static_cast<uint32>(count);
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block)
 #pragma unroll

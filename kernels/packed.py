@@ -25,10 +25,12 @@ __all__ = [
     "PackedKind",
     "PackedWeight",
     "block_scales",
+    "check_packed",
     "fits_block",
     "gemv_packed",
     "layout_suits_gemv",
     "pack_weight",
+    "packed_defines",
     "parse_layout",
     "unpack_weight",
 ]
@@ -96,18 +98,18 @@ def pack_weight(library: Library, codes: Array, out: Array, kind: PackedKind) ->
     require("codes", codes, (rows, columns), "uint8" if kind == "fp8" else "int8")
     require("out", out, (rows, packed_row_bytes(columns, kind)), "uint8")
     lanes = out.shape[1] // _LANE_BYTES
-    defines = _defines(kind, 0, False) | {"SCALAR": "__half", "VEC": 1, "NUM_THREADS": _NUM_THREADS}
+    defines = packed_defines(kind, 0, False) | {"SCALAR": "__half", "VEC": 1, "NUM_THREADS": _NUM_THREADS}
     kernel = library.function("pack_weight", "pack_weight", 0, **defines)
     kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), (codes, out, np.int32(columns), np.int32(lanes)))
 
 
 def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     """The values of ``weight``, rounded once to the type of ``out`` ``[O, I]``."""
-    _check(weight)
+    check_packed(weight, weight.shape)
     require("out", out, weight.shape, out)
     rows, columns = weight.shape
     lanes = weight.codes.shape[1] // _LANE_BYTES
-    defines = _defines(weight.kind, weight.group, weight.zero is not None)
+    defines = packed_defines(weight.kind, weight.group, weight.zero is not None)
     more: Defines = {
         "SCALAR": scalar_name(out),
         "VEC": min(vector_width(out, columns), _PIECE),
@@ -169,7 +171,7 @@ def gemv_packed(
             f"gemv_packed takes at most {MAX_PACKED_TOKENS} tokens of float16 or bfloat16, in_features in multiples of {_PIECE} and "
             f"groups of {_SMALLEST_GROUP}; this is {x.dtype.name}[{num_tokens}, {columns}] by {weight.layout}"
         )
-    _check(weight)
+    check_packed(weight, weight.shape)
     outputs = rows // 2 if gated else rows
     require("x", x, (num_tokens, weight.columns), x)
     require("out", out, (num_tokens, outputs), x)
@@ -179,7 +181,7 @@ def gemv_packed(
     row_blocks = max(chosen.row_blocks, 2) if gated else chosen.row_blocks
     if not fits_block(chosen, num_tokens):
         row_blocks = 2 if gated else 1
-    defines = _defines(weight.kind, weight.group, weight.zero is not None) | {
+    defines = packed_defines(weight.kind, weight.group, weight.zero is not None) | {
         "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": row_blocks, "UNROLL": chosen.unroll,
         "TOKEN_TILES": ceil_div(num_tokens, _TOKENS_PER_TILE), "WHOLE_CHUNKS": int(columns % codes_per_chunk(weight.kind) == 0),
         "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
@@ -192,12 +194,16 @@ def gemv_packed(
     kernel((ceil_div(outputs, rows_per_block),), (chosen.num_warps * 32,), arguments)
 
 
-def _defines(kind: PackedKind, group: int, has_zero: bool) -> Defines:
+def packed_defines(kind: PackedKind, group: int, has_zero: bool) -> Defines:
+    """What ``packed_operands.cuh`` and its readers are compiled with."""
     return {"CODES": _CODES[kind], "GROUP": group, "HAS_ZERO": int(has_zero)}
 
 
-def _check(weight: PackedWeight) -> None:
-    rows, columns = weight.shape
+def check_packed(weight: PackedWeight, shape: tuple[int, int]) -> None:
+    """Raise ExecutorError unless ``weight`` is ``shape``, and its arrays are of the shapes and types that follow."""
+    rows, columns = shape
+    if weight.columns != columns:
+        raise ExecutorError(f"a packed weight has {weight.columns} columns; this call needs {columns}")
     groups = ceil_div(columns, weight.group) if weight.group else 1
     require("codes", weight.codes, (rows, packed_row_bytes(columns, weight.kind)), "uint8")
     require("scale", weight.scale, (groups, rows), "float32")

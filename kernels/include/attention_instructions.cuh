@@ -104,6 +104,10 @@ __device__ __forceinline__ void copy_16_bytes(unsigned destination, const void* 
                  : "memory");
 }
 
+__device__ __forceinline__ void copy_8_bytes(unsigned destination, const void* source, bool valid) {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(destination), "l"(source), "r"(valid ? 8 : 0) : "memory");
+}
+
 __device__ __forceinline__ void barrier_init(unsigned barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }

@@ -5,22 +5,18 @@
 // neighbouring columns at a time: scales of groups that are multiples of 32 apply to the sum, and reads of x are 64 neighbouring bytes.
 // A piece of int4 is one word of code + 8, columns [0, 2, 4, 6, 1, 3, 5, 7] from the lowest nibble on: a shift and a mask leave two
 // neighbours in the halves of a word. A piece of 8-bit codes, int8 or e4m3, is two words in order.
-// Defines: SCALAR, CODES (4 = int4, 8 = int8, 1 = fp8).
+// Defines: SCALAR, CODES (4 = int4, 8 = int8, 1 = fp8; 0 = plain values of 16 bits in rows that are not padded, one piece in a chunk).
 #pragma once
 #include "dtype.cuh"
 #include "fp8.cuh"
+#include "words.cuh"
 
-constexpr int PIECE = 8;                    // columns
-constexpr int PIECES = CODES == 4 ? 4 : 2;  // of a lane in a chunk
+constexpr int PIECE = 8;                                    // columns
+constexpr int SPREAD = 4 * PIECE;                           // columns of four lanes' pieces
+constexpr int PIECES = CODES == 4 ? 4 : CODES == 0 ? 1 : 2;  // of a lane in a chunk
 constexpr int PIECE_WORDS = 4 / PIECES;
-constexpr int CHUNK = 4 * PIECE * PIECES;   // columns
+constexpr int CHUNK = SPREAD * PIECES;  // columns
 constexpr int CHUNK_BYTES = 64;
-
-struct Words {
-    uint32 at[4];
-};
-
-__device__ __forceinline__ Words words(uint4 bits) { return {{bits.x, bits.y, bits.z, bits.w}}; }
 
 // The value of one code before its zero point; for what is not worth a tensor core.
 __device__ __forceinline__ float code_value(const uint32* piece, int column) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Codes of packed.cuh to 16-bit operands of the tensor cores, in registers and exactly.
 // After Kim et al. 2022, "Who Says Elephants Can't Run" (integers put into the digits of a float), as Marlin and AutoAWQ use it.
+// Defines: those of packed.cuh; GROUP (columns that share a scale, a multiple of 32; 0 = the whole row).
 #pragma once
 #include "mma.cuh"
 #include "packed.cuh"
@@ -23,6 +24,16 @@ __device__ __forceinline__ constexpr uint32 both(uint32 bits) { return bits | bi
 constexpr bool BY_FLOAT = CODES == 8 && Digits<scalar>::BASE == 0x4300u;
 constexpr int HALF_RANGE = CODES == 4 ? 8 : 128;
 
+constexpr int SCALES = GROUP == 0 || GROUP % CHUNK == 0 ? 1 : GROUP % (2 * SPREAD) == 0 ? PIECES / 2 : PIECES;  // of a row in a chunk
+constexpr int SPAN = PIECES / SCALES;                                                                         // pieces that share one
+
+// The group of the s-th scale of a chunk, or of the last column where that comes before it.
+__device__ __forceinline__ uint32 group_of(uint32 chunk, int s, uint32 last_column) {
+    if constexpr (GROUP == 0) return 0;
+    if constexpr (GROUP >= CHUNK && GROUP % CHUNK == 0) return chunk / (GROUP >= CHUNK ? GROUP / CHUNK : 1);
+    return min(chunk * CHUNK + s * SPAN * SPREAD, last_column) / (GROUP ? GROUP : 1);
+}
+
 // What `operands` adds to take base and zero point off; e4m3 has no zero point.
 __device__ __forceinline__ uint32 zero_offset(int zero) {
     if constexpr (BY_FLOAT) return __float_as_uint(-8388608.0f - static_cast<float>(HALF_RANGE + zero));
@@ -38,8 +49,10 @@ __device__ __forceinline__ void operands(const uint32* piece, uint32 offset, uin
     using D = Digits<scalar>;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32 word = piece[CODES == 4 ? 0 : i / 2];
-        if constexpr (CODES == 4) {
+        const uint32 word = piece[CODES == 4 ? 0 : CODES == 0 ? i : i / 2];
+        if constexpr (CODES == 0) {
+            pairs[i] = word;
+        } else if constexpr (CODES == 4) {
             pairs[i] = fma_pair((word >> 4 * i & mask) | both(D::BASE), both(D::ONE), offset, scalar());
         } else if constexpr (CODES == 1) {
             const uint32 high = __byte_perm(word, 0, i % 2 ? 0x3424u : 0x1404u);  // in the upper byte of each half

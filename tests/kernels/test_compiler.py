@@ -80,9 +80,15 @@ SPECS = [
     ),
     ("sigmoid_gate", {"FEATURES": 2048, "VEC": 8, "NUM_THREADS": 256}),
     ("experts_combine", {"FEATURES": 2048, "VEC": 8, "NUM_THREADS": 256, "TOP_K": 8}),
-    ("experts_stream", EXPERTS | {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 4}),
-    ("experts_plain", EXPERTS | {"WARPS": 4, "ROWS": 16, "VEC": 8}),
-    ("experts_tiles", EXPERTS | {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98432, "BFLOAT16": 0, "KV_FP8": 0}),
+    *(
+        (source, EXPERTS | {"CODES": codes, "GROUP": group, "HAS_ZERO": zero} | more)
+        for codes, group, zero in ((0, 0, 0), (1, 128, 0), (4, 32, 1))
+        for source, more in (
+            ("experts_stream", {"NUM_WARPS": 8, "ROW_BLOCKS": 4, "UNROLL": 1}),
+            ("experts_plain", {"WARPS": 4, "ROWS": 16, "VEC": 4}),
+            ("experts_tiles", {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98304, "BFLOAT16": 0, "KV_FP8": 0}),
+        )
+    ),
 ]  # fmt: skip
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 SMALL = KernelSpec.of("add_bias", {"SCALAR": "float", "HIDDEN_SIZE": 32, "VEC": 4, "NUM_THREADS": 32})

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from phalanx.kernels.experts import ExpertRows, Routing, combine, grouped_product, max_tiles, route, rows_per_tile
+from phalanx.kernels.packed import PackedWeight
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES
@@ -32,15 +33,14 @@ def routed(device, x, router, routing, marks=None):
 
 
 def mixture(device, x, router, gate_up, down, routing, marks=None):
+    gate_up, down = (one if isinstance(one, PackedWeight) else device.put(one) for one in (gate_up, down))
     rows = routed(device, x, router, routing, marks)
     features = down.shape[1]
     hidden = device.poisoned((len(x) * routing.top_k, features), x.dtype)
     products = device.poisoned((len(x) * routing.top_k, x.shape[1]), x.dtype)
     out = device.poisoned(x.shape, x.dtype)
-    grouped_product(
-        device.library, device.put(x), device.put(gate_up), hidden, routing, rows, gathers=True, activation="silu"
-    )
-    grouped_product(device.library, hidden, device.put(down), products, routing, rows)
+    grouped_product(device.library, device.put(x), gate_up, hidden, routing, rows, gathers=True, activation="silu")
+    grouped_product(device.library, hidden, down, products, routing, rows)
     combine(device.library, products, rows, out)
     return device.get(out)
 

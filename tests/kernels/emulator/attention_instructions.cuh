@@ -122,12 +122,14 @@ inline void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
     }
 }
 
-inline void copy_16_bytes(unsigned destination, const void* source, bool valid) {
+inline void copy_bytes(unsigned destination, const void* source, bool valid, int num_bytes) {
     if (valid)
-        std::memcpy(emulator::dynamic_shared + destination, source, 16);
+        std::memcpy(emulator::dynamic_shared + destination, source, num_bytes);
     else
-        std::memset(emulator::dynamic_shared + destination, 0, 16);
+        std::memset(emulator::dynamic_shared + destination, 0, num_bytes);
 }
+inline void copy_16_bytes(unsigned destination, const void* source, bool valid) { copy_bytes(destination, source, valid, 16); }
+inline void copy_8_bytes(unsigned destination, const void* source, bool valid) { copy_bytes(destination, source, valid, 8); }
 inline void commit_copies() {}
 inline void wait_for_copies() {}
 template <int>
