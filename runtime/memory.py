@@ -13,7 +13,7 @@ from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes, whole_blocks
+from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes, whole_blocks
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -274,7 +274,7 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
 def _rounds_inputs(chosen: Format) -> bool:
     if isinstance(chosen, PackedCodes):
         return chosen.rounds_inputs
-    if isinstance(chosen, ExpertCodes):
+    if isinstance(chosen, ExpertValues):
         return True
     return isinstance(chosen, RowCodes) and bool(chosen.prescale)
 
@@ -298,8 +298,12 @@ def _added_bytes(specs: Iterable[WeightSpec], itemsize: int, rank: int, size: in
 
 
 def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int, size: int) -> int:
-    """Room for what products of packed weights and of int8 codes need besides their operands; one at a time."""
-    shapes = [weight.spec.local_shape(rank, size) for weight in weights if isinstance(weight.format, PackedCodes)]
+    """Room for what products of packed weights and of int8 codes need besides their operands; one at a time. Experts are not unpacked."""
+    shapes = [
+        weight.spec.local_shape(rank, size)
+        for weight in weights
+        if isinstance(weight.format, PackedCodes) and not isinstance(weight.format, ExpertCodes)
+    ]
     unpacked = max((unpacked_bytes(shape, itemsize) + ALIGNMENT_BYTES for shape in shapes), default=0)
     has_sums = any(isinstance(weight.format, RowCodes) and weight.format.kind == "int8" for weight in weights)
     return unpacked + (SUM_BYTES + ALIGNMENT_BYTES if has_sums else 0)

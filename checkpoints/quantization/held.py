@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Multiply
-from phalanx.checkpoints.quantization.group_codes import GroupCodes
+from phalanx.checkpoints.quantization.group_codes import SMALLEST_GROUP, GroupCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
@@ -19,6 +19,7 @@ __all__ = [
     "INPUT_COMPONENTS",
     "QUANTIZE_NAMES",
     "ExpertCodes",
+    "ExpertValues",
     "PackedCodes",
     "QuantizeName",
     "check_not_quantized",
@@ -26,8 +27,8 @@ __all__ = [
     "held_formats",
     "is_ordered",
     "packed",
+    "packed_by_experts",
     "quantized_while_loading",
-    "unpacked_by_experts",
     "whole_blocks",
 ]
 
@@ -96,7 +97,7 @@ class PackedCodes(_Held):
     @property
     def rounds_inputs(self) -> bool:
         """Whether inputs are multiplied by factors, or rounded to codes, before the product."""
-        return bool(self.input_group or self.stored.prescale)
+        return self.stored.input != "plain" or bool(self.stored.prescale)
 
     def units(self, part: Part) -> tuple[int, ...]:
         """As stored."""
@@ -119,8 +120,21 @@ class PackedCodes(_Held):
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertCodes(_Held):
-    """A format of experts, whose kernels take plain values, where inputs are codes or scaled: values of the compute type on a GPU.
+class ExpertCodes(PackedCodes):
+    """Packed codes of experts: grouped products of any number of tokens take them as they are, and nothing is unpacked.
+
+    Codes of whole rows are packed, too, where their inputs are codes: the kernels multiply what those stand for.
+    """
+
+    @property
+    def has_blocks(self) -> bool:
+        """No: grouped products multiply values of the compute type."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertValues(_Held):
+    """A format of experts whose codes the kernels do not take, and whose inputs are codes or scaled: values of the compute type on a GPU.
 
     Inputs become what the scheme says of them first, in values of the compute type, too.
 
@@ -152,15 +166,21 @@ INPUT_COMPONENTS = frozenset({"input_scale", "prescale"})
 """Components that say something of a product's inputs."""
 
 
-def held_by_experts(chosen: Format) -> Format:
-    """In which format a GPU holds experts that are stored as ``chosen``."""
+def held_by_experts(owner: str, chosen: Format) -> Format:
+    """In which format a GPU holds the matrix ``owner`` of experts that is stored as ``chosen``.
+
+    Routers, and groups that are no multiples of 32 columns, become plain values: their kernels take no others.
+    """
     if not isinstance(chosen, GroupCodes | RowCodes):
         return chosen
-    return DENSE if chosen.input == "plain" and not chosen.prescale else ExpertCodes(chosen)
+    has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % SMALLEST_GROUP
+    if not (owner.endswith(".router") or has_small_groups):
+        return ExpertCodes(chosen)
+    return DENSE if chosen.input == "plain" and not chosen.prescale else ExpertValues(chosen)
 
 
-def unpacked_by_experts(chosen: Format) -> PackedCodes | None:
-    """How codes of experts are packed before they become plain values; None if they are plain, or become so in another way."""
+def packed_by_experts(chosen: Format) -> PackedCodes | None:
+    """How codes of experts are packed that become plain values; None if they are plain, or become so in another way."""
     if isinstance(chosen, RowCodes):
         return PackedCodes(replace(chosen, input="plain", prescale=""))
     return packed(chosen)
@@ -212,17 +232,18 @@ def check_not_quantized(formats: Iterable[Format], quantize: QuantizeName, flag:
 def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:
     """Formats in a GPU's memory of a checkpoint whose formats are ``stored``; for planning.
 
-    ``experts``: modules (``layers.3.mlp``) whose matrices are held as plain values.
+    ``experts``: modules (``layers.3.mlp``) whose matrices are those of experts and their router.
     """
 
     def choose(spec: WeightSpec) -> Format:
+        is_expert = spec.owner.rpartition(".")[0] in experts
         if quantize != "none" and quantized_while_loading(spec):
-            return RowCodes(quantize)
+            return ExpertCodes(RowCodes(quantize)) if is_expert else RowCodes(quantize)
         chosen = stored.choose(spec)
         if is_ordered(chosen):
             return DENSE
-        if spec.owner.rpartition(".")[0] in experts:
-            return held_by_experts(chosen)
+        if is_expert:
+            return held_by_experts(spec.owner, chosen)
         return packed(chosen) or chosen
 
     return FormatPlan(choose, stored.ignored_tensors, stored.has_kv_scales)

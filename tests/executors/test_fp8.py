@@ -88,11 +88,12 @@ def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: P
         generate(write_checkpoint(narrow, tmp_path), "cuda", tp=2, quantize="fp8", dtype="float16")
 
 
-def test_experts_are_multiplied_as_plain_values_only(tmp_path: Path, device: None) -> None:
+@pytest.mark.parametrize(("quantize", "tp"), [("fp8", 1), ("int8", 2)])
+def test_cuda_computes_quantised_experts_as_numpy_does(tmp_path: Path, device: None, quantize: str, tp: int) -> None:
     directory = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path)
-    with pytest.raises(ConfigError, match=r"layers\.0\.experts\.gate_up: the cuda engine multiplies experts as plain"):
-        generate(directory, "cuda", quantize="fp8", dtype="float16")
-    assert generate(directory, "numpy", quantize="fp8").token_ids
+    expected, exact = (logprobs(generate(directory, "numpy", tp, quantize=one)) for one in (quantize, "none"))
+    output = logprobs(generate(directory, "cuda", tp, dtype="float32", quantize=quantize))
+    assert np.abs(output - expected).mean() < 0.05 * np.abs(exact - expected).mean()
 
 
 def test_devices_without_fp8_products_are_refused(

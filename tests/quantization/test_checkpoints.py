@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
-from phalanx.checkpoints.formats import DENSE, format_weights, read_formats
+from phalanx.checkpoints.formats import DENSE, Dense, Format, format_weights, read_formats
+from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes, held_formats
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.spec import Part
 from phalanx.parallel.communicator import Communicator
@@ -282,13 +282,19 @@ def test_the_cuda_engine_computes_weight_only_checkpoints(
     np.testing.assert_allclose(logprobs(output), logprobs(expected), atol={"float16": 2e-2, "float32": 1e-3}[dtype])
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_weight_only_experts_are_held_as_plain_values(tmp_path: Path, device: None, tp: int) -> None:
-    dense = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "dense")
-    module, section = WEIGHT_ONLY["ct-w8-channel"]
-    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
-    output = generate(tmp_path / "quantised", tp, engine="cuda", dtype="float32")
-    np.testing.assert_allclose(logprobs(output), logprobs(generate(tmp_path / "twin")), atol=1e-3)
+@pytest.mark.parametrize(
+    ("name", "dtype", "tp", "options"),
+    [("ct-w8-channel", "float32", 1, {}), ("ct-w4-g64-asymmetric", "float32", 2, {}), ("awq-g64", "float16", 1, {}),
+     ("ct-fp8-weight-only", "float16", 2, {"expert_parallel": True}), ("ct-w4-g16-asymmetric", "float16", 2, {}), ("gptq-4-order", "float32", 1, {})],
+    ids=str,
+)  # fmt: skip
+def test_the_cuda_engine_computes_weight_only_experts(
+    tmp_path: Path, device: None, name: str, dtype: Any, tp: int, options: dict[str, Any]
+) -> None:
+    quantised, twin = written_experts(tmp_path, name, has_router=True)
+    output = generate(quantised, tp, engine="cuda", dtype=dtype, **options)
+    bound = {"float16": 2e-2, "float32": 1e-3}[dtype]
+    np.testing.assert_allclose(logprobs(output), logprobs(generate(twin)), atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +334,8 @@ def test_the_cuda_engine_multiplies_fp8_blocks(root: Path, device: None, name: s
 def test_one_matrix_of_experts_is_held_packed_at_a_time(
     tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its plain values; else a checkpoint of fp8 would take half as much again while it loads as it does afterwards."""
-    dense = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path / "dense")
-    module, section = WEIGHT_ONLY["ct-w8-channel"]
-    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", module, section)
+    """Of those that become plain values; else they would take half as much again while they load as they do afterwards."""
+    quantised, _ = written_experts(tmp_path, "ct-w8-g16-asymmetric", has_router=True)
     allocate, unpack, packed, most = ConvertingSink.allocate, weights.unpack_weight, set[str](), list[int]()
 
     def allocated(sink: ConvertingSink, names: tuple[str, ...], *rest: Any) -> Any:
@@ -347,40 +351,69 @@ def test_one_matrix_of_experts_is_held_packed_at_a_time(
 
     monkeypatch.setattr(ConvertingSink, "allocate", allocated)
     monkeypatch.setattr(weights, "unpack_weight", unpacked)
-    generate(tmp_path / "quantised", engine="cuda", dtype="float32")
+    generate(quantised, engine="cuda", dtype="float32")
     assert (max(most), len(packed)) == (1, 0)
 
 
 EXCLUSIONS = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert", "modelopt": "ignore"}
 
 
-def written_experts(root: Path, name: str, has_router: bool = False) -> tuple[Path, Path]:
-    """A Mixtral of two layers in the format ``name``, its router, too, with ``has_router``; and its float twin."""
-    case = CASES_BY_NAME["mixtral-plain"]
-    dense = write_checkpoint(replace(case, config={**case.config, "num_hidden_layers": 2}), root / "dense")
-    module, section = WITH_INPUTS[name]
+MIXTRAL = CheckpointCase(
+    "mixtral-odd",
+    {**CASES_BY_NAME["mixtral-plain"].config, "hidden_size": 80, "intermediate_size": 160, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2},
+)  # fmt: skip
+"""160 inner columns: 1.25 blocks of 128, 2.5 groups of 64."""
+QWEN3 = CheckpointCase("qwen3-two-layers", {**CASES_BY_NAME["qwen3_moe-plain"].config, "num_hidden_layers": 2})
+
+
+def written_experts(
+    root: Path, name: str, has_router: bool = False, case: CheckpointCase = MIXTRAL
+) -> tuple[Path, Path]:
+    """A mixture of experts in the format ``name``, its router, too, with ``has_router``; and its float twin."""
+    dense = write_checkpoint(case, root / "dense")
+    module, section = ALL[name]
     if not has_router:
-        routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
+        mixture = "block_sparse_moe" if case is MIXTRAL else "mlp"
+        routers = [f"model.layers.{layer}.{mixture}.gate" for layer in range(2)]
         section = {**section, EXCLUSIONS[section["quant_method"]]: ["lm_head", *routers]}
-    modules = {"moe.gate.": module if has_router else writers.as_it_is, "": module}
+    modules = {".gate.": module if has_router else writers.as_it_is, "": module}
     paths = root / "quantised", root / "twin"
     writers.write(dense, *paths, modules, section)
     return paths
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "has_router"),
-    [("hf-fp8-blocks", 1, False), ("hf-fp8-blocks", 2, False), ("hf-fp8-powers", 1, False), ("ct-fp8-channel", 1, False),
-     ("ct-int8", 2, False), ("ct-fp8-static", 1, False), ("fbgemm", 1, True), ("modelopt-smoothquant", 1, False)],
+    ("name", "tp", "has_router", "case", "options"),
+    [("hf-fp8-blocks", 2, False, MIXTRAL, {}), ("hf-fp8-wide", 1, False, MIXTRAL, {}), ("hf-fp8-powers", 1, False, MIXTRAL, {}),
+     ("ct-fp8-channel", 1, False, QWEN3, {}), ("ct-int8", 2, False, MIXTRAL, {}), ("ct-fp8-static", 2, False, QWEN3, {"expert_parallel": True}),
+     ("fbgemm", 1, True, MIXTRAL, {}), ("modelopt-smoothquant", 1, False, MIXTRAL, {})],
+    ids=lambda value: value.name if isinstance(value, CheckpointCase) else str(value),
 )  # fmt: skip
 def test_the_cuda_engine_rounds_inputs_of_experts(
-    tmp_path: Path, device: None, name: str, tp: int, has_router: bool
+    tmp_path: Path, device: None, name: str, tp: int, has_router: bool, case: CheckpointCase, options: dict[str, Any]
 ) -> None:
-    """Experts are plain values there, and their inputs what codes stand for; a router may be quantised, too."""
-    paths = written_experts(tmp_path, name, has_router)
-    expected, plain = logprobs(generate(paths[0], tp)), logprobs(generate(paths[1]))
-    output = logprobs(generate(paths[0], tp, engine="cuda", dtype="float32"))
+    """What experts are multiplied by stands for codes; a router may be quantised, too."""
+    paths = written_experts(tmp_path, name, has_router, case)
+    expected, plain = logprobs(generate(paths[0], tp, **options)), logprobs(generate(paths[1]))
+    output = logprobs(generate(paths[0], tp, engine="cuda", dtype="float32", **options))
     assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [*((name, ExpertCodes) for name in ("ct-w8-channel", "awq-g64", "ct-int8", "ct-fp8-static", "fbgemm", "hf-fp8-wide", "modelopt-smoothquant")),
+     ("hf-fp8-blocks", ExpertValues), *((name, Dense) for name in ("ct-w4-g16-asymmetric", "gptq-4-order"))],
+)  # fmt: skip
+def test_experts_are_held_as_codes_where_32_columns_share_a_scale(name: str, held: type[Format]) -> None:
+    formats = read_formats({**MIXTRAL.config, "quantization_config": ALL[name][1]})
+    model = find_model(MIXTRAL.config)
+    experts = {
+        spec.owner: spec for spec in model.weights(model.read_config(MIXTRAL.config)) if ".experts." in spec.owner
+    }
+    plan = held_formats(formats, "none", {"layers.0.experts"})
+    assert {type(plan.choose(experts[f"layers.0.experts.{matrix}"])) for matrix in ("gate_up", "down")} == {held}
+    assert not isinstance(plan.choose(experts["layers.0.experts.router"]), PackedCodes)
 
 
 SCALES = {

@@ -17,10 +17,11 @@ from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.memory import plan_memory, workspace_bytes
+from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.state_sizes import ALLOCATION_BYTES, state_bytes
 from phalanx.runtime.step import ADMISSION, StepLimits
-from tests.quantization.test_checkpoints import ALL, CASE, writers
+from tests.quantization.test_checkpoints import ALL, CASE, MIXTRAL, writers, written_experts
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 
@@ -78,16 +79,35 @@ def test_what_a_quantised_rank_holds_is_what_was_planned(
     write_checkpoint(CASE, tmp_path / "dense")
     module, section = ALL[name]
     writers.write(tmp_path / "dense", tmp_path / "model", tmp_path / "twin", module, section)
+    check_plan(tmp_path / "model", tp, pp)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "options"),
+    [("ct-w4-g64-asymmetric", 2, {}), ("ct-fp8-static", 1, {}), ("hf-fp8-blocks", 2, {"expert_parallel": True}), ("none", 2, {"quantize": "fp8"})],
+    ids=str,
+)  # fmt: skip
+def test_what_a_rank_with_experts_holds_is_what_was_planned(
+    name: str, tp: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:  # fmt: skip
+    install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
+    directory = write_checkpoint(MIXTRAL, tmp_path / "dense") if name == "none" else written_experts(tmp_path, name)[0]
+    check_plan(directory, tp, 1, **options)
+
+
+def check_plan(directory: Path, tp: int, pp: int, **options: Any) -> None:
+    """Compare the arrays of each rank with the plan."""
 
     def rank(comm: Communicator) -> tuple[int, int, int, int]:
         sizes = {"max_num_seqs": 3, "max_model_len": 64, "block_size": 16}
         with LLM(
-            tmp_path / "model", tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="cuda",
-            dtype="float16", kv_cache_dtype="fp8", num_kv_blocks=8, max_num_batched_tokens=8, **sizes,
+            directory, tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=comm, engine="cuda",
+            dtype="float16", kv_cache_dtype="fp8", num_kv_blocks=8, max_num_batched_tokens=8, **sizes, **options,
         ) as llm:  # fmt: skip
             replica: Any = llm._replica
             model, config, topology = replica.family, replica.config, replica.topology
-            formats = held_formats(replica.checkpoint.formats, "none")
+            experts = use_of(model, config).experts
+            formats = held_formats(replica.checkpoint.formats, options.get("quantize", "none"), experts)
             planned = plan_memory(
                 model, config, topology.layout, "float16", formats=formats, kv_itemsize=1, max_num_tokens=8, **sizes
             )[comm.rank]  # fmt: skip

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoints.formats import FormattedWeight, format_weights
+from phalanx.checkpoints.formats import Format, FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.held import (
+    ExpertCodes,
+    PackedCodes,
     held_by_experts,
     is_ordered,
     packed,
-    unpacked_by_experts,
+    packed_by_experts,
     whole_blocks,
 )
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -123,7 +125,7 @@ def _free_bytes() -> int:
 
 
 def _check_quantized(spec: RankSpec, architecture: str) -> None:
-    """Refuse products of codes that the device or the kernels lack: experts', and sizes that, on any rank, they do not take."""
+    """Refuse products of codes that the device or the kernels lack: fp8 before sm_89, and sizes that, on any rank, they do not take."""
     quantized = [
         weight
         for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
@@ -136,13 +138,6 @@ def _check_quantized(spec: RankSpec, architecture: str) -> None:
                     f"{weight.format.name} products need compute capability 8.9; this GPU has {architecture}: use int8 or 4-bit "
                     "weights, or leave --quantize out"
                 )
-    experts = use_of(spec.model, spec.config).experts
-    for weight in quantized:
-        if weight.spec.owner.rpartition(".")[0] in experts:
-            raise ConfigError(
-                f"{weight.spec.owner}: the cuda engine multiplies experts as plain values, not as {weight.format.name}; "
-                "leave --quantize out, or use --engine numpy"
-            )
     for weight, rank in product(quantized, range(spec.tp_size)):
         shape = weight.spec.local_shape(rank, spec.tp_size)
         if any(extent % _CODE_ALIGNMENT for extent in shape):
@@ -219,19 +214,39 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
     experts = use_of(spec.model, spec.config).experts
-    packing, plain, blocks = {}, {}, set()
-    for weight in spec.declared:
-        owner, is_expert = weight.spec.owner, weight.spec.owner.rpartition(".")[0] in experts
-        held = unpacked_by_experts(weight.format) if is_expert else packed(weight.format)
-        if held is not None:
-            packing[owner] = held
-        if held is not None and is_expert:
-            plain[owner] = held_by_experts(weight.format)
-        elif held is not None and held.has_blocks and whole_blocks(weight.spec.parts, spec.tp_rank, spec.tp_size):
-            blocks.add(owner)
+    packing, plain = _packing(spec.declared, experts)
+    quantize = {
+        owner: ExpertCodes(chosen) if owner.rpartition(".")[0] in experts else chosen
+        for owner, chosen in spec.quantized.items()
+    }
     ordered = [weight.spec.owner for weight in spec.declared if is_ordered(weight.format)]
-    sink = ConvertingSink(spec.dtype, library, spec.quantized, packing, plain, ordered, blocks)
+    blocks = {
+        weight.spec.owner
+        for weight in spec.declared
+        if weight.spec.owner in packing.keys() - plain.keys()
+        and packing[weight.spec.owner].has_blocks
+        and whole_blocks(weight.spec.parts, spec.tp_rank, spec.tp_size)
+    }
+    sink = ConvertingSink(spec.dtype, library, quantize, packing, plain, ordered, blocks)
     return sink.converted(spec.load(sink))
+
+
+def _packing(
+    declared: Iterable[FormattedWeight], experts: Container[str]
+) -> tuple[dict[str, PackedCodes], dict[str, Format]]:
+    """How codes are packed, and the formats of those that are unpacked again, because kernels of experts take no such codes."""
+    packing: dict[str, PackedCodes] = {}
+    plain: dict[str, Format] = {}
+    for weight in declared:
+        owner, chosen = weight.spec.owner, packed(weight.format)
+        if owner.rpartition(".")[0] in experts:
+            held = held_by_experts(owner, weight.format)
+            chosen = held if isinstance(held, ExpertCodes) else packed_by_experts(weight.format)
+            if chosen is not None and chosen is not held:
+                plain[owner] = held
+        if chosen is not None:
+            packing[owner] = chosen
+    return packing, plain
 
 
 def _stage(

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.held import ExpertCodes, PackedCodes
+from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
     FP8_BOUNDED,
@@ -140,7 +140,11 @@ class CudaOps(Ops[DeviceArray]):
         self._rules: dict[str, CodeRule] = {}
         self._factors: dict[str, DeviceArray | None] = {}
         self._input_rules: dict[str, InputRule | None] = {}
-        packed = [one.components["packed"].shape for one in weights.values() if isinstance(one.format, PackedCodes)]
+        packed = [
+            one.components["packed"].shape
+            for one in weights.values()
+            if isinstance(one.format, PackedCodes) and not isinstance(one.format, ExpertCodes)
+        ]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
         self._pending: Deferred | DeferredProduct | None = None
@@ -287,7 +291,8 @@ class CudaOps(Ops[DeviceArray]):
 
     def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
         x = self._values(x)
-        router, gate_up, down = (self._weights.array(f"{name}.{kind}") for kind in ("router", "gate_up", "down"))
+        router = self._weights.array(f"{name}.router")
+        gate_up, down = self._stack(f"{name}.gate_up"), self._stack(f"{name}.down")
         num_held = len(gate_up) // (2 * down.shape[1])
         held = local_experts(spec.num_experts, num_held, self._group.rank, self._group.size)
         routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, held)
@@ -384,7 +389,7 @@ class CudaOps(Ops[DeviceArray]):
         if name not in self._input_rules:
             weight = self._weights.linear(name)
             held, rule = weight.format, None
-            if isinstance(held, PackedCodes | ExpertCodes):
+            if isinstance(held, PackedCodes | ExpertValues):
                 stored = held.stored
                 if isinstance(stored, RowCodes):
                     rule = None if stored.input == "plain" else InputRule(_rule_of(stored, weight.components))
@@ -438,6 +443,12 @@ class CudaOps(Ops[DeviceArray]):
             else:
                 self._matrices[name] = parts["weight"]
         return self._matrices[name]
+
+    def _stack(self, name: str) -> DeviceArray | PackedWeight:
+        """The matrices of experts, one below the other."""
+        matrix = self._matrix(name)
+        assert not isinstance(matrix, QuantizedRows), "codes of experts are packed"
+        return matrix
 
     def _deferred(self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write) -> Rows:
         """What ``write`` fills: at once, or with quantised weights when its consumer is known."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.formats import DENSE, Format
-from phalanx.checkpoints.quantization.held import INPUT_COMPONENTS, PackedCodes
+from phalanx.checkpoints.quantization.held import INPUT_COMPONENTS, ExpertCodes, PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
@@ -131,7 +131,7 @@ class ConvertingSink(CudaSink):
     The loader fills one component after the other: it is complete when the next one is allocated, or at the end.
 
     Args:
-        quantize: weights of floats to quantise, by the names that models use.
+        quantize: weights of floats to quantise, by the names that models use; those of experts are packed besides.
         packing: weights whose codes are packed, likewise.
         plain: those of them that are unpacked again, because no product takes them packed, and the formats that they then have.
         ordered: weights whose columns belong to groups in any order, which become plain values.
@@ -139,7 +139,7 @@ class ConvertingSink(CudaSink):
     """
 
     def __init__(
-        self, dtype: str, library: Library, quantize: Mapping[str, RowCodes], packing: Mapping[str, PackedCodes],
+        self, dtype: str, library: Library, quantize: Mapping[str, RowCodes | ExpertCodes], packing: Mapping[str, PackedCodes],
         plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (), blocks: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
@@ -200,7 +200,9 @@ class ConvertingSink(CudaSink):
         if weight.name in self._plain:
             values = self.weights[f"{weight.name}.codes"]
             return replace(weight, format=self._plain[weight.name], components={"weight": values, **inputs})
-        return replace(weight, format=chosen, components={"packed": self._packed(weight.name, chosen), **inputs})
+        held = self.weights.get(f"{weight.name}.weight")  # floats that were quantised
+        packed = self._packed(weight.name, chosen) if held is None else held
+        return replace(weight, format=chosen, components={"packed": packed, **inputs})
 
     def _packed(self, name: str, chosen: PackedCodes) -> PackedWeight:
         (codes, columns), zero = self.weights[f"{name}.codes"], self.weights.get(f"{name}.zero")
@@ -228,14 +230,19 @@ class ConvertingSink(CudaSink):
         self._filling = None
         self.weights.update(dict.fromkeys(names, self._conversions[names[0]](array)))
 
-    def _quantizer(self, chosen: RowCodes) -> Held:
-        def quantize(array: DeviceArray) -> QuantizedRows:
+    def _quantizer(self, chosen: RowCodes | ExpertCodes) -> Held:
+        def quantize(array: DeviceArray) -> QuantizedRows | PackedWeight:
             import cupy
 
+            rows = chosen.stored if isinstance(chosen, ExpertCodes) else chosen
+            assert isinstance(rows, RowCodes)
             codes, scale = cupy.empty(array.shape, np.uint8), cupy.empty(array.shape[:1], np.float32)
-            rows = QuantizedRows(codes, scale, chosen.kind)
-            quantize_rows(self._library, array, rows)
-            return rows
+            quantized = QuantizedRows(codes, scale, rows.kind)
+            quantize_rows(self._library, array, quantized)
+            if isinstance(chosen, RowCodes):
+                return quantized
+            packed, columns = self._packer(chosen)(codes if rows.kind == "fp8" else codes.view(np.int8))
+            return PackedWeight(packed, scale[None], None, rows.kind, columns, 0)
 
         return quantize
 
