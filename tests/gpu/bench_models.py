@@ -92,9 +92,26 @@ FLOAT_CASES = {
     ),
     "gemma-2b-tp8-one": Case("gemma-2b", 128, 3, max_num_seqs=1, tp=8),
 }
+EXPERT_CASES = {
+    f"{name}-{scheme}": replace(case, kv_cache_dtype="fp8", **options)
+    for name, case in {
+        "mixtral-8x7b": Case("mixtral-8x7b", 128, 2048),
+        "mixtral-8x7b-2048": Case("mixtral-8x7b", 2048, 256, max_num_seqs=256, max_num_batched_tokens=8192),
+        "mixtral-8x7b-one": Case("mixtral-8x7b", 128, 2, max_num_seqs=1),
+        "qwen3-30b-a3b": FLOAT_CASES["qwen3-30b-a3b"],
+        "qwen3-30b-a3b-one": FLOAT_CASES["qwen3-30b-a3b-one"],
+    }.items()
+    for scheme, options in {
+        "fp8": {"quantize": "fp8"},
+        "int8": {"quantize": "int8"},
+        "w4a16": {"model": f"{case.model}-w4a16"},
+    }.items()
+}
+"""Experts as codes, which let a Mixtral of 47 billion weights run on one GPU."""
 DENSE_CASES = {name: case for name, case in FLOAT_CASES.items() if not name.startswith(("mixtral", "qwen3-30b"))}
 CASES = (
     FLOAT_CASES
+    | EXPERT_CASES
     | {f"{name}-fp8": replace(case, quantize="fp8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
     | {f"{name}-int8": replace(case, quantize="int8", kv_cache_dtype="fp8") for name, case in DENSE_CASES.items()}
     | {
@@ -104,7 +121,7 @@ CASES = (
         if (MODELS / f"{case.model}-{form}").is_dir()
     }
 )
-"""Every case as it is; but for experts with fp8 or int8 weights and activations, with fp8 blocks, or with 4-bit weights, and with an fp8 cache."""
+"""Every case as it is, and with fp8 or int8 weights and activations, with fp8 blocks, or with 4-bit weights, and with an fp8 cache."""
 
 
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:

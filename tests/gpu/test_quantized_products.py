@@ -12,6 +12,7 @@ import pytest
 
 from phalanx.checkpoints.quantization.numbers import quantize_rows
 from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.experts import Routing
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GemvShape
@@ -19,6 +20,7 @@ from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from tests.gpu.test_fp8 import put_codes
+from tests.kernels import test_expert_codes
 from tests.kernels.devices import CudaDevice, has_gpu
 from tests.kernels.test_packed import KINDS, Case
 from tests.quantization import test_checkpoints as checkpoints
@@ -170,8 +172,30 @@ def test_formats_with_quantised_inputs_follow_the_numpy_engine(name: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "has_router"),
     [("hf-fp8-blocks", False), ("hf-fp8-powers", False), ("ct-fp8-channel", False), ("ct-int8", False), ("ct-fp8-static", False),
-     ("fbgemm", True), ("modelopt-smoothquant", False)],
+     ("fbgemm", True), ("modelopt-smoothquant", False), ("hf-fp8-wide", False)],
 )  # fmt: skip
 def test_experts_of_every_kind_of_inputs_follow_the_numpy_engine(name: str, has_router: bool, tmp_path: Path) -> None:
     """In float32, where experts are chosen as there."""
     assert is_near(*checkpoints.written_experts(tmp_path, name, has_router), dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["ct-w4-g64-asymmetric", "awq-g64", "ct-w8-channel", "ct-fp8-weight-only"])
+def test_weight_only_experts_follow_the_numpy_engine(name: str, tmp_path: Path) -> None:
+    quantised, twin = checkpoints.written_experts(tmp_path, name, has_router=True)
+    output = checkpoints.logprobs(checkpoints.generate(quantised, engine="cuda", dtype="float16"))
+    np.testing.assert_allclose(output, checkpoints.logprobs(checkpoints.generate(twin)), atol=5e-2)
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 128])
+@pytest.mark.parametrize(("scheme", "dtype"), test_expert_codes.SCHEMES, ids=str)
+def test_mixtures_of_codes_at_wide_sizes_equal_float64(
+    device: CudaDevice, scheme: Any, dtype: Any, tokens: int
+) -> None:
+    """Streamed, and in tiles of 64 and of 128 rows, over many blocks and stages."""
+    random = np.random.default_rng(tokens)
+
+    def normal(dtype: np.dtype[Any], *shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(dtype)
+
+    routing = Routing(4, 2, True, range(4)) if tokens < 128 else Routing(2, 2, True, range(2))
+    test_expert_codes.check(device, normal, dtype, tokens, 2048, 560, routing, scheme)
