@@ -5,9 +5,10 @@
 // that blocks that run together share an expert's weights.
 // Defines: SCALAR, CODES, GROUP (a multiple of 32, 0 = the whole row), HAS_ZERO, ROWS (64 or 128), STAGES, GATED, ACTIVATION, GATHERS,
 //     TOP_K, SHARED_BYTES, BFLOAT16, KV_FP8 (0).
-// What is odd: a lane reads 8 neighbouring columns of tokens and of weights, as in weight_stream.cuh, so that codes are copied as they
-// are and become operands in registers. A row of tokens in shared memory is 128 bytes, whose halves odd rows exchange: 8 lanes read 64
-// bytes of each of two rows and meet no bank twice. With GATED, each warp holds gates and ups of the same outputs.
+// What is odd: weights are the 16-row side of the tensor cores' operands and tokens the 8-row side. So a lane that reads 8 neighbouring
+// columns of a token has two operands without moving a register, and the same columns of two weight rows, which are codes, become operands
+// in place. Plain values go through ldmatrix. A row of tokens in shared memory is 128 bytes, its 16-byte pieces permuted by the row's number,
+// so that neither way of reading meets a bank twice. With GATED, each warp holds gates and ups of the same outputs.
 // Limits: float32 sums in an order that does not depend on the step; gate and up are rounded before they meet. Scales of whole rows multiply
 //     sums, those of groups codes, whose products are rounded to SCALAR: sums of groups would take as many registers again.
 // Why our own: which rows belong to which expert is known on the device only. cuBLASLt takes sizes from the host, which would
@@ -17,8 +18,8 @@
 #include "attention_instructions.cuh"
 #include "expert_weight.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "packed_operands.cuh"
-#include "weight_stream.cuh"
 
 constexpr int THREADS = 256;
 constexpr int COLUMNS = 128;  // weight rows of a block
@@ -28,9 +29,9 @@ constexpr int ROW_BYTES = DEPTH * 2;
 constexpr int WEIGHT_BYTES = DEPTH / PIECE * 16 / (CODES ? PIECES : 1);  // of a weight row in a stage
 constexpr int LANE_BYTES = WEIGHT_BYTES / 4;
 constexpr int STAGE_BYTES = ROWS * ROW_BYTES + COLUMNS * WEIGHT_BYTES;
-constexpr int ROW_TILES = ROWS / 32;  // of 16 rows in a warp
 constexpr int WARP_COLUMNS = 32;
-constexpr int COLUMN_TILES = WARP_COLUMNS / TILE;
+constexpr int WEIGHT_TILES = WARP_COLUMNS / 16;  // of a warp
+constexpr int TOKEN_TILES = ROWS / 2 / 8;
 constexpr int STAGE_SPREADS = DEPTH / SPREAD;
 constexpr int STAGE_GROUPS = GROUP % DEPTH == 0 ? 1 : STAGE_SPREADS;  // at most, of a row in a stage
 static_assert(STAGES * STAGE_BYTES <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
@@ -41,112 +42,160 @@ __device__ __forceinline__ int output_of(int column) {
 }
 __device__ __forceinline__ bool is_up(int column) { return GATED && column / 16 % 2; }
 
-// Of 16 bytes of tokens, or of plain weights, in a stage.
-__device__ __forceinline__ unsigned piece_offset(int row, int piece) { return row * ROW_BYTES + (piece ^ row % 2 * 4) * 16; }
+// Of 16 bytes of tokens, or of plain weights. Eight rows have a piece at eight places, and two neighbours four pieces in two halves.
+__device__ __forceinline__ unsigned piece_offset(int row, int piece) {
+    return row * ROW_BYTES + (piece ^ (row % 2 * 4 + row % 8 / 2)) * 16;
+}
 
-struct Operands {
-    const scalar* x;
-    const ExpertWeight& weight;
-    const int* source;  // in shared memory: row of x for each row of the tile, -1 past its end
-    int first_output;
+// What a thread copies of each stage: the same 16 bytes of some rows of x, and the same bytes of some weight rows.
+struct Copies {
+    static constexpr int ROW_PIECES = ROW_BYTES / 16, WEIGHT_PIECES = CODES ? 4 : ROW_PIECES;
+    static constexpr int TOKEN_STEP = THREADS / ROW_PIECES, WEIGHT_STEP = THREADS / WEIGHT_PIECES;  // from one row to the next
+    static constexpr int OUTPUT_STEP = GATED ? WEIGHT_STEP / 2 : WEIGHT_STEP;
+    static constexpr uint32 NONE = ~0u;
+    static_assert(WEIGHT_STEP % WARP_COLUMNS == 0, "weight rows of a thread are as far apart as their outputs");
 
-    __device__ __forceinline__ int weight_row(int column) const { return weight.row(first_output + output_of(column), is_up(column)); }
+    const uint4* x;
+    uint32 token[ROWS / TOKEN_STEP];  // first piece of a row of x
+    const unsigned char* weight;
+    uint32 weight_step;
+    int outputs, in_features;  // outputs from the first weight row's on
+    unsigned token_place, weight_place;
+
+    __device__ __forceinline__ Copies(const scalar* x, const ExpertWeight& from, const ExpertTile& tile, const int* order, int first_output)
+        : x(reinterpret_cast<const uint4*>(x)), in_features(from.in_features) {
+        const int row = threadIdx.x / ROW_PIECES, piece = threadIdx.x % ROW_PIECES;
+#pragma unroll
+        for (int i = 0; i < ROWS / TOKEN_STEP; ++i) {
+            const int position = tile.first + row + i * TOKEN_STEP;
+            const bool is_inside = position < tile.stop;
+            token[i] = is_inside ? static_cast<uint32>(GATHERS ? order[position] / TOP_K : position) * (in_features / PIECE) + piece : NONE;
+        }
+        token_place = piece_offset(row, piece);
+        const int column = threadIdx.x / WEIGHT_PIECES, lane = threadIdx.x % WEIGHT_PIECES;
+        const int output = first_output + output_of(column);
+        outputs = from.out_features - output;
+        weight = from.bytes_of(from.row(output, is_up(column))) + lane * 16;
+        weight_step = OUTPUT_STEP * from.row_bytes;
+        weight_place = ROWS * ROW_BYTES + (CODES ? column * WEIGHT_BYTES + lane * LANE_BYTES : piece_offset(column, lane));
+    }
+
+    __device__ __forceinline__ void copy(unsigned stage, int k) const {
+        const bool is_column = k + static_cast<int>(threadIdx.x) % ROW_PIECES * PIECE < in_features;
+#pragma unroll
+        for (int i = 0; i < ROWS / TOKEN_STEP; ++i) {
+            const bool valid = is_column && token[i] != NONE;
+            copy_16_bytes(stage + token_place + i * TOKEN_STEP * ROW_BYTES, x + (valid ? token[i] + k / PIECE : 0), valid);
+        }
+        const unsigned char* const from = weight + (CODES ? k / CHUNK * CHUNK_BYTES + k % CHUNK / DEPTH * LANE_BYTES : k * 2);
+#pragma unroll
+        for (int i = 0; i < COLUMNS / WEIGHT_STEP; ++i) {
+            const bool valid = i * OUTPUT_STEP < outputs && (CODES || is_column);
+            const unsigned to = stage + weight_place + i * WEIGHT_STEP * WEIGHT_BYTES;
+            const unsigned char* const at = valid ? from + i * weight_step : weight;
+            if constexpr (CODES && LANE_BYTES == 8)
+                copy_8_bytes(to, at, valid);
+            else
+                copy_16_bytes(to, at, valid);
+        }
+    }
 };
 
-__device__ __forceinline__ void copy_stage(const Operands& o, unsigned stage, int k) {
-    constexpr int ROW_PIECES = ROW_BYTES / 16, COPIES = CODES ? 4 : ROW_PIECES;
-    const int in_features = o.weight.in_features;
+// Rows lane / 4 and lane / 4 + 8 of a warp's weight tiles: where they are, and their scales and zero points in one stage.
+struct WeightRows {
+    int row[WEIGHT_TILES][2];
+    float scale[STAGE_GROUPS][WEIGHT_TILES][2];
+    uint32 offset[STAGE_GROUPS][WEIGHT_TILES][2];
+
+    __device__ __forceinline__ WeightRows(const ExpertWeight& weight, int first_output, int first_column) {
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * ROW_PIECES; i += THREADS) {
-        const int row = i / ROW_PIECES, piece = i % ROW_PIECES, from = k + piece * PIECE;
-        const bool valid = o.source[row] >= 0 && from < in_features;
-        const scalar* const at = valid ? o.x + static_cast<int64>(o.source[row]) * in_features + from : o.x;
-        copy_16_bytes(stage + piece_offset(row, piece), at, valid);
+        for (int tile = 0; tile < WEIGHT_TILES; ++tile)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const int column = first_column + tile * 16 + side * 8;
+                row[tile][side] = weight.row(first_output + output_of(column), is_up(column));
+            }
     }
-    const unsigned weights = stage + ROWS * ROW_BYTES;
+
+    __device__ __forceinline__ void load_scales(const ExpertWeight& weight, int k) {
+        if constexpr (GROUP == 0 && !HAS_ZERO) return;
 #pragma unroll
-    for (int i = threadIdx.x; i < COLUMNS * COPIES; i += THREADS) {
-        const int column = i / COPIES, piece = i % COPIES;
-        const bool is_output = o.first_output + output_of(column) < o.weight.out_features;
-        const unsigned char* const row = o.weight.bytes_of(o.weight_row(column));
+        for (int g = 0; g < STAGE_GROUPS; ++g) {
+            const uint32 group = GROUP ? min(k + g * SPREAD, weight.in_features - 1) / (GROUP ? GROUP : 1) : 0;
+#pragma unroll
+            for (int tile = 0; tile < WEIGHT_TILES; ++tile)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const uint32 at = weight.scale_at(group, row[tile][side]);
+                    if constexpr (GROUP != 0) scale[g][tile][side] = weight.scale[at];
+                    if constexpr (HAS_ZERO) offset[g][tile][side] = zero_offset(weight.zero[at]);
+                }
+        }
+    }
+};
+
+using Sums = float[WEIGHT_TILES][TOKEN_TILES][4];
+using WeightOperands = uint32[WEIGHT_TILES][2][4];  // two mma for a spread
+
+// A lane's 8 columns of a weight row as operand words.
+__device__ __forceinline__ void load_codes(const unsigned char* at, uint32 offset, float scale, uint32 mask, uint32 (&pairs)[4]) {
+    uint32 codes[PIECE_WORDS];
+#pragma unroll
+    for (int i = 0; i < PIECE_WORDS; ++i) codes[i] = reinterpret_cast<const uint32*>(at)[i];
+    operands(codes, offset, mask, pairs);
+    if constexpr (GROUP != 0)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = pack(unpack(pairs[i], 0) * scale, unpack(pairs[i], 1) * scale);
+}
+
+__device__ __forceinline__ void load_weights(const unsigned char* weights, const WeightRows& rows, int spread, uint32 mask, WeightOperands& to) {
+    const int lane = threadIdx.x % 32, g = STAGE_GROUPS == 1 ? 0 : spread;
+#pragma unroll
+    for (int tile = 0; tile < WEIGHT_TILES; ++tile) {
         if constexpr (CODES == 0) {
-            const bool valid = is_output && k + piece * PIECE < in_features;
-            copy_16_bytes(weights + piece_offset(column, piece), valid ? row + (k + piece * PIECE) * sizeof(scalar) : row, valid);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                load_matrices(to[tile][half], shared_address(weights + piece_offset(tile * 16 + lane % 16, spread * 4 + half * 2 + lane / 16)));
         } else {
-            const unsigned char* const from = row + k / CHUNK * CHUNK_BYTES + piece * 16 + k % CHUNK / DEPTH * LANE_BYTES;
-            const unsigned to = weights + column * WEIGHT_BYTES + piece * LANE_BYTES;
-            if constexpr (LANE_BYTES == 8)
-                copy_8_bytes(to, from, is_output);
-            else
-                copy_16_bytes(to, from, is_output);
+            uint32 pairs[2][4];
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const int row = tile * 16 + side * 8 + lane / 4;
+                load_codes(weights + row * WEIGHT_BYTES + lane % 4 * LANE_BYTES + spread * PIECE_WORDS * 4,
+                           HAS_ZERO ? rows.offset[g][tile][side] : zero_offset(0), GROUP ? rows.scale[g][tile][side] : 1.0f, mask, pairs[side]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) to[tile][i / 4][i % 4] = pairs[i % 2][i / 2];
         }
     }
 }
 
-// Scales and zero points of a lane's weight rows in one stage.
-struct StageScales {
-    float scale[STAGE_GROUPS][COLUMN_TILES];
-    uint32 offset[STAGE_GROUPS][COLUMN_TILES];
-
-    __device__ __forceinline__ void load(const Operands& o, int first_column, int k) {
-        if constexpr (GROUP == 0 && !HAS_ZERO) return;
-#pragma unroll
-        for (int g = 0; g < STAGE_GROUPS; ++g)
-#pragma unroll
-            for (int tile = 0; tile < COLUMN_TILES; ++tile) {
-                const int column = min(k + g * SPREAD, o.weight.in_features - 1);
-                const uint32 at = o.weight.scale_at(GROUP ? column / (GROUP ? GROUP : 1) : 0, o.weight_row(first_column + tile * TILE));
-                if constexpr (GROUP != 0) scale[g][tile] = o.weight.scale[at];
-                if constexpr (HAS_ZERO) offset[g][tile] = zero_offset(o.weight.zero[at]);
-            }
-    }
-};
-
-using Sums = float[ROW_TILES][COLUMN_TILES][4];
-
-__device__ __forceinline__ Words load_words(const unsigned char* at) { return words(*reinterpret_cast<const uint4*>(at)); }
-
-// A lane's 8 columns of weight row `column`, of those that four lanes have at once.
-__device__ __forceinline__ Words load_weight(const unsigned char* weights, int column, int spread, const StageScales& scales, int tile,
-                                             uint32 mask) {
-    const int member = threadIdx.x % 4, g = STAGE_GROUPS == 1 ? 0 : spread;
-    if constexpr (CODES == 0) return load_words(weights + piece_offset(column, spread * 4 + member));
-    uint32 codes[PIECE_WORDS];
-#pragma unroll
-    for (int i = 0; i < PIECE_WORDS; ++i)
-        codes[i] = reinterpret_cast<const uint32*>(weights + column * WEIGHT_BYTES + member * LANE_BYTES)[spread * PIECE_WORDS + i];
+// The same columns of a tile of 8 tokens: word pairs of two mma.
+__device__ __forceinline__ Words load_tokens(const unsigned char* tokens, int spread) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (CODES != 0) return words(*reinterpret_cast<const uint4*>(tokens + piece_offset(lane / 4, spread * 4 + lane % 4)));
     Words result;
-    operands(codes, HAS_ZERO ? scales.offset[g][tile] : zero_offset(0), mask, result.at);
-    if constexpr (GROUP != 0)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            result.at[i] = pack(unpack(result.at[i], 0) * scales.scale[g][tile], unpack(result.at[i], 1) * scales.scale[g][tile]);
+    load_matrices(result.at, shared_address(tokens + piece_offset(lane % 8, spread * 4 + lane / 8)));
     return result;
 }
 
-// `first_row`, `first_column`: the lane's own of the warp's first tiles.
-__device__ __forceinline__ void multiply_stage(const unsigned char* stage, int first_row, int first_column, const StageScales& scales,
-                                               uint32 mask, Sums& sums) {
-    const int member = threadIdx.x % 4;
+__device__ __forceinline__ void multiply_stage(const unsigned char* tokens, const unsigned char* weights, const WeightRows& rows, uint32 mask,
+                                               Sums& sums) {
 #pragma unroll
     for (int spread = 0; spread < STAGE_SPREADS; ++spread) {
-        Words weight[COLUMN_TILES];
+        WeightOperands weight;
+        load_weights(weights, rows, spread, mask, weight);
 #pragma unroll
-        for (int tile = 0; tile < COLUMN_TILES; ++tile)
-            weight[tile] = load_weight(stage + ROWS * ROW_BYTES, first_column + tile * TILE, spread, scales, tile, mask);
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+            const Words token = load_tokens(tokens + token_tile * 8 * ROW_BYTES, spread);
 #pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile) {
-            const unsigned char* const row = stage + piece_offset(first_row + tile * 16, spread * 4 + member);
-            const Words low = load_words(row), high = load_words(row + 8 * ROW_BYTES);
+            for (int half = 0; half < 2; ++half) {
+                const uint32 b[2] = {token.at[half * 2], token.at[half * 2 + 1]};
 #pragma unroll
-            for (int column = 0; column < COLUMN_TILES; ++column) multiply(sums[tile][column], low, high, weight[column]);
+                for (int tile = 0; tile < WEIGHT_TILES; ++tile) mma_16x8x16(sums[tile][token_tile], weight[tile][half], b, scalar());
+            }
         }
     }
-}
-
-__device__ __forceinline__ void store_pair(int out_features, scalar* row, int output, float first, float second) {
-    if (output < out_features) assign(row[output], first);
-    if (output + 1 < out_features) assign(row[output + 1], second);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
@@ -154,65 +203,50 @@ multiply_tiles(const scalar* __restrict__ x, const unsigned char* __restrict__ v
                const signed char* __restrict__ zero, const int* __restrict__ order, const ExpertTile* __restrict__ tiles,
                scalar* __restrict__ out, int stacked_rows, int out_features, int in_features) {
     DYNAMIC_SHARED(stages);
-    __shared__ int source[ROWS];
     let_next_start();
     wait_for_previous();
     const ExpertTile tile = tiles[blockIdx.x];
     if (tile.expert < 0) return;
-    for (int row = threadIdx.x; row < ROWS; row += THREADS) {
-        const int position = tile.first + row;
-        source[row] = position >= tile.stop ? -1 : GATHERS ? order[position] / TOP_K : position;
-    }
-    __syncthreads();
+    const int first_output = static_cast<int>(blockIdx.y) * OUTPUTS;
     const ExpertWeight weight(values, scale, zero, stacked_rows, out_features, in_features, tile.expert);
-    const Operands operands = {x, weight, source, static_cast<int>(blockIdx.y) * OUTPUTS};
+    const Copies copies(x, weight, tile, order, first_output);
     const unsigned start = shared_address(stages);
     const int num_steps = (in_features + DEPTH - 1) / DEPTH;
     for (int step = 0; step < STAGES - 1; ++step) {
-        if (step < num_steps) copy_stage(operands, start + step * STAGE_BYTES, step * DEPTH);
+        if (step < num_steps) copies.copy(start + step * STAGE_BYTES, step * DEPTH);
         commit_copies();
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
     const int warp_row = warp / 4 * (ROWS / 2), warp_column = warp % 4 * WARP_COLUMNS;
     const uint32 mask = nibble_mask(in_features);
-    StageScales scales;
+    WeightRows rows(weight, first_output, warp_column + group);
     Sums sums = {};
     for (int step = 0; step < num_steps; ++step) {
-        scales.load(operands, warp_column + group, step * DEPTH);
+        rows.load_scales(weight, step * DEPTH);
         wait_for_copies_but<STAGES - 2>();
         __syncthreads();  // the step's stage has landed for all, and the one that is filled next is no longer read
         const int next = step + STAGES - 1;
-        if (next < num_steps) copy_stage(operands, start + next % STAGES * STAGE_BYTES, next * DEPTH);
+        if (next < num_steps) copies.copy(start + next % STAGES * STAGE_BYTES, next * DEPTH);
         commit_copies();
-        multiply_stage(stages + step % STAGES * STAGE_BYTES, warp_row + group, warp_column + group, scales, mask, sums);
+        const unsigned char* const stage = stages + step % STAGES * STAGE_BYTES;
+        multiply_stage(stage + warp_row * ROW_BYTES, stage + ROWS * ROW_BYTES + warp_column * WEIGHT_BYTES, rows, mask, sums);
     }
-    float factor[COLUMN_TILES][2];
+    // Accumulator i of a lane: weight row lane / 4 + 8 * (i / 2), token 2 * (lane % 4) + i % 2 of the tiles.
 #pragma unroll
-    for (int column = 0; column < COLUMN_TILES; ++column)
+    for (int weight_tile = 0; weight_tile < (GATED ? 1 : WEIGHT_TILES); ++weight_tile)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) factor[column][i] = weight.row_scale(operands.weight_row(warp_column + column * TILE + member * 2 + i));
+        for (int i = 0; i < 4; ++i) {
+            const int side = i / 2, output = first_output + output_of(warp_column + group + weight_tile * 16 + side * 8);
+            if (output >= out_features) continue;
+            const float factor = weight.row_scale(rows.row[weight_tile][side]), up_factor = weight.row_scale(rows.row[WEIGHT_TILES - 1][side]);
 #pragma unroll
-    for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int position = tile.first + warp_row + row_tile * 16 + half * 8 + group;
-            if (position >= tile.stop) continue;
-            scalar* const row = out + static_cast<int64>(position) * out_features;
-#pragma unroll
-            for (int column = 0; column < (GATED ? 2 : COLUMN_TILES); ++column) {
-                const int output = operands.first_output + output_of(warp_column) + column * TILE + member * 2;
-                float value[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    value[i] = sums[row_tile][column][half * 2 + i] * factor[column][i];
-                    if constexpr (GATED) {
-                        constexpr int UPS = 2;  // tiles from a gate to its up
-                        const float up = sums[row_tile][column + UPS][half * 2 + i] * factor[column + UPS][i];
-                        value[i] = ACTIVATION(rounded(value[i])) * rounded(up);
-                    }
-                }
-                store_pair(out_features, row, output, value[0], value[1]);
+            for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+                const int position = tile.first + warp_row + token_tile * 8 + member * 2 + i % 2;
+                if (position >= tile.stop) continue;
+                float value = sums[weight_tile][token_tile][i] * factor;
+                if constexpr (GATED) value = ACTIVATION(rounded(value)) * rounded(sums[WEIGHT_TILES - 1][token_tile][i] * up_factor);
+                assign(out[static_cast<int64>(position) * out_features + output], value);
             }
         }
 }
