@@ -8,6 +8,7 @@ from typing import Literal
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.kernels.quantize import LARGEST_ROW, QuantizedRows, quantized_defines, require_codes
+from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_gated_groups
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["ACTIVATIONS", "ActivationName", "activation", "gated_activation"]
@@ -17,11 +18,16 @@ ACTIVATIONS: tuple[ActivationName, ...] = ("silu", "gelu_tanh", "gelu_erf", "rel
 _LARGEST_BLOCK = 256
 
 
-def gated_activation(library: Library, x: Array, out: Array | QuantizedRows, name: ActivationName) -> None:
+def gated_activation(
+    library: Library, x: Array, out: Array | QuantizedRows | QuantizedGroups, name: ActivationName
+) -> None:
     """``out = f(gate) * up`` for x = [gate | up]. x [T, 2F]; out [T, F].
 
-    `QuantizedRows` for ``out`` receive the codes of what would have been stored.
+    `QuantizedRows` and `QuantizedGroups` for ``out`` receive the codes of what would have been stored.
     """
+    if isinstance(out, QuantizedGroups):
+        quantize_gated_groups(library, x, out, _known(name))
+        return
     if isinstance(out, QuantizedRows):
         _gated_quantized(library, x, out, name)
         return

@@ -6,22 +6,35 @@
 // nothing is written back. Shapes: x, residual, out [T, D]; weight, bias [D]. out may be x. One block a row.
 // Defines: SCALAR, HIDDEN_SIZE (D), VEC (divides D), NUM_THREADS, and 0 or 1: LAYER_NORM, HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS.
 //     QUANTIZED (1 = fp8, 2 = int8): instead of out, codes [T, D] of out rounded to storage, and scale [T]; see quantize.cuh, also for
-//     STATIC_SCALE and bound.
+//     STATIC_SCALE and bound. GROUPS: codes [rows, D] and scale [D / 128, rows] of group_codes.cuh, zeros beyond T; a block for each of
+//     the rows, VEC >= 4, D % 64 == 0.
 // Limits: D <= 64 * VEC * 1024 by registers; the variance is taken about the mean, so it does not cancel.
 // Reference: the same in float64 from the rounded sum. Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
 #include "dtype.cuh"
 #include "launch.cuh"
 #include "quantize.cuh"
 #include "reduce.cuh"
+#if GROUPS
+#include "group_codes.cuh"
+#endif
 
 constexpr int NUM_CHUNKS = (HIDDEN_SIZE + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weight,
      const scalar* __restrict__ bias, scalar* out, unsigned char* __restrict__ codes,
-     float* __restrict__ scale, float epsilon, float weight_offset, float bound) {
+     float* __restrict__ scale, float epsilon, float weight_offset, float bound, int num_tokens) {
     let_next_start();
     wait_for_previous();
+#if GROUPS
+    if (static_cast<int>(blockIdx.x) >= num_tokens) {
+        for (int at = threadIdx.x; at < HIDDEN_SIZE; at += NUM_THREADS) {
+            codes[static_cast<int64>(blockIdx.x) * HIDDEN_SIZE + at] = 0;
+            if (at % GROUP == 0) scale[static_cast<int64>(at / GROUP) * gridDim.x + blockIdx.x] = 0.0f;
+        }
+        return;
+    }
+#endif
     const int64 row = static_cast<int64>(blockIdx.x) * HIDDEN_SIZE;
     float value[NUM_CHUNKS][VEC] = {};
     float total = 0.0f;
@@ -76,6 +89,12 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
             }
         }
     }
+#if GROUPS
+#pragma unroll
+    for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk)
+        store_group_codes(codes + row, scale + blockIdx.x, gridDim.x, value[chunk], (chunk * NUM_THREADS + threadIdx.x) * VEC, HIDDEN_SIZE,
+                          HIDDEN_SIZE);
+#else
     if constexpr (QUANTIZED) {
         const RowScale own = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
         if (threadIdx.x == 0) scale[blockIdx.x] = own.scale;
@@ -85,4 +104,5 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
             if (at < HIDDEN_SIZE) store_codes(codes + row + at, value[chunk], own.inverse);
         }
     }
+#endif
 }

@@ -24,9 +24,3 @@ __device__ __forceinline__ float code_value(const uint32* piece, int column) {
     const uint32 byte = piece[CODES == 4 ? 0 : column / 4] >> column % 4 * 8 & 0xffu;
     return CODES == 1 ? e4m3_value(byte) : static_cast<float>(static_cast<signed char>(byte));
 }
-
-// Where a row of 8-bit codes has the one of `column`.
-__device__ __forceinline__ int byte_place(int column) {
-    const int within = column % CHUNK, piece = within / (4 * PIECE), lane = within / PIECE % 4;
-    return column - within + (lane * PIECES + piece) * PIECE + column % PIECE;
-}

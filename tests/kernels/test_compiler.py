@@ -16,6 +16,7 @@ ROW = {"HIDDEN_SIZE": 4096, "VEC": 8, "NUM_THREADS": 256}
 ROWS = {"VEC": 8, "NUM_THREADS": 512, "CLUSTER": 1, "SAMPLING_STRUCT": SAMPLING_STRUCT}
 EXPERTS = {"GATED": 1, "ACTIVATION": "silu", "GATHERS": 1, "TOP_K": 2}
 HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "NUM_THREADS": 128}
+GROUPS = {"QUANTIZED": 1, "STATIC_SCALE": 0, "GROUPS": 1, "POWERS_OF_TWO": 1}
 SPECS = [
     ("embedding", ROW),
     ("position_embedding", ROW),
@@ -25,8 +26,9 @@ SPECS = [
     ("head_norm", HEADS | {"OWN_WEIGHTS": 1, "LAYER_NORM": 1, "HAS_BIAS": 1}),
     ("scale_and_clip", {"VEC": 8, "NUM_THREADS": 256}),
     ("soft_cap", {"VEC": 8, "NUM_THREADS": 256}),
-    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 0, "QUANTIZED": 1, "STATIC_SCALE": 0}),
-    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0}),
+    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 0, "QUANTIZED": 1, "STATIC_SCALE": 0, "GROUPS": 0}),
+    ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0, "GROUPS": 0}),
+    ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 0, **GROUPS}),
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
     ("unpack_ordered", {"HAS_ZERO": 1, "NUM_THREADS": 256}),
     *(
@@ -34,7 +36,7 @@ SPECS = [
                           "QUANTIZED": int(group > 0), "STATIC_SCALE": 0, "POWERS_OF_TWO": 0})
         for group in (0, 128)
     ),
-    ("quantize_groups", {"COLUMNS": 14336, "VEC": 4, "POWERS_OF_TWO": 1, "CODES": 1, "QUANTIZED": 1, "STATIC_SCALE": 0}),
+    ("quantize_groups", {"COLUMNS": 14336, "VEC": 4, "GATED": 1, "ACTIVATION": "silu", **GROUPS}),
     ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
     *(
         (

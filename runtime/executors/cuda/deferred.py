@@ -22,7 +22,7 @@ from phalanx.runtime.executors.cuda.memory import DeviceArray
 
 __all__ = ["Deferred", "DeferredProduct", "Rows", "quantized_groups", "quantized_rows"]
 
-Write = Callable[["DeviceArray | QuantizedRows"], None]
+Write = Callable[["DeviceArray | QuantizedRows | QuantizedGroups"], None]
 """Enqueues the kernel that fills its argument, in the form that the argument has."""
 
 
@@ -32,17 +32,20 @@ class Deferred:
     Args:
         write: makes it the first time.
         write_again: makes it in another form afterwards, when inputs may have been updated in place.
+        writes_groups: whether they make `QuantizedGroups`, too.
     """
 
-    __slots__ = ("_codes", "_pool", "_values", "_write", "_write_again", "dtype", "shape")
+    __slots__ = ("_codes", "_groups", "_pool", "_values", "_write", "_write_again", "dtype", "shape", "writes_groups")
 
     def __init__(
-        self, pool: ActivationPool, shape: tuple[int, int], dtype: Any, write: Write, write_again: Write
-    ) -> None:
-        self._pool, self.shape, self.dtype = pool, shape, dtype
+        self, pool: ActivationPool, shape: tuple[int, int], dtype: Any, write: Write, write_again: Write,
+        writes_groups: bool = False,
+    ) -> None:  # fmt: skip
+        self._pool, self.shape, self.dtype, self.writes_groups = pool, shape, dtype, writes_groups
         self._write, self._write_again = write, write_again
         self._values: DeviceArray | None = None
         self._codes: dict[CodeRule, QuantizedRows] = {}
+        self._groups: dict[bool, QuantizedGroups] = {}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -50,7 +53,7 @@ class Deferred:
     @property
     def is_pending(self) -> bool:
         """Whether no kernel has run yet."""
-        return self._values is None and not self._codes
+        return self._values is None and not self._codes and not self._groups
 
     def values(self) -> DeviceArray:
         """``[T, D]`` in the compute type."""
@@ -63,6 +66,12 @@ class Deferred:
         if rule not in self._codes:
             self._codes[rule] = self._filled(quantized_rows(self._pool, self.shape, rule))
         return self._codes[rule]
+
+    def groups(self, powers_of_two: bool) -> QuantizedGroups:
+        """The codes in groups of what `values` would hold; where ``writes_groups``."""
+        if powers_of_two not in self._groups:
+            self._groups[powers_of_two] = self._filled(quantized_groups(self._pool, self.shape, powers_of_two))
+        return self._groups[powers_of_two]
 
     def _filled(self, out: Any) -> Any:
         self._write(out)
@@ -118,8 +127,8 @@ def quantized_rows(pool: ActivationPool, shape: tuple[int, int], rule: CodeRule)
     return QuantizedRows(pool.array(shape, "uint8"), pool.array(shape[:1], "float32"), rule.kind, rule)
 
 
-def quantized_groups(pool: ActivationPool, shape: tuple[int, int]) -> QuantizedGroups:
+def quantized_groups(pool: ActivationPool, shape: tuple[int, int], powers_of_two: bool) -> QuantizedGroups:
     """Uninitialised codes of inputs ``[T, I]`` with a scale for each group of columns, for the rest of the step."""
     rows, columns = padded_tokens(shape[0]), shape[1]
     codes = pool.array((rows, packed_row_bytes(columns, "fp8")), "uint8")
-    return QuantizedGroups(codes, pool.array((-(-columns // BLOCK), rows), "float32"))
+    return QuantizedGroups(codes, pool.array((-(-columns // BLOCK), rows), "float32"), powers_of_two)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.formats import DENSE, Format
 from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
@@ -29,7 +29,7 @@ from phalanx.kernels.experts import MAX_CHOICES, MAX_EXPERTS, ExpertRows, Routin
 from phalanx.kernels.gemm import MAX_GATED_TOKENS, Gemm
 from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.norm import layer_norm, rms_norm
+from phalanx.kernels.norm import layer_norm, norm_takes_groups, rms_norm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
@@ -116,8 +116,8 @@ class CudaOps(Ops[DeviceArray]):
     After the last block's attention tokens no longer interact, so only rows that need logits are computed further:
     of a 2,048-token prompt one row takes part in the last block's output projection and feed-forward part.
 
-    With quantised weights norms and gated activations return `Deferred`: the product that follows makes them as codes, any
-    other operation as plain values.
+    With quantised weights norms and gated activations return `Deferred`: the product that follows makes them as codes (of rows or of
+    groups), any other operation as plain values.
 
     Args:
         num_layers: blocks of the whole model.
@@ -146,7 +146,7 @@ class CudaOps(Ops[DeviceArray]):
             if isinstance(one.format, PackedCodes) and not isinstance(one.format, ExpertCodes)
         ]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
-        self._defers = any(isinstance(weight.format, RowCodes) for weight in weights.values())
+        self._defers = any(_takes_codes(weight.format) for weight in weights.values())
         self._pending: Deferred | DeferredProduct | None = None
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
@@ -200,7 +200,7 @@ class CudaOps(Ops[DeviceArray]):
                 self._library, x, weight, out, epsilon=eps, weight_offset=weight_offset, residual=residual
             )  # fmt: skip
 
-        out = self._deferred(x, x.shape, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        out = self._deferred_norm(x, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total
 
     def add_layer_norm(
@@ -217,7 +217,7 @@ class CudaOps(Ops[DeviceArray]):
                 self._library, x, weight, bias, out, epsilon=eps, weight_offset=weight_offset, residual=residual
             )  # fmt: skip
 
-        out = self._deferred(x, x.shape, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        out = self._deferred_norm(x, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
@@ -287,7 +287,7 @@ class CudaOps(Ops[DeviceArray]):
         def write(out: Any) -> None:
             gated_activation(self._library, x, out, _ACTIVATIONS[kind])
 
-        return self._deferred(x, (len(x), x.shape[1] // 2), write, write)
+        return self._deferred(x, (len(x), x.shape[1] // 2), write, write, writes_groups=True)
 
     def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
         x = self._values(x)
@@ -368,10 +368,14 @@ class CudaOps(Ops[DeviceArray]):
         return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
 
     def _groups(self, x: Rows, name: str) -> QuantizedGroups:
-        plain, rule = self._values(x), self._input_rule(name)
+        rule = self._input_rule(name)
         assert rule is not None, "blocks have inputs of codes"
-        out = quantized_groups(self._pool, plain.shape)
-        quantize_groups(self._library, plain, out, rule.powers_of_two)
+        self._settle(x)
+        if isinstance(x, Deferred) and x.writes_groups:
+            return x.groups(rule.powers_of_two)
+        plain = self._values(x)
+        out = quantized_groups(self._pool, plain.shape, rule.powers_of_two)
+        quantize_groups(self._library, plain, out)
         return out
 
     def _rounded(self, x: Rows, name: str) -> Rows:
@@ -450,13 +454,18 @@ class CudaOps(Ops[DeviceArray]):
         assert not isinstance(matrix, QuantizedRows), "codes of experts are packed"
         return matrix
 
-    def _deferred(self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write) -> Rows:
+    def _deferred_norm(self, like: DeviceArray, write: Write, write_again: Write) -> Rows:
+        return self._deferred(like, like.shape, write, write_again, norm_takes_groups(like.shape[1]))
+
+    def _deferred(
+        self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write, writes_groups: bool
+    ) -> Rows:
         """What ``write`` fills: at once, or with quantised weights when its consumer is known."""
         if not self._defers:
             out = self._pool.array(shape, like.dtype)
             write(out)
             return out
-        self._pending = Deferred(self._pool, shape, like.dtype, write, write_again)
+        self._pending = Deferred(self._pool, shape, like.dtype, write, write_again, writes_groups)
         return self._pending
 
     def _settle(self, x: Rows) -> None:
@@ -503,6 +512,11 @@ class CudaOps(Ops[DeviceArray]):
         gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
         gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
         return gathered
+
+
+def _takes_codes(chosen: Format) -> bool:
+    """Whether some product of such a weight takes inputs as codes."""
+    return isinstance(chosen, RowCodes) or (isinstance(chosen, PackedCodes) and chosen.has_blocks)
 
 
 def _rule_of(chosen: RowCodes, components: Mapping[str, DeviceArray]) -> CodeRule:
