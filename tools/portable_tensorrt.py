@@ -101,13 +101,17 @@ def copy_interpreter(target: Path) -> None:
 
 
 def install_packages(target: Path, cuda: str) -> None:
-    """Install what Phalanx needs to run, and pytest for its checks; the checkout itself is not part of the folder."""
+    """Install what Phalanx needs to run, Triton's clients, and pytest for its checks; the checkout itself is not part of the folder."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     install = ("install", "--prefix", str(target), "--ignore-installed", "--no-warn-script-location")
     _pip(
         *install,
         *project["dependencies"],
         *project["optional-dependencies"]["cpu"],
+        *project["optional-dependencies"]["grpc"],
+        "tritonclient[http]",
+        *project["optional-dependencies"]["grpc"],
+        "tritonclient[http]",
         "pytest",
         "pytest-timeout",
         "hypothesis",
