@@ -43,7 +43,8 @@ _TILE_COLUMNS, _TILE_DEPTH = 128, 64
 _MOST_STAGES = 4
 _RESERVED_BYTES = 2048
 _LANE_ELEMENTS = 8
-_BLOCK_ROWS = 8
+_BLOCK_ROWS = 16
+_CHUNK_COLUMNS = {0: 32, 1: 64, 4: 128, 8: 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +220,21 @@ def _plain(
 
 def _stream(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines) -> None:
     row_blocks, unroll = _stream_shape(defines)
+    chunk = _CHUNK_COLUMNS[int(defines["CODES"])]
     kernel = library.function(
-        "experts_stream", "stream", 0, NUM_WARPS=_STREAM_WARPS, ROW_BLOCKS=row_blocks, UNROLL=unroll, **defines
-    )
+        "experts_stream", "stream", 0, NUM_WARPS=_STREAM_WARPS, ROW_BLOCKS=row_blocks, UNROLL=unroll,
+        WHOLE_CHUNKS=int(int(arguments[-1]) % chunk == 0), **defines,
+    )  # fmt: skip
     outputs = _BLOCK_ROWS * row_blocks // (2 if defines["GATED"] else 1)
     kernel((grid[0], ceil_div(grid[1], outputs)), (32 * _STREAM_WARPS,), arguments)
 
 
 def _stream_shape(defines: Defines) -> tuple[int, int]:
     """Row blocks and steps in advance. A token that is read should meet as many codes as bytes of it; two blocks' registers must fit."""
-    if not defines["CODES"]:
-        return 2, 4
-    has_several_scales = defines["HAS_ZERO"] or int(defines["GROUP"]) % (128 if defines["CODES"] == 4 else 64)
-    return 4, 1 if has_several_scales else 2
+    codes = int(defines["CODES"])
+    if not codes:
+        return 1, 4
+    return 2, 1 if int(defines["GROUP"]) % _CHUNK_COLUMNS[codes] else 2
 
 
 def _tiles(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, height: int) -> None:

@@ -14,9 +14,7 @@
 #include "launch.cuh"
 #include "weight_stream.cuh"
 
-constexpr int LANE_ELEMENTS = 8;                       // 16 bytes
-constexpr int CHUNK = 4 * LANE_ELEMENTS;               // k range of one step of a warp
-constexpr int STRIDE = NUM_WARPS * CHUNK;              // between a warp's steps
+constexpr int STRIDE = NUM_WARPS * CHUNK;            // between a warp's steps
 constexpr int ROWS = (GATED ? 1 : ROW_BLOCKS) * TILE;  // outputs of a block
 
 __device__ __forceinline__ Words load_tokens(const scalar* x, int token, int num_tokens, int in_features, int k) {

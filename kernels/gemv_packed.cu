@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix product of 16-bit inputs and packed codes for 1 to 64 tokens: out = x @ w^T (+ bias) with w = (code - zero) * scale, a scale
 // (and a zero point) for each GROUP columns of a row; or f(gate) * up when the weight is [gate; up].
-// The weight-streaming scheme of gemv.cu, with rows of the weight on the tensor core's 16-side and tokens on its 8-side: making
-// operands of 4-bit codes is most of the work, and this way an instruction takes twice as many of them. Codes become operands
-// exactly; a scale multiplies the float32 sum over its columns, so that nothing is rounded but the result. Columns of tokens that
-// do not exist repeat the last one's, and nobody reads what becomes of them.
+// The weight-streaming scheme of gemv.cu, with rows and tokens the other way round: packed_stream.cuh. Columns of tokens that do not
+// exist repeat the last one's, and what becomes of them is not read.
 // Shapes: x [T, I], I % 8 == 0; codes [O, ceil(I / CHUNK) * 64] bytes, see packed.cuh; scale [G, O] float32, zero [G, O] int8;
 //     bias [O], out [T, O] (GATED: O = 2 F, gates first, out [T, F]); T <= 8 TOKEN_TILES. A block computes ROW_BLOCKS * 16 rows of the
 //     weight (GATED: half of them gates), its warps sharing the k range; grid: outputs over those of a block.
@@ -14,99 +12,17 @@
 // Reference: the values of checkpoints/quantization/group_codes.py, then x @ w.T in float64. Needs sm_80.
 #include "activation.cuh"
 #include "launch.cuh"
-#include "packed_operands.cuh"
+#include "packed_stream.cuh"
 
-constexpr int TILE = 16;                                                // weight rows of one mma
-constexpr int TOKENS = 8;                                               // of one mma
-constexpr int GATES = GATED ? ROW_BLOCKS / 2 : ROW_BLOCKS;              // row blocks whose sums become outputs
-constexpr int ROWS = GATES * TILE;                                      // outputs of a block
-constexpr int SUMS = TOKEN_TILES * ROW_BLOCKS;                          // accumulators of a warp
-constexpr int SIDES = 2;                                                // a lane has rows lane / 4 and lane / 4 + 8 of each block
-
-// What a lane holds of one chunk of its rows.
-struct Step {
-    Words codes[ROW_BLOCKS][SIDES];
-    uint32 offset[SCALES][ROW_BLOCKS][SIDES];
-    float scale[SCALES][ROW_BLOCKS][SIDES];
-};
+constexpr int GATES = GATED ? ROW_BLOCKS / 2 : ROW_BLOCKS;  // row blocks whose sums become outputs
+constexpr int ROWS = GATES * TILE;                          // outputs of a block
+constexpr int SUMS = TOKEN_TILES * ROW_BLOCKS;              // accumulators of a warp
 
 // The weight row of an output: blocks of gates come before as many of ups.
 __device__ __forceinline__ int weight_row(int block, int within, int rows) {
     const int outputs = GATED ? rows / 2 : rows;
     const int output = static_cast<int>(blockIdx.x) * ROWS + block % GATES * TILE + within;
     return min(output, outputs - 1) + (GATED && block >= GATES ? outputs : 0);
-}
-
-// A lane's rows.
-struct Rows {
-    const unsigned char* codes[ROW_BLOCKS][SIDES];  // the lane's bytes of the first chunk
-    uint32 index[ROW_BLOCKS][SIDES];
-    const float* __restrict__ scale;
-    const signed char* __restrict__ zero;
-    int count, in_features;
-
-    __device__ __forceinline__ void load(int chunk, int num_chunks, Step& step) const {
-        if (chunk >= num_chunks) return;
-#pragma unroll
-        for (int block = 0; block < ROW_BLOCKS; ++block)
-#pragma unroll
-            for (int side = 0; side < SIDES; ++side) step.codes[block][side] = words(load_streaming(codes[block][side] + static_cast<uint32>(chunk) * CHUNK_BYTES));
-        if constexpr (GROUP == 0 && !HAS_ZERO) return;
-#pragma unroll
-        for (int s = 0; s < SCALES; ++s) {
-            const uint32 first = group_of(chunk, s, WHOLE_CHUNKS ? ~0u : in_features - 1) * static_cast<uint32>(count);
-#pragma unroll
-            for (int block = 0; block < ROW_BLOCKS; ++block)
-#pragma unroll
-                for (int side = 0; side < SIDES; ++side) {
-                    if constexpr (HAS_ZERO) step.offset[s][block][side] = zero_offset(zero[first + index[block][side]]);
-                    if constexpr (GROUP != 0) step.scale[s][block][side] = scale[first + index[block][side]];
-                }
-        }
-    }
-};
-
-using Accumulators = float[TOKEN_TILES][ROW_BLOCKS][4];
-
-__device__ __forceinline__ void add_scaled(Accumulators& total, Accumulators& part, const float (&scale)[ROW_BLOCKS][SIDES]) {
-#pragma unroll
-    for (int tile = 0; tile < TOKEN_TILES; ++tile)
-#pragma unroll
-        for (int block = 0; block < ROW_BLOCKS; ++block)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                total[tile][block][i] += part[tile][block][i] * scale[block][i / 2];
-                part[tile][block][i] = 0.0f;
-            }
-}
-
-__device__ __forceinline__ void multiply(Accumulators& total, Accumulators& part, const Step& step,
-                                         const scalar* const (&x)[TOKEN_TILES], int first_column, int in_features, uint32 mask) {
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-        const int column = first_column + piece * 4 * PIECE;
-        Words inputs[TOKEN_TILES] = {};
-        if (WHOLE_CHUNKS || column < in_features)
-#pragma unroll
-            for (int tile = 0; tile < TOKEN_TILES; ++tile) inputs[tile] = words(*reinterpret_cast<const uint4*>(x[tile] + column));
-#pragma unroll
-        for (int block = 0; block < ROW_BLOCKS; ++block) {
-            uint32 pairs[SIDES][4];
-#pragma unroll
-            for (int side = 0; side < SIDES; ++side)
-                operands(step.codes[block][side].at + piece * PIECE_WORDS,
-                         HAS_ZERO ? step.offset[piece / SPAN][block][side] : zero_offset(0), mask, pairs[side]);
-#pragma unroll
-            for (int tile = 0; tile < TOKEN_TILES; ++tile)
-#pragma unroll
-                for (int half = 0; half < 4; half += 2) {
-                    const uint32 a[4] = {pairs[0][half], pairs[1][half], pairs[0][half + 1], pairs[1][half + 1]};
-                    const uint32 b[2] = {inputs[tile].at[half], inputs[tile].at[half + 1]};
-                    mma_16x8x16(part[tile][block], a, b, scalar());
-                }
-        }
-        if (GROUP != 0 && piece % SPAN == SPAN - 1) add_scaled(total, part, step.scale[piece / SPAN]);
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32)
@@ -118,7 +34,7 @@ gemv_packed(const scalar* __restrict__ x, const unsigned char* __restrict__ code
     const int group = lane / 4, member = lane % 4;
     const int num_chunks = (in_features + CHUNK - 1) / CHUNK;
 
-    Rows own{{}, {}, scale, zero, rows, in_features};
+    StreamedRows own{{}, {}, scale, zero, rows, in_features};
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block)
 #pragma unroll
@@ -148,13 +64,13 @@ gemv_packed(const scalar* __restrict__ x, const unsigned char* __restrict__ code
     const uint32 mask = nibble_mask(num_tokens);
     wait_for_previous();
 
-    Accumulators total = {}, part = {};
+    Accumulators<TOKEN_TILES> total = {}, part = {};
     for (int chunk = warp; chunk < num_chunks; chunk += UNROLL * NUM_WARPS) {
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
             const int current = chunk + i * NUM_WARPS;
             if (current >= num_chunks) continue;
-            multiply(total, part, steps[i], tokens, current * CHUNK + member * PIECE, in_features, mask);
+            multiply<TOKEN_TILES>(total, part, steps[i], tokens, current * CHUNK + member * PIECE, in_features, mask);
             own.load(current + UNROLL * NUM_WARPS, num_chunks, steps[i]);
         }
     }

@@ -86,7 +86,7 @@ SPECS = [
         (source, EXPERTS | {"CODES": codes, "GROUP": group, "HAS_ZERO": zero} | more)
         for codes, group, zero in ((0, 0, 0), (1, 128, 0), (4, 32, 1))
         for source, more in (
-            ("experts_stream", {"NUM_WARPS": 8, "ROW_BLOCKS": 4, "UNROLL": 1}),
+            ("experts_stream", {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 1, "WHOLE_CHUNKS": 0}),
             ("experts_plain", {"WARPS": 4, "ROWS": 16, "VEC": 4}),
             ("experts_tiles", {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98304, "BFLOAT16": 0, "KV_FP8": 0}),
         )

@@ -284,8 +284,9 @@ def test_the_cuda_engine_computes_weight_only_checkpoints(
 
 @pytest.mark.parametrize(
     ("name", "dtype", "tp", "options"),
-    [("ct-w8-channel", "float32", 1, {}), ("ct-w4-g64-asymmetric", "float32", 2, {}), ("awq-g64", "float16", 1, {}),
-     ("ct-fp8-weight-only", "float16", 2, {"expert_parallel": True}), ("ct-w4-g16-asymmetric", "float16", 2, {}), ("gptq-4-order", "float32", 1, {})],
+    [("ct-w4-g64-asymmetric", "float32", 2, {}), ("awq-g64", "float16", 1, {}), ("ct-fp8-weight-only", "float16", 2, {"expert_parallel": True}),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in [
+         ("ct-w8-channel", "float32", 1, {}), ("ct-w4-g16-asymmetric", "float16", 2, {}), ("gptq-4-order", "float32", 1, {})])],
     ids=str,
 )  # fmt: skip
 def test_the_cuda_engine_computes_weight_only_experts(

@@ -84,7 +84,8 @@ def test_what_a_quantised_rank_holds_is_what_was_planned(
 
 @pytest.mark.parametrize(
     ("name", "tp", "options"),
-    [("ct-w4-g64-asymmetric", 2, {}), ("ct-fp8-static", 1, {}), ("hf-fp8-blocks", 2, {"expert_parallel": True}), ("none", 2, {"quantize": "fp8"})],
+    [("ct-w4-g64-asymmetric", 2, {}), ("none", 2, {"quantize": "fp8"}),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in [("ct-fp8-static", 1, {}), ("hf-fp8-blocks", 2, {"expert_parallel": True})])],
     ids=str,
 )  # fmt: skip
 def test_what_a_rank_with_experts_holds_is_what_was_planned(
