@@ -23,6 +23,7 @@ ENGINES = (NUMPY, CUDA, TENSORRT)
 _SHORT = {
     "ChatGLMForConditionalGeneration": "ChatGLM-6B (the first)",
     "Gemma3ForConditionalGeneration": "Gemma3 (text of checkpoints with images)",
+    "Mistral3ForConditionalGeneration": "Mistral3 (text of checkpoints with images)",
 }
 """Of names that are another family's, too, once shortened."""
 

@@ -15,9 +15,9 @@ __all__ = ["MISTRAL", "MistralConfig", "attention", "block"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MistralConfig(LlamaConfig):
-    """``window``: positions that a token sees, itself included; 0 = all before it."""
+    """``windows``: of each layer, the positions that a token sees, itself included; 0 = all before it."""
 
-    window: int = 0
+    windows: tuple[int, ...]
 
 
 def read_fields(reader: ConfigReader) -> MistralConfig:
@@ -29,13 +29,15 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
-        window=reader.nullable("sliding_window", 4096),
+        windows=reader.windows(
+            reader.integer("num_hidden_layers"), reader.nullable("sliding_window", 4096), lambda layer: True
+        ),
     )
 
 
 def attention(config: MistralConfig, layer: int) -> AttentionSpec:
-    """The same window in every layer."""
-    return replace(AttentionSpec.of(config), window=config.window)
+    """A window in all layers, or in those that ``layer_types`` names, as transformers' ``Ministral`` classes have."""
+    return replace(AttentionSpec.of(config), window=config.windows[layer])
 
 
 def block(
@@ -48,7 +50,7 @@ def block(
 MISTRAL = Family(
     architecture="MistralForCausalLM",
     model_type="mistral",
-    other_names=("MistralModel",),
+    other_names=("MistralModel", "MinistralForCausalLM", "MinistralModel"),
     read_fields=read_fields,
     passes={
         "decode": Pass[MistralConfig](

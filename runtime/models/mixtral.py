@@ -24,14 +24,14 @@ class MixtralConfig(MistralConfig):
 
 def read_fields(reader: ConfigReader) -> MixtralConfig:
     """Read ``config.json`` of a ``MixtralForCausalLM``."""
-    head_dim = reader.head_dim()
+    head_dim, window = reader.head_dim(), reader.integer("sliding_window", 0, minimum=0)
     return MixtralConfig(
         architecture="MixtralForCausalLM",
         **llama.decoder_fields(reader, head_dim, max_positions=131072, norm_eps=1e-5, num_kv_heads=8),
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim, theta=1e6),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
-        window=reader.integer("sliding_window", 0, minimum=0),
+        windows=(window,) * reader.integer("num_hidden_layers"),
         num_experts=reader.integer("num_local_experts", 8),
         top_k=reader.integer("num_experts_per_tok", 2),
     )

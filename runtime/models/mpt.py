@@ -48,6 +48,8 @@ def read_fields(reader: ConfigReader) -> MptConfig:
         reader.refuse_unless("norm_type", "low_precision_layernorm")
     # ALiBi replaces positions whatever learned_pos_emb says; the others act on gradients, initial values and logs.
     reader.ignore("learned_pos_emb", "embedding_fraction", "init_config", "verbose", "emb_pdrop", "tokenizer_name")
+    reader.refuse_unless("fc_type", "torch")
+    _check_feed_forward(_nested(reader, "ffn_config"))
     return MptConfig(
         architecture="MPTForCausalLM",
         vocab_size=reader.integer("vocab_size"),
@@ -63,7 +65,7 @@ def read_fields(reader: ConfigReader) -> MptConfig:
         rope=None,
         tie_embeddings=reader.flag("tie_word_embeddings", True),
         logit_scale=_logit_scale(reader, reader.integer(width)),
-        **_attention_fields(reader.value("attn_config", {}), head_dim),
+        **_attention_fields(_nested(reader, "attn_config"), num_heads, head_dim),
         **reader.common(),
     )
 
@@ -75,16 +77,30 @@ def _logit_scale(reader: ConfigReader, hidden_size: int) -> float:
     return reader.number("logit_scale", 1.0)
 
 
-def _attention_fields(fields: object, head_dim: int) -> dict[str, Any]:
-    """What only `MptConfig` has, from ``attn_config``, whose other fields must ask for nothing else."""
+def _nested(reader: ConfigReader, name: str) -> ConfigReader:
+    fields = reader.value(name, {})
     if not isinstance(fields, dict):
-        raise ConfigError(f"attn_config={shown(fields)} in config.json is not a JSON object; the file is damaged")
-    reader = ConfigReader(fields)
-    required = {"attn_type": "multihead_attention", "alibi": True, "prefix_lm": False, "qk_ln": False}
+        raise ConfigError(f"{name}={shown(fields)} in config.json is not a JSON object; the file is damaged")
+    return ConfigReader(fields)
+
+
+def _check_feed_forward(reader: ConfigReader) -> None:
+    """``ffn_config``, which newer versions of llm-foundry write, must ask for nothing else."""
+    reader.refuse_unless("ffn_type", "mptmlp")
+    reader.refuse_unless("fc_type", "torch")
+    reader.finish("ffn_config of MPTForCausalLM")
+
+
+def _attention_fields(reader: ConfigReader, num_heads: int, head_dim: int) -> dict[str, Any]:
+    """What only `MptConfig` has, from ``attn_config``, whose other fields must ask for nothing else."""
+    required = {
+        "attn_type": "multihead_attention", "alibi": True, "prefix_lm": False, "qk_ln": False, "attn_uses_sequence_id": False,
+        "rope": False, "sliding_window_size": -1, "kv_n_heads": num_heads, "fused_qkv": True,
+    }  # fmt: skip
     for name, value in required.items():
         reader.refuse_unless(name, value)
-    reader.refuse_unless("attn_uses_sequence_id", False)
     reader.ignore("attn_impl", "attn_pdrop", "dtype", "torch_dtype")
+    reader.ignore("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config")  # of `rope`
     numbers = {
         "score_scale": reader.number("softmax_scale", head_dim**-0.5),
         "bias_max": reader.number("alibi_bias_max", 8),

@@ -13,7 +13,7 @@ __all__ = ["PHI3"]
 
 def read_fields(reader: ConfigReader) -> MistralConfig:
     """Read ``config.json`` of a ``Phi3ForCausalLM``."""
-    head_dim = reader.head_dim()
+    head_dim, window = reader.head_dim(), reader.integer("sliding_window", 0, minimum=0)
     for name, value in {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}.items():
         reader.refuse_unless(name, value)  # of Phi 4 mini
     reader.ignore("full_attn_mod", "interpolate_factor")  # of Phi 4 mini, whose own code does not read them either
@@ -23,7 +23,7 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
         activation=reader.activation("hidden_act", "silu"),
         rope=reader.rope(head_dim, partial=1.0, original=4096),
         tie_embeddings=reader.flag("tie_word_embeddings", False),
-        window=reader.integer("sliding_window", 0, minimum=0),
+        windows=(window,) * reader.integer("num_hidden_layers"),
     )
 
 

@@ -26,6 +26,7 @@ def read_fields(reader: ConfigReader) -> Qwen3MoeConfig:
     """Read ``config.json`` of a ``Qwen3MoeForCausalLM``."""
     head_dim = reader.head_dim()
     reader.ignore("max_window_layers")
+    reader.refuse_unless("use_qk_norm", True)  # of Qwen 3 Coder, whose block has norms of heads as all do
     window = reader.nullable("sliding_window", 4096)
     if not reader.flag("use_sliding_window", False):
         window = 0

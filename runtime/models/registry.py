@@ -31,6 +31,7 @@ from phalanx.runtime.models.internlm2 import INTERNLM2
 from phalanx.runtime.models.llama import LLAMA
 from phalanx.runtime.models.megatron import MEGATRON
 from phalanx.runtime.models.mistral import MISTRAL
+from phalanx.runtime.models.mistral3 import MISTRAL3
 from phalanx.runtime.models.mixtral import MIXTRAL
 from phalanx.runtime.models.mpt import MPT
 from phalanx.runtime.models.nemotron import NEMOTRON
@@ -51,7 +52,7 @@ from phalanx.runtime.token_fields import shown
 __all__ = ["MODELS", "built_in", "find_model"]
 
 _FAMILIES: tuple[Model, ...] = (
-    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
+    LLAMA, GPT2, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, MISTRAL, MISTRAL3, MIXTRAL, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GPT_NEOX, GPTJ, BLOOM,
     OPT, FALCON, MPT, GPT_BIGCODE, STARCODER2, PHI, PHI3, INTERNLM2, BAICHUAN, CHATGLM1, CHATGLM, GLM, GLM4, COHERE, COHERE2,
     NEMOTRON, GRANITE, SMOLLM3, STABLELM, MEGATRON,
 )  # fmt: skip
@@ -94,12 +95,10 @@ def find_model(raw_config: Mapping[str, Any], own: Model | None = None) -> Model
         return installed
     given = f"architectures={names}" if names else f"model_type={shown(model_type)}, without architectures,"
     known = ", ".join(re.sub("(ForCausalLM|LMHeadModel|Model)$", "", name) for name in MODELS)
-    code = (
-        "; code of the checkpoint (auto_map) is never run, --model-file takes yours"
-        if raw_config.get("auto_map")
-        else ""
+    code = "code of the checkpoint (auto_map) is never run, " if raw_config.get("auto_map") else ""
+    raise ConfigError(
+        f"{given} in config.json is not supported; supported: {known} (docs/models.md); {code}--model-file takes yours"
     )
-    raise ConfigError(f"{given} in config.json is not supported; supported: {known} (docs/models.md){code}")
 
 
 def _architectures(raw_config: Mapping[str, Any]) -> list[str]:

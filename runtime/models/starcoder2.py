@@ -28,6 +28,9 @@ def read_fields(reader: ConfigReader) -> Starcoder2Config:
     head_dim = reader.head_dim()
     reader.refuse_unless("norm_type", "layer_norm")
     reader.refuse_unless("mlp_type", "default")
+    reader.ignore(
+        "layer_norm_epsilon", "activation_function"
+    )  # StarCoder's names, which published files keep and the class does not read
     return Starcoder2Config(
         architecture="Starcoder2ForCausalLM",
         vocab_size=reader.integer("vocab_size"),

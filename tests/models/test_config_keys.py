@@ -151,6 +151,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "scale_attn_weights": True, "sliding_window": 4096, "transformers_version": "4.37.0.dev0", "use_bias": True,
         "use_cache": True, "vocab_size": 49152,
     },
+    "StarCoder2 7B": {
+        "activation_function": "gelu", "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1,
+        "attention_softmax_in_fp32": True, "attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1, "embedding_dropout": 0.1,
+        "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 4608, "initializer_range": 0.018042,
+        "intermediate_size": 18432, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 16384, "mlp_type": "default",
+        "model_type": "starcoder2", "norm_epsilon": 1e-05, "norm_type": "layer_norm", "num_attention_heads": 36,
+        "num_hidden_layers": 32, "num_key_value_heads": 4, "resid_pdrop": 0.1, "residual_dropout": 0.1,
+        "rope_theta": 1000000, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True,
+        "sliding_window": 4096, "torch_dtype": "bfloat16", "use_bias": True, "use_cache": True, "vocab_size": 49152,
+    },
     "Phi 2": {
         "architectures": ["PhiForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0,
         "eos_token_id": 50256, "hidden_act": "gelu_new", "hidden_size": 2560, "initializer_range": 0.02,
@@ -243,6 +253,32 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "n_heads": 32, "n_layers": 32, "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
         "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "transformers_version": "4.28.1",
         "use_cache": False, "verbose": 0, "vocab_size": 50432,
+    },
+    "MPT as later versions of llm-foundry write it": {
+        "architectures": ["MPTForCausalLM"], "attn_config": {
+            "alibi": True, "alibi_bias_max": 8, "attn_impl": "flash", "attn_pdrop": 0, "attn_type": "multihead_attention",
+            "attn_uses_sequence_id": False, "clip_qkv": 6, "fused_qkv": True, "kv_n_heads": 32, "prefix_lm": False,
+            "qk_gn": False, "qk_ln": False, "rope": False, "rope_theta": 10000, "rope_impl": "dail",
+            "rope_dail_config": {"type": "original", "pos_idx_in_fp32": True, "xpos_scale_base": 512},
+            "rope_hf_config": {"type": "no_scaling", "factor": 1.0}, "sliding_window_size": -1, "softmax_scale": None,
+        },
+        "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4, "fc_type": "torch",
+        "ffn_config": {"fc_type": "torch", "ffn_type": "mptmlp"}, "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu",
+        "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32,
+        "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "use_cache": False, "vocab_size": 50432,
+    },
+    "Mistral Small 3.1": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "model_type": "mistral3",
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2, "text_config": {
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+            "intermediate_size": 32768, "max_position_embeddings": 131072, "model_type": "mistral",
+            "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000000.0, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+        },
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_feature_layer": -1, "vision_config": {
+            "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "gelu", "hidden_size": 1024, "image_size": 1540,
+            "model_type": "pixtral", "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+        },
     },
     "Gemma 3 1B": {
         "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -470,6 +506,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
         "use_sliding_window": False, "vocab_size": 151936,
     },
+    "Qwen 3 Coder 30B A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5472, "max_position_embeddings": 262144, "max_window_layers": 28,
+        "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "output_router_logits": False, "qkv_bias": False, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_qk_norm": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
     "Qwen 3 0.6B": {
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
@@ -502,11 +549,15 @@ def test_windows_that_a_published_file_names_without_switching_them_on_are_none(
     [
         ("Falcon 11B", "ff_factor", 3), ("Phi 4 mini", "full_attn_mod", 2), ("Phi 4 mini", "lm_head_bias", True),
         ("Galactica 1.3B", "learned_embeddings", False), ("Galactica 1.3B", "scale_embeddings", True),
-        ("Gemma 2 27B", "sliding_window_size", 512),
+        ("Gemma 2 27B", "sliding_window_size", 512), ("Qwen 3 Coder 30B A3B", "use_qk_norm", False),
+        ("Qwen 3 Coder 30B A3B", "qkv_bias", True), ("MPT 7B", "fc_type", "te"), ("MPT 7B", "ffn_config", {"ffn_type": "mptglu"}),
+        ("MPT 7B", "attn_config", {"alibi": True, "rope": True}), ("MPT 7B", "attn_config", {"alibi": True, "kv_n_heads": 8}),
+        ("MPT 7B", "attn_config", {"alibi": True, "sliding_window_size": 4}),
+        ("Mistral Small 3.1", "text_config", {"model_type": "ministral3"}), ("Mistral Small 3.1", "text_config", 1),
     ],
 )  # fmt: skip
 def test_what_published_files_name_without_effect_is_refused_where_it_has_one(name: str, key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=key):
+    with pytest.raises(ConfigError, match=key if not isinstance(value, dict) else f"{[*value][-1]}="):
         read(PUBLISHED[name], **{key: value})
 
 

@@ -135,7 +135,8 @@ def test_a_checkpoint_saved_again_by_transformers_is_the_same_model(case: Checkp
     if case.config["model_type"] not in transformers.CONFIG_MAPPING or case.name in MISREAD:
         pytest.skip("no class of the oracle's reads this file")
     directory, saved = write_checkpoint(case, tmp_path / "model"), tmp_path / "saved"
-    transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").save_pretrained(saved)
+    auto = "AutoModelForImageTextToText" if "text_config" in case.config else "AutoModelForCausalLM"
+    getattr(transformers, auto).from_pretrained(directory, dtype="auto").save_pretrained(saved)
     reference = load_reference(case)
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
     with LLM(saved, engine="numpy", max_model_len=case.max_model_len) as llm:

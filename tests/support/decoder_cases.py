@@ -168,6 +168,23 @@ DECODERS = (
         rope_parameters=_GEMMA3_ROPE,
     ),
     CheckpointCase(
+        "mistral3-text",
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", **_SPECIAL,
+            "image_token_index": 10, "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2, "vision_feature_layer": -1, "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "mistral", "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 3, "head_dim": 24,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "sliding_window": None,
+                "rope_theta": 1e9, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+            },
+            "vision_config": {
+                "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "head_dim": 16, "image_size": 28, "patch_size": 14,
+            },
+        },
+    ),
+    CheckpointCase(
         "gemma3_multimodal-windows",
         {
             "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 2],

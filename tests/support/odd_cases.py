@@ -70,6 +70,10 @@ ODD_CASES = (
     _like_llama("gemma3_text", "Gemma3ForCausalLM", "five-layers", head_dim=16, num_hidden_layers=5, sliding_window=4, sliding_window_pattern=3, query_pre_attn_scalar=24, rope_theta=1e6, rope_local_base_freq=1e4),
     _like_llama("mistral", "MistralForCausalLM", "wide-heads", sliding_window=None, head_dim=24, rope_theta=1e6),
     _like_llama("mistral", "MistralForCausalLM", "window-absent"),
+    _like_llama(
+        "ministral", "MinistralForCausalLM", "windows-by-layer", sliding_window=5, head_dim=24,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    ),
     _like_llama("qwen2", "Qwen2ForCausalLM", "windows-tied", use_sliding_window=True, sliding_window=4, max_window_layers=2, tie_word_embeddings=True),
     _like_llama("qwen3", "Qwen3ForCausalLM", "six-narrow-heads", head_dim=8, attention_bias=True, num_attention_heads=6, tie_word_embeddings=True),
     _like_llama("mixtral", "MixtralForCausalLM", "three-of-eight", num_local_experts=8, num_experts_per_tok=3, sliding_window=5),

@@ -34,6 +34,14 @@ def _load(case: CheckpointCase, directory: Path) -> Model:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
 
 
+def _with_images(case: CheckpointCase, directory: Path) -> Model:
+    """A class that reads images, too, which is no causal language model to transformers."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+
+
 def _first_falcon(case: CheckpointCase, directory: Path) -> Model:
     """transformers passes over the names that the first files have: it reads those of today."""
     names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
@@ -352,6 +360,7 @@ def _filled(model: Model, tensors: dict[str, Any]) -> Model:
 _OF_ARCHITECTURE: Mapping[str, Callable[[CheckpointCase, Path], Model]] = {
     "RWForCausalLM": _first_falcon,
     "MPTForCausalLM": _mpt,
+    "Mistral3ForConditionalGeneration": _with_images,
     "InternLM2ForCausalLM": _internlm2,
     "ChatGLMModel": _chatglm,
     "ChatGLMForConditionalGeneration": _ChatGlm1,
