@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,6 +38,9 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text: without a limit a model may go on with nothing else."""
 
 _MOST_KEPT = 32
+
+_TOKEN, _ANY_TOKEN = re.compile(r"<\[[\d,^*-]+\]>"), "<|tool|>"
+"""How a grammar names tokens by their ids, and one of llguidance's tokenizer for bytes that may stand for each of them."""
 
 _CHECKED_ITEMS = 5_000
 """Of llguidance's 50,000 items a mask: tokens of several bytes take several times as many as single bytes."""
@@ -97,12 +102,14 @@ class GuideCompiler:
 
 
 def check_guide(guide: Guide) -> None:
-    """Compile a guide for the bytes of a text, and compute its first mask.
+    """Compile a guide for the bytes of a text, and compute its first mask. Tokens that it names by their ids are all taken for one.
 
     Raises:
         RequestError: it cannot be compiled, is too large, or nothing can match it; llguidance is not installed.
     """
     tokenizer = _library().LLTokenizer("byte")
+    if guide.kind == "grammar":
+        guide = replace(guide, text=_TOKEN.sub(_ANY_TOKEN, guide.text))
     _next_mask(_compile(tokenizer, guide, step_max_items=_CHECKED_ITEMS), tokenizer.vocab_size, guide.name)
 
 

@@ -129,9 +129,15 @@ class Tokenizer:
             return token.encode()
         return self._rules.token_bytes(token)
 
-    def is_special(self, text: str) -> bool:
-        """Whether ``text`` is a special token, which plain text never becomes."""
-        return self._backend.token_to_id(text) in self._special_ids
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelt ``text``; None if there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id
+
+    def special_id(self, text: str) -> int | None:
+        """The same of a special token, which plain text never becomes; None if ``text`` is none."""
+        token_id = self.token_id(text)
+        return token_id if token_id in self._special_ids else None
 
     def detokenizer(
         self,

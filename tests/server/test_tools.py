@@ -7,15 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import openai
 import pytest
 from tokenizers import Tokenizer
 
-from phalanx.runtime.server.openai.forced_calls import marked_calls_grammar
-from phalanx.runtime.server.openai.tools import Tool, tool_use
-
-from .servers import ROOT, Server, stub_server
+from .servers import Server, stub_server
 
 PATH = "/v1/chat/completions"
 END = "<|end|>"
@@ -205,79 +201,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 STRICT: list[Any] = [{"type": "function", "function": {**WEATHER, "strict": True}}, TOOLS[1]]
 
 
-def test_strict_tools_need_a_form_that_a_grammar_describes(form: str, server: Server) -> None:
+def test_strict_tools_are_held_to_in_every_form(form: str, server: Server) -> None:
     answer = server.post(PATH, {"messages": user("a"), "tools": STRICT, "max_tokens": 1})
-    if form == "hermes":
-        assert answer.status == 200, answer.body
-    else:
-        assert (answer.status, answer.error["param"]) == (400, "tools")
-        assert "strict is enforced with" in answer.error["message"]
+    assert answer.status == 200, answer.body
 
 
-CITY = {"$ref": "#/$defs/city"}
-FUNCTIONS: list[tuple[str, dict[str, Any]]] = [
-    (
-        "weather",
-        {
-            "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"city": CITY},
-            "required": ["city"], "additionalProperties": False, "$defs": {"city": {"enum": ["Oslo", "Rome"]}},
-        },
-    ),
-    ("add", {"type": "object"}),
-]  # fmt: skip
-
-
-def marked(name: str, arguments: str, space: str = "\n") -> str:
-    return f'<tool_call>{space}{{"name": "{name}", "arguments": {arguments}}}{space}</tool_call>'
-
-
-@pytest.mark.parametrize(
-    ("text", "fits"),
-    [
-        ("", True),
-        ("It rains.", True),
-        ("a < b, <tool, </tool_call>", True),
-        ('{"name": "weather", "arguments": {"city": "Paris"}}', True),
-        (marked("weather", '{"city": "Oslo"}'), True),
-        (
-            "Let me look. " + marked("weather", '{"city": "Rome"}', "") + "\n" + marked("add", '{"x": [1]}') + " Done.",
-            True,
-        ),
-        (marked("weather", '{"city": "Paris"}'), False),
-        (marked("weather", "{}"), False),
-        (marked("weather", '{"city": "Oslo", "days": 2}'), False),
-        (marked("other", "{}"), False),
-        ("<tool_call> none", False),
-        (marked("weather", '{"city": "Oslo"}').removesuffix("</tool_call>"), False),
-        (marked("weather", '{"city":\n\t "Oslo"}', "\n" * 64), True),
-        (marked("weather", '{"city":' + "\n" * 500 + '"Oslo"}'), False),
-        (marked("weather", '{"city": "Oslo"}', "\n" * 500), False),
-        ("<tool_call>" + "\n" * 500 + '{"name": "add", "arguments": {}}</tool_call>', False),
-        ('<tool_call>{"name": "add", "arguments": {}}' + "\n" * 500 + "</tool_call>", False),
-        (marked("add", '{"x": [1,' + "\n" * 500 + "2]}"), False),
-        ("\n" * 500 + marked("add", "{}") + "\n" * 500, True),
-    ],
-)
-def test_arguments_of_strict_tools_match_their_schema_wherever_the_model_calls(text: str, fits: bool) -> None:
-    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
-    tokenizer = llguidance.LLTokenizer((ROOT / "checkpoints/demo/tokenizer.json").read_text())
-    matcher = llguidance.LLMatcher(tokenizer, marked_calls_grammar(FUNCTIONS))
-    assert not matcher.get_error()
-    token_ids = tokenizer.tokenize_str(text)
-    assert (matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()) == fits
-
-
-def test_strict_holds_for_the_functions_that_say_so() -> None:
-    tools = [msgspec.convert(tool, Tool) for tool in STRICT]
-    use = tool_use(tools, "auto", None)
-    assert use is not None
-    guide = use.sampling({})["structured_outputs"]
-    assert guide.kind == "grammar"
-    assert '"const": "add"}, "arguments": {"type": "object"}' in guide.text
-    assert use.strict == {"weather"}
-    forced = tool_use(tools, "required", None)
-    assert forced is not None
-    assert not forced.strict
+@pytest.mark.parametrize("form", ["qwen3_coder"], indirect=True)
+def test_what_a_form_cannot_be_held_to_is_refused_by_name(server: Server) -> None:
+    coded = {"type": "object", "properties": {"code": {"type": "string", "pattern": "[a-z]{3}"}}}
+    tools = [{"type": "function", "function": {"name": "look", "strict": True, "parameters": coded}}]
+    answer = server.post(PATH, {"messages": user("a"), "tools": tools, "max_tokens": 1})
+    assert (answer.status, answer.error["param"]) == (400, "tools")
+    assert (
+        "'look' is strict, but a call in this model's form cannot be held to pattern of 'code'"
+        in answer.error["message"]
+    )
 
 
 @pytest.mark.parametrize("form", ["hermes"], indirect=True)

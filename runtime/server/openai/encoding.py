@@ -9,7 +9,6 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
-from phalanx.runtime.server.openai.forced_calls import MARKED_FORM, OPENING_MARK
 from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.text import with_word_tokens
@@ -26,6 +25,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     if generation.sampling.get("stop"):
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
+    generation = _with_strict_calls(services, generation)
     if (guide := generation.sampling.get("structured_outputs")) is not None:
         await services.check_guide(guide)
     encoded = []
@@ -53,8 +53,7 @@ async def render(services: Services, prompt: Conversation) -> str:
     """Return the text of a conversation, as the checkpoint's template writes it.
 
     Raises:
-        ApiError: 400: no template, one that does not know tools, one that refuses the messages, or strict tools of a model whose calls
-            cannot be enforced.
+        ApiError: 400: no template, one that does not know tools, or one that refuses the messages.
     """
     tools = prompt.tools
     template = services.need_template(for_tools=tools is not None)
@@ -63,8 +62,6 @@ async def render(services: Services, prompt: Conversation) -> str:
             "this server does not know how the model writes tool calls; leave tools out, or start it with --tool-call-parser",
             "tools",
         )
-    if tools is not None and tools.strict:
-        _check_strict(services)
     if not template.shows_tool_calls and any("tool_calls" in message for message in prompt.messages):
         raise invalid("the chat template of this checkpoint does not show tool_calls; leave them out", "messages")
     return await services.in_worker(
@@ -78,16 +75,13 @@ async def render(services: Services, prompt: Conversation) -> str:
     )
 
 
-def _check_strict(services: Services) -> None:
-    """Raise ApiError if the model's own form of calls cannot be enforced in the middle of a text."""
-    if services.tool_call_form == MARKED_FORM and not services.need_tokenizer("tools").is_special(OPENING_MARK):
-        return
-    raise invalid(
-        f"tools: strict is enforced with tool_choice 'required' or a named function, and where calls have the form {MARKED_FORM} in plain "
-        f"text, which this model's have not; leave it out, and check the arguments",
-        "tools",
-        "unsupported_parameter",
-    )
+def _with_strict_calls(services: Services, generation: Generation) -> Generation:
+    """The same with the grammar that strict tools ask for, where the form of the model's calls is known; `render` refuses them elsewhere."""
+    tools = [prompt.tools for prompt in generation.prompts if isinstance(prompt, Conversation) and prompt.tools]
+    if not (tools and tools[0].strict and services.tool_call_form):
+        return generation
+    guide = tools[0].strict_sampling(services.tool_call_form, services.need_tokenizer("tools"))
+    return dataclasses.replace(generation, sampling={**generation.sampling, **guide})
 
 
 async def _with_word_tokens(services: Services, params: SamplingParams) -> SamplingParams:

@@ -14,7 +14,9 @@ import msgspec
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import from_request_error, invalid
-from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema, marked_calls_grammar
+from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
+from phalanx.runtime.server.openai.strict_calls import strict_grammar
+from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.tool_calls import ArgumentsReader, CallListReader, ToolCallReader, tool_call_reader
 
 __all__ = [
@@ -132,26 +134,35 @@ class ToolUse:
                 "unsupported_parameter",
             )
         if not self.is_forced:  # some forms mark a call with a special token
-            given = {"skip_special_tokens": False, **given}
-        if not (self.is_forced or self.strict):
-            return dict(given)
-        try:
-            return {**given, "structured_outputs": GuideRule().check("tools", self._guide())}
-        except RequestError as error:
-            raise from_request_error(error) from None
-
-    def _guide(self) -> dict[str, Any]:
-        functions = [(tool["function"]["name"], tool["function"].get("parameters")) for tool in self.described]
+            return {"skip_special_tokens": False, **given}
         if self.named is not None:
-            return {"json": arguments_schema(dict(functions)[self.named])}
-        if self.is_required:
-            return {"json": calls_schema(functions, parallel=self.parallel)}
-        free = {"type": "object"}
-        return {
-            "grammar": marked_calls_grammar(
-                [(name, parameters if name in self.strict else free) for name, parameters in functions]
-            )
-        }
+            return {**given, **_as_field({"json": arguments_schema(dict(self._functions)[self.named])})}
+        return {**given, **_as_field({"json": calls_schema(self._functions, parallel=self.parallel)})}
+
+    def strict_sampling(self, form: str, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return the sampling fields that hold calls in ``form`` to the schemas of the strict functions; none without such functions.
+
+        Raises:
+            ApiError: 400: a schema says more than calls in this form can be held to.
+        """
+        if not self.strict:
+            return {}
+        functions = [
+            (name, arguments_schema(parameters) if name in self.strict else {"type": "object"})
+            for name, parameters in self._functions
+        ]
+        return _as_field({"grammar": strict_grammar(form, functions, tokenizer)})
+
+    @property
+    def _functions(self) -> list[tuple[str, dict[str, Any] | None]]:
+        return [(tool["function"]["name"], tool["function"].get("parameters")) for tool in self.described]
+
+
+def _as_field(guide: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"structured_outputs": GuideRule().check("tools", guide)}
+    except RequestError as error:
+        raise from_request_error(error) from None
 
 
 def tool_use(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool | None) -> ToolUse | None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["PythonArgument", "json_text", "of_python", "of_text", "property_names"]
+__all__ = ["PythonArgument", "json_text", "of_python", "of_text", "property_names", "property_schema", "types_of"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+_MOST_REFERENCES = 8
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -26,7 +27,7 @@ def of_text(text: str, schema: Any, key: str) -> Any:
 
     Text where the schema takes text; else JSON, or text if it is none.
     """
-    types = _types(_properties(schema).get(key))
+    types = types_of(schema, property_schema(schema, key))
     if text == "null" and ("null" in types or not types):
         return None
     if "string" in types:
@@ -41,9 +42,9 @@ def of_text(text: str, schema: Any, key: str) -> Any:
 
 
 def of_python(text: str) -> Any:
-    """Return the value of a literal in Python's notation or JSON's, or of both; the text itself if it is neither, or is infinite."""
+    """Return the value of a literal in JSON's notation, Python's or both mixed; the text itself if it is neither, or is infinite."""
     text = text.strip()
-    for read in (_literal, _literal_of_lines, msgspec.json.decode):
+    for read in (msgspec.json.decode, _literal, _literal_of_lines):
         try:
             value = read(text)
             if value is None or json_text(value) != "null":
@@ -164,15 +165,42 @@ def _properties(schema: Any) -> Mapping[str, Any]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-def _types(schema: Any) -> frozenset[str]:
-    """The types that a property's schema names, alternatives included; none = anything."""
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    named = schema.get("type")
+def property_schema(schema: Any, key: str) -> Mapping[str, Any]:
+    """Return the schema of argument ``key``; empty if there is none. A reference inside ``schema`` is followed."""
+    return _resolved(schema, _properties(schema).get(key))
+
+
+def types_of(schema: Any, value: Any) -> frozenset[str]:
+    """Return the types that ``value``, a part of ``schema``, names, alternatives included; none = anything."""
+    value = _resolved(schema, value)
+    named = value.get("type")
     found = {named} if isinstance(named, str) else set()
     found |= {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
-    for key in ("anyOf", "oneOf"):
-        alternatives = schema.get(key, ())
-        for alternative in alternatives if isinstance(alternatives, list) else ():
-            found |= _types(alternative)
+    if not found and any(isinstance(one, str) for one in (value.get("const"), *_items(value.get("enum")))):
+        found = {"string"}
+    for alternative in (*_items(value.get("anyOf")), *_items(value.get("oneOf"))):
+        found |= types_of(schema, alternative)
     return frozenset(found)
+
+
+def _resolved(schema: Any, value: Any) -> Mapping[str, Any]:
+    """``value`` with what its reference to a definition of ``schema``, or its only ``allOf``, leads to."""
+    for _ in range(_MOST_REFERENCES):
+        if not isinstance(value, Mapping):
+            return {}
+        rest = {key: one for key, one in value.items() if key not in ("$ref", "allOf")}
+        target = value.get("$ref")
+        if isinstance(target, str) and target.startswith("#/"):
+            found: Any = schema
+            for part in target[2:].split("/"):
+                found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        elif len(_items(value.get("allOf"))) == 1:
+            (found,) = value["allOf"]
+        else:
+            return value
+        value = {**found, **rest} if isinstance(found, Mapping) else rest
+    return {}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
