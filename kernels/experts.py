@@ -36,7 +36,6 @@ _ROUTE_WARPS = 4
 _MOST_ROUTED_TOGETHER = 8
 _SORT_THREADS = 1024
 _STREAM_WARPS = 8
-_PLAIN_VALUES: Defines = {"CODES": 0, "GROUP": 0, "HAS_ZERO": 0}
 _GROUP_COLUMNS = 32
 _PLAIN_WARPS = 4
 _TILE_COLUMNS, _TILE_DEPTH = 128, 64
@@ -164,18 +163,11 @@ def grouped_product(
     stacked = len(routing.experts) * out_features * (2 if activation else 1)
     require("x", x, (num_tokens if gathers else num_pairs, in_features), x)
     require("out", out, (num_pairs, out_features), x)
-    defines: Defines = {
+    operand, of_weight = _operand(weight, (stacked, in_features), x)
+    defines: Defines = of_weight | {
         "SCALAR": scalar_name(x), "GATED": int(activation is not None), "ACTIVATION": activation or "silu",
         "GATHERS": int(gathers), "TOP_K": routing.top_k,
     }  # fmt: skip
-    if isinstance(weight, PackedWeight):
-        check_packed(weight, (stacked, in_features))
-        operand: tuple[Any, ...] = weight.codes, weight.scale, weight.zero
-        defines |= packed_defines(weight.kind, weight.group, weight.zero is not None)
-    else:
-        require("weight", weight, (stacked, in_features), x)
-        operand = weight, None, None
-        defines |= _PLAIN_VALUES
     height = rows_per_tile(num_tokens, routing, x.dtype.itemsize)
     sizes = np.int32(stacked), np.int32(out_features), np.int32(in_features)
     arguments = (x, *operand, rows.order, rows.tiles, out, *sizes)
@@ -188,6 +180,16 @@ def grouped_product(
         _stream(library, arguments, grid, defines)
     else:
         _tiles(library, arguments, grid, defines, height)
+
+
+def _operand(weight: Array | PackedWeight, shape: tuple[int, int], x: Array) -> tuple[tuple[Any, ...], Defines]:
+    """Values or codes, scales and zero points of the stacked matrices, and what kernels are compiled with for them."""
+    if not isinstance(weight, PackedWeight):
+        require("weight", weight, shape, x)
+        return (weight, None, None), {"CODES": 0, "GROUP": 0, "HAS_ZERO": 0}
+    check_packed(weight, shape)
+    defines = packed_defines(weight.kind, weight.group, weight.zero is not None)
+    return (weight.codes, weight.scale, weight.zero), defines
 
 
 def combine(library: Library, rows: Array, routed: ExpertRows, out: Array) -> None:
