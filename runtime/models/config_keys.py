@@ -22,7 +22,7 @@ HARMLESS_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "transformers_version", "auto_map", "_auto_class", "_from_model_config", "unsloth_version", "unsloth_fixed",
             "axolotl_version", "transformers.js_config", "library_name", "license", "language", "tags", "tokenizer_class",
             "processor_class", "finetuning_task", "model_name", "vocab_file", "_diffusers_version", "custom_pipelines", "is_llama_config",
-            "paddlenlp_version", "trust_remote_code",
+            "paddlenlp_version", "trust_remote_code", "author", "created_date",
             "max_sequence_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side",
         ),
         "acts in training alone": (

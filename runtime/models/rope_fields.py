@@ -35,7 +35,16 @@ _OF_KIND: Mapping[str, frozenset[str]] = MappingProxyType(
         "dynamic": frozenset({"factor"}),
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
         "yarn": frozenset(
-            {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+            {
+                "factor",
+                "attention_factor",
+                "attn_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+            }
         ),
         "longrope": frozenset({"factor", "attention_factor", "short_factor", "long_factor"}),
     }
@@ -242,21 +251,25 @@ def _yarn(base: RopeConfig, fields: Mapping[str, Any], factor: float, original: 
 
 
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
-    """The given one, else the ratio of the two scales where both are given, else the paper's 0.1 ln(factor) + 1."""
+    """The given one, else the ratio of the two scales where both are given, else the paper's 0.1 ln(factor) + 1; times ``attn_factor``.
+
+    transformers passes over ``attn_factor``; vLLM reads it so, and DeepSeek's distilled Qwen 3 takes the paper's factor back by it.
+    """
 
     def scale(multiplier: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+    own = _number("attn_factor", fields.get("attn_factor", 1.0), above=0.0, most=LARGEST_FACTOR)
     if "attention_factor" in fields:
-        return _number("attention_factor", fields["attention_factor"], above=0.0, most=LARGEST_FACTOR)
+        return own * _number("attention_factor", fields["attention_factor"], above=0.0, most=LARGEST_FACTOR)
     numerator, denominator = (_number(key, fields.get(key, 0)) for key in ("mscale", "mscale_all_dim"))
     if not numerator or not denominator:
-        return scale(1.0)
+        return own * scale(1.0)
     if scale(numerator) <= 0 or scale(denominator) <= 0:
         raise ConfigError(
             f"mscale={numerator:g} and mscale_all_dim={denominator:g} in config.json give no positive factor"
         )
-    return scale(numerator) / scale(denominator)
+    return own * scale(numerator) / scale(denominator)
 
 
 def _number(name: str, value: Any, *, above: float | None = None, most: float = math.inf) -> float:

@@ -61,6 +61,8 @@ class TokenizerClass:
 
 _END_OF_TEXT = "<|endoftext|>"
 _LLAMA = TokenizerClass({"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, True, True, True)
+_INTERNLM = TokenizerClass({**_LLAMA.tokens, "pad_token": "</s>"}, True, True)
+"""``tokenization_internlm2.py`` of its checkpoints; Baichuan's is the same without padding."""
 _GEMMA = TokenizerClass(
     {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, True, True
 )
@@ -101,6 +103,10 @@ _CLASSES: Mapping[str, TokenizerClass] = MappingProxyType(
     {
         "LlamaTokenizer": _LLAMA,
         "CodeLlamaTokenizer": replace(_LLAMA, marks_first=True),
+        "InternLMTokenizer": _INTERNLM,
+        "InternLM2Tokenizer": _INTERNLM,
+        "BaichuanTokenizer": TokenizerClass(_LLAMA.tokens, True, True),
+        "BaiChuanTokenizer": TokenizerClass(_LLAMA.tokens, True, True),
         "GemmaTokenizer": _GEMMA,
         "GPT2Tokenizer": _GPT2,
         "CodeGenTokenizer": _GPT2,

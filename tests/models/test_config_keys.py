@@ -130,6 +130,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
         "vocab_size": 65024,
     },
+    "Falcon 40B, older keys": {
+        "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["RWForCausalLM"],
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_RW.RWConfig"}, "bias": False,
+        "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0, "hidden_size": 8192, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "RefinedWeb", "n_head": 128, "n_head_kv": 8, "n_layer": 60,
+        "parallel_attn": True, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": True,
+        "vocab_size": 65024,
+    },
     "StarCoder": {
         "activation_function": "gelu", "architectures": ["GPTBigCodeForCausalLM"],
         "attention_softmax_in_fp32": True, "attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1, "eos_token_id": 0,
@@ -537,6 +545,13 @@ def read(base: dict[str, Any], **changes: Any) -> Any:
 @pytest.mark.parametrize("name", [name for name, raw in PUBLISHED.items() if raw["architectures"][0] in KNOWN])
 def test_published_configs_are_read(name: str) -> None:
     assert read(PUBLISHED[name]).num_layers >= 2
+
+
+def test_falcon_40b_has_groups_and_two_norms_under_its_older_keys_too() -> None:
+    today = {"model_type": "falcon", "num_kv_heads": 8, "new_decoder_architecture": True, "n_head_kv": None}
+    config = read(PUBLISHED["Falcon 40B, older keys"])
+    assert (config.num_kv_heads, config.norms) == (8, ("ln_attn", "ln_mlp"))
+    assert config == read(PUBLISHED["Falcon 40B, older keys"], **today)
 
 
 def test_windows_that_a_published_file_names_without_switching_them_on_are_none() -> None:

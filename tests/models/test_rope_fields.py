@@ -222,6 +222,20 @@ def test_length_limit_follows_rope_scaling(scaling: Any, usual: int, most: int) 
         longest_requested(config, most + 1)
 
 
+def test_yarns_attn_factor_multiplies_the_papers_factor_as_in_vllm() -> None:
+    """DeepSeek-R1-0528-Qwen3-8B takes the paper's factor back by it."""
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "attn_factor": 0.8782488562869419,
+    }
+    assert read(rope_scaling=yarn).rope.attention_factor == pytest.approx(1.0)
+    assert read(rope_scaling={**yarn, "attention_factor": 2.0}).rope.attention_factor == pytest.approx(
+        2 * 0.8782488562869419
+    )
+
+
 def test_the_known_keys_of_each_rope_type_are_those_of_transformers() -> None:
     assert ROPE_FIELD_KEYS["yarn"] >= {
         "mscale",

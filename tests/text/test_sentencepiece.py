@@ -109,6 +109,27 @@ def test_flags_say_where_a_space_goes_before_words(
     assert ids == tuple(IDS[piece] for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    ("fields", "begins"),
+    [
+        ({"tokenizer_class": "InternLM2Tokenizer", "pad_token": "</s>", "decode_with_prefix_space": False}, True),
+        ({"tokenizer_class": "InternLMTokenizer"}, True),
+        ({"tokenizer_class": "InternLM2Tokenizer", "add_bos_token": False}, False),
+        ({"tokenizer_class": "BaichuanTokenizer", "add_bos_token": False, "add_eos_token": False, "use_fast": False}, False),
+        ({"tokenizer_class": "BaiChuanTokenizer"}, True),
+    ],
+)  # fmt: skip
+def test_classes_whose_code_lies_in_checkpoints_begin_texts_as_it_does(
+    fields: dict[str, Any], begins: bool, tmp_path: Path
+) -> None:
+    """``add_bos_token`` is true in the code of InternLM and Baichuan; Baichuan's files say false, InternLM's nothing."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    tokenizer = load(tmp_path, model())
+    assert tokenizer.encode("hi") == ((IDS["<s>"],) if begins else ()) + (IDS["▁hi"],)
+    assert tokenizer_end_token(tmp_path) == IDS["</s>"]
+    assert tokenizer.special_tokens["bos_token"] == "<s>"
+
+
 @pytest.mark.parametrize("flags", [{}, {"legacy": True}, {"legacy": False}])
 def test_code_llama_puts_a_space_before_the_first_word_alone(flags: dict[str, bool], tmp_path: Path) -> None:
     """CodeLlamaTokenizer of transformers 5.24.0 does not read ``legacy``."""
