@@ -56,7 +56,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ConfigChange]] = {
         wider_windows,
     ),
     "windows dropped without a word (vllm#5908, #15705)": (("gemma2-caps", "gemma3-windows", "qwen2-windows"), no_windows),
-    "no window beyond its length (vllm#2064)": (("mistral-window", "phi3-window"), fields(window=0)),
+    "no window beyond its length (vllm#2064)": (("mistral-window", "phi3-window"), no_windows),
     "the cap on scores dropped without a word (vllm#6220)": (("gemma2-caps",), fields(score_cap=0.0)),
     "the cap on logits dropped without a word (vllm#7442)": (("gemma2-caps",), fields(logit_cap=0.0)),
     "scores scaled by the head's size (vllm#5908)": (("gemma2-caps", "gemma3-windows"), fields(query_scalar=16.0)),
