@@ -204,6 +204,22 @@ def test_strict_tools_leave_the_model_free_to_call(client: openai.OpenAI) -> Non
     assert client.responses.create(model=MODEL, input=QUESTION, tools=functions, max_output_tokens=8).output
 
 
+def test_tools_and_a_format_of_the_answer_go_together(client: openai.OpenAI) -> None:
+    """An agent with typed outputs: each answer is a call or what the format says; with a forced call it is one."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    for seed in range(3):
+        message = client.chat.completions.create(
+            model=MODEL, messages=CHAT, tools=TOOLS, response_format=form, max_tokens=200, seed=seed
+        ).choices[0].message  # fmt: skip
+        found = [call.function.arguments for call in message.tool_calls or () if call.type == "function"]
+        for text in found or [message.content or ""]:
+            jsonschema.validate(json.loads(text), SCHEMA)
+    forced = client.chat.completions.create(
+        model=MODEL, messages=CHAT, tools=TOOLS, response_format=form, max_tokens=200, tool_choice="required", seed=1
+    )
+    assert forced.choices[0].message.tool_calls
+
+
 def test_required_calls_and_formats_in_the_other_protocols(job: Job, client: openai.OpenAI) -> None:
     text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
     response = client.responses.create(model=MODEL, input=QUESTION, text=text, temperature=0, max_output_tokens=100)

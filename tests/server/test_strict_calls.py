@@ -39,6 +39,10 @@ WEATHER: dict[str, Any] = {
 }  # fmt: skip
 FUNCTIONS: list[tuple[str, dict[str, Any]]] = [("weather", WEATHER), ("add", {"type": "object"})]
 SCHEMAS: dict[str, Any] = dict(FUNCTIONS)
+VERDICT: dict[str, Any] = {
+    "type": "object", "properties": {"good": {"type": "boolean"}, "of": {"$ref": "#/$defs/of"}}, "required": ["good"],
+    "additionalProperties": False, "$defs": {"of": {"anyOf": [{"enum": ["a", "b"]}, {"type": "null"}]}},
+}  # fmt: skip
 DEEPSEEK = {name: f"<\uff5ctool\u2581{name.replace(' ', chr(0x2581))}\uff5c>" for name in
             ("calls begin", "calls end", "call begin", "sep", "call end")}  # fmt: skip
 FORMS = sorted(TOOL_CALL_FORMS)
@@ -58,8 +62,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @functools.cache
-def compiled(form: str, tokenizer: Tokenizer) -> Any:
-    matcher = llguidance.LLMatcher(vocabulary(tokenizer), strict_grammar(form, FUNCTIONS, tokenizer), log_level=0)
+def compiled(form: str, tokenizer: Tokenizer, is_json: bool = False) -> Any:
+    grammar = strict_grammar(form, FUNCTIONS, tokenizer, VERDICT if is_json else None)
+    matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0)
     assert not matcher.get_error()
     return matcher
 
@@ -69,13 +74,13 @@ def vocabulary(tokenizer: Tokenizer) -> Any:
     return llguidance.LLTokenizer(tokenizer.to_json())
 
 
-def parser(form: str, tokenizer: Tokenizer) -> Any:
+def parser(form: str, tokenizer: Tokenizer, is_json: bool = False) -> Any:
     """At the start of an answer."""
-    return compiled(form, tokenizer).deep_copy()
+    return compiled(form, tokenizer, is_json).deep_copy()
 
 
-def fits(form: str, tokenizer: Tokenizer, text: str) -> bool:
-    matcher, token_ids = parser(form, tokenizer), tokenizer.encode(text, add_special_tokens=False)
+def fits(form: str, tokenizer: Tokenizer, text: str, is_json: bool = False) -> bool:
+    matcher, token_ids = parser(form, tokenizer, is_json), tokenizer.encode(text, add_special_tokens=False)
     return bool(matcher.try_consume_tokens(list(token_ids)) == len(token_ids) and matcher.is_accepting())
 
 
@@ -235,6 +240,17 @@ def random_token(matcher: Any, tokenizer: Tokenizer, random: Random) -> int:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_an_answer_in_json_is_calls_or_matches_its_schema(form: str, tokenizer: Tokenizer) -> None:
+    one, other = (written(form, tokenizer, "weather", city=city, days=1) for city in ("Oslo", "Bonn"))
+    for text, passes in (
+        ('{"good": true}', True), ('{"good": false, "of": null}', True), ('{"good": true, "of": "c"}', False), ("{}", False),
+        ("It is good.", False), ("", False), (one, True), (other, False), (f"Well: {one}", False), (f'{one}{{"good": true}}', False),
+    ):  # fmt: skip
+        assert fits(form, tokenizer, text, is_json=True) == passes, text
+    assert read(form, '{"good": true, "of": "a"}') == ('{"good": true, "of": "a"}', [])
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_http_side_can_try_grammars_with_special_tokens(form: str, tokenizer: Tokenizer) -> None:
     check_guide(GuideRule().check("tools", {"grammar": strict_grammar(form, FUNCTIONS, tokenizer)}))
 
@@ -274,10 +290,10 @@ def test_strict_holds_for_the_functions_that_say_so(tokenizer: Tokenizer) -> Non
     assert use is not None
     assert use.strict == {"weather"}
     assert "structured_outputs" not in use.sampling({})
-    guide = use.strict_sampling("hermes", tokenizer)["structured_outputs"]
+    guide = use.guide("hermes", tokenizer, None)["structured_outputs"]
     assert '"const": "add"}, "arguments": {"type": "object"}' in guide.text
     forced, free = tool_use(strict_tools("weather"), "required", None), tool_use(strict_tools(), "auto", None)
     assert forced is not None
     assert free is not None
     assert not forced.strict
-    assert free.strict_sampling("hermes", tokenizer) == {}
+    assert free.guide("hermes", tokenizer, None) == {}

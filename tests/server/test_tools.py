@@ -175,7 +175,7 @@ def test_the_template_gets_tools_and_earlier_calls(server: Server) -> None:
 WEATHER = TOOLS[0]["function"]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required", "tools": []}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "tools"),
+    ({"structured_outputs": {"regex": "a+"}}, "tools"),
     ({"tool_choice": "required", "structured_outputs": {"regex": "a"}}, "tools"),
     ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": [1]}}}]}, "tools"),
     ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}]}, "tools"),

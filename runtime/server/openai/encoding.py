@@ -25,7 +25,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     if generation.sampling.get("stop"):
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
-    generation = _with_strict_calls(services, generation)
+    generation = _with_guided_calls(services, generation)
     if (guide := generation.sampling.get("structured_outputs")) is not None:
         await services.check_guide(guide)
     encoded = []
@@ -75,12 +75,13 @@ async def render(services: Services, prompt: Conversation) -> str:
     )
 
 
-def _with_strict_calls(services: Services, generation: Generation) -> Generation:
-    """The same with the grammar that strict tools ask for, where the form of the model's calls is known; `render` refuses them elsewhere."""
-    tools = [prompt.tools for prompt in generation.prompts if isinstance(prompt, Conversation) and prompt.tools]
-    if not (tools and tools[0].strict and services.tool_call_form):
+def _with_guided_calls(services: Services, generation: Generation) -> Generation:
+    """The same with the grammar of answers that may be calls, where one is asked for and the form of calls is known; else `render` refuses."""
+    tools = next((prompt.tools for prompt in generation.prompts if isinstance(prompt, Conversation)), None)
+    form = services.tool_call_form
+    if tools is None or form is None:
         return generation
-    guide = tools[0].strict_sampling(services.tool_call_form, services.need_tokenizer("tools"))
+    guide = tools.guide(form, services.need_tokenizer("tools"), generation.sampling.get("structured_outputs"))
     return dataclasses.replace(generation, sampling={**generation.sampling, **guide})
 
 

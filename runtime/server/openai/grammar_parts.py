@@ -12,7 +12,7 @@ from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.tool_calls import property_schema, types_of
 
-__all__ = ["Marks", "json_rule", "python_arguments", "quoted", "tagged_arguments"]
+__all__ = ["JsonAnswer", "Marks", "Words", "json_rule", "python_arguments", "quoted", "tagged_arguments"]
 
 _DEFINITIONS = ("$defs", "definitions")
 _ROOT_KEYS = {"type", "properties", "required", "additionalProperties", *_DEFINITIONS}
@@ -39,12 +39,49 @@ class Marks:
         """Whether ``text`` is one of the vocabulary's tokens."""
         return self._tokenizer.token_id(text) is not None
 
+    def either(self, text: str) -> str:
+        """``text`` as a token or as characters."""
+        return f"({self(text)} | {quoted(text)})" if self._tokenizer.special_id(text) is not None else quoted(text)
+
     def text_until(self, rule: str, mark: str) -> str:
         """The rule ``rule``: free text up to the first ``mark``."""
         token_id = self._tokenizer.special_id(mark)
         if token_id is None:
             return f"{rule}[lazy]: TEXT {quoted(mark)}\n"
         return f"{rule}: TEXT <[{token_id}]> | {rule}_spelt\n{rule}_spelt[lazy]: TEXT {quoted(mark)}\n"
+
+
+class Words:
+    """The rule ``start`` of an answer that is free text where it is no calls; needs the rules ``TEXT`` and ``SPACE``."""
+
+    def with_calls(self, marks: Marks, mark: str, body: str) -> str:
+        """Each call is a mark and a ``body``."""
+        return f"start: (mark {body})* TEXT\n{marks.text_until('mark', mark)}"
+
+    def or_calls(self, calls: str, bracket: str, lead: str) -> str:
+        """The whole answer is ``calls`` if it begins with a ``bracket``, or with ``lead``, which is not let through."""
+        blank = r"[\s\x1c-\x1f]"  # what `str.lstrip` takes away
+        return (
+            f'start: PLAIN | {calls} | ""\n'
+            rf"PLAIN: /{blank}*[^\{bracket}\s\x1c-\x1f](.|\n)*/ & ~/{blank}*<\|{lead}\|>(.|\n)*/" + "\n"
+        )
+
+
+class JsonAnswer:
+    """The same of an answer that is JSON where it is no calls.
+
+    Args:
+        schema: of the JSON.
+    """
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._rule = f"answer: {json_rule(schema)}\n"
+
+    def with_calls(self, marks: Marks, mark: str, body: str) -> str:
+        return f"start: (mark {body})+ SPACE | answer\nmark: SPACE {marks.either(mark)}\n{self._rule}"
+
+    def or_calls(self, calls: str, bracket: str, lead: str) -> str:
+        return f"start: {calls} | answer\n{self._rule}"
 
 
 def quoted(text: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars of answers that may hold calls in a model's own form: free text, and from a call's mark on only what matches the schemas.
+"""Grammars of answers that may hold calls in a model's own form: free text or JSON, and from a call's mark on only what matches the schemas.
 
 They are llguidance's Lark grammars (https://github.com/guidance-ai/llguidance, docs/syntax.md, "Tool calling" and "Special tokens").
 """
@@ -11,13 +11,24 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.runtime.server.openai.forced_calls import call_schema
-from phalanx.runtime.server.openai.grammar_parts import Marks, json_rule, python_arguments, quoted, tagged_arguments
+from phalanx.runtime.server.openai.grammar_parts import (
+    JsonAnswer,
+    Marks,
+    Words,
+    json_rule,
+    python_arguments,
+    quoted,
+    tagged_arguments,
+)
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["strict_grammar"]
 
 Functions = Sequence[tuple[str, dict[str, Any]]]
 """Names and schemas of arguments."""
+
+Rest = Words | JsonAnswer
+"""What an answer is apart from calls."""
 
 _SHARED_RULES = r"""
 TEXT: /(.|\n)*/
@@ -27,13 +38,18 @@ KEY: /[A-Za-z_][A-Za-z0-9_]{0,64}/
 """
 
 
-def strict_grammar(form: str, functions: Functions, tokenizer: Tokenizer) -> str:
+def strict_grammar(
+    form: str, functions: Functions, tokenizer: Tokenizer, answer: Mapping[str, Any] | None = None
+) -> str:
     """Return the grammar of an answer of a model that writes calls in ``form``, a key of `TOOL_CALL_FORMS`.
+
+    What is no call is free text, or JSON that matches the schema ``answer`` and comes without calls.
 
     Raises:
         ApiError: 400: a schema says more than the form can be held to, or two functions define a name of ``$defs`` differently.
     """
-    return _GRAMMARS[form](functions, Marks(tokenizer)) + _SHARED_RULES
+    rest = Words() if answer is None else JsonAnswer(answer)
+    return _GRAMMARS[form](functions, Marks(tokenizer), rest) + _SHARED_RULES
 
 
 def _objects(functions: Functions, arguments: str) -> dict[str, Any]:
@@ -43,25 +59,24 @@ def _objects(functions: Functions, arguments: str) -> dict[str, Any]:
     return {"anyOf": calls, **shared}
 
 
-def _hermes(functions: Functions, marks: Marks) -> str:
+def _hermes(functions: Functions, marks: Marks, rest: Rest) -> str:
     body, end = json_rule(_objects(functions, "arguments")), marks("</tool_call>")
-    return f"start: (mark SPACE {body} SPACE {end})* TEXT\n" + marks.text_until("mark", "<tool_call>")
+    return rest.with_calls(marks, "<tool_call>", f"SPACE {body} SPACE {end}")
 
 
-def _mistral(functions: Functions, marks: Marks) -> str:
+def _mistral(functions: Functions, marks: Marks, rest: Rest) -> str:
     """A list of calls; or, where the tokenizer has a mark for that, names and arguments."""
-    head = marks.text_until("mark", "[TOOL_CALLS]")
     if not marks.knows("[ARGS]"):
         objects = _objects(functions, "arguments")
         shared = {key: value for key, value in objects.items() if key != "anyOf"}
         calls = {"type": "array", "items": {"anyOf": objects["anyOf"]}, "minItems": 1, **shared}
-        return f"start: (mark SPACE {json_rule(calls)})* TEXT\n" + head
+        return rest.with_calls(marks, "[TOOL_CALLS]", f"SPACE {json_rule(calls)}")
     number = f"({marks('[CALL_ID]')} /[a-zA-Z0-9]{{9}}/)?" if marks.knows("[CALL_ID]") else ""
     calls_by_name = [f"{quoted(name)} {number} {marks('[ARGS]')} {json_rule(schema)}" for name, schema in functions]
-    return f"start: (mark call)* TEXT\ncall: {' | '.join(calls_by_name)}\n" + head
+    return rest.with_calls(marks, "[TOOL_CALLS]", "call") + f"call: {' | '.join(calls_by_name)}\n"
 
 
-def _deepseek(functions: Functions, marks: Marks) -> str:
+def _deepseek(functions: Functions, marks: Marks, rest: Rest) -> str:
     """The kind, a name and fenced arguments (V3, R1), or a name and arguments (V3.1)."""
     first, last, begin, separator, end = (
         f"<\uff5ctool\u2581{name}\uff5c>"
@@ -72,51 +87,43 @@ def _deepseek(functions: Functions, marks: Marks) -> str:
         rules += f"a{index}: {json_rule(schema)}\n"
         calls.append(f'"function" {between} {quoted(name)} "\\n```json\\n" a{index} "\\n```"')
         calls.append(f"{quoted(name)} {between} a{index}")
-    return (
-        f"start: (mark (SPACE {marks(begin)} call {marks(end)})+ SPACE {marks(last)})* TEXT\n"
-        f"call: {' | '.join(calls)}\n{marks.text_until('mark', first)}{rules}"
-    )
+    body = f"(SPACE {marks(begin)} call {marks(end)})+ SPACE {marks(last)}"
+    return rest.with_calls(marks, first, body) + f"call: {' | '.join(calls)}\n{rules}"
 
 
-def _llama(functions: Functions, marks: Marks) -> str:
+def _llama(functions: Functions, marks: Marks, rest: Rest) -> str:
     """An answer that begins with a bracket is calls."""
-    return (
-        f'start: PLAIN | call (SEMICOLON call)* | ""\ncall: {json_rule(_objects(functions, "parameters"))}\n'
-        f"SEMICOLON: /[ \\n]{{0,64}};[ \\n]{{0,64}}/\n{_plain('{', 'python_tag')}"
-    )
+    start = rest.or_calls("call (SEMICOLON call)*", "{", "python_tag")
+    call = json_rule(_objects(functions, "parameters"))
+    return f"{start}call: {call}\nSEMICOLON: /[ \\n]{{0,64}};[ \\n]{{0,64}}/\n"
 
 
-def _pythonic(functions: Functions, marks: Marks) -> str:
+def _pythonic(functions: Functions, marks: Marks, rest: Rest) -> str:
     """An answer that begins with a bracket is a list of calls."""
     rules = [
         f'f{index}: {quoted(name)} SPACE "(" SPACE a{index} SPACE ")"\n' + python_arguments(f"a{index}", name, schema)
         for index, (name, schema) in enumerate(functions)
     ]
-    return (
-        f'start: PLAIN | "[" SPACE call (COMMA call)* SPACE "]" | ""\ncall: {_any_of("f", functions)}\n'
-        f"EQUALS: /[ \\n]{{0,64}}=[ \\n]{{0,64}}/\n"
-        f"{_plain('[', 'python_start')}{''.join(rules)}"
-    )
+    start = rest.or_calls('"[" SPACE call (COMMA call)* SPACE "]"', "[", "python_start")
+    call = _any_of("f", functions)
+    return f"{start}call: {call}\nEQUALS: /[ \\n]{{0,64}}=[ \\n]{{0,64}}/\n" + "".join(rules)
 
 
-def _qwen_coder(functions: Functions, marks: Marks) -> str:
+def _qwen_coder(functions: Functions, marks: Marks, rest: Rest) -> str:
     rules = [
         f"f{index}: {quoted(f'<function={name}>')} SPACE a{index} {quoted('</function>')}\n"
         + tagged_arguments(f"a{index}", name, schema, marks, _parameter, "</parameter>", '"\\n"?')
         for index, (name, schema) in enumerate(functions)
     ]
-    end = marks("</tool_call>")
-    return (
-        f"start: (mark SPACE ({_any_of('f', functions)}) SPACE {end})* TEXT\n{marks.text_until('mark', '<tool_call>')}"
-        + "".join(rules)
-    )
+    body = f"SPACE ({_any_of('f', functions)}) SPACE {marks('</tool_call>')}"
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules)
 
 
 def _parameter(key: str) -> str:
     return f'"<parameter=" {key} ">"'
 
 
-def _glm(functions: Functions, marks: Marks) -> str:
+def _glm(functions: Functions, marks: Marks, rest: Rest) -> str:
     def key_of(key: str) -> str:
         return f"{marks('<arg_key>')} {key} {marks('</arg_key>')} SPACE {marks('<arg_value>')}"
 
@@ -125,23 +132,15 @@ def _glm(functions: Functions, marks: Marks) -> str:
         + tagged_arguments(f"a{index}", name, schema, marks, key_of, "</arg_value>")
         for index, (name, schema) in enumerate(functions)
     ]
-    end = marks("</tool_call>")
-    return (
-        f"start: (mark ({_any_of('f', functions)}) {end})* TEXT\n{marks.text_until('mark', '<tool_call>')}"
-        + "".join(rules)
-    )
+    body = f"({_any_of('f', functions)}) {marks('</tool_call>')}"
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules)
 
 
 def _any_of(rule: str, functions: Functions) -> str:
     return " | ".join(f"{rule}{index}" for index in range(len(functions)))
 
 
-def _plain(bracket: str, lead: str) -> str:
-    """Text that begins with neither ``bracket`` nor ``<|lead|>``, after what `str.lstrip` takes away."""
-    return rf"PLAIN: /[\s\x1c-\x1f]*[^\{bracket}\s\x1c-\x1f](.|\n)*/ & ~/[\s\x1c-\x1f]*<\|{lead}\|>(.|\n)*/" + "\n"
-
-
-_GRAMMARS: Mapping[str, Callable[[Functions, Marks], str]] = MappingProxyType(
+_GRAMMARS: Mapping[str, Callable[[Functions, Marks, Rest], str]] = MappingProxyType(
     {
         "hermes": _hermes,
         "llama3_json": _llama,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.sampling.guides import Guide, GuideRule
 from phalanx.runtime.server.errors import from_request_error, invalid
 from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
@@ -124,12 +125,12 @@ class ToolUse:
         """Return the sampling fields of a request, ``given``, with what the tools add to them.
 
         Raises:
-            ApiError: 400: the request has a guide of its own, with which the answer could not be a call.
+            ApiError: 400: the request has a guide of its own other than a JSON schema, with which the answer could not be a call.
         """
-        if given.get("structured_outputs") is not None:
+        guide = given.get("structured_outputs")
+        if guide is not None and guide.kind != "json":
             raise invalid(
-                "tools and a format of the answer (response_format, structured_outputs) exclude each other on this server; "
-                "leave one out, or use tool_choice 'none'",
+                f"an answer that may be calls cannot be held to a {guide.kind}; leave tools or {guide.name} out, or use tool_choice 'none'",
                 "tools",
                 "unsupported_parameter",
             )
@@ -139,19 +140,24 @@ class ToolUse:
             return {**given, **_as_field({"json": arguments_schema(dict(self._functions)[self.named])})}
         return {**given, **_as_field({"json": calls_schema(self._functions, parallel=self.parallel)})}
 
-    def strict_sampling(self, form: str, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return the sampling fields that hold calls in ``form`` to the schemas of the strict functions; none without such functions.
+    def guide(self, form: str, tokenizer: Tokenizer, answer: Guide | None) -> dict[str, Any]:
+        """Return the sampling field that holds calls in ``form`` to the schemas of the strict functions, and what is no call to ``answer``.
+
+        None without such functions and without ``answer``, a guide for JSON.
 
         Raises:
             ApiError: 400: a schema says more than calls in this form can be held to.
         """
-        if not self.strict:
+        if self.is_forced or not (self.strict or answer):
             return {}
         functions = [
             (name, arguments_schema(parameters) if name in self.strict else {"type": "object"})
             for name, parameters in self._functions
         ]
-        return _as_field({"grammar": strict_grammar(form, functions, tokenizer)})
+        schema = None if answer is None else json.loads(answer.text)
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        return _as_field({"grammar": strict_grammar(form, functions, tokenizer, schema)})
 
     @property
     def _functions(self) -> list[tuple[str, dict[str, Any] | None]]:
