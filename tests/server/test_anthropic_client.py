@@ -12,6 +12,9 @@ from typing import Any
 import anthropic
 import pytest
 
+from phalanx.runtime.server.anthropic.parsing import parse_message
+from phalanx.runtime.server.openai.parsing import Conversation
+
 from .servers import Server, stub_server
 from .test_tools import END, OSLO, TAUGHT, TEMPLATE, directory
 
@@ -176,7 +179,22 @@ def test_results_of_tools_are_messages_of_their_own(tool_server: Server, tool_cl
     assert count == tool_server.post("/tokenize", {"messages": same, "tools": openai_tools}).json["count"]
 
 
+def test_thoughts_of_earlier_turns_reach_the_template_and_redacted_ones_do_not() -> None:
+    blocks: list[Any] = [
+        {"type": "thinking", "thinking": "It rains.", "signature": "x"}, {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": "Wet."}, {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}},
+    ]  # fmt: skip
+    for chosen, calls in ((blocks[:3], False), (blocks, True)):
+        body = {"max_tokens": 1, "messages": [*HI, {"role": "assistant", "content": chosen}, *HI]}
+        (prompt,) = parse_message(json.dumps(body).encode()).prompts
+        assert isinstance(prompt, Conversation)
+        _, turn, _ = prompt.messages
+        assert (turn["reasoning_content"], turn["reasoning"], "tool_calls" in turn) == ("It rains.", "It rains.", calls)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}]}, "assistant's messages may hold thinking"),
+    ({"messages": [{"role": "user", "content": [{"type": "search_result"}]}]}, "type 'search_result' of messages[0].content[0] is not"),
     ({"max_tokens": 0}, "max_tokens=0"),
     ({"max_tokens": None}, "max_tokens"),
     ({"messages": []}, "0 messages"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.server.openai.parsing import Conversation
 from phalanx.runtime.server.responses.parsing import parse_response
 
 from .servers import Server, stub_server
@@ -172,6 +174,30 @@ def test_calls_and_their_outputs_reach_the_template(tool_server: Server) -> None
     assert answer.json["usage"]["input_tokens"] == count
 
 
+def test_thoughts_belong_to_the_item_that_follows_them() -> None:
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "short"}], "encrypted_content": "x",
+               "content": [{"type": "reasoning_text", "text": "It "}, {"type": "reasoning_text", "text": "rains."}]}  # fmt: skip
+    call = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": OSLO}
+    items = [
+        {"role": "user", "content": "?"},
+        thought,
+        call,
+        {"type": "function_call_output", "call_id": "c1", "output": "5"},
+    ]
+    items += [{"type": "reasoning", "id": "rs_2", "summary": []}, {"role": "assistant", "content": "Five."}]
+    (prompt,) = parse_response(json.dumps({"input": items}).encode()).prompts
+    assert isinstance(prompt, Conversation)
+    user, called, output, said = prompt.messages
+    assert (called["reasoning_content"], called["reasoning"]) == ("It rains.", "It rains.")
+    assert called["tool_calls"]
+    assert not any("reasoning" in message for message in (user, output, said))
+
+
+def test_an_unknown_kind_of_item_is_named(server: Server) -> None:
+    answer = server.post(PATH, {"input": [{"type": "web_search_call", "id": "x"}]})
+    assert answer.error["message"] == "input: type 'web_search_call' is not supported by this server; leave it out"
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
@@ -190,7 +216,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": [{"role": "user", "content": []}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-    ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+    ({"input": [{"type": "image_generation_call", "id": "x", "result": "x"}]}, "input"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
     ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
     ({"temperature": 3}, "temperature"),

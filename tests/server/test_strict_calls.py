@@ -22,6 +22,7 @@ import tokenizers
 from phalanx.runtime.guidance import check_guide
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.openai.forced_calls import arguments_schema
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
 from phalanx.runtime.server.openai.tools import Tool, tool_use
 from phalanx.runtime.text import Tokenizer
@@ -297,3 +298,25 @@ def test_strict_holds_for_the_functions_that_say_so(tokenizer: Tokenizer) -> Non
     assert free is not None
     assert not forced.strict
     assert free.guide("hermes", tokenizer, None) == {}
+
+
+def test_words_for_the_model_are_no_part_of_a_guide() -> None:
+    """Sixty tools of an agent, of which each argument is described at length, are within the limit on guides."""
+    described = {"type": "string", "title": "T", "description": "x" * 200, "default": "d", "examples": ["e"]}
+    schema = {
+        "type": "object", "description": "d", "required": ["description", "title"], "additionalProperties": False,
+        "properties": {"description": described, "title": {"enum": ["default", "examples"], "title": "T"}, "list": {"items": described},
+                       "one": {"anyOf": [described, {"$ref": "#/$defs/title"}]}},
+        "$defs": {"title": {**described, "const": {"title": 1}}},
+    }  # fmt: skip
+    text = {"type": "string"}
+    assert arguments_schema(schema) == {
+        "type": "object", "required": ["description", "title"], "additionalProperties": False,
+        "properties": {"description": text, "title": {"enum": ["default", "examples"]}, "list": {"items": text},
+                       "one": {"anyOf": [text, {"$ref": "#/$defs/title"}]}},
+        "$defs": {"title": {**text, "const": {"title": 1}}},
+    }  # fmt: skip
+    many = [msgspec.convert({"function": {"name": f"f{n}", "parameters": schema}}, Tool) for n in range(60)]
+    use = tool_use(many, "required", None)
+    assert use is not None
+    assert len(use.sampling({})["structured_outputs"].text) < 65_536

@@ -14,7 +14,9 @@ from phalanx.runtime.server.anthropic.protocol import (
     ImageBlock,
     Message,
     MessagesRequest,
+    RedactedThinkingBlock,
     TextBlock,
+    ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
@@ -108,24 +110,34 @@ def _turns(message: Message) -> Iterator[dict[str, Any]]:
         raise invalid("a message has no content; give a text", "messages")
     texts: list[_Part] = []
     calls: list[dict[str, Any]] = []
+    thoughts = ""
     for block in message.content:
-        if isinstance(block, ToolUseBlock):
+        if isinstance(block, ThinkingBlock | RedactedThinkingBlock):
+            thoughts += _thoughts(block, message.role)
+        elif isinstance(block, ToolUseBlock):
             calls.append(_call(block, message.role))
         elif isinstance(block, ToolResultBlock):
             yield from _flushed(message.role, texts)
             yield _result(block, message.role)
         else:
             texts.append(block)
+    shown = {"reasoning_content": thoughts, "reasoning": thoughts} if thoughts else {}
     if calls:
-        yield {"role": message.role, "content": _texts(texts) if texts else None, "tool_calls": calls}
+        yield {"role": message.role, "content": _texts(texts) if texts else None, "tool_calls": calls, **shown}
     else:
-        yield from _flushed(message.role, texts)
+        yield from ({**turn, **shown} for turn in _flushed(message.role, texts))
 
 
 def _flushed(role: str, texts: list[_Part]) -> Iterator[dict[str, Any]]:
     if texts:
         yield {"role": role, "content": _texts(texts)}
         texts.clear()
+
+
+def _thoughts(block: ThinkingBlock | RedactedThinkingBlock, role: str) -> str:
+    if role != "assistant":
+        raise invalid("only the assistant's messages may hold thinking", "messages")
+    return block.thinking if isinstance(block, ThinkingBlock) else ""
 
 
 def _call(block: ToolUseBlock, role: str) -> dict[str, Any]:

@@ -42,6 +42,19 @@ class DocumentBlock(msgspec.Struct, tag_field="type", tag="document"):
     source: Any
 
 
+class ThinkingBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="thinking"):
+    """What the assistant thought before its answer; the chat template decides whether to show it."""
+
+    thinking: str
+    signature: Any = None
+
+
+class RedactedThinkingBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="redacted_thinking"):
+    """Thoughts that nothing here can read; left out."""
+
+    data: Any = None
+
+
 class ToolUseBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
     """A call that the assistant made."""
 
@@ -66,7 +79,18 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One turn."""
 
     role: Literal["user", "assistant"]
-    content: str | list[TextBlock | ImageBlock | DocumentBlock | ToolUseBlock | ToolResultBlock]
+    content: (
+        str
+        | list[
+            TextBlock
+            | ImageBlock
+            | DocumentBlock
+            | ToolUseBlock
+            | ToolResultBlock
+            | ThinkingBlock
+            | RedactedThinkingBlock
+        ]
+    )
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True):

@@ -11,13 +11,31 @@ from phalanx.runtime.server.errors import invalid
 __all__ = ["arguments_schema", "call_schema", "calls_schema"]
 
 _SHARED = ("$defs", "definitions")
+_OF_SCHEMAS = frozenset({*_SHARED, "properties", "patternProperties", "dependentSchemas"})
+_OF_VALUES = frozenset({"enum", "const", "required", "type"})
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
+)
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the schema of a function's arguments; a function without parameters takes an empty object."""
-    return (
-        {"type": "object", "properties": {}, "additionalProperties": False} if parameters is None else dict(parameters)
-    )
+    """Return the schema of a function's arguments, less its words for the model; a function without parameters takes an empty object."""
+    if parameters is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {key: _without_words(key, value) for key, value in parameters.items() if key not in _ANNOTATIONS}
+
+
+def _without_words(key: str, value: Any) -> Any:
+    """The value of a keyword without the annotations of the schemas in it: they allow nothing, and a guide has a limit."""
+    if key in _OF_VALUES:
+        return value
+    if key in _OF_SCHEMAS and isinstance(value, dict):
+        return {name: _without_words("", schema) for name, schema in value.items()}
+    if isinstance(value, list):
+        return [_without_words("", item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_words(name, item) for name, item in value.items() if name not in _ANNOTATIONS}
 
 
 def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool) -> dict[str, Any]:

@@ -204,6 +204,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 """For each known field without an implementation: values, besides null, that ask for nothing."""
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+_UNKNOWN_KIND = re.compile(r"Invalid value '([^']*)' - at `\$\.?(.*?)\.?type`")
 _MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
 _PATH = re.compile(r"`\$\.?(\w*)")
 
@@ -316,6 +317,13 @@ def _refused_field(reason: str) -> ApiError:
         return invalid(f"unknown field {match[1]!r}; check its spelling", match[1], "unknown_parameter")
     if match := _MISSING_FIELD.search(reason):
         return invalid(f"{reason}; give it", match[1], "missing_required_parameter")
+    if match := _UNKNOWN_KIND.search(reason):
+        place = f" of {match[2]}" if match[2] else ""
+        return invalid(
+            f"type {match[1]!r:.60}{place} is not supported by this server; leave it out",
+            re.split(r"\W", match[2])[0] or "type",
+            "unsupported_parameter",
+        )
     match = _PATH.search(reason)
     return invalid(reason, match[1] or None if match else None, "invalid_type")
 

@@ -23,6 +23,7 @@ from phalanx.runtime.server.openai.tools import (
 )
 from phalanx.runtime.server.responses.protocol import (
     FunctionCallItem,
+    FunctionCallOutputItem,
     InputItem,
     InputText,
     JsonObject,
@@ -30,6 +31,7 @@ from phalanx.runtime.server.responses.protocol import (
     MessageItem,
     NamedFunction,
     OutputText,
+    ReasoningItem,
     ResponsesRequest,
 )
 from phalanx.runtime.server.responses.reply import ResponseReply
@@ -91,12 +93,20 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
         return [*messages, {"role": "user", "content": request.input}]
     if not 0 < len(request.input) <= MAX_MESSAGES:
         raise invalid(f"{len(request.input)} items; use 1 to {MAX_MESSAGES}", "input")
+    thoughts = ""
     for fields in request.input:
-        _add(messages, convert_item({"type": "message", **fields}, InputItem, "input"))
+        item: InputItem = convert_item({"type": "message", **fields}, InputItem, "input")
+        if isinstance(item, ReasoningItem):
+            thoughts += "".join(part.text for part in item.content or ())
+            continue
+        _add(messages, item)
+        if thoughts and messages[-1]["role"] == "assistant":
+            messages[-1] |= {"reasoning_content": thoughts, "reasoning": thoughts}
+        thoughts = ""
     return messages
 
 
-def _add(messages: list[dict[str, Any]], item: InputItem) -> None:
+def _add(messages: list[dict[str, Any]], item: MessageItem | FunctionCallItem | FunctionCallOutputItem) -> None:
     """Append an item; calls join the message of the assistant that they follow."""
     if isinstance(item, MessageItem):
         role = "system" if item.role == "developer" else item.role

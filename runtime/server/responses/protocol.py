@@ -21,6 +21,7 @@ __all__ = [
     "NamedFunction",
     "OutputText",
     "PlainText",
+    "ReasoningItem",
     "ResponsesRequest",
     "ResponsesTool",
 ]
@@ -70,7 +71,23 @@ class FunctionCallOutputItem(msgspec.Struct, forbid_unknown_fields=True, tag_fie
     name: str | None = None
 
 
-InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem
+class ReasoningText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="reasoning_text"):
+    """A part of a `ReasoningItem`."""
+
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="reasoning"):
+    """What the assistant thought before its next item; the chat template decides whether to show it. Summaries and what is encrypted are left out."""
+
+    content: list[ReasoningText] | None = None
+    summary: Any = None
+    encrypted_content: Any = None
+    id: str | None = None
+    status: str | None = None
+
+
+InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
 
 
 class ResponsesTool(msgspec.Struct, forbid_unknown_fields=True):
