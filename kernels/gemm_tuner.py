@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,7 @@ import numpy as np
 
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm, Operands, open_gemm
+from phalanx.kernels.graph_capture import capture
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.packed import PackedWeight, parse_layout
 from phalanx.kernels.product_sizes import BLOCK, SUM_BYTES, block_scale_shape, packed_row_bytes, unpacked_bytes
@@ -89,10 +91,7 @@ class GemmTuner:
         with self._stream:
             self._gemm.run(problem, choice, timed.operands[0])  # loads the kernel: not allowed under capture
             self._stream.synchronize()
-            self._stream.begin_capture()
-            for call in range(timed.num_calls):
-                self._gemm.run(problem, choice, timed.operands[call % len(timed.operands)])
-            graph = self._stream.end_capture()
+            graph, _ = capture(self._stream, partial(self._run_all, problem, choice, timed))
         graph.launch(self._stream)
         samples: list[float] = []
         for _ in range(_NUM_REPLAYS):
@@ -105,6 +104,10 @@ class GemmTuner:
             if samples[0] > _SLOWEST_CALL * best_microseconds:
                 break
         return statistics.median(samples)
+
+    def _run_all(self, problem: GemmProblem, choice: GemmChoice, timed: TimedOperands) -> None:
+        for call in range(timed.num_calls):
+            self._gemm.run(problem, choice, timed.operands[call % len(timed.operands)])
 
     def timed_operands(self, problem: GemmProblem) -> TimedOperands:
         """Operands for ``measure``; make them once for several kernels."""

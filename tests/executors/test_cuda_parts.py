@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.kernels.graph_capture import capture
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.nccl_comm import SelfDeviceCommunicator, wait_for
 from phalanx.runtime.executors.cuda.graphs import (
@@ -183,6 +185,37 @@ def test_a_step_whose_sizes_are_tuned_is_captured_after_its_first_run(fake_cupy:
     assert (len(runs), cache.num_captured) == (2, 1)
     assert cache.run(key, program) == 2
     assert [graph.launches for graph in stream.graphs] == [1]
+
+
+def test_no_reference_cycle_is_collected_during_a_capture(fake_cupy: None) -> None:
+    """What an engine leaves behind unloads its modules then, which a thread that captures must not."""
+    unloaded: list[bool] = []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            unloaded.append(True)
+
+    def program() -> bool:
+        Engine()
+        objects: list[list[int]] = [[] for _ in range(100_000)]  # a collection waits for 700 or 2,000
+        return bool(unloaded) and bool(objects)
+
+    assert program(), "such a program has its cycles collected"
+    unloaded.clear()
+    _, was_unloaded = capture(CapturingStream(), program)
+    assert not was_unloaded
+    assert gc.isenabled()
+
+
+def test_collections_go_on_after_a_capture_that_failed(fake_cupy: None) -> None:
+    stream = CapturingStream()
+    with pytest.raises(ZeroDivisionError):
+        capture(stream, lambda: 1 // 0)
+    assert stream.graphs, "the capture was ended"
+    assert gc.isenabled()
 
 
 class PassedEvent:

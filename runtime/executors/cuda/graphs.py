@@ -18,7 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
+
+from phalanx.kernels.graph_capture import capture
 
 __all__ = ["DECODE_ROWS", "MOST_GRAPHS", "PREFILL_LOGIT_ROWS", "PREFILL_ROWS", "Buckets", "GraphCache", "StepKey"]
 
@@ -142,11 +145,4 @@ class GraphCache(Generic[Outputs]):
     def _capture(self, key: StepKey, entry: _Entry, program: Callable[[StepKey], Outputs]) -> None:
         if not self._enabled or self.num_captured >= MOST_GRAPHS:
             return
-        from cupy.cuda import runtime
-
-        self._stream.begin_capture(runtime.streamCaptureModeThreadLocal)
-        try:
-            entry.outputs = program(key)
-        finally:
-            graph = self._stream.end_capture()
-        entry.graph = graph
+        entry.graph, entry.outputs = capture(self._stream, partial(program, key))
