@@ -162,7 +162,11 @@ class Routes:
             raise invalid("give either prompt or messages", "prompt")
         if body.prompt is None:
             chat = ChatRequest(
-                messages=body.messages or [], tools=body.tools, add_generation_prompt=body.add_generation_prompt
+                messages=body.messages or [],
+                tools=body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                chat_template_kwargs=body.chat_template_kwargs,
             )
             text = await render(services, conversation(chat))
             token_ids = await services.encode(text, add_special_tokens=body.add_special_tokens is True)
@@ -172,7 +176,10 @@ class Routes:
             special = body.add_special_tokens is not False
             token_ids = await services.encode(body.prompt, add_special_tokens=special)
         limit = services.model.max_model_len
-        return json_response({"tokens": token_ids, "count": len(token_ids), "max_model_len": limit})
+        counted = {"tokens": token_ids, "count": len(token_ids), "max_model_len": limit}
+        if body.return_token_strs:
+            counted["token_strs"] = list(map(services.need_tokenizer("prompt").spelling, token_ids))
+        return json_response(counted)
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""

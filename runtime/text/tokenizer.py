@@ -134,6 +134,10 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(text)
         return token_id
 
+    def spelling(self, token_id: int) -> str:
+        """How the vocabulary spells a token; empty for an unknown id."""
+        return self._backend.id_to_token(token_id) or ""
+
     def special_id(self, text: str) -> int | None:
         """The same of a special token, which plain text never becomes; None if ``text`` is none."""
         token_id = self.token_id(text)

@@ -131,6 +131,15 @@ def test_stream_with_logprobs_has_one_entry_a_token(server: Server) -> None:
     assert [token["token"] for entry in entries[1:-1] for token in entry["content"]] == ["[", "u", "s"]
 
 
+def test_token_ids_of_prompt_and_answer(server: Server) -> None:
+    prompt = server.post("/tokenize", {"messages": HI}).json["tokens"]
+    whole = chat(server, return_token_ids=True, max_tokens=3)
+    assert (whole["prompt_token_ids"], whole["choices"][0]["token_ids"]) == (prompt, prompt[:3])
+    events = server.stream(PATH, {"messages": HI, "return_token_ids": True, "max_tokens": 3, "n": 2})
+    assert [event["prompt_token_ids"] for event in events[:2]] == [prompt] * 2
+    assert not any("prompt_token_ids" in event for event in events[2:])
+
+
 def test_a_text_that_the_template_refuses_is_a_400(server: Server) -> None:
     answer = server.post(PATH, {"messages": [{"role": "assistant", "content": "x"}]})
     assert (answer.status, answer.error["param"]) == (400, "messages")
@@ -152,6 +161,16 @@ def test_tokenize_and_detokenize_are_inverse(server: Server, special: bool | Non
     tokens = server.post("/tokenize", {"prompt": "é🙂 x", "add_special_tokens": special}).json
     assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), 256)
     assert server.post("/detokenize", {"tokens": tokens["tokens"]}).json == {"prompt": "é🙂 x"}
+
+
+def test_tokenize_spells_tokens_and_renders_as_chat_does(server: Server) -> None:
+    answer = server.post("/tokenize", {"prompt": "a b", "return_token_strs": True}).json
+    assert answer["token_strs"] == ["a", "\u0120", "b"]
+    turns = [*HI, {"role": "assistant", "content": "He"}]
+    body = {"messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+    assert server.post("/tokenize", body).json["count"] == len("[user]hi[assistant]He")
+    refused = server.post("/tokenize", {"messages": HI, "chat_template_kwargs": {"tools": []}})
+    assert (refused.status, refused.error["param"]) == (400, "chat_template_kwargs")
 
 
 def test_tokenize_messages_as_chat_would(server: Server) -> None:

@@ -45,7 +45,7 @@ class ChatFormat:
 
     def opening(self, choice: Answer) -> list[dict[str, Any]]:
         """The role, and what is echoed."""
-        first = self._chunk(choice, {"role": "assistant", "content": ""})
+        first = self._chunk(choice, {"role": "assistant", "content": ""}) | self._prompt_ids(choice)
         return [first, self._chunk(choice, {"content": echoed})] if (echoed := self._echoed()) else [first]
 
     def chunks(self, choice: Answer, events: Sequence[TokenEvent]) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ class ChatFormat:
             }
             for choice in choices
         ]
-        whole = {**self._object("chat.completion", entries), "usage": usage}
+        whole = {**self._object("chat.completion", entries), "usage": usage} | self._prompt_ids(choices[0])
         if (most := self.request.prompt_logprobs) is not None:
             whole["prompt_logprobs"] = prompt_logprobs(self.served.tokenizer, choices[0].prompt_logprobs or (), most)
         return whole
@@ -89,6 +89,9 @@ class ChatFormat:
         if echoed := self._echoed():
             message["content"] = echoed + (message["content"] or "")
         return message
+
+    def _prompt_ids(self, choice: Answer) -> dict[str, Any]:
+        return {"prompt_token_ids": choice.prompt_token_ids} if self.request.return_token_ids else {}
 
     def _echoed(self) -> str:
         """The last message, if the answer is to begin with it: it is the assistant's own."""

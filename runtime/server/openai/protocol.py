@@ -155,7 +155,10 @@ class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+    return_token_strs: bool = False
 
 
 class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
