@@ -3,9 +3,18 @@
 // Shapes: out [num_rows, num_columns] with rows out_pitch elements apart, a region of a weight in [out, in] orientation; its
 //     first element is element (first_row, first_column) of the stored tensor [.., stored_columns], the stored slice being
 //     the region or, with TRANSPOSED, its transpose.
-// Defines: SCALAR (of out), STORED (the type that values are rounded to first), TRANSPOSED, NUM_THREADS. Grid: any.
+// Defines: SCALAR (of out), STORED (the type that values are rounded to first; both may be e4m3), TRANSPOSED, NUM_THREADS. Grid: any.
 // Reference: phalanx.checkpoints.dummy, whose formula this is, bit for bit.
-#include "dtype.cuh"
+#include "fp8.cuh"
+
+struct e4m3 {
+    unsigned char bits;
+};
+
+__device__ __forceinline__ float to_float(e4m3 value) { return e4m3_value(value.bits); }
+__device__ __forceinline__ void assign(e4m3& to, float value) { to.bits = static_cast<unsigned char>(e4m3_pair(value, 0.0f)); }
+
+#include "dtype.cuh"  // after them: what it defines for SCALAR calls them
 
 __device__ __forceinline__ uint32 mix(uint32 h) {
     h ^= h >> 16;

@@ -15,7 +15,9 @@ __all__ = ["dummy_weights"]
 
 _NUM_THREADS = 256
 _MOST_BLOCKS = 1 << 16
-_STORED_TYPES = {"F32": "float", "F16": "__half", "BF16": "__nv_bfloat16", "I8": "signed char"}
+_STORED_TYPES = {"F32": "float", "F16": "__half", "BF16": "__nv_bfloat16", "F8_E4M3": "e4m3", "I8": "signed char"}
+_CODE_TYPES = {"uint8": "e4m3", "int8": "signed char"}
+"""Of regions that hold codes, by NumPy's names."""
 
 
 def dummy_weights(
@@ -38,14 +40,14 @@ def dummy_weights(
     """
     if stored_dtype not in _STORED_TYPES:
         raise ExecutorError(
-            f"dummy weights of type {stored_dtype} are not made on the device; use BF16, F16, F32 or I8"
+            f"dummy weights of type {stored_dtype} are not made on the device; use {', '.join(_STORED_TYPES)}"
         )
     num_rows, num_columns = region.shape if region.ndim == 2 else (1, *region.shape)
     row_pitch = region.strides[0] // region.itemsize if region.ndim == 2 else num_columns
     kernel = library.function(
         "dummy_weights",
         "dummy_weights",
-        SCALAR="signed char" if region.dtype == np.int8 else scalar_name(region),
+        SCALAR=_CODE_TYPES.get(region.dtype.name) or scalar_name(region),
         STORED=_STORED_TYPES[stored_dtype],
         TRANSPOSED=int(transposed),
         NUM_THREADS=_NUM_THREADS,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.encoding import Encoding
+from phalanx.checkpoints.quantization.dummy_ranges import DUMMY_CODES, DUMMY_SCALES
 from phalanx.checkpoints.quantization.encodings import GroupIndex, NibbleRows, PackedWords, Scales
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["GroupCodes", "InputScales", "Stored"]
 
 InputScales = Literal["plain", "fp8 groups", "fp8 groups by powers of two"]
-
-_DUMMY_CODES = {"int4": DummyRange(-7.99, 7.99), "int8": DummyRange(-127.9, 127.9), "fp8": DummyRange(-448.0, 448.0)}
-_DUMMY_SCALES = {kind: DummyRange(0.04 / -codes.low, 0.05 / -codes.low) for kind, codes in _DUMMY_CODES.items()}
-"""Random weights with a standard deviation of about 0.02, as those without a format."""
 
 INDEXED_ROWS = 64
 """Rows that share a row of the index of groups, where their number and cuts allow: it takes 4 / 64 bytes a weight then."""
@@ -145,7 +142,7 @@ class GroupCodes:
         codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
         scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
         result = [
-            WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype, dummy=_DUMMY_CODES[self.kind]),
+            WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype, dummy=DUMMY_CODES[self.kind]),
             WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32", dummy=self._dummy_scales),
         ]
         if stored.zero:
@@ -161,7 +158,7 @@ class GroupCodes:
     @property
     def _dummy_scales(self) -> DummyRange:
         """Dummy weights are made as decoded values, row by row: where rows are to share a scale, all have the same."""
-        low, high = _DUMMY_SCALES[self.kind]
+        low, high = DUMMY_SCALES[self.kind]
         return DummyRange(low, high) if self.stored.block_rows == 1 else DummyRange(high, high)
 
     def with_prescale(self, suffix: str) -> GroupCodes:

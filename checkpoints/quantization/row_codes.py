@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from phalanx.checkpoints.quantization.dummy_ranges import DUMMY_CODES, DUMMY_INPUT_SCALES, DUMMY_SCALES
 from phalanx.checkpoints.quantization.encodings import Scales
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -67,15 +68,15 @@ class RowCodes:
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
         """``codes``, ``scale``, for static inputs ``input_scale`` ``[parts]``, and perhaps ``prescale``."""
         stored = {"fp8": "F8_E4M3", "int8": "I8"}[self.kind]
+        codes = tuple(replace(part, transposed=False) for part in spec.parts)
+        scales = tuple(map(self._scale_part, spec.parts))
         result = [
-            WeightSpec(
-                f"{spec.owner}.codes", tuple(replace(part, transposed=False) for part in spec.parts), dtype=stored
-            ),
-            WeightSpec(f"{spec.owner}.scale", tuple(map(self._scale_part, spec.parts)), dtype="F32"),
+            WeightSpec(f"{spec.owner}.codes", codes, dtype=stored, dummy=DUMMY_CODES[self.kind]),
+            WeightSpec(f"{spec.owner}.scale", scales, dtype="F32", dummy=DUMMY_SCALES[self.kind]),
         ]
         if self.input == "static":
-            inputs = tuple(map(_input_scale, spec.parts))
-            result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32"))
+            inputs, dummy = tuple(map(_input_scale, spec.parts)), DUMMY_INPUT_SCALES[self.kind]
+            result.append(WeightSpec(f"{spec.owner}.input_scale", inputs, dtype="F32", dummy=dummy))
         if self.prescale:
             result.append(prescale_component(spec, self.prescale))
         return tuple(result)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from phalanx.checkpoints.dummy import DummySource
+from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 from phalanx.kernels.add import add
 from phalanx.kernels.dummy_weights import dummy_weights
 
@@ -11,7 +12,7 @@ from .tolerance import assert_close
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("stored", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("stored", ["F32", "BF16", "F16", "F8_E4M3"])
 def test_device_makes_the_same_dummy_weights_as_the_host(device, stored, transposed):
     source = DummySource(7, stored, {"layer.weight": (50, 23)})
     dummy = source.slice("layer.weight", (slice(11, 31), slice(3, 20)), transposed)
@@ -26,6 +27,21 @@ def test_device_makes_the_same_dummy_weights_as_the_host(device, stored, transpo
     rows, columns = (17, 20) if transposed else (20, 17)
     np.testing.assert_array_equal(result[5 : 5 + rows, 2 : 2 + columns], expected.T if transposed else expected)
     assert np.isnan(result).sum() == 40 * 40 - rows * columns
+
+
+@pytest.mark.parametrize(("stored", "largest"), [("F8_E4M3", 448.0), ("I8", 127.9)])
+def test_dummy_codes_are_stored_as_bytes(device, stored, largest):
+    part = Part("layer.weight", (30, 64))
+    spec = WeightSpec("layer.codes", (part,), dtype=stored, dummy=DummyRange(-largest, largest))
+    dummy = DummySource(7, "F32").declared([spec]).slice("layer.weight", (slice(10, 30), slice(0, 64)))
+    expected = dummy.values()
+    out = device.poisoned(expected.shape, np.int8 if stored == "I8" else np.uint8)
+    dummy_weights(
+        device.library, out, stored_dtype=stored, stored_columns=64, origin=(10, 0), transposed=False,
+        keys=(dummy.key0, dummy.key1), mean=dummy.mean, width=dummy.width,
+    )  # fmt: skip
+    np.testing.assert_array_equal(device.get(out).view(np.uint8), expected.view(np.uint8))
+    assert np.abs(expected.astype(np.float32)).max() > 0.9 * largest
 
 
 def test_dummy_vectors_are_rounded_to_the_compute_dtype(device):

@@ -54,14 +54,14 @@ def written(root: Path, case: CheckpointCase, powers: bool = False) -> tuple[Pat
     return root / "quantised", root / "twin"
 
 
-def generate(path: Path, tp: int = 1, engine: str = "numpy", dtype: Any = "float32") -> np.ndarray:
+def generate(path: Path, tp: int = 1, engine: str = "numpy", dtype: Any = "float32", **options: Any) -> np.ndarray:
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
 
     def rank(comm: Communicator) -> np.ndarray:
         sizes: dict[str, Any] = {
             "block_size": 16, "num_kv_blocks": 8, "max_num_seqs": 2, "max_num_batched_tokens": 70
         }  # fmt: skip
-        with LLM(path, tensor_parallel_size=tp, comm=comm, engine=engine, dtype=dtype, **sizes) as llm:
+        with LLM(path, tensor_parallel_size=tp, comm=comm, engine=engine, dtype=dtype, **sizes, **options) as llm:
             return np.array(logprobs(llm.generate([PROMPT], params)[0]))
 
     return run_ranks(tp, rank)[0]
