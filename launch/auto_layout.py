@@ -8,7 +8,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from phalanx.launch.layouts import GPUS, Gpu, Load, best_layouts
+from phalanx.launch.layouts import GPUS, Gpu, Load, best_layouts, data_sheet
 from phalanx.launch.sharing import agree
 from phalanx.parallel.errors import ConfigError
 
@@ -19,7 +19,7 @@ __all__ = ["set_layout"]
 
 _LOG = logging.getLogger("phalanx.serve")
 _GIB = 1 << 30
-_PROCESSOR = Gpu(flops=1e11, memory=2e10, link=5e9, gib=0)
+_PROCESSOR = Gpu("processor", flops=1e11, memory=2e10, link=5e9, gib=0)
 """One rank's share of a host, roughly: only the comparison of layouts matters."""
 _SAME = ("model", "model_file", "dtype", "quantize", "kv_cache_dtype", "expert_parallel", "max_model_len", "gpu_memory_utilization")  # fmt: skip
 _IF_GIVEN = ("max_num_seqs", "max_num_batched_tokens", "block_size")
@@ -70,5 +70,4 @@ def _device(engine: str, num_ranks: int) -> tuple[Gpu, float]:
     from phalanx.kernels.device import visible_gpus
 
     first = visible_gpus()[0]
-    known = next((sheet for name, sheet in GPUS.items() if name in first.name.lower()), GPUS["h100"])
-    return known, first.memory_bytes / _GIB
+    return data_sheet(first.name) or GPUS["h100"], first.memory_bytes / _GIB

@@ -1,7 +1,7 @@
 """``launch.plan --optimise``: which dp x pp x tp of N ranks gives the most tokens a second, or the shortest wait for one.
 
-The model, for each layout that fits: a decoding step reads a stage's weights once (or multiplies them, if that takes longer) and the
-cached keys and values of its sequences, and sums twice a layer over the tensor-parallel ranks. Where an engine has measured such steps on this
+The model, for each layout that fits: a decoding step reads a stage's weights once (or multiplies them, if that takes longer; of a
+mixture, the experts that its tokens take) and the cached keys and values of its sequences, and sums twice a layer over the tensor-parallel ranks. Where an engine has measured such steps on this
 machine, their times replace the weights' and the sums' part (``runtime/step_records.py``). The slowest stage sets the pace; ``pp`` micro-batches fill the
 pipe; replicas add up. Prompts cost the products of their tokens.
 """
@@ -13,18 +13,25 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.step_records import StepRecord
 
-__all__ = ["GPUS", "Estimate", "Gpu", "Load", "best_layouts", "estimate", "layouts_of"]
+if TYPE_CHECKING:
+    from phalanx.runtime.step_work import StageWork
+
+__all__ = ["GPUS", "Estimate", "Gpu", "Load", "best_layouts", "data_sheet", "estimate", "layouts_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Published peaks: dense 16-bit operations, memory and link (one direction) in bytes, each a second; memory in GiB."""
+    """Published peaks: dense 16-bit operations, memory and link (one direction) in bytes, each a second; memory in GiB.
 
+    ``name`` is part of what the driver calls the device.
+    """
+
+    name: str
     flops: float
     memory: float
     link: float
@@ -32,10 +39,13 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(312e12, 2.04e12, 300e9, 80),
-    "h100": Gpu(989e12, 3.35e12, 450e9, 80),
-    "h200": Gpu(989e12, 4.8e12, 450e9, 141),
-    "l40s": Gpu(362e12, 0.864e12, 32e9, 48),
+    sheet.name: sheet
+    for sheet in (
+        Gpu("a100", 312e12, 2.04e12, 300e9, 80),
+        Gpu("h100", 989e12, 3.35e12, 450e9, 80),
+        Gpu("h200", 989e12, 4.8e12, 450e9, 141),
+        Gpu("l40s", 362e12, 0.864e12, 32e9, 48),
+    )
 }
 """NVIDIA's data sheets (SXM; L40S over PCIe 4.0)."""
 
@@ -75,6 +85,11 @@ class Estimate:
     num_seqs: int = 0
     source: str = ""
     problem: str = ""
+
+
+def data_sheet(device: str) -> Gpu | None:
+    """That of a device by its driver's name, such as ``NVIDIA H100 80GB HBM3``; None = not in `GPUS`."""
+    return next((sheet for name, sheet in GPUS.items() if name in device.lower()), None)
 
 
 def layouts_of(num_ranks: int) -> Iterator[tuple[int, int, int]]:
@@ -126,7 +141,7 @@ def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
         needed = planned["smallest_gpu_bytes"] / 2**30
         return Estimate(tp, pp, dp, problem=f"does not fit: needs GPUs of {needed:.1f} GiB")
     stages = [_Stage(rank, planned, gpu) for rank in planned["ranks"] if rank["tp_rank"] == 0]
-    record: StepRecord | None = planned["step_record"]
+    record = _of_device(planned["step_record"], gpu)
     context = load.input_len + load.output_len / 2
     micro = max(1, num_seqs // pp)
 
@@ -144,25 +159,29 @@ def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
     )  # fmt: skip
 
 
+def _of_device(record: StepRecord | None, gpu: Gpu) -> StepRecord | None:
+    """The record, unless it was measured on a GPU with another data sheet."""
+    sheet = None if record is None else data_sheet(record.device)
+    return record if sheet in (None, gpu) else None
+
+
 class _Stage:
     """What one rank of a stage does."""
 
     def __init__(self, rank: dict[str, Any], planned: dict[str, Any], gpu: Gpu) -> None:
-        weights = rank["weights"]
-        looked_up = weights["embedding"] if weights["head"] or rank["stage"] < planned["pp"] - 1 else 0
-        self._weights: float = rank["weight_bytes"] - looked_up
-        self._elements: float = self._weights / planned["itemsize"]
+        self._work: StageWork = planned["work"][rank["stage"]]
         self._kv_bytes: float = rank["kv_block_bytes"] / planned["block_size"]
         self._num_sums: int = 2 * (rank["layers"][1] - rank["layers"][0]) if planned["tp"] > 1 else 0
         self._hands_over = planned["pp"] > 1
         self._row_bytes: float = planned["hidden_size"] * planned["itemsize"]
         self._tp: int = planned["tp"]
-        self._memory, self._flops, self._link = gpu.memory * MEMORY_SHARE, gpu.flops * FLOPS_SHARE, gpu.link
+        self._memory, self._link = gpu.memory * MEMORY_SHARE, gpu.link
+        self._token_seconds: float = 2 * self._work.token_values / (gpu.flops * FLOPS_SHARE)
 
     def step(self, num_tokens: int) -> float:
         """Seconds for the weights, the sums and the hand-over of a step."""
-        products = max(self._weights / self._memory, 2 * num_tokens * self._elements / self._flops)
-        return products + self._communication(num_tokens)
+        reading = self._work.read_bytes(num_tokens) / self._memory
+        return max(reading, num_tokens * self._token_seconds) + self._communication(num_tokens)
 
     def attention(self, num_seqs: int, context: float) -> float:
         """Seconds to read what is cached."""
@@ -170,8 +189,7 @@ class _Stage:
 
     def prompt(self, num_tokens: int) -> float:
         """Seconds for a prompt among others."""
-        per_token = 2 * self._elements / self._flops
-        return num_tokens * per_token + self._communication(num_tokens) - self._communication(0)
+        return num_tokens * self._token_seconds + self._communication(num_tokens) - self._communication(0)
 
     def _communication(self, num_tokens: int) -> float:
         sent = num_tokens * self._row_bytes / self._link

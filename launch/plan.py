@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.optimise is not None:
         return _optimise(args)
     result = plan(args)
-    result.pop("step_record")
+    del result["step_record"], result["work"]
     print(json.dumps(result) if args.json else _table(result))
     return 0
 
@@ -143,20 +143,33 @@ def reason(optimise: str, found: Sequence[Estimate]) -> str:
     flags = f"use --dp {best.dp} --pp {best.pp} --tp {best.tp}"
     if not others:
         return f"{flags}: it is the only layout that fits"
-    if optimise == "throughput":
-        gain = best.tokens_per_second / others[0].tokens_per_second
-        cause = (
-            "replicas share nothing and wait for nobody" if best.dp > 1 else "its weights leave more room for sequences"
-        )
-    else:
-        gain = others[0].token_seconds / best.token_seconds
-        cause = (
-            "each GPU reads a share of every layer's weights"
-            if best.tp > 1
-            else "sums between GPUs cost more than they save"
-        )
     second = others[0]
+    if optimise == "throughput":
+        gain, cause = best.tokens_per_second / second.tokens_per_second, _why_more_tokens(best, second)
+    else:
+        gain, cause = second.token_seconds / best.token_seconds, _why_sooner(best, second)
     return f"{flags}: {cause}; {gain:.2f} times as good as the next, dp {second.dp} x pp {second.pp} x tp {second.tp}"
+
+
+def _why_more_tokens(best: Estimate, second: Estimate) -> str:
+    """What the better layout has that the second lacks. Both use all ranks, so fewer replicas are larger ones."""
+    if best.dp > second.dp:
+        return "replicas work without waiting for each other"
+    if best.dp < second.dp:
+        return (
+            f"larger replicas leave more room for sequences, {best.num_seqs} at once each instead of {second.num_seqs}"
+        )
+    if best.tp < second.tp:
+        return "handing over between stages costs less than sums within each layer"
+    return "every GPU works on every step, so none waits for a slower stage"
+
+
+def _why_sooner(best: Estimate, second: Estimate) -> str:
+    if best.tp > second.tp:
+        return "each GPU reads a share of every layer's weights"
+    if best.tp < second.tp:
+        return "sums between GPUs cost more than they save"
+    return "a token passes through fewer stages"
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,6 +191,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.user_file import model_from_file
     from phalanx.runtime.quantisation import check_quantize, quantisation_in_words
     from phalanx.runtime.step_records import StepRecord, record_path
+    from phalanx.runtime.step_work import stage_work
 
     raw = read_config(ModelDirectory.at(args.model or demo_path()))
     model = find_model(raw, model_from_file(args.model_file))
@@ -188,12 +202,13 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     stored = read_formats(raw)
     check_quantize(model, config, stored, options.quantize)
     has_fp8_cache = options.kv_cache_dtype == "fp8" or (options.kv_cache_dtype == "auto" and stored.has_kv_scales)
+    held = held_formats(stored, options.quantize, use_of(model, config).experts)
     ranks = plan_memory(
         model,
         config,
         options.layout,
         dtype,
-        formats=held_formats(stored, options.quantize, use_of(model, config).experts),
+        formats=held,
         kv_itemsize=1 if has_fp8_cache else None,
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,
@@ -201,9 +216,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         block_size=options.block_size,
     )
     itemsize = DTYPE_BYTES[dtype]
-    path = record_path(cache_directory(), config, dtype, options.quantize, options.layout.tp, options.layout.pp)
+    path = record_path(cache_directory(), raw, dtype, options)
     return {
         "step_record": StepRecord.read(path),
+        "work": stage_work(model, config, options.layout, held, dtype),
         "hidden_size": config.hidden_size,
         "itemsize": itemsize,
         "model": config.architecture,

@@ -126,11 +126,7 @@ def build_replica(
         )
         if executor.step_times is not None:
             record = StepRecord(executor.device, executor.step_times.rows, executor.step_times.stage_seconds)
-            record.write(
-                record_path(
-                    cache_directory(), config, spec.dtype, options.quantize, options.layout.tp, options.layout.pp
-                )
-            )
+            record.write(record_path(cache_directory(), checkpoint.config, spec.dtype, options))
         engine = Engine(scheduler, executor, control, progress)
     progress.wait()
     return Replica(

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.config import EngineConfig
 
 __all__ = ["StepRecord", "record_path"]
 
-_DIMENSIONS = (
-    "architecture", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
-)  # fmt: skip
 
+def record_path(cache: Path, config: Mapping[str, Any], dtype: str, options: EngineConfig) -> Path:
+    """Where the times of a model, its types and a layout are kept below the cache directory.
 
-def record_path(cache: Path, config: ModelConfig, dtype: str, quantize: str, tp: int, pp: int) -> Path:
-    """Where the times of a model, its types and a layout are kept below the cache directory."""
-    values = [*(str(getattr(config, name)) for name in _DIMENSIONS), dtype, quantize]
+    ``config``: the whole of ``config.json``, as numbers of experts and the format of stored weights count, too.
+    """
+    values = [json.dumps(config, sort_keys=True), dtype, options.quantize, str(options.expert_parallel)]
     digest = hashlib.blake2b("|".join(values).encode(), digest_size=8).hexdigest()
-    return cache / "steps" / f"{digest}-tp{tp}-pp{pp}.json"
+    return cache / "steps" / f"{digest}-tp{options.layout.tp}-pp{options.layout.pp}.json"
 
 
 @dataclass(frozen=True, slots=True)

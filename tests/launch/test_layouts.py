@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.layouts import layouts_of
-from phalanx.launch.plan import main
+from phalanx.launch.layouts import GPUS, MEMORY_SHARE, Estimate, layouts_of
+from phalanx.launch.plan import main, reason
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.models import find_model
+from phalanx.parallel.topology import Layout
+from phalanx.runtime.config import EngineConfig
 from phalanx.runtime.step_records import StepRecord, record_path
 
 from .test_plan import llama_3_8b
 
 __all__ = ["llama_3_8b"]
+
+MODELS = Path(__file__).parents[1] / "gpu" / "models"
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +71,75 @@ def test_a_layout_that_does_not_fit_comes_last_with_the_reason(
 
 def test_measured_steps_replace_the_roofline(llama_3_8b: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     raw = json.loads((llama_3_8b / "config.json").read_text())
-    config = find_model(raw).read_config(raw)
-    path = record_path(cache, config, "bfloat16", "none", 2, 1)
+    path = record_path(cache, raw, "bfloat16", EngineConfig(layout=Layout(2, 1, 1)))
     StepRecord("a test GPU", (1, 64), (1e-4, 1e-4)).write(path)
     layouts = compared(capsys, llama_3_8b, "--ranks", "2", "--optimise", "throughput")
     assert (layouts[0]["tp"], layouts[0]["source"]) == (2, "measured on a test GPU")
     assert layouts[1]["source"] == "roofline"
     path.write_text("{")
     assert StepRecord.read(path) is None
+
+
+def test_steps_of_another_gpu_or_of_quantised_weights_do_not_count(
+    llama_3_8b: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    raw = json.loads((llama_3_8b / "config.json").read_text())
+    options = EngineConfig(layout=Layout(1, 1, 1))
+    packed = json.loads((MODELS / "llama-3-8b-w4a16" / "config.json").read_text())
+    assert record_path(cache, raw, "bfloat16", options) != record_path(cache, packed, "bfloat16", options)
+    StepRecord("NVIDIA H200", (1,), (1e-4,)).write(record_path(cache, raw, "bfloat16", options))
+    flags = ("--ranks", "1", "--optimise", "latency")
+    sources = [compared(capsys, llama_3_8b, *flags, "--gpu", gpu)[0]["source"] for gpu in ("h100", "h200")]
+    assert sources == ["roofline", "measured on NVIDIA H200"]
+
+
+def test_a_token_alone_reads_the_weights_of_its_experts_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """Mixtral 8x7B's paper: 47 billion parameters, of which a token takes 13 billion (two of eight experts)."""
+    flags = ("--ranks", "1", "--gpu", "h200", "--input-len", "1", "--output-len", "1")
+    (one,) = compared(capsys, MODELS / "mixtral-8x7b", "--optimise", "latency", *flags)
+    assert one["token_seconds"] == pytest.approx(2 * 12.9e9 / (GPUS["h200"].memory * MEMORY_SHARE), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("llama-3-8b-w4a16", 1.0), ("llama-3-8b-blocks", (0.5 * 6.98 + 0.525) / 7.504)],
+)
+def test_prompts_cost_the_products_of_values_not_the_bytes_that_they_are_stored_in(
+    capsys: pytest.CaptureFixture[str], name: str, share: float
+) -> None:
+    """Codes of 4 bits are multiplied as 16-bit values; blocks of fp8 as fp8, twice as fast, but for the head."""
+    flags = ("--ranks", "1", "--gpu", "h200", "--optimise", "throughput", "--input-len", "8000", "--output-len", "1")
+    plain, quantised = (
+        compared(capsys, MODELS / each, *flags)[0]["tokens_per_second"] for each in ("llama-3-8b", name)
+    )
+    assert plain / quantised == pytest.approx(share, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("optimise", "best", "second", "said"),
+    [
+        ("throughput", (4, 1, 1), (2, 1, 2), "replicas work without waiting"),
+        (
+            "throughput",
+            (2, 1, 2),
+            (4, 1, 1),
+            "larger replicas leave more room for sequences, 8 at once each instead of 2",
+        ),
+        ("throughput", (1, 4, 1), (1, 1, 4), "handing over between stages costs less"),
+        ("throughput", (1, 1, 4), (1, 4, 1), "every GPU works on every step"),
+        ("latency", (1, 1, 4), (2, 1, 2), "a share of every layer's weights"),
+        ("latency", (4, 1, 1), (2, 1, 2), "sums between GPUs cost more"),
+        ("latency", (2, 1, 2), (1, 2, 2), "fewer stages"),
+    ],
+)
+def test_the_reason_is_what_the_best_layout_has_that_the_next_lacks(
+    optimise: str, best: tuple[int, ...], second: tuple[int, ...], said: str
+) -> None:
+    first, other = (
+        Estimate(tp, pp, dp, speed, 1 / speed, num_seqs, "roofline")
+        for (dp, pp, tp), speed, num_seqs in ((best, 2.0, 8), (second, 1.0, 2))
+    )
+    assert said in reason(optimise, [first, other])
 
 
 def test_measured_times_are_interpolated_and_grow_in_proportion_beyond_the_last() -> None:

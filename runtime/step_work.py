@@ -1,0 +1,86 @@
+"""What a step reads and multiplies of each pipeline stage's weights, from ``config.json`` alone, for ``launch.plan --optimise``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phalanx.checkpoints.formats import Format, FormatPlan, FormattedWeight, format_weights
+from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.parallel.topology import Layout
+from phalanx.runtime.config import ModelConfig
+from phalanx.runtime.memory import DTYPE_BYTES, weight_bytes
+from phalanx.runtime.models.base import Model
+from phalanx.runtime.models.shapes import use_of
+from phalanx.runtime.ops import ExpertsSpec
+
+__all__ = ["StageWork", "stage_work"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """The weights of one tensor-parallel rank of a stage. Rows looked up in tables of tokens and positions are too few to count.
+
+    Attributes:
+        fixed_bytes: read by every step.
+        expert_bytes: of all experts, and ``token_expert_bytes`` of those that one token takes.
+        token_values: that a token is multiplied by. Codes of 8 bits that meet codes of inputs take half the time of 16-bit values
+            and count half.
+    """
+
+    fixed_bytes: float = 0.0
+    expert_bytes: float = 0.0
+    token_expert_bytes: float = 0.0
+    token_values: float = 0.0
+
+    def read_bytes(self, num_tokens: float) -> float:
+        """Bytes that a step of ``num_tokens`` reads, each token taking experts at random."""
+        if not self.expert_bytes:
+            return self.fixed_bytes
+        untouched: float = (1 - self.token_expert_bytes / self.expert_bytes) ** num_tokens
+        return self.fixed_bytes + self.expert_bytes * (1 - untouched)
+
+
+def stage_work(
+    model: Model, config: ModelConfig, layout: Layout, formats: FormatPlan, dtype: str
+) -> tuple[StageWork, ...]:
+    """One for each stage, of its first tensor-parallel rank.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    experts, itemsize = use_of(model, config).experts, DTYPE_BYTES[dtype]
+    result = []
+    for stage, layers in enumerate(model.stages(config, layout.pp)):
+        specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
+        weights = [_weight_work(weight, experts, layout.tp, itemsize) for weight in format_weights(specs, formats)]
+        result.append(
+            StageWork(
+                fixed_bytes=sum(one.fixed_bytes for one in weights),
+                expert_bytes=sum(one.expert_bytes for one in weights),
+                token_expert_bytes=sum(one.token_expert_bytes for one in weights),
+                token_values=sum(one.token_values for one in weights),
+            )
+        )
+    return tuple(result)
+
+
+def _weight_work(weight: FormattedWeight, experts: dict[str, ExpertsSpec], tp: int, itemsize: int) -> StageWork:
+    sizes = weight_bytes(weight.components, 0, tp, itemsize)
+    num_bytes = sum(sizes.values())
+    if sizes["embedding"]:
+        return StageWork()
+    shape = weight.spec.local_shape(0, tp)
+    values = math.prod(shape) * _share_of_time(weight.format) if len(shape) == 2 else 0
+    owner, _, matrix = weight.spec.owner.rpartition(".")
+    if owner not in experts or matrix == "router":
+        return StageWork(fixed_bytes=num_bytes, token_values=values)
+    share = experts[owner].top_k / experts[owner].num_experts
+    return StageWork(expert_bytes=num_bytes, token_expert_bytes=num_bytes * share, token_values=values * share)
+
+
+def _share_of_time(chosen: Format) -> float:
+    """Of a product of 16-bit values."""
+    meets_codes = isinstance(chosen, RowCodes) or (isinstance(chosen, PackedCodes) and chosen.has_blocks)
+    return 0.5 if meets_codes else 1.0
