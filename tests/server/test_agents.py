@@ -51,7 +51,10 @@ async def main():
     chat, typed = OpenAIChatCompletionsModel, {"output_type": Trip, "model_settings": ModelSettings(max_tokens=200)}
     free = await run(chat, "Is it raining?", tools=[weather], model_settings=ModelSettings(max_tokens=8))
     trips = [await run(model, "How long?", **typed) for model in (chat, lambda *names: OpenAIResponsesModel(*names))]
-    print(json.dumps([free, *(trip.days for trip in trips)]))
+    both = {**typed, "tools": [weather], "tool_use_behavior": "stop_on_first_tool"}
+    ends = [await run(chat, question, **both) for question in ("How long?", "Is it raining?")]
+    said = [end.days if isinstance(end, Trip) else str(end).startswith("Rain in ") for end in ends]
+    print(json.dumps([free, *(trip.days for trip in trips), *said]))
 
 asyncio.run(main())
 """
@@ -82,4 +85,5 @@ def test_agents_have_strict_tools_and_typed_outputs(job: Job) -> None:
     answer = said(job, AGENTS)
     assert isinstance(answer, list)
     assert isinstance(answer[0], str)
-    assert all(isinstance(days, int) for days in answer[1:])
+    assert len(answer) == 5
+    assert all(isinstance(days, int) and days is not False for days in answer[1:]), "an output, or a call's"

@@ -9,7 +9,7 @@ from typing import Any
 
 from phalanx.runtime.text.tool_calls.places import ListReader, MarkedReader, TaggedCallReader, WholeReader
 from phalanx.runtime.text.tool_calls.pythonic import PythonicReader
-from phalanx.runtime.text.tool_calls.reader import ToolCallReader
+from phalanx.runtime.text.tool_calls.reader import CallPiece, ToolCallReader
 from phalanx.runtime.text.tool_calls.tagged_forms import DeepSeekReader, GlmReader, QwenCoderReader
 
 __all__ = ["TOOL_CALL_FORMS", "ArgumentsReader", "CallListReader", "tool_call_reader"]
@@ -116,7 +116,14 @@ def tool_call_reader(
 
 
 class CallListReader(ListReader):
-    """``[{"name": "f", "parameters": {...}}, ...]`` as the whole answer, as a grammar enforces it."""
+    """``[{"name": "f", "parameters": {...}}, ...]`` as the whole answer, as a grammar enforces it.
+
+    The beginning of a call that the length limit cut off before its name is no text.
+    """
+
+    def finish(self) -> list[CallPiece]:
+        self._raw = self._buffer = ""
+        return super().finish()
 
 
 class ArgumentsReader(ToolCallReader):
