@@ -17,7 +17,7 @@ from phalanx.checkpoints.quantization.dummy_ranges import DUMMY_CODES, DUMMY_SCA
 from phalanx.checkpoints.quantization.encodings import GroupIndex, NibbleRows, PackedWords, Scales
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
-from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.errors import CheckpointError
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.formats import Multiply
@@ -29,9 +29,6 @@ InputScales = Literal["plain", "fp8 groups", "fp8 groups by powers of two"]
 
 INDEXED_ROWS = 64
 """Rows that share a row of the index of groups, where their number and cuts allow: it takes 4 / 64 bytes a weight then."""
-
-SMALLEST_GROUP = 32
-"""Groups that heads cut into smaller pieces than this would take more memory for scales than for codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +109,11 @@ class GroupCodes:
         return "int4" if isinstance(encoding, PackedWords | NibbleRows) and encoding.bits == 4 else "int8"
 
     def for_weight(self, spec: WeightSpec) -> GroupCodes:
-        """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128, and share a row of an index.
-
-        Raises:
-            ConfigError: the pieces would be too small to be worth it.
-        """
+        """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128, and share a row of an index."""
         cut = self.group
         for part in () if self.stored.group_index else spec.parts:
             if part.shard is not None and part.shard.axis == 1 and part.shard.groups and self.group:
                 cut = math.gcd(cut, part.shard.unit)
-        if cut < min(self.group, SMALLEST_GROUP):
-            raise ConfigError(
-                f"{spec.name}: heads cut its quantisation groups of {self.group} columns into pieces of {cut}, below "
-                f"{SMALLEST_GROUP}, at any tensor-parallel size; use a checkpoint with other groups"
-            )
         return replace(self, cut=cut, indexed=math.gcd(*map(_common_rows, spec.parts)))
 
     def units(self, part: Part) -> tuple[int, ...]:

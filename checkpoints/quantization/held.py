@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Multiply
-from phalanx.checkpoints.quantization.group_codes import SMALLEST_GROUP, GroupCodes
+from phalanx.checkpoints.quantization.group_codes import GroupCodes
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
@@ -34,6 +34,9 @@ __all__ = [
 
 BLOCK = 128
 """Rows and columns that share a scale where codes of weights meet codes of inputs."""
+
+EXPERT_COLUMNS = 32
+"""Columns, and multiples of them, that share a scale where grouped products take codes of experts."""
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
@@ -169,11 +172,11 @@ INPUT_COMPONENTS = frozenset({"input_scale", "prescale"})
 def held_by_experts(owner: str, chosen: Format) -> Format:
     """In which format a GPU holds the matrix ``owner`` of experts that is stored as ``chosen``.
 
-    Routers, and groups that are no multiples of 32 columns, become plain values: their kernels take no others.
+    Routers, and groups that are no multiples of `EXPERT_COLUMNS`, become plain values: their kernels take no others.
     """
     if not isinstance(chosen, GroupCodes | RowCodes):
         return chosen
-    has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % SMALLEST_GROUP
+    has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % EXPERT_COLUMNS
     if not (owner.endswith(".router") or has_small_groups):
         return ExpertCodes(chosen)
     return DENSE if chosen.input == "plain" and not chosen.prescale else ExpertValues(chosen)

@@ -509,15 +509,16 @@ def test_indices_of_groups_take_a_fraction_of_a_byte_a_weight(inner: int) -> Non
                 assert index_rows == 1 or not weight.spec.owner.endswith(("output", "down"))
 
 
-def test_heads_that_cut_groups_into_small_pieces_are_refused_whatever_the_layout() -> None:
-    """Phi-2 has heads of 80 columns: with groups of 128 they leave pieces of 16."""
-    config = {**CASE.config, "hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 80}
-    model = find_model(config)
-    section = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-    with pytest.raises(
-        ConfigError, match=r"groups of 128 columns into pieces of 16, below 32, at any tensor-parallel size"
-    ):
-        format_weights(model.weights(model.read_config(config)), read_formats({"quantization_config": section}))
+def test_groups_of_which_heads_leave_small_pieces_compute_what_their_twins_do(
+    root: Path, tmp_path: Path, device: None
+) -> None:
+    """Heads of 32 leave pieces of 8 of groups of 40, as heads of 80 (Phi-2, StableLM 3B) leave 16 of 128."""
+    writers.write(root / "dense", tmp_path / "quantised", tmp_path / "twin", *_gptq(4, 40, False, True))
+    expected = logprobs(generate(tmp_path / "twin"))
+    for tp in (1, 3):
+        np.testing.assert_allclose(logprobs(generate(tmp_path / "quantised", tp)), expected, atol=5e-5)
+    output = generate(tmp_path / "quantised", 2, engine="cuda", dtype="float32")
+    np.testing.assert_allclose(logprobs(output), expected, atol=1e-3)
 
 
 def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:
