@@ -47,9 +47,11 @@ class FakeArray(np.ndarray):
 
 
 class Memory:
+    """Zeros, which take memory once they are written to."""
+
     def __init__(self, size: int) -> None:
-        self.buffer = ctypes.create_string_buffer(max(size, 1) + 256)
-        self.ptr = -(-ctypes.addressof(self.buffer) // 256) * 256
+        self.buffer = np.zeros(max(size, 1) + 256, np.uint8)
+        self.ptr = -(-self.buffer.ctypes.data // 256) * 256
 
 
 class UnownedMemory:

@@ -1,0 +1,88 @@
+"""Starts of models of real widths on a device that computes nothing: launches within CUDA's limits, nothing new within a capture, memory as planned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.kernels.cublaslt import GemmProblem
+from phalanx.kernels.packed import PackedWeight
+from phalanx.launch.plan import main as plan
+from phalanx.runtime.executors.cuda import build
+from phalanx.runtime.executors.cuda.executor import CudaExecutor
+from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS
+from phalanx.runtime.llm import LLM
+from tests.support.dry_device import DryDevice, install_dry_device
+
+MODELS = Path(__file__).parents[1] / "gpu" / "models"
+SIZES: dict[str, Any] = {
+    "max_num_seqs": 1024, "max_num_batched_tokens": 2048, "max_model_len": 4096, "num_kv_blocks": 512, "kv_cache_dtype": "fp8"
+}  # fmt: skip
+
+
+def written(root: Path, name: str) -> Path:
+    """Two layers of a model of ``tests/gpu/models``."""
+    config = json.loads((MODELS / name / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def start(path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
+    executors: list[CudaExecutor] = []
+
+    def recorded(*arguments: Any) -> CudaExecutor:
+        executors.append(CudaExecutor(*arguments))
+        return executors[-1]
+
+    monkeypatch.setattr(build, "CudaExecutor", recorded)
+    with LLM(path, engine="cuda", load_format="dummy", **SIZES):
+        return executors[0]
+
+
+def held(executor: CudaExecutor) -> Iterator[Any]:
+    for weight in executor._stage.ops.weights.values():
+        for array in weight.components.values():
+            yield from (
+                (array.codes, array.scale, array.zero, array.blocks) if isinstance(array, PackedWeight) else [array]
+            )
+
+
+@pytest.mark.parametrize("accepts_others", [True, False])
+def test_a_start_of_fp8_blocks_captures_every_step_and_holds_what_was_planned(
+    accepts_others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether algorithms that were timed compute other numbers of tokens, too, or not; more than 64 are multiplied as codes."""
+    device = install_dry_device(monkeypatch, accepts_others)
+    executor, sizes = start(written(tmp_path, "qwen3-8b-blocks"), monkeypatch), DECODE_ROWS.sizes(1024)
+    assert device.num_captured > 2 * len(sizes)
+    shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)]
+    for size in sizes:
+        of_codes = [GemmProblem(size, *shape, "fp8", "bfloat16", has_blocks=True) for shape in shapes]
+        assert [problem in device.problems for problem in of_codes] == [size > 64] * len(shapes)
+    limits = ["--max-num-seqs", "1024", "--max-num-batched-tokens", "2048"]
+    plan(["--model", str(tmp_path), "--kv-cache-dtype", "fp8", *limits, "--json"])
+    (planned,) = json.loads(capsys.readouterr().out)["ranks"]
+    arrays = {array.ctypes.data: array for array in held(executor) if array is not None}
+    assert sum(array.nbytes for array in arrays.values()) == planned["weight_bytes"]
+
+
+def test_what_a_device_refuses_is_an_error() -> None:
+    device = DryDevice()
+    launch = device.function("add", "add", SCALAR="float")
+    for grid, block, shared in (
+        ((1,), (2048,), 0),
+        ((1, 1 << 16), (32,), 0),
+        ((0,), (32,), 0),
+        ((1,), (32,), 64 << 10),
+    ):
+        with pytest.raises(AssertionError, match="add"):
+            launch(grid, block, (np.int32(1),), shared)
+    device.is_capturing = True
+    device.function("add", "add", SCALAR="float")
+    with pytest.raises(AssertionError, match=r"add of add\.cu is loaded .* while a step is captured"):
+        device.function("add", "add", SCALAR="__half")
