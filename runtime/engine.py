@@ -92,7 +92,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a call of `step` would do anything."""
-        return self.in_flight > 0 or self.scheduler.has_work
+        return self.in_flight > 0 or self.scheduler.has_work or self.scheduler.has_news
 
     def step(self) -> list[TokenDelta]:
         """Start what can be started, finish one step, and return what happened to each request."""

@@ -161,6 +161,11 @@ class Scheduler:
         """Whether any request has not ended or any step is in flight."""
         return bool(self._sequences or self._in_flight)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take_batches` has something to give: a request may end without a step, when it is submitted or cancelled."""
+        return bool(self._batches)
+
     def stats(self) -> SchedulerStats:
         """Counts of now."""
         return SchedulerStats(

@@ -194,6 +194,16 @@ def test_prompt_is_scored_without_generating(budget: int) -> None:
     assert scored == [(11, -1.0), (12, -2.0), (13, -3.0)]
 
 
+def test_a_request_for_nothing_ends_at_once_and_that_is_news() -> None:
+    """An idle engine has to tell of it: no step will."""
+    scheduler = make_scheduler()
+    scheduler.submit(make_request("a", (10, 11), max_tokens=0), 0.0)
+    assert (scheduler.has_work, scheduler.has_news) == (False, True)
+    (delta,) = scheduler.take_deltas()
+    assert (delta.token_ids, delta.finish_reason) == ((), "length")
+    assert not scheduler.has_news
+
+
 def test_one_token_prompt_has_nothing_to_score() -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("a", (10,), max_tokens=0, prompt_logprobs=0), 0.0)

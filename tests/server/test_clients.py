@@ -129,6 +129,14 @@ def test_prompt_logprobs_are_those_of_the_reference(client: openai.OpenAI, refer
     assert len(chat.model_dump()["prompt_logprobs"]) == chat.usage.prompt_tokens
 
 
+def test_an_echo_of_the_prompt_alone_needs_no_step(client: openai.OpenAI) -> None:
+    """An idle server left it unanswered until another request came."""
+    whole = client.completions.create(model=MODEL, prompt="def f", echo=True, max_tokens=0, timeout=60).choices[0]
+    assert (whole.text, whole.finish_reason) == ("def f", "length")
+    stream = client.completions.create(model=MODEL, prompt="def f", echo=True, max_tokens=0, stream=True, timeout=60)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "def f"
+
+
 def test_lm_evals_generations_stop_where_it_says(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "seed": 1234}
     whole = client.completions.create(model=MODEL, prompt="def main(", **fields).choices[0].text
