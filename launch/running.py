@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import stat
 import sys
 import termios
@@ -163,22 +164,31 @@ def _share_processors() -> None:
 
 
 def _report_mistake(error: Exception) -> bool:
-    """One line from one rank; returns whether the others must be ended, because they do not know yet."""
+    """One line from one rank; returns whether the others must be ended, because they do not know yet.
+
+    What only one rank finds (a file that its host lacks) is said with its rank and host.
+    """
     from phalanx.parallel.mpi_comm import all_ranks_failed
 
     everybody = all_ranks_failed()
     if launch_info().rank == 0 or not everybody:
         prefix = "" if isinstance(error, UsageError) else "phalanx: "
+        if not everybody:
+            prefix += f"{_this_rank()}: "
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
             sys.stderr.flush()
     return not everybody
 
 
+def _this_rank() -> str:
+    return f"rank {launch_info().rank} on {socket.gethostname()}"
+
+
 def _report_failure(error: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     with contextlib.suppress(OSError):  # a reader that is gone must not keep the others from being ended
-        sys.stderr.write(f"phalanx: rank {launch_info().rank} failed{notes}: {type(error).__name__}: {error}\n")
+        sys.stderr.write(f"phalanx: {_this_rank()} failed{notes}: {type(error).__name__}: {error}\n")
         traceback.print_exc()
         sys.stderr.flush()
 

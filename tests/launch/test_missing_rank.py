@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,9 @@ def test_a_failure_of_one_rank_before_mpi_ends_all(rank: int, fault: str, said: 
     script.write_text(FAULT.format(command="generate", rank=rank, fault=fault))
     result = start([sys.executable, str(script), *IDS], 3)
     assert result.returncode in (1, 2)
-    assert said in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("phalanx: ")]
+    assert line.startswith(f"phalanx: rank {rank} on {socket.gethostname()}")
+    assert said in line
 
 
 @needs_mpirun
@@ -89,7 +92,7 @@ def test_an_exit_of_one_rank_in_the_middle_ends_all(rank: int, tmp_path: Path) -
     script.write_text(FAULT.format(command="generate", rank=rank, fault=fault))
     result = start([sys.executable, str(script), *IDS], 3)
     assert result.returncode == 1
-    assert f"phalanx: rank {rank} failed: SystemExit: 0" in result.stderr
+    assert f"phalanx: rank {rank} on {socket.gethostname()} failed: SystemExit: 0" in result.stderr
 
 
 def test_a_limit_that_is_no_number_is_one_line() -> None:
