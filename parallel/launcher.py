@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-__all__ = ["LaunchInfo", "forget_launcher", "launch_info"]
+__all__ = ["RANK_VARIABLES", "LaunchInfo", "forget_launcher", "launch_info"]
 
-_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 _LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -35,13 +35,13 @@ def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
     """
     if not _is_in_slurm_step(environ):
         environ = {key: value for key, value in environ.items() if not key.startswith("SLURM_")}
-    launcher = next((name for name in _RANK if name in environ), None)
+    launcher = next((name for name in RANK_VARIABLES if name in environ), None)
     if launcher is None:
         return LaunchInfo()
     size = _first(environ, _SIZE, 1)
     local_size = _first(environ, _LOCAL_SIZE, _slurm_local_size(environ) or size)
     return LaunchInfo(
-        rank=_first(environ, _RANK, 0),
+        rank=_first(environ, RANK_VARIABLES, 0),
         size=size,
         local_rank=_first(environ, _LOCAL_RANK, 0),
         local_size=local_size,
@@ -51,7 +51,7 @@ def launch_info(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
 
 def forget_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
     """From now on this process is a rank of one: it neither waits for others nor ends them."""
-    for name in (*_RANK, "SLURM_STEP_ID"):
+    for name in (*RANK_VARIABLES, "SLURM_STEP_ID"):
         environ.pop(name, None)
 
 

@@ -7,6 +7,7 @@ and the one message is written by a child.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+from phalanx.parallel import start_messenger
 from phalanx.parallel.errors import ConfigError
-from phalanx.parallel.launcher import LaunchInfo
+from phalanx.parallel.launcher import RANK_VARIABLES, LaunchInfo
+from phalanx.parallel.start_messenger import answer
 
 __all__ = ["START_SECONDS", "START_SECONDS_VARIABLE", "start_seconds", "waiting_for_all_ranks"]
 
@@ -24,12 +28,10 @@ START_SECONDS = 120.0
 START_SECONDS_VARIABLE = "PHALANX_MPI_START_SECONDS"
 _GRACE_SECONDS = 0.5
 """Between the message and the end of the process."""
+_HYDRA_VARIABLE = "HYDI_CONTROL_FD"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
-_MESSENGER = """
-import select, sys
-if not select.select([sys.stdin], [], [], float(sys.argv[1]))[0]:
-    sys.stderr.write(sys.argv[2])
-"""
+_MESSENGERS = 2
+"""On each host: the second speaks where the first rank is the one that does not come."""
 
 
 def start_seconds(environ: Mapping[str, str] = os.environ) -> float:
@@ -55,7 +57,10 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
         yield
         return
     seconds = start_seconds()
-    messenger = _start_messenger(info, seconds) if info.local_rank == 0 else None
+    agent = _agent()
+    key = os.environ.get("PMIX_NAMESPACE", str(agent))  # of this job alone, on this host
+    place = answer(key, str(info.rank))
+    messenger = _start_messenger(info, seconds, key, agent) if info.local_rank < _MESSENGERS else None
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDING_SIGNALS}
     timer = signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
     try:
@@ -66,13 +71,27 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if messenger is not None:
             messenger.communicate()
+        if place is not None:
+            place.close()
 
 
-def _start_messenger(info: LaunchInfo, seconds: float) -> subprocess.Popen[bytes]:
-    """A child that speaks when ``seconds`` have passed and is silent when its standard input is closed before."""
-    message = (
-        f"phalanx: rank {info.rank} of {info.size}: MPI has not started within {seconds:g} s, because a rank did not come; "
-        f"look for its message, run launch.doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow\n"
+def _start_messenger(info: LaunchInfo, seconds: float, key: str, agent: int) -> subprocess.Popen[bytes]:
+    """A child that speaks when ``seconds`` have passed, or a rank has ended, and is silent when its standard input is closed before."""
+    way_out = f"look for its message, run launch.doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
+    # Hydra alone does not end a job for a rank that ends before MPI. In a container its process may be out of sight.
+    is_looked_at = (
+        _HYDRA_VARIABLE in os.environ and agent > 1 and os.path.exists(f"/proc/{agent}/task/{agent}/children")
     )
-    command = [sys.executable, "-ISE", "-c", _MESSENGER, str(seconds), message]
+    numbers = (info.rank, info.size, info.local_size, seconds, key, agent if is_looked_at else 0)
+    command = [sys.executable, "-ISE", start_messenger.__file__, *map(str, numbers), way_out]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def _agent() -> int:
+    """The launcher's process on this host: the first ancestor that it has not given a rank."""
+    variable = next((name for name in RANK_VARIABLES if name in os.environ), "").encode() + b"="
+    pid = os.getppid()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        while pid > 1 and b"\0" + variable in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid

@@ -1,0 +1,114 @@
+"""Says why MPI does not start: a child of a rank, as MPI's start keeps the rank's own interpreter from running anything.
+
+``python start_messenger.py RANK SIZE LOCAL_SIZE SECONDS KEY AGENT WAY_OUT``; needs the standard library only. Its standard input closes when MPI
+has started or the rank has ended. The first messenger of a host speaks and the others are silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+__all__ = ["NAME", "answer"]
+
+NAME = "phalanx-start-{key}-{what}"
+"""Of abstract sockets, which vanish with their process: one for each rank of the host that has come, one for who speaks."""
+POLL_SECONDS = 0.5
+ENDED_SECONDS = 2.0
+"""For so long a process must be missing before it counts as ended: a launcher starts them one after the other."""
+CLAIM_SECONDS = 1.0
+
+
+def answer(key: str, what: str) -> socket.socket | None:
+    """Be listed under ``what`` until the socket is closed; None if another process is."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sock.bind(f"\0{NAME.format(key=key, what=what)}")
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def _listed(key: str) -> set[int]:
+    """Ranks that have come."""
+    prefix = "@" + NAME.format(key=key, what="")
+    words = Path("/proc/net/unix").read_text().split()
+    return {int(word.removeprefix(prefix)) for word in words if word.startswith(prefix) and word[-1].isdigit()}
+
+
+def _running(agent: int) -> list[int | None]:
+    """What MPICH's ``agent`` has started on this host and has not ended: ranks, None where a process does not show its own."""
+    found: list[int | None] = []
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(_rank_of(pid))
+    return found
+
+
+def _rank_of(pid: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"PMI_RANK="):
+                return int(word.partition(b"=")[2])
+    return None
+
+
+def _in_words(here: Collection[int | None], size: int, local_size: int, verb: str) -> str:
+    """Who is not among the ranks ``here``, by number where this host has all ranks."""
+    host, known = socket.gethostname(), sorted(rank for rank in here if rank is not None)
+    if len(here) >= local_size:
+        return f"a rank of another host than {host} {verb}"
+    if local_size < size or len(known) < len(here):
+        return (
+            f"{local_size - len(here)} of the {local_size} ranks of {host} {verb} (there: {', '.join(map(str, known))})"
+        )
+    absent = sorted(set(range(size)).difference(known))
+    return f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))} {verb}"
+
+
+def _reason(size: int, local_size: int, seconds: float, key: str, agent: int) -> str:
+    """Why MPI does not start, once that is certain; empty if it has started."""
+    started = last_complete = time.monotonic()
+    while True:
+        left = started + seconds - time.monotonic()
+        if select.select([sys.stdin], [], [], max(0.0, min(left, POLL_SECONDS)))[0]:
+            return ""
+        if agent:
+            running = _running(agent)
+            if len(running) >= local_size:
+                last_complete = time.monotonic()
+            elif time.monotonic() > last_complete + ENDED_SECONDS:
+                return f"will not start, because {_in_words(running, size, local_size, 'ended before that')}"
+        if left <= 0:
+            absent = _in_words(_listed(key), size, local_size, "did not come")
+            return f"has not started within {seconds:g} s, because {absent}"
+
+
+def main() -> None:
+    """Wait, and speak if it was in vain."""
+    rank, size, local_size = map(int, sys.argv[1:4])
+    seconds, key, agent, way_out = float(sys.argv[4]), sys.argv[5], int(sys.argv[6]), sys.argv[7]
+    why = _reason(size, local_size, seconds, key, agent)
+    if not why:
+        return
+    claim = answer(key, "speaks")
+    if claim is None:
+        return
+    sys.stderr.write(f"phalanx: rank {rank} of {size}: MPI {why}; {way_out}\n")
+    sys.stderr.close()
+    os.close(2)
+    os.kill(os.getppid(), signal.SIGALRM)
+    time.sleep(CLAIM_SECONDS)
+
+
+if __name__ == "__main__":
+    main()
