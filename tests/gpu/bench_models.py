@@ -1,7 +1,8 @@
 """Throughput and latency of real models' sizes with random weights: ``python -m tests.gpu.bench_models [CASE...]``.
 
 A case is one `launch.bench` command; without names, all that the GPUs of this machine allow are run. Each measures ``--num-iters``
-times in one process and reports the median run. JSON and logs go to ``--out``; a line per case to standard output.
+times in one process and reports the median run. JSON and logs go to ``--out``; a line per case to standard output, and of one that failed
+what it printed last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tests.support.gpus import num_gpus
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
+from tests.support.logs import why_it_failed
 
 MODELS = Path(__file__).parent / "models"
 
@@ -124,8 +126,16 @@ CASES = (
 """Every case as it is, and with fp8 or int8 weights and activations, with fp8 blocks, or with 4-bit weights, and with an fp8 cache."""
 
 
+class CaseError(Exception):
+    """A command that failed, and what it said."""
+
+
 def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
-    """Run a case; one line about the result, or the end of the log."""
+    """Run a case; one line about the result.
+
+    Raises:
+        CaseError: with the last lines of the command's output.
+    """
     result, log = out / f"{name}.json", out / f"{name}.log"
     result.unlink(missing_ok=True)
     try:
@@ -134,7 +144,7 @@ def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
             environment = {**os.environ, **LAUNCHER_ENVIRONMENT}
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=True, env=environment)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        return f"{name}: {error}\n{log.read_text()[-1500:]}"
+        raise CaseError(f"{name} failed: {why_it_failed(error, log)}") from None
     report = json.loads(result.read_text())
     runs = " ".join(f"{rate:,.1f}" for rate in report["runs_output_tokens_per_second"])
     idle = report["gpu_idle_fraction"]
@@ -145,8 +155,13 @@ def run(name: str, num_iters: int, out: Path, timeout: float) -> str:
     )
 
 
-def main() -> None:
-    """Run the cases that were named, or all that fit."""
+def those_that_fit(most: int) -> list[str]:
+    """Cases of plain weights for at most so many GPUs."""
+    return [name for name, case in FLOAT_CASES.items() if case.tp * case.pp <= most]
+
+
+def main() -> int:
+    """Run the cases that were named, or all that fit; exit status 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--num-iters", type=int, default=3)
@@ -156,10 +171,15 @@ def main() -> None:
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(CASES)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    most = num_gpus()
-    for name in args.cases or [name for name, case in FLOAT_CASES.items() if case.tp * case.pp <= most]:
-        print(run(name, args.num_iters, args.out, args.timeout), flush=True)
+    status = 0
+    for name in args.cases or those_that_fit(num_gpus()):
+        try:
+            line = run(name, args.num_iters, args.out, args.timeout)
+        except CaseError as error:
+            line, status = str(error), 1
+        print(line, flush=True)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

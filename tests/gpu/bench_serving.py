@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
+from tests.support.logs import why_it_failed
 from tests.support.wide_tokenizer import write_wide_tokenizer
 
 MODELS = Path(__file__).parent / "models"
@@ -55,12 +56,15 @@ def load_flags(args: argparse.Namespace, streams: int, result: Path) -> list[str
 
 
 def run(command: Sequence[str], log: Path) -> None:
-    """Run a command of ours to its end."""
-    with open(log, "w") as file:
-        subprocess.run(
-            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, check=True, timeout=LIMIT_SECONDS,
-            env=ENVIRONMENT,
-        )  # fmt: skip
+    """Run a command of ours to its end; one that fails ends this one with what it printed last."""
+    try:
+        with open(log, "w") as file:
+            subprocess.run(
+                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, check=True, timeout=LIMIT_SECONDS,
+                env=ENVIRONMENT,
+            )  # fmt: skip
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise SystemExit(f"{command[0]} failed: {why_it_failed(error, log)}") from None
 
 
 def offline(args: argparse.Namespace, directory: Path, streams: int) -> dict[str, Any]:

@@ -74,7 +74,8 @@ for step in "${@:-${STEPS[@]}}"; do
             run attention_fp8 "$PYTHON" tests/gpu/bench_attention.py fp8
             run bench_blocks "$PYTHON" tests/gpu/bench_blocks.py --json "$OUT/bench_blocks.json"
             run models_fp8 "$PYTHON" -m tests.gpu.bench_models --out "$OUT" gemma-2b-fp8 gemma-2b gemma-7b-fp8 gemma-7b \
-                llama-3-8b-fp8 llama-3-8b llama-3-8b-2048-fp8 llama-3-8b-2048 llama-3-8b-one-fp8 llama-3-8b-one
+                llama-3-8b-fp8 llama-3-8b llama-3-8b-2048-fp8 llama-3-8b-2048 llama-3-8b-one-fp8 llama-3-8b-one \
+                qwen3-8b-blocks qwen3-8b
             ;;
         allreduce) run allreduce on_all_gpus "$PYTHON" tests/gpu/bench_all_reduce.py --json "$OUT/all_reduce.json" ;;
         kernels)
