@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.kernels.add import add
+from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin
 from phalanx.kernels.cublaslt import CublasLt
+from phalanx.kernels.gemm import WORKSPACE_BYTES
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.peer_memory import open_peer_memory
 from phalanx.parallel.communicator import Communicator
@@ -45,8 +47,8 @@ def probe_kernel(device: int) -> None:
         _compare("a kernel", x.ravel().get(), 2 * np.arange(_COUNT, dtype=np.float32))
 
 
-def probe_cublaslt(device: int) -> int:
-    """Open cuBLASLt on ``device``; its version number.
+def probe_cublaslt(device: int) -> tuple[int, bool]:
+    """Open cuBLASLt on ``device``; its version number, and whether it multiplies fp8 blocks.
 
     Raises:
         ConfigError: nvmath-python or cuBLASLt is missing.
@@ -54,9 +56,11 @@ def probe_cublaslt(device: int) -> int:
     import cupy
 
     with cupy.cuda.Device(device):
-        library = CublasLt(cupy.empty(1 << 20, cupy.uint8))
-        library.close()
-        return library.version
+        library = CublasLt(cupy.empty(WORKSPACE_BYTES, cupy.uint8))
+        try:
+            return library.version, multiplies_blocks(library)
+        finally:
+            library.close()
 
 
 def probe_all_reduce(host: Communicator, device: int) -> None:

@@ -26,11 +26,13 @@ def host_names(world: Communicator) -> str:
 
 def describe(replica: Replica, model: str, hosts: str, grpc: str) -> dict[str, str]:
     """Names and values, in the order in which they are shown; ``grpc``: where that is served, or why nowhere."""
+    from phalanx.runtime.executors.base import ReportsProducts
     from phalanx.runtime.executors.registry import choose_engine, engine_reason
     from phalanx.runtime.quantisation import quantisation_in_words
 
     options, config, cache = replica.options, replica.config, replica.executor.cache
     layout = options.layout
+    products = replica.executor.products if isinstance(replica.executor, ReportsProducts) else ""
     return {
         "version": phalanx.__version__,
         "model": f"{model} from {replica.directory}",
@@ -40,6 +42,7 @@ def describe(replica: Replica, model: str, hosts: str, grpc: str) -> dict[str, s
         "device": replica.executor.device,
         "dtype": config.compute_dtype(options.dtype),
         "quantisation": quantisation_in_words(replica.family, config, replica.checkpoint.formats, options),
+        **({"products": products} if products else {}),
         "layout": f"dp {layout.dp} x pp {layout.pp} x tp {layout.tp} = {layout.world_size} rank(s)",
         "hosts": hosts,
         "context": f"{replica.max_model_len:,} tokens",

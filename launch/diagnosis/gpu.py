@@ -114,7 +114,9 @@ def _runs(device: int) -> str:
 def _cublaslt(device: int) -> str:
     from phalanx.kernels.probe import probe_cublaslt
 
-    return f"version {probe_cublaslt(device)}"
+    version, has_blocks = probe_cublaslt(device)
+    blocks = "codes" if has_blocks else "values (as codes on compute capability 9.0, from version 120900 on)"
+    return f"version {version}; fp8 blocks are multiplied as {blocks}"
 
 
 def _nccl() -> str:

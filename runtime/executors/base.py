@@ -12,7 +12,7 @@ from phalanx.runtime.executors.scored_logits import LogitsReader
 from phalanx.runtime.step import StepPlan, StepResult
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 
-__all__ = ["CacheSize", "Executor", "Traced", "refuse_other_passes"]
+__all__ = ["CacheSize", "Executor", "ReportsProducts", "Traced", "refuse_other_passes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,16 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Finish what is in flight and release memory. *Collective over the replica.*"""
+        ...
+
+
+@runtime_checkable
+class ReportsProducts(Protocol):
+    """An executor that has several ways to multiply by the weights of some formats."""
+
+    @property
+    def products(self) -> str:
+        """Which of them it takes, in words for reports; "" = there is but one."""
         ...
 
 

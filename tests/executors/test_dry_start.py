@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.kernels import gemm
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launch.plan import main as plan
+from phalanx.launch.start_block import describe
 from phalanx.runtime.executors.cuda import build
 from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS
@@ -25,9 +27,9 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def written(root: Path, name: str) -> Path:
-    """Two layers of a model of ``tests/gpu/models``."""
-    config = json.loads((MODELS / name / "config.json").read_text()) | {"num_hidden_layers": 2}
+def written(root: Path, name: str, **fields: Any) -> Path:
+    """Two layers of a model of ``tests/gpu/models``, with some fields as given."""
+    config = json.loads((MODELS / name / "config.json").read_text()) | {"num_hidden_layers": 2, **fields}
     (root / "config.json").write_text(json.dumps(config))
     return root
 
@@ -60,6 +62,7 @@ def test_a_start_of_fp8_blocks_captures_every_step_and_holds_what_was_planned(
     device = install_dry_device(monkeypatch, accepts_others)
     executor, sizes = start(written(tmp_path, "qwen3-8b-blocks"), monkeypatch), DECODE_ROWS.sizes(1024)
     assert device.num_captured > 2 * len(sizes)
+    assert executor.products == "fp8 blocks as codes above 64 tokens"
     shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)]
     for size in sizes:
         of_codes = [GemmProblem(size, *shape, "fp8", "bfloat16", has_blocks=True) for shape in shapes]
@@ -69,6 +72,24 @@ def test_a_start_of_fp8_blocks_captures_every_step_and_holds_what_was_planned(
     (planned,) = json.loads(capsys.readouterr().out)["ranks"]
     arrays = {array.ctypes.data: array for array in held(executor) if array is not None}
     assert sum(array.nbytes for array in arrays.values()) == planned["weight_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("multiplies", "words"),
+    [(True, "fp8 blocks as codes above 64 tokens, gate_up as values"), (False, "fp8 blocks as values")],
+)
+def test_the_start_block_says_how_blocks_are_multiplied(
+    multiplies: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12,352 gates end within a block, so ups begin there."""
+    install_dry_device(monkeypatch)
+    monkeypatch.setattr(gemm, "multiplies_blocks", lambda _: multiplies)
+    directory = written(tmp_path, "qwen3-8b-blocks", intermediate_size=12352)
+    sizes = {**SIZES, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    with LLM(directory, engine="cuda", load_format="dummy", **sizes) as llm:
+        facts = describe(llm._replica, "qwen", "here", "")
+    assert facts["products"] == words
+    assert facts["quantisation"].startswith("weights: fp8 blocks in groups of 128, activations likewise")
 
 
 def test_what_a_device_refuses_is_an_error() -> None:

@@ -232,7 +232,7 @@ def host_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Check]
         monkeypatch.setattr("phalanx.kernels.device.visible_gpus", visible)
         monkeypatch.setattr("phalanx.kernels.device.peers_out_of_reach", lambda gpus: [(0, 1)] if len(gpus) > 1 else [])
         monkeypatch.setattr("phalanx.kernels.probe.probe_kernel", lambda device: None)
-        monkeypatch.setattr("phalanx.kernels.probe.probe_cublaslt", lambda device: 130100 + device)
+        monkeypatch.setattr("phalanx.kernels.probe.probe_cublaslt", lambda device: (130100 + device, device == 1))
         monkeypatch.setattr("phalanx.parallel.nccl_comm.nccl_version", lambda: "2.32.3")
         found, _ = gpu_checks(LaunchInfo(local_rank=local_rank))
         return {check.name: check for check in found}
@@ -250,11 +250,16 @@ def test_a_driver_without_cupy_fails_with_what_to_install(host_with: Callable[..
 def test_a_rank_looks_at_the_gpu_of_its_local_number(host_with: Callable[..., dict[str, Check]]) -> None:
     checks = host_with(GPU, dataclasses.replace(GPU, index=1, bus_id="0000:0B"), local_rank=1)
     assert checks["GPUs"].detail == "2 visible: NVIDIA H200 (141 GiB)"
-    assert checks["cuBLASLt"].detail == "version 130101"
+    assert checks["cuBLASLt"].detail == "version 130101; fp8 blocks are multiplied as codes"
     assert checks["NCCL"].detail == "version 2.32.3"
     assert (checks["peer access"].status, checks["peer access"].detail) == (
         "warn", "1 pair(s) without direct access: 0-1",
     )  # fmt: skip
+
+
+def test_a_gpu_that_cannot_multiply_blocks_says_what_it_takes(host_with: Callable[..., dict[str, Check]]) -> None:
+    detail = "version 130100; fp8 blocks are multiplied as values (as codes on compute capability 9.0, from version 120900 on)"
+    assert host_with(GPU)["cuBLASLt"].detail == detail
 
 
 @pytest.mark.parametrize(("capability", "has_fp8"), [("90", True), ("89", True), ("80", False)])

@@ -126,6 +126,11 @@ class CudaExecutor:
         return f"{self._library_name} on {name.decode()}" if self._library_name else name.decode()
 
     @property
+    def products(self) -> str:
+        """How this rank multiplies fp8 blocks, after `warm_up`; "" without such weights."""
+        return self._stage.ops.products_in_words(self._limits.max_num_tokens, self._stage.hidden.dtype.name)
+
+    @property
     def num_saturated(self) -> int:
         return self._ring.num_saturated
 

@@ -47,6 +47,7 @@ from phalanx.runtime.config import Activation
 from phalanx.runtime.executors.capabilities import ALL_ENGINES, ANY, Capabilities, Limit
 from phalanx.runtime.executors.cuda.activations import ActivationPool
 from phalanx.runtime.executors.cuda.attention import CudaAttention
+from phalanx.runtime.executors.cuda.block_products import block_products_in_words
 from phalanx.runtime.executors.cuda.deferred import (
     Deferred,
     DeferredProduct,
@@ -348,6 +349,10 @@ class CudaOps(Ops[DeviceArray]):
     def weights(self) -> Weights[DeviceArray]:
         """This rank's shard."""
         return self._weights
+
+    def products_in_words(self, num_tokens: int, dtype: str) -> str:
+        """How fp8 blocks are multiplied by ``num_tokens`` rows of ``dtype``; see `block_products_in_words`."""
+        return block_products_in_words(self._gemm, self._weights, num_tokens, dtype)
 
     def empty(self, like: DeviceArray, width: int) -> DeviceArray:
         """An uninitialised ``[T, width]`` for the rest of the step, of the rows and type of ``like``."""
