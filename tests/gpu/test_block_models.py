@@ -24,7 +24,9 @@ WIDE: dict[str, Any] = {
     "vocab_size": 2003,
 }  # fmt: skip
 """Matrices of a megabyte and more, which are timed when the engine starts."""
-SIZES: dict[str, Any] = {"max_num_seqs": 128, "max_num_batched_tokens": 2048, "num_kv_blocks": 512, "block_size": 16}
+SIZES: dict[str, Any] = {
+    "max_num_seqs": 128, "max_num_batched_tokens": 2048, "num_kv_blocks": 512, "block_size": 16, "prefix_caching": False
+}  # fmt: skip
 
 Requests = list[tuple[int, ...]]
 
@@ -63,7 +65,8 @@ def compared(paths: tuple[Path, Path], requests: Requests, dtype: str, options: 
         for i in range(len(requests))
     ]
     with LLM(paths[0], engine="cuda", dtype=dtype, load_format="dummy", **options) as llm:
-        outputs = llm.generate(requests, params)
+        for _ in range(3):  # eagerly, captured, and from graphs
+            outputs = llm.generate(requests, params)
         sequences = [request + output.token_ids for request, output in zip(requests, outputs, strict=True)]
         prompted = scored(llm, sequences)
     references = []
@@ -101,7 +104,10 @@ def test_steps_of_every_size_follow_the_numpy_engine(
     decoded, prompted, plain = compared(written(tmp_path, WIDE), prompts(WIDE["vocab_size"], 96), "bfloat16", options)
     print(f"mean differences: decoded {decoded:.2e}, prompts {prompted:.2e}, inputs that are not quantised {plain:.2e}")
     assert max(decoded, prompted) < 2 * plain
-    assert {96, 72, 64, 8} <= replayed
+    assert replayed & set(range(72, 97, 8)), "graphs of products of codes"
+    assert replayed & set(range(8, 65, 8)), "graphs of streamed weights"
+    assert max(replayed) > 1000, "graphs of prompts"
     if cupy.cuda.Device().compute_capability == "90" and min(versions) >= 120900:
-        width = 2 * WIDE["intermediate_size"]
-        assert {72, 96, 2048} <= {one.num_tokens for one in computed if one.has_blocks and one.out_features == width}
+        sizes = {one.num_tokens for one in computed if one.has_blocks}
+        assert any(size < 128 for size in sizes), "sizes that no tuner times"
+        assert max(sizes) == 2048

@@ -64,6 +64,33 @@ def test_the_first_product_shows_whether_there_are_others(gemm: Gemm) -> None:
     assert shows_blocks(gemm.cublaslt) == multiplies_blocks(gemm)
 
 
+def assert_near(
+    gemm: Gemm,
+    device: CudaDevice,
+    case: BlockCase,
+    num_tokens: int,
+    dtype: np.dtype[Any],
+    algorithms: list[Any] | None = None,
+) -> int:
+    """Products by ``algorithms`` that cuBLASLt accepts for so many tokens, by default all that it offers, against the definition; their number."""
+    x, weight = case.inputs(num_tokens, BFLOAT16), case.packed(device)
+    product, groups = case.product(x), put_groups(device, x)
+    rounding = 1.02 * 2.0**-8 if dtype == BFLOAT16 else 2.0**-23
+    limit = rounding * np.abs(product.expected) + product.sum_error
+    operands = Operands(groups, weight, device.poisoned((len(groups), len(weight)), dtype))
+    problem = problem_of(operands)
+    accepted = [one for one in algorithms or () if gemm.cublaslt.accepts(problem, one)]
+    candidates = gemm.candidates(problem) if algorithms is None else accepted
+    for candidate in candidates:
+        operands.out.view(np.uint8).fill(0xFF)
+        gemm.run(problem, GemmChoice(candidate), operands)
+        found = device.get(operands.out)
+        error = np.abs(found[:num_tokens].astype(np.float64) - product.expected)
+        assert np.all(error <= limit), (candidate, float((error / limit).max()))
+        assert not found[num_tokens:].any(), "rows that were added"
+    return len(candidates)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("shape", [*WHOLE, *CUT], ids=str)
 def test_every_candidate_is_near_the_definition(
@@ -72,24 +99,20 @@ def test_every_candidate_is_near_the_definition(
     """To the rounding of the result and what tensor cores lose in 128 columns, with scales a hundredfold apart."""
     num_tokens, out_features, in_features = shape
     case = BlockCase(out_features, in_features)
-    x, weight = case.inputs(num_tokens, BFLOAT16), case.packed(device)
-    if not gemm.takes_groups(num_tokens, weight, dtype.name):
+    if not gemm.takes_groups(num_tokens, case.packed(device), dtype.name):
         assert shape in CUT or not multiplies_blocks(gemm)
         pytest.skip(f"cuBLASLt {gemm.cublaslt.version} has no algorithm")
-    product, groups = case.product(x), put_groups(device, x)
-    rounding = 1.02 * 2.0**-8 if dtype == BFLOAT16 else 2.0**-23
-    limit = rounding * np.abs(product.expected) + product.sum_error
-    operands = Operands(groups, weight, device.poisoned((len(groups), out_features), dtype))
-    problem = problem_of(operands)
-    candidates = gemm.candidates(problem)
-    assert candidates
-    for candidate in candidates:
-        operands.out.view(np.uint8).fill(0xFF)
-        gemm.run(problem, GemmChoice(candidate), operands)
-        found = device.get(operands.out)
-        error = np.abs(found[:num_tokens].astype(np.float64) - product.expected)
-        assert np.all(error <= limit), (candidate, float((error / limit).max()))
-        assert not found[num_tokens:].any(), "rows that were added"
+    assert assert_near(gemm, device, case, num_tokens, dtype)
+
+
+def test_algorithms_of_more_tokens_compute_fewer_where_they_are_accepted(gemm: Gemm, device: CudaDevice) -> None:
+    """As `Gemm.choice` borrows those that were timed for numbers of tokens that were not."""
+    if not multiplies_blocks(gemm):
+        pytest.skip("cuBLASLt multiplies blocks on Hopper, from 12.9 on")
+    case = BlockCase(1024, 640)
+    for timed, sizes in ((128, (65, 72, 104, 124)), (256, (132, 200))):
+        algorithms = gemm.candidates(GemmProblem(timed, 1024, 640, "fp8", "bfloat16", has_blocks=True))
+        print(timed, {size: assert_near(gemm, device, case, size, BFLOAT16, algorithms) for size in sizes})
 
 
 def test_a_bias_is_added_once(gemm: Gemm, device: CudaDevice) -> None:
