@@ -47,6 +47,8 @@ class _Model(argparse.Action):
         if given is not None and given != Path(values):
             if isinstance(parser, CommandParser) and parser.is_from_settings(self):
                 return  # the command line wins
+            if isinstance(parser, CommandParser):
+                parser.refuse_unknown_flags()  # whose value would be taken for the model
             parser.error(f"two models, {given} and {values}; give one")
         namespace.model = Path(values)
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -81,8 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output is not None:
             agree(world, lambda: _same_prompts(args.output, done, llm, prompts))
         outputs = _generate(args, llm, prompts, params, file, done)
-    refused = [entry for entry in done.values() if entry.get("finish_reason") == "error"]
-    return 2 if refused or any(output.finish_reason == "error" for output in outputs) else 0
+    refused = {index: str(entry.get("error")) for index, entry in done.items() if entry.get("finish_reason") == "error"}
+    refused |= {output.index: str(output.error) for output in outputs if output.finish_reason == "error"}
+    if refused and args.json and world.rank == 0:
+        sys.stderr.write(f"launch.generate: {_refusals(refused, len(prompts))}\n")
+    return 2 if refused else 0
+
+
+def _refusals(errors: Mapping[int, str], num_prompts: int) -> str:
+    first = min(errors)
+    return f'{len(errors)} of {num_prompts} prompt(s) have no answer, and "error" says why; the first is prompt {first}: {errors[first]}'
 
 
 def _is_free(args: argparse.Namespace) -> bool:
@@ -162,7 +170,7 @@ def _generate(
             finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, take)
             for output in finished:
                 take(output)
-            outputs += finished
+            outputs += (dataclasses.replace(output, index=part[output.index]) for output in finished)
     if stream is not None:
         stream.end()
     return outputs

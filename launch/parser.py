@@ -79,6 +79,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=_as_started(prog), allow_abbrev=False, formatter_class=_Help, **options)
         self._settings = Settings(())
+        self._words: list[str] = []
         self._origins: dict[str, str] = {}
         self._without_effect: dict[str, tuple[str, Callable[[argparse.Namespace], object]]] = {}
         self.register("type", Path, _path)
@@ -113,17 +114,26 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}{self._suggestion(rest)}")
+            self._refuse_unknown(rest)
         return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
         added = [] if self.modes() else list(self._words_from_settings(words))
         end = words.index("--") if "--" in words else len(words)
-        given = [*words[:end], *added]
+        given = self._words = [*words[:end], *added]
         found, rest = super().parse_known_args([*given, *words[end:]], namespace)
         self._refuse_without_effect(given, found)
         return found, rest
+
+    def refuse_unknown_flags(self) -> None:
+        """Raise UsageError if a word is a flag that this command does not have."""
+        unknown = [word for word in self._words if word.startswith("--") and word.partition("=")[0] not in self.flags()]
+        if unknown:
+            self._refuse_unknown(unknown)
+
+    def _refuse_unknown(self, rest: Sequence[str]) -> NoReturn:
+        self.error(f"unrecognized arguments: {' '.join(rest)}{self._suggestion(rest)}")
 
     def no_effect(self, where: str, applies: Callable[[argparse.Namespace], object], *flags: str) -> None:
         """Have ``flags`` refused where they would change nothing.

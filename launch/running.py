@@ -174,21 +174,18 @@ def _report_mistake(error: Exception) -> bool:
     if launch_info().rank == 0 or not everybody:
         prefix = "" if isinstance(error, UsageError) else "phalanx: "
         if not everybody:
-            prefix += f"{_this_rank()}: "
+            prefix += f"rank {launch_info().rank} on {socket.gethostname()}: "
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
             sys.stderr.flush()
     return not everybody
 
 
-def _this_rank() -> str:
-    return f"rank {launch_info().rank} on {socket.gethostname()}"
-
-
 def _report_failure(error: BaseException) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     with contextlib.suppress(OSError):  # a reader that is gone must not keep the others from being ended
-        sys.stderr.write(f"phalanx: {_this_rank()} failed{notes}: {type(error).__name__}: {error}\n")
+        rank = f"rank {launch_info().rank} ({socket.gethostname()}, pid {os.getpid()})"
+        sys.stderr.write(f"phalanx: {rank} failed{notes}: {type(error).__name__}: {error}\n")
         traceback.print_exc()
         sys.stderr.flush()
 

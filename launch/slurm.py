@@ -92,7 +92,7 @@ def _gpus_per_node(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is unequal nodes, but every node runs as many ranks as the others; give the smallest number"
         )
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
     return int(text)
 

@@ -43,6 +43,8 @@ LAUNCHER_SECONDS = 10.0
 """How long a launcher has to end after rank 0: MPICH's waits for a host that is lost until TCP gives up."""
 LAUNCH_SECONDS = 120.0
 """How long a launcher may take, besides --start-timeout, until ranks run."""
+HEARSAY_SECONDS = 2.0
+"""How much later than its launcher's end that of rank 0 may be heard of."""
 FAILED = 1
 MISTAKE = 2
 """Exit status of ranks that would make the same mistake again."""
@@ -95,6 +97,7 @@ class _Supervisor:
     Attributes:
         start_seconds: longest that ranks may take until they are ready; they keep it themselves once their launcher has started them.
         draining: a signal or the admin route has asked for the end; no further job is started.
+        has_come: rank 0 of the current job was heard of.
         ready_at: when the current job began to serve; None = it has not.
         job: number of the current job, from 1.
         end_by: when the launcher of the current job must have ended.
@@ -107,6 +110,7 @@ class _Supervisor:
     max_restarts: int
     start_seconds: float
     draining: bool = False
+    has_come: bool = False
     ready_at: float | None = None
     job: int = 0
     end_by: float = math.inf
@@ -147,7 +151,7 @@ class _Supervisor:
         if self.draining:
             return 0
         self.job += 1
-        self.ready_at, self.end_by = None, time.monotonic() + self.start_seconds + LAUNCH_SECONDS
+        self.has_come, self.ready_at, self.end_by = False, None, time.monotonic() + self.start_seconds + LAUNCH_SECONDS
         try:
             self.process = subprocess.Popen(
                 self.command,
@@ -169,7 +173,17 @@ class _Supervisor:
                 return 0 if self.has_drained or self._is_told_early() else FAILED
         if len(self.signals) > 1:
             return 128 + self.signals[-1]
+        if status == 0 and not self.draining and not self._has_come():
+            _LOG.error("%s ended with status 0 and started no rank of phalanx serve; see --launcher", self.command[0])
+            return MISTAKE
         return 0 if self._is_told_early() else _exit_status(status)
+
+    def _has_come(self) -> bool:
+        """Whether rank 0 of this job was there. HTTP processes hear of its end by themselves, perhaps after the launcher's."""
+        give_up = time.monotonic() + HEARSAY_SECONDS
+        while not (self.has_come or self.draining or time.monotonic() > give_up):
+            self._listen(POLL_SECONDS)
+        return self.has_come or self.draining
 
     def _pass_on_signal(self, process: subprocess.Popen[bytes]) -> None:
         """Tell the launcher of a signal: as SIGUSR1, which launchers hand to their ranks and do not end by.
@@ -201,7 +215,7 @@ class _Supervisor:
             return
         for _, message in received:
             if isinstance(message, FrontendReady) and message.job == self.job and self.ready_at is None:
-                self.ready_at = time.monotonic()
+                self.has_come, self.ready_at = True, time.monotonic()
                 if not self.draining:
                     self.end_by = math.inf
                 if self.failed_at is not None:
@@ -209,6 +223,7 @@ class _Supervisor:
             elif isinstance(message, DrainRequest):
                 self.draining, self.end_by = True, math.inf
             elif isinstance(message, EngineGone) and message.job == self.job:
+                self.has_come = True
                 self._expect_end()
 
     def _expect_end(self) -> None:

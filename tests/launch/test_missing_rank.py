@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -112,7 +113,9 @@ def test_a_failure_of_one_rank_before_mpi_ends_all(rank: int, fault: str, said: 
     result = start([sys.executable, str(script), *IDS], 3)
     assert result.returncode in (1, 2)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("phalanx: ")]
-    assert line.startswith(f"phalanx: rank {rank} on {socket.gethostname()}")
+    assert re.match(
+        rf"phalanx: rank {rank} (on {socket.gethostname()}: |\({socket.gethostname()}, pid \d+\) failed: )", line
+    )
     assert said in line
 
 
@@ -124,7 +127,12 @@ def test_an_exit_of_one_rank_in_the_middle_ends_all(rank: int, tmp_path: Path) -
     script.write_text(FAULT.format(command="generate", rank=rank, fault=fault))
     result = start([sys.executable, str(script), *IDS], 3)
     assert result.returncode == 1
-    assert f"phalanx: rank {rank} on {socket.gethostname()} failed: SystemExit: 0" in result.stderr
+    (line,) = [
+        line
+        for line in result.stderr.splitlines()
+        if line.startswith(f"phalanx: rank {rank} ({socket.gethostname()}, pid ")
+    ]
+    assert line.endswith(") failed: SystemExit: 0")
 
 
 def test_a_limit_that_is_no_number_is_one_line() -> None:

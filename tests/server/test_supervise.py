@@ -187,9 +187,23 @@ def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pyt
     """HTTP processes notice the end of an engine by themselves, perhaps when the next one is on its way."""
     monkeypatch.setattr(launch.supervise, "LAUNCHER_SECONDS", 0.0)
     frontend: Any = SupervisedFrontend(EngineGone(0), FrontendReady(0), EngineGone(0))
-    supervisor = _Supervisor(frontend, ["sleep", "1"], 0, 1e6)
-    assert supervisor.run() == 0
+    monkeypatch.setattr(launch.supervise, "HEARSAY_SECONDS", 0.0)
+    supervisor = _Supervisor(frontend, ["sleep", "0.2"], 0, 1e6)
+    assert supervisor.run() == 2  # nothing was heard of its own job
     assert supervisor.ready_at is None
+
+
+@pytest.mark.parametrize(("messages", "status"), [([EngineGone(1)], 0), ([], 2)], ids=["told to end", "no rank"])
+def test_a_launcher_that_starts_no_rank_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, messages: list[FromFrontend], status: int
+) -> None:
+    """``--launcher "mpirun --version"`` ends with status 0, as do ranks that Slurm told to end while they loaded."""
+    monkeypatch.setattr(launch.supervise, "HEARSAY_SECONDS", 0.1)
+    frontend: Any = SupervisedFrontend(*messages)
+    assert _Supervisor(frontend, ["true"], 10, 1e6).run() == status
+    assert ("true ended with status 0 and started no rank of phalanx serve; see --launcher" in caplog.text) == bool(
+        status
+    )
 
 
 @pytest.mark.parametrize(
