@@ -358,7 +358,8 @@ class SamplingParams:
         if self.temperature == 0 or self.top_k == -1:
             others -= {name for name in ("temperature", "top_k") if getattr(self, name) in (0, -1)}
         if wrong := sorted(others - _FIELDS_OF_BEAM_SEARCH):
+            name, value = wrong[0], getattr(self, wrong[0])
+            name, given = (value.name, "") if isinstance(value, Guide) else (name, f"={shown(value)}")
             raise RequestError(
-                f"{wrong[0]}={shown(getattr(self, wrong[0]))} cannot be combined with beam_width={self.beam_width}; leave one of them out",
-                wrong[0],
+                f"{name}{given} cannot be combined with beam_width={self.beam_width}; leave one of them out", name
             )

@@ -142,6 +142,10 @@ def test_followers_get_the_next_best_answers_and_end_with_their_leader(directory
     ("fields", "message"),
     [
         ({"top_p": 0.5}, r"top_p=0.5 cannot be combined with beam_width=2"),
+        (
+            {"structured_outputs": {"regex": "a+"}},
+            r"^structured_outputs cannot be combined with beam_width=2; leave one of them out$",
+        ),
         ({"logit_bias": {1: 5.0}}, r"logit_bias=.* cannot be combined"),
         ({"repetition_penalty": 1.1}, r"repetition_penalty=1.1 cannot be combined"),
         ({"temperature": 0.7}, r"temperature=0.7 cannot be combined"),
