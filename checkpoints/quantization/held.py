@@ -172,10 +172,12 @@ INPUT_COMPONENTS = frozenset({"input_scale", "prescale"})
 def held_by_experts(owner: str, chosen: Format) -> Format:
     """In which format a GPU holds the matrix ``owner`` of experts that is stored as ``chosen``.
 
-    Routers, and groups that are no multiples of `EXPERT_COLUMNS`, become plain values: their kernels take no others.
+    Routers, groups that are not multiples of `EXPERT_COLUMNS`, and groups in any order become plain values: their kernels take no others.
     """
     if not isinstance(chosen, GroupCodes | RowCodes):
         return chosen
+    if is_ordered(chosen):
+        return DENSE
     has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % EXPERT_COLUMNS
     if not (owner.endswith(".router") or has_small_groups):
         return ExpertCodes(chosen)
@@ -243,10 +245,8 @@ def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[
         if quantize != "none" and quantized_while_loading(spec):
             return ExpertCodes(RowCodes(quantize)) if is_expert else RowCodes(quantize)
         chosen = stored.choose(spec)
-        if is_ordered(chosen):
-            return DENSE
         if is_expert:
             return held_by_experts(spec.owner, chosen)
-        return packed(chosen) or chosen
+        return DENSE if is_ordered(chosen) else packed(chosen) or chosen
 
     return FormatPlan(choose, stored.ignored_tensors, stored.has_kv_scales)

@@ -110,6 +110,7 @@ WEIGHT_ONLY: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq-4-g64": _gptq(4, 64, False, True),
     "gptq-4-row-symmetric": _gptq(4, 0, True, True),
     "gptq-4-order": _gptq(4, 16, False, True, in_order=False),
+    "gptq-4-order-g32": _gptq(4, 32, False, True, in_order=False),
     "gptq-8-order-wide": _gptq(8, 64, True, False, in_order=False),
     "gptq-mixed": _gptq_by_rules(),
     "awq": (
@@ -285,6 +286,7 @@ def test_the_cuda_engine_computes_weight_only_checkpoints(
 @pytest.mark.parametrize(
     ("name", "dtype", "tp", "options"),
     [("ct-w4-g64-asymmetric", "float32", 2, {}), ("awq-g64", "float16", 1, {}), ("ct-fp8-weight-only", "float16", 2, {"expert_parallel": True}),
+     ("gptq-4-order-g32", "float32", 2, {}),
      *(pytest.param(*one, marks=pytest.mark.slow) for one in [
          ("ct-w8-channel", "float32", 1, {}), ("ct-w4-g16-asymmetric", "float16", 2, {}), ("gptq-4-order", "float32", 1, {})])],
     ids=str,
@@ -404,9 +406,9 @@ def test_the_cuda_engine_rounds_inputs_of_experts(
 @pytest.mark.parametrize(
     ("name", "held"),
     [*((name, ExpertCodes) for name in ("ct-w8-channel", "awq-g64", "ct-int8", "ct-fp8-static", "fbgemm", "hf-fp8-wide", "modelopt-smoothquant")),
-     ("hf-fp8-blocks", ExpertValues), *((name, Dense) for name in ("ct-w4-g16-asymmetric", "gptq-4-order"))],
+     ("hf-fp8-blocks", ExpertValues), *((name, Dense) for name in ("ct-w4-g16-asymmetric", "gptq-4-order", "gptq-4-order-g32"))],
 )  # fmt: skip
-def test_experts_are_held_as_codes_where_32_columns_share_a_scale(name: str, held: type[Format]) -> None:
+def test_experts_are_held_as_codes_where_32_columns_in_order_share_a_scale(name: str, held: type[Format]) -> None:
     formats = read_formats({**MIXTRAL.config, "quantization_config": ALL[name][1]})
     model = find_model(MIXTRAL.config)
     experts = {

@@ -143,6 +143,7 @@ class ConvertingSink(CudaSink):
         plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (), blocks: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
+        assert packing.keys().isdisjoint(ordered), "each of them replaces the codes"
         self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
         self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
