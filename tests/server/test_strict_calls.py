@@ -320,3 +320,26 @@ def test_words_for_the_model_are_no_part_of_a_guide() -> None:
     use = tool_use(many, "required", None)
     assert use is not None
     assert len(use.sampling({})["structured_outputs"].text) < 65_536
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_tools_are_within_the_limit_on_guides(form: str, tokenizer: Tokenizer) -> None:
+    """Sixty, of which every argument is required, as OpenAI's strict mode wants it."""
+    kinds: list[dict[str, Any]] = [
+        {"type": "string"},
+        {"type": "integer"},
+        {"items": {"type": "string"}, "type": "array"},
+    ]
+    names = [f"argument_{index}" for index in range(8)]
+    schema = {
+        "type": "object", "required": names, "additionalProperties": False,
+        "properties": {name: kinds[index % 3] for index, name in enumerate(names)},
+    }  # fmt: skip
+    grammar = strict_grammar(form, [(f"tool_{index}", schema) for index in range(60)], tokenizer)
+    check_guide(GuideRule().check("tools", {"grammar": grammar}))
+    matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0)
+    given = {name: ("a b", 7, ["c"])[index % 3] for index, name in enumerate(names)}
+    for arguments, passes in ((given, True), ({**given, "argument_1": "7 "}, False), ({"argument_0": "a"}, False)):
+        token_ids = list(tokenizer.encode(written(form, tokenizer, "tool_59", **arguments), add_special_tokens=False))
+        asked = matcher.deep_copy()
+        assert (asked.try_consume_tokens(token_ids) == len(token_ids) and asked.is_accepting()) == passes

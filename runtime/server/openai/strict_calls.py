@@ -11,15 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.runtime.server.openai.forced_calls import call_schema
-from phalanx.runtime.server.openai.grammar_parts import (
-    JsonAnswer,
-    Marks,
-    Words,
-    json_rule,
-    python_arguments,
-    quoted,
-    tagged_arguments,
-)
+from phalanx.runtime.server.openai.grammar_arguments import TaggedValues, python_arguments, tagged_arguments
+from phalanx.runtime.server.openai.grammar_parts import JsonAnswer, Marks, SharedRules, Words, json_rule, quoted
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["strict_grammar"]
@@ -100,23 +93,26 @@ def _llama(functions: Functions, marks: Marks, rest: Rest) -> str:
 
 def _pythonic(functions: Functions, marks: Marks, rest: Rest) -> str:
     """An answer that begins with a bracket is a list of calls."""
+    values = SharedRules()
     rules = [
-        f'f{index}: {quoted(name)} SPACE "(" SPACE a{index} SPACE ")"\n' + python_arguments(f"a{index}", name, schema)
+        f'f{index}: {quoted(name)} SPACE "(" SPACE a{index} SPACE ")"\n'
+        + python_arguments(f"a{index}", name, schema, values)
         for index, (name, schema) in enumerate(functions)
     ]
     start = rest.or_calls('"[" SPACE call (COMMA call)* SPACE "]"', "[", "python_start")
     call = _any_of("f", functions)
-    return f"{start}call: {call}\nEQUALS: /[ \\n]{{0,64}}=[ \\n]{{0,64}}/\n" + "".join(rules)
+    return f"{start}call: {call}\nEQUALS: /[ \\n]{{0,64}}=[ \\n]{{0,64}}/\n" + "".join(rules) + str(values)
 
 
 def _qwen_coder(functions: Functions, marks: Marks, rest: Rest) -> str:
+    values = TaggedValues(marks, "</parameter>", '"\\n"?')
     rules = [
         f"f{index}: {quoted(f'<function={name}>')} SPACE a{index} {quoted('</function>')}\n"
-        + tagged_arguments(f"a{index}", name, schema, marks, _parameter, "</parameter>", '"\\n"?')
+        + tagged_arguments(f"a{index}", name, schema, values, _parameter)
         for index, (name, schema) in enumerate(functions)
     ]
     body = f"SPACE ({_any_of('f', functions)}) SPACE {marks('</tool_call>')}"
-    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules)
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + str(values)
 
 
 def _parameter(key: str) -> str:
@@ -127,13 +123,13 @@ def _glm(functions: Functions, marks: Marks, rest: Rest) -> str:
     def key_of(key: str) -> str:
         return f"{marks('<arg_key>')} {key} {marks('</arg_key>')} SPACE {marks('<arg_value>')}"
 
+    values = TaggedValues(marks, "</arg_value>")
     rules = [
-        f'f{index}: {quoted(name)} "\\n" SPACE a{index}\n'
-        + tagged_arguments(f"a{index}", name, schema, marks, key_of, "</arg_value>")
+        f'f{index}: {quoted(name)} "\\n" SPACE a{index}\n' + tagged_arguments(f"a{index}", name, schema, values, key_of)
         for index, (name, schema) in enumerate(functions)
     ]
     body = f"({_any_of('f', functions)}) {marks('</tool_call>')}"
-    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules)
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + str(values)
 
 
 def _any_of(rule: str, functions: Functions) -> str:
