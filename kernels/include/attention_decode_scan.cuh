@@ -125,7 +125,10 @@ struct HistoryScan {
             unsigned k[4];
 #if KV_FP8
             const int half = step % 2 * 2;
-            if (half == 0) load_matrices(loaded, keys + step * 16);
+            if (STEPS % 2 && step == STEPS - 1)  // a row ends here, and the last one's end is where the feeder fills the next slot
+                load_matrix_pair(loaded[0], loaded[1], keys + step * 16);
+            else if (half == 0)
+                load_matrices(loaded, keys + step * 16);
 #pragma unroll
             for (int i = 0; i < 4; ++i) k[i] = operands_of(loaded[half + i % 2] >> i / 2 * 16);
 #else

@@ -37,6 +37,7 @@ def small_mixed(shape: AttentionShape, *, has_alibi: bool = False) -> Case:
         ((3, 1, 64), {"has_prefix": True}),
         ((4, 2, 40), {"has_prefix": True, "dtype": "float32"}),
         ((4, 2, 32), {"has_fp8_pages": True, "dtype": "float16"}),
+        ((3, 1, 16), {"has_fp8_pages": True}),
         ((5, 1, 80), {"has_fp8_pages": True}),
         ((6, 2, 128), {"has_fp8_pages": True, "block_size": 64}),
         ((2, 2, 256), {"has_fp8_pages": True, "block_size": 32}),
