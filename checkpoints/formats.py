@@ -147,10 +147,20 @@ class FormatPlan:
     choose_by_names: Callable[[Collection[str]], Callable[[WeightSpec], Format]] | None = None
 
     def for_stored(self, names: Collection[str]) -> FormatPlan:
-        """The plan of a checkpoint that holds tensors of these names: each part goes by the name under which it is there."""
+        """The plan of a checkpoint that holds tensors of these names: each part goes by the name under which it is there.
+
+        Routers that are stored as plain values are plain: GPTQ lists nothing that stays as it is, and where a quantiser saw a router as a
+        parameter, not as a linear module, its rules do not name it.
+        """
         choose = self.choose if self.choose_by_names is None else self.choose_by_names(names)
-        modules = {name.rpartition(".")[0] for name in names}
-        return replace(self, choose=lambda spec: choose(_as_stored(spec, modules)))
+        present = frozenset(names)
+        modules = {name.rpartition(".")[0] for name in present}
+
+        def chosen(spec: WeightSpec) -> Format:
+            found = choose(_as_stored(spec, modules))
+            return DENSE if _is_plain_router(spec, found, present) else found
+
+        return replace(self, choose=chosen)
 
     @property
     def not_used(self) -> tuple[str, ...]:
@@ -216,6 +226,15 @@ def _as_stored(spec: WeightSpec, modules: Collection[str]) -> WeightSpec:
         source, *aliases = sorted(part.names, key=lambda name: name.rpartition(".")[0] not in modules)
         parts.append(replace(part, source=source, aliases=tuple(aliases)))
     return replace(spec, parts=tuple(parts))
+
+
+def _is_plain_router(spec: WeightSpec, chosen: Format, present: frozenset[str]) -> bool:
+    """Whether ``spec``, a matrix that every rank holds whole, is there, but not all that the format ``chosen`` needs of it."""
+    if len(spec.parts[0].shape) != 2 or any(part.shard for part in spec.parts):
+        return False
+    needed = (part for component in chosen.components(spec) for part in component.parts)
+    is_there, is_quantised = (all(present.intersection(part.names) for part in parts) for parts in (spec.parts, needed))
+    return is_there and not is_quantised
 
 
 def _cut(spec: WeightSpec, part: Part, shard: Shard) -> tuple[str, Shard, int]:

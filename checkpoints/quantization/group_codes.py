@@ -28,7 +28,7 @@ __all__ = ["GroupCodes", "InputScales", "Stored"]
 InputScales = Literal["plain", "fp8 groups", "fp8 groups by powers of two"]
 
 INDEXED_ROWS = 64
-"""Rows that share a row of the index of groups, where their number and cuts allow: it takes 4 / 64 bytes a weight then."""
+"""Most rows that share a row of the index of groups: it takes 4 / 64 bytes a weight then, 4 / 16 where cuts are multiples of 16 rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +242,12 @@ class GroupCodes:
 
 
 def _common_rows(part: Part) -> int:
-    """A divisor of every number of rows at which a rank's share of ``part`` can begin or end; all rows where they are not split."""
-    rows = math.gcd(part.shape[0], part.first_row, part.source_extents[0])
-    if part.shard is None or part.shard.axis == 1:
+    """A divisor of every number of rows at which a rank's share of ``part`` can begin or end; all rows where they are not split.
+
+    Cuts stay where they are without an index: as many ranks can share the rows as those of a plain weight.
+    """
+    rows, shard = math.gcd(part.shape[0], part.first_row, part.source_extents[0]), part.shard
+    if shard is None or shard.axis == 1:
         return rows
-    shard = part.shard
-    return math.gcd(rows, INDEXED_ROWS, *((shard.unit, part.shape[0] // shard.groups) if shard.groups else ()))
+    cuts = [] if shard.pad_to else [shard.unit, *([part.shape[0] // shard.groups] if shard.groups else [])]
+    return math.gcd(rows, INDEXED_ROWS, *cuts)

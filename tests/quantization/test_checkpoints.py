@@ -19,6 +19,7 @@ from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.spec import Part
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.sharding import Span
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.cuda import weights
@@ -509,6 +510,24 @@ def test_indices_of_groups_take_a_fraction_of_a_byte_a_weight(inner: int) -> Non
                 assert (rows % index_rows, index_columns) == (0, columns)
                 assert 4 * index_rows * index_columns <= rows * columns / 4
                 assert index_rows == 1 or not weight.spec.owner.endswith(("output", "down"))
+
+
+@pytest.mark.parametrize("inner", [64, 48, 688])
+def test_an_index_of_groups_leaves_as_many_ranks_as_a_plain_weight_has(inner: int) -> None:
+    config = {**CASE.config, "intermediate_size": inner}
+    model = find_model(config)
+    specs = model.weights(model.read_config(config))
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": True}
+
+    def rows(part: Part) -> list[Span]:
+        return [part.span(0, rank, 3) for rank in range(3)]
+
+    plain, indexed = (
+        format_weights(specs, read_formats({**config, **more})) for more in ({}, {"quantization_config": section})
+    )
+    for before, after in zip(plain, indexed, strict=True):
+        if all(part.shard is None or part.shard.axis == 0 for part in before.spec.parts):
+            assert [rows(one) for one in after.spec.parts] == [rows(one) for one in before.spec.parts]
 
 
 def test_groups_of_which_heads_leave_small_pieces_compute_what_their_twins_do(

@@ -137,6 +137,30 @@ def test_the_head_of_an_awq_mixtral_is_plain_though_only_routers_are_listed(tmp_
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
+@pytest.mark.parametrize("name", ["gptq-4-v1", "ct-w4-g16-asymmetric", "hf-fp8-blocks"])
+def test_routers_that_are_plain_are_read_as_such_though_no_rule_names_them(tmp_path: Path, name: str) -> None:
+    """GPTQ has no list of what stays as it is (Qwen3-30B-A3B-GPTQ-Int4); transformers 5 has routers that are no linear modules."""
+    module, section = checkpoints.ALL[name]
+    dense = write_checkpoint(checkpoints.MIXTRAL, tmp_path / "dense")
+    outputs = []
+    for kind, router in (("plain", writers.as_it_is), ("quantised", module)):
+        paths = tmp_path / kind, tmp_path / f"{kind}-twin"
+        writers.write(dense, *paths, {".gate.": router, "": module}, section)
+        outputs.append([checkpoints.logprobs(checkpoints.generate(path)) for path in paths])
+        if name in checkpoints.WEIGHT_ONLY:
+            np.testing.assert_allclose(*outputs[-1], atol=5e-5)
+    assert not np.array_equal(outputs[0][0], outputs[1][0]), "a router that is quantised is read as quantised"
+
+
+def test_a_router_of_codes_without_a_scale_is_no_plain_one(tmp_path: Path) -> None:
+    module, section = checkpoints.ALL["hf-fp8-blocks"]
+    dense = write_checkpoint(checkpoints.MIXTRAL, tmp_path / "dense")
+    codes = lambda w: ({"weight": module(w)[0]["weight"]}, w)  # noqa: E731
+    writers.write(dense, tmp_path / "codes", tmp_path / "twin", {".gate.": codes, "": module}, section)
+    with pytest.raises(CheckpointError, match=r"gate\.weight"):
+        checkpoints.generate(tmp_path / "codes")
+
+
 def test_rules_of_gptqmodel_leave_modules_out_or_change_their_fields() -> None:
     rules = {
         r"-:.*\.1\.mlp\.down": {}, r"+:.*mlp\.(gate|up)": {"bits": 4, "group_size": 32}, r".*\.mlp": {"desc_act": True},
