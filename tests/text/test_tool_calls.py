@@ -168,6 +168,58 @@ def test_a_schema_that_is_none_takes_anything(kind: object) -> None:
     assert of_text("5", {"properties": {"a": {"type": kind}}}, "a") == 5
 
 
+@pytest.mark.parametrize(
+    ("value", "text", "read"),
+    [
+        ({"enum": [1, "b"]}, "1", 1), ({"enum": [1, "b"]}, "b", "b"), ({"enum": ["1", "b"]}, "1", "1"), ({"enum": ["x", None]}, "null", None),
+        ({"enum": ["x", "null"]}, "null", "null"), ({"enum": ["x", True]}, "true", True), ({"enum": ["x", 1]}, "true", "true"),
+        ({"enum": ["x", "y"]}, "5", "5"), ({"anyOf": [{"enum": ["x"]}, {"type": "integer"}]}, "5", 5),
+        ({"anyOf": [{"enum": ["x"]}, {"type": "integer"}]}, "x", "x"), ({"anyOf": [{"const": 1}, {"type": "string"}]}, "2", "2"),
+        ({"type": "string", "oneOf": [{"const": "1"}, {"const": "2"}]}, "2", "2"), ({"allOf": [{"$ref": "#/$defs/n"}], "minimum": 3}, "4", 4),
+        ({"$ref": "#/$defs/text", "description": "d"}, "4", "4"), ({"$ref": "#/$defs/none"}, "4", 4), ({"enum": 5}, "4", 4),
+        ({"const": [1, {"a": "b"}]}, '[1, {"a": "b"}]', [1, {"a": "b"}]),
+    ],
+)  # fmt: skip
+def test_bare_text_is_read_by_what_its_schema_takes(value: object, text: str, read: object) -> None:
+    definitions = {
+        "n": {"type": "integer"},
+        "text": {"$ref": "#/$defs/more"},
+        "more": {"type": "string", "description": "e"},
+    }
+    found = of_text(text, {"properties": {"a": value}, "$defs": definitions}, "a")
+    assert (found, type(found)) == (read, type(read))
+
+
+def test_arguments_that_a_schema_does_not_name_are_of_its_additional_properties() -> None:
+    schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    assert [of_text("5", schema, key) for key in ("a", "b")] == [5, "5"]
+
+
+def levels(key: str, num_levels: int, **more: object) -> dict[str, object]:
+    """Definitions of which each refers to the next one twice."""
+    return {f"a{n}": {key: [{"$ref": f"#/$defs/a{n + 1}", **more}] * 2} for n in range(num_levels)}
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        {"a0": {"anyOf": [{"$ref": "#/$defs/a0"}]}}, {"a0": {"$ref": "#/$defs/a0"}}, {"a0": {"$ref": "#/$defs/a0", "minimum": 1}},
+        {"a0": {"allOf": [{"$ref": "#/$defs/a0"}]}}, {**levels("anyOf", 60), "a60": {"type": "integer"}},
+        {**levels("oneOf", 60, minimum=1), "a60": {"type": "integer"}}, {**levels("anyOf", 5000), "a5000": {"type": "integer"}},
+        {"a0": {"anyOf": [{"minimum": n} for n in range(9999)]}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["qwen3_coder", "glm45"])
+def test_references_are_followed_once_and_not_for_long(form: str, definitions: dict[str, object]) -> None:
+    schema = {"properties": {"a": {"$ref": "#/$defs/a0"}}, "$defs": definitions}
+    answer = {
+        "qwen3_coder": "<tool_call><function=add><parameter=a>5</parameter></function></tool_call>",
+        "glm45": "<tool_call>add<arg_key>a</arg_key><arg_value>5</arg_value></tool_call>",
+    }[form]
+    reader = tool_call_reader(form, ["add"], schemas={"add": schema})
+    assert "".join(piece.text for piece in reader.push(answer) if piece.call == 0) == '{"a": 5}'
+
+
 @given(st.data())
 def test_where_tokens_end_does_not_matter(data: st.DataObject) -> None:
     form, answer, text, calls = data.draw(st.sampled_from([*CASES, *UNKNOWN]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.openai.grammar_parts import Marks, SharedRules, json_rule, quoted
-from phalanx.runtime.text.tool_calls import property_schema, types_of
+from phalanx.runtime.text.tool_calls import alternatives, members_of, property_schema, types_of
 
 __all__ = ["TaggedValues", "python_arguments", "tagged_arguments"]
 
@@ -43,12 +43,13 @@ class TaggedValues:
         Raises:
             ApiError: 400: it is a text of which the schema says more than text without quotes can be held to.
         """
-        value = property_schema(schema, key)
+        choices = alternatives(schema, property_schema(schema, key))
+        value = choices[0] if len(choices) == 1 else property_schema(schema, key)
         given = [value["const"]] if "const" in value else value.get("enum")
         if given is not None:
             texts = " | ".join(quoted(one if isinstance(one, str) else json.dumps(one)) for one in given)
             return self._ended(f"({texts})")
-        if "string" not in types_of(schema, value):
+        if "string" not in _types(choices):
             return self._ended(json_rule({**value, **_definitions(schema)}))
         if wrong := [word for word in _OF_TEXTS if f'"{word}":' in json.dumps(value)]:
             raise _refusal(function, f"{wrong[0]} of {key!r:.60}, a text without quotes in this model's calls")
@@ -94,9 +95,15 @@ def tagged_arguments(
     return _in_order(rule, items, [key in schema.get("required", ()) for key in properties], "")
 
 
+def _types(choices: Sequence[Mapping[str, Any]]) -> set[str]:
+    texts = any(isinstance(member, str) for choice in choices for member in members_of(choice) or ())
+    return {name for choice in choices for name in types_of(choice)} | ({"string"} if texts else set())
+
+
 def _python_value(schema: Mapping[str, Any], key: str) -> str:
-    value = property_schema(schema, key)
-    if types_of(schema, value) == {"boolean"} and not {"enum", "const"} & set(value):
+    choices = alternatives(schema, property_schema(schema, key))
+    value = choices[0] if len(choices) == 1 else property_schema(schema, key)
+    if _types(choices) == {"boolean"} and not {"enum", "const"} & set(value):
         return '("True" | "False")'
     return json_rule({**value, **_definitions(schema)})
 

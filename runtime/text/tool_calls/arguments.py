@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-__all__ = ["PythonArgument", "json_text", "of_python", "of_text", "property_names", "property_schema", "types_of"]
+from phalanx.runtime.text.tool_calls.schemas import alternatives, members_of, property_schema, types_of
+
+__all__ = ["PythonArgument", "json_text", "of_python", "of_text"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
-_MOST_REFERENCES = 8
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -25,20 +25,41 @@ def json_text(value: Any) -> str:
 def of_text(text: str, schema: Any, key: str) -> Any:
     """Return the value of argument ``key``, written without quotes, by its type in a function's ``schema``.
 
-    Text where the schema takes text; else JSON, or text if it is none.
+    The member of an ``enum`` whose spelling it is; text where the schema takes text; else JSON, or text if it is none.
     """
-    types = types_of(schema, property_schema(schema, key))
-    if text == "null" and ("null" in types or not types):
+    choices = alternatives(schema, property_schema(schema, key))
+    listed = [members for choice in choices if (members := members_of(choice)) is not None]
+    word, value = text.strip(), _decoded(text)
+    for members in listed:
+        if text in members:
+            return text
+        if value is not text and _is_listed(value, members):
+            return value
+    free = [types_of(choice) for choice in choices if members_of(choice) is None]
+    types = frozenset[str]().union(*free)
+    if text == "null" and ("null" in types or (not types and (free or not listed))):
         return None
-    if "string" in types:
+    if "string" in types or (not free and any(isinstance(member, str) for members in listed for member in members)):
         return text
-    word = text.strip()
     if "boolean" in types and word.lower() in ("true", "false"):
         return word.lower() == "true"
+    return value
+
+
+def _decoded(text: str) -> Any:
+    """The value of JSON; ``text`` itself if it is none."""
     try:
-        return msgspec.json.decode(word)
+        return msgspec.json.decode(text.strip())
     except (msgspec.DecodeError, RecursionError):
         return text
+
+
+def _is_listed(value: Any, members: list[Any]) -> bool:
+    """Whether JSON's ``value`` is among the members: 1 is where 1.0 is, but not where true is."""
+    try:
+        return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in members)
+    except RecursionError:
+        return False
 
 
 def of_python(text: str) -> Any:
@@ -52,11 +73,6 @@ def of_python(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
             continue
     return text
-
-
-def property_names(schema: Any) -> list[str]:
-    """Return the arguments that a function's schema names, in its order."""
-    return list(_properties(schema))
 
 
 class PythonArgument:
@@ -158,49 +174,3 @@ def _value(node: ast.expr) -> Any:
         case ast.Call(ast.Name("list" | "tuple" | "set"), [], []):
             return []
     raise ValueError
-
-
-def _properties(schema: Any) -> Mapping[str, Any]:
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    return properties if isinstance(properties, Mapping) else {}
-
-
-def property_schema(schema: Any, key: str) -> Mapping[str, Any]:
-    """Return the schema of argument ``key``; empty if there is none. A reference inside ``schema`` is followed."""
-    return _resolved(schema, _properties(schema).get(key))
-
-
-def types_of(schema: Any, value: Any) -> frozenset[str]:
-    """Return the types that ``value``, a part of ``schema``, names, alternatives included; none = anything."""
-    value = _resolved(schema, value)
-    named = value.get("type")
-    found = {named} if isinstance(named, str) else set()
-    found |= {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
-    if not found and any(isinstance(one, str) for one in (value.get("const"), *_items(value.get("enum")))):
-        found = {"string"}
-    for alternative in (*_items(value.get("anyOf")), *_items(value.get("oneOf"))):
-        found |= types_of(schema, alternative)
-    return frozenset(found)
-
-
-def _resolved(schema: Any, value: Any) -> Mapping[str, Any]:
-    """``value`` with what its reference to a definition of ``schema``, or its only ``allOf``, leads to."""
-    for _ in range(_MOST_REFERENCES):
-        if not isinstance(value, Mapping):
-            return {}
-        rest = {key: one for key, one in value.items() if key not in ("$ref", "allOf")}
-        target = value.get("$ref")
-        if isinstance(target, str) and target.startswith("#/"):
-            found: Any = schema
-            for part in target[2:].split("/"):
-                found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-        elif len(_items(value.get("allOf"))) == 1:
-            (found,) = value["allOf"]
-        else:
-            return value
-        value = {**found, **rest} if isinstance(found, Mapping) else rest
-    return {}
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

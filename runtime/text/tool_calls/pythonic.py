@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 
-from phalanx.runtime.text.tool_calls.arguments import PythonArgument, of_python, property_names
+from phalanx.runtime.text.tool_calls.arguments import PythonArgument, of_python
 from phalanx.runtime.text.tool_calls.places import ListReader
+from phalanx.runtime.text.tool_calls.schemas import property_names
 
 __all__ = ["PythonicReader"]
 
