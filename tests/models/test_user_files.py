@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,12 @@ def test_the_planner_takes_a_model_file(directory: Path, capsys: pytest.CaptureF
     assert rank["weights"]["mlp"] == 3 * 2 * 48 * 80 * 4
 
 
-def test_installed_packages_offer_families_that_are_not_built_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Offer = Callable[..., None]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    """Let an installed package offer ARCEE's file under any names."""
     assert FILE is not None
     (tmp_path / "offered_arcee.py").write_text(FILE.read_text())
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -221,18 +225,32 @@ def test_installed_packages_offer_families_that_are_not_built_in(
         entries = [importlib.metadata.EntryPoint(name, "offered_arcee", "phalanx.models") for name in names]
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
 
-    offered("ArceeForCausalLM", "LlamaForCausalLM")
+    yield offered
+    sys.modules.pop("offered_arcee", None)
+
+
+def test_installed_packages_offer_families_that_are_not_built_in(offer: Offer) -> None:
+    offer("ArceeForCausalLM", "LlamaForCausalLM")
     own = model_from_file(FILE)
     assert own is not None
     assert find_model(ARCEE.config).code == own.code
     assert find_model(CASES_BY_NAME["llama-plain"].config).code == "", "a package does not replace a built-in family"
-    offered("ArceeForCausalLM", "ArceeForCausalLM")
+    offer("ArceeForCausalLM", "ArceeForCausalLM")
     with pytest.raises(ConfigError, match="ArceeForCausalLM is offered by several packages"):
         find_model(ARCEE.config)
-    offered()
+    offer()
     with pytest.raises(ConfigError, match=r"architectures=\['ArceeForCausalLM'\] in config.json is not supported"):
         find_model(ARCEE.config)
-    sys.modules.pop("offered_arcee")
+
+
+def test_an_installed_packages_family_runs_on_two_by_two_ranks_and_in_a_split(
+    offer: Offer, directory: Path, tmp_path: Path
+) -> None:
+    offer("ArceeForCausalLM")
+    assert generate(directory, 2, 2, engine="numpy", model_file=None).token_ids == load_reference(ARCEE).greedy
+    output = tmp_path / "split"
+    assert split.main(["--model", str(directory), "--output", str(output), "--tp", "2"]) == 0
+    assert generate(output, 2, 1, engine="numpy", model_file=None).token_ids == load_reference(ARCEE).greedy
 
 
 Surface = dict[str, dict[str, list[str] | None]]
