@@ -1,4 +1,4 @@
-"""A model's first layers with random weights, here and in transformers."""
+"""A model made small, with random weights, here and in transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.quantized import QUANTIZATION_KEYS
+from phalanx.launch.small_config import smaller
 
 __all__ = ["Comparison", "compare"]
 
 TOLERANCE = 2e-4
 """Of the range of the log-probabilities."""
 
-_NUM_LAYERS = 2
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PROMPT_LENGTH = 24
 
 
@@ -43,7 +42,7 @@ class Comparison:
         verdict = "equal" if self.is_equal else "NOT equal"
         return (
             f"transformers: {verdict}; log-probabilities of {_PROMPT_LENGTH - 1} tokens differ by at most "
-            f"{self.difference:.2e} of a range of {self.spread:.2f} ({_NUM_LAYERS} layers, random plain weights, float32)"
+            f"{self.difference:.2e} of a range of {self.spread:.2f} (up to 6 narrow layers, random plain weights, float32)"
         )
 
 
@@ -55,33 +54,33 @@ def compare(raw: Mapping[str, Any], model_file: Path | None) -> Comparison:
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        config = _shortened(raw)
+        plain = {name: value for name, value in raw.items() if name not in (*QUANTIZATION_KEYS, "auto_map")}
+        config = smaller({**plain, **_text_sizes(raw, model_file), "dtype": "float32", "torch_dtype": "float32"})
         (directory / "config.json").write_text(json.dumps(config))
-        _write_weights(directory, model_file)
-        size = config.get("padded_vocab_size") or config["vocab_size"]
+        size = _write_weights(directory, model_file)
         prompt = np.random.default_rng(0).integers(3, size, _PROMPT_LENGTH).tolist()
         theirs = _theirs(directory, prompt)
         ours = _ours(directory, model_file, prompt)
     return Comparison(float(np.abs(ours - theirs[np.arange(len(ours)), prompt[1:]]).max()), float(np.ptp(theirs)))
 
 
-def _shortened(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fewer layers, not quantised; lists with an entry for each layer are cut to match."""
-    plain = {name: value for name, value in raw.items() if name not in QUANTIZATION_KEYS}
-    config = {**plain, "dtype": "float32", "torch_dtype": "float32"}
-    for key in _LAYER_KEYS:
-        count = plain.get(key)
-        if isinstance(count, int):
-            config[key] = min(count, _NUM_LAYERS)
-            config |= {
-                name: value[:_NUM_LAYERS]
-                for name, value in plain.items()
-                if isinstance(value, list) and len(value) == count
-            }
-    return config
+def _text_sizes(raw: Mapping[str, Any], model_file: Path | None) -> dict[str, Any]:
+    """``text_config`` with the sizes that it leaves to its class."""
+    from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.user_file import model_from_file
+
+    if not isinstance(raw.get("text_config"), dict):
+        return {}
+    config = find_model(raw, model_from_file(model_file)).read_config(raw)
+    sizes = {
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    return {"text_config": {**sizes, **raw["text_config"]}}
 
 
-def _write_weights(directory: Path, model_file: Path | None) -> None:
+def _write_weights(directory: Path, model_file: Path | None) -> int:
+    """Write what the family declares; returns the vocabulary's size."""
     from safetensors.numpy import save_file
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
@@ -92,9 +91,12 @@ def _write_weights(directory: Path, model_file: Path | None) -> None:
     with open_checkpoint(directory, "dummy") as checkpoint:
         model = find_model(checkpoint.config, model_from_file(model_file))
         assert isinstance(checkpoint.source, DummySource)
-        source = checkpoint.source.declared(model.weights(model.read_config(checkpoint.config)))
+        config = model.read_config(checkpoint.config)
+        source = checkpoint.source.declared(model.weights(config))
         tensors = {name: source.read(name, source.info(name).whole) for name in source.names()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    size: int = config.vocab_size
+    return size
 
 
 def _theirs(directory: Path, prompt: list[int]) -> NDArray[np.float64]:
@@ -103,16 +105,19 @@ def _theirs(directory: Path, prompt: list[int]) -> NDArray[np.float64]:
 
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ConfigError(f"--against-transformers needs torch and transformers ({error}); install them") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except (ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"transformers has no such model ({first}); leave --against-transformers out") from None
+            has_images = "text_config" in json.loads((directory / "config.json").read_text())
+            auto: Any = transformers.AutoModelForImageTextToText if has_images else transformers.AutoModelForCausalLM
+            model: Any = auto.from_pretrained(directory, dtype=torch.float32)
+    except Exception as error:  # its checks of fields raise classes of their own
+        first = next(iter(str(error).splitlines()), "")
+        what = f"{type(error).__name__}: {first}"
+        raise ConfigError(f"transformers cannot load such a model ({what}); leave --against-transformers out") from None
     with torch.no_grad():
         logits = model.eval()(torch.tensor([prompt])).logits[0].double()
     result: NDArray[np.float64] = torch.log_softmax(logits, -1).numpy()

@@ -30,7 +30,7 @@ def build_parser() -> CommandParser:
     add_model_argument(parser, "directory with config.json (default: the demo)")
     add_model_file_argument(parser)
     parser.add_argument("--against-transformers", action="store_true",
-                        help="compare two layers with random weights with transformers, which must be installed, torch too")  # fmt: skip
+                        help="compare the model made small, with random weights, with transformers, which must be installed, torch too")  # fmt: skip
     return parser
 
 
