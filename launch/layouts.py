@@ -140,7 +140,10 @@ def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
     if num_seqs < 1:
         needed = planned["smallest_gpu_bytes"] / 2**30
         return Estimate(tp, pp, dp, problem=f"does not fit: needs GPUs of {needed:.1f} GiB")
-    stages = [_Stage(rank, planned, gpu) for rank in planned["ranks"] if rank["tp_rank"] == 0]
+    stages = [
+        _Stage(max(group, key=lambda rank: int(rank["kv_block_bytes"])), planned, gpu)
+        for group in (planned["ranks"][first : first + tp] for first in range(0, len(planned["ranks"]), tp))
+    ]
     record = _of_device(planned["step_record"], gpu)
     context = load.input_len + load.output_len / 2
     micro = max(1, num_seqs // pp)

@@ -155,10 +155,12 @@ def _why_more_tokens(best: Estimate, second: Estimate) -> str:
     """What the better layout has that the second lacks. Both use all ranks, so fewer replicas are larger ones."""
     if best.dp > second.dp:
         return "replicas work without waiting for each other"
-    if best.dp < second.dp:
+    if best.dp < second.dp and best.num_seqs > second.num_seqs:
         return (
             f"larger replicas leave more room for sequences, {best.num_seqs} at once each instead of {second.num_seqs}"
         )
+    if best.dp < second.dp:
+        return "GPUs that share a replica read their weights for all of its sequences at once"
     if best.tp < second.tp:
         return "handing over between stages costs less than sums within each layer"
     return "every GPU works on every step, so none waits for a slower stage"

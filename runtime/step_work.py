@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from phalanx.checkpoints.formats import Format, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.held import PackedCodes
@@ -45,7 +46,7 @@ class StageWork:
 def stage_work(
     model: Model, config: ModelConfig, layout: Layout, formats: FormatPlan, dtype: str
 ) -> tuple[StageWork, ...]:
-    """One for each stage, of its first tensor-parallel rank.
+    """One for each stage, of the tensor-parallel rank with the most to read: shares may be uneven.
 
     Raises:
         ConfigError: the model cannot be split so.
@@ -54,24 +55,29 @@ def stage_work(
     result = []
     for stage, layers in enumerate(model.stages(config, layout.pp)):
         specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
-        weights = [_weight_work(weight, experts, layout.tp, itemsize) for weight in format_weights(specs, formats)]
-        result.append(
-            StageWork(
-                fixed_bytes=sum(one.fixed_bytes for one in weights),
-                expert_bytes=sum(one.expert_bytes for one in weights),
-                token_expert_bytes=sum(one.token_expert_bytes for one in weights),
-                token_values=sum(one.token_values for one in weights),
-            )
+        weights = format_weights(specs, formats)
+        ranks = (
+            _sum(_weight_work(weight, experts, tp_rank, layout.tp, itemsize) for weight in weights)
+            for tp_rank in range(layout.tp)
         )
+        result.append(max(ranks, key=lambda work: work.fixed_bytes + work.expert_bytes))
     return tuple(result)
 
 
-def _weight_work(weight: FormattedWeight, experts: dict[str, ExpertsSpec], tp: int, itemsize: int) -> StageWork:
-    sizes = weight_bytes(weight.components, 0, tp, itemsize)
+def _sum(parts: Iterable[StageWork]) -> StageWork:
+    names = [field.name for field in fields(StageWork)]
+    values = [[getattr(part, name) for name in names] for part in parts]
+    return StageWork(*map(sum, zip(*values, strict=True)))
+
+
+def _weight_work(
+    weight: FormattedWeight, experts: dict[str, ExpertsSpec], tp_rank: int, tp: int, itemsize: int
+) -> StageWork:
+    sizes = weight_bytes(weight.components, tp_rank, tp, itemsize)
     num_bytes = sum(sizes.values())
     if sizes["embedding"]:
         return StageWork()
-    shape = weight.spec.local_shape(0, tp)
+    shape = weight.spec.local_shape(tp_rank, tp)
     values = math.prod(shape) * _share_of_time(weight.format) if len(shape) == 2 else 0
     owner, _, matrix = weight.spec.owner.rpartition(".")
     if owner not in experts or matrix == "router":

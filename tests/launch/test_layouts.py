@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.layouts import GPUS, MEMORY_SHARE, Estimate, layouts_of
+from phalanx.launch.layouts import GPUS, MEMORY_SHARE, SUM_SECONDS, Estimate, layouts_of
 from phalanx.launch.plan import main, reason
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
@@ -113,6 +113,19 @@ def test_prompts_cost_the_products_of_values_not_the_bytes_that_they_are_stored_
         compared(capsys, MODELS / each, *flags)[0]["tokens_per_second"] for each in ("llama-3-8b", name)
     )
     assert plain / quantised == pytest.approx(share, rel=0.03)
+
+
+def test_the_rank_with_the_largest_share_sets_the_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 7B's 16 heads over 3 ranks: 5, 5 and 6, so two ranks may not hide what the third reads."""
+    directory = MODELS / "gemma-7b"
+    assert main(["--model", str(directory), "--tp", "3", "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    most = max(rank["weight_bytes"] for rank in ranks)
+    assert len({rank["weight_bytes"] for rank in ranks}) > 1
+    flags = ("--ranks", "3", "--gpu", "h200", "--input-len", "1", "--output-len", "1", "--optimise", "latency")
+    (split,) = [each for each in compared(capsys, directory, *flags) if each["tp"] == 3]
+    sums = 2 * 28 * SUM_SECONDS  # of 28 layers
+    assert split["token_seconds"] - sums == pytest.approx(most / (GPUS["h200"].memory * MEMORY_SHARE), rel=0.01)
 
 
 @pytest.mark.parametrize(
