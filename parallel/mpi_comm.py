@@ -128,13 +128,13 @@ def world_communicator() -> Communicator:
     if world.Get_size() == 1:
         return SelfCommunicator()
     own = world.Dup()
-    own.Barrier()  # every rank has mapped the shared memory of its host
-    _unlink_shared_memory()
+    _unlink_shared_memory(own)  # a script may have started MPI itself
     return MpiCommunicator(own)
 
 
-def _unlink_shared_memory() -> None:
-    """Have the kernel remove MPICH's segments with the last rank: a job that is killed would leave them in /dev/shm."""
+def _unlink_shared_memory(world: Any) -> None:
+    """Have the kernel remove MPICH's segments with the last rank: a job that is killed would leave them in /dev/shm. *Collective.*"""
+    world.Barrier()  # every rank has mapped the shared memory of its host
     for path in _mapped_files():
         if path.startswith(_MPICH_SEGMENT):
             with contextlib.suppress(OSError):
@@ -261,6 +261,7 @@ def _mpi(start: bool = True) -> Any:
         with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
+            _unlink_shared_memory(MPI.COMM_WORLD)
     return MPI
 
 

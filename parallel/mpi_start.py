@@ -70,13 +70,13 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if messenger is not None:
-            messenger.communicate()
+            messenger.communicate(b"+")
         if place is not None:
             place.close()
 
 
 def _start_messenger(info: LaunchInfo, seconds: float, key: str, agent: int) -> subprocess.Popen[bytes]:
-    """A child that speaks when ``seconds`` have passed, or a rank has ended, and is silent when its standard input is closed before."""
+    """A child that speaks when ``seconds`` have passed, or a rank has ended, and is silent when it reads a byte before."""
     way_out = f"look for its message, run launch.doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
     # Hydra alone does not end a job for a rank that ends before MPI. In a container its process may be out of sight.
     is_looked_at = (

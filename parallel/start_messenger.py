@@ -1,7 +1,10 @@
 """Says why MPI does not start: a child of a rank, as MPI's start keeps the rank's own interpreter from running anything.
 
-``python start_messenger.py RANK SIZE LOCAL_SIZE SECONDS KEY AGENT WAY_OUT``; needs the standard library only. Its standard input closes when MPI
-has started or the rank has ended. The first messenger of a host speaks and the others are silent.
+``python start_messenger.py RANK SIZE LOCAL_SIZE SECONDS KEY AGENT WAY_OUT``; needs the standard library only. It reads a byte when MPI
+has started; if its standard input ends without one, the rank has. The first messenger of a host speaks and the others are silent.
+
+It also removes the shared memory of a rank that is killed meanwhile: MPICH creates it at the beginning of its start, and ranks unlink
+it at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ __all__ = ["NAME", "answer"]
 NAME = "phalanx-start-{key}-{what}"
 """Of abstract sockets, which vanish with their process: one for each rank of the host that has come, one for who speaks."""
 POLL_SECONDS = 0.5
+MAPS_SECONDS = 0.02
+"""Between two looks at what the rank has mapped, until there is a segment."""
+SEGMENT = "/dev/shm/mpich_shm_"
 ENDED_SECONDS = 2.0
 """For so long a process must be missing before it counts as ended: a launcher starts them one after the other."""
 CLAIM_SECONDS = 1.0
@@ -75,18 +81,43 @@ def _in_words(here: Collection[int | None], size: int, local_size: int, verb: st
     return f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))} {verb}"
 
 
-def _reason(size: int, local_size: int, seconds: float, key: str, agent: int) -> str:
+class _Segment:
+    """MPICH's shared memory of this host, as ``rank`` has mapped it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._path = rank, ""
+
+    def find(self) -> bool:
+        """Look for it; whether it is known."""
+        if not self._path:
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{self._rank}/maps").read_text().split()
+                self._path = next((word for word in words if word.startswith(SEGMENT)), "")
+        return bool(self._path)
+
+    def remove(self) -> None:
+        """Do what a rank that has been killed could not."""
+        if self.find():
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
+def _reason(size: int, local_size: int, seconds: float, key: str, agent: int, segment: _Segment) -> str:
     """Why MPI does not start, once that is certain; empty if it has started."""
-    started = last_complete = time.monotonic()
+    started = last_complete = last_look = time.monotonic()
     while True:
         left = started + seconds - time.monotonic()
-        if select.select([sys.stdin], [], [], max(0.0, min(left, POLL_SECONDS)))[0]:
+        pause = POLL_SECONDS if segment.find() else MAPS_SECONDS
+        if select.select([sys.stdin], [], [], max(0.0, min(left, pause)))[0]:
+            if not os.read(sys.stdin.fileno(), 1):
+                segment.remove()
             return ""
-        if agent:
+        if agent and time.monotonic() > last_look + POLL_SECONDS:
+            last_look = time.monotonic()
             running = _running(agent)
             if len(running) >= local_size:
-                last_complete = time.monotonic()
-            elif time.monotonic() > last_complete + ENDED_SECONDS:
+                last_complete = last_look
+            elif last_look > last_complete + ENDED_SECONDS:
                 return f"will not start, because {_in_words(running, size, local_size, 'ended before that')}"
         if left <= 0:
             absent = _in_words(_listed(key), size, local_size, "did not come")
@@ -97,7 +128,8 @@ def main() -> None:
     """Wait, and speak if it was in vain."""
     rank, size, local_size = map(int, sys.argv[1:4])
     seconds, key, agent, way_out = float(sys.argv[4]), sys.argv[5], int(sys.argv[6]), sys.argv[7]
-    why = _reason(size, local_size, seconds, key, agent)
+    segment = _Segment(os.getppid())
+    why = _reason(size, local_size, seconds, key, agent, segment)
     if not why:
         return
     claim = answer(key, "speaks")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,20 @@ def test_a_rank_that_ends_before_mpi_is_named_long_before_the_limit(rank: int) -
     if not is_open_mpi():  # whose launcher ends the job at once
         (line,) = said
         assert f"of 3: MPI will not start, because rank {rank} ended before that; look for its message" in line
+
+
+@pytest.mark.parametrize("byte", [b"+", b""], ids=["started", "killed"])
+def test_shared_memory_of_a_rank_that_is_killed_in_the_start_of_mpi_is_removed(byte: bytes) -> None:
+    """This process is the rank, and MPICH's segment a file that it has mapped."""
+    path = Path(f"{start_messenger.SEGMENT}{uuid.uuid4().hex}")
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    try:
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            command = [sys.executable, "-ISE", start_messenger.__file__, "0", "2", "2", "60", "test", "0", ""]
+            subprocess.run(command, input=byte, check=True, timeout=60)
+            assert path.exists() == bool(byte)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
