@@ -44,7 +44,7 @@ from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.cuda.trace import Timeline, TracedOps
 from phalanx.runtime.executors.cuda.tuning import tune_products, tuned_sizes
 from phalanx.runtime.executors.cuda.weights import ConvertingSink
-from phalanx.runtime.executors.fit import refuse_what_cannot_fit
+from phalanx.runtime.executors.fit import largest_converted, refuse_what_cannot_fit
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
 from phalanx.runtime.executors.weights import Weights
@@ -93,7 +93,9 @@ def create_lowered_executor(
         library = KernelLibrary()
         _check_quantized(spec, library.architecture)
         with _open_groups(library, spec.topology, spec.comm) as groups:
-            refuse_what_cannot_fit(spec, spec.held_formats, DTYPE_BYTES[spec.dtype], _free_bytes(), "its GPU")
+            held, itemsize = spec.held_formats, DTYPE_BYTES[spec.dtype]
+            loading_bytes = largest_converted(spec, held, itemsize)
+            refuse_what_cannot_fit(spec, held, itemsize, _free_bytes(), "its GPU", loading_bytes)
             weights = _load(spec, library)
             gemm = open_gemm(library)
             timeline = Timeline(stream) if spec.options.trace else None

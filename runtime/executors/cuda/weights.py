@@ -145,7 +145,10 @@ class ConvertingSink(CudaSink):
         super().__init__(dtype, library)
         assert packing.keys().isdisjoint(ordered), "each of them replaces the codes"
         self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
-        self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
+        self._conversions: dict[str, Held] = {
+            f"{name}.weight": self._quantizer(one) if isinstance(one, RowCodes) else self._quantizing_packer(one)
+            for name, one in quantize.items()
+        }
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
         self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
         self._plain, self._ordered, self._blocks = plain, ordered, blocks
@@ -231,19 +234,36 @@ class ConvertingSink(CudaSink):
         self._filling = None
         self.weights.update(dict.fromkeys(names, self._conversions[names[0]](array)))
 
-    def _quantizer(self, chosen: RowCodes | ExpertCodes) -> Held:
-        def quantize(array: DeviceArray) -> QuantizedRows | PackedWeight:
+    def _quantizer(self, chosen: RowCodes) -> Held:
+        def quantize(array: DeviceArray) -> QuantizedRows:
             import cupy
 
-            rows = chosen.stored if isinstance(chosen, ExpertCodes) else chosen
-            assert isinstance(rows, RowCodes)
             codes, scale = cupy.empty(array.shape, np.uint8), cupy.empty(array.shape[:1], np.float32)
-            quantized = QuantizedRows(codes, scale, rows.kind)
+            quantized = QuantizedRows(codes, scale, chosen.kind)
             quantize_rows(self._library, array, quantized)
-            if isinstance(chosen, RowCodes):
-                return quantized
-            packed, columns = self._packer(chosen)(codes if rows.kind == "fp8" else codes.view(np.int8))
-            return PackedWeight(packed, scale[None], None, rows.kind, columns, 0)
+            return quantized
+
+        return quantize
+
+    def _quantizing_packer(self, chosen: ExpertCodes) -> Held:
+        assert isinstance(chosen.stored, RowCodes)
+        kind = chosen.stored.kind
+
+        def quantize(array: DeviceArray) -> PackedWeight:
+            """Some rows at a time: their codes are needed until they are packed only."""
+            import cupy
+
+            rows, columns = array.shape
+            packed = cupy.empty((rows, packed_row_bytes(columns, kind)), np.uint8)
+            scale = cupy.empty(rows, np.float32)
+            most = max(1, _CHUNK_BYTES // columns)
+            codes = cupy.empty((min(most, rows), columns), np.uint8)
+            for start in range(0, rows, most):
+                piece = slice(start, min(start + most, rows))
+                some = codes[: piece.stop - start]
+                quantize_rows(self._library, array[piece], QuantizedRows(some, scale[piece], kind))
+                pack_weight(self._library, some if kind == "fp8" else some.view(np.int8), packed[piece], kind)
+            return PackedWeight(packed, scale[None], None, kind, columns, 0)
 
         return quantize
 
