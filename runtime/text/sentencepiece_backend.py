@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from phalanx.parallel.errors import CheckpointError
-from phalanx.runtime.text.sentencepiece_encoding import SentencePieceEncoding, merges
-from phalanx.runtime.text.sentencepiece_model import MARK, PieceKind, SentencePieceModel
+from phalanx.runtime.text.sentencepiece_encoding import SentencePieceEncoding
+from phalanx.runtime.text.sentencepiece_merges import OF_TEXT
+from phalanx.runtime.text.sentencepiece_model import MARK, Piece, PieceKind, SentencePieceModel
 
 __all__ = ["spellings", "to_backend", "to_encoder"]
 
@@ -84,6 +85,19 @@ def _algorithm(model: SentencePieceModel) -> models.Model:
         return models.Unigram(scored, unk_id=model.unk_id, byte_fallback=model.byte_fallback)
     vocabulary = {piece.text: index for index, piece in enumerate(model.pieces)}
     return models.BPE(
-        vocabulary, merges(model.pieces, vocabulary), unk_token=model.text(model.unk_id), fuse_unk=True,
+        vocabulary, _merges(model.pieces, vocabulary), unk_token=model.text(model.unk_id), fuse_unk=True,
         byte_fallback=model.byte_fallback,
     )  # fmt: skip
+
+
+def _merges(pieces: Sequence[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of texts that makes a piece, best score of the result first."""
+    found = []
+    for piece in pieces:
+        if piece.kind not in OF_TEXT:
+            continue
+        for cut in range(1, len(piece.text)):
+            left, right = piece.text[:cut], piece.text[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]

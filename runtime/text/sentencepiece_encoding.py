@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts to pieces as the SentencePiece library makes them: normalisation, then unigrams or byte pairs, then bytes of unknown characters.
 
-Source: ``Normalizer::Normalize``, ``unigram::Model::EncodeOptimized``, ``bpe::Model::SampleEncode`` and
+Source: ``Normalizer::Normalize``, ``unigram::Model::EncodeOptimized`` and
 ``SentencePieceProcessor::PopulateSentencePieceText`` of the library (0.2).
 """
 
@@ -11,18 +11,15 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 
-from tokenizers import models
+from phalanx.runtime.text.sentencepiece_merges import BytePairs
+from phalanx.runtime.text.sentencepiece_model import MARK, PieceKind, SentencePieceModel
 
-from phalanx.runtime.text.sentencepiece_model import MARK, Piece, PieceKind, SentencePieceModel
-
-__all__ = ["SentencePieceEncoding", "merges"]
+__all__ = ["SentencePieceEncoding"]
 
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
 _UNKNOWN_PENALTY = 10.0
 _DEFINED_BONUS = 0.1
 """Score of each byte but the first of a piece that the user defined."""
-_ABSENT = "\0"
-"""Stands for a character of no piece, of which the place tells the text."""
 
 
 class SentencePieceEncoding:
@@ -39,7 +36,7 @@ class SentencePieceEncoding:
         self._spelt = spelt
         self._marks_first = marks_first
         self._normaliser = _Normaliser(model)
-        self._segment = _Unigrams(model) if model.is_unigram else _BytePairs(model)
+        self._segment = _Unigrams(model) if model.is_unigram else BytePairs(model.pieces)
 
     def pieces(self, text: str, is_first: bool) -> list[str]:
         """Return the texts of a text's tokens; ``is_first``: nothing goes before it."""
@@ -107,47 +104,6 @@ class _Normaliser:
             yield replacement, match is not None
             position = end
         yield text[position:], False
-
-
-class _BytePairs:
-    """Merges pairs of pieces, the best score first. Pieces that the user defined are cut out before, the longest first."""
-
-    def __init__(self, model: SentencePieceModel) -> None:
-        self._texts = {piece.text for piece in model.pieces if piece.kind in _OF_TEXT}
-        self._defined = re.compile(f"({_alternatives(model.texts(PieceKind.USER_DEFINED)) or '(?!)'})")
-        names = list(dict.fromkeys([_ABSENT, *self._texts, *"".join(self._texts)]))
-        vocabulary = {text: index for index, text in enumerate(names)}
-        self._model = models.BPE(vocabulary, merges(model.pieces, vocabulary), unk_token=_ABSENT, fuse_unk=False)
-
-    def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
-        for index, part in enumerate(self._defined.split(text)):
-            if index % 2:
-                yield part, True
-            elif part:
-                yield from self._merged(part)
-
-    def _merged(self, text: str) -> Iterator[tuple[str, bool]]:
-        data = text.encode()
-        for token in self._model.tokenize(text):
-            start, end = token.offsets
-            found = data[start:end].decode()
-            yield found, found in self._texts
-
-
-_OF_TEXT = (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED)
-
-
-def merges(pieces: Sequence[Piece], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of texts that makes a piece, best score of the result first."""
-    found = []
-    for piece in pieces:
-        if piece.kind not in _OF_TEXT:
-            continue
-        for cut in range(1, len(piece.text)):
-            left, right = piece.text[:cut], piece.text[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
 
 
 class _Unigrams:
