@@ -283,8 +283,15 @@ def _rounded_bytes(
     specs: Iterable[WeightSpec], experts: Mapping[str, ExpertsSpec], num_rows: int, itemsize: int, rank: int, size: int
 ) -> int:
     """Room for inputs of ``specs`` that are rounded before the product, all alive at once."""
-    widths = [_row_widths(spec, experts, rank, size)[1] for spec in specs]
+    widths = [_input_width(spec, experts, rank, size) for spec in specs]
     return sum(num_rows * width * itemsize + ALIGNMENT_BYTES for width in widths)
+
+
+def _input_width(spec: WeightSpec, experts: Mapping[str, ExpertsSpec], rank: int, size: int) -> int:
+    """Values of a token that a product takes: the last product of experts has a row for each expert that the token takes."""
+    inner = spec.local_shape(rank, size)[1]
+    owner, _, matrix = spec.owner.rpartition(".")
+    return experts[owner].top_k * inner if owner in experts and matrix == "down" else inner
 
 
 def _added_bytes(specs: Iterable[WeightSpec], itemsize: int, rank: int, size: int) -> int:

@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phalanx.checkpoints.quantization.held import held_formats
+from phalanx.checkpoints.formats import ALL_DENSE, DENSE, FormatPlan
+from phalanx.checkpoints.quantization.held import ExpertValues, held_formats
+from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.thread_comm import run_ranks
+from phalanx.parallel.topology import Layout, Topology
 from phalanx.runtime.executors.cuda.results import ResultLayout
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.memory import plan_memory, workspace_bytes
+from phalanx.runtime.models import find_model
 from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.state_sizes import ALLOCATION_BYTES, state_bytes
@@ -132,3 +136,17 @@ def num_bytes(array: Any) -> int:
     if hasattr(array, "nbytes"):
         return int(array.nbytes)
     return sum(one.nbytes for one in (array.codes, array.scale, array.zero, array.blocks) if one is not None)
+
+
+@given(st.integers(1, 512), st.integers(1, 4096), st.integers(1, 16), st.sampled_from([2, 4]))
+@settings(max_examples=50, deadline=None)
+def test_inputs_of_a_quantised_router_have_room(hidden: int, num_tokens: int, top_k: int, itemsize: int) -> None:
+    """What `round_inputs` makes of the ``[T, D]`` that a router multiplies, whatever the number of experts that a token takes."""
+    config = {**MIXTRAL.config, "hidden_size": 4 * hidden, "num_local_experts": 16, "num_experts_per_tok": top_k}
+    model = find_model(config)
+    router = FormatPlan(lambda spec: ExpertValues(RowCodes("fp8")) if spec.owner.endswith(".router") else DENSE)
+    with_codes, without = (
+        workspace_bytes(model, model.read_config(config), plan, Topology(Layout(1, 1, 1), 0), 1, num_tokens, itemsize)
+        for plan in (router, ALL_DENSE)
+    )
+    assert with_codes - without >= num_tokens * 4 * hidden * itemsize
