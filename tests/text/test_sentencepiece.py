@@ -7,6 +7,7 @@ import io
 import json
 import random
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,18 @@ def test_ids_equal_those_recorded_from_the_library(recorded: Any, tmp_path: Path
     tokenizer = load(tmp_path, base64.b64decode(recorded["model"]))
     for text, ids in recorded["ids"].items():
         assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, ascii(text)
+
+
+def test_several_threads_may_encode_at_once(tmp_path: Path) -> None:
+    """`tokenizers` calls back into Python for such a model, and gives the interpreter's lock away before."""
+    recorded = RECORDED[0]
+    texts_and_ids = [*recorded["ids"].items()] * 5
+    tokenizer = load(tmp_path, base64.b64decode(recorded["model"]))
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(
+            lambda each: list(tokenizer.encode(each[0], add_special_tokens=False)) == each[1], texts_and_ids
+        )
+        assert all(found)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
