@@ -248,7 +248,7 @@ def _tiles(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], 
     shared_bytes = stages * stage_bytes
     kernel = library.function(
         "experts_tiles", "multiply_tiles", shared_bytes, ROWS=height, STAGES=stages,
-        SHARED_BYTES=shared_bytes, BFLOAT16=int(defines["SCALAR"] == "__nv_bfloat16"), KV_FP8=0, **defines,
+        SHARED_BYTES=shared_bytes, MIN_BLOCKS=blocks, BFLOAT16=int(defines["SCALAR"] == "__nv_bfloat16"), KV_FP8=0, **defines,
     )  # fmt: skip
     outputs = _TILE_COLUMNS // (2 if defines["GATED"] else 1)
     kernel((grid[0], ceil_div(grid[1], outputs)), (256,), arguments, shared_mem=shared_bytes)

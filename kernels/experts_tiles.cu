@@ -4,7 +4,7 @@
 // ups) of one tile; 8 warps, two along the rows, four along the columns. Grid: (tiles, outputs over that): tiles come first, so
 // that blocks that run together share an expert's weights.
 // Defines: SCALAR, CODES, GROUP (a multiple of 32, 0 = the whole row), HAS_ZERO, ROWS (64 or 128), STAGES, GATED, ACTIVATION, GATHERS,
-//     TOP_K, SHARED_BYTES, BFLOAT16, KV_FP8 (0).
+//     TOP_K, SHARED_BYTES, MIN_BLOCKS (of a multiprocessor, which bounds registers), BFLOAT16, KV_FP8 (0).
 // What is odd: weights are the 16-row side of the tensor cores' operands and tokens the 8-row side. So a lane that reads 8 neighbouring
 // columns of a token has two operands without moving a register, and the same columns of two weight rows, which are codes, become operands
 // in place. Plain values go through ldmatrix. A row of tokens in shared memory is 128 bytes, its 16-byte pieces permuted by the row's number,
@@ -198,7 +198,7 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* tokens, cons
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 multiply_tiles(const scalar* __restrict__ x, const unsigned char* __restrict__ values, const float* __restrict__ scale,
                const signed char* __restrict__ zero, const int* __restrict__ order, const ExpertTile* __restrict__ tiles,
                scalar* __restrict__ out, int stacked_rows, int out_features, int in_features) {

@@ -88,7 +88,8 @@ SPECS = [
         for source, more in (
             ("experts_stream", {"NUM_WARPS": 8, "ROW_BLOCKS": 2, "UNROLL": 1, "WHOLE_CHUNKS": 0}),
             ("experts_plain", {"WARPS": 4, "ROWS": 16, "VEC": 4}),
-            ("experts_tiles", {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98304, "BFLOAT16": 0, "KV_FP8": 0}),
+            *(("experts_tiles", {"ROWS": 128, "STAGES": 3, "SHARED_BYTES": 98304, "MIN_BLOCKS": blocks, "BFLOAT16": 0, "KV_FP8": 0})
+              for blocks in (1, 2)),
         )
     ),
 ]  # fmt: skip

@@ -203,3 +203,25 @@ def test_more_experts_than_are_sorted_are_refused(device):
     x = np.zeros((1, 8), ml_dtypes.bfloat16)
     with pytest.raises(ExecutorError, match="1025 experts on a rank"):
         routed(device, x, np.zeros((1025, 8), ml_dtypes.bfloat16), routing)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks"), [("sm_80", 1), ("sm_86", 1), ("sm_89", 1), ("sm_90a", 2), ("sm_120", 1)]
+)
+def test_registers_are_bounded_for_as_many_blocks_as_shared_memory_holds(device, random_normal, architecture, blocks):
+    """128 rows and plain values: a bound for two blocks where one fits would spill registers for nothing."""
+    compiled = {}
+
+    class Recorder:
+        def __init__(self):
+            self.architecture = architecture
+
+        def function(self, source, name, shared_bytes=0, **defines):
+            compiled[source] = defines
+            return lambda *_, **__: None
+
+    routing, x = Routing(2, 1, True, range(2)), random_normal(BFLOAT16, 150, 64)
+    rows = ExpertRows.allocate(device.poisoned, len(x), routing, x.dtype.itemsize)
+    out = device.poisoned(x.shape, BFLOAT16)
+    grouped_product(Recorder(), x, random_normal(BFLOAT16, 128, 64), out, routing, rows)
+    assert compiled["experts_tiles"]["MIN_BLOCKS"] == blocks
