@@ -22,6 +22,7 @@ import tokenizers
 from phalanx.runtime.guidance import check_guide
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.openai import grammar_values
 from phalanx.runtime.server.openai.forced_calls import arguments_schema
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
 from phalanx.runtime.server.openai.tools import Tool, tool_use
@@ -266,6 +267,24 @@ ONE: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "string"}}
         ("glm45", {**ONE, "required": ["y"]}, "'y', which is required and not among its properties"),
         ("pythonic", {"type": "object", "properties": {"a b": {}}}, "'a b', which is no name in Python"),
         ("qwen3_coder", {**ONE, "properties": {"x": {"type": "string", "minLength": 2}}}, "minLength of 'x'"),
+        (
+            "qwen3_coder",
+            {
+                **ONE,
+                "properties": {"x": {"anyOf": [{"$ref": "#/$defs/p"}, {"type": "null"}]}},
+                "$defs": {"p": {"type": "string", "pattern": "^[a-z]$"}},
+            },
+            "pattern of 'x'",
+        ),
+        ("glm45", {**ONE, "properties": {"x": {"enum": ["ab"], "pattern": "b"}}}, "pattern of 'x'"),
+        (
+            "qwen3_coder",
+            {**ONE, "properties": {"x": {"enum": ["a\n"]}}},
+            "'a\\n' of 'x', which this model's calls cannot spell",
+        ),
+        ("glm45", {**ONE, "properties": {"x": {"enum": ["a</arg_value>"]}}}, "'a</arg_value>' of 'x'"),
+        ("qwen3_coder", {"type": "object", "properties": {"a>b": {}}}, "'a>b', which is no name between its tags"),
+        ("glm45", {"type": "object", "properties": {" a": {}}}, "' a', which is no name between its tags"),
         ("glm45", {**ONE, "properties": {"x": {"anyOf": [{"type": "string", "format": "date"}]}}}, "format of 'x'"),
     ],
 )
@@ -275,6 +294,173 @@ def test_what_a_form_cannot_be_held_to_is_named(
     with pytest.raises(ApiError, match="leave strict out, or use tool_choice 'required'") as caught:
         strict_grammar(form, [("f", schema)], tokenizer)
     assert what in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["glm45", "pythonic", "qwen3_coder"])
+@pytest.mark.parametrize(
+    ("schema", "what"),
+    [
+        ({**ONE, "required": 5}, "required, which is not a list of names"), ({**ONE, "required": [["x"]]}, "required, which is not a list"),
+        ({"type": "object", "required": ["x"]}, "'x', which is required and not among its properties"),
+        ({"type": "object", "properties": 5}, "properties that are not schemas"), ({"properties": ["x"]}, "properties that are not schemas"),
+        ({"properties": {"x": 5}}, "properties that are not schemas"), ({"type": "array"}, "the type 'array', which is not object"),
+        ({**ONE, "additionalProperties": 5}, "additionalProperties, which is not a schema"),
+        ({"properties": {"x": {"enum": 5}}}, "the enum of 'x', 5, which is not a list"),
+    ],
+)  # fmt: skip
+def test_a_malformed_schema_is_named(form: str, schema: dict[str, Any], what: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ApiError) as caught:
+        strict_grammar(form, [("f", schema)], tokenizer)
+    assert what in str(caught.value)
+    assert caught.value.status == 400
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused(tokenizer: Tokenizer) -> None:
+    items: dict[str, Any] = {"type": "string"}
+    for _ in range(5_000):
+        items = {"type": "array", "items": items}
+    for function in (arguments_schema, lambda schema: strict_grammar("glm45", [("f", schema)], tokenizer)):
+        with pytest.raises(ApiError, match="nested too deeply; flatten it"):
+            function({"type": "object", "properties": {"x": items}})
+
+
+ROOMS: dict[str, Any] = {"room": {"type": "object", "properties": {"beds": {"type": "integer"}}, "required": ["beds"]},
+                         "pattern": {"type": "string", "pattern": "^[a-z]$"}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}]}}  # fmt: skip
+TAGGED = ["glm45", "qwen3_coder"]
+
+
+def fits_one(form: str, tokenizer: Tokenizer, schema: dict[str, Any], *texts: str) -> list[bool]:
+    """Whether one function's grammar lets each text through; then the call that is read matches its schema."""
+    grammar = strict_grammar(form, [("f", schema), ("free", {"type": "object"})], tokenizer)
+    check_guide(GuideRule().check("tools", {"grammar": grammar}))
+    matcher, found = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0), []
+    for text in texts:
+        token_ids, copy = list(tokenizer.encode(text, add_special_tokens=False)), matcher.deep_copy()
+        found.append(copy.try_consume_tokens(token_ids) == len(token_ids) and copy.is_accepting())
+        reader = tool_call_reader(form, ["f", "free"], schemas={"f": schema})
+        pieces = reader.push(text) + reader.finish()
+        if found[-1] and reader.num_calls and pieces[0].name == "f":
+            jsonschema.validate(json.loads("".join(piece.text for piece in pieces)), schema)
+    return found
+
+
+def of_one_value(value: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"a": value},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": ROOMS,
+    }
+
+
+@pytest.mark.parametrize("form", TAGGED)
+@pytest.mark.parametrize(
+    ("value", "taken", "refused"),
+    [
+        ({"anyOf": [{"type": "string", "enum": ["x", "y"]}, {"type": "null"}]}, ["x", "null"], ["zzz", '"x"', ""]),
+        ({"oneOf": [{"const": "x"}, {"const": "y"}]}, ["x", "y"], ["z"]), ({"enum": [1, "b", None]}, ["1", "b", "null"], ["2", "true"]),
+        ({"type": "string", "enum": ["x", None]}, ["x"], ["null"]), ({"type": ["string", "null"]}, ["zzz", "null", "5"], []),
+        ({"anyOf": [{"enum": ["x"]}, {"$ref": "#/$defs/room"}]}, ["x", '{"beds": 2}'], ['{"beds": "2"}', "y"]),
+        ({"anyOf": [{"enum": ["x"]}, {"type": "array", "items": {"$ref": "#/$defs/pattern"}}]}, ["x", '["a"]'], ['["aa"]', "a"]),
+        ({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"format": {"type": "integer"}}}]}, ["zzz", "{}"], []),
+        ({"type": "object", "properties": {"format": {"type": "string"}}, "required": ["format"]}, ['{"format": "x"}'], ["{}", "x"]),
+        ({"type": "integer", "anyOf": [{"minimum": 3}, {"maximum": 1}]}, ["1", "3"], ["2"]), ({}, ["zzz", "5"], []), (True, ["zzz"], []),
+    ],
+)  # fmt: skip
+def test_every_alternative_of_a_value_between_tags_is_held_to(
+    form: str, value: Any, taken: list[str], refused: list[str], tokenizer: Tokenizer
+) -> None:
+    texts = [call(form, "f", a=text) for text in (*taken, *refused)]
+    assert fits_one(form, tokenizer, of_one_value(value), *texts) == [True] * len(taken) + [False] * len(refused)
+
+
+@pytest.mark.parametrize(
+    ("value", "taken", "refused"),
+    [
+        ({"anyOf": [{"type": "boolean"}, {"type": "null"}]}, ["True", "None", "true", "null"], ["1", '"x"']),
+        ({"type": "array", "items": {"type": "boolean"}}, ["[]", "[True, false]", "[true]"], ["[None]", "True", "[1]"]),
+        ({"type": "array", "items": {"type": "array", "items": {"type": ["integer", "null"]}}}, ["[[1, None], []]"], ["[[True]]", "[1]"]),
+        ({"enum": [True, "x", None]}, ["True", "None", '"x"'], ["False", '"y"']), ({"type": "boolean", "enum": [False, None]}, ["False"], ["None"]),
+        ({"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}]}, ['"x"', "None"], ['"z"', "True"]),
+        ({"type": "boolean"}, ["True", "true"], ["None"]), ({"$ref": "#/$defs/room"}, ['{"beds": 1}'], ["{}"]),
+    ],
+)  # fmt: skip
+def test_pythons_words_stand_wherever_jsons_do(
+    value: Any, taken: list[str], refused: list[str], tokenizer: Tokenizer
+) -> None:
+    texts = [f"[f(a={text})]" for text in (*taken, *refused)]
+    found = fits_one("pythonic", tokenizer, of_one_value(value), *texts)
+    assert found == [True] * len(taken) + [False] * len(refused)
+
+
+@pytest.mark.parametrize("form", [*TAGGED, "pythonic"])
+def test_arguments_without_names_are_held_to_their_schema(form: str, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    texts = [
+        call(form, "f"),
+        call(form, "f", one=1, zwölf=12),
+        call(form, "f", one="x"),
+        call(form, "f", one=1, two=1.5),
+    ]
+    assert fits_one(form, tokenizer, schema, *texts) == [True, True, False, False]
+    assert fits_one(
+        form, tokenizer, {"additionalProperties": {"type": "string"}}, call(form, "f", one="5", two="x")
+    ) == [True]
+
+
+@pytest.mark.parametrize("form", [*TAGGED, "pythonic"])
+def test_next_to_a_strict_function_others_take_what_their_reader_does(form: str, tokenizer: Tokenizer) -> None:
+    texts = [call(form, "free", 都市="x", flag=True), call(form, "f", a=5)]
+    if form == "pythonic":
+        texts += ["[free('it\\'s )', [None, (1, 2)], c={'x': True}, d=date(2024, 5), e=-1)]"]
+    else:
+        texts += [call(form, "free", **{"user-id": "x", "a b": 3})]
+    assert fits_one(form, tokenizer, of_one_value({"type": "integer"}), *texts) == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("pythonic", "f("), ("qwen3_coder", "f>"), ("glm45", "f<"), ("deepseek_v3", "f{")]
+)
+def test_names_that_a_reader_would_cut_are_refused(form: str, name: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        ApiError, match=r"cannot be called in this model's form of calls, where '.' ends a name; rename it"
+    ):
+        strict_grammar(form, [("ok", {}), (name, {})], tokenizer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_of_spaces_may_end(form: str, tokenizer: Tokenizer) -> None:
+    assert [fits(form, tokenizer, text) for text in (" ", "\n\n", "\t \n")] == [True] * 3
+
+
+@pytest.mark.parametrize("form", [*TAGGED, "pythonic"])
+def test_definitions_stand_where_references_lead_to_them(form: str, tokenizer: Tokenizer) -> None:
+    """Twenty arguments and 5 kB of definitions are an ordinary tool."""
+    definitions = {f"d{n}": {"type": "object", "properties": {"x" * 200: {"$ref": f"#/$defs/e{n}"}}} for n in range(20)}
+    definitions |= {f"e{n}": {"type": ["integer", "null"]} for n in range(20)}
+    values = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/d{n}"}, {"type": "null"}]} for n in range(20)}
+    schema = {"type": "object", "properties": {**values, "n": {"type": "integer"}}, "$defs": definitions}
+    grammar = strict_grammar(form, [("f", schema)], tokenizer)
+    assert len(grammar) < 20_000
+    check_guide(GuideRule().check("tools", {"grammar": grammar}))
+
+
+@pytest.mark.parametrize("form", [*TAGGED, "pythonic"])
+def test_a_grammar_that_becomes_too_long_is_not_built_to_its_end(
+    form: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    def counted(schema: dict[str, Any]) -> str:
+        built.append(1)
+        return json.dumps(schema) + "x" * 1000
+
+    monkeypatch.setattr(grammar_values, "json_rule", counted)
+    values = {f"a{n}": {"type": "integer", "minimum": n} for n in range(2000)}
+    with pytest.raises(ApiError, match="make a grammar of more than 65536 characters"):
+        strict_grammar(form, [("f", {"type": "object", "properties": values})], tokenizer)
+    assert len(built) < 70
 
 
 def strict_tools(*names: str) -> Sequence[Tool]:

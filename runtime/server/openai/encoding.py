@@ -25,7 +25,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     if generation.sampling.get("stop"):
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
-    generation = _with_guided_calls(services, generation)
+    generation = await _with_guided_calls(services, generation)
     if (guide := generation.sampling.get("structured_outputs")) is not None:
         await services.check_guide(guide)
     encoded = []
@@ -75,13 +75,14 @@ async def render(services: Services, prompt: Conversation) -> str:
     )
 
 
-def _with_guided_calls(services: Services, generation: Generation) -> Generation:
+async def _with_guided_calls(services: Services, generation: Generation) -> Generation:
     """The same with the grammar of answers that may be calls, where one is asked for and the form of calls is known; else `render` refuses."""
     tools = next((prompt.tools for prompt in generation.prompts if isinstance(prompt, Conversation)), None)
     form = services.tool_call_form
     if tools is None or form is None:
         return generation
-    guide = tools.guide(form, services.need_tokenizer("tools"), generation.sampling.get("structured_outputs"))
+    tokenizer, answer = services.need_tokenizer("tools"), generation.sampling.get("structured_outputs")
+    guide = await services.in_worker(lambda: tools.guide(form, tokenizer, answer))
     return dataclasses.replace(generation, sampling={**generation.sampling, **guide})
 
 

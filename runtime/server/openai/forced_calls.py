@@ -7,22 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
+from phalanx.runtime.text.tool_calls import ANNOTATIONS
 
 __all__ = ["arguments_schema", "call_schema", "calls_schema"]
 
 _SHARED = ("$defs", "definitions")
 _OF_SCHEMAS = frozenset({*_SHARED, "properties", "patternProperties", "dependentSchemas"})
 _OF_VALUES = frozenset({"enum", "const", "required", "type"})
-_ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
-)
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the schema of a function's arguments, less its words for the model; a function without parameters takes an empty object."""
+    """Return the schema of a function's arguments, less its words for the model; a function without parameters takes an empty object.
+
+    Raises:
+        ApiError: 400: it is nested too deeply.
+    """
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {key: _without_words(key, value) for key, value in parameters.items() if key not in _ANNOTATIONS}
+    try:
+        return {key: _without_words(key, value) for key, value in parameters.items() if key not in ANNOTATIONS}
+    except RecursionError:
+        raise invalid("tools: a schema is nested too deeply; flatten it", "tools") from None
 
 
 def _without_words(key: str, value: Any) -> Any:
@@ -35,7 +40,7 @@ def _without_words(key: str, value: Any) -> Any:
         return [_without_words("", item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {name: _without_words(name, item) for name, item in value.items() if name not in _ANNOTATIONS}
+    return {name: _without_words(name, item) for name, item in value.items() if name not in ANNOTATIONS}
 
 
 def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool) -> dict[str, Any]:

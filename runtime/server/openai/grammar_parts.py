@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from phalanx.runtime.guidance import JSON_WHITESPACE
+from phalanx.runtime.sampling.guides import MAX_GUIDE_CHARACTERS
+from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.text import Tokenizer
 
-__all__ = ["JsonAnswer", "Marks", "SharedRules", "Words", "json_rule", "quoted"]
+__all__ = ["JsonAnswer", "Marks", "SharedRules", "Words", "json_rule", "quoted", "refusal"]
 
 
 class Marks:
@@ -54,7 +56,7 @@ class Words:
         """The whole answer is ``calls`` if it begins with a ``bracket``, or with ``lead``, which is not let through."""
         blank = r"[\s\x1c-\x1f]"  # what `str.lstrip` takes away
         return (
-            f'start: PLAIN | {calls} | ""\n'
+            f"start: PLAIN | {calls} | BLANK\nBLANK: /{blank}*/\n"
             rf"PLAIN: /{blank}*[^\{bracket}\s\x1c-\x1f](.|\n)*/ & ~/{blank}*<\|{lead}\|>(.|\n)*/" + "\n"
         )
 
@@ -81,10 +83,31 @@ class SharedRules:
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
+        self._num_characters = 0
 
     def name(self, body: str) -> str:
-        """The name of the rule with ``body``."""
+        """Return the name of the rule with ``body``.
+
+        Raises:
+            ApiError: 400: the rules have become longer than a guide may be.
+        """
+        if body not in self._names:
+            self.count(body)
         return self._names.setdefault(body, f"v{len(self._names)}")
+
+    def count(self, text: str) -> None:
+        """Count other parts of the grammar, so that one that cannot be used is not built to its end.
+
+        Raises:
+            ApiError: as `name`.
+        """
+        self._num_characters += len(text)
+        if self._num_characters > MAX_GUIDE_CHARACTERS:
+            raise invalid(
+                f"tools: the strict functions make a grammar of more than {MAX_GUIDE_CHARACTERS} characters; give fewer of them, or shorten "
+                "their schemas",
+                "tools",
+            )
 
     def __str__(self) -> str:
         return "".join(f"{name}: {body}\n" for body, name in self._names.items())
@@ -98,3 +121,13 @@ def quoted(text: str) -> str:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """JSON that matches ``schema``, with bounded whitespace."""
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
+
+
+def refusal(function: str, what: str) -> ApiError:
+    """Return the error of a strict function of which a form cannot be held to ``what``."""
+    return invalid(
+        f"tools: {function!r:.140} is strict, but a call in this model's form cannot be held to {what}; leave strict out, or use tool_choice "
+        "'required'",
+        "tools",
+        "unsupported_parameter",
+    )

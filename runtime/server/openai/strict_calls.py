@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from phalanx.runtime.server.errors import invalid
 from phalanx.runtime.server.openai.forced_calls import call_schema
-from phalanx.runtime.server.openai.grammar_arguments import TaggedValues, python_arguments, tagged_arguments
-from phalanx.runtime.server.openai.grammar_parts import JsonAnswer, Marks, SharedRules, Words, json_rule, quoted
+from phalanx.runtime.server.openai.grammar_arguments import python_arguments, tagged_arguments
+from phalanx.runtime.server.openai.grammar_parts import JsonAnswer, Marks, Words, json_rule, quoted
+from phalanx.runtime.server.openai.grammar_values import PythonValues, TaggedValues
 from phalanx.runtime.text import Tokenizer
 
 __all__ = ["strict_grammar"]
@@ -27,7 +29,14 @@ _SHARED_RULES = r"""
 TEXT: /(.|\n)*/
 SPACE: /[ \n]{0,64}/
 COMMA: /[ \n]{0,64},[ \n]{0,64}/
-KEY: /[A-Za-z_][A-Za-z0-9_]{0,64}/
+"""
+
+_PYTHON_RULES = r"""
+EQUALS: /[ \n]{0,64}=[ \n]{0,64}/
+NAME: /[^\W\d]\w{0,64}/
+any: (UNQUOTED | QUOTED | "(" any ")" | "[" any "]" | "{" any "}")*
+UNQUOTED: /[^()\[\]{}"']+/
+QUOTED: /"([^"\\]|\\(.|\n))*"|'([^'\\]|\\(.|\n))*'/
 """
 
 
@@ -42,7 +51,10 @@ def strict_grammar(
         ApiError: 400: a schema says more than the form can be held to, or two functions define a name of ``$defs`` differently.
     """
     rest = Words() if answer is None else JsonAnswer(answer)
-    return _GRAMMARS[form](functions, Marks(tokenizer), rest) + _SHARED_RULES
+    try:
+        return _GRAMMARS[form](functions, Marks(tokenizer), rest) + _SHARED_RULES
+    except RecursionError:
+        raise invalid("tools: a schema of a strict function is nested too deeply; flatten it", "tools") from None
 
 
 def _objects(functions: Functions, arguments: str) -> dict[str, Any]:
@@ -64,6 +76,7 @@ def _mistral(functions: Functions, marks: Marks, rest: Rest) -> str:
         shared = {key: value for key, value in objects.items() if key != "anyOf"}
         calls = {"type": "array", "items": {"anyOf": objects["anyOf"]}, "minItems": 1, **shared}
         return rest.with_calls(marks, "[TOOL_CALLS]", f"SPACE {json_rule(calls)}")
+    _check_names(functions, "[{")
     number = f"({marks('[CALL_ID]')} /[a-zA-Z0-9]{{9}}/)?" if marks.knows("[CALL_ID]") else ""
     calls_by_name = [f"{quoted(name)} {number} {marks('[ARGS]')} {json_rule(schema)}" for name, schema in functions]
     return rest.with_calls(marks, "[TOOL_CALLS]", "call") + f"call: {' | '.join(calls_by_name)}\n"
@@ -71,6 +84,7 @@ def _mistral(functions: Functions, marks: Marks, rest: Rest) -> str:
 
 def _deepseek(functions: Functions, marks: Marks, rest: Rest) -> str:
     """The kind, a name and fenced arguments (V3, R1), or a name and arguments (V3.1)."""
+    _check_names(functions, "`{")
     first, last, begin, separator, end = (
         f"<\uff5ctool\u2581{name}\uff5c>"
         for name in ("calls\u2581begin", "calls\u2581end", "call\u2581begin", "sep", "call\u2581end")
@@ -93,43 +107,57 @@ def _llama(functions: Functions, marks: Marks, rest: Rest) -> str:
 
 def _pythonic(functions: Functions, marks: Marks, rest: Rest) -> str:
     """An answer that begins with a bracket is a list of calls."""
-    values = SharedRules()
+    _check_names(functions, "(")
+    values = PythonValues()
     rules = [
         f'f{index}: {quoted(name)} SPACE "(" SPACE a{index} SPACE ")"\n'
         + python_arguments(f"a{index}", name, schema, values)
         for index, (name, schema) in enumerate(functions)
     ]
     start = rest.or_calls('"[" SPACE call (COMMA call)* SPACE "]"', "[", "python_start")
-    call = _any_of("f", functions)
-    return f"{start}call: {call}\nEQUALS: /[ \\n]{{0,64}}=[ \\n]{{0,64}}/\n" + "".join(rules) + str(values)
+    return f"{start}call: {_any_of('f', functions)}\n{''.join(rules)}{values}{_PYTHON_RULES}"
 
 
 def _qwen_coder(functions: Functions, marks: Marks, rest: Rest) -> str:
-    values = TaggedValues(marks, "</parameter>", '"\\n"?')
+    _check_names(functions, ">")
+    values = TaggedValues(marks, "</parameter>", "\n")
     rules = [
         f"f{index}: {quoted(f'<function={name}>')} SPACE a{index} {quoted('</function>')}\n"
-        + tagged_arguments(f"a{index}", name, schema, values, _parameter)
+        + tagged_arguments(f"a{index}", name, schema, values, _parameter, ">")
         for index, (name, schema) in enumerate(functions)
     ]
     body = f"SPACE ({_any_of('f', functions)}) SPACE {marks('</tool_call>')}"
-    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + str(values)
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + f"{values}KEY: /[^>]+/\n"
 
 
-def _parameter(key: str) -> str:
-    return f'"<parameter=" {key} ">"'
+def _parameter(key: str | None) -> str:
+    return f'"<parameter=" {key or "KEY"} ">"'
 
 
 def _glm(functions: Functions, marks: Marks, rest: Rest) -> str:
-    def key_of(key: str) -> str:
-        return f"{marks('<arg_key>')} {key} {marks('</arg_key>')} SPACE {marks('<arg_value>')}"
+    _check_names(functions, "<")
+    values, end = TaggedValues(marks, "</arg_value>"), "</arg_key>"
 
-    values = TaggedValues(marks, "</arg_value>")
+    def key_of(key: str | None) -> str:
+        return f"{marks('<arg_key>')} {'key' if key is None else f'{key} {marks(end)}'} SPACE {marks('<arg_value>')}"
+
     rules = [
-        f'f{index}: {quoted(name)} "\\n" SPACE a{index}\n' + tagged_arguments(f"a{index}", name, schema, values, key_of)
+        f'f{index}: {quoted(name)} "\\n" SPACE a{index}\n'
+        + tagged_arguments(f"a{index}", name, schema, values, key_of, end)
         for index, (name, schema) in enumerate(functions)
     ]
     body = f"({_any_of('f', functions)}) {marks('</tool_call>')}"
-    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + str(values)
+    return rest.with_calls(marks, "<tool_call>", body) + "".join(rules) + str(values) + marks.text_until("key", end)
+
+
+def _check_names(functions: Functions, ends: str) -> None:
+    """Refuse names that a reader of the form would cut: a character of ``ends`` ends a name."""
+    for name, _ in functions:
+        if found := set(ends) & set(name):
+            raise invalid(
+                f"tools: {name!r:.140} cannot be called in this model's form of calls, where {min(found)!r} ends a name; rename it",
+                "tools",
+            )
 
 
 def _any_of(rule: str, functions: Functions) -> str:
