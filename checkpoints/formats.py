@@ -119,12 +119,12 @@ class Unread:
     Attributes:
         pattern: regular expression (full match) of their names.
         holds: what they must hold, for messages: ``zeros``.
-        is_so: whether a tensor does.
+        is_so: whether a tensor does, of a module whose whole matrix has the extents ``(out, in)``; () = it has no codes.
     """
 
     pattern: str
     holds: str
-    is_so: Callable[[Array], bool]
+    is_so: Callable[[Array, tuple[int, ...]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +276,10 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
     fields: dict[str, Any] = section if isinstance(section, dict) else {}
     from phalanx.checkpoints.quantization.readers import READERS
 
+    if fields and not fields.get("quant_method"):
+        raise ConfigError(
+            f"{description}, but not by which quant_method; restore it from where the checkpoint comes from"
+        )
     method = str(fields.get("quant_method"))
     reader = {**READERS, **FORMAT_READERS}.get(method) or READERS.get(method.lower())
     if reader is None:

@@ -49,15 +49,22 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     return stored_names
 
 
-def check_unread(source: TensorSource, used: Collection[str], unread: Sequence[Unread]) -> None:
-    """Look at the tensors of ``source`` that are not ``used``, and that a quantisation format says hold nothing new.
+def check_unread(
+    source: TensorSource, components: Sequence[WeightSpec], ignored: Sequence[str], unread: Sequence[Unread]
+) -> None:
+    """Look at the tensors of ``source`` that ``components``, those of all weights, do not use, and that a format says hold nothing new.
 
     Raises:
         CheckpointError: one holds something else.
     """
-    for name in sorted(set(source.names()).difference(used)):
+    stored = resolve(source, components, ignored)
+    codes = (part for component in components if component.kind == "codes" for part in component.parts)
+    extents = {stored[part.source].rpartition(".")[0]: part.source_extents for part in codes}
+    for name in sorted(set(source.names()).difference(stored.values())):
         kind = next((each for each in unread if re.fullmatch(each.pattern, name)), None)
-        if kind is not None and not kind.is_so(source.read(name, source.info(name).whole)):
+        if kind is None:
+            continue
+        if not kind.is_so(source.read(name, source.info(name).whole), extents.get(name.rpartition(".")[0], ())):
             raise CheckpointError(
                 f"tensor {name!r}, which the model does not use, does not hold {kind.holds}; config.json belongs to another model or "
                 "describes another quantisation"

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) -> SplitJob:
     """What to write, from the model's own declaration of its weights."""
     from phalanx.checkpoints.formats import components_of, format_weights
-    from phalanx.checkpoints.resolve import check_unread, resolve
+    from phalanx.checkpoints.resolve import check_unread
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.tied import with_stored_head
@@ -92,7 +92,7 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
     ignored = (*model.ignored_tensors, *formats.not_used)
     if formats.unread:
         everything = [spec for stage in stages for spec in stage]
-        check_unread(checkpoint.source, resolve(checkpoint.source, everything, ignored).values(), formats.unread)
+        check_unread(checkpoint.source, everything, ignored, formats.unread)
     return SplitJob(model.architecture, stages, layout.tp, ignored, _STORED[dtype], model.code, divided)
 
 

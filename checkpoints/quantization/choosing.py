@@ -83,9 +83,11 @@ def groups_in_order(suffix: str, formats: Iterable[Format], field: str, unset: i
     chosen = (one for one in formats if isinstance(one, GroupCodes) and not one.stored.group_index)
     groups = sorted({one.group for one in chosen})
 
-    def is_so(tensor: Array) -> bool:
+    def is_so(tensor: Array, extents: tuple[int, ...]) -> bool:
         import numpy as np
 
+        if extents and tensor.shape != extents[1:]:
+            return False
         columns = np.arange(len(tensor))
         plain = (columns // (group or max(len(tensor), 1)) for group in groups)
         return bool((tensor == unset).all()) or any(bool((tensor == one).all()) for one in plain)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
+from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.choosing import (
     KV_SCALES,
     WAY_OUT,
@@ -52,11 +52,18 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
         return next((formats[one] for one in by_rank if one == "Linear" or _targets((one,), modules)), DENSE)
 
     scheme = table(section, "kv_cache_scheme")
-    if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
+    if scheme and not _is_static_fp8(scheme):
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
-    ignored_tensors = (r".*\.weight_shape", *(KV_SCALES if scheme else ()))
     in_order = groups_in_order("weight_g_idx", formats.values(), "actorder", unset=-1)
-    return FormatPlan(of_parts(choose), ignored_tensors, has_kv_scales=bool(scheme), unread=in_order)
+    unread = (_SHAPES, *in_order)
+    return FormatPlan(of_parts(choose), KV_SCALES if scheme else (), has_kv_scales=bool(scheme), unread=unread)
+
+
+def _is_static_fp8(scheme: Section) -> bool:
+    """Whether a cache has one scale for all keys (values) of a layer, or one for each head."""
+    kind = scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))
+    is_known = scheme.get("strategy") in ("tensor", "attn_head", None)
+    return kind == (8, "float", False) and is_known and flag(scheme, "symmetric", True)
 
 
 def _compressed_format(group: Section, section: Section) -> Format:
@@ -98,6 +105,10 @@ def _compressed_format(group: Section, section: Section) -> Format:
     raise refused(what, WAY_OUT)
 
 
+_SHAPES = Unread(
+    r".*\.weight_shape", "the sizes of a matrix", lambda tensor, extents: not extents or tensor.tolist() == [*extents]
+)
+"""Sizes without the padding of the last words."""
 _ORDERED = ("group", "dynamic", True)
 """``actorder`` of columns that name their groups."""
 _IN_ORDER = ("weight", "static", False, None)

@@ -66,7 +66,7 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
     """A scale for each row and token; ``activation_scale_ub`` bounds the latter."""
     ceiling = number(section, "activation_scale_ub", 1200.0)
     bound = Unread(
-        r".*\.input_scale_ub", f"activation_scale_ub={ceiling:g}", lambda tensor: bool((tensor == ceiling).all())
+        r".*\.input_scale_ub", f"activation_scale_ub={ceiling:g}", lambda tensor, _: bool((tensor == ceiling).all())
     )
     return replace(excluding(RowCodes("fp8", input_ceiling=ceiling), section), unread=(bound,))
 
@@ -115,7 +115,7 @@ def read_gptq(section: Section) -> FormatPlan:
 
 def _gptq_format(section: Section) -> GroupCodes:
     bits, group = integer(section, "bits", 0), group_size(section)
-    form = str(section.get("checkpoint_format") or section.get("format") or "gptq")
+    form = str(section.get("checkpoint_format") or section.get("format") or "gptq").lower()
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
     half, is_ordered = 1 << (bits - 1), flag(section, "desc_act", False) and group > 0
@@ -138,7 +138,7 @@ def _gptq_rules(section: Section) -> Iterator[tuple[re.Pattern[str], Format]]:
         yield pattern, DENSE if rule.startswith("-:") else _gptq_format({**section, **table(rules, rule)})
 
 
-_EXTRA_BIASES = Unread(r".*\.bias", "zeros", lambda tensor: not tensor.any())
+_EXTRA_BIASES = Unread(r".*\.bias", "zeros", lambda tensor, _: not tensor.any())
 """AutoGPTQ gave every matrix a bias."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from phalanx.checkpoints.dummy import DummySource
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
 from phalanx.checkpoints.loader import WeightSink, load_weights
-from phalanx.checkpoints.resolve import check_unread, resolve
+from phalanx.checkpoints.resolve import check_unread
 from phalanx.checkpoints.source import TensorSource
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Topology
@@ -178,7 +178,7 @@ def load_stage(
     everything = components_of(format_weights(model.weights(config), formats))
     ignored = (*model.ignored_tensors, *formats.not_used)
     if formats.unread and not isinstance(source, DummySource):
-        check_unread(source, resolve(source, everything, ignored).values(), formats.unread)
+        check_unread(source, everything, ignored, formats.unread)
     load_weights(
         source, components_of(declared), topology.tp_rank, topology.layout.tp, sink, ignored, everything, on_loaded
     )  # fmt: skip

@@ -106,6 +106,22 @@ def test_tensors_and_rules_that_disagree_are_both_named(
         checkpoints.generate(damaged(root, tmp_path / "damaged", name, **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "suffix", "array", "message"),
+    [
+        ("ct-w4-g64", "weight_shape", np.array([64, 239]), "weight_shape', .* does not hold the sizes of a matrix"),
+        ("ct-w4-g64", "weight_g_idx", np.full(239, -1, np.int32), "weight_g_idx', .* does not hold groups of 64 columns in order"),
+        ("gptq-4-v1", "g_idx", (np.arange(239) // 16).astype(np.int32), "g_idx', .* does not hold groups of 16 columns in order"),
+    ],
+)  # fmt: skip
+def test_what_repeats_the_config_and_contradicts_it_is_named(
+    root: Path, tmp_path: Path, name: str, suffix: str, array: Array, message: str
+) -> None:
+    path = damaged(root, tmp_path / "damaged", name, **{suffix: array})
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.generate(path)
+
+
 @pytest.mark.parametrize("index", [np.full(240, -1), np.arange(240) // 64], ids=["unset", "in order"])
 def test_an_index_of_groups_in_order_is_looked_at_and_left_out(root: Path, tmp_path: Path, index: Array) -> None:
     path = damaged(root, tmp_path / "indexed", "ct-w4-g64", weight_g_idx=index.astype(np.int32))
@@ -172,6 +188,10 @@ def inputs(**fields: Any) -> dict[str, Any]:
         ({**COMPRESSED, "config_groups": [1]}, r"config_groups=\[1\] is not an object of fields"),
         ({**COMPRESSED, "config_groups": {"group_0": "x"}}, "group_0=x is not an object of fields"),
         ({**COMPRESSED, "kv_cache_scheme": [1]}, r"kv_cache_scheme=\[1\] is not an object"),
+        ({**COMPRESSED, "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "token"}}, "kv_cache_scheme={.*'token'} cannot be loaded"),
+        ({**COMPRESSED, "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": False}}, "kv_cache_scheme={.*False} cannot be loaded"),
+        ({**AWQ, "quant_method": None}, r"quantised \(bits=4\), but not by which quant_method; restore it"),
+        ({key: value for key, value in COMPRESSED.items() if key != "quant_method"}, "but not by which quant_method"),
         ({**COMPRESSED, "sparsity_config": "dense"}, "sparsity_config=dense is not an object"),
         (group(targets="Linear"), "targets=Linear is not a list of names"),
         (group(targets=["re:(unclosed"]), r"rule 're:\(unclosed' \(missing \).*correct the expression"),
@@ -218,7 +238,7 @@ def test_fields_of_another_type_are_named_with_their_value(section: dict[str, An
 
 @pytest.mark.parametrize(
     "section",
-    [{**AWQ, "quant_method": "AWQ"}, {**GPTQ, "bits": "4", "group_size": "16"}, weights(num_bits="4"), weights(group_size="64"),
+    [{**AWQ, "quant_method": "AWQ"}, {**GPTQ, "checkpoint_format": "GPTQ"}, {**GPTQ, "bits": "4", "group_size": "16"}, weights(num_bits="4"), weights(group_size="64"),
      weights(symmetric=None), group(output_activations={})],
 )  # fmt: skip
 def test_numbers_as_text_and_other_case_are_read(section: dict[str, Any]) -> None:
