@@ -42,7 +42,7 @@ class ModelDirectory:
         The cache's own directory of a model (``models--ORG--NAME``) stands for its newest snapshot.
 
         Raises:
-            CheckpointError: it is not there, not a directory, or one that a split did not finish.
+            CheckpointError: it is not there, not a directory, or one that an interrupted command left.
         """
         if not path.exists() and (cached := find_model(str(path))) is not None:
             path = cached
@@ -53,7 +53,7 @@ class ModelDirectory:
             raise CheckpointError(_not_a_directory(path, root.exists()))
         if root.name.endswith(PARTIAL_SUFFIX):
             raise CheckpointError(
-                f"{str(path)!r} was left by an interrupted split; remove it and run launch.split again"
+                f"{str(path)!r} was left by an interrupted command; remove it and run the command that writes it again"
             )
         return ModelDirectory(path, root)
 

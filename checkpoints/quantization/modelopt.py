@@ -35,7 +35,8 @@ def read_modelopt(section: Section) -> FormatPlan:
     """FP8 (static by tensor, by channel and token, blocks of weights), int8 with SmoothQuant, 8-bit weights, 4-bit weights by AWQ."""
     nested = section.get("quantization")
     fields: Section = {**section, **nested} if isinstance(nested, dict) else section
-    of_module = _of_each_layer(fields) if _algorithm(fields) == "MIXED_PRECISION" else _of_all_but_excluded(fields)
+    is_mixed = _algorithm(fields) == "MIXED_PRECISION"
+    of_module = _of_each_layer(fields) if is_mixed else _of_all_but_excluded(fields)
     kv = fields.get("kv_cache_quant_algo") or fields.get("kv_cache_scheme")
     if isinstance(kv, dict) and (kv.get("type"), kv.get("num_bits"), bool(kv.get("dynamic"))) == ("float", 8, False):
         kv = "FP8"
@@ -46,7 +47,8 @@ def read_modelopt(section: Section) -> FormatPlan:
         with_prescale(choose, _FACTORS, lambda spec: _is_usually_scaled(spec, choose(spec))),
         KV_SCALES if kv else (), has_kv_scales=bool(kv),
         choose_by_names=lambda names: with_prescale(
-            choose, _FACTORS, lambda spec: _may_be_scaled(choose(spec)) and has_prescale(spec, _FACTORS, names)
+            choose, _FACTORS,
+            lambda spec: _may_be_scaled(choose(spec)) and has_prescale(spec, _FACTORS, names, in_all_layers=not is_mixed),
         ),
     )  # fmt: skip
 

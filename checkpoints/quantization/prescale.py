@@ -5,6 +5,7 @@ Source: ModelOpt ``torch/export/quant_utils.py``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -34,11 +35,11 @@ def with_prescale(
     return of_weight
 
 
-def has_prescale(spec: WeightSpec, suffix: str, stored: Collection[str]) -> bool:
+def has_prescale(spec: WeightSpec, suffix: str, stored: Collection[str], in_all_layers: bool = False) -> bool:
     """Whether ``stored``, the names of a checkpoint's tensors, have factors for the inputs of a weight.
 
     Raises:
-        CheckpointError: for some of its parts only.
+        CheckpointError: for some of its parts only, or, with ``in_all_layers``, for the same weight of other layers only.
     """
     from phalanx.checkpoints.resolve import find_stored
 
@@ -49,7 +50,20 @@ def has_prescale(spec: WeightSpec, suffix: str, stored: Collection[str]) -> bool
             f"the inputs of {first} have factors ({suffix}), but those of {other}, which is computed in the same product, have not; "
             "export the checkpoint with ModelOpt again, or use the unquantised one"
         )
-    return all(found.values())
+    has = all(found.values())
+    if in_all_layers and not has and (name := _scaled_elsewhere(spec, suffix, stored)):
+        raise CheckpointError(
+            f"the inputs of {spec.parts[0].source} have no factors ({suffix}), but those of the same matrix in another layer have ({name}); "
+            "copy the checkpoint again"
+        )
+    return has
+
+
+def _scaled_elsewhere(spec: WeightSpec, suffix: str, stored: Collection[str]) -> str | None:
+    """Name of the factors of a weight that is called like ``spec`` but for its numbers, if there are any."""
+    own = {name for part in spec.parts for name in part.siblings(suffix)}
+    called = re.compile("|".join({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in own}))
+    return min((name for name in stored if name.endswith(f".{suffix}") and called.fullmatch(name)), default=None)
 
 
 def prescale_component(spec: WeightSpec, suffix: str) -> WeightSpec:

@@ -158,6 +158,17 @@ def test_parts_of_one_product_with_other_factors_are_refused_by_name(root: Path,
         checkpoints.generate(without)
 
 
+def test_factors_that_one_layer_lacks_are_named(root: Path, tmp_path: Path) -> None:
+    """Without them that layer's products came out wrong."""
+    name = "model.layers.1.mlp.down_proj.pre_quant_scale"
+    other = _changed(root / "smoothquant", tmp_path / "other", name, None)
+    message = (
+        r"1\.mlp\.down_proj\.weight have no factors .* in another layer have \(model\.layers\.0\.mlp\.down_proj\.pre"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.generate(other)
+
+
 def test_other_factors_end_the_cuda_engine_before_it_is_ready(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
