@@ -192,6 +192,26 @@ def test_thoughts_of_earlier_turns_reach_the_template_and_redacted_ones_do_not()
         assert (turn["reasoning_content"], turn["reasoning"], "tool_calls" in turn) == ("It rains.", "It rains.", calls)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "thoughts"),
+    [
+        ([{"type": "thinking", "thinking": "It rains.", "signature": "x"}], {"reasoning_content": "It rains.", "reasoning": "It rains."}),
+        ([{"type": "redacted_thinking", "data": "x"}], {}),
+    ],
+)  # fmt: skip
+def test_a_turn_of_thoughts_alone_is_the_one_that_is_continued(
+    blocks: list[dict[str, str]], thoughts: dict[str, str], server: Server
+) -> None:
+    body = {"max_tokens": 1, "messages": [*HI, {"role": "assistant", "content": blocks}]}
+    (prompt,) = parse_message(json.dumps(body).encode()).prompts
+    assert isinstance(prompt, Conversation)
+    assert prompt.messages[1:] == [{"role": "assistant", "content": "", **thoughts}]
+    assert prompt.continue_final_message
+    same = {"messages": prompt.messages, "add_generation_prompt": False, "continue_final_message": True}
+    count = server.post(f"{PATH}/count_tokens", {"messages": body["messages"]})
+    assert count.json["input_tokens"] == server.post("/tokenize", same).json["count"]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}]}, "assistant's messages may hold thinking"),
     ({"messages": [{"role": "user", "content": [{"type": "search_result"}]}]}, "type 'search_result' of messages[0].content[0] is not"),

@@ -193,6 +193,26 @@ def test_thoughts_belong_to_the_item_that_follows_them() -> None:
     assert not any("reasoning" in message for message in (user, output, said))
 
 
+def test_later_thoughts_of_a_turn_are_added_to_earlier_ones() -> None:
+    thoughts = [
+        {"type": "reasoning", "id": f"rs_{text}", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+        for text in ("AAA", "BBB")
+    ]
+    call = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": OSLO}
+    items = [
+        {"role": "user", "content": "?"},
+        thoughts[0],
+        {"role": "assistant", "content": "Let me see."},
+        thoughts[1],
+        call,
+    ]
+    (prompt,) = parse_response(json.dumps({"input": items}).encode()).prompts
+    assert isinstance(prompt, Conversation)
+    _, said = prompt.messages
+    assert (said["content"], said["reasoning"], said["reasoning_content"]) == ("Let me see.", "AAA\nBBB", "AAA\nBBB")
+    assert len(said["tool_calls"]) == 1
+
+
 def test_an_unknown_kind_of_item_is_named(server: Server) -> None:
     answer = server.post(PATH, {"input": [{"type": "web_search_call", "id": "x"}]})
     assert answer.error["message"] == "input: type 'web_search_call' is not supported by this server; leave it out"

@@ -124,6 +124,10 @@ def _turns(message: Message) -> Iterator[dict[str, Any]]:
     shown = {"reasoning_content": thoughts, "reasoning": thoughts} if thoughts else {}
     if calls:
         yield {"role": message.role, "content": _texts(texts) if texts else None, "tool_calls": calls, **shown}
+    elif (
+        message.role == "assistant" and not texts
+    ):  # thoughts alone are a turn, too, and may be the one that is continued
+        yield {"role": message.role, "content": "", **shown}
     else:
         yield from ({**turn, **shown} for turn in _flushed(message.role, texts))
 

@@ -101,6 +101,8 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
             continue
         _add(messages, item)
         if thoughts and messages[-1]["role"] == "assistant":
+            earlier = messages[-1].get("reasoning")
+            thoughts = f"{earlier}\n{thoughts}" if earlier else thoughts
             messages[-1] |= {"reasoning_content": thoughts, "reasoning": thoughts}
         thoughts = ""
     return messages
