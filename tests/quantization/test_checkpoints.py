@@ -542,6 +542,22 @@ def test_groups_of_which_heads_leave_small_pieces_compute_what_their_twins_do(
     np.testing.assert_allclose(logprobs(output), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gptq-4-v1", "ct-w8-channel", "ct-fp8-weight-only"])
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_quantised_head_is_the_files_own_whatever_config_json_says_of_ties(
+    root: Path, tmp_path: Path, name: str, says_tied: bool
+) -> None:
+    module, section = ALL[name]
+    section = {**section, "ignore": [], "lm_head": True}
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    writers.write(root / "dense", *paths, module, section, also=("lm_head.weight",))
+    config = json.loads((paths[0] / "config.json").read_text())
+    (paths[0] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": says_tied}))
+    expected = logprobs(generate(paths[1]))
+    for tp in (1, 2):
+        np.testing.assert_allclose(logprobs(generate(paths[0], tp)), expected, atol=5e-5)
+
+
 def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path) -> None:
     quantised, _ = written(root, "fbgemm")
     section = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "down_proj"]}
