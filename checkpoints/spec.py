@@ -125,8 +125,7 @@ class WeightSpec:
     Attributes:
         name: ``layers.3.qkv.weight``; models write ``ops.column_linear(x, "layers.3.qkv")``.
         parts: at least one; all have the same trailing dimensions.
-        dtype: format in memory, by its safetensors name; None = the engine's compute type. Planning also knows ``packed int4`` and
-            the like (`phalanx.checkpoints.quantization.held`).
+        dtype: format in memory, by its safetensors name; None = the engine's compute type.
         dummy: range of the values that seeded random weights take; None = what suits a weight of this name and shape.
     """
 

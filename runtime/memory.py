@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, components_of, format_weights
+from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes, whole_blocks
+from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, whole_blocks
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -59,7 +59,6 @@ RESERVE_BYTES = 1 << 30
 """Left free on a GPU for captured graphs and for what libraries allocate late."""
 
 ALIGNMENT_BYTES = 256
-PACKED = "packed "
 _ROUTING_WORDS = 10  # 16-bit: id, share, place in the order and its inverse, tiles
 
 
@@ -123,7 +122,7 @@ def plan_memory(
         places = (Topology(layout, stage * layout.tp + tp_rank) for tp_rank in range(layout.tp))
         specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
         attention = [model.decode.attention(config, layer) for layer in layers]
-        components = components_of(format_weights(specs, formats))
+        weights = format_weights(specs, formats)
         workspace = partial(
             workspace_bytes, model, config, formats, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
             itemsize=itemsize, experts=experts,
@@ -134,7 +133,7 @@ def plan_memory(
                 stage=stage,
                 tp_rank=place.tp_rank,
                 layers=layers,
-                weights=weight_bytes(components, place.tp_rank, layout.tp, itemsize),
+                weights=weight_bytes(weights, place.tp_rank, layout.tp, itemsize),
                 workspace=workspace(place) + state + (_fp8_scales(attention, place) if kv_itemsize == 1 else 0),
                 communication=communication_bytes(config, place, max_num_tokens, itemsize),
                 kv_block_bytes=kv_block_bytes(attention, place.tp_rank, layout.tp, block_size, kv_itemsize or itemsize),
@@ -156,26 +155,26 @@ def num_kv_blocks(ranks: Sequence[RankMemory], memory_bytes: int) -> int:
     return max(0, min((memory_bytes - rank.fixed_bytes) // rank.kv_block_bytes for rank in ranks))
 
 
-def weight_bytes(components: Iterable[WeightSpec], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
+def weight_bytes(weights: Sequence[FormattedWeight], tp_rank: int, tp_size: int, itemsize: int) -> dict[str, int]:
     """Bytes of a rank's weights by `WEIGHT_PARTS`, padding included; data under two names counts at its first.
 
     ``itemsize`` is that of the compute type; components that declare a format count in that.
     """
     result = dict.fromkeys(WEIGHT_PARTS, 0)
-    for group in distinct(components):
+    held = {component.name: weight.format for weight in weights for component in weight.components}
+    for group in distinct(component for weight in weights for component in weight.components):
         spec = group[0]
-        result[_weight_part(spec.owner)] += _component_bytes(spec, tp_rank, tp_size, itemsize)
+        result[_weight_part(spec.owner)] += _component_bytes(spec, held[spec.name], tp_rank, tp_size, itemsize)
     return result
 
 
-def _component_bytes(spec: WeightSpec, rank: int, size: int, itemsize: int) -> int:
-    shape, dtype = spec.local_shape(rank, size), spec.dtype
-    if dtype is None or not dtype.startswith(PACKED):
-        return math.prod(shape) * (itemsize if dtype is None else ITEM_SIZES[dtype])
-    kind, _, blocks = dtype.removeprefix(PACKED).partition(" ")
-    has_blocks = blocks and whole_blocks(spec.parts, rank, size)
+def _component_bytes(spec: WeightSpec, held: Format, rank: int, size: int, itemsize: int) -> int:
+    shape = spec.local_shape(rank, size)
+    if not (isinstance(held, PackedCodes) and spec.kind == "codes"):
+        return math.prod(shape) * (itemsize if spec.dtype is None else ITEM_SIZES[spec.dtype])
+    has_blocks = held.has_blocks and whole_blocks(spec.parts, rank, size)
     scales = math.prod(block_scale_shape(*shape)) * DTYPE_BYTES["float32"] if has_blocks else 0
-    return shape[0] * packed_row_bytes(shape[1], kind) + scales
+    return shape[0] * packed_row_bytes(shape[1], held.kind) + scales
 
 
 def kv_block_bytes(specs: Iterable[AttentionSpec], tp_rank: int, tp_size: int, block_size: int, itemsize: int) -> int:
@@ -309,7 +308,7 @@ def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int,
     shapes = [
         weight.spec.local_shape(rank, size)
         for weight in weights
-        if isinstance(weight.format, PackedCodes) and not isinstance(weight.format, ExpertCodes)
+        if isinstance(weight.format, PackedCodes) and weight.format.is_unpacked
     ]
     unpacked = max((unpacked_bytes(shape, itemsize) + ALIGNMENT_BYTES for shape in shapes), default=0)
     has_sums = any(isinstance(weight.format, RowCodes) and weight.format.kind == "int8" for weight in weights)

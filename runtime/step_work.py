@@ -73,7 +73,7 @@ def _sum(parts: Iterable[StageWork]) -> StageWork:
 def _weight_work(
     weight: FormattedWeight, experts: dict[str, ExpertsSpec], tp_rank: int, tp: int, itemsize: int
 ) -> StageWork:
-    sizes = weight_bytes(weight.components, tp_rank, tp, itemsize)
+    sizes = weight_bytes([weight], tp_rank, tp, itemsize)
     num_bytes = sum(sizes.values())
     if sizes["embedding"]:
         return StageWork()

@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 BLOCK = 128
-"""Rows and columns that share a scale where codes of weights meet codes of inputs."""
+"""Rows and columns that share a scale where codes of weights meet codes of inputs; `phalanx.kernels.product_sizes` has it for kernels."""
 
 EXPERT_COLUMNS = 32
-"""Columns, and multiples of them, that share a scale where grouped products take codes of experts."""
+"""Columns, and multiples of them, that share a scale where grouped products take codes of experts; `phalanx.kernels.packed` has it, too."""
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
@@ -91,11 +91,17 @@ class PackedCodes(_Held):
         return isinstance(self.stored, GroupCodes) and self.stored.has_power_of_two_inputs
 
     @property
+    def is_unpacked(self) -> bool:
+        """Whether products of many tokens read plain values, for which there is a scratch region, unless cuBLASLt takes the codes (`has_blocks`)."""
+        return True
+
+    @property
     def has_blocks(self) -> bool:
-        """Whether scales are those of 128 x 128 weights and of 128 columns of inputs: such fp8 codes can be multiplied as they are."""
+        """Whether scales are those of 128 x 128 weights and of 128 columns of inputs: cuBLASLt can multiply such fp8 codes as they are."""
         stored = self.stored
         sizes = (stored.stored.block_rows, stored.group, stored.cut) if isinstance(stored, GroupCodes) else ()
-        return sizes == (BLOCK,) * 3 and self.input_group == BLOCK and self.kind == "fp8" and not stored.prescale
+        fits = sizes == (BLOCK,) * 3 and self.input_group == BLOCK and self.kind == "fp8" and not stored.prescale
+        return fits and self.is_unpacked
 
     @property
     def rounds_inputs(self) -> bool:
@@ -107,9 +113,8 @@ class PackedCodes(_Held):
         return self.stored.units(part)
 
     def components(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        """As stored, but for the size of the codes, which ``packed int4``, ``packed fp8 blocks`` and the like name."""
-        codes, *rest = self.stored.components(spec)
-        return (replace(codes, dtype=f"packed {self.kind}{' blocks' if self.has_blocks else ''}"), *rest)
+        """As stored; how many bytes packed codes take follows from `kind` and `has_blocks`."""
+        return self.stored.components(spec)
 
     def dequantize(self, components: Mapping[str, Array]) -> Array:
         """As stored."""
@@ -130,8 +135,7 @@ class ExpertCodes(PackedCodes):
     """
 
     @property
-    def has_blocks(self) -> bool:
-        """No: grouped products multiply values of the compute type."""
+    def is_unpacked(self) -> bool:
         return False
 
 

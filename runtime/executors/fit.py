@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phalanx.checkpoints.formats import FormatPlan, components_of
+from phalanx.checkpoints.formats import FormatPlan
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.weights import stage_weights
@@ -34,7 +34,7 @@ def largest_converted(spec: RankSpec, formats: FormatPlan, itemsize: int) -> int
         )
         if weight.format != held.format
     ]
-    sizes = (weight_bytes(weight.components, spec.tp_rank, spec.tp_size, itemsize) for weight in converted)
+    sizes = (weight_bytes([weight], spec.tp_rank, spec.tp_size, itemsize) for weight in converted)
     return max((sum(parts.values()) for parts in sizes), default=0)
 
 
@@ -49,8 +49,8 @@ def refuse_what_cannot_fit(
         available_bytes: this rank's share; ``place`` says of what.
         loading_bytes: what is held besides while the weights are loaded.
     """
-    components = components_of(stage_weights(spec.model, spec.config, formats, spec.topology))
-    needed = sum(weight_bytes(components, spec.tp_rank, spec.tp_size, itemsize).values()) + loading_bytes
+    held = stage_weights(spec.model, spec.config, formats, spec.topology)
+    needed = sum(weight_bytes(held, spec.tp_rank, spec.tp_size, itemsize).values()) + loading_bytes
     everywhere = spec.comm.all_gather(np.array([needed, available_bytes], np.int64))
     for rank, (wanted, there) in enumerate(everywhere.tolist()):
         if wanted > there:

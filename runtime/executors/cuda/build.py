@@ -240,12 +240,13 @@ def _packing(
     packing: dict[str, PackedCodes] = {}
     plain: dict[str, Format] = {}
     for weight in declared:
-        owner, chosen = weight.spec.owner, packed(weight.format)
-        if owner.rpartition(".")[0] in experts:
-            held = held_by_experts(owner, weight.format)
-            chosen = held if isinstance(held, ExpertCodes) else packed_by_experts(weight.format)
-            if chosen is not None and chosen is not held:
-                plain[owner] = held
+        owner = weight.spec.owner
+        if owner.rpartition(".")[0] not in experts:
+            chosen = packed(weight.format)
+        elif isinstance(held := held_by_experts(owner, weight.format), ExpertCodes):
+            chosen = held
+        elif (chosen := packed_by_experts(weight.format)) is not None:
+            plain[owner] = held
         if chosen is not None:
             packing[owner] = chosen
     return packing, plain

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format
-from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes
+from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
     FP8_BOUNDED,
@@ -144,7 +144,7 @@ class CudaOps(Ops[DeviceArray]):
         packed = [
             one.components["packed"].shape
             for one in weights.values()
-            if isinstance(one.format, PackedCodes) and not isinstance(one.format, ExpertCodes)
+            if isinstance(one.format, PackedCodes) and one.format.is_unpacked
         ]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
         self._defers = any(_takes_codes(weight.format) for weight in weights.values())
