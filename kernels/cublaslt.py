@@ -23,13 +23,11 @@ _ALGORITHM_WORDS = 8
 _ALIGNMENT_BYTES = 16
 _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
 _PACKED_SIZES = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}
-_OUTER_VECTOR_SCALES = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: one float32 for each row of an operand
-_GROUP_SCALES = (
-    4  # CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F: one for 128 columns of a row, those of neighbouring rows side by side
-)
-_BLOCK_SCALES = (
-    5  # CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F: one for 128 x 128, a row of blocks padded to a multiple of 4
-)
+# cublasLtMatmulMatrixScale_t: OUTER_VEC_32F, one float32 for each row of an operand; VEC128_32F, one for 128 columns of a row, those of
+# neighbouring rows side by side; BLK128x128_32F, one for 128 x 128, a row of blocks padded to a multiple of 4.
+_OUTER_VECTOR_SCALES = 3
+_GROUP_SCALES = 4
+_BLOCK_SCALES = 5
 _REDUCE_IN_FLOAT32 = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: split-k sums are never rounded to storage
 
 

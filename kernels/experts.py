@@ -17,7 +17,8 @@ from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.attention_tiling import shared_bytes_per_multiprocessor
 from phalanx.kernels.library import Library
-from phalanx.kernels.packed import PackedWeight, check_packed, packed_defines
+from phalanx.kernels.packed import SMALLEST_GROUP, PackedWeight, check_packed, packed_defines
+from phalanx.kernels.product_sizes import codes_per_chunk
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -36,14 +37,13 @@ _ROUTE_WARPS = 4
 _MOST_ROUTED_TOGETHER = 8
 _SORT_THREADS = 1024
 _STREAM_WARPS = 8
-_GROUP_COLUMNS = 32
 _PLAIN_WARPS = 4
 _TILE_COLUMNS, _TILE_DEPTH = 128, 64
 _MOST_STAGES = 4
 _RESERVED_BYTES = 2048
 _LANE_ELEMENTS = 8
 _BLOCK_ROWS = 16
-_CHUNK_COLUMNS = {0: 32, 1: 64, 4: 128, 8: 64}
+_PLAIN_CHUNK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +174,11 @@ def grouped_product(
     grid = rows.tiles.shape[0], out_features
     if x.dtype.itemsize > 2 or in_features % _LANE_ELEMENTS:
         _plain(library, arguments, grid, defines, height, vector_width(x, in_features))
-    elif int(defines["GROUP"]) % _GROUP_COLUMNS:
-        raise ExecutorError(f"groups of {defines['GROUP']} columns of experts are not multiples of {_GROUP_COLUMNS}")
+    elif int(defines["GROUP"]) % SMALLEST_GROUP:
+        raise ExecutorError(f"groups of {defines['GROUP']} columns of experts are not multiples of {SMALLEST_GROUP}")
     elif height == _STREAMED_ROWS:
-        _stream(library, arguments, grid, defines)
+        chunk = codes_per_chunk(weight.kind) if isinstance(weight, PackedWeight) else _PLAIN_CHUNK
+        _stream(library, arguments, grid, defines, chunk)
     else:
         _tiles(library, arguments, grid, defines, height)
 
@@ -220,9 +221,8 @@ def _plain(
     kernel((grid[0], ceil_div(grid[1], _PLAIN_WARPS)), (32 * _PLAIN_WARPS,), arguments)
 
 
-def _stream(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines) -> None:
-    row_blocks, unroll = _stream_shape(defines)
-    chunk = _CHUNK_COLUMNS[int(defines["CODES"])]
+def _stream(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, chunk: int) -> None:
+    row_blocks, unroll = _stream_shape(defines, chunk)
     kernel = library.function(
         "experts_stream", "stream", 0, NUM_WARPS=_STREAM_WARPS, ROW_BLOCKS=row_blocks, UNROLL=unroll,
         WHOLE_CHUNKS=int(int(arguments[-1]) % chunk == 0), **defines,
@@ -231,12 +231,15 @@ def _stream(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int],
     kernel((grid[0], ceil_div(grid[1], outputs)), (32 * _STREAM_WARPS,), arguments)
 
 
-def _stream_shape(defines: Defines) -> tuple[int, int]:
-    """Row blocks and steps in advance. A token that is read should meet as many codes as bytes of it; two blocks' registers must fit."""
-    codes = int(defines["CODES"])
-    if not codes:
+def _stream_shape(defines: Defines, chunk: int) -> tuple[int, int]:
+    """Blocks of 16 weight rows that share what a warp reads of the tokens, and the chunks of each row that it loads ahead.
+
+    Codes take half as many bytes as values or fewer, so with one block a warp would read more of the tokens than of the weights. The
+    scales of several groups in a chunk take the registers of a second chunk.
+    """
+    if not int(defines["CODES"]):
         return 1, 4
-    return 2, 1 if int(defines["GROUP"]) % _CHUNK_COLUMNS[codes] else 2
+    return 2, 1 if int(defines["GROUP"]) % chunk else 2
 
 
 def _tiles(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, height: int) -> None:

@@ -42,7 +42,8 @@ __device__ __forceinline__ int output_of(int column) {
 }
 __device__ __forceinline__ bool is_up(int column) { return GATED && column / 16 % 2; }
 
-// Of 16 bytes of tokens, or of plain weights. Eight rows have a piece at eight places, and two neighbours four pieces in two halves.
+// Where 16 bytes of tokens, or of plain weights, are. The same piece of eight consecutive rows is at eight different places, as ldmatrix
+// needs it; four consecutive pieces of two neighbouring rows are in different halves, for eight lanes that read 16 bytes each.
 __device__ __forceinline__ unsigned piece_offset(int row, int piece) {
     return row * ROW_BYTES + (piece ^ (row % 2 * 4 + row % 8 / 2)) * 16;
 }

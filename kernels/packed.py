@@ -22,6 +22,7 @@ from phalanx.parallel.errors import ExecutorError
 __all__ = [
     "GEMV_PACKED_SHAPES",
     "MAX_PACKED_TOKENS",
+    "SMALLEST_GROUP",
     "PackedKind",
     "PackedWeight",
     "block_scales",
@@ -39,7 +40,8 @@ PackedKind = Literal["int4", "int8", "fp8"]
 _CODES: dict[PackedKind, int] = {"int4": 4, "int8": 8, "fp8": 1}
 _LANE_BYTES = 16
 _PIECE = 8
-_SMALLEST_GROUP = 32
+SMALLEST_GROUP = 32
+"""Columns, and multiples of them, that share a scale where kernels make operands of codes."""
 _NUM_THREADS = 128
 _ROWS_PER_TILE = 16
 _TOKENS_PER_TILE = 8
@@ -141,7 +143,7 @@ def parse_layout(layout: str) -> tuple[PackedKind, int, bool]:
 def layout_suits_gemv(num_tokens: int, columns: int, layout: str) -> bool:
     """Whether `gemv_packed` computes such a product of 16-bit values; ``layout``: see `PackedWeight`."""
     group = parse_layout(layout)[1]
-    return num_tokens <= MAX_PACKED_TOKENS and columns % _PIECE == 0 and group % _SMALLEST_GROUP == 0
+    return num_tokens <= MAX_PACKED_TOKENS and columns % _PIECE == 0 and group % SMALLEST_GROUP == 0
 
 
 def fits_block(shape: GemvShape, num_tokens: int) -> bool:
@@ -169,7 +171,7 @@ def gemv_packed(
     if not suits or (gated is not None and bias is not None):
         raise ExecutorError(
             f"gemv_packed takes at most {MAX_PACKED_TOKENS} tokens of float16 or bfloat16, in_features in multiples of {_PIECE} and "
-            f"groups of {_SMALLEST_GROUP}; this is {x.dtype.name}[{num_tokens}, {columns}] by {weight.layout}"
+            f"groups of {SMALLEST_GROUP}; this is {x.dtype.name}[{num_tokens}, {columns}] by {weight.layout}"
         )
     check_packed(weight, weight.shape)
     outputs = rows // 2 if gated else rows

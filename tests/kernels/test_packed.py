@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.checkpoints.quantization import held
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.kernels.activation import gated_activation
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
+    SMALLEST_GROUP,
     PackedKind,
     PackedWeight,
     gemv_packed,
     pack_weight,
     unpack_weight,
 )
-from phalanx.kernels.product_sizes import packed_row_bytes
+from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES, KernelDevice
@@ -135,3 +137,8 @@ def test_what_gemv_packed_does_not_take_is_refused(device: KernelDevice, random_
         case, x = Case(4, columns, "int4", group, False), random_normal(BFLOAT16, num_tokens, columns)
         with pytest.raises(ExecutorError, match="gemv_packed takes at most 64 tokens"):
             gemv_packed(device.library, device.put(x), case.packed(device), device.poisoned((num_tokens, 4), BFLOAT16))
+
+
+def test_formats_and_kernels_mean_the_same_groups() -> None:
+    """`checkpoints` and `kernels` import nothing of each other."""
+    assert (held.BLOCK, held.EXPERT_COLUMNS) == (BLOCK, SMALLEST_GROUP)

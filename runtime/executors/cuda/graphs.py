@@ -10,7 +10,7 @@ coarser, so that traffic meets few pairs: a pair's first two steps run without a
 a step or more, and every stream waits for them.
 
 Rows with top-k, top-p or min-p need whole rows of logits where the others need eight bytes of each slice, which costs every row of a
-step, and over ranks an all-gather of the vocabulary: so filters are part of the key, and no neutral values in every graph. Most
+step, and over ranks an all-gather of the vocabulary: so filters are part of the key, instead of every graph running them with neutral values. Most
 requests have them all the same (``generation_config.json`` sets them), so a start captures decoding steps both ways.
 """
 
