@@ -95,9 +95,11 @@ class Services:
             if not 0 <= token_id < self.model.vocab_size:
                 raise invalid(f"{name} holds {token_id}; token ids are 0 to {self.model.vocab_size - 1}", name)
 
-    def check_characters(self, count: int, name: str) -> None:
-        """Raise 400 if so many characters cannot fit into the context, whatever they are."""
+    def check_characters(self, count: int, name: str, last: int | None = None) -> None:
+        """Raise 400 if so many characters cannot fit into the context, whatever they are, nor their ``last`` tokens alone."""
         limit = self.model.max_model_len
+        if last is not None and last <= limit:
+            return
         most = limit * self.need_tokenizer(name).max_token_characters
         if count > most:
             raise invalid(
@@ -112,18 +114,17 @@ class Services:
         await self.guides.check(guide)
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool, name: str = "prompt", any_length: bool = False
+        self, text: str, *, add_special_tokens: bool, name: str = "prompt", last: int | None = None
     ) -> tuple[int, ...]:
-        """Token ids of a text, computed outside the event loop.
+        """Token ids of a text, of which the ``last`` ones, computed outside the event loop.
 
         Raises:
-            ApiError: 400: no tokenizer; more characters than the context can hold, whatever they are, unless a text may have ``any_length``,
-                because its tokens will be cut.
+            ApiError: 400: no tokenizer; more characters than the context can hold, whatever they are, unless only tokens that it can hold
+                are wanted.
         """
         tokenizer = self.need_tokenizer(name)
-        if not any_length:
-            self.check_characters(len(text), name)
-        return await self.in_worker(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        self.check_characters(len(text), name, last)
+        return await self.in_worker(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens, last=last))
 
     async def in_worker(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` on a worker thread; `RequestError` becomes a 400."""

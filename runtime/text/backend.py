@@ -16,7 +16,8 @@ from phalanx.checkpoints.files import ModelDirectory
 from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.text.pair_files import PAIR_FILES, BytePairs, pairs_to_backend, read_pairs
 from phalanx.runtime.text.rank_file import is_rank_file, ranks_to_backend, read_ranks
-from phalanx.runtime.text.sentencepiece_backend import spellings, to_backend, to_encoder
+from phalanx.runtime.text.sentencepiece_backend import spellings, to_backend
+from phalanx.runtime.text.sentencepiece_encoder import SentencePieceEncoder
 from phalanx.runtime.text.sentencepiece_encoding import SentencePieceEncoding
 from phalanx.runtime.text.sentencepiece_model import SentencePieceModel, read_model
 from phalanx.runtime.text.tokenizer_files import AddedToken, TokenizerFiles
@@ -35,11 +36,11 @@ class Backend:
 
     Attributes:
         tokenizer: tokens, and how they become a text; it can be written as a ``tokenizer.json``.
-        encoder: makes tokens of texts; the same object unless these follow another library.
+        encoder: makes tokens of texts where these follow another library; else None.
     """
 
     tokenizer: tokenizers.Tokenizer
-    encoder: tokenizers.Tokenizer
+    encoder: SentencePieceEncoder | None
 
 
 def has_tokenizer(directory: ModelDirectory) -> bool:
@@ -65,7 +66,7 @@ def load_backend(directory: ModelDirectory, files: TokenizerFiles) -> Backend:
     _apply_bos_and_eos(backend, files, is_converted=not directory.has(TOKENIZER_FILE))
     if files.flags.get("split_special_tokens"):
         backend.encode_special_tokens = True
-    return Backend(backend, backend if encoding is None else to_encoder(backend, encoding))
+    return Backend(backend, None if encoding is None else SentencePieceEncoder(backend, encoding))
 
 
 def library_token_id(directory: ModelDirectory, files: TokenizerFiles, text: str) -> int | None:

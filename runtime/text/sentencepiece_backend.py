@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SentencePiece model for the `tokenizers` library: its tokens and how they become a text, and an encoder that follows `SentencePieceEncoding`."""
+"""A SentencePiece model for the `tokenizers` library: its tokens and how they become a text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from phalanx.parallel.errors import CheckpointError
-from phalanx.runtime.text.sentencepiece_encoding import SentencePieceEncoding
 from phalanx.runtime.text.sentencepiece_merges import OF_TEXT
 from phalanx.runtime.text.sentencepiece_model import MARK, Piece, PieceKind, SentencePieceModel
 
-__all__ = ["spellings", "to_backend", "to_encoder"]
+__all__ = ["spellings", "to_backend"]
 
 _MOST_SPACES = 1 << 16
 """How many spaces are taken away from the start of a text where the model removes all."""
@@ -22,7 +21,7 @@ _MOST_SPACES = 1 << 16
 def to_backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ()) -> tokenizers.Tokenizer:
     """Return the tokens of ``model``, with control pieces as special tokens, and the decoder. It can be written as a ``tokenizer.json``.
 
-    ``spelt``: texts that are written as pieces. What it encodes itself is an approximation: see `to_encoder`.
+    ``spelt``: texts that are written as pieces. What it encodes itself is an approximation: see `SentencePieceEncoder`.
     """
     backend = tokenizers.Tokenizer(_algorithm(model))
     prefix = [normalizers.Prepend(MARK)] if model.dummy_prefix else []
@@ -34,30 +33,6 @@ def to_backend(model: SentencePieceModel, spelt: Sequence[tuple[str, str]] = ())
     backend.decoder = decoders.Sequence([*replaced, *fallback, decoders.Fuse(), *strip])
     backend.add_special_tokens(model.texts(PieceKind.CONTROL))
     return backend
-
-
-def to_encoder(backend: tokenizers.Tokenizer, encoding: SentencePieceEncoding) -> tokenizers.Tokenizer:
-    """Return an encoder of texts with special tokens, which has the tokens and ids of ``backend`` and cuts what lies between by ``encoding``."""
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    encoder = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
-    encoder.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_Pieces(encoding))
-    encoder.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
-    encoder.post_processor = backend.post_processor
-    encoder.encode_special_tokens = backend.encode_special_tokens
-    return encoder
-
-
-class _Pieces:
-    """``PreTokenizer`` of `tokenizers` that gives words which are tokens."""
-
-    def __init__(self, encoding: SentencePieceEncoding) -> None:
-        self._encoding = encoding
-
-    def pre_tokenize(self, text: tokenizers.PreTokenizedString) -> None:
-        text.split(self._split)
-
-    def _split(self, index: int, part: tokenizers.NormalizedString) -> list[tokenizers.NormalizedString]:
-        return [tokenizers.NormalizedString(piece) for piece in self._encoding.pieces(part.normalized, index == 0)]
 
 
 def spellings(model: SentencePieceModel) -> list[tuple[str, str]]:

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 
 from phalanx.runtime.text.sentencepiece_merges import BytePairs
 from phalanx.runtime.text.sentencepiece_model import MARK, PieceKind, SentencePieceModel
+from phalanx.runtime.text.windows import WINDOW, check_whole
 
 __all__ = ["SentencePieceEncoding"]
 
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
+_CHARACTERS_PER_PIECE = 4
 _UNKNOWN_PENALTY = 10.0
 _DEFINED_BONUS = 0.1
 """Score of each byte but the first of a piece that the user defined."""
@@ -39,7 +41,11 @@ class SentencePieceEncoding:
         self._segment = _Unigrams(model) if model.is_unigram else BytePairs(model.pieces)
 
     def pieces(self, text: str, is_first: bool) -> list[str]:
-        """Return the texts of a text's tokens; ``is_first``: nothing goes before it."""
+        """Return the texts of a text's tokens; ``is_first``: nothing goes before it.
+
+        Raises:
+            RequestError: it is too long where it can only be encoded as a whole.
+        """
         for spaces, piece in self._spelt:
             text = text.replace(spaces, piece)
         model = self._model
@@ -47,6 +53,22 @@ class SentencePieceEncoding:
         if model.dummy_prefix and self._marks_first and is_first and text and not text.startswith(MARK):
             text = MARK + text
         return list(self._known(self._segment(text)))
+
+    def last_pieces(self, text: str, is_first: bool, count: int) -> list[str]:
+        """Return at least the last ``count`` of `pieces`, or all. Where the model allows it, the beginning of a long text is not encoded.
+
+        Raises:
+            RequestError: see `pieces`.
+        """
+        size = _CHARACTERS_PER_PIECE * count
+        while size < len(text) and self._normaliser.is_local and not self._spelt:
+            tail = self._normaliser(text[-size:], marks=False)
+            if (cut := self._segment.first_cut(tail)) is not None:
+                found = list(self._known(self._segment(tail[cut:])))
+                if len(found) >= count:
+                    return found
+            size *= 2
+        return self.pieces(text, is_first)
 
     def _known(self, found: Iterator[tuple[str, bool]]) -> Iterator[str]:
         """Unknown characters as their bytes, or a run of them as one unknown token."""
@@ -62,7 +84,10 @@ class SentencePieceEncoding:
 
 
 class _Normaliser:
-    """Replaces characters, removes and marks spaces; pieces that the user defined stay as they are."""
+    """Replaces characters, removes and marks spaces; pieces that the user defined stay as they are.
+
+    ``is_local``: each character is normalised alone.
+    """
 
     def __init__(self, model: SentencePieceModel) -> None:
         self._removes_spaces = model.remove_spaces
@@ -70,7 +95,9 @@ class _Normaliser:
         defined = _alternatives(model.texts(PieceKind.USER_DEFINED))
         special = "[^ -~]" if self._map and not self._map.replaces_within(_PRINTABLE) else "(?s:.)"
         pattern = "|".join([f"({defined})"] * bool(defined) + [special] * bool(self._map))
-        self._suspects = re.compile(pattern) if pattern else None
+        self._suspects = re.compile(pattern or "(?!)")
+        self._longest = max(map(len, model.texts(PieceKind.USER_DEFINED)), default=1)
+        self.is_local = not (model.remove_spaces or model.character_map)
 
     def __call__(self, text: str, marks: bool) -> str:
         """``marks``: a space goes before the text."""
@@ -90,7 +117,14 @@ class _Normaliser:
     def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
         """The text with characters replaced, in parts; whether each part is what one match gave."""
         position = 0
-        while self._suspects and (suspect := self._suspects.search(text, position)):
+        while position < len(text):
+            end = position + WINDOW
+            suspect = self._suspects.search(text, position, end + self._longest - 1)
+            if suspect is None or suspect.start() >= end:
+                end -= end < len(text)  # what begins at the last character may be replaced with the next one
+                yield text[position:end], False
+                position = end
+                continue
             start = suspect.start()
             for begin in range(max(position, start - 1), start + 1):
                 if begin == start and suspect.lastindex:
@@ -100,10 +134,8 @@ class _Normaliser:
                 if match is not None:
                     break
             yield text[position:begin], False
-            end, replacement = match or (start + 1, text[start])
+            position, replacement = match or (start + 1, text[start])
             yield replacement, match is not None
-            position = end
-        yield text[position:], False
 
 
 class _Unigrams:
@@ -121,6 +153,7 @@ class _Unigrams:
         self._beginnings = {text[:end] for text in self._scores for end in range(1, len(text) + 1)}
 
     def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
+        check_whole(text)
         best, starts, sums = array("f", bytes(4 * (len(text) + 1))), [-1] * (len(text) + 1), array("f", [0.0])
         for start in range(len(text)):
             for end, score in self._candidates(text, start):
@@ -128,6 +161,10 @@ class _Unigrams:
                 if starts[end] < 0 or sums[0] > best[end]:
                     best[end], starts[end] = sums[0], start
         yield from reversed(list(self._backwards(text, starts)))
+
+    def first_cut(self, text: str) -> int | None:
+        """None: the sum of scores from the start of the text, rounded to float32, decides between pieces."""
+        return None
 
     def _candidates(self, text: str, start: int) -> Iterator[tuple[int, float]]:
         """End and score of each piece at ``start``; an unknown character where none is one character long."""

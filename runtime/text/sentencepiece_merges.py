@@ -11,16 +11,16 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import chain
 from operator import add
 
 from phalanx.runtime.text.sentencepiece_model import Piece, PieceKind
+from phalanx.runtime.text.windows import WINDOW, check_whole, search
 
 __all__ = ["OF_TEXT", "BytePairs"]
 
 OF_TEXT = (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED)
 """Kinds of pieces that texts are cut into."""
-_WINDOW = 1 << 14
-"""Characters of which the cuts are found at once."""
 _CACHED_CHARACTERS, _CACHED_SECTIONS = 32, 1 << 14
 
 
@@ -41,38 +41,45 @@ class BytePairs:
             (piece.text for piece in pieces if piece.kind == PieceKind.USER_DEFINED), key=len, reverse=True
         )
         self._defined = re.compile("|".join(map(re.escape, defined)) or "(?!)")
+        self._longest_defined = len(defined[0]) if defined else 0
         self._pairs = frozenset(text[at : at + 2] for text in scores for at in range(len(text) - 1))
         self._has_sections = not any(map(self._is_ambiguous, self._unused))
         self._cached = lru_cache(_CACHED_SECTIONS)(self._merged)
 
     def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Each piece, and whether it is one: else it is a character that the model does not have."""
+        """Each piece, and whether it is one: else it is a character that the model does not have.
+
+        Raises:
+            RequestError: a section is too long.
+        """
         for section in self._sections(text):
             yield from (self._cached if len(section) <= _CACHED_CHARACTERS else self._merged)(section)
 
-    def last_cut(self, text: str, end: int) -> int:
-        """Return the last place up to ``end`` where a section begins: what follows it has the same pieces alone."""
-        if not self._has_sections:
-            return 0
-        while end > 0 and text[end - 1 : end + 1] in self._pairs:
-            end -= 1
-        return max(0, end)
+    def first_cut(self, text: str) -> int | None:
+        """Return the first place after the start where a section begins: what follows it has the same pieces alone. None without one."""
+        return next(self._cuts(text), None)
 
     def _sections(self, text: str) -> Iterator[str]:
-        if not self._has_sections:
-            yield text
-            return
         start = 0
-        for begin in range(0, len(text), _WINDOW):
-            window, pairs = text[begin : begin + _WINDOW + 1], self._pairs
-            for end in [at for at, pair in enumerate(map(add, window, window[1:]), begin + 1) if pair not in pairs]:
-                yield text[start:end]
-                start = end
-        yield text[start:]
+        for end in chain(self._cuts(text), (len(text),)):
+            yield text[start:end]
+            start = end
+
+    def _cuts(self, text: str) -> Iterator[int]:
+        if not self._has_sections:
+            return
+        for begin in range(0, len(text), WINDOW):
+            window, pairs = text[begin : begin + WINDOW + 1], self._pairs
+            yield from [at for at, pair in enumerate(map(add, window, window[1:]), begin + 1) if pair not in pairs]
 
     def _merged(self, text: str) -> tuple[tuple[str, bool], ...]:
+        check_whole(text)
         merges = _Merges(text, self._places, self._unused)
-        merges.run(self._defined)
+        position = 0
+        while self._longest_defined and (match := search(self._defined, text, position, self._longest_defined)):
+            position = match.end()
+            merges.seal(*match.span())
+        merges.run()
         return tuple((piece, piece in self._used) for piece in merges.pieces())
 
     def _is_ambiguous(self, unused: str) -> bool:
@@ -92,16 +99,23 @@ class _Merges:
         self._text = text
         self._places = places
         self._unused = unused
-        self._ends = array("q", range(1, len(text) + 1))
-        self._starts = array("q", range(-1, len(text)))
+        self._ends, self._starts = array("q"), array("q", [-1])
+        for begin in range(0, len(text), WINDOW):
+            end = min(begin + WINDOW, len(text))
+            self._ends.extend(range(begin + 1, end + 1))
+            self._starts.extend(range(begin, end))
         self._sealed: set[int] = set()
         self._queue: list[int] = []
         self._halves: dict[str, tuple[str, str]] = {}
 
-    def run(self, defined: re.Pattern[str]) -> None:
-        """Merge all that can be; matches of ``defined`` are symbols that are not merged."""
-        for match in defined.finditer(self._text):
-            self._seal(*match.span())
+    def seal(self, start: int, end: int) -> None:
+        """Make a symbol of some characters that is not merged."""
+        self._ends[start:end] = array("q", [end, *bytes(end - start - 1)])
+        self._starts[end] = start
+        self._sealed.add(start)
+
+    def run(self) -> None:
+        """Merge all that can be."""
         left, size = 0, len(self._text)
         while left < size:
             self._offer(left)
@@ -125,11 +139,6 @@ class _Merges:
                 else:
                     yield piece
             left = self._ends[left]
-
-    def _seal(self, start: int, end: int) -> None:
-        self._ends[start:end] = array("q", [end, *bytes(end - start - 1)])
-        self._starts[end] = start
-        self._sealed.add(start)
 
     def _place(self, left: int, right: int) -> int | None:
         """Place of the score of two neighbours as one piece; None if they are none."""

@@ -16,8 +16,10 @@ from phalanx.runtime.text.backend import has_tokenizer, load_backend
 from phalanx.runtime.text.chat import ChatTemplate
 from phalanx.runtime.text.decoding_rules import DecodingRules, read_rules
 from phalanx.runtime.text.detokenizer import ByteDetokenizer, Detokenizer, JoinedSpecials, WindowDetokenizer
+from phalanx.runtime.text.sentencepiece_encoder import SentencePieceEncoder
 from phalanx.runtime.text.stream import TextStream
 from phalanx.runtime.text.tokenizer_files import read_tokenizer_files
+from phalanx.runtime.text.windows import WINDOW
 
 __all__ = ["Tokenizer"]
 
@@ -44,14 +46,14 @@ class Tokenizer:
         chat_template: ChatTemplate | None,
         chat_problem: str | None = None,
         tool_template: ChatTemplate | None = None,
-        encoder: tokenizers.Tokenizer | None = None,
+        encoder: SentencePieceEncoder | None = None,
     ) -> None:
         """``encoder`` makes tokens of texts in place of ``backend``."""
         backend.no_truncation()
         backend.no_padding()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._backend = backend
-        self._encoder = encoder or backend
+        self._encoder = encoder
         self._rules = _decoding_rules(backend)
         self._known_bytes: dict[int, bytes] = {}
         self._known_texts: dict[bool, dict[int, str]] = {False: {}, True: {}}
@@ -93,22 +95,27 @@ class Tokenizer:
         return self._backend.to_str()
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, max_characters: int | None = None
+        self, text: str, *, add_special_tokens: bool = True, max_characters: int | None = None, last: int | None = None
     ) -> tuple[int, ...]:
-        """Token ids of ``text``. Takes about 0.5 s per million characters: call it outside an event loop.
+        """Token ids of ``text``, of which the ``last`` ones. Takes about 0.5 s per million characters: call it outside an event loop.
 
         Raises:
-            RequestError: more than ``max_characters``, or lone surrogates, which are no Unicode text.
+            RequestError: more than ``max_characters``, or lone surrogates, which are no Unicode text; or a SentencePiece model cannot encode
+                a text of this length.
         """
         if max_characters is not None and len(text) > max_characters:
             raise RequestError(f"prompt has {len(text)} characters; at most {max_characters} can fit", "prompt")
         try:
-            text.encode()
+            for begin in range(0, len(text), WINDOW):
+                text[begin : begin + WINDOW].encode()
         except UnicodeEncodeError:
             raise RequestError(
                 "prompt holds a lone surrogate, which is not valid Unicode; remove it", "prompt"
             ) from None
-        return tuple(self._encoder.encode(text, add_special_tokens=add_special_tokens).ids)
+        if self._encoder is not None:
+            return self._encoder.encode(text, add_special_tokens, last)
+        token_ids = tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return token_ids if last is None else token_ids[max(0, len(token_ids) - last) :]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the whole text of ``token_ids``. Unknown ids are empty.

@@ -80,9 +80,10 @@ def test_a_prompt_may_be_cut_to_what_the_context_has_room_for(server: Server) ->
 
 def test_a_prompt_that_is_cut_may_be_longer_than_the_context_can_hold(server: Server) -> None:
     long = "ab" * 25_000
-    refused = server.post(PATH, {"prompt": long, "max_tokens": 2})
-    assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
-    assert "50000 characters" in refused.error["message"]
+    for most in (None, 100_000):
+        refused = server.post(PATH, {"prompt": long, "max_tokens": 2, "truncate_prompt_tokens": most})
+        assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
+        assert "50000 characters" in refused.error["message"]
     cut = server.post(PATH, {"prompt": long, "max_tokens": 2, "truncate_prompt_tokens": 4})
     assert (cut.json["usage"]["prompt_tokens"], cut.json["choices"][0]["text"]) == (4, "ab")
     body = {"messages": [{"role": "user", "content": long}], "max_tokens": 2, "truncate_prompt_tokens": 4}

@@ -34,18 +34,16 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
             services,
             prompt,
             add_special_tokens=generation.add_special_tokens,
-            any_length=generation.most_prompt_tokens is not None,
+            last=_most_prompt_tokens(services, generation),
         )
-        if generation.most_prompt_tokens is not None:
-            token_ids = token_ids[-_most_prompt_tokens(services, generation) :]
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
 
 
-def _most_prompt_tokens(services: Services, generation: Generation) -> int:
-    """How many tokens of a prompt to keep."""
+def _most_prompt_tokens(services: Services, generation: Generation) -> int | None:
+    """How many tokens of a prompt to keep, the last ones; None for all."""
     if generation.most_prompt_tokens != -1:
-        return generation.most_prompt_tokens or 0
+        return generation.most_prompt_tokens
     return max(1, services.model.max_model_len - max(1, generation.max_tokens or generation.default_max_tokens or 1))
 
 
@@ -101,23 +99,22 @@ def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 async def prompt_token_ids(
-    services: Services, prompt: Prompt, *, add_special_tokens: bool, any_length: bool = False
+    services: Services, prompt: Prompt, *, add_special_tokens: bool, last: int | None = None
 ) -> tuple[int, ...]:
-    """Return the token ids of one prompt.
+    """Return the token ids of one prompt, of which the ``last`` ones.
 
     Raises:
-        ApiError: 400: it cannot be read, a token id is outside the vocabulary, or its text cannot fit into the context, unless it may
-            have ``any_length``.
+        ApiError: 400: it cannot be read, a token id is outside the vocabulary, or its text, or what is wanted of it, cannot fit into the
+            context.
     """
     if isinstance(prompt, tuple):
         services.check_token_ids(prompt, "prompt")
-        return prompt
+        return prompt if last is None else prompt[-last:]
     if isinstance(prompt, str):
-        return await services.encode(prompt, add_special_tokens=add_special_tokens, any_length=any_length)
-    if not any_length:
-        services.check_characters(_num_characters(prompt), "messages")
+        return await services.encode(prompt, add_special_tokens=add_special_tokens, last=last)
+    services.check_characters(_num_characters(prompt), "messages", last)
     text = await render(services, prompt)
-    return await services.encode(text, add_special_tokens=add_special_tokens, name="messages", any_length=any_length)
+    return await services.encode(text, add_special_tokens=add_special_tokens, name="messages", last=last)
 
 
 def _num_characters(prompt: Conversation) -> int:
