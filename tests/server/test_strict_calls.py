@@ -23,7 +23,7 @@ from phalanx.runtime.guidance import check_guide
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai import grammar_values
-from phalanx.runtime.server.openai.forced_calls import arguments_schema
+from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
 from phalanx.runtime.server.openai.tools import Tool, tool_use
 from phalanx.runtime.text import Tokenizer
@@ -461,6 +461,35 @@ def test_a_grammar_that_becomes_too_long_is_not_built_to_its_end(
     with pytest.raises(ApiError, match="make a grammar of more than 65536 characters"):
         strict_grammar(form, [("f", {"type": "object", "properties": values})], tokenizer)
     assert len(built) < 70
+
+
+def test_definitions_of_one_name_are_each_functions_own() -> None:
+    """As of two pydantic models of which each has another Item. Those that are the same are said once."""
+
+    def parameters(**item: Any) -> dict[str, Any]:
+        listed = {"type": "array", "items": {"$ref": "#/$defs/Item"}}
+        definitions = {
+            "Item": {"type": "object", "properties": {"const": {"$ref": "#/$defs/Leaf"}}, "required": ["const"]},
+            "Leaf": item,
+        }
+        return {"type": "object", "properties": {"items": listed}, "required": ["items"], "$defs": definitions}
+
+    number, text = parameters(type="integer"), parameters(enum=[{"$ref": "#/$defs/Leaf"}, "x"])
+    schema = calls_schema([("f", number), ("g", text), ("h", number), ("i", text)], parallel=True)
+    check_guide(GuideRule().check("tools", {"json": schema}))
+    assert sorted(schema["$defs"]) == ["2.Item", "2.Leaf", "4.Item", "4.Leaf", "Item", "Leaf"]
+    jsonschema.Draft202012Validator.check_schema(schema)
+    checked = jsonschema.Draft202012Validator(schema)
+    for name, leaf, fits in (
+        ("f", 1, True),
+        ("f", "x", False),
+        ("g", "x", True),
+        ("g", {"$ref": "#/$defs/Leaf"}, True),
+        ("g", 1, False),
+        ("h", 1, True),
+    ):
+        call = {"name": name, "parameters": {"items": [{"const": leaf}]}}
+        assert checked.is_valid([call]) == fits, call
 
 
 def strict_tools(*names: str) -> Sequence[Tool]:

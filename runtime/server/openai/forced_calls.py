@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
@@ -12,6 +14,7 @@ from phalanx.runtime.text.tool_calls import ANNOTATIONS
 __all__ = ["arguments_schema", "call_schema", "calls_schema"]
 
 _SHARED = ("$defs", "definitions")
+_REFERENCE = re.compile(r"^#/(\$defs|definitions)/")
 _OF_SCHEMAS = frozenset({*_SHARED, "properties", "patternProperties", "dependentSchemas"})
 _OF_VALUES = frozenset({"enum", "const", "required", "type"})
 
@@ -47,8 +50,7 @@ def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, p
     """Return the schema of a list of at least one call, ``{"name", "parameters"}``; at most one unless ``parallel``.
 
     Raises:
-        ApiError: 400: two functions define a name of ``$defs``, to which references lead from the top, differently,
-            or ``$defs`` is not an object.
+        ApiError: 400: ``$defs``, to which references lead from the top, is not an object.
     """
     shared: dict[str, dict[str, Any]] = {}
     calls = [call_schema(name, arguments_schema(parameters), shared, "parameters") for name, parameters in functions]
@@ -61,19 +63,56 @@ def call_schema(
 ) -> dict[str, Any]:
     """Return the schema of one call, an object with a name and ``arguments``; definitions go to ``shared``.
 
+    Those of a function that defines a name differently than one before it have names that no other has.
+
     Raises:
         ApiError: as `calls_schema`.
     """
-    for key in _SHARED:
-        definitions = parameters.pop(key, {})
+    own = {key: parameters.pop(key) for key in _SHARED if key in parameters}
+    for key, definitions in own.items():
         if not isinstance(definitions, dict):
             raise invalid(f"tools: {key} of {name} is not an object of schemas; correct it", "tools")
-        for defined, schema in definitions.items():
-            if shared.setdefault(key, {}).setdefault(defined, schema) != schema:
-                raise invalid(f"tools: two functions define {key}/{defined} differently; rename one of them", "tools")
+    if any(shared.get(key, {}).get(defined, schema) != schema for key, defined, schema in _defined(own)):
+        prefix = _new_prefix(own, shared)
+        parameters, own = _renamed(parameters, prefix), {
+            key: {prefix + defined: _renamed(schema, prefix) for defined, schema in definitions.items()}
+            for key, definitions in own.items()
+        }  # fmt: skip
+    for key, defined, schema in _defined(own):
+        shared.setdefault(key, {})[defined] = schema
     return {
         "type": "object",
         "properties": {"name": {"const": name}, arguments: parameters},
         "required": ["name", arguments],
         "additionalProperties": False,
     }
+
+
+def _defined(own: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """Keyword, name and schema of every definition."""
+    return ((key, defined, schema) for key, definitions in own.items() for defined, schema in definitions.items())
+
+
+def _new_prefix(own: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Mapping[str, Any]]) -> str:
+    """A prefix with which no definition has a name that is taken."""
+    prefixes = (f"{number}." for number in itertools.count(sum(map(len, shared.values()))))
+    return next(
+        prefix for prefix in prefixes if all(prefix + defined not in shared.get(key, ()) for key, defined, _ in _defined(own))
+    )  # fmt: skip
+
+
+def _renamed(value: Any, prefix: str, *, is_by_name: bool = False) -> Any:
+    """A schema with the prefix in all its references to definitions; ``is_by_name``: schemas by name, not keywords."""
+    if isinstance(value, list):
+        return [_renamed(item, prefix) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if is_by_name:
+        return {name: _renamed(schema, prefix) for name, schema in value.items()}
+    renamed = {
+        key: item if key in _OF_VALUES else _renamed(item, prefix, is_by_name=key in _OF_SCHEMAS)
+        for key, item in value.items()
+    }
+    if isinstance(target := value.get("$ref"), str):
+        renamed["$ref"] = _REFERENCE.sub(rf"\g<0>{prefix}", target)
+    return renamed

@@ -48,7 +48,7 @@ def strict_grammar(
     What is no call is free text, or JSON that matches the schema ``answer`` and comes without calls.
 
     Raises:
-        ApiError: 400: a schema says more than the form can be held to, or two functions define a name of ``$defs`` differently.
+        ApiError: 400: a schema says more than the form can be held to, or a name is one that the form cannot write.
     """
     rest = Words() if answer is None else JsonAnswer(answer)
     try:
