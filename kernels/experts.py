@@ -3,7 +3,8 @@
 
 How many rows an expert gets is known on the device only, so grids are as large as the number of rows can require, and
 blocks without work end at once: every size is fixed by the shapes, and the calls can be captured. Which of three kernels
-multiplies follows from shapes alone, so a token's result does not depend on what else is in its step.
+multiplies follows from shapes alone, so a token's result depends on how many tokens its step has, but not on which. (Where groups of
+codes have scales, tiles round code times scale to the compute type, and the kernel that streams the weights scales float32 sums.)
 """
 
 from __future__ import annotations

@@ -128,16 +128,22 @@ def _block_problem(operands: Operands) -> GemmProblem:
 
 
 class Gemm:
-    """Products of one device. Each call enqueues on the current stream and does not wait; safe under capture."""
+    """Products of one device. Each call enqueues on the current stream and does not wait; safe under capture.
 
-    def __init__(self, library: Library, cublaslt: CublasLt, timings: GemmTimings) -> None:
-        """``timings``: what the tuner found on such a device."""
+    Args:
+        timings: what the tuner found on such a device.
+        multiplies_blocks: what `block_probe` found on this one; without it products of fp8 blocks take values.
+    """
+
+    def __init__(
+        self, library: Library, cublaslt: CublasLt, timings: GemmTimings, multiplies_blocks: bool = False
+    ) -> None:
         self.cublaslt = cublaslt
         self.timings = timings
         self._library = library
         self._choices: dict[GemmProblem, GemmChoice] = {}
         self._refused: set[GemmProblem] = set()
-        self._multiplies_blocks: bool | None = None
+        self._multiplies_blocks = multiplies_blocks
 
     def __call__(
         self,
@@ -166,14 +172,14 @@ class Gemm:
         """Whether the inputs ``[T, I]`` of a product of fp8 blocks are better given as `QuantizedGroups` than as their values in ``dtype``.
 
         cuBLASLt multiplies blocks on Hopper, from 12.9 on, and not in every shape. Where both products were timed, the faster one is taken.
-        Waits for the device the first time, for `multiplies_blocks`.
         """
         rows, columns = weight.shape
-        if weight.blocks is None or num_tokens <= MAX_PACKED_TOKENS or rows % _CODE_ALIGNMENT:
-            return False
-        if self._multiplies_blocks is None:
-            self._multiplies_blocks = multiplies_blocks(self.cublaslt)
-        if not self._multiplies_blocks:
+        if (
+            not self._multiplies_blocks
+            or weight.blocks is None
+            or num_tokens <= MAX_PACKED_TOKENS
+            or rows % _CODE_ALIGNMENT
+        ):
             return False
         row_bytes = packed_row_bytes(columns, weight.kind)
         blocks = GemmProblem(padded_tokens(num_tokens), rows, row_bytes, "fp8", dtype, has_blocks=True)
@@ -379,7 +385,7 @@ def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:
 
 
 def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:
-    """Products of the current device with the timings that are on disk for its kind.
+    """Products of the current device with the timings that are on disk for its kind. Waits for the device (`multiplies_blocks`).
 
     ``workspace``: flat uint8 device array; None allocates ``WORKSPACE_BYTES``. Raises ConfigError when cuBLASLt is missing.
     """
@@ -388,4 +394,5 @@ def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:
     runtime = cupy.cuda.runtime
     device_name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
     cublaslt = CublasLt(cupy.empty(WORKSPACE_BYTES, "uint8") if workspace is None else workspace)
-    return Gemm(library, cublaslt, GemmTimings(timings_path(cache_directory(), device_name, cublaslt.version)))
+    timings = GemmTimings(timings_path(cache_directory(), device_name, cublaslt.version))
+    return Gemm(library, cublaslt, timings, multiplies_blocks(cublaslt))

@@ -16,7 +16,8 @@ def capture(stream: Any, program: Callable[[], Result]) -> tuple[Any, Result]:
     """Record what ``program`` enqueues on the stream; returns the graph and what ``program`` returned.
 
     Python does not collect reference cycles meanwhile: an engine that was closed may be part of one, and to unload its modules, which
-    CUDA forbids to a thread that captures, would spoil the graph.
+    CUDA forbids to a thread that captures, would spoil the graph. One thread of a process captures at a time: with two, the first to end
+    would let Python collect in the other's capture.
     """
     from cupy.cuda import runtime
 

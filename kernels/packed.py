@@ -16,7 +16,7 @@ from phalanx.kernels.activation import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library
-from phalanx.kernels.product_sizes import BLOCK, block_scale_shape, codes_per_chunk, packed_row_bytes
+from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "SMALLEST_GROUP",
     "PackedKind",
     "PackedWeight",
-    "block_scales",
     "check_packed",
     "fits_block",
     "gemv_packed",
@@ -120,17 +119,6 @@ def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     kernel = library.function("pack_weight", "unpack_weight", 0, **(defines | more))
     arguments = (weight.codes, weight.scale, weight.zero, out, np.int32(columns), np.int32(lanes))
     kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), arguments)
-
-
-def block_scales(scale: Array, columns: int) -> Array:
-    """`PackedWeight.blocks` of scales ``[O, ceil(I / 128)]`` float32 that are the same for each 128 rows."""
-    import cupy
-
-    rows, groups = scale.shape
-    blocks = cupy.zeros(block_scale_shape(rows, columns), np.float32)
-    blocks[:, :groups] = scale[::BLOCK]
-    result: Array = blocks
-    return result
 
 
 def parse_layout(layout: str) -> tuple[PackedKind, int, bool]:

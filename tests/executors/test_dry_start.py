@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels import gemm
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launch.plan import main as plan
@@ -82,8 +81,7 @@ def test_the_start_block_says_how_blocks_are_multiplied(
     multiplies: bool, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12,352 gates end within a block, so ups begin there."""
-    install_dry_device(monkeypatch)
-    monkeypatch.setattr(gemm, "multiplies_blocks", lambda _: multiplies)
+    install_dry_device(monkeypatch, multiplies_blocks=multiplies)
     directory = written(tmp_path, "qwen3-8b-blocks", intermediate_size=12352)
     sizes = {**SIZES, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     with LLM(directory, engine="cuda", load_format="dummy", **sizes) as llm:

@@ -15,10 +15,10 @@ from phalanx.kernels.cublaslt import CublasLt, GemmProblem
 from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.library import KernelLibrary
-from phalanx.kernels.packed import block_scales
 from phalanx.kernels.product_sizes import packed_row_bytes, padded_tokens
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
+from phalanx.runtime.executors.cuda.weights import block_scales
 from tests.kernels.block_case import BlockCase
 from tests.kernels.devices import CudaDevice, has_gpu
 from tests.quantization import test_block_products as model
@@ -40,7 +40,8 @@ def device() -> CudaDevice:
 
 @pytest.fixture(scope="module")
 def gemm() -> Iterator[Gemm]:
-    gemm = Gemm(KernelLibrary(), CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8)), GemmTimings(None))
+    cublaslt = CublasLt(cupy.empty(WORKSPACE_BYTES, np.uint8))
+    gemm = Gemm(KernelLibrary(), cublaslt, GemmTimings(None), shows_blocks(cublaslt))
     yield gemm
     cupy.cuda.runtime.deviceSynchronize()
     gemm.close()
@@ -140,7 +141,7 @@ def test_the_tuner_times_them_against_products_of_values(gemm: Gemm, device: Cud
         pytest.skip("cuBLASLt multiplies blocks on Hopper, from 12.9 on")
     weight = BlockCase(4096, 4096).packed(device)
     timings = GemmTimings(None)
-    tuned = Gemm(device.library, gemm.cublaslt, timings)
+    tuned = Gemm(device.library, gemm.cublaslt, timings, multiplies_blocks(gemm))
     assert tuned.takes_groups(2048, weight, "bfloat16")
     found = GemmTuner(tuned, timings).tune(tuned.problems)
     assert {problem.has_blocks for problem in found} == {True, False}

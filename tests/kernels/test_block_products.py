@@ -13,11 +13,12 @@ from phalanx.checkpoints.quantization.numbers import quantize_groups as referenc
 from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm
-from phalanx.kernels.packed import PackedWeight, block_scales
+from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import BLOCK
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.parallel.errors import ExecutorError
+from phalanx.runtime.executors.cuda.weights import block_scales
 from tests.support.fake_cublaslt import ALGORITHM, FakeCublasLt
 from tests.support.fake_cupy import install_fake_cupy
 
@@ -50,7 +51,7 @@ def addressed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def gemm_of(device: AddressedDevice, lt: FakeCublasLt, timings: GemmTimings | None = None) -> Gemm:
-    return Gemm(device.library, lt, timings or GemmTimings(None))  # type: ignore[arg-type]
+    return Gemm(device.library, lt, timings or GemmTimings(None), multiplies_blocks=True)  # type: ignore[arg-type]
 
 
 def groups_of(device: AddressedDevice, x: np.ndarray) -> QuantizedGroups:
@@ -89,7 +90,6 @@ def test_a_first_product_shows_whether_scales_count_where_they_should(addressed:
     assert multiplies_blocks(FakeCublasLt())  # type: ignore[arg-type]
     assert not multiplies_blocks(FakeCublasLt(has_blocks=False))  # type: ignore[arg-type]
     assert not multiplies_blocks(Transposed())  # type: ignore[arg-type]
-    assert not gemm_of(addressed, Transposed()).takes_groups(128, weight_of(addressed), "bfloat16")
 
 
 def test_scales_of_blocks_are_read_from_those_of_rows(addressed: AddressedDevice) -> None:
@@ -115,6 +115,12 @@ def test_inputs_are_values_where_cublaslt_has_no_algorithm_for_blocks(addressed:
     lt.has_blocks = True
     assert not gemm.takes_groups(128, weight, "bfloat16"), "it is asked once"
     assert not any(problem.has_blocks for problem in gemm.problems), "nothing that a tuner would try"
+
+
+def test_inputs_are_values_on_a_device_that_multiplies_no_blocks(addressed: AddressedDevice) -> None:
+    gemm = Gemm(addressed.library, FakeCublasLt(), GemmTimings(None))  # type: ignore[arg-type]
+    assert not gemm.takes_groups(128, weight_of(addressed), "bfloat16")
+    assert not gemm.problems
 
 
 def test_inputs_are_values_where_rows_are_no_multiple_of_what_it_takes(addressed: AddressedDevice) -> None:

@@ -102,9 +102,10 @@ class DryTuner:
         return found
 
 
-def install_dry_device(patch: pytest.MonkeyPatch, accepts_others: bool = True) -> DryDevice:
+def install_dry_device(
+    patch: pytest.MonkeyPatch, accepts_others: bool = True, multiplies_blocks: bool = True
+) -> DryDevice:
     """Make ``engine="cuda"`` run on a device that computes nothing, without ranks; returns it."""
-    from phalanx.kernels import gemm as gemms
     from phalanx.runtime.executors.cuda import build, tuning
 
     device = DryDevice()
@@ -143,11 +144,9 @@ def install_dry_device(patch: pytest.MonkeyPatch, accepts_others: bool = True) -
     patch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (140 << 30, 141 << 30))
     patch.setattr(cupy.cuda.runtime, "memcpyAsync", lambda *_: None)
     patch.setattr(cupy.cuda.runtime, "memcpy2DAsync", lambda *_: None)
-    patch.setattr(gemms, "multiplies_blocks", lambda _: True)
     patch.setattr(build, "KernelLibrary", lambda: device)
-    patch.setattr(
-        build, "open_gemm", lambda library: Gemm(library, DryCublasLt(device, accepts_others), GemmTimings(None))
-    )  # type: ignore[arg-type]
+    lt: Any = DryCublasLt(device, accepts_others)
+    patch.setattr(build, "open_gemm", lambda library: Gemm(library, lt, GemmTimings(None), multiplies_blocks))
     patch.setattr(build, "open_device_group", lambda comm, members: HostGroup(comm.split(members)))
     patch.setattr(tuning, "GemmTuner", DryTuner)
     return device

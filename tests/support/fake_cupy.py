@@ -240,7 +240,7 @@ class FakeGemm:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._of_blocks = Gemm(library, FakeCublasLt(), GemmTimings(None))  # type: ignore[arg-type]
+        self._of_blocks = Gemm(library, FakeCublasLt(), GemmTimings(None), multiplies_blocks=True)  # type: ignore[arg-type]
 
     def __call__(self, x: Any, *operands: Any, scratch: Any = None) -> None:
         if isinstance(x, QuantizedGroups):

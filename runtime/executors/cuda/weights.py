@@ -19,15 +19,15 @@ from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
 from phalanx.kernels.dummy_weights import dummy_weights
 from phalanx.kernels.library import Library
-from phalanx.kernels.packed import PackedWeight, block_scales, pack_weight, unpack_weight
-from phalanx.kernels.product_sizes import packed_row_bytes
+from phalanx.kernels.packed import PackedWeight, pack_weight, unpack_weight
+from phalanx.kernels.product_sizes import BLOCK, block_scale_shape, packed_row_bytes
 from phalanx.kernels.quantize import QuantizedRows, quantize_rows
 from phalanx.kernels.unpack_ordered import unpack_ordered
 from phalanx.parallel.errors import CheckpointError
 from phalanx.runtime.executors.cuda.memory import DeviceArray, device_dtype, pinned_array
 from phalanx.runtime.executors.weights import Weight, Weights
 
-__all__ = ["ConvertingSink", "CudaSink"]
+__all__ = ["ConvertingSink", "CudaSink", "block_scales"]
 
 _CHUNK_BYTES = 32 << 20
 
@@ -288,6 +288,16 @@ class ConvertingSink(CudaSink):
             return out, array.shape[1]
 
         return pack
+
+
+def block_scales(scale: DeviceArray, columns: int) -> DeviceArray:
+    """`PackedWeight.blocks` of scales ``[O, ceil(I / 128)]`` float32 that are the same for each 128 rows."""
+    import cupy
+
+    rows, groups = scale.shape
+    blocks = cupy.zeros(block_scale_shape(rows, columns), np.float32)
+    blocks[:, :groups] = scale[::BLOCK]
+    return blocks
 
 
 def _by_group(array: DeviceArray) -> DeviceArray:
