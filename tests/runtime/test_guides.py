@@ -164,8 +164,10 @@ def test_a_sequence_whose_mask_is_late_holds_up_no_other(monkeypatch: pytest.Mon
     assert ended == [1, 0]
 
 
-def test_what_cannot_be_compiled_ends_its_request_alone() -> None:
-    broken, fine = generate([guided({"regex": "(("}), guided({"choice": ["yes"]})])
+@pytest.mark.parametrize("guide", [{"regex": "(("}, {"grammar": 'start: "a" <[99999999]>'}], ids=["malformed", "token"])
+def test_what_cannot_be_compiled_ends_its_request_alone(guide: dict[str, Any]) -> None:
+    """Ids that are no tokens are known to the engine alone: the HTTP side tries grammars without the tokenizer."""
+    broken, fine = generate([guided(guide), guided({"choice": ["yes"]})])
     assert broken.finish_reason == "error"
     assert broken.error is not None
     assert broken.error.startswith("structured_outputs cannot be compiled")
