@@ -168,7 +168,7 @@ class Gemm:
             return
         self.run(problem, self.choice(problem), operands)
 
-    def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str) -> bool:
+    def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str, has_bias: bool) -> bool:
         """Whether the inputs ``[T, I]`` of a product of fp8 blocks are better given as `QuantizedGroups` than as their values in ``dtype``.
 
         cuBLASLt multiplies blocks on Hopper, from 12.9 on, and not in every shape. Where both products were timed, the faster one is taken.
@@ -190,7 +190,8 @@ class Gemm:
         except ExecutorError:
             self._refused.add(blocks)
             return False
-        of_values = self.choice(GemmProblem(num_tokens, rows, columns, dtype, dtype, packed=weight.layout)).microseconds
+        values = GemmProblem(num_tokens, rows, columns, dtype, dtype, has_bias, weight.layout)
+        of_values = self.choice(values).microseconds
         return not (of_codes and of_values) or of_codes <= of_values
 
     def gated(self, x: Array | QuantizedRows, weight: Weight, out: Array, activation: ActivationName) -> bool:

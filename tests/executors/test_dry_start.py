@@ -105,3 +105,16 @@ def test_what_a_device_refuses_is_an_error() -> None:
     device.function("add", "add", SCALAR="float")
     with pytest.raises(AssertionError, match=r"add of add\.cu is loaded .* while a step is captured"):
         device.function("add", "add", SCALAR="__half")
+
+
+def test_products_of_values_are_timed_with_the_bias_that_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``attention_bias`` q, k, v and the output of attention have one; gates, ups and downs have none."""
+    install_dry_device(monkeypatch)
+    executor = start(written(tmp_path, "qwen3-8b-blocks", attention_bias=True), monkeypatch)
+    problems = executor._stage.ops._gemm.problems
+    found = {
+        (one.out_features, one.in_features, one.has_bias) for one in problems if one.packed and one.num_tokens > 64
+    }
+    assert found == {(6144, 4096, True), (4096, 4096, True), (4096, 12288, False), (24576, 4096, False)}

@@ -100,7 +100,7 @@ def test_every_candidate_is_near_the_definition(
     """To the rounding of the result and what tensor cores lose in 128 columns, with scales a hundredfold apart."""
     num_tokens, out_features, in_features = shape
     case = BlockCase(out_features, in_features)
-    if not gemm.takes_groups(num_tokens, case.packed(device), dtype.name):
+    if not gemm.takes_groups(num_tokens, case.packed(device), dtype.name, False):
         assert shape in CUT or not multiplies_blocks(gemm)
         pytest.skip(f"cuBLASLt {gemm.cublaslt.version} has no algorithm")
     assert assert_near(gemm, device, case, num_tokens, dtype)
@@ -142,14 +142,14 @@ def test_the_tuner_times_them_against_products_of_values(gemm: Gemm, device: Cud
     weight = BlockCase(4096, 4096).packed(device)
     timings = GemmTimings(None)
     tuned = Gemm(device.library, gemm.cublaslt, timings, multiplies_blocks(gemm))
-    assert tuned.takes_groups(2048, weight, "bfloat16")
+    assert tuned.takes_groups(2048, weight, "bfloat16", False)
     found = GemmTuner(tuned, timings).tune(tuned.problems)
     assert {problem.has_blocks for problem in found} == {True, False}
     for problem, choice in found.items():
         assert choice.microseconds > 0
         print(f"{problem.key}: {choice.microseconds:.1f} us")
     codes, values = (next(c for p, c in found.items() if p.has_blocks == has_blocks) for has_blocks in (True, False))
-    assert tuned.takes_groups(2048, weight, "bfloat16") == (codes.microseconds <= values.microseconds)
+    assert tuned.takes_groups(2048, weight, "bfloat16", False) == (codes.microseconds <= values.microseconds)
 
 
 @pytest.mark.parametrize("powers", [False, True])

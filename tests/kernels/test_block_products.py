@@ -104,42 +104,44 @@ def weight_of(device: AddressedDevice, rows: int = 384, columns: int = 640) -> P
 
 def test_inputs_are_codes_for_more_tokens_than_kernels_stream_the_weight_for(addressed: AddressedDevice) -> None:
     gemm, weight = gemm_of(addressed, FakeCublasLt()), weight_of(addressed)
-    assert not gemm.takes_groups(64, weight, "bfloat16")
-    assert gemm.takes_groups(65, weight, "bfloat16")
+    assert not gemm.takes_groups(64, weight, "bfloat16", False)
+    assert gemm.takes_groups(65, weight, "bfloat16", False)
 
 
 def test_inputs_are_values_where_cublaslt_has_no_algorithm_for_blocks(addressed: AddressedDevice) -> None:
     lt = FakeCublasLt(has_blocks=False)
     gemm, weight = gemm_of(addressed, lt), weight_of(addressed)
-    assert not gemm.takes_groups(128, weight, "bfloat16")
+    assert not gemm.takes_groups(128, weight, "bfloat16", False)
     lt.has_blocks = True
-    assert not gemm.takes_groups(128, weight, "bfloat16"), "it is asked once"
+    assert not gemm.takes_groups(128, weight, "bfloat16", False), "it is asked once"
     assert not any(problem.has_blocks for problem in gemm.problems), "nothing that a tuner would try"
 
 
 def test_inputs_are_values_on_a_device_that_multiplies_no_blocks(addressed: AddressedDevice) -> None:
     gemm = Gemm(addressed.library, FakeCublasLt(), GemmTimings(None))  # type: ignore[arg-type]
-    assert not gemm.takes_groups(128, weight_of(addressed), "bfloat16")
+    assert not gemm.takes_groups(128, weight_of(addressed), "bfloat16", False)
     assert not gemm.problems
 
 
 def test_inputs_are_values_where_rows_are_no_multiple_of_what_it_takes(addressed: AddressedDevice) -> None:
-    assert not gemm_of(addressed, FakeCublasLt()).takes_groups(128, weight_of(addressed, rows=200), "bfloat16")
+    assert not gemm_of(addressed, FakeCublasLt()).takes_groups(128, weight_of(addressed, rows=200), "bfloat16", False)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("of_codes", "of_values"), [(20.0, 30.0), (30.0, 20.0), (20.0, 0.0)])
 def test_the_faster_product_is_taken_where_both_were_timed(
-    addressed: AddressedDevice, of_codes: float, of_values: float
+    addressed: AddressedDevice, of_codes: float, of_values: float, has_bias: bool
 ) -> None:
     timings = GemmTimings(None)
     blocks = GemmProblem(132, 384, 640, "fp8", "bfloat16", has_blocks=True)
-    values = GemmProblem(130, 384, 640, "bfloat16", "bfloat16", packed="fp8/128")
+    values = GemmProblem(130, 384, 640, "bfloat16", "bfloat16", has_bias, "fp8/128")
     for problem, microseconds in ((blocks, of_codes), (values, of_values)):
         if microseconds:
             timings.add({problem: GemmChoice(ALGORITHM, microseconds, microseconds)})
     gemm = gemm_of(addressed, FakeCublasLt(), timings)
-    assert gemm.takes_groups(130, weight_of(addressed), "bfloat16") == (of_codes < of_values or not of_values)
-    assert {blocks, values} <= set(gemm.problems), "what the tuner times"
+    takes = gemm.takes_groups(130, weight_of(addressed), "bfloat16", has_bias)
+    assert takes == (of_codes < of_values or not of_values)
+    assert set(gemm.problems) == {blocks, values}, "what the tuner times"
 
 
 def test_codes_that_do_not_fit_the_weight_are_refused(addressed: AddressedDevice) -> None:

@@ -248,8 +248,8 @@ class FakeGemm:
         else:
             product(self._library, x, *operands, scratch=scratch)
 
-    def takes_groups(self, num_tokens: int, weight: Any, dtype: str) -> bool:
-        return self._of_blocks.takes_groups(num_tokens, weight, dtype)
+    def takes_groups(self, num_tokens: int, weight: Any, dtype: str, has_bias: bool) -> bool:
+        return self._of_blocks.takes_groups(num_tokens, weight, dtype, has_bias)
 
     def gated(self, x: Any, weight: Any, out: Any, activation: Any) -> bool:
         if isinstance(weight, QuantizedRows):

@@ -22,7 +22,7 @@ def block_products_in_words(gemm: Gemm, weights: Weights[DeviceArray], num_token
     for weight in weights.values():
         if isinstance(weight.format, PackedCodes) and weight.format.has_blocks:
             matrix = weight.name.rpartition(".")[2]
-            takes = gemm.takes_groups(num_tokens, weight.components["packed"], dtype)
+            takes = gemm.takes_groups(num_tokens, weight.components["packed"], dtype, weight.bias is not None)
             as_codes[matrix] = as_codes.get(matrix, True) and takes
     others = ", ".join(matrix for matrix, takes in as_codes.items() if not takes)
     if not any(as_codes.values()):

@@ -226,7 +226,7 @@ class CudaOps(Ops[DeviceArray]):
         bias = self._weights.linear(name).bias
         if bias is not None or len(x) > MAX_GATED_TOKENS:
             return self._product(x, name, bias)
-        weight, rows = self._matrix(name), self._operand(x, name)
+        weight, rows = self._matrix(name), self._operand(x, name, has_bias=False)
 
         def write(out: DeviceArray) -> None:
             self._multiply(rows, name, out, None)
@@ -359,15 +359,15 @@ class CudaOps(Ops[DeviceArray]):
         return self._pool.array((len(like), width), like.dtype)
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
-        rows = self._operand(x, name)
+        rows = self._operand(x, name, bias is not None)
         out = self._pool.array((len(rows), self._matrix(name).shape[0]), x.dtype)
         self._multiply(rows, name, out, bias)
         return out[: len(x)] if len(rows) > len(x) else out
 
-    def _operand(self, x: Rows, name: str) -> DeviceArray | QuantizedRows | QuantizedGroups:
+    def _operand(self, x: Rows, name: str, has_bias: bool) -> DeviceArray | QuantizedRows | QuantizedGroups:
         """``x`` in the form in which the matrix takes it; as codes of groups perhaps with more rows."""
         matrix = self._matrix(name)
-        if isinstance(matrix, PackedWeight) and self._gemm.takes_groups(len(x), matrix, x.dtype.name):
+        if isinstance(matrix, PackedWeight) and self._gemm.takes_groups(len(x), matrix, x.dtype.name, has_bias):
             return self._groups(x, name)
         x = self._rounded(x, name)
         return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
