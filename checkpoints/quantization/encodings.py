@@ -141,18 +141,21 @@ class PackedWords:
         import numpy as np
 
         per_word, mask = 32 // self.bits, (1 << self.bits) - 1
-        shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(self.bits)
-        if self.order:
-            shifts = shifts[np.argsort(self.order)]
-        fields = (stored.astype(np.uint32)[..., None] >> shifts) & np.uint32(mask)
+        words, fields = stored.astype(np.uint32), np.empty((*stored.shape, per_word), np.uint8)
+        for i, place in enumerate(self.order or range(per_word)):
+            fields[..., place] = (words >> np.uint32(self.bits * i)) & np.uint32(mask)
         if self.is_middle:
             fields = _middle(fields, 1 << (self.bits - 1), self.added)
-        codes = ((fields.astype(np.int32) + self.added) & mask) - self.offset
+        fields += np.uint8(self.added)
+        fields &= np.uint8(mask)
+        fields -= np.uint8(self.offset)  # modulo 256, as int8 has it
+        codes = fields.view(np.int8)
         if self.axis == 0:
             codes = codes.transpose(0, 2, 1)
         rows, columns = stored.shape
         shape = (rows * per_word, columns) if self.axis == 0 else (rows, columns * per_word)
-        return np.repeat(codes.reshape(shape).astype(np.int8), self.columns, axis=1)
+        codes = codes.reshape(shape)
+        return codes if self.columns == 1 else np.repeat(codes, self.columns, axis=1)
 
 
 def _middle(fields: Array, half: int, added: int) -> Array:
