@@ -325,7 +325,7 @@ def test_a_schema_that_is_nested_too_deeply_is_refused(tokenizer: Tokenizer) -> 
 
 
 ROOMS: dict[str, Any] = {"room": {"type": "object", "properties": {"beds": {"type": "integer"}}, "required": ["beds"]},
-                         "pattern": {"type": "string", "pattern": "^[a-z]$"}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}]}}  # fmt: skip
+                         "pattern": {"type": "string", "pattern": "^[a-z]$"}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}]}, "a[b]/c": {"type": "object", "required": ["x"]}}  # fmt: skip
 TAGGED = ["glm45", "qwen3_coder"]
 
 
@@ -365,7 +365,7 @@ def of_one_value(value: Any) -> dict[str, Any]:
         ({"anyOf": [{"enum": ["x"]}, {"type": "array", "items": {"$ref": "#/$defs/pattern"}}]}, ["x", '["a"]'], ['["aa"]', "a"]),
         ({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"format": {"type": "integer"}}}]}, ["zzz", "{}"], []),
         ({"type": "object", "properties": {"format": {"type": "string"}}, "required": ["format"]}, ['{"format": "x"}'], ["{}", "x"]),
-        ({"type": "integer", "anyOf": [{"minimum": 3}, {"maximum": 1}]}, ["1", "3"], ["2"]), ({}, ["zzz", "5"], []), (True, ["zzz"], []),
+        ({"type": "integer", "anyOf": [{"minimum": 3}, {"maximum": 1}]}, ["1", "3"], ["2"]), ({}, ["zzz", "5"], []), ({"$ref": "#/$defs/a%5Bb%5D~1c"}, ['{"x": 1}'], ["{}"]), (True, ["zzz"], []),
     ],
 )  # fmt: skip
 def test_every_alternative_of_a_value_between_tags_is_held_to(
@@ -490,6 +490,41 @@ def test_definitions_of_one_name_are_each_functions_own() -> None:
     ):
         call = {"name": name, "parameters": {"items": [{"const": leaf}]}}
         assert checked.is_valid([call]) == fits, call
+
+
+TREE: dict[str, Any] = {
+    "type": "object", "required": ["n"], "additionalProperties": False, "$defs": {"root0": {"type": "null"}},
+    "properties": {"n": {"type": "integer"}, "m": {"$ref": "#/properties/n"}, "of": {"type": "array", "items": {"$ref": "#"}},
+                   "one": {"anyOf": [{"$ref": "#"}, {"$ref": "#/$defs/root0"}]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_references_to_the_top_of_a_schema_lead_there(form: str, tokenizer: Tokenizer) -> None:
+    """As OpenAI documents them for strict schemas that are recursive."""
+    grammar = strict_grammar(form, [("f", arguments_schema(TREE)), ("g", arguments_schema(TREE))], tokenizer)
+    check_guide(GuideRule().check("tools", {"grammar": grammar}))
+    matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0)
+    leaf = {"n": 1, "m": 2}
+    for arguments in (
+        {"n": 1, "of": [leaf, {"n": 2, "of": [leaf], "one": None}], "one": leaf},
+        {"n": 1, "of": [1]},
+        {"n": 1, "one": {"m": 1}},
+    ):
+        token_ids = list(tokenizer.encode(written(form, tokenizer, "g", **arguments), add_special_tokens=False))
+        copy = matcher.deep_copy()
+        fits = copy.try_consume_tokens(token_ids) == len(token_ids) and copy.is_accepting()
+        assert fits == jsonschema.Draft202012Validator(TREE).is_valid(arguments)
+
+
+def test_required_calls_may_be_of_recursive_schemas() -> None:
+    checked = jsonschema.Draft202012Validator(calls_schema([("f", TREE), ("g", None)], parallel=True))
+    for arguments, fits in (
+        ({"n": 1, "of": [{"n": 2}]}, True),
+        ({"n": 1, "of": [[]]}, False),
+        ({"n": 1, "m": "x"}, False),
+    ):
+        assert checked.is_valid([{"name": "f", "parameters": arguments}]) == fits
 
 
 def strict_tools(*names: str) -> Sequence[Tool]:

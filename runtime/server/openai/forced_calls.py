@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from phalanx.runtime.server.errors import invalid
@@ -15,6 +15,7 @@ __all__ = ["arguments_schema", "call_schema", "calls_schema"]
 
 _SHARED = ("$defs", "definitions")
 _REFERENCE = re.compile(r"^#/(\$defs|definitions)/")
+_FROM_TOP = re.compile(r"^#(?=$|/(?!(\$defs|definitions)/))")
 _OF_SCHEMAS = frozenset({*_SHARED, "properties", "patternProperties", "dependentSchemas"})
 _OF_VALUES = frozenset({"enum", "const", "required", "type"})
 
@@ -22,13 +23,17 @@ _OF_VALUES = frozenset({"enum", "const", "required", "type"})
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the schema of a function's arguments, less its words for the model; a function without parameters takes an empty object.
 
+    Its references lead to definitions, so that parts of it can stand in other schemas.
+
     Raises:
         ApiError: 400: it is nested too deeply.
     """
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     try:
-        return {key: _without_words(key, value) for key, value in parameters.items() if key not in ANNOTATIONS}
+        return _with_root(
+            {key: _without_words(key, value) for key, value in parameters.items() if key not in ANNOTATIONS}
+        )
     except RecursionError:
         raise invalid("tools: a schema is nested too deeply; flatten it", "tools") from None
 
@@ -44,6 +49,19 @@ def _without_words(key: str, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _without_words(name, item) for name, item in value.items() if name not in ANNOTATIONS}
+
+
+def _with_root(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same with what ``#`` and ``#/properties/...`` lead to, its top, as a definition."""
+    definitions = schema.get("$defs", {})
+    if not isinstance(definitions, dict):
+        return schema
+    name = next(name for name in map("root{}".format, itertools.count()) if name not in definitions)
+    renamed = _referring(schema, lambda target: _FROM_TOP.sub(f"#/$defs/{name}", target))
+    if renamed == schema:
+        return schema
+    root = {key: value for key, value in renamed.items() if key not in _SHARED}
+    return {**renamed, "$defs": {**renamed.get("$defs", {}), name: root}}
 
 
 def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, parallel: bool) -> dict[str, Any]:
@@ -74,8 +92,12 @@ def call_schema(
             raise invalid(f"tools: {key} of {name} is not an object of schemas; correct it", "tools")
     if any(shared.get(key, {}).get(defined, schema) != schema for key, defined, schema in _defined(own)):
         prefix = _new_prefix(own, shared)
-        parameters, own = _renamed(parameters, prefix), {
-            key: {prefix + defined: _renamed(schema, prefix) for defined, schema in definitions.items()}
+
+        def renamed(target: str) -> str:
+            return _REFERENCE.sub(rf"\g<0>{prefix}", target)
+
+        parameters, own = _referring(parameters, renamed), {
+            key: {prefix + defined: _referring(schema, renamed) for defined, schema in definitions.items()}
             for key, definitions in own.items()
         }  # fmt: skip
     for key, defined, schema in _defined(own):
@@ -101,18 +123,18 @@ def _new_prefix(own: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Mappi
     )  # fmt: skip
 
 
-def _renamed(value: Any, prefix: str, *, is_by_name: bool = False) -> Any:
-    """A schema with the prefix in all its references to definitions; ``is_by_name``: schemas by name, not keywords."""
+def _referring(value: Any, change: Callable[[str], str], *, is_by_name: bool = False) -> Any:
+    """A schema with all its references changed; ``is_by_name``: schemas by name, not keywords."""
     if isinstance(value, list):
-        return [_renamed(item, prefix) for item in value]
+        return [_referring(item, change) for item in value]
     if not isinstance(value, dict):
         return value
     if is_by_name:
-        return {name: _renamed(schema, prefix) for name, schema in value.items()}
-    renamed = {
-        key: item if key in _OF_VALUES else _renamed(item, prefix, is_by_name=key in _OF_SCHEMAS)
+        return {name: _referring(schema, change) for name, schema in value.items()}
+    changed = {
+        key: item if key in _OF_VALUES else _referring(item, change, is_by_name=key in _OF_SCHEMAS)
         for key, item in value.items()
     }
     if isinstance(target := value.get("$ref"), str):
-        renamed["$ref"] = _REFERENCE.sub(rf"\g<0>{prefix}", target)
-    return renamed
+        changed["$ref"] = change(target)
+    return changed

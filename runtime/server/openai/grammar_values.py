@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from phalanx.runtime.server.openai.grammar_parts import Marks, SharedRules, json_rule, quoted, refusal
-from phalanx.runtime.text.tool_calls import ANNOTATIONS, alternatives, members_of, property_schema, types_of
+from phalanx.runtime.text.tool_calls import (
+    ANNOTATIONS,
+    alternatives,
+    members_of,
+    pointer_names,
+    property_schema,
+    types_of,
+)
 
 __all__ = ["DEFINITIONS", "PythonValues", "TaggedValues", "Values"]
 
@@ -197,7 +204,5 @@ def _whole(schema: Mapping[str, Any], value: Any) -> dict[str, Any]:
 
 def _defined(target: Any) -> tuple[str, str]:
     """The keyword and name of the definition to which a reference leads."""
-    if not isinstance(target, str) or not target.startswith("#/"):
-        return "", ""
-    key, _, rest = target[2:].partition("/")
-    return key if key in DEFINITIONS else "", rest.partition("/")[0].replace("~1", "/").replace("~0", "~")
+    names = pointer_names(target) if isinstance(target, str) and target.startswith("#/") else []
+    return (names[0], names[1]) if len(names) > 1 and names[0] in DEFINITIONS else ("", "")

@@ -4,7 +4,14 @@
 from phalanx.runtime.text.tool_calls.detection import detect_form, shows_tool_calls, takes_tools
 from phalanx.runtime.text.tool_calls.forms import TOOL_CALL_FORMS, ArgumentsReader, CallListReader, tool_call_reader
 from phalanx.runtime.text.tool_calls.reader import CallPiece, ToolCallReader
-from phalanx.runtime.text.tool_calls.schemas import ANNOTATIONS, alternatives, members_of, property_schema, types_of
+from phalanx.runtime.text.tool_calls.schemas import (
+    ANNOTATIONS,
+    alternatives,
+    members_of,
+    pointer_names,
+    property_schema,
+    types_of,
+)
 
 __all__ = [
     "ANNOTATIONS",
@@ -16,6 +23,7 @@ __all__ = [
     "alternatives",
     "detect_form",
     "members_of",
+    "pointer_names",
     "property_schema",
     "shows_tool_calls",
     "takes_tools",

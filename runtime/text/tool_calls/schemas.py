@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
-__all__ = ["ANNOTATIONS", "alternatives", "members_of", "property_names", "property_schema", "types_of"]
+__all__ = [
+    "ANNOTATIONS",
+    "alternatives",
+    "members_of",
+    "pointer_names",
+    "property_names",
+    "property_schema",
+    "types_of",
+]
 
 ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "$comment", "readOnly", "writeOnly"}
@@ -76,6 +85,11 @@ def types_of(alternative: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str))
 
 
+def pointer_names(target: str) -> list[str]:
+    """Return the names on the way to which a reference points, from the top of its schema. Source: RFC 6901, section 6."""
+    return [part.replace("~1", "/").replace("~0", "~") for part in unquote(target.removeprefix("#")).split("/")[1:]]
+
+
 def _next(schema: Any, one: Mapping[str, Any]) -> list[Any] | None:
     """What stands for ``one``, or is one of its alternatives; None if it is none but itself."""
     key, choices = _choices(schema, one)
@@ -102,8 +116,7 @@ def _definition(schema: Any, target: str) -> list[Any]:
     if not target.startswith("#"):
         return []
     found: Any = schema
-    for part in target[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
+    for name in pointer_names(target):
         if not isinstance(found, Mapping) or name not in found:
             return []
         found = found[name]
