@@ -142,7 +142,7 @@ class Gemm:
         self.timings = timings
         self._library = library
         self._choices: dict[GemmProblem, GemmChoice] = {}
-        self._refused: set[GemmProblem] = set()
+        self._takes_groups: dict[GemmProblem, bool] = {}
         self._multiplies_blocks = multiplies_blocks
 
     def __call__(
@@ -171,7 +171,8 @@ class Gemm:
     def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str, has_bias: bool) -> bool:
         """Whether the inputs ``[T, I]`` of a product of fp8 blocks are better given as `QuantizedGroups` than as their values in ``dtype``.
 
-        cuBLASLt multiplies blocks on Hopper, from 12.9 on, and not in every shape. Where both products were timed, the faster one is taken.
+        cuBLASLt multiplies blocks on Hopper, from 12.9 on, and not in every shape. Where both products were timed, for so many tokens or else
+        for the next larger number, the faster one is taken.
         """
         rows, columns = weight.shape
         if (
@@ -181,18 +182,26 @@ class Gemm:
             or rows % _CODE_ALIGNMENT
         ):
             return False
-        row_bytes = packed_row_bytes(columns, weight.kind)
-        blocks = GemmProblem(padded_tokens(num_tokens), rows, row_bytes, "fp8", dtype, has_blocks=True)
-        if blocks in self._refused:
-            return False
-        try:
-            of_codes = self.choice(blocks).microseconds
-        except ExecutorError:
-            self._refused.add(blocks)
-            return False
         values = GemmProblem(num_tokens, rows, columns, dtype, dtype, has_bias, weight.layout)
-        of_values = self.choice(values).microseconds
-        return not (of_codes and of_values) or of_codes <= of_values
+        if values not in self._takes_groups:
+            self._takes_groups[values] = self._is_faster_as_codes(values, packed_row_bytes(columns, weight.kind))
+        return self._takes_groups[values]
+
+    def _is_faster_as_codes(self, values: GemmProblem, row_bytes: int) -> bool:
+        """Whether blocks have an algorithm and take no longer than ``values``. Poses both problems, so that the tuner times them."""
+        shape = padded_tokens(values.num_tokens), values.out_features, row_bytes
+        blocks = GemmProblem(*shape, "fp8", values.dtype, has_blocks=True)
+        try:
+            self.choice(blocks)
+        except ExecutorError:
+            return False
+        self.choice(values)
+        for size in self.timings.sizes(values):
+            of_values = self.timings.find(replace(values, num_tokens=size))
+            of_codes = self.timings.find(replace(blocks, num_tokens=padded_tokens(size)))
+            if of_values is not None and of_codes is not None:
+                return of_codes.microseconds <= of_values.microseconds
+        return True
 
     def gated(self, x: Array | QuantizedRows, weight: Weight, out: Array, activation: ActivationName) -> bool:
         """``out = f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], both rounded first, where a kernel that streams the weight does it.
@@ -246,6 +255,7 @@ class Gemm:
     def refresh(self) -> None:
         """Forget choices, so that new timings take effect."""
         self._choices.clear()
+        self._takes_groups.clear()
 
     def run(self, problem: GemmProblem, choice: GemmChoice, operands: Operands) -> None:
         """Enqueue the product by a given kernel."""

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,14 @@ class GemmTimings:
 
     def find_above(self, problem: GemmProblem, most_tokens: int) -> GemmChoice | None:
         """The choice for the fewest tokens that are more than the problem's, up to ``most_tokens``, all else equal."""
+        above = [count for count in self.sizes(problem) if problem.num_tokens < count <= most_tokens]
+        return self.find(replace(problem, num_tokens=above[0])) if above else None
+
+    def sizes(self, problem: GemmProblem) -> list[int]:
+        """Numbers of tokens, the problem's or more, for which it was measured, all else equal; ascending."""
         tokens, rest = problem.key.split("x", 1)
         others = (key.split("x", 1) for key in self._choices)
-        above = sorted(int(count) for count, tail in others if tail == rest and int(tokens) < int(count) <= most_tokens)
-        return self._choices[f"{above[0]}x{rest}"] if above else None
+        return sorted(int(count) for count, tail in others if tail == rest and int(count) >= int(tokens))
 
     def items(self) -> list[tuple[str, GemmChoice]]:
         """Every problem's key with its choice, in the order of keys."""

@@ -51,7 +51,8 @@ def addressed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def gemm_of(device: AddressedDevice, lt: FakeCublasLt, timings: GemmTimings | None = None) -> Gemm:
-    return Gemm(device.library, lt, timings or GemmTimings(None), multiplies_blocks=True)  # type: ignore[arg-type]
+    known = GemmTimings(None) if timings is None else timings
+    return Gemm(device.library, lt, known, multiplies_blocks=True)  # type: ignore[arg-type]
 
 
 def groups_of(device: AddressedDevice, x: np.ndarray) -> QuantizedGroups:
@@ -142,6 +143,35 @@ def test_the_faster_product_is_taken_where_both_were_timed(
     takes = gemm.takes_groups(130, weight_of(addressed), "bfloat16", has_bias)
     assert takes == (of_codes < of_values or not of_values)
     assert set(gemm.problems) == {blocks, values}, "what the tuner times"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "takes"),
+    [(128, True), (129, False), (320, False), (330, False), (331, True), (600, True), (2048, True)],
+)
+def test_numbers_of_tokens_that_were_not_timed_go_by_the_next_ones_for_which_both_products_were(
+    addressed: AddressedDevice, num_tokens: int, takes: bool
+) -> None:
+    """As a start with 330 sequences and 1,000 tokens would time them, but for values of 512. Where nothing was timed, codes are taken."""
+    timings = GemmTimings(None)
+    for size, of_codes, of_values in ((128, 20.0, 30.0), (330, 50.0, 40.0), (512, 90.0, 0.0), (1000, 100.0, 150.0)):
+        blocks = GemmProblem(-(-size // 4) * 4, 384, 640, "fp8", "bfloat16", has_blocks=True)
+        values = GemmProblem(size, 384, 640, "bfloat16", "bfloat16", packed="fp8/128")
+        timings.add({blocks: GemmChoice(ALGORITHM, of_codes, of_codes)})
+        if of_values:
+            timings.add({values: GemmChoice(ALGORITHM, of_values, of_values)})
+    gemm = gemm_of(addressed, FakeCublasLt(), timings)
+    assert gemm.takes_groups(num_tokens, weight_of(addressed), "bfloat16", False) == takes
+
+
+def test_new_timings_count_once_choices_are_refreshed(addressed: AddressedDevice) -> None:
+    timings, weight = GemmTimings(None), weight_of(addressed)
+    gemm = gemm_of(addressed, FakeCublasLt(), timings)
+    assert gemm.takes_groups(128, weight, "bfloat16", False)
+    blocks, values = gemm.problems
+    timings.add({blocks: GemmChoice(ALGORITHM, 30.0, 30.0), values: GemmChoice(ALGORITHM, 20.0, 20.0)})
+    gemm.refresh()
+    assert not gemm.takes_groups(128, weight, "bfloat16", False)
 
 
 def test_codes_that_do_not_fit_the_weight_are_refused(addressed: AddressedDevice) -> None:
