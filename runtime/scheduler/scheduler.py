@@ -367,7 +367,7 @@ class Scheduler:
             sequence,
             "error",
             f"the model's output was not finite near position {position}; the checkpoint or its dtype cannot "
-            "represent this input (try --dtype float32)",
+            "represent this input (try --dtype bfloat16, whose range is wider than that of float16, or float32)",
         )
 
     def _end(

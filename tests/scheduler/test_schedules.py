@@ -205,6 +205,7 @@ def check_search(driver: Driver, truth: Truth) -> None:
     if delta.error is not None:
         assert truth.nan_at is not None
         assert "not finite" in delta.error
+        assert "--dtype bfloat16" in delta.error
         return
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
     answers = plain_search(
