@@ -22,10 +22,10 @@ import tokenizers
 from phalanx.runtime.guidance import check_guide
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.server.errors import ApiError
-from phalanx.runtime.server.openai import grammar_values
+from phalanx.runtime.server.openai import forced_calls, grammar_values, tools
 from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
-from phalanx.runtime.server.openai.tools import Tool, tool_use
+from phalanx.runtime.server.openai.tools import Tool, ToolChoice, tool_use
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.tool_calls import TOOL_CALL_FORMS, tool_call_reader
 
@@ -548,6 +548,33 @@ def test_strict_holds_for_the_functions_that_say_so(tokenizer: Tokenizer) -> Non
     assert free is not None
     assert not forced.strict
     assert free.guide("hermes", tokenizer, None) == {}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"enum": [0] * 300_000},
+        {"properties": {"title": {"enum": ["x" * 300_000]}}},
+        {"properties": {"x" * 300_000: {}}},
+    ],
+)
+def test_schemas_that_no_guide_could_hold_are_refused_before_they_are_copied(
+    choice: Any, large: dict[str, Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[Any] = []
+    for module in (forced_calls, tools):
+        monkeypatch.setattr(module, "arguments_schema", copied.append)
+    described = {
+        "name": "f",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"a": {"type": "object", **large}}},
+    }
+    use = tool_use([msgspec.convert({"function": described}, Tool)], msgspec.convert(choice, ToolChoice), None)
+    assert use is not None
+    with pytest.raises(ApiError, match="more than 262144 characters without descriptions"):
+        use.guide("hermes", tokenizer, None) if choice == "auto" else use.sampling({})
+    assert not copied
 
 
 def test_words_for_the_model_are_no_part_of_a_guide() -> None:

@@ -5,19 +5,47 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from phalanx.runtime.sampling.guides import MAX_GUIDE_CHARACTERS
 from phalanx.runtime.server.errors import invalid
 from phalanx.runtime.text.tool_calls import ANNOTATIONS
 
-__all__ = ["arguments_schema", "call_schema", "calls_schema"]
+__all__ = ["arguments_schema", "call_schema", "calls_schema", "check_sizes"]
 
 _SHARED = ("$defs", "definitions")
 _REFERENCE = re.compile(r"^#/(\$defs|definitions)/")
 _FROM_TOP = re.compile(r"^#(?=$|/(?!(\$defs|definitions)/))")
 _OF_SCHEMAS = frozenset({*_SHARED, "properties", "patternProperties", "dependentSchemas"})
 _OF_VALUES = frozenset({"enum", "const", "required", "type"})
+
+
+def check_sizes(schemas: Iterable[Mapping[str, Any] | None]) -> None:
+    """Refuse schemas that no guide could hold before any work is done for them, less their words for the model.
+
+    Raises:
+        ApiError: 400: together they have more than four times as many characters as a guide may have.
+    """
+    left = 4 * MAX_GUIDE_CHARACTERS
+    waiting: list[tuple[str, Any]] = [("", schema) for schema in schemas]
+    while waiting:
+        key, one = waiting.pop()
+        left -= len(one) if isinstance(one, str | list | dict) else 1
+        if left < 0:
+            raise invalid(
+                f"tools: the schemas have more than {4 * MAX_GUIDE_CHARACTERS} characters without descriptions, and calls could not be held to "
+                "them; shorten them",
+                "tools",
+            )
+        if isinstance(one, list):
+            waiting += [("", item) for item in one]
+        elif isinstance(one, dict):
+            left -= sum(map(len, one))
+            by_name = key in _OF_SCHEMAS
+            waiting += [
+                ("" if by_name else name, item) for name, item in one.items() if by_name or name not in ANNOTATIONS
+            ]
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -68,8 +96,9 @@ def calls_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], *, p
     """Return the schema of a list of at least one call, ``{"name", "parameters"}``; at most one unless ``parallel``.
 
     Raises:
-        ApiError: 400: ``$defs``, to which references lead from the top, is not an object.
+        ApiError: 400: ``$defs``, to which references lead from the top, is not an object; the schemas are too large.
     """
+    check_sizes(parameters for _, parameters in functions)
     shared: dict[str, dict[str, Any]] = {}
     calls = [call_schema(name, arguments_schema(parameters), shared, "parameters") for name, parameters in functions]
     most = {} if parallel else {"maxItems": 1}

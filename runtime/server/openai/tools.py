@@ -15,7 +15,7 @@ import msgspec
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.sampling.guides import Guide, GuideRule
 from phalanx.runtime.server.errors import from_request_error, invalid
-from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema
+from phalanx.runtime.server.openai.forced_calls import arguments_schema, calls_schema, check_sizes
 from phalanx.runtime.server.openai.strict_calls import strict_grammar
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.tool_calls import ArgumentsReader, CallListReader, ToolCallReader, tool_call_reader
@@ -137,7 +137,9 @@ class ToolUse:
         if not self.is_forced:  # some forms mark a call with a special token
             return {"skip_special_tokens": False, **given}
         if self.named is not None:
-            return {**given, **_as_field({"json": arguments_schema(dict(self._functions)[self.named])})}
+            parameters = dict(self._functions)[self.named]
+            check_sizes([parameters])
+            return {**given, **_as_field({"json": arguments_schema(parameters)})}
         return {**given, **_as_field({"json": calls_schema(self._functions, parallel=self.parallel)})}
 
     def guide(self, form: str, tokenizer: Tokenizer, answer: Guide | None) -> dict[str, Any]:
@@ -150,6 +152,7 @@ class ToolUse:
         """
         if self.is_forced or not (self.strict or answer):
             return {}
+        check_sizes(parameters for name, parameters in self._functions if name in self.strict)
         functions = [
             (name, arguments_schema(parameters) if name in self.strict else {"type": "object"})
             for name, parameters in self._functions

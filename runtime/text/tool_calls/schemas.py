@@ -64,7 +64,7 @@ def alternatives(schema: Any, value: Any) -> list[Mapping[str, Any]]:
                 continue
             followed.add(target)
         more = _next(schema, one)
-        if more is None:
+        if more is None or len(waiting) + len(more) > _MOST_STEPS:
             found.append(one)
         else:
             waiting += reversed(more)
