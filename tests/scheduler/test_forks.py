@@ -108,6 +108,13 @@ def test_requests_that_score_their_prompt_compute_it() -> None:
     assert plan_step(scheduler).num_scheduled_tokens.tolist() == [10, 10]
 
 
+def test_requests_that_do_not_score_their_prompt_take_it_over_from_one_that_does() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(make_request("a", PROMPT, prompt_logprobs=0), 0.0)
+    scheduler.submit(make_request("b", PROMPT, fork_from="a"), 0.0)
+    assert [plan_step(scheduler).num_scheduled_tokens.tolist() for _ in range(2)] == [[10], [1]]
+
+
 def test_a_request_that_has_ended_is_not_waited_for() -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("b", PROMPT, fork_from="long gone"), 0.0)

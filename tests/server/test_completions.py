@@ -11,9 +11,12 @@ import pytest
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.request import Logprob, SamplingParams
 from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.openai import logprobs
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.completions import CompletionFormat
-from phalanx.runtime.server.openai.parsing import parse_completion
+from phalanx.runtime.server.openai.encoding import check_prompt_logprobs, choice_params
+from phalanx.runtime.server.openai.logprobs import prompt_logprobs
+from phalanx.runtime.server.openai.parsing import parse_chat, parse_completion
 from phalanx.runtime.server.openai.protocol import CompletionRequest
 
 from .servers import Server, stub_server
@@ -184,6 +187,57 @@ def test_echo_and_prompt_logprobs_each_have_the_alternatives_they_ask_for(
     choice = complete(server, **fields)["choices"][0]
     assert len(choice["logprobs"]["top_logprobs"][1]) == max(echoed, 1)
     assert len(choice["prompt_logprobs"][1]) == max(asked, 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 2},
+        {"max_tokens": 0},
+        {"max_tokens": 2, "best_of": 3},
+        {"max_tokens": 0, "echo": True, "logprobs": 1},
+        {"max_tokens": 2, "echo": True, "logprobs": 1},
+    ],
+)
+def test_choices_of_a_prompt_have_its_prompt_logprobs(server: Server, fields: dict[str, Any]) -> None:
+    choices = complete(server, prompt=["ab", "cd"], n=2, prompt_logprobs=0, **fields)["choices"]
+    half = len(choices) // 2
+    tokens = [[entry["decoded_token"] for entry in choice["prompt_logprobs"][1].values()] for choice in choices]
+    assert tokens == [["b"]] * half + [["d"]] * half
+    if "echo" in fields:
+        assert all(choice["logprobs"]["token_logprobs"][1] == -0.5 for choice in choices)
+
+
+def test_prompt_logprobs_are_computed_for_the_first_choice_of_a_prompt_alone() -> None:
+    params = SamplingParams(prompt_logprobs=3, seed=1)
+    assert choice_params(params, 0, shares_prompt_logprobs=True) is params
+    second = choice_params(params, 1, shares_prompt_logprobs=True)
+    assert (second.prompt_logprobs, second.seed) == (None, choice_params(params, 1).seed)
+
+
+def test_prompt_logprobs_written_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [None, *(Logprob(token, -0.5, ((token, -0.5), (7, -1.0))) for token in range(9))]
+    whole = prompt_logprobs(None, scores, 2)
+    monkeypatch.setattr(logprobs, "_TOKENS_AT_ONCE", 3)
+    assert bytes(prompt_logprobs(None, scores, 2)) == bytes(whole)
+    entries = json.loads(bytes(whole))
+    assert (len(entries), entries[0], list(entries[9])) == (10, None, ["8", "7"])
+    assert json.loads(bytes(prompt_logprobs(None, (), 2))) == []
+
+
+@pytest.mark.parametrize(("n", "num_tokens", "is_refused"), [(16, 1000, False), (16, 5000, True), (1, 49_933, True)])
+def test_more_prompt_logprobs_than_an_answer_should_hold_are_refused(n: int, num_tokens: int, is_refused: bool) -> None:
+    body = json.dumps({"prompt": "x", "n": n, "prompt_logprobs": 20}).encode()
+    if not is_refused:
+        check_prompt_logprobs(parse_completion(body), num_tokens)
+        return
+    count = num_tokens * 21 * n
+    with pytest.raises(
+        ApiError, match=f"20 alternatives in {n} choices are {count}; at most 1048576 fit .* ask for fewer"
+    ):
+        check_prompt_logprobs(parse_completion(body), num_tokens)
+    chat = json.dumps({"messages": [{"role": "user", "content": "x"}], "n": 16, "prompt_logprobs": 20}).encode()
+    check_prompt_logprobs(parse_chat(chat), 5000)
 
 
 def test_prompt_logprobs_do_not_stream(server: Server) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.logprobs import CompletionLogprobs, prompt_logprobs
@@ -27,6 +29,7 @@ class CompletionFormat:
 
     Attributes:
         num_candidates: answers to each prompt, of which the best are returned.
+        prompt_logprobs: by the index of a prompt, those that are written.
     """
 
     served: Served
@@ -36,6 +39,7 @@ class CompletionFormat:
     created: int = field(default_factory=lambda: int(time.time()))
     logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
     echoed: set[int] = field(default_factory=set)
+    prompt_logprobs: dict[int, msgspec.Raw] = field(default_factory=dict)
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,10 +114,16 @@ class CompletionFormat:
             if last or echo:
                 entry["prompt_token_ids"] = choice.prompt_token_ids
         if self.request.prompt_logprobs is not None:
-            entry["prompt_logprobs"] = prompt_logprobs(
-                self.tokenizer, choice.prompt_logprobs or (), self.request.prompt_logprobs
-            )
+            entry["prompt_logprobs"] = self._prompt_logprobs(choice, self.request.prompt_logprobs)
         return entry
+
+    def _prompt_logprobs(self, choice: Answer, num_alternatives: int) -> msgspec.Raw:
+        """Written once a prompt, whose choices have the same."""
+        prompt = choice.index // self.num_candidates
+        if prompt not in self.prompt_logprobs:
+            known = choice.prompt_logprobs or ()
+            self.prompt_logprobs[prompt] = prompt_logprobs(self.tokenizer, known, num_alternatives)
+        return self.prompt_logprobs[prompt]
 
     def _logprobs(self, choice: Answer, events: Sequence[TokenEvent], echo: bool) -> dict[str, list[Any]]:
         lists = self.logprobs.get(choice.index)

@@ -13,7 +13,10 @@ from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prom
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.text import with_word_tokens
 
-__all__ = ["choice_params", "encode", "prompt_token_ids", "render"]
+__all__ = ["check_prompt_logprobs", "choice_params", "encode", "prompt_token_ids", "render"]
+
+MAX_PROMPT_LOGPROBS = 1 << 20
+"""About 70 bytes of JSON each."""
 
 
 async def encode(services: Services, generation: Generation) -> list[tuple[tuple[int, ...], SamplingParams]]:
@@ -28,7 +31,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     generation = await _with_guided_calls(services, generation)
     if (guide := generation.sampling.get("structured_outputs")) is not None:
         await services.check_guide(guide)
-    encoded = []
+    encoded, num_scored = [], 0
     for prompt in generation.prompts:
         token_ids = await prompt_token_ids(
             services,
@@ -36,8 +39,23 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
             add_special_tokens=generation.add_special_tokens,
             last=_most_prompt_tokens(services, generation),
         )
+        check_prompt_logprobs(generation, num_scored := num_scored + len(token_ids))
         encoded.append((token_ids, await _with_word_tokens(services, _params(services, generation, len(token_ids)))))
     return encoded
+
+
+def check_prompt_logprobs(generation: Generation, num_tokens: int) -> None:
+    """Raise 400 where log-probabilities of prompts of so many tokens would make an answer too large. A chat has them once."""
+    if (alternatives := generation.sampling.get("prompt_logprobs")) is None:
+        return
+    choices = 1 if isinstance(generation.prompts[0], Conversation) else generation.n
+    count = num_tokens * (alternatives + 1) * choices
+    if count > MAX_PROMPT_LOGPROBS:
+        raise invalid(
+            f"log-probabilities of {num_tokens} prompt tokens with {alternatives} alternatives in {choices} choices are {count}; at most "
+            f"{MAX_PROMPT_LOGPROBS} fit into an answer: ask for fewer alternatives or choices, or send shorter prompts",
+            "prompt_logprobs",
+        )
 
 
 def _most_prompt_tokens(services: Services, generation: Generation) -> int | None:
@@ -91,11 +109,15 @@ async def _with_word_tokens(services: Services, params: SamplingParams) -> Sampl
     return await services.in_worker(lambda: with_word_tokens(params, tokenizer))
 
 
-def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
+def choice_params(params: SamplingParams, choice: int, shares_prompt_logprobs: bool = False) -> SamplingParams:
     """Parameters of one of several choices: each draws its own tokens, repeatably where the request has a seed."""
-    if params.seed is None or choice == 0 or params.beam_width > 1:
+    if choice == 0 or params.beam_width > 1:
         return params
-    return dataclasses.replace(params, seed=split_mix64(params.seed, choice))
+    if params.seed is not None:
+        params = dataclasses.replace(params, seed=split_mix64(params.seed, choice))
+    if params.prompt_logprobs is not None and shares_prompt_logprobs:
+        params = dataclasses.replace(params, prompt_logprobs=None)
+    return params
 
 
 async def prompt_token_ids(

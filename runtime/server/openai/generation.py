@@ -19,7 +19,7 @@ from phalanx.runtime.request import SamplingParams, TokenDelta
 from phalanx.runtime.server.errors import ApiError, invalid
 from phalanx.runtime.server.link.engine_client import EngineLost
 from phalanx.runtime.server.link.generation_group import GenerationGroup
-from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
+from phalanx.runtime.server.openai.answer_format import Reply, Served, StreamChunks
 from phalanx.runtime.server.openai.encoding import choice_params, encode
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Generation
 from phalanx.runtime.server.services import Services
@@ -47,6 +47,7 @@ class GenerationJob:
         held: what is released when the request is over.
         limit: when it arrived, and when it must be over.
         cache_salt, priority: see `Request`.
+        shares_prompt_logprobs: see `Generation`.
     """
 
     services: Services
@@ -54,6 +55,7 @@ class GenerationJob:
     limit: TimeLimit
     cache_salt: str = ""
     priority: int = 0
+    shares_prompt_logprobs: bool = False
     held: ExitStack = field(default_factory=ExitStack)
     choices: list[Answer] = field(default_factory=list)
     num_unfinished: int = 0
@@ -72,9 +74,8 @@ class GenerationJob:
         for token_ids, params in prompts:
             self.num_prompt_tokens += len(token_ids)
             for number in range(self.n):
-                self.choices.append(
-                    Answer.start(len(self.choices), token_ids, choice_params(params, number), self.services.tokenizer)
-                )
+                own = choice_params(params, number, self.shares_prompt_logprobs)
+                self.choices.append(Answer.start(len(self.choices), token_ids, own, self.services.tokenizer))
         self.num_unfinished = len(self.choices)
         self.services.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         self.group = self._ask()
@@ -193,6 +194,9 @@ class GenerationJob:
         while not self.is_finished:
             for choice, events in await self.next():
                 choice.events += events
+        if self.shares_prompt_logprobs:
+            for choice in self.choices:
+                choice.prompt_logprobs = self.choices[choice.index - choice.index % self.n].prompt_logprobs
         return self.choices
 
     async def _submit_again(self) -> None:
@@ -283,7 +287,7 @@ async def start_job(services: Services, generations: Sequence[Generation], limit
             await services.turnstile.enter()
             prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
         first = generations[0]
-        job = GenerationJob(services, first.n, limit, first.cache_salt, first.priority)
+        job = GenerationJob(services, first.n, limit, first.cache_salt, first.priority, first.shares_prompt_logprobs)
         job.submit(prompts)
         job.held = held.pop_all()
     return job
@@ -301,9 +305,15 @@ async def respond(job: GenerationJob, generation: ApiGeneration, request: Reques
     if generation.stream:
         return await stream_response(job, reply.stream(job.usage), request)
     choices = await until_disconnect(request.scope, job.collect())
-    whole = reply.whole(choices, job.usage())
+    # Log-probabilities of a long prompt are many, and writing them must not keep the event loop from other requests.
+    is_long = any(choice.prompt_logprobs is not None for choice in choices)
+    response = await services.in_worker(lambda: _whole(job, reply)) if is_long else _whole(job, reply)
     job.close()
-    return json_response(whole)
+    return response
+
+
+def _whole(job: GenerationJob, reply: Reply) -> Response:
+    return json_response(reply.whole(job.choices, job.usage()))
 
 
 async def stream_response(job: GenerationJob, chunks: StreamChunks, request: Request) -> Response:

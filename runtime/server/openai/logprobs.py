@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from phalanx.runtime.request import Logprob
 from phalanx.runtime.text import Tokenizer
 from phalanx.runtime.text.detokenizer import Detokenizer
@@ -14,6 +16,7 @@ __all__ = ["CompletionLogprobs", "chat_logprob", "prompt_logprobs"]
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity; OpenAI's own stand-in."""
+_TOKENS_AT_ONCE = 256
 
 
 class CompletionLogprobs:
@@ -58,25 +61,39 @@ def chat_logprob(tokenizer: Tokenizer | None, logprob: Logprob) -> dict[str, Any
 
 def prompt_logprobs(
     tokenizer: Tokenizer | None, logprobs: Sequence[Logprob | None], num_alternatives: int
-) -> list[dict[str, dict[str, Any]] | None]:
-    """One entry for each token of a prompt in vLLM's shape: by token id, the token itself first, then the alternatives; None for the first.
+) -> msgspec.Raw:
+    """JSON of one entry for each token of a prompt in vLLM's shape: by token id, the token itself first, then the alternatives; null for the first.
 
-    A token's ``rank`` is its place among the alternatives, from 1; None where it is not one of them.
+    A token's ``rank`` is its place among the alternatives, from 1; null where it is not one of them. It is written some tokens at a
+    time, as one call would keep the interpreter to itself.
     """
-    return [None if logprob is None else _ranked(tokenizer, logprob, num_alternatives) for logprob in logprobs]
+    texts: dict[int, str | None] = {}
+    parts = [
+        msgspec.json.encode(
+            [_ranked(tokenizer, each, num_alternatives, texts) for each in logprobs[begin : begin + _TOKENS_AT_ONCE]]
+        )[1:-1]
+        for begin in range(0, len(logprobs), _TOKENS_AT_ONCE)
+    ]
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
 
 
-def _ranked(tokenizer: Tokenizer | None, logprob: Logprob, num_alternatives: int) -> dict[str, dict[str, Any]]:
+def _ranked(
+    tokenizer: Tokenizer | None, logprob: Logprob | None, num_alternatives: int, texts: dict[int, str | None]
+) -> dict[str, dict[str, Any]] | None:
+    """``texts``: those of tokens that were needed before."""
+    if logprob is None:
+        return None
     ranks = {token_id: rank for rank, (token_id, _) in enumerate(logprob.top, 1)}
-    tokens = ((logprob.token_id, logprob.logprob), *logprob.top[:num_alternatives])
-    return {
-        str(token_id): {
+    ranked = {}
+    for token_id, value in ((logprob.token_id, logprob.logprob), *logprob.top[:num_alternatives]):
+        if token_id not in texts:
+            texts[token_id] = None if tokenizer is None else tokenizer.token_bytes(token_id).decode(errors="replace")
+        ranked[str(token_id)] = {
             "logprob": _finite(value),
             "rank": ranks.get(token_id),
-            "decoded_token": None if tokenizer is None else tokenizer.token_bytes(token_id).decode(errors="replace"),
+            "decoded_token": texts[token_id],
         }
-        for token_id, value in tokens
-    }
+    return ranked
 
 
 def _chat_token(tokenizer: Tokenizer | None, token_id: int, logprob: float) -> dict[str, Any]:

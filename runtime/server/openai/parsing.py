@@ -74,6 +74,7 @@ class Generation:
         priority: lower ones run first, where the server goes by it.
         most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; -1 = as many as the context has room for next to
             ``max_tokens``; None = all.
+        shares_prompt_logprobs: those of a prompt are computed for its first answer, and the others get them at its end; else for each.
     """
 
     model: str | None
@@ -87,6 +88,7 @@ class Generation:
     cache_salt: str = field(default="", kw_only=True)
     priority: int = field(default=0, kw_only=True)
     most_prompt_tokens: int | None = field(default=None, kw_only=True)
+    shares_prompt_logprobs: bool = field(default=False, kw_only=True)
 
     @property
     def num_answers(self) -> int:
@@ -146,6 +148,7 @@ def parse_completion(body: bytes) -> ApiGeneration:
         cache_salt=checked_salt(request.cache_salt),
         priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
+        shares_prompt_logprobs=not request.stream,
     )
 
 
@@ -217,6 +220,7 @@ def parse_chat(body: bytes) -> ApiGeneration:
         cache_salt=checked_salt(request.cache_salt),
         priority=request.priority or 0,
         most_prompt_tokens=request.truncate_prompt_tokens,
+        shares_prompt_logprobs=not request.stream,
     )
 
 
