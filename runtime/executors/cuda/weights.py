@@ -150,6 +150,7 @@ class ConvertingSink(CudaSink):
             for name, one in quantize.items()
         }
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
+        self._conversions |= {f"{name}.{kind}": _by_group for name in packing for kind in ("scale", "zero")}
         self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
         self._plain, self._ordered, self._blocks = plain, ordered, blocks
         self._filling: tuple[tuple[str, ...], DeviceArray] | None = None
@@ -209,15 +210,14 @@ class ConvertingSink(CudaSink):
         return replace(weight, format=chosen, components={"packed": packed, **inputs})
 
     def _packed(self, name: str, chosen: PackedCodes) -> PackedWeight:
-        (codes, columns), zero = self.weights[f"{name}.codes"], self.weights.get(f"{name}.zero")
-        scale = self.weights[f"{name}.scale"]
+        (codes, columns), scale = self.weights[f"{name}.codes"], self.weights[f"{name}.scale"]
+        blocks = block_scales(scale.T, columns) if name in self._blocks else None
         return PackedWeight(
-            codes, _by_group(scale), None if zero is None else _by_group(zero), chosen.kind, columns, chosen.group,
-            block_scales(scale, columns) if name in self._blocks else None,
+            codes, scale, self.weights.get(f"{name}.zero"), chosen.kind, columns, chosen.group, blocks
         )  # fmt: skip
 
     def _unpack(self) -> None:
-        """Make plain values of the codes of the weight that was loaded last, where it is to be so, so that one is held in both forms."""
+        """Make plain values of the codes of the weight that was loaded last, if no product takes them, so that one at a time is held in both forms."""
         import cupy
 
         chosen = self._formats.get(self._owner)
