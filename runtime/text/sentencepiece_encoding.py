@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from phalanx.runtime.text.sentencepiece_merges import BytePairs
 from phalanx.runtime.text.sentencepiece_model import MARK, PieceKind, SentencePieceModel
@@ -154,13 +155,20 @@ class _Unigrams:
 
     def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
         check_whole(text)
-        best, starts, sums = array("f", bytes(4 * (len(text) + 1))), [-1] * (len(text) + 1), array("f", [0.0])
+        best, starts, sums = (
+            array("f", bytes(4 * (len(text) + 1))),
+            array("q", [-1]) * (len(text) + 1),
+            array("f", [0.0]),
+        )
         for start in range(len(text)):
             for end, score in self._candidates(text, start):
                 sums[0] = best[start] + score
                 if starts[end] < 0 or sums[0] > best[end]:
                     best[end], starts[end] = sums[0], start
-        yield from reversed(list(self._backwards(text, starts)))
+        ends = _path(starts)
+        for start, end in zip(reversed(ends), islice(reversed(ends), 1, None), strict=False):
+            piece = text[start:end]
+            yield piece, piece in self._scores
 
     def first_cut(self, text: str) -> int | None:
         """None: the sum of scores from the start of the text, rounded to float32, decides between pieces."""
@@ -176,12 +184,13 @@ class _Unigrams:
         if text[start] not in self._scores:
             yield start + 1, self._unknown
 
-    def _backwards(self, text: str, starts: Sequence[int]) -> Iterator[tuple[str, bool]]:
-        end = len(text)
-        while end:
-            piece = text[starts[end] : end]
-            yield piece, piece in self._scores
-            end = starts[end]
+
+def _path(starts: array[int]) -> array[int]:
+    """Ends of the pieces from the last to the first, and the start of that: numbers alone, as a collection of garbage visits each tuple."""
+    ends = array("q", [len(starts) - 1])
+    while ends[-1]:
+        ends.append(starts[ends[-1]])
+    return ends
 
 
 def _float32(value: float) -> float:

@@ -44,7 +44,7 @@ class BytePairs:
         self._longest_defined = len(defined[0]) if defined else 0
         self._pairs = frozenset(text[at : at + 2] for text in scores for at in range(len(text) - 1))
         self._has_sections = not any(map(self._is_ambiguous, self._unused))
-        self._cached = lru_cache(_CACHED_SECTIONS)(self._merged)
+        self._cached = lru_cache(_CACHED_SECTIONS)(lambda section: tuple(self._merged(section)))
 
     def __call__(self, text: str) -> Iterator[tuple[str, bool]]:
         """Each piece, and whether it is one: else it is a character that the model does not have.
@@ -72,7 +72,7 @@ class BytePairs:
             window, pairs = text[begin : begin + WINDOW + 1], self._pairs
             yield from [at for at, pair in enumerate(map(add, window, window[1:]), begin + 1) if pair not in pairs]
 
-    def _merged(self, text: str) -> tuple[tuple[str, bool], ...]:
+    def _merged(self, text: str) -> Iterator[tuple[str, bool]]:
         check_whole(text)
         merges = _Merges(text, self._places, self._unused)
         position = 0
@@ -80,7 +80,8 @@ class BytePairs:
             position = match.end()
             merges.seal(*match.span())
         merges.run()
-        return tuple((piece, piece in self._used) for piece in merges.pieces())
+        for piece in merges.pieces():
+            yield piece, piece in self._used
 
     def _is_ambiguous(self, unused: str) -> bool:
         """Whether several pairs make a piece: then the one that comes last in the whole text says how it is split."""
