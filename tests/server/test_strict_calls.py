@@ -527,6 +527,29 @@ def test_required_calls_may_be_of_recursive_schemas() -> None:
         assert checked.is_valid([{"name": "f", "parameters": arguments}]) == fits
 
 
+FREE = [
+    "",
+    "1, 2",
+    "a=''",
+    r'a="\""',
+    r"""a="it's", b='\'('""",
+    '''a=""" "a" ("", \\""" """''',
+    "a='''b'''",
+    "dict(a=[{'(': None}])",
+]
+UNENDED = ['""")"', "a=(", "'", '''a="""b""""''']
+
+
+@pytest.mark.parametrize(("text", "is_whole"), [*((text, True) for text in FREE), *((text, False) for text in UNENDED)])
+def test_free_arguments_in_python_end_where_their_reader_ends_them(
+    text: str, is_whole: bool, tokenizer: Tokenizer
+) -> None:
+    text = f"[free({text})]"
+    assert fits_one("pythonic", tokenizer, of_one_value({"type": "integer"}), text) == [is_whole]
+    reader = tool_call_reader("pythonic", ["free"])
+    assert "".join(piece.text for piece in reader.push(text) + reader.finish()).endswith("}") == is_whole
+
+
 def strict_tools(*names: str) -> Sequence[Tool]:
     return [
         msgspec.convert(

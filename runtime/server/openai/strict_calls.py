@@ -31,12 +31,13 @@ SPACE: /[ \n]{0,64}/
 COMMA: /[ \n]{0,64},[ \n]{0,64}/
 """
 
+# Texts are never next to each other: two quotes that close one and a third would begin a long text.
 _PYTHON_RULES = r"""
 EQUALS: /[ \n]{0,64}=[ \n]{0,64}/
 NAME: /[^\W\d]\w{0,64}/
-any: (UNQUOTED | QUOTED | "(" any ")" | "[" any "]" | "{" any "}")*
-UNQUOTED: /[^()\[\]{}"']+/
-QUOTED: /"([^"\\]|\\(.|\n))*"|'([^'\\]|\\(.|\n))*'/
+any: other* (text (other+ text)* other*)?
+other: /[^()\[\]{}"']+/ | "(" any ")" | "[" any "]" | "{" any "}"
+text: /"([^"\\]|\\(.|\n))*"/ | /'([^'\\]|\\(.|\n))*'/ | /"{3}("{0,2}([^"\\]|\\(.|\n)))*"{3}/ | /'{3}('{0,2}([^'\\]|\\(.|\n)))*'{3}/
 """
 
 
