@@ -240,6 +240,15 @@ def test_more_prompt_logprobs_than_an_answer_should_hold_are_refused(n: int, num
     check_prompt_logprobs(parse_chat(chat), 5000)
 
 
+def test_a_stream_echoes_fewer_prompt_logprobs_than_an_answer_holds() -> None:
+    fields = {"prompt": "x", "n": 2, "logprobs": 1, "echo": True}
+    streamed, whole = (parse_completion(json.dumps({**fields, "stream": stream}).encode()) for stream in (True, False))
+    check_prompt_logprobs(streamed, 16_384)
+    check_prompt_logprobs(whole, 16_385)
+    with pytest.raises(ApiError, match=r"in 2 choices are 65540; at most 65536 fit into a stream: .* or do not stream"):
+        check_prompt_logprobs(streamed, 16_385)
+
+
 def test_prompt_logprobs_do_not_stream(server: Server) -> None:
     error = server.post(PATH, {"prompt": "ab", "prompt_logprobs": 1, "stream": True}).error
     assert (error["param"], error["type"]) == ("prompt_logprobs", "invalid_request_error")

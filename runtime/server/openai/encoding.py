@@ -9,7 +9,7 @@ from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
-from phalanx.runtime.server.openai.parsing import Conversation, Generation, Prompt
+from phalanx.runtime.server.openai.parsing import ApiGeneration, Conversation, Generation, Prompt
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.text import with_word_tokens
 
@@ -17,6 +17,8 @@ __all__ = ["check_prompt_logprobs", "choice_params", "encode", "prompt_token_ids
 
 MAX_PROMPT_LOGPROBS = 1 << 20
 """About 70 bytes of JSON each."""
+MAX_STREAMED_LOGPROBS = 1 << 16
+"""A stream echoes them in one event, which the event loop writes."""
 
 
 async def encode(services: Services, generation: Generation) -> list[tuple[tuple[int, ...], SamplingParams]]:
@@ -50,11 +52,14 @@ def check_prompt_logprobs(generation: Generation, num_tokens: int) -> None:
         return
     choices = 1 if isinstance(generation.prompts[0], Conversation) else generation.n
     count = num_tokens * (alternatives + 1) * choices
-    if count > MAX_PROMPT_LOGPROBS:
+    is_streamed = isinstance(generation, ApiGeneration) and generation.stream
+    most, place = (MAX_STREAMED_LOGPROBS, "a stream") if is_streamed else (MAX_PROMPT_LOGPROBS, "an answer")
+    if count > most:
+        other = ", or do not stream" if is_streamed else ""
         raise invalid(
             f"log-probabilities of {num_tokens} prompt tokens with {alternatives} alternatives in {choices} choices are {count}; at most "
-            f"{MAX_PROMPT_LOGPROBS} fit into an answer: ask for fewer alternatives or choices, or send shorter prompts",
-            "prompt_logprobs",
+            f"{most} fit into {place}: ask for fewer alternatives or choices, or send shorter prompts{other}",
+            "logprobs" if is_streamed else "prompt_logprobs",
         )
 
 

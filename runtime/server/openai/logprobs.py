@@ -28,11 +28,12 @@ class CompletionLogprobs:
         self._num_alternatives = num_alternatives
         self._text = text
         self._offset = 0
+        self._labels: dict[int, str] = {}
         self._lists = _empty_lists()
 
     def add(self, token_id: int, logprob: Logprob | None) -> None:
         """The next token; without a log-probability where it has none (the first of a prompt)."""
-        self._lists["tokens"].append(_label(self._tokenizer, token_id))
+        self._lists["tokens"].append(self._label(token_id))
         self._lists["text_offset"].append(self._offset)
         self._lists["token_logprobs"].append(None if logprob is None else _finite(logprob.logprob))
         self._lists["top_logprobs"].append(None if logprob is None else self._top(logprob))
@@ -47,8 +48,13 @@ class CompletionLogprobs:
     def _top(self, logprob: Logprob) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, value in (*logprob.top[: self._num_alternatives], (logprob.token_id, logprob.logprob)):
-            top.setdefault(_label(self._tokenizer, token_id), _finite(value))
+            top.setdefault(self._label(token_id), _finite(value))
         return top
+
+    def _label(self, token_id: int) -> str:
+        if (label := self._labels.get(token_id)) is None:
+            label = self._labels[token_id] = _label(self._tokenizer, token_id)
+        return label
 
 
 def chat_logprob(tokenizer: Tokenizer | None, logprob: Logprob) -> dict[str, Any]:
