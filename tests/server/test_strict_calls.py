@@ -527,6 +527,21 @@ def test_required_calls_may_be_of_recursive_schemas() -> None:
         assert checked.is_valid([{"name": "f", "parameters": arguments}]) == fits
 
 
+@pytest.mark.parametrize("form", [*TAGGED, "pythonic"])
+def test_values_that_are_written_alike_are_of_their_own_functions_definitions(form: str, tokenizer: Tokenizer) -> None:
+    def schema(item: dict[str, Any]) -> dict[str, Any]:
+        listed = {"type": "array", "items": {"$ref": "#/$defs/item"}}
+        return {"type": "object", "properties": {"a": listed, "b": {"$ref": "#/$defs/item"}}, "$defs": {"item": item}}
+
+    functions = [("f", schema({"type": ["boolean", "null"]})), ("g", schema({"type": ["integer", "null"]}))]
+    matcher = llguidance.LLMatcher(vocabulary(tokenizer), strict_grammar(form, functions, tokenizer), log_level=0)
+    for name, value in itertools.product("fg", (True, 5)):
+        for arguments in ({"a": [value]}, {"b": value}):
+            token_ids = list(tokenizer.encode(call(form, name, **arguments), add_special_tokens=False))
+            taken = matcher.deep_copy().try_consume_tokens(token_ids) == len(token_ids)
+            assert taken == ((name == "f") == (value is True)), (name, arguments)
+
+
 FREE = [
     "",
     "1, 2",

@@ -41,7 +41,7 @@ class Values(ABC):
 
     def __init__(self) -> None:
         self.shared = SharedRules()
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, str, int], str] = {}
 
     def of(self, function: str, schema: Mapping[str, Any], key: str) -> str:
         """Return the name of the rule of an argument's value; ``key`` "" stands for arguments that ``schema`` does not name.
@@ -50,7 +50,7 @@ class Values(ABC):
             ApiError: 400: the form cannot be held to what the schema says of it, or the grammar has become too long.
         """
         value = property_schema(schema, key)
-        same = function, json.dumps(value)
+        same = function, json.dumps(value), -1
         if same not in self._known:
             choices = alternatives(schema, value)
             if wrong := [choice for choice in choices if "enum" in choice and members_of(choice) is None]:
@@ -118,24 +118,26 @@ class PythonValues(Values):
         return str(self.shared)
 
     def _rule(self, function: str, schema: Mapping[str, Any], key: str, choices: list[Mapping[str, Any]]) -> str:
-        spelt = self._spelt(schema, choices)
+        spelt = self._spelt(function, schema, choices, 0)
         return self.shared.name(" | ".join([json_rule(_whole(schema, property_schema(schema, key))), *spelt]))
 
-    def _spelt(self, schema: Mapping[str, Any], choices: list[Mapping[str, Any]], depth: int = 0) -> list[str]:
+    def _spelt(
+        self, function: str, schema: Mapping[str, Any], choices: list[Mapping[str, Any]], depth: int
+    ) -> list[str]:
         """What Python spells otherwise than JSON."""
         found: dict[str, None] = {}
         for choice in choices:
             if not _FURTHER & set(choice):
                 found |= dict.fromkeys([quoted(_WORDS[member]) for member in _words(choice)])
             if depth < _DEEPEST and "array" in types_of(choice) and set(choice) <= {"type", "items", *ANNOTATIONS}:
-                found |= dict.fromkeys(self._lists(schema, choice.get("items", {}), depth))
+                found |= dict.fromkeys(self._lists(function, schema, choice.get("items", {}), depth))
         return list(found)
 
-    def _lists(self, schema: Mapping[str, Any], items: Any, depth: int) -> list[str]:
+    def _lists(self, function: str, schema: Mapping[str, Any], items: Any, depth: int) -> list[str]:
         """Lists of items some of which Python spells otherwise."""
-        same = f"items {depth}", json.dumps(items)
+        same = function, json.dumps(items), depth
         if same not in self._known:
-            spelt = self._spelt(schema, alternatives(schema, items), depth + 1)
+            spelt = self._spelt(function, schema, alternatives(schema, items), depth + 1)
             body = " | ".join([json_rule(_whole(schema, items)), *spelt])
             self._known[same] = self.shared.name(body) if spelt else ""
         item = self._known[same]
