@@ -55,7 +55,10 @@ def test_equal_scores_are_merged_from_the_left(text: str, pieces: list[str]) -> 
 
 def test_every_process_cuts_a_text_alike() -> None:
     code = (
-        "from tests.text.test_sentencepiece_merges import CHINESE, cut; print(ascii(cut(CHINESE, '中国人民大学' * 3)))"
+        "from phalanx.runtime.text.sentencepiece_merges import BytePairs\n"
+        "from phalanx.runtime.text.sentencepiece_model import Piece\n"
+        f"pairs = BytePairs([Piece(*fields) for fields in {[(piece.text, piece.score) for piece in CHINESE]!a}])\n"
+        f"print(ascii(list(pairs({'中国人民大学' * 3!a}))))"
     )
     found = {
         subprocess.run(
