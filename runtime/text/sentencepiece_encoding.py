@@ -144,7 +144,7 @@ class _Unigrams:
 
     def __init__(self, model: SentencePieceModel) -> None:
         scores = [piece.score for piece in model.pieces if piece.kind == PieceKind.NORMAL] or [0.0]
-        self._unknown = min(scores) - _UNKNOWN_PENALTY
+        self._unknown = _float32(min(scores) - _UNKNOWN_PENALTY)
         self._scores: dict[str, float] = {}
         for piece in model.pieces:
             if piece.kind == PieceKind.NORMAL:

@@ -177,6 +177,18 @@ def test_ids_equal_those_recorded_from_the_library(recorded: Any, tmp_path: Path
         assert list(tokenizer.encode(text, add_special_tokens=False)) == ids, ascii(text)
 
 
+def test_the_score_of_an_unknown_character_is_rounded_to_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids recorded from the library (0.2.3); in float64 the sums of two ways to cut compare the other way round."""
+    normal = [("b", -3.0, 1), ("中中", -7.013594, 1), ("中éc", -7.647185, 1)]
+    monkeypatch.setattr(f"{__name__}.PIECES", [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *normal])
+    raw = model(f3=1, f35=0) + field(3, field(1, b"identity") + field(3, 0) + field(4, 1))
+    text = "中b中中中中éc中écbécxx中中éc"
+    ids = [0, 3, 4, 0, 5, 5, 3, 0, 5]
+    assert list(load(tmp_path, raw).encode(text, add_special_tokens=False)) == ids
+
+
 def test_several_threads_may_encode_at_once(tmp_path: Path) -> None:
     """`tokenizers` calls back into Python for such a model, and gives the interpreter's lock away before."""
     recorded = RECORDED[0]
