@@ -51,7 +51,7 @@ def _choose(args: argparse.Namespace, num_ranks: int) -> tuple[int, int, int]:
             setattr(wanted, name, getattr(args, name))
     gpu, wanted.gpu_memory_gib = _device(args.engine, num_ranks)
     wanted.optimise, wanted.ranks = "throughput", num_ranks
-    found = best_layouts(wanted, plan, gpu, Load(wanted.input_len, wanted.output_len))
+    found = best_layouts(wanted, plan, gpu, Load(wanted.input_len, wanted.output_len), on_this_machine=True)
     best = found[0]
     if best.problem:
         raise ConfigError(f"--layout auto: no layout of {num_ranks} rank(s) fits ({best.problem}); use more ranks")

@@ -1,9 +1,9 @@
 """``launch.plan --optimise``: which dp x pp x tp of N ranks gives the most tokens a second, or the shortest wait for one.
 
 The model, for each layout that fits: a decoding step reads a stage's weights once (or multiplies them, if that takes longer; of a
-mixture, the experts that its tokens take) and the cached keys and values of its sequences, and sums twice a layer over the tensor-parallel ranks. Where an engine has measured such steps on this
-machine, their times replace the weights' and the sums' part (``runtime/step_records.py``). The slowest stage sets the pace; ``pp`` micro-batches fill the
-pipe; replicas add up. Prompts cost the products of their tokens.
+mixture, the experts that its tokens take) and the cached keys and values of its sequences, and sums twice a layer over the tensor-parallel ranks. Where an engine has measured such steps on such
+a GPU of this machine, their times replace the weights' and the sums' part (``runtime/step_records.py``). The slowest stage sets the
+pace; ``pp`` micro-batches fill the pipe; replicas add up. Prompts cost the products of their tokens.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> list[Estimate]:
+def best_layouts(
+    args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load, on_this_machine: bool = False
+) -> list[Estimate]:
     """Every layout of ``args.ranks``, the best for ``args.optimise`` first, those that cannot be used last.
 
-    ``plan``: `phalanx.launch.plan.plan`.
+    ``plan``: `phalanx.launch.plan.plan`. ``on_this_machine``: see `estimate`.
 
     Raises:
         ConfigError: fewer than one rank, or more than `MAX_RANKS`.
@@ -119,7 +121,7 @@ def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> l
         one = copy.copy(args)
         one.tp, one.pp, one.dp = tp, pp, dp
         try:
-            estimates.append(estimate(plan(one), gpu, load))
+            estimates.append(estimate(plan(one), gpu, load, on_this_machine))
         except ConfigError as error:
             estimates.append(Estimate(tp, pp, dp, problem=str(error)))
     throughput = args.optimise == "throughput"
@@ -131,8 +133,11 @@ def best_layouts(args: argparse.Namespace, plan: Any, gpu: Gpu, load: Load) -> l
     return sorted(estimates, key=order)
 
 
-def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
-    """The speed of a layout that `phalanx.launch.plan.plan` has planned."""
+def estimate(planned: dict[str, Any], gpu: Gpu, load: Load, on_this_machine: bool = False) -> Estimate:
+    """The speed of a layout that `phalanx.launch.plan.plan` has planned.
+
+    ``on_this_machine``: its devices are meant, so times measured on one without a data sheet count.
+    """
     tp, pp, dp = planned["tp"], planned["pp"], planned["dp"]
     length = load.input_len + load.output_len
     blocks = -(-length // planned["block_size"])
@@ -144,7 +149,7 @@ def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
         _Stage(max(group, key=lambda rank: int(rank["kv_block_bytes"])), planned, gpu)
         for group in (planned["ranks"][first : first + tp] for first in range(0, len(planned["ranks"]), tp))
     ]
-    record = _of_device(planned["step_record"], gpu)
+    record = _of_device(planned["step_record"], gpu, on_this_machine)
     context = load.input_len + load.output_len / 2
     micro = max(1, num_seqs // pp)
 
@@ -162,10 +167,10 @@ def estimate(planned: dict[str, Any], gpu: Gpu, load: Load) -> Estimate:
     )  # fmt: skip
 
 
-def _of_device(record: StepRecord | None, gpu: Gpu) -> StepRecord | None:
-    """The record, unless it was measured on a GPU with another data sheet."""
+def _of_device(record: StepRecord | None, gpu: Gpu, on_this_machine: bool) -> StepRecord | None:
+    """The record, if it was measured on such a GPU, or on this machine's device without a data sheet."""
     sheet = None if record is None else data_sheet(record.device)
-    return record if sheet in (None, gpu) else None
+    return record if sheet == gpu or (on_this_machine and sheet is None) else None
 
 
 class _Stage:

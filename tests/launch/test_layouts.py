@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.layouts import GPUS, MEMORY_SHARE, SUM_SECONDS, Estimate, layouts_of
-from phalanx.launch.plan import main, reason
+from phalanx.launch.layouts import GPUS, MEMORY_SHARE, SUM_SECONDS, Estimate, Load, best_layouts, layouts_of
+from phalanx.launch.plan import build_parser, main, plan, reason
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import EngineConfig
@@ -72,9 +72,9 @@ def test_a_layout_that_does_not_fit_comes_last_with_the_reason(
 def test_measured_steps_replace_the_roofline(llama_3_8b: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     raw = json.loads((llama_3_8b / "config.json").read_text())
     path = record_path(cache, raw, "bfloat16", EngineConfig(layout=Layout(2, 1, 1)))
-    StepRecord("a test GPU", (1, 64), (1e-4, 1e-4)).write(path)
+    StepRecord("NVIDIA H100 80GB HBM3", (1, 64), (1e-4, 1e-4)).write(path)
     layouts = compared(capsys, llama_3_8b, "--ranks", "2", "--optimise", "throughput")
-    assert (layouts[0]["tp"], layouts[0]["source"]) == (2, "measured on a test GPU")
+    assert (layouts[0]["tp"], layouts[0]["source"]) == (2, "measured on NVIDIA H100 80GB HBM3")
     assert layouts[1]["source"] == "roofline"
     path.write_text("{")
     assert StepRecord.read(path) is None
@@ -91,6 +91,18 @@ def test_steps_of_another_gpu_or_of_quantised_weights_do_not_count(
     flags = ("--ranks", "1", "--optimise", "latency")
     sources = [compared(capsys, llama_3_8b, *flags, "--gpu", gpu)[0]["source"] for gpu in ("h100", "h200")]
     assert sources == ["roofline", "measured on NVIDIA H200"]
+
+
+@pytest.mark.parametrize("device", ["NVIDIA A10", "cpu"])
+def test_steps_of_a_device_without_a_data_sheet_count_for_this_machine_alone(
+    llama_3_8b: Path, cache: Path, device: str
+) -> None:
+    raw = json.loads((llama_3_8b / "config.json").read_text())
+    StepRecord(device, (1,), (1e-4,)).write(record_path(cache, raw, "bfloat16", EngineConfig(layout=Layout(1, 1, 1))))
+    flags = ["--model", str(llama_3_8b), "--optimise", "latency", "--ranks", "1", "--gpu-memory-gib", "80"]
+    args = build_parser().parse_args(flags)
+    sources = [best_layouts(args, plan, GPUS["h100"], Load(1024, 256), here)[0].source for here in (False, True)]
+    assert sources == ["roofline", f"measured on {device}"]
 
 
 def test_a_token_alone_reads_the_weights_of_its_experts_only(capsys: pytest.CaptureFixture[str]) -> None:
