@@ -55,6 +55,7 @@ def compare(raw: Mapping[str, Any], model_file: Path | None) -> Comparison:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         plain = {name: value for name, value in raw.items() if name not in (*QUANTIZATION_KEYS, "auto_map")}
+        plain = {"pad_token_id": None, **plain}  # a class's own may lie beyond the small vocabulary
         config = smaller({**plain, **_text_sizes(raw, model_file), "dtype": "float32", "torch_dtype": "float32"})
         (directory / "config.json").write_text(json.dumps(config))
         size = _write_weights(directory, model_file)

@@ -44,7 +44,9 @@ def smaller(raw: Mapping[str, Any]) -> dict[str, Any]:
     for count in {value for name, value in raw.items() if name in _LAYERS and _is_size(value)}:
         config |= {name: min(count, _NUM_LAYERS) for name in _LAYERS if raw.get(name) == count}
         config |= {
-            name: value[:_NUM_LAYERS] for name, value in raw.items() if isinstance(value, list) and len(value) == count
+            name: value[:_NUM_LAYERS]
+            for name, value in config.items()
+            if isinstance(value, list) and len(value) == count and not name.endswith("_token_id")
         }
     return config | _few_heads(raw)
 

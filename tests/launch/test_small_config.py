@@ -52,6 +52,14 @@ def test_sizes_under_unknown_names_and_heads_that_do_not_divide_stay() -> None:
     assert smaller(odd) == odd
 
 
+def test_token_ids_are_within_the_small_vocabulary_however_many_layers_there_are() -> None:
+    raw = {"num_hidden_layers": 2, "vocab_size": 128256, "eos_token_id": [128001, 128008], "pad_token_id": 128004}
+    small = smaller(raw)
+    assert small["vocab_size"] > max(*small["eos_token_id"], small["pad_token_id"])
+    assert len(smaller({**raw, "num_hidden_layers": 8, "eos_token_id": [*range(128000, 128008)]})["eos_token_id"]) == 8
+    assert smaller({"num_hidden_layers": 8, "layer_types": [*"abcdefgh"]})["layer_types"] == [*"abcdef"]
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_what_transformers_refuses_is_one_sentence_and_its_question_about_code_is_not_asked() -> None:
@@ -67,3 +75,16 @@ def test_what_transformers_refuses_is_one_sentence_and_its_question_about_code_i
 def test_a_published_configuration_is_compared_at_a_small_size() -> None:
     pytest.importorskip("transformers")
     assert compare(PUBLISHED["Command R7B"], None).is_equal
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "SmolLM3ForCausalLM"])
+def test_a_padding_token_that_only_the_class_names_does_not_count(architecture: str) -> None:
+    pytest.importorskip("transformers")
+    llama = {
+        "vocab_size": 128256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": [128001, 128008],
+    }  # fmt: skip
+    model_type = architecture.removesuffix("ForCausalLM").lower()
+    assert compare({**llama, "architectures": [architecture], "model_type": model_type}, None).is_equal
