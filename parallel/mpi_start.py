@@ -8,13 +8,16 @@ and the one message is written by a child.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 from phalanx.parallel import start_messenger
@@ -31,7 +34,7 @@ _GRACE_SECONDS = 0.5
 _HYDRA_VARIABLE = "HYDI_CONTROL_FD"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 _MESSENGERS = 2
-"""On each host: the second speaks where the first rank is the one that does not come."""
+"""Of each host: with the first ranks that come, in case one of them ends."""
 
 
 def start_seconds(environ: Mapping[str, str] = os.environ) -> float:
@@ -57,34 +60,84 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
         yield
         return
     seconds = start_seconds()
-    agent = _agent()
-    key = os.environ.get("PMIX_NAMESPACE", str(agent))  # of this job alone, on this host
-    place = answer(key, str(info.rank))
-    messenger = _start_messenger(info, seconds, key, agent) if info.local_rank < _MESSENGERS else None
+    with ExitStack() as places:
+        messenger = None
+        with contextlib.suppress(OSError):  # it is an aid
+            messenger = _start_messenger(info, seconds, places)
+        try:
+            with _ending_after(seconds + _GRACE_SECONDS):
+                yield
+        finally:
+            if messenger is not None:
+                messenger.communicate(b"+")
+
+
+@contextmanager
+def _ending_after(seconds: float) -> Iterator[None]:
+    """Signals end this process at once meanwhile, and so does the clock."""
+    # The kernel spares the first process of a container from signals without a handler, and Python's cannot run.
+    is_first_process = os.getpid() == 1
+    if is_first_process:
+        faulthandler.dump_traceback_later(seconds, exit=True)
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDING_SIGNALS}
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if messenger is not None:
-            messenger.communicate(b"+")
-        if place is not None:
-            place.close()
+        if is_first_process:
+            faulthandler.cancel_dump_traceback_later()
 
 
-def _start_messenger(info: LaunchInfo, seconds: float, key: str, agent: int) -> subprocess.Popen[bytes]:
-    """A child that speaks when ``seconds`` have passed, or a rank has ended, and is silent when it reads a byte before."""
+def _start_messenger(info: LaunchInfo, seconds: float, places: ExitStack) -> subprocess.Popen[bytes] | None:
+    """A child that speaks when ``seconds`` have passed, or a rank has ended, and is silent when it reads a byte before.
+
+    Lists this rank among those that have come, until ``places`` are left. None if the host has its messengers.
+    """
+    deadline, agent = time.monotonic() + seconds, _agent()
+    key = _key(agent)
+    _take(places, key, str(info.rank))
+    if not any(_take(places, key, f"messenger {number}:") for number in range(_MESSENGERS)):
+        return None
     way_out = f"look for its message, run launch.doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
     # Hydra alone does not end a job for a rank that ends before MPI. In a container its process may be out of sight.
     is_looked_at = (
         _HYDRA_VARIABLE in os.environ and agent > 1 and os.path.exists(f"/proc/{agent}/task/{agent}/children")
     )
-    numbers = (info.rank, info.size, info.local_size, seconds, key, agent if is_looked_at else 0)
-    command = [sys.executable, "-ISE", start_messenger.__file__, *map(str, numbers), way_out]
+    words = (
+        os.getpid(), info.rank, info.size, info.local_size, f"{seconds:g}", deadline, key, agent if is_looked_at else 0,
+        int(_sees_all(agent)), way_out,
+    )  # fmt: skip
+    command = [sys.executable, "-ISE", start_messenger.__file__, *map(str, words)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def _take(places: ExitStack, key: str, what: str) -> bool:
+    """Be listed under ``what`` until ``places`` are left; whether the name was free."""
+    place = answer(key, what)
+    if place is not None:
+        places.enter_context(place)
+    return place is not None
+
+
+def _key(agent: int) -> str:
+    """What tells this job from others on this host. Names of sockets are short, and a process has its number in one namespace only."""
+    job = os.environ.get("PMIX_NAMESPACE", str(agent))
+    return blake2b(f"{job} {_namespace('self', 'pid')}".encode(), digest_size=8).hexdigest()
+
+
+def _sees_all(agent: int) -> bool:
+    """Whether the ranks of this host see each other's names: containers of their own would keep them from it."""
+    return agent > 1 and _namespace(agent, "net") in ("", _namespace("self", "net"))
+
+
+def _namespace(pid: int | str, kind: str) -> str:
+    """The name of a process's namespace; empty if it is not to be seen."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/{kind}")
+    return ""
 
 
 def _agent() -> int:

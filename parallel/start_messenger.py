@@ -1,7 +1,8 @@
 """Says why MPI does not start: a child of a rank, as MPI's start keeps the rank's own interpreter from running anything.
 
-``python start_messenger.py RANK SIZE LOCAL_SIZE SECONDS KEY AGENT WAY_OUT``; needs the standard library only. It reads a byte when MPI
-has started; if its standard input ends without one, the rank has. The first messenger of a host speaks and the others are silent.
+``python start_messenger.py PID RANK SIZE LOCAL_SIZE SECONDS DEADLINE KEY AGENT SEES_ALL WAY_OUT``; needs the standard library only. It reads a
+byte when MPI has started; if its standard input ends without one, the rank has. The first messenger of a host speaks and the others are
+silent. DEADLINE is on the host's monotonic clock; SEES_ALL is 1 where ranks of this host are known to see each other's names.
 
 It also removes the shared memory of a rank that is killed meanwhile: MPICH creates it at the beginning of its start, and ranks unlink
 it at the end.
@@ -10,6 +11,7 @@ it at the end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -33,13 +35,19 @@ CLAIM_SECONDS = 1.0
 
 
 def answer(key: str, what: str) -> socket.socket | None:
-    """Be listed under ``what`` until the socket is closed; None if another process is."""
+    """Be listed under ``what`` until the socket is closed; None if another process is.
+
+    Raises:
+        OSError: the name cannot be had for another reason.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         sock.bind(f"\0{NAME.format(key=key, what=what)}")
-    except OSError:
+    except OSError as error:
         sock.close()
-        return None
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
     return sock
 
 
@@ -47,7 +55,8 @@ def _listed(key: str) -> set[int]:
     """Ranks that have come."""
     prefix = "@" + NAME.format(key=key, what="")
     words = Path("/proc/net/unix").read_text().split()
-    return {int(word.removeprefix(prefix)) for word in words if word.startswith(prefix) and word[-1].isdigit()}
+    names = (word.removeprefix(prefix) for word in words if word.startswith(prefix))
+    return {int(name) for name in names if name.isdigit()}
 
 
 def _running(agent: int) -> list[int | None]:
@@ -96,17 +105,22 @@ class _Segment:
         return bool(self._path)
 
     def remove(self) -> None:
-        """Do what a rank that has been killed could not."""
-        if self.find():
+        """Do what a rank that has been killed could not.
+
+        What it had mapped cannot be looked up any more: its number may be another process's by now.
+        """
+        if self._path:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
 
 
-def _reason(size: int, local_size: int, seconds: float, key: str, agent: int, segment: _Segment) -> str:
+def _reason(
+    size: int, local_size: int, seconds: str, deadline: float, key: str, agent: int, sees_all: bool, segment: _Segment
+) -> str:  # fmt: skip
     """Why MPI does not start, once that is certain; empty if it has started."""
-    started = last_complete = last_look = time.monotonic()
+    last_complete = last_look = time.monotonic()
     while True:
-        left = started + seconds - time.monotonic()
+        left = deadline - time.monotonic()
         pause = POLL_SECONDS if segment.find() else MAPS_SECONDS
         if select.select([sys.stdin], [], [], max(0.0, min(left, pause)))[0]:
             if not os.read(sys.stdin.fileno(), 1):
@@ -120,25 +134,33 @@ def _reason(size: int, local_size: int, seconds: float, key: str, agent: int, se
             elif last_look > last_complete + ENDED_SECONDS:
                 return f"will not start, because {_in_words(running, size, local_size, 'ended before that')}"
         if left <= 0:
-            absent = _in_words(_listed(key), size, local_size, "did not come")
-            return f"has not started within {seconds:g} s, because {absent}"
+            absent = _in_words(_listed(key), size, local_size, "did not come") if sees_all else "not all ranks came"
+            return f"has not started within {seconds} s, because {absent}"
+
+
+def _is_first(key: str) -> bool:
+    """Whether no other messenger of this host has spoken; until this process ends, others are told that it has."""
+    try:
+        claim = answer(key, "speaks")
+    except OSError:
+        return True
+    if claim is not None:
+        claim.detach()
+    return claim is not None
 
 
 def main() -> None:
     """Wait, and speak if it was in vain."""
-    rank, size, local_size = map(int, sys.argv[1:4])
-    seconds, key, agent, way_out = float(sys.argv[4]), sys.argv[5], int(sys.argv[6]), sys.argv[7]
-    segment = _Segment(os.getppid())
-    why = _reason(size, local_size, seconds, key, agent, segment)
-    if not why:
-        return
-    claim = answer(key, "speaks")
-    if claim is None:
+    pid, rank, size, local_size = map(int, sys.argv[1:5])
+    seconds, deadline, key, agent, sees_all, way_out = sys.argv[5:]
+    why = _reason(size, local_size, seconds, float(deadline), key, int(agent), sees_all == "1", _Segment(pid))
+    if not why or os.getppid() != pid or not _is_first(key):
         return
     sys.stderr.write(f"phalanx: rank {rank} of {size}: MPI {why}; {way_out}\n")
     sys.stderr.close()
     os.close(2)
-    os.kill(os.getppid(), signal.SIGALRM)
+    if os.getppid() == pid:
+        os.kill(pid, signal.SIGALRM)
     time.sleep(CLAIM_SECONDS)
 
 

@@ -8,12 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
 import pytest
 
 from phalanx.parallel import start_messenger
+from phalanx.parallel.start_messenger import answer
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 from ..server.jobs import is_open_mpi
@@ -69,6 +71,46 @@ def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(rank:
 
 
 @needs_mpirun
+def test_ranks_that_do_not_come_are_named_by_whichever_come() -> None:
+    """Also where Python takes longer to start than a rank waits after the message is due."""
+    script = ON_RANK.format(rank='0 ] || [ "$PMI_RANK$OMPI_COMM_WORLD_RANK" = 1', instead="exec sleep 30")
+    result = start(
+        ["sh", "-c", script, "sh", sys.executable, "-m", "launch.generate", *IDS], 4, {"PHALANX_MPI_START_SECONDS": "2"}
+    )
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("phalanx: ")]
+    assert "of 4: MPI has not started within 2 s, because ranks 0, 1 did not come; look for its message" in line
+
+
+@pytest.mark.parametrize(
+    ("sees_all", "said"), [(1, "because ranks 1, 2 did not come"), (0, "because not all ranks came")]
+)
+def test_ranks_that_do_not_see_each_other_accuse_nobody(sees_all: int, said: str) -> None:
+    """In containers with networks of their own each rank is the only one that it knows of."""
+    key = uuid.uuid4().hex
+    place = answer(key, "0")
+    assert place is not None
+    with place:
+        words = [0, 3, 3, 2, time.monotonic(), key, 0, sees_all]
+        assert _said_by_a_messenger(str(os.getppid()), *words) == "", "it speaks for the rank that has started it only"
+        assert said in _said_by_a_messenger("$$", *words)
+
+
+def _said_by_a_messenger(pid: str, *words: object) -> str:
+    """What it writes as a child of a shell, which is ``$$``; its standard input stays open."""
+    command = f'"{sys.executable}" -ISE "{start_messenger.__file__}" {pid} {" ".join(map(str, words))} "look for its message"; true'
+    with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.wait(60)
+        assert process.stderr is not None
+        return process.stderr.read()
+
+
+def test_a_name_that_is_too_long_is_no_other_process() -> None:
+    with pytest.raises(OSError, match="too long"):
+        answer("h" * 120, "0")
+
+
+@needs_mpirun
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_before_mpi_is_named_long_before_the_limit(rank: int) -> None:
     """MPICH's launcher goes on without it, and a start script that fails is a common reason."""
@@ -88,7 +130,8 @@ def test_shared_memory_of_a_rank_that_is_killed_in_the_start_of_mpi_is_removed(b
     path.write_bytes(bytes(mmap.PAGESIZE))
     try:
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
-            command = [sys.executable, "-ISE", start_messenger.__file__, "0", "2", "2", "60", "test", "0", ""]
+            words = (os.getpid(), 0, 2, 2, "60", time.monotonic() + 60, "test", 0, 1, "")
+            command = [sys.executable, "-ISE", start_messenger.__file__, *map(str, words)]
             subprocess.run(command, input=byte, check=True, timeout=60)
             assert path.exists() == bool(byte)
     finally:
