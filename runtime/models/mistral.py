@@ -36,7 +36,11 @@ def read_fields(reader: ConfigReader) -> MistralConfig:
 
 
 def attention(config: MistralConfig, layer: int) -> AttentionSpec:
-    """A window in all layers, or in those that ``layer_types`` names, as transformers' ``Ministral`` classes have."""
+    """A window in all layers, or in those that ``layer_types`` names.
+
+    So do vLLM and transformers' ``Ministral`` classes, which its Auto classes choose for ``model_type`` mistral with ``layer_types``;
+    its ``MistralForCausalLM`` ignores them.
+    """
     return replace(AttentionSpec.of(config), window=config.windows[layer])
 
 

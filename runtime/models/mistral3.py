@@ -34,7 +34,10 @@ _ALL_ABSENT: Mapping[str, Any] = MappingProxyType(
 
 
 def read_fields(reader: ConfigReader) -> MistralConfig:
-    """Read ``config.json`` of a ``Mistral3ForConditionalGeneration``."""
+    """Read ``config.json`` of a ``Mistral3ForConditionalGeneration``.
+
+    ``layer_types`` of its text part counts as in `mistral.attention`; transformers, whose text part is a ``MistralModel``, ignores them.
+    """
     text = reader.value("text_config")
     if isinstance(text, dict) and text.get("model_type", "mistral") != "mistral":
         raise ConfigError(
