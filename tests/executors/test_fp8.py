@@ -88,7 +88,7 @@ def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: P
         generate(write_checkpoint(narrow, tmp_path), "cuda", tp=2, quantize="fp8", dtype="float16")
 
 
-@pytest.mark.parametrize(("quantize", "tp"), [("fp8", 1), ("int8", 2)])
+@pytest.mark.parametrize(("quantize", "tp"), [("fp8", 1), pytest.param("int8", 2, marks=pytest.mark.slow)])
 def test_cuda_computes_quantised_experts_as_numpy_does(tmp_path: Path, device: None, quantize: str, tp: int) -> None:
     directory = write_checkpoint(CASES_BY_NAME["mixtral-plain"], tmp_path)
     expected, exact = (logprobs(generate(directory, "numpy", tp, quantize=one)) for one in (quantize, "none"))

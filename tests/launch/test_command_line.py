@@ -67,7 +67,8 @@ def test_lists_and_switches_come_from_elsewhere_too() -> None:
         ([], {"config": {"seed": {"a": 1}}}, r"is not a value of --seed"),
         ([], {"variables": {"PHALANX_STREAM": "perhaps"}}, r"'perhaps' is neither yes nor no"),
         (["a", "--model", "b"], {}, r"two models, .*; give one"),
-        (["a", "--max-num-seq", "4"], {}, r"unrecognized arguments: --max-num-seq; did you mean --max-num-seqs\?"),
+        (["a", "--max-num-seq", "4"], {}, r"unrecognized arguments: --max-num-seq( 4)?; did you mean --max-num-seqs\?"),
+        (["--model", "a", "--max-num-seq", "4"], {}, r"unrecognized arguments: --max-num-seq; did you mean --max-num-seqs\?"),
     ],
 )  # fmt: skip
 def test_a_wrong_name_or_value_says_where_it_is_from(words: list[str], elsewhere: dict[str, object], said: str) -> None:

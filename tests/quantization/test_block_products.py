@@ -75,7 +75,7 @@ def assert_near(path: Path, tp: int, output: np.ndarray, twin: Path) -> None:
     assert error.mean() < 0.5 * np.abs(plain - expected).mean()
 
 
-@pytest.mark.parametrize(("tp", "powers"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("tp", "powers"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)])
 def test_steps_of_many_tokens_multiply_blocks_as_the_numpy_engine_does(
     tmp_path: Path, computed: list[GemmProblem], tp: int, powers: bool
 ) -> None:

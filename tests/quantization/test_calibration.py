@@ -86,6 +86,7 @@ def quantized(model: Path, output: Path, scheme: str, method: str, *more: str) -
     return result
 
 
+@pytest.mark.slow
 def test_on_outliers_smoothquant_restores_what_rounding_to_nearest_loses_at_any_layout(
     outliers: Path, tmp_path: Path
 ) -> None:
@@ -100,7 +101,7 @@ def test_on_outliers_smoothquant_restores_what_rounding_to_nearest_loses_at_any_
     assert all(error["is_kept"] and error["calibrated"] < 0.5 * error["rtn"] for error in errors.values())
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_on_the_demo_smoothquant_is_no_worse_than_rounding_to_nearest(tmp_path: Path, scheme: str) -> None:
     quantized(DEMO, tmp_path / "rtn", scheme, "rtn")
     quantized(DEMO, tmp_path / "smooth", scheme, "smoothquant")
