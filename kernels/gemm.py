@@ -395,10 +395,11 @@ def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:
     return GEMV8_SHAPES if problem.has_scales else GEMV_SHAPES
 
 
-def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:
-    """Products of the current device with the timings that are on disk for its kind. Waits for the device (`multiplies_blocks`).
+def open_gemm(library: Library, workspace: Array | None = None, *, has_blocks: bool = False) -> Gemm:
+    """Products of the current device with the timings that are on disk for its kind.
 
-    ``workspace``: flat uint8 device array; None allocates ``WORKSPACE_BYTES``. Raises ConfigError when cuBLASLt is missing.
+    ``workspace``: flat uint8 device array; None allocates ``WORKSPACE_BYTES``. ``has_blocks``: there will be products of fp8 blocks, so
+    find out whether cuBLASLt multiplies them (`block_probe`), which waits for the device. Raises ConfigError when cuBLASLt is missing.
     """
     import cupy
 
@@ -406,4 +407,4 @@ def open_gemm(library: Library, workspace: Array | None = None) -> Gemm:
     device_name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
     cublaslt = CublasLt(cupy.empty(WORKSPACE_BYTES, "uint8") if workspace is None else workspace)
     timings = GemmTimings(timings_path(cache_directory(), device_name, cublaslt.version))
-    return Gemm(library, cublaslt, timings, multiplies_blocks(cublaslt))
+    return Gemm(library, cublaslt, timings, has_blocks and multiplies_blocks(cublaslt))

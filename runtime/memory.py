@@ -13,7 +13,7 @@ from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, whole_blocks
+from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, has_blocks, whole_blocks
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -172,8 +172,8 @@ def _component_bytes(spec: WeightSpec, held: Format, rank: int, size: int, items
     shape = spec.local_shape(rank, size)
     if not (isinstance(held, PackedCodes) and spec.kind == "codes"):
         return math.prod(shape) * (itemsize if spec.dtype is None else ITEM_SIZES[spec.dtype])
-    has_blocks = held.has_blocks and whole_blocks(spec.parts, rank, size)
-    scales = math.prod(block_scale_shape(*shape)) * DTYPE_BYTES["float32"] if has_blocks else 0
+    needs_scales = has_blocks(held) and whole_blocks(spec.parts, rank, size)
+    scales = math.prod(block_scale_shape(*shape)) * DTYPE_BYTES["float32"] if needs_scales else 0
     return shape[0] * packed_row_bytes(shape[1], held.kind) + scales
 
 
@@ -217,9 +217,7 @@ def workspace_bytes(
         rounded = [weight.spec for weight in weights if _rounds_inputs(weight.format)]
         num_rows = max_num_tokens + logit_rows
         inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, mixtures, num_rows, itemsize, *tp)
-        blocks = [
-            weight.spec for weight in weights if isinstance(weight.format, PackedCodes) and weight.format.has_blocks
-        ]
+        blocks = [weight.spec for weight in weights if has_blocks(weight.format)]
         return activations + inputs + _added_bytes(blocks, itemsize, *tp) + _product_bytes(weights, itemsize, *tp)
 
     return max(map(of_layer, layers))

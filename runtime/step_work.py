@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from phalanx.checkpoints.formats import Format, FormatPlan, FormattedWeight, format_weights
-from phalanx.checkpoints.quantization.held import PackedCodes
-from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.quantization.held import meets_codes
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.memory import DTYPE_BYTES, weight_bytes
@@ -88,5 +87,4 @@ def _weight_work(
 
 def _share_of_time(chosen: Format) -> float:
     """Of a product of 16-bit values."""
-    meets_codes = isinstance(chosen, RowCodes) or (isinstance(chosen, PackedCodes) and chosen.has_blocks)
-    return 0.5 if meets_codes else 1.0
+    return 0.5 if meets_codes(chosen) else 1.0

@@ -23,9 +23,11 @@ __all__ = [
     "PackedCodes",
     "QuantizeName",
     "check_not_quantized",
+    "has_blocks",
     "held_by_experts",
     "held_formats",
     "is_ordered",
+    "meets_codes",
     "packed",
     "packed_by_experts",
     "quantized_while_loading",
@@ -200,6 +202,16 @@ def packed(chosen: Format) -> PackedCodes | None:
     if isinstance(chosen, GroupCodes):
         return None if chosen.stored.group_index else PackedCodes(chosen)  # kernels take groups of consecutive columns
     return PackedCodes(chosen) if isinstance(chosen, RowCodes) and chosen.input == "plain" else None
+
+
+def has_blocks(held: Format) -> bool:
+    """Whether weights are fp8 blocks of which cuBLASLt can multiply the codes as they are (`PackedCodes.has_blocks`)."""
+    return isinstance(held, PackedCodes) and held.has_blocks
+
+
+def meets_codes(held: Format) -> bool:
+    """Whether some product of such a weight takes inputs as codes."""
+    return isinstance(held, RowCodes) or has_blocks(held)
 
 
 def whole_blocks(parts: Sequence[Part], rank: int, size: int) -> bool:

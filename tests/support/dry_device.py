@@ -146,7 +146,11 @@ def install_dry_device(
     patch.setattr(cupy.cuda.runtime, "memcpy2DAsync", lambda *_: None)
     patch.setattr(build, "KernelLibrary", lambda: device)
     lt: Any = DryCublasLt(device, accepts_others)
-    patch.setattr(build, "open_gemm", lambda library: Gemm(library, lt, GemmTimings(None), multiplies_blocks))
+    patch.setattr(
+        build,
+        "open_gemm",
+        lambda library, has_blocks: Gemm(library, lt, GemmTimings(None), has_blocks and multiplies_blocks),
+    )
     patch.setattr(build, "open_device_group", lambda comm, members: HostGroup(comm.split(members)))
     patch.setattr(tuning, "GemmTuner", DryTuner)
     return device

@@ -238,7 +238,7 @@ class HostGroup:
 class FakeGemm:
     """`Gemm` without cuBLASLt: products by NumPy; gated ones by the kernels that stream weights, which need 16 bits."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, has_blocks: bool = False) -> None:
         self._library = library
         self._of_blocks = Gemm(library, FakeCublasLt(), GemmTimings(None), multiplies_blocks=True)  # type: ignore[arg-type]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.checkpoints.quantization.held import PackedCodes
+from phalanx.checkpoints.quantization.held import has_blocks
 from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.packed import MAX_PACKED_TOKENS
 from phalanx.runtime.executors.cuda.memory import DeviceArray
@@ -20,7 +20,7 @@ def block_products_in_words(gemm: Gemm, weights: Weights[DeviceArray], num_token
     """
     as_codes: dict[str, bool] = {}
     for weight in weights.values():
-        if isinstance(weight.format, PackedCodes) and weight.format.has_blocks:
+        if has_blocks(weight.format):
             matrix = weight.name.rpartition(".")[2]
             takes = gemm.takes_groups(num_tokens, weight.components["packed"], dtype, weight.bias is not None)
             as_codes[matrix] = as_codes.get(matrix, True) and takes

@@ -13,6 +13,7 @@ from phalanx.checkpoints.formats import Format, FormattedWeight, format_weights
 from phalanx.checkpoints.quantization.held import (
     ExpertCodes,
     PackedCodes,
+    has_blocks,
     held_by_experts,
     is_ordered,
     packed,
@@ -97,7 +98,7 @@ def create_lowered_executor(
             loading_bytes = largest_converted(spec, held, itemsize)
             refuse_what_cannot_fit(spec, held, itemsize, _free_bytes(), "its GPU", loading_bytes)
             weights = _load(spec, library)
-            gemm = open_gemm(library)
+            gemm = open_gemm(library, has_blocks=any(has_blocks(weight.format) for weight in weights.values()))
             timeline = Timeline(stream) if spec.options.trace else None
             stage, attention = _stage(spec, limits, library, gemm, weights, groups, timeline, lower)
             sizes = tuned_sizes(limits.max_num_seqs, limits.max_num_tokens)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from phalanx.checkpoints.formats import DENSE, Format
-from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes
+from phalanx.checkpoints.formats import DENSE
+from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, meets_codes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
     FP8_BOUNDED,
@@ -147,7 +147,7 @@ class CudaOps(Ops[DeviceArray]):
             if isinstance(one.format, PackedCodes) and one.format.is_unpacked
         ]
         self._largest_packed = max(packed, key=prod, default=(0, 0))
-        self._defers = any(_takes_codes(weight.format) for weight in weights.values())
+        self._defers = any(meets_codes(weight.format) for weight in weights.values())
         self._pending: Deferred | DeferredProduct | None = None
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
@@ -517,11 +517,6 @@ class CudaOps(Ops[DeviceArray]):
         gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
         gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
         return gathered
-
-
-def _takes_codes(chosen: Format) -> bool:
-    """Whether some product of such a weight takes inputs as codes."""
-    return isinstance(chosen, RowCodes) or (isinstance(chosen, PackedCodes) and chosen.has_blocks)
 
 
 def _rule_of(chosen: RowCodes, components: Mapping[str, DeviceArray]) -> CodeRule:
