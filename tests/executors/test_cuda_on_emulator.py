@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors.cuda import build as cuda_factory
 from phalanx.runtime.executors.cuda import executor as cuda_executor
+from phalanx.runtime.executors.cuda import step_times
 from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS, GraphCache, StepKey
 from phalanx.runtime.executors.cuda.stage import CudaStage
 from phalanx.runtime.executors.rank_spec import RankSpec
@@ -26,7 +28,7 @@ from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
 from phalanx.runtime.scheduler.microbatches import num_microbatches
 from phalanx.runtime.step.times import DeviceTimes, StepTimes
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
-from tests.support.fake_cupy import HostGroup, install_fake_device
+from tests.support.fake_cupy import Event, HostGroup, install_fake_device
 from tests.support.reference import load_reference, prompt_token_ids
 from tests.support.thread_ranks import generate_on_threads
 
@@ -263,17 +265,27 @@ def test_a_start_captures_every_decoding_step_with_filters_and_without(
         assert not any(key.filters for key in at_start), "stages without logits run both as one graph"
 
 
+class RankClock(threading.local):
+    """A rank's time, which passes while its stage runs and while it receives."""
+
+    seconds = 0.0
+
+    def pass_before(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            self.seconds += seconds
+            return function(*args, **options)
+
+        return timed
+
+
 def test_stage_times_hold_no_waiting_for_other_stages(
     tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage_seconds, run_stage = 0.2, CudaStage.run
-
-    def slowly(stage: CudaStage, key: StepKey) -> object:
-        if key.num_rows == 1:
-            time.sleep(stage_seconds)
-        return run_stage(stage, key)
-
-    monkeypatch.setattr(CudaStage, "run", slowly)
+    stage_seconds, receive_seconds, clock = 0.25, 64.0, RankClock()
+    monkeypatch.setattr(CudaStage, "run", clock.pass_before(CudaStage.run, stage_seconds))
+    monkeypatch.setattr(HostGroup, "recv", clock.pass_before(HostGroup.recv, receive_seconds))
+    monkeypatch.setattr(Event, "record", lambda event, stream: setattr(event, "seconds", clock.seconds))
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     directory = write_checkpoint(CASES[0], tmp_path)
 
     def rank(comm: Communicator) -> StepTimes | None:
@@ -283,10 +295,7 @@ def test_stage_times_hold_no_waiting_for_other_stages(
         ) as llm:  # fmt: skip
             return llm._replica.executor.step_times
 
-    times = run_ranks(4, rank)[0]
-    assert times is not None
-    assert stage_seconds <= times.stage_seconds[0] < 1.4 * stage_seconds
-    assert times.latency_seconds[0] >= 2 * stage_seconds
+    assert run_ranks(4, rank)[0] == StepTimes(2, (1,), (stage_seconds,), (stage_seconds + receive_seconds,))
 
 
 @pytest.mark.parametrize("way", [0.0, 1.0], ids=["two micro-batches", "three"])
