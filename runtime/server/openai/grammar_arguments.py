@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.runtime.server.openai.grammar_choices import DEFINITIONS
 from phalanx.runtime.server.openai.grammar_parts import quoted, refusal
-from phalanx.runtime.server.openai.grammar_values import DEFINITIONS, PythonValues, TaggedValues, Values
+from phalanx.runtime.server.openai.grammar_values import PythonValues, TaggedValues, Values
 from phalanx.runtime.text.tool_calls import ANNOTATIONS
 
 __all__ = ["python_arguments", "tagged_arguments"]

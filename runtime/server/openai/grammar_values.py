@@ -8,19 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from phalanx.runtime.server.openai.grammar_parts import Marks, SharedRules, json_rule, quoted, refusal
-from phalanx.runtime.text.tool_calls import (
-    ANNOTATIONS,
-    alternatives,
-    members_of,
-    pointer_names,
-    property_schema,
-    types_of,
+from phalanx.runtime.server.openai.grammar_choices import (
+    lists_text,
+    takes_free_text,
+    typed_members,
+    with_definitions,
+    words_of,
 )
+from phalanx.runtime.server.openai.grammar_parts import Marks, SharedRules, json_rule, quoted, refusal
+from phalanx.runtime.text.tool_calls import ANNOTATIONS, alternatives, members_of, property_schema, types_of
 
-__all__ = ["DEFINITIONS", "PythonValues", "TaggedValues", "Values"]
-
-DEFINITIONS = ("$defs", "definitions")
+__all__ = ["PythonValues", "TaggedValues", "Values"]
 
 _OF_TEXTS = (
     "pattern", "minLength", "maxLength", "format", "contentEncoding", "not", "if", "allOf", "anyOf", "oneOf", "$ref",
@@ -86,18 +84,18 @@ class TaggedValues(Values):
         return f"{self._free}{self.shared}"
 
     def _rule(self, function: str, schema: Mapping[str, Any], key: str, choices: list[Mapping[str, Any]]) -> str:
-        if not any(_takes_text(choice) or _text_members(choice) for choice in choices):
-            return self._ended(json_rule(_whole(schema, property_schema(schema, key))))
+        if not any(takes_free_text(choice) or lists_text(choice) for choice in choices):
+            return self._ended(json_rule(with_definitions(schema, property_schema(schema, key))))
         bodies = []
         for choice in choices:
-            if not (_takes_text(choice) or _text_members(choice)):
-                bodies.append(self.shared.name(json_rule(_whole(schema, choice))))
+            if not (takes_free_text(choice) or lists_text(choice)):
+                bodies.append(self.shared.name(json_rule(with_definitions(schema, choice))))
                 continue
             if wrong := [word for word in _OF_TEXTS if word in choice]:
                 raise refusal(function, f"{wrong[0]} of {key!r:.60}, a text without quotes in this model's calls")
-            if _takes_text(choice):
+            if takes_free_text(choice):
                 return self.text  # and so is whatever the others take
-            bodies += [self._spelt(function, key, member) for member in _members(choice)]
+            bodies += [self._spelt(function, key, member) for member in typed_members(choice)]
         return self._ended(f"({' | '.join(bodies)})")
 
     def _spelt(self, function: str, key: str, member: Any) -> str:
@@ -119,7 +117,7 @@ class PythonValues(Values):
 
     def _rule(self, function: str, schema: Mapping[str, Any], key: str, choices: list[Mapping[str, Any]]) -> str:
         spelt = self._spelt(function, schema, choices, 0)
-        return self.shared.name(" | ".join([json_rule(_whole(schema, property_schema(schema, key))), *spelt]))
+        return self.shared.name(" | ".join([json_rule(with_definitions(schema, property_schema(schema, key))), *spelt]))
 
     def _spelt(
         self, function: str, schema: Mapping[str, Any], choices: list[Mapping[str, Any]], depth: int
@@ -128,7 +126,7 @@ class PythonValues(Values):
         found: dict[str, None] = {}
         for choice in choices:
             if not _FURTHER & set(choice):
-                found |= dict.fromkeys([quoted(_WORDS[member]) for member in _words(choice)])
+                found |= dict.fromkeys([quoted(_WORDS[member]) for member in words_of(choice)])
             if depth < _DEEPEST and "array" in types_of(choice) and set(choice) <= {"type", "items", *ANNOTATIONS}:
                 found |= dict.fromkeys(self._lists(function, schema, choice.get("items", {}), depth))
         return list(found)
@@ -138,73 +136,7 @@ class PythonValues(Values):
         same = function, json.dumps(items), depth
         if same not in self._known:
             spelt = self._spelt(function, schema, alternatives(schema, items), depth + 1)
-            body = " | ".join([json_rule(_whole(schema, items)), *spelt])
+            body = " | ".join([json_rule(with_definitions(schema, items)), *spelt])
             self._known[same] = self.shared.name(body) if spelt else ""
         item = self._known[same]
         return [f'"[" SPACE ({item} (COMMA {item})*)? SPACE "]"'] if item else []
-
-
-def _words(choice: Mapping[str, Any]) -> list[bool | None]:
-    """The values of JSON's words that an alternative allows."""
-    if members_of(choice) is not None:
-        return [member for member in _members(choice) if member is None or isinstance(member, bool)]
-    types = types_of(choice)
-    return [value for value, name in ((True, "boolean"), (False, "boolean"), (None, "null")) if name in types]
-
-
-def _members(choice: Mapping[str, Any]) -> list[Any]:
-    """What an alternative lists, of the types that it names."""
-    members, types = members_of(choice) or [], types_of(choice)
-    return [member for member in members if not types or types & _types_of_value(member)]
-
-
-def _types_of_value(value: Any) -> set[str]:
-    match value:
-        case None:
-            return {"null"}
-        case bool():
-            return {"boolean"}
-        case str():
-            return {"string"}
-        case int():
-            return {"integer", "number"}
-        case float():
-            return {"number", "integer"} if value.is_integer() else {"number"}
-    return {"array" if isinstance(value, list) else "object"}
-
-
-def _text_members(choice: Mapping[str, Any]) -> bool:
-    return any(isinstance(member, str) for member in _members(choice))
-
-
-def _takes_text(choice: Mapping[str, Any]) -> bool:
-    """Whether an alternative takes texts that it does not list."""
-    if members_of(choice) is not None:
-        return False
-    return "string" in types_of(choice) or not set(choice) - ANNOTATIONS
-
-
-def _whole(schema: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """``value``, a part of ``schema``, with the definitions to which its references lead."""
-    if not isinstance(value, Mapping):
-        return {} if value is not False else {"enum": []}
-    found: dict[str, dict[str, Any]] = {}
-    waiting: list[Any] = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        elif isinstance(one, Mapping):
-            waiting += one.values()
-            key, name = _defined(one.get("$ref"))
-            definitions = schema.get(key)
-            if isinstance(definitions, Mapping) and name in definitions and name not in found.get(key, {}):
-                found.setdefault(key, {})[name] = definitions[name]
-                waiting.append(definitions[name])
-    return {**value, **found}
-
-
-def _defined(target: Any) -> tuple[str, str]:
-    """The keyword and name of the definition to which a reference leads."""
-    names = pointer_names(target) if isinstance(target, str) and target.startswith("#/") else []
-    return (names[0], names[1]) if len(names) > 1 and names[0] in DEFINITIONS else ("", "")
