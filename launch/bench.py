@@ -73,7 +73,8 @@ def _add_load_arguments(parser: argparse.ArgumentParser, default_prompts: int) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; prints one JSON object on standard output of rank 0. 1 when requests failed."""
-    args, world = job_arguments(build_parser(), argv)
+    parser = build_parser()
+    args, world = job_arguments(parser, argv)
     _check_load(args)
     if args.json is not None:
         check_writable(world, "--json", args.json)
@@ -81,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from phalanx.launch.bench_serve import run_serve
 
         served = run_serve(args)
-        _write(served, args)
+        _write({**served, "command": parser.command_line(argv)}, args)
         return 1 if served["failed_requests"] else 0
     report = _measure(args, world)
     if report is not None:
-        _write(report, args)
+        _write({**report, "command": f"mpirun -n {world.size} {parser.command_line(argv)}"}, args)
     return 0
 
 
@@ -215,7 +216,6 @@ def _report(
         "kv_blocks": executor.cache.num_blocks,
         "device": executor.device,
         "versions": installed_versions(),
-        "command": " ".join([f"mpirun -n {layout.world_size}", "python -m launch.bench", *sys.argv[1:]]),
     }
 
 

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,6 @@ def _report(
         "stream_gap_ms": summary([answer.longest_gap for answer in done if len(answer.arrivals) > 1]),
         "health_ms": summary(health),
         "versions": installed_versions(),
-        "command": " ".join(["python -m launch.bench", *sys.argv[1:]]),
     }
 
 

@@ -98,6 +98,11 @@ class CommandParser(argparse.ArgumentParser):
         """``launch.bench throughput -> bench``."""
         return self.prog.removeprefix("launch.").removeprefix("phalanx ").partition(" ")[0]
 
+    def command_line(self, argv: Sequence[str] | None) -> str:
+        """Return what a shell takes to run this command with ``argv`` again; None = the words that this process was started with."""
+        start = self.prog if self.prog.startswith("phalanx ") else f"python -m {self.prog}"
+        return f"{start} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
+
     def parse_settings(self, settings: Settings) -> argparse.Namespace:
         """Parse the words together with what environment and file add.
 

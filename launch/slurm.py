@@ -6,8 +6,6 @@ import argparse
 import math
 import os
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = _absolute(args.model or demo_path())
     options = _handed_on(parser, args)
     plan = _plan(args, layout, options)
-    command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     print(
         render(
             Job(
@@ -79,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cpus_per_task=args.cpus_per_task,
                 time_limit=_time_limit(args.time or _DEFAULT_TIME[args.run]),
                 options=tuple(word for words in options.values() for word in words),
-                summary=(f"Written by: {command}", _summary(plan), "Submit it in the checkout: sbatch FILE"),
+                summary=(
+                    f"Written by: {parser.command_line(argv)}",
+                    _summary(plan),
+                    "Submit it in the checkout: sbatch FILE",
+                ),
             )
         ),
         end="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ def test_measured_fields(mode: str, ranks: int, tmp_path: Path) -> None:
     assert (report["engine"], report["input_len"], report["output_len"], report["num_prompts"]) == ("numpy", 5, 6, 7)
     assert report["output_tokens_per_second"] == pytest.approx(42 / report["seconds"])
     assert report["total_tokens_per_second"] == pytest.approx((42 + 35) / report["seconds"])
+    words = shlex.join([mode, *LOAD, "--json", str(file)])
+    assert report["command"] == f"mpirun -n {max(1, ranks)} python -m launch.bench {words}"
     checked_latencies(report, "time_to_first_token_ms", "time_per_output_token_ms")
 
 

@@ -161,6 +161,13 @@ def test_a_flag_of_another_mode_is_not_suggested_to_itself() -> None:
         build_parser().parse_args(["throughput", "--url", "http://127.0.0.1:1"])
 
 
+def test_a_command_is_reported_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["throughput", "--model", "/models/a b"]
+    assert build_parser().command_line(words) == "python -m launch.bench throughput --model '/models/a b'"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/phalanx", "bench", *words])
+    assert build_parser().command_line(words) == "phalanx bench throughput --model '/models/a b'"
+
+
 def test_a_variable_of_another_command_is_not_a_misspelling() -> None:
     """``--ranks`` is of plan, ``--rank`` of build."""
     words = Settings(("--output", "engines"), {"PHALANX_RANKS": "8"})
