@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refused = {index: str(entry.get("error")) for index, entry in done.items() if entry.get("finish_reason") == "error"}
     refused |= {output.index: str(output.error) for output in outputs if output.finish_reason == "error"}
     if refused and args.json and world.rank == 0:
-        sys.stderr.write(f"launch.generate: {_refusals(refused, len(prompts))}\n")
+        sys.stderr.write(f"phalanx: {_refusals(refused, len(prompts))}\n")
     return 2 if refused else 0
 
 
@@ -194,7 +194,7 @@ def _printer(args: argparse.Namespace, prompts: list[Prompt]) -> Callable[[Reque
         if args.json:
             print(to_json(output), flush=True)
         elif output.error is not None:
-            sys.stderr.write(f"launch.generate: prompt {output.index}: {output.error}\n")
+            sys.stderr.write(f"phalanx: prompt {output.index}: {output.error}\n")
         elif not args.stream:
             print(_to_text(output, prompts[output.index]), flush=True)
 

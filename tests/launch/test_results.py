@@ -170,7 +170,7 @@ def test_prompts_without_an_answer_are_counted_in_one_line_next_to_status_2(tmp_
     file, output = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     file.write_text('{"prompt_token_ids": [5], "max_tokens": 1}\n' + '{"prompt_token_ids": [999999]}\n' * 2)
     layout = ("--dp", "2") if ranks else ()
-    expected = 'launch.generate: 2 of 3 prompt(s) have no answer, and "error" says why; the first is prompt 1: prompt token 0 is 999999'
+    expected = 'phalanx: 2 of 3 prompt(s) have no answer, and "error" says why; the first is prompt 1: prompt token 0 is 999999'
     for again in ((), ("--resume",)):
         result = run("generate", "--input-file", file, "--output", output, *layout, *again, ranks=ranks)
         assert result.returncode == 2
