@@ -312,6 +312,13 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(rank: int, tmp_path: Pat
     assert re.match(said, first)
 
 
+def test_the_rows_of_the_readme_are_rows_of_the_table() -> None:
+    section = (ROOT / "README.md").read_text().split("## What a careless user does")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert [row for row in rows if row not in TABLE.read_text().splitlines()] == []
+    assert f"{len(rows)} of the cases" in section
+
+
 def test_every_row_of_the_table_has_a_test() -> None:
     rows = [line.split(" | ")[0].removeprefix("| ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     assert sorted(rows[1:]) == sorted([mistake.did for mistake in MISTAKES] + list(ELSEWHERE))
