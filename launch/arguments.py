@@ -27,12 +27,16 @@ __all__ = [
 ]
 
 
-def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--tp``, ``--pp``, ``--dp``; with none given, tp = number of ranks."""
+def add_parallel_arguments(parser: argparse.ArgumentParser, tp: str = "all other ranks", pp: str = "1") -> None:
+    """``--tp``, ``--pp``, ``--dp``; with none given, tp = number of ranks.
+
+    Args:
+        tp, pp: what their default is, in words.
+    """
     group = parser.add_argument_group("layout (ranks = dp x pp x tp)")
-    for short, long, what in (("tp", "tensor", "tensor"), ("pp", "pipeline", "pipeline"), ("dp", "data", "data")):
-        group.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, metavar="N",
-                           help=f"{what}-parallel size")  # fmt: skip
+    for short, what, default in (("tp", "tensor", tp), ("pp", "pipeline", pp), ("dp", "data", "1")):
+        group.add_argument(f"--{what}-parallel-size", f"--{short}", dest=short, type=int, metavar="N",
+                           help=f"{what}-parallel size (default: {default})")  # fmt: skip
 
 
 class _Model(argparse.Action):
@@ -78,49 +82,53 @@ def add_model_arguments(parser: CommandParser) -> None:
     )
     add_model_file_argument(group)
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
-                       help="dummy: seeded random weights, config.json suffices")  # fmt: skip
+                       help="dummy: seeded random weights; needs config.json only")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                       help="compute type; auto: the checkpoint's own")  # fmt: skip
+                       help="compute type; auto: that of the checkpoint")  # fmt: skip
     group.add_argument("--expert-parallel", action="store_true",
                        help="tensor-parallel ranks own experts whole, instead of a share of each")  # fmt: skip
     group.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
-                       help="fp8 or int8: quantise a float checkpoint's weights while loading, and activations as they come")  # fmt: skip
+                       help="fp8, int8: quantise the weights of a float checkpoint while loading, and activations at run time")  # fmt: skip
     group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
-                       help="auto: as the checkpoint says, else the compute type")  # fmt: skip
+                       help="auto: what the checkpoint asks for, else the compute type")  # fmt: skip
     group.add_argument(
         "--engine",
         choices=("auto", *ENGINES),
         default="auto",
-        help="what computes; auto: cuda where a GPU and CuPy are, else numpy",
+        help="auto: cuda if a GPU and CuPy are available, else numpy",
     )
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
-                       help="TensorRT engines made by launch.build (default: build when first used)")  # fmt: skip
+                       help="TensorRT engines made by launch.build (default: build them at first use)")  # fmt: skip
     parser.no_effect("without --engine tensorrt; add that", lambda args: args.engine != "tensorrt", "--engine-dir")
-    group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output")
-    group.add_argument("--seed", type=int, default=0, help="of random weights, and of requests without one")
+    group.add_argument("--max-model-len", type=int, metavar="TOKENS",
+                       help="maximum length of prompt + output (default: the model's; bench: that of its requests)")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="seed of random weights and of requests that give none")  # fmt: skip
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """How much runs at once."""
+    from phalanx.runtime.config import EngineConfig
     from phalanx.runtime.executors.registry import DEFAULT_MAX_NUM_SEQS, ENGINES
 
+    defaults = EngineConfig()
     larger = [
         f"{name} {entry.max_num_seqs}" for name, entry in ENGINES.items() if entry.max_num_seqs != DEFAULT_MAX_NUM_SEQS
     ]
     group = parser.add_argument_group("engine")
     group.add_argument("--max-num-seqs", type=int, default=None, metavar="N",
-                       help=f"most sequences that run at once (default: {'; '.join([str(DEFAULT_MAX_NUM_SEQS), *larger])})")  # fmt: skip
-    group.add_argument("--max-num-batched-tokens", type=int, default=None, metavar="N", help="most tokens in one step")
-    group.add_argument("--block-size", type=int, default=None, metavar="TOKENS", help="tokens in one cache block")
-    group.add_argument("--num-kv-blocks", type=int, default=None, metavar="N", help="cache blocks (default: what fits)")
+                       help=f"maximum number of sequences that run at once (default: {'; '.join([str(DEFAULT_MAX_NUM_SEQS), *larger])})")  # fmt: skip
+    group.add_argument("--max-num-batched-tokens", type=int, default=None, metavar="N",
+                       help=f"maximum number of tokens in a step (default: {defaults.max_num_batched_tokens})")  # fmt: skip
+    group.add_argument("--block-size", type=int, default=None, metavar="TOKENS",
+                       help=f"tokens in a cache block (default: {defaults.block_size})")  # fmt: skip
     group.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=0.90,
-        metavar="FRACTION",
-        help="share of the GPU memory that may be used",
+        "--num-kv-blocks", type=int, default=None, metavar="N", help="blocks in the cache (default: as many as fit)"
     )
-    group.add_argument("--max-queued-requests", type=int, default=None, metavar="N", help="most requests that wait")
+    group.add_argument("--gpu-memory-utilization", type=float, default=defaults.gpu_memory_utilization, metavar="FRACTION",
+                       help="fraction of the GPU memory to use")  # fmt: skip
+    group.add_argument("--max-queued-requests", type=int, default=None, metavar="N",
+                       help=f"maximum number of waiting requests (default: {defaults.max_queued_requests}; bench: --num-prompts)")  # fmt: skip
     group.add_argument("--no-prefix-caching", action="store_true", help="do not share cache blocks between requests")
 
 

@@ -37,7 +37,9 @@ def build_parser() -> CommandParser:
         description="Make one TensorRT engine per rank. Ranks are built one after the other; start one process per --rank "
         "to build them side by side.",
     )
-    parser.add_argument("--engine", choices=("tensorrt",), default="tensorrt", help="the only one that is built ahead")
+    parser.add_argument(
+        "--engine", choices=("tensorrt",), default="tensorrt", help="engine to build; the others need no build"
+    )
     add_model_argument(
         parser,
         "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
@@ -45,11 +47,11 @@ def build_parser() -> CommandParser:
     add_model_file_argument(parser)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                         help="dummy: seeded random weights, config.json suffices")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of dummy weights")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of dummy weights")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for the engines")
     for short, long in (("tp", "tensor"), ("pp", "pipeline")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
-                            help=f"{long}-parallel size (default 1)")  # fmt: skip
+                            help=f"{long}-parallel size (default: 1)")  # fmt: skip
     parser.add_argument("--rank", type=int, metavar="R", help="build only this rank's engine (default: all)")
     parser.add_argument(
         "--dtype",
@@ -70,11 +72,11 @@ def build_parser() -> CommandParser:
 
 def _add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N",
-                        help="most sequences that run at once (default 64)")  # fmt: skip
+                        help="maximum number of sequences that run at once (default: 64)")  # fmt: skip
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS",
-                        help="longest prompt + output (default: what the model was made for, at most 4096)")  # fmt: skip
+                        help="maximum length of prompt + output (default: the model's, at most 4096)")  # fmt: skip
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N",
-                        help="longest prompt chunk in one pass (default 2048)")  # fmt: skip
+                        help="maximum length of a prompt chunk (default: 2048)")  # fmt: skip
 
 
 def _capabilities(text: str) -> tuple[str, ...]:

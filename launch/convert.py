@@ -23,13 +23,13 @@ def build_parser() -> CommandParser:
         "archives are not unpacked.",
     )
     parser.add_argument("--from", dest="source", choices=("megatron", "nemo", "fastertransformer"), required=True,
-                        help="what wrote the checkpoint")  # fmt: skip
+                        help="program that wrote the checkpoint")  # fmt: skip
     parser.add_argument("--input", type=Path, required=True, metavar="PATH",
                         help="megatron: directory of the ranks' directories, or that of latest_checkpointed_iteration.txt; nemo: file or "
                         "directory; fastertransformer: directory of config.ini")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     parser.add_argument("--vocab-size", type=int, default=0, metavar="N",
-                        help="tokens of the tokenizer; rows beyond are padding and left out (default: what the checkpoint says, else all)")  # fmt: skip
+                        help="tokens of the tokenizer; further rows are padding and left out (default: as the checkpoint says, else all)")  # fmt: skip
     return parser
 
 

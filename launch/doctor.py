@@ -35,7 +35,11 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="give up when ranks do not answer (default 120)"
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="give up when ranks do not answer within this time (default: 120)",
     )
     return parser
 

@@ -56,7 +56,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shows_nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        shows_nothing = action.default in (None, argparse.SUPPRESS, []) or action.default is False
         if shows_nothing or "default" in text or not action.option_strings:
             return text
         return f"{text} (default: %(default)s)".lstrip()
@@ -88,10 +88,10 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", help="YAML, TOML or JSON file with flags as keys")
         # Without a default here: that of a mode, as in `bench throughput`, would replace what its command was given.
         self.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS,
-                          help="what standard error shows from this level on; warning: neither progress nor the start block nor "
-                          "requests (default: info)")  # fmt: skip
+                          help="lowest level that standard error shows; warning and above: no progress, start block or request log "
+                          "(default: info)")  # fmt: skip
         self.add_argument("--log-format", choices=LOG_FORMATS, default=argparse.SUPPRESS,
-                          help="lines for people, or JSON objects for machines (default: text)")  # fmt: skip
+                          help="text: lines for people; json: one object per line (default: text)")  # fmt: skip
 
     @property
     def command(self) -> str:

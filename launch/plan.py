@@ -60,31 +60,40 @@ def build_parser() -> CommandParser:
         "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
     )
     parser.add_argument(
-        "--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted"
+        "--gpu-memory-gib",
+        type=float,
+        metavar="G",
+        help="memory of one GPU (default: that of --gpu with --optimise; else show sizes only)",
     )
     parser.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=0.90,
         metavar="FRACTION",
-        help="share of the GPU memory that may be used",
+        help="fraction of the GPU memory to use",
     )
     parser.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="longest prompt + output (default: the model's)"
+        "--max-model-len", type=int, metavar="TOKENS", help="maximum length of prompt + output (default: the model's)"
     )
     parser.add_argument("--max-num-seqs", type=int, default=GPU_MAX_NUM_SEQS, metavar="N",
-                        help=f"most sequences at once (default {GPU_MAX_NUM_SEQS})")  # fmt: skip
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="most tokens in one step")
+                        help=f"maximum number of sequences that run at once (default: {GPU_MAX_NUM_SEQS})")  # fmt: skip
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="maximum number of tokens in a step"
+    )
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens in one cache block")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--optimise", choices=("throughput", "latency"),
-                        help="compare all layouts of --ranks: most tokens a second, or shortest time per token of one request")  # fmt: skip
+                        help="compare all layouts of --ranks: highest throughput, or shortest time per token of a single request")  # fmt: skip
     parser.add_argument("--ranks", type=int, metavar="N", help="GPUs that --optimise may use")
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), default="h100", help="which ones, for --optimise (also their memory)"
     )
-    parser.add_argument("--input-len", type=int, default=1024, metavar="TOKENS", help="of a prompt, for --optimise")
-    parser.add_argument("--output-len", type=int, default=256, metavar="TOKENS", help="of an answer, for --optimise")
+    parser.add_argument(
+        "--input-len", type=int, default=1024, metavar="TOKENS", help="tokens of a prompt, for --optimise"
+    )
+    parser.add_argument(
+        "--output-len", type=int, default=256, metavar="TOKENS", help="tokens of an answer, for --optimise"
+    )
     parser.no_effect("without --optimise; add that", lambda args: args.optimise is None,
                      "--ranks", "--gpu", "--input-len", "--output-len")  # fmt: skip
     parser.no_effect("with --optimise, which compares all layouts; leave that out", lambda args: args.optimise is not None,

@@ -56,8 +56,10 @@ def build_parser() -> CommandParser:
     """Flags as in INTERFACES."""
     parser = CommandParser(prog="launch.serve", description="Answer requests (OpenAI and Triton protocols).")
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    server.add_argument("--port", type=int, default=8000, help="0 = any free one; see the READY line")
+    server.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1, this machine only)")  # fmt: skip
+    server.add_argument(
+        "--port", type=int, default=8000, metavar="PORT", help="TCP port; 0 = any free one, see the READY line"
+    )
     server.add_argument("--grpc-port", type=int, metavar="PORT",
                         help="Triton's gRPC protocol (default: 8001; with --port 0, none); 0 = any free one")  # fmt: skip
     server.add_argument("--http-processes", type=int, metavar="N",
@@ -66,13 +68,15 @@ def build_parser() -> CommandParser:
                         help="names that requests may use (default: the directory's name)")  # fmt: skip
     server.add_argument("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs",
                         help="priority: requests with a lower priority field start first; fcfs (default) refuses the field")  # fmt: skip
-    server.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest that a request may take")
+    server.add_argument(
+        "--request-timeout", type=float, metavar="SECONDS", help="maximum duration of a request (default: none)"
+    )
     server.add_argument("--stall-timeout", type=float, default=300.0, metavar="SECONDS",
-                        help="a step longer than that ends the job (default 300); so does a silent rank after at most 30")  # fmt: skip
+                        help="end the job when a step takes longer (default: 300); a silent rank ends it after at most 30")  # fmt: skip
     server.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS",
-                        help="longest that the ranks may take until they are ready (default 1800)")  # fmt: skip
+                        help="end the job when the ranks are not ready by then (default: 1800)")  # fmt: skip
     server.add_argument("--shutdown-timeout", type=float, default=25.0, metavar="SECONDS",
-                        help="longest that open requests may take to end after a signal (default 25, below Slurm's KillWait)")  # fmt: skip
+                        help="how long open requests may go on after a signal (default: 25, below Slurm's KillWait)")  # fmt: skip
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
     server.add_argument("--ssl-certfile", type=Path, metavar="FILE",
                         help="serve HTTPS, and gRPC over TLS, with this certificate chain (PEM)")  # fmt: skip
@@ -80,31 +84,31 @@ def build_parser() -> CommandParser:
     server.add_argument("--admin-key-file", type=Path, metavar="FILE",
                         help="keys for POST /admin/drain (default: those of --api-key-file; without either it is refused)")  # fmt: skip
     server.add_argument("--supervise", action="store_true",
-                        help="start the ranks, and start them again after a failure; clients stay connected")  # fmt: skip
+                        help="start the ranks, and restart them after a failure; clients stay connected")  # fmt: skip
     server.add_argument("-n", "--num-ranks", type=int, metavar="N",
                         help="ranks that --supervise starts (default: dp x pp x tp)")  # fmt: skip
     server.add_argument("--launcher", metavar="COMMAND",
                         help="how --supervise starts them (default: mpirun -n N; without ranks to start, none)")  # fmt: skip
     server.add_argument("--max-restarts", type=int, default=10, metavar="N",
-                        help="restarts in a row; ten minutes of service begin a new row (default 10)")  # fmt: skip
+                        help="give up after so many restarts in a row; ten minutes of service reset the count (default: 10)")  # fmt: skip
     parser.no_effect("without --supervise, which starts ranks; add that (mpirun -n starts them, too)", lambda args: not args.supervise,
                      "--num-ranks", "--launcher", "--max-restarts")  # fmt: skip
     server.add_argument("--endpoint-file", type=Path, metavar="FILE",
-                        help="write host, port and model here when ready; removed at the end")  # fmt: skip
+                        help="write host, port and model to this file when ready; removed at the end")  # fmt: skip
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
-                        help="let pages of this origin ask from a browser; * = any; repeatable")  # fmt: skip
+                        help="allow requests from web pages of this origin; * = any; repeatable")  # fmt: skip
     server.add_argument("--metrics-compatibility", nargs="+", default=[], metavar="SERVER",
-                        help="show metrics under the names of vllm or triton, too")  # fmt: skip
+                        help="also show metrics under the names of vllm or triton")  # fmt: skip
     server.add_argument("--tool-call-parser", default="auto", metavar="FORM",
                         help="how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, pythonic, qwen3_coder, glm45, "
                         "deepseek_v3, none; auto (default) takes the form that the chat template teaches")  # fmt: skip
     server.add_argument("--no-generation-config", action="store_true",
                         help="ignore the sampling defaults of generation_config.json")  # fmt: skip
-    server.add_argument("--insecure", action="store_true", help="serve other machines without a key")
+    server.add_argument("--insecure", action="store_true", help="accept other machines' requests without a key")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
     parser.add_argument("--layout", choices=("auto",),
-                        help="auto: choose dp, pp and tp for most tokens a second, as launch.plan --optimise throughput")  # fmt: skip
+                        help="auto: choose dp, pp and tp for the highest throughput, as launch.plan --optimise throughput")  # fmt: skip
     add_engine_arguments(parser)
     return parser
 

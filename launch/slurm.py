@@ -44,11 +44,9 @@ def build_parser() -> CommandParser:
     )
     group.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="processor cores of each rank")
     group.add_argument("--time", metavar="LIMIT",
-                       help="longest run time as Slurm writes it (default: serve 12:00:00, generate 02:00:00)")  # fmt: skip
-    group.add_argument(
-        "--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU; without it nothing is fitted"
-    )
-    add_parallel_arguments(parser)
+                       help="time limit in Slurm's notation (default: serve 12:00:00, generate 02:00:00)")  # fmt: skip
+    group.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU (default: not checked)")
+    add_parallel_arguments(parser, tp="the GPUs of a node", pp="all other ranks")
     add_model_arguments(parser)
     add_engine_arguments(parser)
     return parser

@@ -41,7 +41,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not exist")
     for short, long in (("tp", "tensor"), ("pp", "pipeline")):
         parser.add_argument(f"--{long}-parallel-size", f"--{short}", dest=short, type=int, default=1, metavar="N",
-                            help=f"{long}-parallel size that the files are made for (default 1)")  # fmt: skip
+                            help=f"{long}-parallel size that the files are made for (default: 1)")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(_STORED), default="auto", help="convert weights (default: keep)")
     return parser
 

@@ -163,9 +163,9 @@ class EngineConfig:
         layout: sizes of the parallel axes.
         dtype: compute type; ``auto`` = the checkpoint's own (the numpy engine always computes in float32 and rounds
             weights to this type first).
-        max_model_len: longest prompt + output; None = what the model was made for.
-        max_num_seqs: most sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
-        max_num_batched_tokens: most tokens in one step (prefill is cut into chunks of at most this).
+        max_model_len: maximum length of prompt + output; None = what the model was made for.
+        max_num_seqs: maximum number of sequences that run at once; commands and `LLM` take `GPU_MAX_NUM_SEQS` for the cuda engine.
+        max_num_batched_tokens: maximum number of tokens in a step (prefill is cut into chunks of at most this).
         block_size: tokens in one block of the key/value cache.
         expert_parallel: tensor-parallel ranks own experts whole, instead of a share of each.
         quantize: ``fp8`` or ``int8`` quantises the float weights of layers while they are loaded, one scale for each row.

@@ -22,7 +22,7 @@ def add_serve_arguments(parser: CommandParser) -> None:
     parser.add_argument("--request-rate", type=float, metavar="R",
                         help="requests a second (default: as soon as there is room)")  # fmt: skip
     parser.add_argument("--burstiness", type=float, default=1.0, metavar="B",
-                        help="with --request-rate: 1 = Poisson arrivals, less = bursts, more = even (default 1)")  # fmt: skip
+                        help="with --request-rate: 1 = Poisson arrivals, less = bursts, more = even (default: 1)")  # fmt: skip
     parser.add_argument("--stream-gap", type=float, nargs="?", const=math.inf, metavar="MS",
                         help="goodput counts requests whose longest gap between two events is at most MS")  # fmt: skip
     parser.add_argument("--first-token", type=float, metavar="MS",
@@ -31,5 +31,5 @@ def add_serve_arguments(parser: CommandParser) -> None:
         "--plot", type=Path, metavar="FILE", help="draw rates and latencies: FILE.svg, or FILE.png with matplotlib"
     )
     parser.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="prompt token ids are below this")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and arrival times")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompts and arrival times")
     parser.no_effect("without --request-rate; add that", lambda args: args.request_rate is None, "--burstiness")

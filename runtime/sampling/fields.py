@@ -117,7 +117,7 @@ def _same(name: str, *more: Door) -> dict[Door, str]:
 
 
 SAMPLING_FIELDS: tuple[SamplingField, ...] = (
-    SamplingField("max_tokens", 16, Whole(0, MAX_INT32), {}, ("N", "most tokens to generate; 0 scores the prompt only")),
+    SamplingField("max_tokens", 16, Whole(0, MAX_INT32), {}, ("N", "maximum number of tokens to generate; 0 scores the prompt only")),
     SamplingField(
         "temperature", 1.0, Real(0.0, 2.0), _same("temperature", "anthropic"), ("T", "0 = greedy"),
         DeviceColumn("temperature", "<f4", lambda value, _: value if value >= LOWEST_TEMPERATURE else 0.0),
@@ -269,7 +269,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. None in any field means its default.
 
     Attributes:
-        max_tokens: most tokens to generate; 0 scores the prompt only.
+        max_tokens: maximum number of tokens to generate; 0 scores the prompt only.
         temperature: 0 = greedy, and so is anything below 1e-5.
         top_k: keep the k most probable tokens; 0 or -1 = all.
         top_p: then keep the smallest set whose probability reaches p; 0 keeps the most probable token only.

@@ -40,7 +40,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         ssl_certfile, ssl_keyfile: serve HTTPS and secure gRPC with this certificate chain and its key (PEM); None = neither.
         admin_key_file: keys of the admin routes; None = the API keys.
         insecure: serve other machines without a key.
-        request_timeout_seconds: longest that one request may take; None = no limit.
+        request_timeout_seconds: maximum duration of a request; None = no limit.
         metrics_compatibility: members of `METRICS_OF`: servers under whose names metrics are shown, too.
         tool_call_parser: one of `TOOL_CALL_PARSERS`: how the model writes tool calls.
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
