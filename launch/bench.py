@@ -41,7 +41,7 @@ __all__ = ["main"]
 
 
 def build_parser() -> CommandParser:
-    """``throughput``, ``latency`` and ``serve``."""
+    """Return the command's parser, with a mode for each of throughput, latency and serve."""
     parser = CommandParser(prog="launch.bench", description="Measure throughput and latency.")
     modes = parser.add_subparsers(dest="mode", required=True, metavar="throughput|latency|serve")
     for mode, what in (("throughput", "all requests at once"), ("latency", "one request after the other")):

@@ -31,7 +31,7 @@ _LOG = logging.getLogger("phalanx.build")
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.build",
         description="Make one TensorRT engine per rank. Ranks are built one after the other; start one process per --rank "

@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.check",
         description="Run a model's functions on shapes: each mistake is one sentence and exit status 2. config.json suffices. Then "

@@ -30,7 +30,7 @@ _ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bash
 
 
 def build_parser() -> CommandParser:
-    """The shell."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.completion",
         description='Print a completion script, for example: eval "$(phalanx completion bash)"',

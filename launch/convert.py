@@ -14,7 +14,7 @@ _LOG = logging.getLogger("phalanx.convert")
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.convert",
         description="Join the pieces of a GPT of Megatron-LM (mp_rank_*/model_optim_rng.pt, or a distributed checkpoint: torch_dist, zarr) or "

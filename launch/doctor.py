@@ -27,7 +27,7 @@ MOST_SECONDS = 1e6
 
 
 def build_parser() -> CommandParser:
-    """``--json`` and ``--timeout``."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.doctor",
         description="What works here, one line a check, with a fix for each failure. Start it the way you will start "

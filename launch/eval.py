@@ -75,7 +75,7 @@ class _Run:
 
 
 def build_parser() -> CommandParser:
-    """What to score, how, what to compare with, then model, layout and engine."""
+    """Return the command's parser: text and windows, reference, then model, layout and engine."""
     parser = CommandParser(
         prog="launch.eval",
         description="Loss and perplexity of a checkpoint on a text file, and with --against its divergence from another.",

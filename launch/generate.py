@@ -41,7 +41,7 @@ PROMPTS_AT_ONCE = 1024
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES: prompts, sampling, output, then model, layout and engine."""
+    """Return the command's parser: prompts, sampling, output, then model, layout and engine."""
     parser = CommandParser(prog="launch.generate", description="Continue prompts and print the result.")
     prompts = parser.add_argument_group("prompts (at least one)")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")

@@ -29,7 +29,7 @@ _GIB = 1 << 30
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES, and those of the engine that change the memory."""
+    """Return the command's parser: model, layout, and the engine's flags that change the memory."""
     from phalanx.runtime.config import GPU_MAX_NUM_SEQS
 
     parser = CommandParser(

@@ -33,7 +33,7 @@ _LOG = logging.getLogger("phalanx.quantize")
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES, as far as there are methods."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.quantize",
         description="Quantise the matrices of a float checkpoint's layers, one layer at a time. The result is in "

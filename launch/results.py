@@ -127,7 +127,7 @@ def check_same_prompts(
 
 
 def to_json(output: RequestOutput) -> str:
-    """One line, as INTERFACES describes it."""
+    """Return a result as one line of JSON; log-probabilities are natural logarithms."""
     import msgspec
 
     def entry(item: Logprob | None) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ _LOG = logging.getLogger("phalanx.serve")
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES."""
+    """Return the command's parser."""
     parser = CommandParser(prog="launch.serve", description="Answer requests (OpenAI and Triton protocols).")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1, this machine only)")  # fmt: skip

@@ -30,7 +30,7 @@ _DEFAULT_TIME = {"serve": "12:00:00", "generate": "02:00:00"}
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES, and those of model and engine, which the script hands on."""
+    """Return the command's parser: the job, then flags of model and engine, which the script hands on."""
     parser = CommandParser(
         prog="launch.slurm",
         description="Print a batch script in which every line says why it is there: phalanx slurm ... > job.sbatch. Needs "

@@ -30,7 +30,7 @@ _STORED = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def build_parser() -> CommandParser:
-    """Flags as in INTERFACES."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.split",
         description="Write one safetensors file per rank and a manifest. The result loads at any valid layout. "

@@ -24,7 +24,7 @@ _TOKENS = "1,2,4,8,16,32,64,128,192,256,512,768,1024,1536,2048,4096,8192"
 
 
 def build_parser() -> CommandParser:
-    """Without ``--model`` the command only shows what is there."""
+    """Return the command's parser."""
     parser = CommandParser(
         prog="launch.tune",
         description="Time cuBLASLt's algorithms and our own kernels for a model's matrix products, once per kind of GPU. "
