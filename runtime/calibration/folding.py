@@ -21,10 +21,12 @@ class NormFold:
     Attributes:
         weight: ``[D]`` in the stored format.
         factors: ``[D]`` float32, by which the columns of the products must be multiplied.
+        bias: ``[D]`` in its stored format; None = the norm has none.
     """
 
     weight: NDArray[Any]
     factors: Float32Array
+    bias: NDArray[Any] | None = None
 
 
 def smoothquant_factors(input_amax: Float32Array, weight_amax: Float32Array) -> Float32Array:
@@ -43,16 +45,24 @@ def awq_factors(input_mean: Float32Array, power: float) -> Float32Array:
     return np.where(is_used, raised / np.sqrt(used.max() * used.min()), np.float32(1)).astype(np.float32)
 
 
-def fold_into_norm(stored: NDArray[Any], weight_offset: float, wanted: Float32Array) -> NormFold:
+def fold_into_norm(
+    stored: NDArray[Any], weight_offset: float, wanted: Float32Array, bias: NDArray[Any] | None = None
+) -> NormFold:
     """Divide a norm by about ``wanted``.
 
     The quotient is rounded to the stored format; the factors are what it comes to then, so that norm times product stays what it was.
-    A channel that the format cannot divide so keeps its weight.
+    A bias is divided by the same factors and rounded to its format, half a last place. A channel that a format cannot divide so keeps its
+    weight and bias.
     """
     offset = np.float32(weight_offset)
     whole = stored.astype(np.float32) + offset
-    divided = (whole / wanted - offset).astype(stored.dtype)
-    rounded = divided.astype(np.float32) + offset
-    is_possible = np.isfinite(rounded) & (rounded != 0) & (whole != 0)
-    factors = np.where(is_possible, whole / np.where(is_possible, rounded, np.float32(1)), np.float32(1))
-    return NormFold(np.where(is_possible, divided, stored), factors.astype(np.float32))
+    with np.errstate(over="ignore"):
+        divided = (whole / wanted - offset).astype(stored.dtype)
+        rounded = divided.astype(np.float32) + offset
+        is_possible = np.isfinite(rounded) & (rounded != 0) & (whole != 0)
+        factors = np.where(is_possible, whole / np.where(is_possible, rounded, np.float32(1)), np.float32(1))
+        if bias is not None:
+            moved = (bias.astype(np.float32) / factors).astype(bias.dtype)
+            is_possible &= np.isfinite(moved)
+            factors, bias = np.where(is_possible, factors, np.float32(1)), np.where(is_possible, moved, bias)
+    return NormFold(np.where(is_possible, divided, stored), factors.astype(np.float32), bias)

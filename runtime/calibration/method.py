@@ -120,7 +120,7 @@ class CalibratedMethod:
         self._chosen = chosen
         self._specs = [model.weights(config, range(n, n + 1), False, False) for n in range(config.num_layers)]
         self._stored = stored
-        self._folds = {fold.norm: fold for fold in find_folds(model, config)}
+        self._folds = self._find_folds(model, config)
         self._layer_of = {
             stored[part.source]: number for number, specs in enumerate(self._specs) for spec in specs for part in spec.parts
         }  # fmt: skip
@@ -132,6 +132,19 @@ class CalibratedMethod:
         self.output_errors: dict[str, OutputError] = {}
         self.input_ranges: dict[str, float] = {}
         self.cache_scales: dict[str, float] = {}
+
+    def _find_folds(self, model: Model, config: ModelConfig) -> Mapping[str, Fold]:
+        """The norms that the method can divide: those that feed chosen matrices alone."""
+        if self._name not in ("smoothquant", "awq"):
+            return {}
+        owners = {spec.owner for specs in self._specs for spec in specs if self._is_chosen(spec)}
+        folds = {fold.norm: fold for fold in find_folds(model, config) if owners.issuperset(fold.products)}
+        if not folds:
+            others = "rtn or gptq" if self._scheme.is_weight_only else "rtn"
+            raise ConfigError(
+                f"--method={self._name} divides norms with weights that only products read, of which this model has none; use {others}"
+            )
+        return folds
 
     def order(self, names: Sequence[str]) -> Sequence[str]:
         return sorted(names, key=lambda name: (self._layer_of.get(name, -1), name))
@@ -195,10 +208,13 @@ class CalibratedMethod:
         self, number: int, specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
         inputs: Mapping[str, ProductInputs],
     ) -> None:  # fmt: skip
+        norms: dict[str, dict[str, str]] = {}
         for spec in self._specs[number]:
-            if spec.owner in self._folds and spec.kind == "weight":
-                done = self._smooth(self._folds[spec.owner], spec, specs, weights, inputs)
-                specs = {owner: each for owner, each in specs.items() if owner not in done}
+            if spec.owner in self._folds and len(spec.parts) == 1:
+                norms.setdefault(spec.owner, {})[spec.kind] = self._stored[spec.parts[0].source]
+        for owner, names in norms.items():
+            done = self._smooth(self._folds[owner], names, specs, weights, inputs)
+            specs = {owner: each for owner, each in specs.items() if owner not in done}
         for spec in specs.values():
             for part in _parts(spec, self._stored, weights):
                 self._keep(part, _rounded(part.values, self._scheme))
@@ -220,20 +236,19 @@ class CalibratedMethod:
             self._keep(part, proposal if after < before else nearest)
 
     def _smooth(
-        self, fold: Fold, norm: WeightSpec, specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
+        self, fold: Fold, norm: Mapping[str, str], specs: Mapping[str, WeightSpec], weights: Weights[Float32Array],
         inputs: Mapping[str, ProductInputs],
     ) -> set[str]:  # fmt: skip
-        """Divide a norm's outputs and multiply the columns that they meet; returns the products that are done."""
-        if not all(owner in specs for owner in fold.products) or len(norm.parts) > 1:
-            return set()
+        """Divide the outputs of a norm, whose tensors are ``norm`` by kind, and multiply the columns that they meet.
+
+        Returns the products that are done.
+        """
         parts = [part for owner in fold.products for part in _parts(specs[owner], self._stored, weights)]
         seen, sample = inputs[fold.products[0]], inputs[fold.products[0]].sample
-        name = self._stored[norm.parts[0].source]
-        stored, bias = self._runs.stored(name), weights.norm(fold.norm)[1]
-        if bias is not None:
-            return set()
-        scheme = self._scheme
-        folded = self._chosen_fold(parts, seen, lambda wanted: fold_into_norm(stored, fold.weight_offset, wanted))
+        stored, scheme = {kind: self._runs.stored(name) for kind, name in norm.items()}, self._scheme
+        folded = self._chosen_fold(
+            parts, seen, lambda wanted: fold_into_norm(stored["weight"], fold.weight_offset, wanted, stored.get("bias"))
+        )
         factors, judged = folded.factors, sample[1::2]
         nearest = [_rounded(part.values, scheme) for part in parts]
         smoothed = [_rounded(part.values * factors, scheme) for part in parts]
@@ -247,7 +262,8 @@ class CalibratedMethod:
         for part, one, two in zip(parts, nearest, smoothed, strict=True):
             self._keep(_Part(part.name, part.values * factors) if is_kept else part, two if is_kept else one)
         if is_kept:
-            self._layer.norms[name] = folded.weight
+            tensors = {"weight": folded.weight, "bias": folded.bias}
+            self._layer.norms |= {name: tensor for kind, name in norm.items() if (tensor := tensors[kind]) is not None}
         return set(fold.products)
 
     def _chosen_fold(

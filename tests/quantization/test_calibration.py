@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,54 @@ def test_a_folded_norm_times_its_factors_is_the_norm_in_any_format(offset: float
     np.testing.assert_allclose((folded.weight.astype(np.float64) + offset) * folded.factors, whole, rtol=1e-6)
     assert folded.weight.dtype == stored.dtype
     assert folded.factors[5] == 1
+
+
+def test_a_bias_is_divided_as_its_norm_is_to_half_a_last_place() -> None:
+    generator = np.random.default_rng(4)
+    stored, bias = (generator.normal(1, 0.5, 257).astype(np.float16) for _ in range(2))
+    wanted = np.exp(generator.normal(0, 2, 257)).astype(np.float32)
+    stored[5], bias[7], wanted[7] = 0, 6e4, 1e-3  # a channel that is off, and a bias whose quotient the format lacks
+    folded = fold_into_norm(stored, 0.0, wanted, bias)
+    assert folded.bias is not None
+    assert folded.bias.dtype == bias.dtype
+    np.testing.assert_allclose(folded.bias.astype(np.float64) * folded.factors, bias.astype(np.float64), rtol=2**-11)
+    np.testing.assert_allclose(folded.weight.astype(np.float64) * folded.factors, stored.astype(np.float64), rtol=1e-6)
+    assert (folded.factors[[5, 7]] == 1).all()
+    assert (folded.factors != 1).sum() == 255
+
+
+def with_tokenizer(name: str, path: Path, **fields: Any) -> Path:
+    """A small random model with the demo's vocabulary and tokenizer."""
+    case = CASES_BY_NAME[name]
+    write_checkpoint(replace(case, config={**case.config, "vocab_size": 6144, **fields}), path)
+    shutil.copy(DEMO / "tokenizer.json", path)
+    return path
+
+
+def test_smoothquant_divides_norms_with_biases_too(tmp_path: Path) -> None:
+    """Those of GPT-2, with three outlier channels each, as ``outliers`` has them."""
+    model = with_tokenizer("gpt2-plain", tmp_path / "model", n_positions=2048)
+    tensors = load_file(model / "model.safetensors")
+    for name, reader in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+        for layer in (f"transformer.h.{number}" for number in range(3)):
+            for kind in ("weight", "bias"):
+                tensors[f"{layer}.{name}.{kind}"][[3, 17, 30]] *= GAIN
+            tensors[f"{layer}.{reader}.weight"][[3, 17, 30]] /= GAIN
+    save_file(tensors, model / "model.safetensors")
+    report = quantized(model, tmp_path / "smooth", "int8", "smoothquant")
+    quantized(model, tmp_path / "rtn", "int8", "rtn")
+    exact, nearest, smooth = (logprobs(path) for path in (model, tmp_path / "rtn", tmp_path / "smooth"))
+    assert divergence(exact, smooth) < 0.1 * divergence(exact, nearest)
+    errors = report["output_errors"]
+    assert errors.keys() == {name for name in report["errors"] if "c_proj" not in name}
+    assert all(error["is_kept"] for error in errors.values())
+
+
+@pytest.mark.parametrize("method", [("int8", "smoothquant"), ("w4a16", "awq")], ids=str)
+def test_a_method_that_no_norm_of_the_model_can_serve_is_refused(tmp_path: Path, method: tuple[str, str]) -> None:
+    model = with_tokenizer("opt-odd-no-weights-of-norms", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"divides norms with weights .* this model has none; use rtn"):
+        quantized(model, tmp_path / "out", *method)
 
 
 @pytest.mark.parametrize(
