@@ -81,22 +81,14 @@ def build_replica(
     with ExitStack() as files:
         with progress.phase("opening the checkpoint"):
             checkpoint = files.enter_context(open_checkpoint(model, options.load_format, options.seed))
-            family = find_model(checkpoint.config, shared_model(options.model_file, world))
-            if family.code and world.rank == 0:
-                _LOG.info("%s is defined by %s, sha256 %s", family.architecture, _origin(options), family.code)
+            family = _family(checkpoint, options, world)
             generation = GenerationConfig.read(checkpoint.generation_config)
-            end_token = tokenizer_end_token(checkpoint.path)
-            config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
-            config = with_stored_head(family, config, checkpoint.source)
-            config = with_expert_parallel(family, config, options.expert_parallel)
+            config = _config(family, checkpoint, generation, options)
         with progress.phase("comparing ranks"):
             check_ranks_agree(checkpoint, options, world, family.code)
         group = world.split(topology.replica_group)
         spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
-        directory = checkpoint.path
-        guides = GuideCompiler(
-            lambda: Tokenizer.from_directory(directory), config.vocab_size, config.eos_token_ids
-        )  # fmt: skip
+        guides = _guide_compiler(checkpoint.path, config)
         if prepares_guides and topology.is_leader:
             guides.prepare()
         with progress.phase("loading weights"):
@@ -106,33 +98,64 @@ def build_replica(
     control = ControlChannel(group)
     engine = None
     if topology.is_leader:
-        scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=options.max_num_seqs,
-                max_num_batched_tokens=options.max_num_batched_tokens,
-                max_model_len=max_model_len,
-                max_queued_requests=options.max_queued_requests,
-                vocab_size=config.vocab_size,
-                eos_token_ids=config.eos_token_ids,
-                policy=options.scheduling_policy,
-                prefix_end=family.decode.attention(config, 0).prefix_end,
-                num_microbatches=executor.num_microbatches,
-                lookahead=executor.lookahead,
-                seed=options.seed + topology.replica,
-                step_times=executor.step_times,
-            ),
-            _planner(executor.cache, options, max_model_len),
-            guides,
-        )
-        if executor.step_times is not None:
-            record = StepRecord(executor.device, executor.step_times.rows, executor.step_times.stage_seconds)
-            record.write(record_path(cache_directory(), checkpoint.config, spec.dtype, options))
-        engine = Engine(scheduler, executor, control, progress)
+        engine = Engine(_scheduler(spec, executor, max_model_len, guides), executor, control, progress)
+        _record_step_times(spec, executor)
     progress.wait()
     return Replica(
         checkpoint, family, config, generation, options, topology, world, group, progress, executor, control, max_model_len,
         engine,
     )  # fmt: skip
+
+
+def _family(checkpoint: Checkpoint, options: EngineConfig, world: Communicator) -> Model:
+    """Find the family of a checkpoint; rank 0 logs one that is defined outside. *Collective.*"""
+    family = find_model(checkpoint.config, shared_model(options.model_file, world))
+    if family.code and world.rank == 0:
+        _LOG.info("%s is defined by %s, sha256 %s", family.architecture, _origin(options), family.code)
+    return family
+
+
+def _config(
+    family: Model, checkpoint: Checkpoint, generation: GenerationConfig, options: EngineConfig
+) -> ModelConfig:  # fmt: skip
+    """Read the model's dimensions, with what other files of the checkpoint and the operator's options change in them."""
+    end_token = tokenizer_end_token(checkpoint.path)
+    config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
+    config = with_stored_head(family, config, checkpoint.source)
+    return with_expert_parallel(family, config, options.expert_parallel)
+
+
+def _guide_compiler(directory: Path, config: ModelConfig) -> GuideCompiler:
+    return GuideCompiler(lambda: Tokenizer.from_directory(directory), config.vocab_size, config.eos_token_ids)
+
+
+def _scheduler(spec: RankSpec, executor: Executor, max_model_len: int, guides: GuideCompiler) -> Scheduler:
+    options, config = spec.options, spec.config
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_queued_requests=options.max_queued_requests,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            policy=options.scheduling_policy,
+            prefix_end=spec.model.decode.attention(config, 0).prefix_end,
+            num_microbatches=executor.num_microbatches,
+            lookahead=executor.lookahead,
+            seed=options.seed + spec.topology.replica,
+            step_times=executor.step_times,
+        ),
+        _planner(executor.cache, options, max_model_len),
+        guides,
+    )
+
+
+def _record_step_times(spec: RankSpec, executor: Executor) -> None:
+    """Keep what the executor measured on this machine for `launch.plan`; nothing where it does not measure."""
+    if executor.step_times is not None:
+        record = StepRecord(executor.device, executor.step_times.rows, executor.step_times.stage_seconds)
+        record.write(record_path(cache_directory(), spec.checkpoint.config, spec.dtype, spec.options))
 
 
 def _origin(options: EngineConfig) -> str:
