@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.launch.announcement import Announcement
 from phalanx.launch.arguments import (
     CommandParser,
     add_engine_arguments,
@@ -30,11 +29,10 @@ from phalanx.launch.arguments import (
 )
 from phalanx.launch.auto_layout import set_layout
 from phalanx.launch.drain import DrainSignals
-from phalanx.launch.front import model_names, start_frontend
 from phalanx.launch.loading import start_progress
+from phalanx.launch.server_front import ServerFront
 from phalanx.launch.start_block import describe, host_names, start_block
 from phalanx.launch.supervise import PLACE_VARIABLE, supervise
-from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import fields
 
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from phalanx.parallel.liveness.progress import RankProgress
     from phalanx.parallel.liveness.watch import RankWatch
     from phalanx.runtime.replica import Replica
-    from phalanx.runtime.server.link.frontend import Frontend
     from phalanx.runtime.server.link.leaders import Leader
     from phalanx.runtime.server.link.messages import ModelInfo
 
@@ -121,82 +118,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = own_arguments(build_parser(), argv)
         if args.supervise:
             return supervise(args, sys.argv[1:] if argv is None else argv)
-    door = _Door()
+    front = ServerFront()
     try:
-        args, world = job_arguments(build_parser(), argv, door.open)
+        args, world = job_arguments(build_parser(), argv, front.open)
         # Not before: a signal that only some ranks act on while MPI starts would leave the others waiting there.
         if world.rank:
             DrainSignals.ignore()
         progress = _progress()
-        with _watch(args, world, progress, door) as watch:
+        with _watch(args, world, progress, front) as watch:
             signals = DrainSignals(watch, args.shutdown_timeout, is_supervised=PLACE_VARIABLE in os.environ)
             if world.rank == 0:
                 signals.catch()
-            _run_rank(args, world, progress, door, signals, watch)
+            _run_rank(args, world, progress, front, signals, watch)
     except BaseException as error:
-        door.slam(f"{type(error).__name__}: {error}")
+        front.abandon(f"{type(error).__name__}: {error}")
         raise
-    door.close()
+    front.close()
     if world.rank == 0:
         _LOG.info("ended, every request was answered")
     return 0
-
-
-class _Door:
-    """What only rank 0 has: the HTTP processes, and where they can be found. Closed until `open`."""
-
-    frontend: Frontend | None = None
-    announcement: Announcement | None = None
-
-    def open(self, args: argparse.Namespace) -> None:
-        """Start the HTTP processes.
-
-        Raises:
-            ConfigError: an address, a key file or the endpoint file cannot be used.
-        """
-        from phalanx.runtime.server.link.frontend import Frontend
-
-        DrainSignals.check_limit(args.shutdown_timeout)
-        self.announcement = Announcement(model_names(args)[0], args.endpoint_file)
-        if (place := os.environ.get(PLACE_VARIABLE)) is not None:
-            self.frontend = Frontend.connect(place)
-            return
-        if args.supervise:
-            raise ConfigError(
-                "--supervise starts the ranks itself; start it once, without mpirun or srun: launch.serve --supervise -n 8"
-            )
-        self.frontend = start_frontend(args)
-
-    def close(self) -> None:
-        """All requests are answered."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
-        if self.frontend is not None:
-            self.frontend.stop()
-
-    def say_failed(self, reason: str) -> None:
-        """Tell open requests why they get no answer, from any thread; the process ends next."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
-        if self.frontend is not None:
-            self.frontend.tell_failed(reason)
-
-    def say_phase(self, phase: str) -> None:
-        """What requests that come before the engine is ready are told."""
-        if self.frontend is not None:
-            self.frontend.tell_phase(phase)
-
-    def say_trouble(self, reason: str | None) -> None:
-        """Have ``/health`` fail for this reason, or no longer, from any thread."""
-        if self.frontend is not None:
-            self.frontend.tell_trouble(reason)
-
-    def slam(self, reason: str) -> None:
-        """Tell open requests why they get no answer."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
-        if self.frontend is not None:
-            self.frontend.abandon(reason)
 
 
 def _die_with_launcher() -> None:
@@ -210,7 +150,7 @@ def _run_rank(
     args: argparse.Namespace,
     world: Communicator,
     progress: RankProgress,
-    door: _Door,
+    front: ServerFront,
     signals: DrainSignals,
     watch: RankWatch,
 ) -> None:
@@ -224,7 +164,7 @@ def _run_rank(
     # The HTTP side admits as many requests as may run and wait; before the first step all of them wait, perhaps on one replica.
     queue = config.max_queued_requests + config.max_num_seqs * config.layout.dp
     hosts = host_names(world)
-    with start_progress(world.rank == 0, door.say_phase) as on_phase, progress.reporting(on_phase):
+    with start_progress(world.rank == 0, front.tell_phase) as on_phase, progress.reporting(on_phase):
         replica = build_replica(
             args.model, dataclasses.replace(config, max_queued_requests=queue), world, progress, prepares_guides=True
         )
@@ -238,7 +178,7 @@ def _run_rank(
     else:
         with progress.phase("serving"), _in_service():
             defaults = {} if args.no_generation_config else replica.generation.sampling_defaults()
-            _lead(replica, leaders, watch, door, hosts, queue, signals, defaults)
+            _lead(replica, leaders, watch, front, hosts, queue, signals, defaults)
     replica.executor.close()
 
 
@@ -261,14 +201,14 @@ def _progress() -> RankProgress:
     return RankProgress()
 
 
-def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress, door: _Door) -> RankWatch:
+def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress, front: ServerFront) -> RankWatch:
     """Notice a lost or stuck rank from here on; clients are told before the processes end. *Collective.*"""
     from phalanx.kernels.compiler import cache_directory
     from phalanx.parallel.liveness.judge import Limits
     from phalanx.parallel.liveness.watch import RankWatch
 
     limits = Limits(step=args.stall_timeout, start=args.start_timeout)
-    return RankWatch(world, progress, limits, door.say_failed, door.say_trouble, cache_directory() / "failures")
+    return RankWatch(world, progress, limits, front.tell_failed, front.tell_trouble, cache_directory() / "failures")
 
 
 def _model_info(
@@ -290,7 +230,7 @@ def _lead(
     replica: Replica,
     leaders: Mapping[int, Leader],
     watch: RankWatch,
-    door: _Door,
+    front: ServerFront,
     hosts: str,
     max_open_requests: int,
     signals: DrainSignals,
@@ -299,7 +239,7 @@ def _lead(
     from phalanx.runtime.server.link.bridge import EngineBridge
     from phalanx.runtime.server.link.leaders import router_over
 
-    frontend, announcement = door.frontend, door.announcement
+    frontend, announcement = front.frontend, front.announcement
     assert replica.engine is not None
     assert frontend is not None
     assert announcement is not None
