@@ -41,7 +41,8 @@ def set_layout(args: argparse.Namespace, world: Communicator) -> None:
 
 
 def _choose(args: argparse.Namespace, num_ranks: int) -> tuple[int, int, int]:
-    from phalanx.launch.plan import build_parser, plan, reason
+    from phalanx.launch.plan import build_parser, plan
+    from phalanx.launch.plan_report import reason
 
     wanted = build_parser().parse_args([])
     for name in _SAME:

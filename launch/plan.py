@@ -15,16 +15,16 @@ from phalanx.launch.arguments import (
     own_arguments,
     run_command,
 )
-from phalanx.launch.layouts import GPUS, Estimate, Load, best_layouts
+from phalanx.launch.layouts import GPUS, Load, best_layouts
+from phalanx.launch.plan_report import comparison, table
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
     from phalanx.runtime.memory import RankMemory
 
-__all__ = ["build_parser", "main", "plan", "reason"]
+__all__ = ["build_parser", "main", "plan"]
 
-_MIB = 1 << 20
 _GIB = 1 << 30
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _optimise(args)
     result = plan(args)
     del result["step_record"], result["work"]
-    print(json.dumps(result) if args.json else _table(result))
+    print(json.dumps(result) if args.json else table(result))
     return 0
 
 
@@ -127,64 +127,12 @@ def _optimise(args: argparse.Namespace) -> int:
             )
         )
     else:
-        print(_comparison(args, found))
+        print(comparison(args.optimise, found))
     return 0
 
 
-def _comparison(args: argparse.Namespace, found: Sequence[Estimate]) -> str:
-    header = f"{'dp':>4} {'pp':>4} {'tp':>4} {'tokens/s':>10} {'ms/token':>9} {'sequences':>10}  from"
-    lines = [
-        f"{each.dp:>4} {each.pp:>4} {each.tp:>4} "
-        + (
-            each.problem
-            or f"{each.tokens_per_second:>10,.0f} {each.token_seconds * 1e3:>9.2f} {each.num_seqs:>10}  {each.source}"
-        )
-        for each in found
-    ]
-    return "\n".join([header, *lines, reason(args.optimise, found)])
-
-
-def reason(optimise: str, found: Sequence[Estimate]) -> str:
-    """Which layout to use and why, in one line."""
-    best, others = found[0], [each for each in found[1:] if not each.problem]
-    if best.problem:
-        return "no layout fits; use more --ranks, larger GPUs, or a smaller --max-model-len"
-    flags = f"use --dp {best.dp} --pp {best.pp} --tp {best.tp}"
-    if not others:
-        return f"{flags}: it is the only layout that fits"
-    second = others[0]
-    if optimise == "throughput":
-        gain, cause = best.tokens_per_second / second.tokens_per_second, _why_more_tokens(best, second)
-    else:
-        gain, cause = second.token_seconds / best.token_seconds, _why_sooner(best, second)
-    return f"{flags}: {cause}; {gain:.2f} times as good as the next, dp {second.dp} x pp {second.pp} x tp {second.tp}"
-
-
-def _why_more_tokens(best: Estimate, second: Estimate) -> str:
-    """What the better layout has that the second lacks. Both use all ranks, so fewer replicas are larger ones."""
-    if best.dp > second.dp:
-        return "replicas work without waiting for each other"
-    if best.dp < second.dp and best.num_seqs > second.num_seqs:
-        return (
-            f"larger replicas leave more room for sequences, {best.num_seqs} at once each instead of {second.num_seqs}"
-        )
-    if best.dp < second.dp:
-        return "GPUs that share a replica read their weights for all of its sequences at once"
-    if best.tp < second.tp:
-        return "handing over between stages costs less than sums within each layer"
-    return "every GPU works on every step, so none waits for a slower stage"
-
-
-def _why_sooner(best: Estimate, second: Estimate) -> str:
-    if best.tp > second.tp:
-        return "each GPU reads a share of every layer's weights"
-    if best.tp < second.tp:
-        return "sums between GPUs cost more than they save"
-    return "a token passes through fewer stages"
-
-
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``--json`` prints; sizes in bytes.
+    """Return what ``--json`` prints, sizes in bytes, and what `best_layouts` needs (``step_record``, ``work``).
 
     Raises:
         ConfigError: the model cannot be split so, or a size is out of range.
@@ -200,7 +148,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.user_file import model_from_file
-    from phalanx.runtime.quantisation import check_quantize, quantisation_in_words
+    from phalanx.runtime.quantisation import check_quantize, has_fp8_cache, quantisation_in_words
     from phalanx.runtime.step_records import StepRecord, record_path
     from phalanx.runtime.step_work import stage_work
 
@@ -212,7 +160,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     dtype = config.compute_dtype(options.dtype)
     stored = read_formats(raw)
     check_quantize(model, config, stored, options.quantize)
-    has_fp8_cache = options.kv_cache_dtype == "fp8" or (options.kv_cache_dtype == "auto" and stored.has_kv_scales)
     held = held_formats(stored, options.quantize, use_of(model, config).experts)
     ranks = plan_memory(
         model,
@@ -220,19 +167,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         options.layout,
         dtype,
         formats=held,
-        kv_itemsize=1 if has_fp8_cache else None,
+        kv_itemsize=1 if has_fp8_cache(stored, options) else None,
         max_num_seqs=options.max_num_seqs,
         max_num_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         block_size=options.block_size,
     )
-    itemsize = DTYPE_BYTES[dtype]
-    path = record_path(cache_directory(), raw, dtype, options)
     return {
-        "step_record": StepRecord.read(path),
+        "step_record": StepRecord.read(record_path(cache_directory(), raw, dtype, options)),
         "work": stage_work(model, config, options.layout, held, dtype),
         "hidden_size": config.hidden_size,
-        "itemsize": itemsize,
+        "itemsize": DTYPE_BYTES[dtype],
         "model": config.architecture,
         "dtype": dtype,
         "quantize": options.quantize,
@@ -314,46 +259,6 @@ def _fit(ranks: Sequence[RankMemory], options: EngineConfig, max_model_len: int,
         "full_length_sequences": fitting,
         "fits": fitting > 0,
     }
-
-
-def _table(result: dict[str, Any]) -> str:
-    parts = list(result["ranks"][0]["weights"])
-    header = ["rank", "layers", *parts, "weights", "workspace", "comm", "KV/block"]
-    rows = [
-        [str(rank["rank"]), "{}-{}".format(rank["layers"][0], rank["layers"][1] - 1)]
-        + [_mib(rank["weights"][part]) for part in parts]
-        + [_mib(rank[key]) for key in ("weight_bytes", "workspace_bytes", "communication_bytes")]
-        + [f"{rank['kv_block_bytes'] / 1024:.0f} KiB"]
-        for rank in result["ranks"]
-    ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    layout = f"dp {result['dp']} x pp {result['pp']} x tp {result['tp']}"
-    return "\n".join(
-        [
-            f"{result['model']}, {result['dtype']}, {layout} = {result['num_gpus']} GPU(s); sizes in MiB",
-            *lines,
-            result["quantisation"],
-            _verdict(result),
-        ]
-    )
-
-
-def _verdict(result: dict[str, Any]) -> str:
-    needs = (
-        f"one sequence of {result['max_model_len']} tokens needs GPUs of {result['smallest_gpu_bytes'] / _GIB:.1f} GiB"
-    )
-    if result["fits"] is None:
-        return f"{needs}; give --gpu-memory-gib to see how many fit"
-    gpu = f"{result['gpu_memory_bytes'] / _GIB:.0f} GiB a GPU"
-    if not result["fits"]:
-        return f"does not fit: {needs}, there are {gpu}; use more tp or pp, or a smaller --max-model-len"
-    sequences = f"{result['full_length_sequences']} sequence(s) of {result['max_model_len']} tokens"
-    return f"{gpu}: {result['kv_blocks']} KV blocks = {result['kv_tokens']} tokens, {sequences} at full length"
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / _MIB:.1f}"
 
 
 if __name__ == "__main__":

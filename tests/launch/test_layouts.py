@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from phalanx.launch.layouts import GPUS, MEMORY_SHARE, SUM_SECONDS, Estimate, Load, best_layouts, layouts_of
-from phalanx.launch.plan import build_parser, main, plan, reason
+from phalanx.launch.plan import build_parser, main, plan
+from phalanx.launch.plan_report import reason
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.config import EngineConfig
