@@ -8,6 +8,7 @@ from typing import Literal
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Span, local_heads, local_kv_heads
 from phalanx.runtime.config import ModelConfig, RopeConfig
+from phalanx.runtime.token_fields import is_finite_number
 
 __all__ = ["AttentionSpec", "HeadNorm", "LocalHeads"]
 
@@ -31,6 +32,13 @@ class HeadNorm:
     kind: Literal["rms", "layer"] = "rms"
     own_weights: bool = False
     has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("rms", "layer"):
+            raise ConfigError(f"kind={self.kind!r} of a norm of heads is neither 'rms' nor 'layer'")
+        for name in ("eps", "weight_offset"):
+            if not is_finite_number(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} of a norm of heads is not a finite number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +80,9 @@ class AttentionSpec:
     prefix_end: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
-            raise ConfigError(
-                f"{len(self.alibi_slopes)} ALiBi slopes for num_heads={self.num_heads}; give one per head"
-            )
+        self._check_numbers()
+        if self.alibi_slopes is not None:
+            self._check_slopes(self.alibi_slopes)
         if self.rope is not None:
             self._check_rotation(self.rope)
         if self.window and not self.causal:
@@ -84,6 +91,28 @@ class AttentionSpec:
             raise ConfigError(
                 f"prefix_end={self.prefix_end} needs causal attention without a window over cached keys; leave it out"
             )
+
+    def _check_numbers(self) -> None:
+        for name, least in {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "window": 0}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r} of an attention is not a whole number of at least {least}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} of an attention is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if not is_finite_number(self.scale):
+            raise ConfigError(f"scale={self.scale!r} of an attention is not a finite number")
+        if not is_finite_number(self.soft_cap) or self.soft_cap < 0:
+            raise ConfigError(
+                f"soft_cap={self.soft_cap!r} of an attention is not a finite number of at least 0; 0 = off"
+            )
+
+    def _check_slopes(self, slopes: tuple[float, ...]) -> None:
+        if not isinstance(slopes, tuple) or not all(map(is_finite_number, slopes)):
+            raise ConfigError(f"alibi_slopes={slopes!r} of an attention is not a tuple of finite numbers")
+        if len(slopes) != self.num_heads:
+            raise ConfigError(f"{len(slopes)} ALiBi slopes for num_heads={self.num_heads}; give one per head")
 
     def _check_rotation(self, rope: RopeConfig) -> None:
         parts = 2 if rope.two_dimensional else 1

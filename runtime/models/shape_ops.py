@@ -17,6 +17,8 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
 from phalanx.runtime.attention import HeadNorm
 from phalanx.runtime.config import Activation
+from phalanx.runtime.models import columns as columns_of
+from phalanx.runtime.models.columns import Run, difference, runs_of
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
 
 __all__ = ["WORDS", "Feature", "ModelUse", "Shape", "ShapeOps", "state_of"]
@@ -63,11 +65,19 @@ Kind = Literal["whole", "split", "partial"]
 
 @dataclass(slots=True)
 class Shape:
-    """A tensor ``[T, width]`` over all ranks; ``owner`` is the operation that it was given to for good."""
+    """A tensor ``[T, width]`` over all ranks.
+
+    Attributes:
+        runs: how the columns of a split one are divided.
+        owner: the operation that it was given to for good.
+        is_read: whether an operation took it since a function returned it.
+    """
 
     width: int
     kind: Kind = "whole"
+    runs: tuple[Run, ...] = field(default=(), compare=False, repr=False)
     owner: str = field(default="", compare=False)
+    is_read: bool = field(default=False, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         raise ConfigError("a condition depends on a tensor, whose values no function sees; decide by the configuration")
@@ -88,8 +98,18 @@ class ShapeOps(Ops[Shape]):
         self._declared = declared
         self.use = ModelUse()
         self.layer: int | None = None  # the one whose block runs; None = not known
+        self.own: frozenset[str] | None = None  # what the declarations of the running function name; None = not known
+        self.tables: dict[str, int] = {}  # rows of each table of the vocabulary
+        self.num_positions: float = math.inf  # rows of the smallest table of positions
+        self._caches: set[tuple[int, str]] = set()
         self.attended: set[str] = set()  # names of attentions of earlier layers
         self.last_logits: Shape | None = None
+
+    def alone(self) -> ShapeOps:
+        """Operations for the function that runs now, which have recorded nothing."""
+        ops = ShapeOps(self._declared)
+        ops.layer, ops.own = self.layer, self.own
+        return ops
 
     @property
     def unused(self) -> str | None:
@@ -104,7 +124,9 @@ class ShapeOps(Ops[Shape]):
     def position_embedding(self, x: Shape, name: str) -> Shape:
         self._record("position_embedding", x)
         self._check_whole(name)
-        self._take(x, self._weight(f"{name}.weight")[1], name)
+        rows, columns = self._weight(f"{name}.weight")
+        self._take(x, columns, name)
+        self.num_positions = min(rows, self.num_positions)
         return Shape(x.width)
 
     def rms_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
@@ -130,13 +152,14 @@ class ShapeOps(Ops[Shape]):
     def column_linear(self, x: Shape, name: str) -> Shape:
         self._record("column_linear", x)
         self._check_cut(name, 0, "column_linear")
-        return Shape(self._product(x, name, "split").width, "split")
+        return self._product(x, name, "split")
 
     def row_linear_partial(self, x: Shape, name: str) -> Shape:
         self._record("row_linear_partial", x)
         self._check_cut(name, 1, "row_linear")
         rows, columns = self._weight(f"{name}.weight")
         self._take(x, columns, name, ("split",))
+        columns_of.check_inputs(name, self._declared[f"{name}.weight"].parts, x.runs)
         return Shape(rows, "partial")
 
     def add_bias(self, x: Shape, name: str) -> Shape:
@@ -146,7 +169,7 @@ class ShapeOps(Ops[Shape]):
                 f"the bias of {name} is added to a partial product, once on each rank; call all_reduce first"
             )
         self._bias(x, name)
-        return Shape(x.width, x.kind)
+        return Shape(x.width, x.kind, x.runs)
 
     def all_reduce(self, x: Shape) -> Shape:
         self._record("all_reduce", x)
@@ -162,46 +185,53 @@ class ShapeOps(Ops[Shape]):
             )
         if x.width != y.width:
             raise ConfigError(f"add takes tensors of {x.width} and {y.width} columns; they must be equal")
-        return Shape(x.width, x.kind)
+        if where := difference(x.runs, y.runs):
+            raise ConfigError(f"add takes tensors whose columns are divided differently over ranks, {where}")
+        return Shape(x.width, x.kind, x.runs)
 
     def scale(self, x: Shape, factor: float) -> Shape:
         self._record("scale", x, values={"factor": factor})
-        return Shape(x.width, x.kind)
+        return Shape(x.width, x.kind, x.runs)
 
     def clip(self, x: Shape, limit: float) -> Shape:
         self._record("clip", x, values={"limit": limit})
         if limit <= 0:
             raise ConfigError(f"clip has limit={limit}; it must be above 0")
         self._take(x, x.width, "clip", _COMPLETE)
-        return Shape(x.width, x.kind)
+        return Shape(x.width, x.kind, x.runs)
 
     def activation(self, x: Shape, kind: Activation) -> Shape:
         self._record("activation", x, kind=kind)
         self._take(x, x.width, "an activation", _COMPLETE)
-        return Shape(x.width, x.kind)
+        return Shape(x.width, x.kind, x.runs)
 
     def gated_activation(self, x: Shape, kind: Activation) -> Shape:
         self._record("gated_activation", x, kind=kind)
         self._take(x, x.width, "an activation", _COMPLETE)
         if x.width % 2:
             raise ConfigError(f"gated_activation takes gate and up side by side, but the tensor has {x.width} columns")
-        return Shape(x.width // 2, x.kind)
+        half = columns_of.half(x.width, x.runs)
+        return Shape(x.width // 2, x.kind, half)
 
     def attention(self, qkv: Shape, name: str, layer: int, spec: AttentionSpec) -> Shape:
         self._record("attention", qkv, spec=spec)
         if self.layer not in (None, layer):
             raise ConfigError(f"{name} uses the cache of layer {layer}; pass the layer that the block is called for")
+        if (layer, spec.keys) in self._caches:
+            raise ConfigError(f"{name} uses the cache of layer {layer} a second time; a layer has one attention")
+        self._caches.add((layer, spec.keys))
         heads = spec.num_heads + 2 * spec.num_kv_heads if spec.keys == "own" else spec.num_heads
         self._take(qkv, heads * spec.head_dim, name, ("split",))
+        columns_of.check_heads(name, qkv.runs, spec)
         if spec.head_norm is not None:
             self._check_head_norms(spec, spec.head_norm, name)
         self.use.attention[name] = spec
-        return Shape(spec.num_heads * spec.head_dim, "split")
+        return Shape(spec.num_heads * spec.head_dim, "split", qkv.runs[:1])
 
     def logits(self, x: Shape, name: str, soft_cap: float = 0.0) -> Shape:
         self._record("logits", x, soft_cap=soft_cap)
         self._check_vocabulary(name)
-        self.last_logits = Shape(self._product(x, name, "split").width, "split")
+        self.last_logits = self._product(x, name, "split")
         return self.last_logits
 
     def experts(self, x: Shape, name: str, spec: ExpertsSpec) -> Shape:
@@ -212,6 +242,8 @@ class ShapeOps(Ops[Shape]):
         gate_up, down = (self._weight(f"{name}.{kind}.weight") for kind in ("gate_up", "down"))
         self._take(x, gate_up[1], name)
         self._take(Shape(gate_up[0] // (2 * spec.num_experts)), down[1], name)
+        matrices = [self._declared[f"{name}.{kind}.weight"].parts for kind in ("gate_up", "down")]
+        columns_of.check_experts(name, matrices[0], matrices[1], spec.num_experts)
         return Shape(down[0] // spec.num_experts, "partial")
 
     def sigmoid_gate(self, x: Shape, y: Shape, name: str) -> Shape:
@@ -219,7 +251,7 @@ class ShapeOps(Ops[Shape]):
         self._check_cut(name, None, "sigmoid_gate")
         _, columns = self._weight(f"{name}.weight")
         self._take(y, columns, name)
-        return Shape(x.width, x.kind)
+        return Shape(x.width, x.kind, x.runs)
 
     def _record(
         self, operation: str, *tensors: Shape, values: Mapping[str, float] = MappingProxyType({}), **options: Any
@@ -241,13 +273,18 @@ class ShapeOps(Ops[Shape]):
 
     def _pass(self, tensor: Shape, operation: str) -> None:
         """A tensor as an argument: the operation may overwrite it unless it only reads."""
-        state_of(tensor, f"an argument of {operation}")
+        state_of(tensor, f"an argument of {operation}").is_read = True
         if operation not in _ONLY_READ:
             tensor.owner = operation
 
     def _weight(self, name: str) -> tuple[int, ...]:
         if name not in self._declared:
             raise ConfigError(f"uses weight {name!r}, which is not declared")
+        if self.own is not None and name not in self.own:
+            raise ConfigError(
+                f"uses weight {name!r}, which is declared elsewhere only, so that another pipeline stage may hold it; declare it for "
+                "this function, too"
+            )
         self.use.weights[name] = None
         return self._declared[name].local_shape(0, 1)
 
@@ -260,6 +297,8 @@ class ShapeOps(Ops[Shape]):
         if is_cut != (x.kind == "split"):
             cuts = {True: "split over ranks", False: "whole on every rank"}
             raise ConfigError(f"{name}.bias is declared {cuts[is_cut]}, but what it is added to is {WORDS[x.kind]}")
+        if where := difference(runs_of(self._declared[f"{name}.bias"].parts, 0), x.runs):
+            raise ConfigError(f"{name}.bias is divided otherwise than what it is added to, {where}; declare both alike")
 
     def _check_whole(self, name: str) -> None:
         self._weight(f"{name}.weight")
@@ -273,16 +312,26 @@ class ShapeOps(Ops[Shape]):
             for kind in ("weight", "bias") if norm.has_bias else ("weight",):
                 size = math.prod(self._weight(f"{name}.{side}.{kind}"))
                 self._take(Shape(spec.head_dim * (heads if norm.own_weights else 1)), size, f"{name}.{side}")
+                full = f"{name}.{side}.{kind}"
+                columns_of.check_head_norm(
+                    full, self._declared[full].parts, spec, norm, of_queries=side == "query_norm"
+                )
 
     def _product(self, x: Shape, name: str, kind: Kind = "whole") -> Shape:
         rows, columns = self._weight(f"{name}.weight")
         self._take(x, columns, name)
-        self._bias(Shape(rows, kind), name)
-        return Shape(rows, kind)
+        runs = runs_of(self._declared[f"{name}.weight"].parts, 0) if kind == "split" else ()
+        result = Shape(rows, kind, runs)
+        self._bias(result, name)
+        return result
 
     def _shard(self, name: str) -> Shard | None:
         self._weight(f"{name}.weight")
-        return self._declared[f"{name}.weight"].parts[0].shard
+        first, *others = (part.shard for part in self._declared[f"{name}.weight"].parts)
+        axis = None if first is None else first.axis
+        if any(axis != (None if shard is None else shard.axis) for shard in others):
+            raise ConfigError(f"the parts of {name}.weight are split along different axes; split all of them alike")
+        return first
 
     def _check_cut(self, name: str, axis: int | None, operation: str) -> None:
         shard = self._shard(name)
@@ -297,6 +346,7 @@ class ShapeOps(Ops[Shape]):
         shard = self._shard(name)
         if shard is None or shard.axis != 0 or not shard.pad_to:
             raise ConfigError(f"{name}.weight is not split by vocabulary rows; declare it with vocabulary_shard")
+        self.tables[name] = sum(part.shape[0] for part in self._declared[f"{name}.weight"].parts)
 
     def _take(self, x: Shape, width: int, name: str, kinds: tuple[Kind, ...] = ("whole",)) -> None:
         if x.kind not in kinds:

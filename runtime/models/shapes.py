@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, Pass
+from phalanx.runtime.models.declared import check_declaration, check_sources
 from phalanx.runtime.models.family_fields import naming
 from phalanx.runtime.models.shape_ops import WORDS, Feature, ModelUse, Shape, ShapeOps, state_of
 from phalanx.runtime.ops import AttentionSpec
@@ -34,12 +35,24 @@ def use_of(model: Model, config: ModelConfig) -> ModelUse:
 
 def _use_of(model: Model, config: ModelConfig) -> ModelUse:
     _check_layers(model, config)
-    ops = ShapeOps(_declarations(model, config))
-    for each in model.passes.values():
-        _run(ops, model, each, config)
+    own, declared = _declarations(model, config)
+    ops = ShapeOps(declared)
+    for name, each in model.passes.items():
+        _run(ops, model, each, config, own[name])
     if (unused := ops.unused) is not None:
         raise ConfigError(f"{model.architecture}: {unused} is declared but not used")
+    _check_tables(ops, model, config)
     return ops.use
+
+
+def _check_tables(ops: ShapeOps, model: Model, config: ModelConfig) -> None:
+    for name, rows in ops.tables.items():
+        if rows != config.vocab_size:
+            raise ConfigError(f"{model.architecture}: {name}.weight has {rows} rows for vocab_size={config.vocab_size}")
+    if ops.num_positions < config.max_positions:
+        raise ConfigError(
+            f"{model.architecture}: a table of {ops.num_positions} positions is too small for max_positions={config.max_positions}"
+        )
 
 
 def _check_layers(model: Model, config: ModelConfig) -> None:
@@ -53,52 +66,83 @@ def _check_layers(model: Model, config: ModelConfig) -> None:
             )
 
 
-def _declarations(model: Model, config: ModelConfig) -> dict[str, WeightSpec]:
+_Owners = dict[str | int, frozenset[str]]
+"""Names of the weights that each function of a pass declares: ``embed``, ``head``, and a layer's number for its block."""
+
+
+def _declarations(model: Model, config: ModelConfig) -> tuple[dict[str, _Owners], dict[str, WeightSpec]]:
+    """By pass and function, and all of them by name. Several functions may declare the same weight."""
+    own: dict[str, _Owners] = {}
     declared: dict[str, WeightSpec] = {}
     with naming(f"{model.architecture}, declaring weights"):
-        for spec in model.weights(config):
-            _check_declaration(spec)
-            if spec.name in declared:
-                raise ConfigError(f"{spec.name} is declared twice")
-            declared[spec.name] = spec
-    return declared
+        for name, each in model.passes.items():
+            blocks: dict[str | int, list[WeightSpec]] = {
+                layer: each.block_weights(config, layer) for layer in each.layers(config)
+            }
+            functions: dict[str | int, list[WeightSpec]] = {
+                "embed": each.embed_weights(config),
+                **blocks,
+                "head": each.head_weights(config),
+            }
+            own[name] = {function: frozenset(spec.name for spec in specs) for function, specs in functions.items()}
+            for spec in (spec for specs in functions.values() for spec in specs):
+                check_declaration(spec)
+                if declared.setdefault(spec.name, spec) != spec:
+                    raise ConfigError(f"{spec.name} is declared twice")
+        check_sources(declared.values())
+    return own, declared
 
 
-def _check_declaration(spec: Any) -> None:
-    if not isinstance(spec, WeightSpec):
-        raise ConfigError(f"{spec!r} is not a WeightSpec")
-    if not spec.owner:
-        raise ConfigError(f"{spec.name!r} says not what it is; add .weight or .bias to the name")
-    if not isinstance(spec.parts, tuple) or not spec.parts or not all(isinstance(part, Part) for part in spec.parts):
-        raise ConfigError(f"the parts of {spec.name} are {spec.parts!r}; give a tuple of at least one Part")
-    for part in spec.parts:
-        if part.shard is not None and not 0 <= part.shard.axis < len(part.shape):
-            raise ConfigError(
-                f"{spec.name} is split along axis {part.shard.axis}, which {part.source} of shape {part.shape} lacks"
-            )
-
-
-def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig) -> None:
+def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own: _Owners) -> None:
     """One pass, function by function."""
     with naming(f"{model.architecture}, embed"):
+        ops.own = own["embed"]
         x = _complete(each.embed(ops, config), "embed")
     residual: Shape | None = None
     for layer in each.layers(config):
         with naming(f"{model.architecture}, block of layer {layer}"):
-            ops.layer, specs = layer, each.specs(config, layer)
+            ops.layer, ops.own, specs = layer, own[layer], each.specs(config, layer)
+            start, inputs = len(ops.use.calls), (x, residual)
             x, residual = _outputs(each.block(ops, config, layer, x, residual))
+            _check_inputs_read(inputs, (x, residual))
             for name, spec in ops.use.attention.items():
                 if spec not in specs and name not in ops.attended:
                     raise ConfigError(
                         f"{name} is {_difference(spec, specs[0])}, which the family does not declare for this layer"
                     )
             ops.attended |= ops.use.attention.keys()
+            if model.code and inputs[1] is not None:
+                _check_first_of_stage(ops.alone(), each, config, inputs[0].width, ops.use.calls[start:])
     with naming(f"{model.architecture}, head"):
         if each.output not in ("logits", "hidden"):
             raise ConfigError(f"output={each.output!r} of the pass is neither 'logits' nor 'hidden'")
+        ops.own = own["head"]
         result = each.head(ops, config, x, residual)
+        _check_inputs_read((x, residual), (result,))
         if each.output == "logits" and (ops.last_logits is None or result is not ops.last_logits):
             raise ConfigError(f"the head returns {result}, not what logits returns")
+
+
+def _check_inputs_read(inputs: tuple[Shape | None, ...], outputs: tuple[Any, ...]) -> None:
+    """Both must go on, as a pipeline stage hands over their sum."""
+    for name, tensor in zip(("x", "residual"), inputs, strict=True):
+        if tensor is not None and not tensor.is_read and not any(tensor is output for output in outputs):
+            raise ConfigError(
+                f"{name}, which the function before returned, is neither used nor returned; the sum of the two goes on"
+            )
+
+
+def _check_first_of_stage(
+    ops: ShapeOps, each: Pass[Any], config: ModelConfig, width: int, calls: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """A pipeline stage that starts with this layer has no residual, and adds none; all else must be the same."""
+    each.block(ops, config, ops.layer or 0, Shape(width), None)
+    first, usual = ([call for call in both if call[0] != "add"] for both in (ops.use.calls, calls))
+    if first != usual:
+        raise ConfigError(
+            "run without a residual, as where a pipeline stage starts, it does something else than before; it must depend on its "
+            "arguments alone, and on the layer's number, not on whether there is a residual"
+        )
 
 
 def _difference(spec: AttentionSpec, declared: Any) -> str:
@@ -121,4 +165,5 @@ def _complete(x: Any, name: str) -> Shape:
     shape = state_of(x, name)
     if shape.kind != "whole":
         raise ConfigError(f"{name} is returned {WORDS[shape.kind]}; it must be whole on every rank")
+    shape.is_read = False  # by the next function, which it is for
     return shape

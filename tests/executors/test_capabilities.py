@@ -23,6 +23,7 @@ from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES as TENSORRT
 from phalanx.runtime.executors.tensorrt.ops import TrtOps
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.models import Model, find_model, registry
+from phalanx.runtime.models.columns import head_runs
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
 from tests.support.checkpoints import CASES, CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
@@ -141,9 +142,10 @@ def _fitting(model: Model, config: ModelConfig) -> tuple[Model, ModelConfig]:
 
     def block(ops: Ops[Any], config: Any, number: int, x: Any, residual: Any) -> Any:
         spec = model.decode.attention(config, number)
-        heads = spec.num_heads if spec.keys == "encoder" else spec.num_heads + 2 * spec.num_kv_heads
-        width = heads * spec.head_dim
-        ops.attention(type(x)(width, "split"), f"layers.{number}.attention", number, spec)
+        runs = head_runs(spec.num_heads, spec.num_kv_heads, spec.head_dim)[: 1 if spec.keys == "encoder" else 3]
+        ops.attention(
+            type(x)(sum(run.extent for run in runs), "split", runs), f"layers.{number}.attention", number, spec
+        )
         return x, residual
 
     decode = replace(model.decode, block=block, block_weights=lambda config, layer: [])

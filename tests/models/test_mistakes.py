@@ -12,9 +12,11 @@ import pytest
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
+from phalanx.runtime.attention import HeadNorm
 from phalanx.runtime.models import blocks, find_model, llama
+from phalanx.runtime.models.base import feed_forward_shard, head_shard, kv_head_shard, vocabulary_shard
 from phalanx.runtime.models.shapes import use_of
-from phalanx.runtime.ops import AttentionSpec
+from phalanx.runtime.ops import AttentionSpec, ExpertsSpec
 from tests.support.checkpoints import CASES_BY_NAME
 
 LLAMA = CASES_BY_NAME["llama-plain"]
@@ -115,6 +117,117 @@ def conditional(ops: Any, name: str, x: Any) -> Any:
 def residual_given_away(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
     x, residual = ops.add_rms_norm(x, residual, f"layers.{layer}.attention_norm", 1e-5)
     return ops.add(blocks.attention(ops, f"layers.{layer}", layer, x, AttentionSpec.of(config)), residual), residual
+
+
+def declared(*changes: tuple[str, Callable[[Any, str], list[WeightSpec]]]) -> Callable[[Any, int], list[WeightSpec]]:
+    """Llama's declarations with others for some names of a layer, made of the configuration and the layer's checkpoint prefix."""
+
+    def block_weights(config: Any, layer: int) -> list[WeightSpec]:
+        dropped = tuple(f"layers.{layer}.{name}." for name, _ in changes)
+        kept = [spec for spec in llama.block_weights(config, layer) if not spec.name.startswith(dropped)]
+        made = [replace(spec, name=f"layers.{layer}.{name}.{spec.name}") for name, make in changes
+                for spec in make(config, f"model.layers.{layer}")]  # fmt: skip
+        return [*kept, *made]
+
+    return block_weights
+
+
+def matrix(*parts: Part) -> list[WeightSpec]:
+    return [WeightSpec("weight", parts)]
+
+
+def even_gate_up(config: Any, source: str) -> list[WeightSpec]:
+    shape = 2 * config.intermediate_size, config.hidden_size
+    return matrix(Part(f"{source}.mlp.gate_up_proj.weight", shape, feed_forward_shard(config, 0)))
+
+
+def even_qkv(config: Any, source: str) -> list[WeightSpec]:
+    rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return matrix(Part(f"{source}.qkv.weight", (rows, config.hidden_size), Shard(0, unit=config.head_dim)))
+
+
+def keys_before_queries(config: Any, source: str) -> list[WeightSpec]:
+    sizes = (("k", config.num_kv_heads), ("q", config.num_heads), ("v", config.num_kv_heads))
+    shards = kv_head_shard(config), head_shard(config, 0), kv_head_shard(config)
+    return matrix(
+        *(
+            Part(f"{source}.{letter}.weight", (heads * config.head_dim, config.hidden_size), shard)
+            for (letter, heads), shard in zip(sizes, shards, strict=True)
+        )
+    )
+
+
+def rows_of(*firsts: int) -> Callable[[Any, str], list[WeightSpec]]:
+    """Gate and up in one tensor, from these rows on."""
+
+    def gate_up(config: Any, source: str) -> list[WeightSpec]:
+        f, d, shard = config.intermediate_size, config.hidden_size, feed_forward_shard(config, 0)
+        return matrix(*(Part(f"{source}.gu", (f, d), shard, first_row=row, source_rows=2 * f) for row in firsts))
+
+    return gate_up
+
+
+def norm_of_layer_0(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+    x, residual = ops.add_rms_norm(x, residual, "layers.0.attention_norm", 1e-5)
+    return blocks.attention(ops, f"layers.{layer}", layer, x, AttentionSpec.of(config)), residual
+
+
+def residual_forgotten(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+    return llama.block(ops, config, layer, x, None)
+
+
+def scaled_at_the_start(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+    return llama.block(ops, config, layer, ops.scale(x, 2.0) if residual is None else x, residual)
+
+
+def attends_twice(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+    for _ in range(2):
+        x = blocks.attention(ops, f"layers.{layer}", layer, x, AttentionSpec.of(config))
+    return x, residual
+
+
+def mixture(ops: Any, name: str, x: Any) -> Any:
+    return ops.all_reduce(ops.experts(x, f"{name}.experts", ExpertsSpec(2, 1, "silu")))
+
+
+def experts(shard: Callable[[Any, int], Shard | None], fused: bool = False) -> Callable[[Any, int], list[WeightSpec]]:
+    def make(config: Any, source: str) -> list[WeightSpec]:
+        f, d = config.intermediate_size, config.hidden_size
+        kinds = (("gate_up", 2 * f),) if fused else (("gate", f), ("up", f))
+        ups = (Part(f"{source}.{e}.{kind}", (rows, d), shard(config, 0)) for e in range(2) for kind, rows in kinds)
+        downs = (Part(f"{source}.{e}.down", (d, f), shard(config, 1)) for e in range(2))
+        return [WeightSpec("router.weight", (Part(f"{source}.router", (2, d)),)),
+                WeightSpec("gate_up.weight", tuple(ups)), WeightSpec("down.weight", tuple(downs))]  # fmt: skip
+
+    return declared(("experts", make), ("gate_up", lambda config, source: []), ("down", lambda config, source: []))
+
+
+def with_attention(**fields: Any) -> dict[str, Any]:
+    """Llama with other fields of attention."""
+
+    def attention(config: Any, layer: int) -> AttentionSpec:
+        return replace(AttentionSpec.of(config), **fields)
+
+    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+        return blocks.pre_norm(ops, config, layer, x, residual, attention(config, layer))
+
+    return {"attention": attention, "block": block}
+
+
+def head_norms(shard: Shard | None, rows: tuple[int, ...]) -> Callable[[Any, int], list[WeightSpec]]:
+    parts = [(f"attention.{side}_norm", lambda config, source: matrix(Part(source, (*rows, config.head_dim), shard)))
+             for side in ("query", "key")]  # fmt: skip
+    return declared(*parts)
+
+
+def shorter_head(config: Any) -> list[WeightSpec]:
+    norm, head = llama.head_weights(config)
+    shape = config.vocab_size - 1, config.hidden_size
+    return [norm, replace(head, parts=(Part("lm_head.weight", shape, vocabulary_shard()),))]
+
+
+def few_positions(config: Any) -> list[WeightSpec]:
+    return [*llama.embed_weights(config), WeightSpec("positions.weight", (Part("p", (8, config.hidden_size)),))]
 
 
 def scaled_logits(ops: Any, config: Any, x: Any, residual: Any) -> Any:
@@ -238,6 +351,98 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "logits changed by the head": ({"head": scaled_logits}, "not what logits returns"),
     "output of another kind": ({"output": "tokens"}, "output='tokens' of the pass is neither 'logits' nor 'hidden'"),
+    "gate and up cut as one matrix": (
+        {"block_weights": declared(("gate_up", even_gate_up))},
+        "gated_activation takes gate and up as two parts that ranks divide alike, which these 176 columns are not, being one part; "
+        "declare them with declarations.gate_up or stacked_gate_up",
+    ),
+    "queries, keys and values cut as one matrix": (
+        {"block_weights": declared(("qkv", even_qkv))},
+        "layers.0.attention takes queries, keys and values as parts that ranks divide by heads, but these are divided otherwise, 48 + "
+        "48 + 48 columns against 144 columns; declare them with declarations.qkv, stacked_qkv or fused_qkv",
+    ),
+    "keys before queries": (
+        {"block_weights": declared(("qkv", keys_before_queries)), "config": {"num_key_value_heads": 2}},
+        "but these are divided otherwise, 48 + 24 + 24 columns against 24 + 48 + 24 columns",
+    ),
+    "output of attention divided in other units": (
+        {"block_weights": cut("output.weight", Shard(1))},
+        "layers.0.output divides its inputs over ranks otherwise than the tensor's columns are divided, from tp_size=3 on; declare both "
+        "alike (head_shard for heads, feed_forward_shard)",
+    ),
+    "down divided in other units than up": (
+        {"block_weights": cut("down.weight", Shard(1))}, "layers.0.down divides its inputs over ranks otherwise",
+    ),
+    "bias divided in other units": (
+        {"block_weights": cut("gate_up.bias", Shard(0), (176,))},
+        "layers.0.gate_up.bias is divided otherwise than what it is added to, 88 + 88 columns against 176 columns; declare both alike",
+    ),
+    "parts split along different axes": (
+        {"block_weights": declared(("gate_up", lambda config, source: matrix(Part("a", (88, 48), Shard(0)), Part("b", (88, 48), Shard(1)))))},
+        "the parts of layers.0.gate_up.weight are split along different axes; split all of them alike",
+    ),
+    "experts that every rank holds": (
+        {"block": with_mlp(mixture), "block_weights": experts(lambda config, axis: None)},
+        "gate, up and down of expert 0 of layers.0.experts are not divided over ranks alike; use declarations.experts",
+    ),
+    "experts whose halves are one part": (
+        {"block": with_mlp(mixture), "block_weights": experts(feed_forward_shard, fused=True)},
+        "layers.0.experts takes gate and up, and down, of 2 experts as 4 and 2 parts, but 2 and 2 are declared; use declarations.experts",
+    ),
+    "own norms of heads on every rank": (
+        {**with_attention(head_norm=HeadNorm(1e-5, own_weights=True)), "block_weights": head_norms(None, (4,))},
+        "layers.0.attention.query_norm.weight is not divided over ranks as its heads are, 4 columns against none; declare it with "
+        "head_shard or kv_head_shard",
+    ),
+    "one norm of all heads declared split": (
+        {**with_attention(head_norm=HeadNorm(1e-5)), "block_weights": head_norms(Shard(0), ())},
+        "layers.0.attention.query_norm.weight is not divided over ranks as its heads are, none against 12 columns; declare it with no shard",
+    ),
+    "weight of another layer": (
+        {"block": norm_of_layer_0},
+        "block of layer 1: uses weight 'layers.0.attention_norm.weight', which is declared elsewhere only, so that another pipeline stage "
+        "may hold it; declare it for this function, too",
+    ),
+    "residual that is not passed on": (
+        {"block": residual_forgotten},
+        "block of layer 1: residual, which the function before returned, is neither used nor returned; the sum of the two goes on",
+    ),
+    "residual that the head forgets": (
+        {"head": lambda ops, config, x, residual: llama.head(ops, config, x, None)},
+        "head: residual, which the function before returned, is neither used nor returned",
+    ),
+    "other work at the start of a stage": (
+        {"block": scaled_at_the_start},
+        "block of layer 1: run without a residual, as where a pipeline stage starts, it does something else than before",
+    ),
+    "two attentions in a layer": (
+        {"block": attends_twice},
+        "layers.0.attention uses the cache of layer 0 a second time; a layer has one attention",
+    ),
+    "window below 0": (with_attention(window=-4), "window=-4 of an attention is not a whole number of at least 0"),
+    "window that is no whole number": (with_attention(window=4.0), "window=4.0 of an attention is not a whole number of at least 0"),
+    "cap below 0": (with_attention(soft_cap=-5.0), "soft_cap=-5.0 of an attention is not a finite number of at least 0; 0 = off"),
+    "scale that is a text": (with_attention(scale="0.1"), "scale='0.1' of an attention is not a finite number"),
+    "slopes in a list": (
+        with_attention(alibi_slopes=[0.5] * 4), "alibi_slopes=[0.5, 0.5, 0.5, 0.5] of an attention is not a tuple of finite numbers",
+    ),
+    "rows beyond a tensor": (
+        {"block_weights": declared(("gate_up", rows_of(0, 96)))},
+        "declaring weights: rows 96 to 184 of model.layers.0.gu are declared, which has 176 rows; correct first_row, shape or source_rows",
+    ),
+    "rows that no weight takes": (
+        {"block_weights": declared(("gate_up", rows_of(0, 0)))},
+        "no weight takes the rows from 88 on of model.layers.0.gu, which has 176; declare a part for them",
+    ),
+    "parts of different widths": (
+        {"block_weights": declared(("gate_up", lambda config, source: matrix(Part("a", (88, 48)), Part("b", (88, 47)))))},
+        "layers.0.gate_up.weight is made of parts of shapes (88, 48) and (88, 47); they may differ in their rows only",
+    ),
+    "head of another vocabulary": ({"head_weights": shorter_head}, "lm_head.weight has 100 rows for vocab_size=101"),
+    "too few positions": (
+        {"embed": lambda ops, config: ops.position_embedding(llama.embed(ops, config), "positions"), "embed_weights": few_positions},
+        "a table of 8 positions is too small for max_positions=128",
+    ),
     "block that raises": (
         {"block": lambda ops, config, layer, x, residual: config.no_such_field},
         "block of layer 0: AttributeError: 'LlamaConfig' object has no attribute 'no_such_field'",
@@ -248,9 +453,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_planted_mistakes_are_refused_with_one_sentence(name: str) -> None:
     changes, sentence = MISTAKES[name]
-    model = find_model(LLAMA.config)
-    planted = replace(model, passes={"decode": replace(model.decode, **changes)})
+    fields = {**LLAMA.config, **changes.get("config", {})}
+    model = find_model(fields)
+    planted = replace(
+        model,
+        code="of a file",
+        passes={"decode": replace(model.decode, **{key: each for key, each in changes.items() if key != "config"})},
+    )
     with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
-        use_of(planted, model.read_config(LLAMA.config))
+        use_of(planted, model.read_config(fields))
     assert str(caught.value).startswith("LlamaForCausalLM")
     assert "\n" not in str(caught.value)
