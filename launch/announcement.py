@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,14 +17,16 @@ from phalanx.parallel.errors import ConfigError
 
 __all__ = ["Announcement"]
 
+_LOG = logging.getLogger("phalanx.serve")
 _ALL_ADDRESSES = ("0.0.0.0", "::")
+_LONGEST = 1024
+"""Bytes: more than the file will have."""
 
 
-@dataclass(frozen=True, slots=True)
 class Announcement:
     """What is told.
 
-    Attributes:
+    Args:
         model: the name that requests use.
         file: JSON ``{"host", "port", "url", "model"}`` is written here when the server is ready and removed when it ends,
             for clients that cannot know on which machine a scheduler put it; None = no file.
@@ -32,40 +35,45 @@ class Announcement:
         ConfigError: the file could not be written later.
     """
 
-    model: str
-    file: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.file is None:
+    def __init__(self, model: str, file: Path | None = None) -> None:
+        self.model, self._file, self._written = model, file, ""
+        if file is None:
             return
         try:
-            if self.file.is_dir():
+            if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            self._partial(self.file).touch()
-            self._partial(self.file).unlink()
+            _try_to_write(file)
         except OSError as error:
             raise ConfigError(
-                f"--endpoint-file {self.file} cannot be written: {error.strerror}; name a file in a directory that may be "
-                "written to"
+                f"--endpoint-file {file} cannot be written: {error.strerror}; name a file in a directory that may be written to"
             ) from None
 
     def publish(self, url: str) -> None:
-        """The server at ``url`` answers. The file appears whole or not at all."""
-        if self.file is not None:
-            partial = self._partial(self.file)
-            partial.write_text(json.dumps(self._endpoint(url)) + "\n")
-            partial.replace(self.file)
+        """The server at ``url`` answers. The file appears whole or not at all; without it the server serves all the same."""
+        if self._file is not None:
+            text = json.dumps(self._endpoint(url)) + "\n"
+            try:
+                _write(self._file, text)
+                self._written = text
+            except OSError as error:
+                _LOG.warning(
+                    "--endpoint-file %s cannot be written: %s; tell clients otherwise", self._file, error.strerror
+                )
         sys.stderr.write(f"READY {url}\n")
         sys.stderr.flush()
 
-    def withdraw(self) -> None:
-        """The server ends."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-
-    @staticmethod
-    def _partial(file: Path) -> Path:
-        return file.with_name(f"{file.name}.{os.getpid()}")
+    def withdraw(self) -> str:
+        """The server ends; why its file stays, if it does. The file of another server, which has taken this one's place, stays as well."""
+        if self._file is None or not self._written:
+            return ""
+        try:
+            if self._file.read_text("utf-8") == self._written:
+                self._file.unlink()
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            return f"--endpoint-file {self._file} cannot be removed: {error}"
+        return ""
 
     def _endpoint(self, url: str) -> dict[str, str | int | None]:
         address = urlsplit(url)
@@ -82,3 +90,35 @@ class Announcement:
 
 def _bracketed(host: str | None) -> str:
     return f"[{host}]" if host is not None and ":" in host else str(host)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.{os.getpid()}")
+
+
+def _try_to_write(path: Path) -> None:
+    """Find out whether bytes can be written next to ``path``: a full disk takes names, but no bytes.
+
+    Raises:
+        OSError: they cannot.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_bytes(bytes(_LONGEST))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write all of a file, or leave none new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

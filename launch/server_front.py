@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
 
 __all__ = ["ServerFront"]
+
+_LOG = logging.getLogger("phalanx.serve")
 
 
 class ServerFront:
@@ -46,17 +49,17 @@ class ServerFront:
 
     def close(self) -> None:
         """End the HTTP processes once all requests are answered."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
+        if self.announcement is not None and (reason := self.announcement.withdraw()):
+            _LOG.warning("%s", reason)
         if self.frontend is not None:
             self.frontend.stop()
 
     def tell_failed(self, reason: str) -> None:
         """Tell open requests why they get no answer, from any thread; the process ends next."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
         if self.frontend is not None:
             self.frontend.tell_failed(reason)
+        if self.announcement is not None:
+            self.announcement.withdraw()
 
     def tell_phase(self, phase: str) -> None:
         """Say what the ranks are doing, to requests that come before the engine is ready."""
@@ -70,7 +73,7 @@ class ServerFront:
 
     def abandon(self, reason: str) -> None:
         """Tell open requests why they get no answer."""
-        if self.announcement is not None:
-            self.announcement.withdraw()
         if self.frontend is not None:
             self.frontend.abandon(reason)
+        if self.announcement is not None:
+            self.announcement.withdraw()

@@ -23,6 +23,7 @@ __all__ = [
     "ExecutorError",
     "PhalanxError",
     "RequestError",
+    "printable",
 ]
 
 
@@ -65,3 +66,8 @@ class EndedElsewhereError(ExecutorError):
 
 class CommunicatorError(PhalanxError):
     """A rank or a link is gone; the engine cannot go on."""
+
+
+def printable(text: str) -> str:
+    """An error's text as UTF-8 can have it: bytes of a file name that are not UTF-8 are written out."""
+    return text.encode(errors="backslashreplace").decode()

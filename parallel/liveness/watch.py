@@ -24,10 +24,11 @@ from typing import NoReturn
 
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.connections import connect_ranks
-from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError
+from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError, printable
 from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.judge import Limits, RankState
+from phalanx.parallel.liveness.last_words import keep_report, say, within
 from phalanx.parallel.liveness.links import Link
 from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks, Verdict
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
@@ -41,14 +42,13 @@ LATE_SECONDS = 2.0
 """When this thread itself comes later than that, the whole job was suspended or starved: silence does not count."""
 STACKS_SECONDS = 1.0
 """How long rank 0 waits for the stacks of ranks that still answer."""
-TELL_SECONDS = 0.5
-SAY_SECONDS = 1.0
-"""How long a full pipe may hold up the end of the job."""
+FLUSH_SECONDS = 0.5
+TELL_SECONDS = 2.0
+"""How long rank 0 may take to tell clients, and to remove a file that names the server."""
 ANSWER_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to report it before it does so itself."""
 SPEAKER_SECONDS = 2.0
 """When rank 0 is lost rank 1 speaks, this much later rank 2, and then the others leave: the first to leave ends them all."""
-KEPT_REPORTS = 20
 _STACK_LINES = 24
 _ENDED_ELSEWHERE = (ConfigError, CheckpointError, RequestError, EndedElsewhereError, KeyboardInterrupt)
 """Most such mistakes are found by every rank, and an interrupt is not a failure: `launch.running` ends the job if need be."""
@@ -81,7 +81,7 @@ class RankWatch:
         self._held = HeldRanks.exchange(world, sockets)
         self._links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
         if reason is not None and world.rank == 0:
-            _say(f"phalanx: ranks do not watch each other: {reason}; a lost rank is noticed by the launcher alone")
+            say(f"phalanx: ranks do not watch each other: {reason}; a lost rank is noticed by the launcher alone")
         self._states = {rank: RankState(rank, names[rank]) for rank in (world.rank, *self._links)}
         self._heard = dict.fromkeys(self._links, time.monotonic())
         self._left_at: dict[int, float] = {}
@@ -128,17 +128,17 @@ class RankWatch:
         """Let rank 0 report why this rank ends the job; returns on rank 0 itself, or when rank 0 does not answer."""
         self._closing = True
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        text = f"failed{notes}: {type(error).__name__}: {error}"
-        trace = "".join(traceback.format_exception(error)).rstrip()
+        text = printable(f"failed{notes}: {type(error).__name__}: {error}")
+        trace = printable("".join(traceback.format_exception(error)).rstrip())
         self._send_all(Failure(text, trace))
         if self._rank:
-            self._flush(TELL_SECONDS)
+            self._flush(FLUSH_SECONDS)
             time.sleep(ANSWER_SECONDS)  # rank 0's answer ends this process
         else:
             self._states[0].stacks, verdict = trace, f"{self._states[0]} {text}"
-            self._on_failure(verdict)
-            for line in self._keep(judge.report(verdict, self._states_at(time.monotonic()))):
-                _say(line)
+            within(TELL_SECONDS, lambda: self._on_failure(verdict))
+            for line in keep_report(self._directory, judge.report(verdict, self._states_at(time.monotonic()))):
+                say(line)
 
     def end_by(self, seconds: float, status: int, reason: str) -> None:
         """End every rank with ``status`` unless this one has ended within ``seconds``; of several calls the earliest end counts.
@@ -242,7 +242,7 @@ class RankWatch:
             for rank in group:
                 self._states.pop(rank, None)
                 self._heard.pop(rank, None)
-            _say(f"phalanx: {state} {what}; the other replicas go on")
+            say(f"phalanx: {state} {what}; the other replicas go on")
             with self._lock:
                 for rank in group:
                     with contextlib.suppress(KeyError, OSError):
@@ -285,7 +285,7 @@ class RankWatch:
         else:
             time.sleep(min(self._rank - 1, 2) * SPEAKER_SECONDS)
             if self._rank <= 2:
-                _say(f"phalanx: {verdict}")
+                say(f"phalanx: {verdict}")
             self._send_all(Verdict(verdict))
         for state in self._states_at(time.monotonic()):
             if state.silent > judge.SUSPICIOUS_SECONDS:
@@ -301,13 +301,13 @@ class RankWatch:
         """
         parts = [f"phalanx: {verdict}"]
         if not self._held:
-            _say(parts.pop())
-        self._on_failure(verdict)
+            say(parts.pop())
+        within(TELL_SECONDS, lambda: self._on_failure(verdict))
         if status == FAILED:
             text = judge.report(verdict, self._collect_stacks())
-            parts += [*text.splitlines()[1:], *self._keep(text)]
+            parts += [*text.splitlines()[1:], *keep_report(self._directory, text)]
         if parts:
-            _say("\n".join(parts))
+            say("\n".join(parts))
 
     def _collect_stacks(self) -> list[RankState]:
         self._send_all(StackRequest())
@@ -332,21 +332,6 @@ class RankWatch:
     def _awaits_stacks(self, rank: int) -> bool:
         return rank in self._states and not self._states[rank].stacks
 
-    def _keep(self, text: str) -> list[str]:
-        """Write the report to a file; returns a line that says where, if there is a directory for it."""
-        if self._directory is None:
-            return []
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            when = time.strftime("%Y-%m-%dT%H-%M-%S")
-            path = self._directory / f"{when}-{socket.gethostname()}-{os.getpid()}.txt"
-            path.write_text(text + "\n")
-            for old in sorted(self._directory.glob("*.txt"))[:-KEPT_REPORTS]:
-                old.unlink(missing_ok=True)
-        except OSError as error:
-            return [f"phalanx: the report could not be kept in {self._directory}: {error.strerror}"]
-        return [f"phalanx: this report is kept in {path}"]
-
     def _flush(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         with self._lock:
@@ -370,15 +355,4 @@ def _stacks() -> str:
         if thread is not threading.current_thread() and thread.ident in frames:
             lines = "".join(traceback.format_stack(frames[thread.ident])).splitlines()
             texts += [f"thread {thread.name}:", *lines[-_STACK_LINES:]]
-    return "\n".join(texts)
-
-
-def _say(text: str) -> None:
-    """In whole pages, so that short texts of several ranks do not mix; what a reader does not take in time is left out.
-
-    A pipe with room for a page is ready, but a longer write would wait for its reader.
-    """
-    descriptor, rest, deadline = sys.stderr.fileno(), f"{text}\n".encode(), time.monotonic() + SAY_SECONDS
-    with contextlib.suppress(OSError):
-        while rest and select.select([], [descriptor], [], max(0.0, deadline - time.monotonic()))[1]:
-            rest = rest[os.write(descriptor, rest[: select.PIPE_BUF]) :]
+    return printable("\n".join(texts))

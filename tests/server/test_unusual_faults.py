@@ -93,8 +93,9 @@ FAULTS = [
     ("ctypes.PyDLL(None).sleep(1000)", "no sign of life"),
     ("os.close(2); raise ZeroDivisionError('planted')", "ZeroDivisionError: planted"),
     ("ctypes.string_at(0)", "has ended"),
+    ("open(os.fsdecode(b'gone-\\xff'))", "No such file or directory: 'gone-"),
 ]
-"""Code, and what is said of it: the last but two keep Python from running, close standard error, and crash."""
+"""Code, and what is said of it: four keep Python from running, close standard error, crash, and name a file that is not UTF-8."""
 QUICK = (0, 1, 4)
 """Run on one rank each by default; all on both by ``make test-launchers``."""
 
@@ -162,3 +163,16 @@ def test_a_report_that_cannot_be_kept_is_printed_all_the_same(tiny: Path, report
         errors = job.server.wait()[1]
         assert "rank 1 (" in errors
         assert f"the report could not be kept in {reports}: " in errors
+
+
+def test_an_endpoint_file_that_cannot_be_removed_keeps_nobody_from_hearing_which_rank_is_lost(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "endpoint.json"
+    with serve_tiny(tiny, 2, "--endpoint-file", str(file)) as job:
+        file.unlink()
+        file.mkdir()
+        stream = job.server.open_stream(PATH, LONG)
+        os.kill(job.rank(1), signal.SIGKILL)
+        assert "rank 1 (" in events(stream)[-1]["error"]["message"]
+        assert "rank 1 (" in job.server.wait()[1]

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from phalanx.parallel.errors import CommunicatorError, ConfigError
+from phalanx.parallel.errors import CommunicatorError, ConfigError, printable
 from phalanx.runtime.server.board import create_board
 from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
 from phalanx.runtime.server.link.messages import Failed, Job, Phase, Stop, Trouble
@@ -157,7 +157,7 @@ class Frontend:
     def tell_failed(self, reason: str) -> None:
         """Have every open request end with this error. May be called by any thread; waits for a moment at most."""
         with contextlib.suppress(CommunicatorError):
-            self.channels.send(Failed(reason))
+            self.channels.send(Failed(printable(reason)))
         self.channels.flush(0.5)
 
     def tell_phase(self, text: str) -> None:
