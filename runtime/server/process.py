@@ -88,15 +88,13 @@ async def _serve(
     number: int,
     on_started: Callable[[], None],
 ) -> None:
-    import uvicorn
-
     from phalanx.runtime.server.app import build_app
     from phalanx.runtime.server.kserve.inference import Inference
     from phalanx.runtime.server.link.engine_client import EngineClient
     from phalanx.runtime.server.link.supervisor_link import EngineDoor, SupervisorLink
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
-    from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, ConnectionLimits, QuietServer
+    from phalanx.runtime.server.web.h11_protocol import QuietServer
 
     loop = asyncio.get_running_loop()
     room = Room(board)
@@ -115,14 +113,32 @@ async def _serve(
     workers = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
     services = Services(client, settings, metrics, workers)
     inference = Inference(services, board)
-    config = uvicorn.Config(
-        build_app(services, inference, api_keys, admin_keys),
-        http=BoundedH11Protocol.with_limits(
-            ConnectionLimits(
-                settings.header_timeout_seconds,
-                lambda: settings.draining_unread_seconds if client.is_draining else settings.unread_seconds,
-            )
-        ),
+    app = build_app(services, inference, api_keys, admin_keys)
+    server = QuietServer(_http_config(app, settings, lambda: client.is_draining), on_started)
+    if engines is None:
+        await loop.connect_accepted_socket(lambda: client, channel)
+    else:
+        await loop.connect_accepted_socket(lambda: supervisor, channel)
+        await loop.create_unix_server(lambda: EngineDoor(client), sock=engines)
+    grpc_server = await _start_grpc(inference, api_keys, settings)
+    await server.serve(sockets=[listener])
+    if grpc_server is not None:
+        await grpc_server.stop(LAST_ANSWERS_SECONDS)
+    workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _http_config(app: Any, settings: FrontendSettings, is_draining: Callable[[], bool]) -> Any:
+    """uvicorn's configuration: HTTP/1.1 alone, every wait and size bounded, logs left to `start_logging`."""
+    import uvicorn
+
+    from phalanx.runtime.server.web.h11_protocol import BoundedH11Protocol, ConnectionLimits
+
+    def unread_seconds() -> float:
+        return settings.draining_unread_seconds if is_draining() else settings.unread_seconds
+
+    return uvicorn.Config(
+        app,
+        http=BoundedH11Protocol.with_limits(ConnectionLimits(settings.header_timeout_seconds, unread_seconds)),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -138,17 +154,6 @@ async def _serve(
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
-    server = QuietServer(config, on_started)
-    if engines is None:
-        await loop.connect_accepted_socket(lambda: client, channel)
-    else:
-        await loop.connect_accepted_socket(lambda: supervisor, channel)
-        await loop.create_unix_server(lambda: EngineDoor(client), sock=engines)
-    grpc_server = await _start_grpc(inference, api_keys, settings)
-    await server.serve(sockets=[listener])
-    if grpc_server is not None:
-        await grpc_server.stop(LAST_ANSWERS_SECONDS)
-    workers.shutdown(wait=False, cancel_futures=True)
 
 
 async def _start_grpc(inference: Any, api_keys: Sequence[bytes], settings: FrontendSettings) -> Any:
