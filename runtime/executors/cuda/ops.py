@@ -7,12 +7,9 @@ and the whole of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE
-from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, meets_codes
-from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import (
     FP8_BOUNDED,
     FP8_ROWS,
@@ -20,7 +17,6 @@ from phalanx.checkpoints.quantization.row_codes import (
     INT8_ROWS,
     INT8_STATIC,
     SMOOTHQUANT,
-    RowCodes,
 )
 from phalanx.kernels.activation import ActivationName, activation, gated_activation
 from phalanx.kernels.add import add
@@ -31,16 +27,14 @@ from phalanx.kernels.head_norm import head_norm
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.norm import layer_norm, norm_takes_groups, rms_norm
 from phalanx.kernels.packed import PackedWeight
-from phalanx.kernels.product_sizes import SUM_BYTES, unpacked_bytes
 from phalanx.kernels.quantize import CodeRule, QuantizedRows, quantize_rows
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
-from phalanx.kernels.round_inputs import InputRule, round_inputs
+from phalanx.kernels.round_inputs import round_inputs
 from phalanx.kernels.rows import add_bias, gather_rows
 from phalanx.kernels.scale_and_clip import scale_and_clip
 from phalanx.kernels.sigmoid_gate import sigmoid_gate
 from phalanx.kernels.soft_cap import soft_cap as cap_logits
 from phalanx.kernels.step_update import StepArrays
-from phalanx.parallel.errors import CheckpointError
 from phalanx.parallel.nccl_comm import DeviceCommunicator
 from phalanx.parallel.sharding import Span, local_experts
 from phalanx.runtime.config import Activation
@@ -56,6 +50,7 @@ from phalanx.runtime.executors.cuda.deferred import (
     quantized_groups,
     quantized_rows,
 )
+from phalanx.runtime.executors.cuda.matrices import CudaMatrices
 from phalanx.runtime.executors.cuda.memory import DeviceArray
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.ops import AttentionSpec, ExpertsSpec, Ops
@@ -137,17 +132,7 @@ class CudaOps(Ops[DeviceArray]):
         self._num_rows = 0
         self._num_kept = 0
         self._logit_rows, self.stops_before_logits = range(0), False
-        self._matrices: dict[str, DeviceArray | QuantizedRows | PackedWeight] = {}
-        self._rules: dict[str, CodeRule] = {}
-        self._factors: dict[str, DeviceArray | None] = {}
-        self._input_rules: dict[str, InputRule | None] = {}
-        packed = [
-            one.components["packed"].shape
-            for one in weights.values()
-            if isinstance(one.format, PackedCodes) and one.format.is_unpacked
-        ]
-        self._largest_packed = max(packed, key=prod, default=(0, 0))
-        self._defers = any(meets_codes(weight.format) for weight in weights.values())
+        self._matrices = CudaMatrices(weights)
         self._pending: Deferred | DeferredProduct | None = None
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
@@ -226,7 +211,7 @@ class CudaOps(Ops[DeviceArray]):
         bias = self._weights.linear(name).bias
         if bias is not None or len(x) > MAX_GATED_TOKENS:
             return self._product(x, name, bias)
-        weight, rows = self._matrix(name), self._operand(x, name, has_bias=False)
+        weight, rows = self._matrices.matrix(name), self._operand(x, name, has_bias=False)
 
         def write(out: DeviceArray) -> None:
             self._multiply(rows, name, out, None)
@@ -293,7 +278,7 @@ class CudaOps(Ops[DeviceArray]):
     def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
         x = self._values(x)
         router = self._weights.array(f"{name}.router")
-        gate_up, down = self._stack(f"{name}.gate_up"), self._stack(f"{name}.down")
+        gate_up, down = self._matrices.stack(f"{name}.gate_up"), self._matrices.stack(f"{name}.down")
         num_held = len(gate_up) // (2 * down.shape[1])
         held = local_experts(spec.num_experts, num_held, self._group.rank, self._group.size)
         routing = Routing(spec.num_experts, spec.top_k, spec.renormalise, held)
@@ -360,20 +345,20 @@ class CudaOps(Ops[DeviceArray]):
 
     def _product(self, x: DeviceArray, name: str, bias: DeviceArray | None) -> DeviceArray:
         rows = self._operand(x, name, bias is not None)
-        out = self._pool.array((len(rows), self._matrix(name).shape[0]), x.dtype)
+        out = self._pool.array((len(rows), self._matrices.matrix(name).shape[0]), x.dtype)
         self._multiply(rows, name, out, bias)
         return out[: len(x)] if len(rows) > len(x) else out
 
     def _operand(self, x: Rows, name: str, has_bias: bool) -> DeviceArray | QuantizedRows | QuantizedGroups:
         """``x`` in the form in which the matrix takes it; as codes of groups perhaps with more rows."""
-        matrix = self._matrix(name)
+        matrix = self._matrices.matrix(name)
         if isinstance(matrix, PackedWeight) and self._gemm.takes_groups(len(x), matrix, x.dtype.name, has_bias):
             return self._groups(x, name)
         x = self._rounded(x, name)
-        return self._codes(x, self._rule(name)) if isinstance(self._matrix(name), QuantizedRows) else self._values(x)
+        return self._codes(x, self._matrices.code_rule(name)) if isinstance(matrix, QuantizedRows) else self._values(x)
 
     def _groups(self, x: Rows, name: str) -> QuantizedGroups:
-        rule = self._input_rule(name)
+        rule = self._matrices.input_rule(name)
         assert rule is not None, "blocks have inputs of codes"
         self._settle(x)
         if isinstance(x, Deferred) and x.writes_groups:
@@ -385,7 +370,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def _rounded(self, x: Rows, name: str) -> Rows:
         """``x`` as plain values that its factors and codes make of it, where the product takes such; else as it is."""
-        factors, rule = self._factors_of(name), self._input_rule(name)
+        factors, rule = self._matrices.factors(name), self._matrices.input_rule(name)
         if factors is None and rule is None:
             return x
         plain = self._values(x)
@@ -393,71 +378,17 @@ class CudaOps(Ops[DeviceArray]):
         round_inputs(self._library, plain, out, rule, factors)
         return out
 
-    def _input_rule(self, name: str) -> InputRule | None:
-        """Which codes the inputs of a product of plain values stand for; None = they are none."""
-        if name not in self._input_rules:
-            weight = self._weights.linear(name)
-            held, rule = weight.format, None
-            if isinstance(held, PackedCodes | ExpertValues):
-                stored = held.stored
-                if isinstance(stored, RowCodes):
-                    rule = None if stored.input == "plain" else InputRule(_rule_of(stored, weight.components))
-                elif stored.input != "plain":
-                    rule = InputRule(CodeRule("fp8"), stored.group, stored.has_power_of_two_inputs)
-            self._input_rules[name] = rule
-        return self._input_rules[name]
-
-    def _factors_of(self, name: str) -> DeviceArray | None:
-        """``[I]`` what a product's inputs are multiplied by; None = nothing.
-
-        Raises:
-            CheckpointError: its parts have different factors.
-        """
-        if name not in self._factors:
-            stored = self._weights.linear(name).components.get("prescale")
-            try:
-                self._factors[name] = None if stored is None else common_prescale(stored).reshape(-1)
-            except CheckpointError as error:
-                raise CheckpointError(f"{name}: {error}") from None
-        return self._factors[name]
-
     def _multiply(
         self, rows: DeviceArray | QuantizedRows | QuantizedGroups, name: str, out: DeviceArray, bias: DeviceArray | None
     ) -> None:
-        weight = self._matrix(name)
-        self._gemm(rows, weight, out, bias, scratch=self._scratch(weight, out.dtype.itemsize))
+        num_bytes = self._matrices.scratch_bytes(name, out.dtype.itemsize)
+        scratch = None if num_bytes is None else self._pool.array((num_bytes,), "uint8")
+        self._gemm(rows, self._matrices.matrix(name), out, bias, scratch=scratch)
 
     def _multiply_gated(
         self, rows: DeviceArray | QuantizedRows, name: str, out: DeviceArray, kind: ActivationName
     ) -> bool:
-        return self._gemm.gated(rows, self._matrix(name), out, kind)
-
-    def _scratch(self, weight: DeviceArray | QuantizedRows | PackedWeight, itemsize: int) -> DeviceArray | None:
-        """What a product with ``weight`` may overwrite. Pieces of one size, so that all weights share them."""
-        if isinstance(weight, PackedWeight):
-            return self._pool.array((unpacked_bytes(self._largest_packed, itemsize),), "uint8")
-        if isinstance(weight, QuantizedRows) and weight.kind == "int8":
-            return self._pool.array((SUM_BYTES,), "uint8")
-        return None
-
-    def _matrix(self, name: str) -> DeviceArray | QuantizedRows | PackedWeight:
-        """What the kernels multiply by."""
-        if name not in self._matrices:
-            weight = self._weights.linear(name)
-            parts, chosen = weight.components, weight.format
-            if isinstance(chosen, RowCodes):
-                self._matrices[name] = QuantizedRows(parts["codes"].view("uint8"), parts["scale"], chosen.kind)
-            elif isinstance(chosen, PackedCodes):
-                self._matrices[name] = parts["packed"]
-            else:
-                self._matrices[name] = parts["weight"]
-        return self._matrices[name]
-
-    def _stack(self, name: str) -> DeviceArray | PackedWeight:
-        """The matrices of experts, one below the other."""
-        matrix = self._matrix(name)
-        assert not isinstance(matrix, QuantizedRows), "codes of experts are packed"
-        return matrix
+        return self._gemm.gated(rows, self._matrices.matrix(name), out, kind)
 
     def _deferred_norm(self, like: DeviceArray, write: Write, write_again: Write) -> Rows:
         return self._deferred(like, like.shape, write, write_again, norm_takes_groups(like.shape[1]))
@@ -466,7 +397,7 @@ class CudaOps(Ops[DeviceArray]):
         self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write, writes_groups: bool
     ) -> Rows:
         """What ``write`` fills: at once, or with quantised weights when its consumer is known."""
-        if not self._defers:
+        if not self._matrices.meet_codes:
             out = self._pool.array(shape, like.dtype)
             write(out)
             return out
@@ -483,14 +414,6 @@ class CudaOps(Ops[DeviceArray]):
         """``x`` in the compute type."""
         self._settle(x)
         return x.values() if isinstance(x, Deferred | DeferredProduct) else x
-
-    def _rule(self, name: str) -> CodeRule:
-        """How the inputs of a product with codes are quantised."""
-        if name not in self._rules:
-            weight = self._weights.linear(name)
-            assert isinstance(weight.format, RowCodes)
-            self._rules[name] = _rule_of(weight.format, weight.components)
-        return self._rules[name]
 
     def _codes(self, x: Rows, rule: CodeRule) -> QuantizedRows:
         self._settle(x)
@@ -517,10 +440,3 @@ class CudaOps(Ops[DeviceArray]):
         gathered = self._pool.array((len(rows), x.shape[1]), x.dtype)
         gather_rows(self._library, x, self._arrays.logit_rows[rows.start : rows.stop], gathered)
         return gathered
-
-
-def _rule_of(chosen: RowCodes, components: Mapping[str, DeviceArray]) -> CodeRule:
-    """Parts of a merged weight see one input: the largest of their static scales keeps the range of all of them."""
-    if chosen.input == "static":
-        return CodeRule(chosen.kind, float(components["input_scale"].max()), is_static=True)
-    return CodeRule(chosen.kind, chosen.input_ceiling)
