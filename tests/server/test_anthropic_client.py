@@ -25,9 +25,14 @@ TOOLS: list[Any] = [{"name": "weather", "description": "Now", "input_schema": {"
 CALL = f'See: <tool_call>{{"name": "weather", "arguments": {OSLO}}}</tool_call>'
 
 
+def strict_client(server: Server) -> anthropic.Anthropic:
+    """A client that raises where an answer lacks what its types require."""
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=True)
+
+
 @pytest.fixture
 def client(server: Server) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as opened:
+    with strict_client(server) as opened:
         yield opened
 
 
@@ -40,7 +45,7 @@ def tool_server(model_directory: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def tool_client(tool_server: Server) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=tool_server.url, api_key="none", max_retries=0) as opened:
+    with strict_client(tool_server) as opened:
         yield opened
 
 

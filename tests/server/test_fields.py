@@ -12,6 +12,7 @@ import pytest
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.fields import SAMPLING_FIELDS, device_values
 from phalanx.runtime.server.anthropic.protocol import MessagesRequest
+from phalanx.runtime.server.anthropic.protocol import Tool as AnthropicTool
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai import encoding
 from phalanx.runtime.server.openai.encoding import choice_params
@@ -26,7 +27,7 @@ from phalanx.runtime.server.openai.protocol import (
     decode_generation,
     unsupported_fields,
 )
-from phalanx.runtime.server.responses.protocol import ResponsesRequest
+from phalanx.runtime.server.responses.protocol import ResponsesRequest, ResponsesTool
 
 WITHOUT_EFFECT = {
     "user",
@@ -36,6 +37,7 @@ WITHOUT_EFFECT = {
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "billing_policy",
     "cache_control",
     "inference_geo",
     "prompt_cache_options",
@@ -51,8 +53,10 @@ REQUIRED: dict[type[msgspec.Struct], dict[str, Any]] = {
     ChatMessage: {"role": "user"},
     MessagesRequest: {"messages": [], "max_tokens": 1},
     ResponsesRequest: {"input": "a"},
+    AnthropicTool: {"name": "f", "input_schema": {}},
+    ResponsesTool: {"name": "f"},
 }
-"""Every body with fields that are known and not honoured, and the fields that it must have."""
+"""Every body, and part of one, with fields that are known and not honoured, and the fields that it must have."""
 
 
 @pytest.mark.parametrize("kind", REQUIRED)
@@ -64,6 +68,30 @@ def test_every_untyped_field_is_refused_or_known_to_have_no_effect(kind: type[ms
 def test_no_entry_of_the_table_is_without_a_field() -> None:
     listed = {name for kind in REQUIRED for name in unsupported_fields(kind)}
     assert listed == set(NEUTRAL_VALUES)
+
+
+@pytest.mark.parametrize("kind", [MessagesRequest, ResponsesRequest])
+def test_fields_of_tools_are_refused_by_name(kind: type[msgspec.Struct]) -> None:
+    tool = {**REQUIRED[AnthropicTool if kind is MessagesRequest else ResponsesTool], "defer_loading": True}
+    with pytest.raises(ApiError, match="defer_loading is not supported by this server; leave it out"):
+        decode_body(msgspec.json.encode({**REQUIRED[kind], "tools": [tool]}), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (ResponsesRequest, {"text": {"verbosity": "low"}}, "text.verbosity='low'"),
+        (MessagesRequest, {"messages": [{"role": "system", "content": "a"}]}, "messages[0].role='system'"),
+        (ChatRequest, {"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type='custom'"),
+    ],
+)
+def test_values_that_are_none_of_a_field_are_named_with_their_place(
+    kind: type[msgspec.Struct], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode_body(msgspec.json.encode({**REQUIRED[kind], **fields}), kind)
+    assert str(caught.value) == f"{message} is not supported by this server; use another, or leave it out"
+    assert (caught.value.param, caught.value.code) == (next(iter(fields)), "invalid_value")
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))

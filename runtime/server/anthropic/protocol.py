@@ -73,6 +73,7 @@ class ToolResultBlock(msgspec.Struct, forbid_unknown_fields=True, tag_field="typ
     content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
     is_error: bool | None = None
     cache_control: Any = None
+    toolset_name: str | None = None
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,6 +104,11 @@ class Tool(msgspec.Struct, forbid_unknown_fields=True):
     strict: bool | None = None
     cache_control: Any = None
     eager_input_streaming: bool | None = None
+
+    # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    input_examples: Any = None
 
 
 class ToolChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -138,11 +144,13 @@ class CountTokensRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tru
     output_config: OutputConfig | None = None
 
     # Accepted, and without effect on the answer
+    billing_policy: Any = None
     cache_control: Any = None
     user_profile_id: Any = None
     workspace_id: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    compaction: Any = None
     context_management: Any = None
     mcp_servers: Any = None
     speed: Any = None
@@ -161,3 +169,6 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
 
     container: Any = None
     diagnostics: Any = None
+    fallback_credit_token: Any = None
+    fallbacks: Any = None
+    thread: Any = None

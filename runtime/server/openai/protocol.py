@@ -84,6 +84,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
@@ -141,6 +142,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
+    moderation: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
@@ -171,33 +173,44 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
+        "access_programs": (),
+        "allowed_callers": (["direct"],),
         "annotations": ([],),
         "audio": (),
         "background": (False,),
+        "background_options": (),
         "chat_template": (),
         "documents": ([],),
+        "compaction": (),
         "container": (),
         "conversation": (),
         "context_management": (),
+        "defer_loading": (False,),
         "diagnostics": (),
+        "fallback_credit_token": (),
+        "fallbacks": ([],),
         "function_call": ("none",),
         "functions": ([],),
+        "image": (),
         "include": ([], ["reasoning.encrypted_content"]),
+        "input_examples": ([],),
         "kv_transfer_params": (),
         "logits_processors": ([],),
         "max_tool_calls": (),
         "mcp_servers": ([],),
         "modalities": (["text"],),
         "moderation": (),
+        "output_schema": (),
         "prediction": (),
         "previous_response_id": (),
         "prompt": (),
         "reasoning": ({}, {"effort": "none"}),
-        "reasoning_effort": (),
+        "reasoning_effort": ("none",),
         "refusal": ("",),
         "speed": ("standard",),
         "suffix": ("",),
         "thinking": ({"type": "disabled"},),
+        "thread": (),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "verbosity": ("medium",),
@@ -208,6 +221,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 _UNKNOWN_KIND = re.compile(r"Invalid value '([^']*)' - at `\$\.?(.*?)\.?type`")
+_UNKNOWN_VALUE = re.compile(r"Invalid enum value '([^']*)'(?: - at `\$\.?([^`]*)`)?")
 _MISSING_FIELD = re.compile(r"missing required field `([^`]*)`")
 _PATH = re.compile(r"`\$\.?(\w*)")
 
@@ -300,8 +314,9 @@ def _to_struct(fields: dict[str, Any], kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         raise _refused_field(str(error)) from None
     _refuse_unsupported(request)
-    for message in getattr(request, "messages", None) or ():
-        _refuse_unsupported(message)
+    for name in ("messages", "tools"):
+        for item in getattr(request, name, None) or ():
+            _refuse_unsupported(item)
     return request
 
 
@@ -326,6 +341,13 @@ def _refused_field(reason: str) -> ApiError:
             f"type {match[1]!r:.60}{place} is not supported by this server; leave it out",
             re.split(r"\W", match[2])[0] or "type",
             "unsupported_parameter",
+        )
+    if match := _UNKNOWN_VALUE.search(reason):
+        place = match[2] or "value"
+        return invalid(
+            f"{place}={match[1]!r:.60} is not supported by this server; use another, or leave it out",
+            re.split(r"\W", place)[0] if match[2] else None,
+            "invalid_value",
         )
     match = _PATH.search(reason)
     return invalid(reason, match[1] or None if match else None, "invalid_type")

@@ -28,9 +28,10 @@ __all__ = [
 
 
 class InputText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="input_text"):
-    """A text of the user or the operator."""
+    """A text of the user or the operator. Marks for a cache change nothing: every prefix is cached."""
 
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
 class OutputText(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="output_text"):
@@ -99,6 +100,11 @@ class ResponsesTool(msgspec.Struct, forbid_unknown_fields=True):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    output_schema: Any = None
+
 
 class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
     """``tool_choice`` for one function."""
@@ -164,9 +170,12 @@ class ResponsesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     service_tier: Any = None
 
     # Known, and accepted only with a value that changes nothing (see `NEUTRAL_VALUES`)
+    access_programs: Any = None
     background: Any = None
+    background_options: Any = None
     context_management: Any = None
     conversation: Any = None
+    image: Any = None
     include: Any = None
     max_tool_calls: Any = None
     moderation: Any = None
