@@ -215,7 +215,7 @@ SAMPLING_STRUCT = " ".join(_C_DECLARATIONS[format].format(name) for name, format
 
 
 _FIELDS_OF_BEAM_SEARCH = frozenset({
-    "max_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop", "skip_special_tokens",
+    "max_tokens", "seed", "stop", "stop_token_ids", "stop_token_sequences", "ignore_eos", "min_tokens", "include_stop", "skip_special_tokens",
     "spaces_between_special_tokens", "logprobs", "prompt_logprobs", "beam_width", "length_penalty", "early_stopping",
 })  # fmt: skip
 """What a beam search acts on; any other field would be ignored, so it is refused."""

@@ -86,7 +86,7 @@ def make_mask(params: SamplingParams, config: SchedulerConfig, guides: GuideMask
 def num_alternatives(sequence: Sequence, vocab_size: int) -> int:
     """Most probable tokens that executors report for each row of a sequence."""
     params = sequence.request.params
-    wanted = num_candidates(params, len(set(sequence.end_token_ids))) if sequence.is_beam else 0
+    wanted = num_candidates(params, sequence.end_token_ids) if sequence.is_beam else 0
     return min(max(wanted, params.logprobs or 0), vocab_size)
 
 
@@ -172,11 +172,11 @@ def _check_beams(
 ) -> None:
     width = params.beam_width
     blocks = width * -(-(num_prompt + params.max_tokens) // cache.block_size)
-    candidates = num_candidates(params, len(set(end_token_ids)))
+    candidates = num_candidates(params, end_token_ids)
     for needed, limit, what in (
         (width, config.max_num_seqs, "sequences at once (operator: --max-num-seqs)"),
         (blocks, cache.num_blocks, "cache blocks (operator: --num-kv-blocks)"),
-        (candidates, MAX_ALTERNATIVES, "candidates a step; use fewer stop_token_ids"),
+        (candidates, MAX_ALTERNATIVES, "candidates a step; use fewer stop_token_ids and stop_token_sequences"),
     ):
         if needed > limit:
             raise RequestError(

@@ -2,13 +2,14 @@
 
 The definition is that of ``transformers``' ``generate(num_beams=...)``, so that both return the same sequences. A beam's total is the
 sum of its tokens' log-probabilities. At each step the best ``num_candidates`` continuations of all beams are looked at: the best
-``width`` of them that do not end are the next beams; those that end, if they are among the first ``width``, become hypotheses
-with the score total / length ^ length_penalty, of which the best ``width`` are kept. At the length limit every continuation ends.
+``width`` of them that do not end are the next beams; those that end (in an end token or a stop sequence, as transformers' stopping
+criteria), if they are among the first ``width``, become hypotheses with the score total / length ^ length_penalty, of which the best
+``width`` are kept. At the length limit every continuation ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from phalanx.runtime.request import FinishReason, Hypothesis, Logprob, SamplingParams
@@ -45,7 +46,7 @@ class BeamSearch:
     """The search of one request.
 
     Attributes:
-        params: beam_width, length_penalty, early_stopping, max_tokens, min_tokens and logprobs count.
+        params: beam_width, length_penalty, early_stopping, max_tokens, min_tokens, stop_token_sequences and logprobs count.
         end_token_ids: tokens that end a hypothesis.
         hypotheses: the best ones that have ended, best first.
         is_done: nothing that still runs can or may become one of them.
@@ -65,10 +66,13 @@ class BeamSearch:
         """Take in the next tokens of all beams; returns the beams of the next step, best first, none once the search is done."""
         length = len(beams[0].tokens) + 1
         best = self._best(beams, length)
-        ends = [length >= self.params.max_tokens or one.token.token_id in self.end_token_ids for one in best]
-        ended = [one for one, is_end in zip(best[: self.width], ends, strict=False) if is_end]
-        for one in ended:
-            self.hypotheses.append(self._hypothesis(beams[one.parent], one, length))
+        stops = [self._stops(beams[one.parent], one.token.token_id, length) for one in best]
+        ends = [is_stop or length >= self.params.max_tokens for is_stop in stops]
+        for one, is_stop, is_end in zip(best[: self.width], stops, ends, strict=False):
+            if is_end:
+                self.hypotheses.append(
+                    self._hypothesis(beams[one.parent], one, length, "stop" if is_stop else "length")
+                )
         self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
         del self.hypotheses[self.width :]
         running = [one for one, is_end in zip(best, ends, strict=True) if not is_end][: self.width]
@@ -86,17 +90,24 @@ class BeamSearch:
         all_continuations.sort(key=lambda entry: (-entry[0], entry[1], entry[2]))
         return [
             Continuation(index, self._logprob(beams[index], token_id, logprob), total)
-            for total, index, token_id, logprob in all_continuations[
-                : num_candidates(self.params, len(self.end_token_ids))
-            ]
+            for total, index, token_id, logprob in all_continuations[: num_candidates(self.params, self.end_token_ids)]
         ]
 
     def _logprob(self, beam: Candidates, token_id: int, logprob: float) -> Logprob:
         return Logprob(token_id, logprob, tuple(beam.next_tokens[: self.params.logprobs or 0]))
 
-    def _hypothesis(self, beam: Candidates, last: Continuation, length: int) -> Hypothesis:
-        is_end = last.token.token_id in self.end_token_ids
-        reason: FinishReason = "stop" if is_end else "length"
+    def _stops(self, beam: Candidates, token_id: int, length: int) -> bool:
+        """Whether a continuation by ``token_id`` ends before the length limit."""
+        if token_id in self.end_token_ids:
+            return True
+        if length <= self.params.min_tokens:
+            return False
+        return any(
+            sequence[-1] == token_id and _ends_in(beam.tokens, sequence[:-1])
+            for sequence in self.params.stop_token_sequences
+        )
+
+    def _hypothesis(self, beam: Candidates, last: Continuation, length: int, reason: FinishReason) -> Hypothesis:
         return Hypothesis((*beam.tokens, last.token), last.total, self._score(last.total, length), reason)
 
     def _cannot_improve(self, best_total: float, length: int) -> bool:
@@ -113,6 +124,14 @@ class BeamSearch:
         return float(total / length**self.params.length_penalty)
 
 
-def num_candidates(params: SamplingParams, num_end_tokens: int) -> int:
+def num_candidates(params: SamplingParams, end_token_ids: Iterable[int]) -> int:
     """Continuations looked at in a step: so many that ``beam_width`` of them do not end, whichever do."""
-    return max(2, 1 + num_end_tokens) * params.beam_width
+    ends = {*end_token_ids, *(sequence[-1] for sequence in params.stop_token_sequences)}
+    return max(2, 1 + len(ends)) * params.beam_width
+
+
+def _ends_in(tokens: Sequence[Logprob], sequence: Sequence[int]) -> bool:
+    """Whether the last ones of ``tokens`` are ``sequence``."""
+    if len(tokens) < len(sequence):
+        return False
+    return all(token.token_id == wanted for token, wanted in zip(reversed(tokens), reversed(sequence), strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,44 @@ def test_answers_and_scores_equal_transformers(directory: Path, early: Any, leng
             assert answers(output) == expected
             scores = [hypothesis.score for hypothesis in output.hypotheses]
             np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=2e-6, atol=2e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("early", [False, True, "never"])
+def test_stop_sequences_end_beams_as_stopping_criteria_of_transformers_do(directory: Path, early: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+    class Sequences(StoppingCriteria):  # type: ignore[misc]
+        def __init__(self, num_prompt: int, sequences: list[list[int]]) -> None:
+            self.num_prompt, self.sequences = num_prompt, sequences
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            rows = input_ids[:, self.num_prompt :].tolist()
+            return torch.tensor([any(row[-len(one) :] == one for one in self.sequences) for row in rows])
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with LLM(directory, **AMPLE) as llm:
+        for prompt, width in zip(PROMPTS, WIDTHS, strict=True):
+            params = SamplingParams(max_tokens=21, beam_width=width, early_stopping=early, ignore_eos=True)
+            (free,) = llm.generate(prompt, params)
+            sequences = [list(free.hypotheses[0].token_ids[4:7]), list(free.hypotheses[1].token_ids[9:11])]
+            stopping = dataclasses.replace(params, stop_token_sequences=tuple(map(tuple, sequences)))
+            (output,) = llm.generate(prompt, stopping)
+            found = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), num_beams=width,
+                num_return_sequences=width, max_new_tokens=21, do_sample=False, early_stopping=early, eos_token_id=None,
+                stopping_criteria=StoppingCriteriaList([Sequences(len(prompt), sequences)]), pad_token_id=0,
+                return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+            rows = found.sequences[:, len(prompt) :].tolist()
+            assert [tuple(row[: len(one)]) for row, one in zip(rows, answers(output), strict=True)] == answers(output)
+            padding = {token for row, one in zip(rows, answers(output), strict=True) for token in row[len(one) :]}
+            assert padding <= {-1}, "what transformers writes after the end where there is no end token"
+            scores = [hypothesis.score for hypothesis in output.hypotheses]
+            np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=2e-6, atol=2e-4)
+            assert "stop" in {hypothesis.finish_reason for hypothesis in output.hypotheses}
 
 
 def _until_end(token_ids: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:

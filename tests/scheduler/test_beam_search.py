@@ -33,7 +33,7 @@ def search(model: Model, params: SamplingParams, ends: frozenset[int]) -> BeamSe
     found = BeamSearch(params, ends)
     beams = [Candidates((), 0.0, [])]
     while not found.is_done:
-        count = num_candidates(params, len(ends))
+        count = num_candidates(params, ends)
         known = []
         for beam in beams:
             logprobs = model(tuple(token.token_id for token in beam.tokens))
@@ -74,10 +74,16 @@ def test_wide_enough_it_finds_the_best_of_all_answers(length_penalty: float, see
     assert [hypothesis.score for hypothesis in found.hypotheses] == pytest.approx([scored[tokens] for tokens in best])
 
 
-def plain_search(
-    model: Model, width: int, length: int, ends: set[int], penalty: float, early: Any
-) -> list[tuple[int, ...]]:
+def stops(tokens: tuple[int, ...], params: SamplingParams) -> bool:
+    """Whether an answer ends in a stop sequence."""
+    ends = any(tokens[-len(sequence) :] == sequence for sequence in params.stop_token_sequences)
+    return ends and len(tokens) > params.min_tokens
+
+
+def plain_search(model: Model, params: SamplingParams, ends: set[int]) -> list[tuple[int, ...]]:
     """The definition on whole lists: no candidates, no parents."""
+    width, length = params.beam_width, params.max_tokens
+    penalty, early = params.length_penalty, params.early_stopping
     running: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished: list[tuple[float, tuple[int, ...]]] = []
     for now in range(1, length + 1):
@@ -85,7 +91,7 @@ def plain_search(
             ((total + logprob, (*tokens, token)) for total, tokens in running for token, logprob in enumerate(model(tokens))),
             key=lambda entry: -entry[0],
         )  # fmt: skip
-        ended = [now == length or tokens[-1] in ends for _, tokens in grown]
+        ended = [now == length or tokens[-1] in ends or stops(tokens, params) for _, tokens in grown]
         finished += [
             (entry[0] / now**penalty, entry[1]) for entry, is_end in zip(grown[:width], ended, strict=False) if is_end
         ]
@@ -102,16 +108,28 @@ def plain_search(
 @given(
     seed=st.integers(0, 10_000), width=st.integers(2, 5), length=st.integers(1, 8), ends=st.sets(st.integers(0, 6), max_size=3),
     penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]), early=st.sampled_from([True, False, "never"]),
+    sequences=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), max_size=3), least=st.integers(0, 3),
 )  # fmt: skip
 def test_it_keeps_the_definition_at_any_width_and_length(
-    seed: int, width: int, length: int, ends: set[int], penalty: float, early: Any
+    seed: int,
+    width: int,
+    length: int,
+    ends: set[int],
+    penalty: float,
+    early: Any,
+    sequences: list[list[int]],
+    least: int,
 ) -> None:
     model = Model(seed, vocabulary=7)
-    params = SamplingParams(max_tokens=length, beam_width=width, length_penalty=penalty, early_stopping=early)
+    params = SamplingParams(
+        max_tokens=length, beam_width=width, length_penalty=penalty, early_stopping=early, stop_token_sequences=sequences,
+        min_tokens=0 if ends else min(least, length),
+    )  # fmt: skip
     found = search(model, params, frozenset(ends))
-    assert [hypothesis.token_ids for hypothesis in found.hypotheses] == plain_search(
-        model, width, length, ends, penalty, early
-    )
+    assert [hypothesis.token_ids for hypothesis in found.hypotheses] == plain_search(model, params, ends)
+    for hypothesis in found.hypotheses:
+        is_stop = hypothesis.token_ids[-1] in ends or stops(hypothesis.token_ids, params)
+        assert hypothesis.finish_reason == ("stop" if is_stop else "length")
 
 
 def test_end_tokens_are_passed_over_before_min_tokens() -> None:

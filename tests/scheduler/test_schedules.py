@@ -209,8 +209,7 @@ def check_search(driver: Driver, truth: Truth) -> None:
         return
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
     answers = plain_search(
-        lambda tokens: all_logprobs((*request.prompt_token_ids, *tokens)),
-        params.beam_width, params.max_tokens, ends, params.length_penalty, params.early_stopping,
+        lambda tokens: all_logprobs((*request.prompt_token_ids, *tokens)), params, ends
     )  # fmt: skip
     assert delta.token_ids == answers[driver.followers[leader].index(request.request_id)]
     if request.request_id == leader:
