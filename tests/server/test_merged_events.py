@@ -27,7 +27,8 @@ from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Deltas, Failed, encode_frame
 from phalanx.runtime.server.metrics import INTER_TOKEN_SECONDS, Histogram, Metrics
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
-from phalanx.runtime.server.openai.generation import GenerationJob, GenerationStream
+from phalanx.runtime.server.openai.generation import GenerationStream
+from phalanx.runtime.server.openai.generation_job import GenerationJob
 from phalanx.runtime.server.openai.parsing import ApiGeneration, parse_chat, parse_completion
 from phalanx.runtime.server.responses.parsing import parse_response
 from phalanx.runtime.server.services import Services

@@ -15,7 +15,7 @@ from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, Submit
 from phalanx.runtime.server.metrics import Metrics
-from phalanx.runtime.server.openai.generation import GenerationJob
+from phalanx.runtime.server.openai.generation_job import GenerationJob
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.time_limit import TimeLimit

@@ -17,7 +17,7 @@ from phalanx.runtime.server.guides import GuideChecker
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.metrics import Metrics
-from phalanx.runtime.server.openai.generation import start_job
+from phalanx.runtime.server.openai.generation_job import start_job
 from phalanx.runtime.server.openai.parsing import Generation
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.settings import FrontendSettings

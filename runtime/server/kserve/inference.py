@@ -18,7 +18,7 @@ from phalanx.runtime.server.kserve.parsing import Query, parse_rows
 from phalanx.runtime.server.kserve.statistics import ModelStatistics
 from phalanx.runtime.server.kserve.tensors import Tensor
 from phalanx.runtime.server.kserve.text_models import postprocess, preprocess
-from phalanx.runtime.server.openai.generation import GenerationJob, start_job
+from phalanx.runtime.server.openai.generation_job import GenerationJob, start_job
 from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.time_limit import TimeLimit
 
