@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from phalanx.kernels.cublaslt import GemmProblem
-from phalanx.kernels.gemm import Gemm, Operands, open_gemm
+from phalanx.kernels.gemm import Gemm, open_gemm
+from phalanx.kernels.gemm_operands import Operands
 from phalanx.kernels.graph_capture import capture
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.packed import PackedWeight, parse_layout

@@ -12,7 +12,8 @@ import pytest
 
 from phalanx.kernels.block_probe import multiplies_blocks as shows_blocks
 from phalanx.kernels.cublaslt import CublasLt, GemmProblem
-from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
+from phalanx.kernels.gemm_operands import Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.product_sizes import packed_row_bytes, padded_tokens

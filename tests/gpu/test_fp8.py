@@ -14,7 +14,8 @@ import pytest
 
 from phalanx.checkpoints.quantization.numbers import Codes, dequantize, quantize_rows
 from phalanx.kernels.cublaslt import CublasLt
-from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
+from phalanx.kernels.gemm_operands import Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.library import KernelLibrary

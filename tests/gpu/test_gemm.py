@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from phalanx.kernels.cublaslt import CublasLt, GemmProblem
-from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
+from phalanx.kernels.gemm_operands import Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import KernelLibrary

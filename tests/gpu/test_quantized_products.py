@@ -13,7 +13,8 @@ import pytest
 from phalanx.checkpoints.quantization.numbers import quantize_rows
 from phalanx.kernels.cublaslt import CublasLt
 from phalanx.kernels.experts import Routing
-from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm, Operands, problem_of
+from phalanx.kernels.gemm import WORKSPACE_BYTES, Gemm
+from phalanx.kernels.gemm_operands import Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import KernelLibrary
