@@ -14,7 +14,7 @@ from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link import engine_client
 from phalanx.runtime.server.link.engine_client import EngineClient
-from phalanx.runtime.server.link.messages import Failed, encode_frame
+from phalanx.runtime.server.link.messages import Draining, Failed, encode_frame
 from phalanx.runtime.server.web.log import hold_log, start_logging
 
 from .test_shared_prompts import RecordingTransport
@@ -64,6 +64,27 @@ def test_a_rank_0_that_does_not_end_is_waited_for_a_limited_time(monkeypatch: py
             await asyncio.sleep(0)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("has_open", [False, True])
+def test_a_rank_0_that_ends_after_a_drain_has_not_failed_though_its_stop_was_never_read(has_open: bool) -> None:
+    gone: list[bool] = []
+    room = Room(Board.of_one())
+    client = EngineClient(lambda model: None, lambda: gone.append(True), lambda stats: None, room)
+    if has_open:
+        room.enter(1, 1)
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            client.connection_made(RecordingTransport(ours))
+        client.serve()
+        client.data_received(encode_frame(Draining()))
+        client.connection_lost(BrokenPipeError())
+
+    asyncio.run(run())
+    assert (client.failure is not None) == has_open
+    assert gone == [True]
 
 
 @pytest.fixture

@@ -241,13 +241,17 @@ class EngineClient(asyncio.Protocol):
             self._lose(f"its messages are damaged: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Rank 0 is gone."""
+        """Rank 0 is gone: as it should be, if it has said `Stop` or every answer of a drain was given.
+
+        A message that crosses its end closes the transport at once, and `Stop` is then never read.
+        """
         self._transport = None
         self._may_write()
-        if not self._is_stopped:
+        has_ended = self._is_stopped or self._is_drained
+        if not has_ended:
             reason = "the launcher may have ended it because another rank was lost"
             self._lose(f"{self._engine_name} has ended without a message; {reason}")
-        if self._on_change is None:
+        if self._on_change is None or has_ended:
             self._on_gone()
 
     def _deliver_soon(self) -> None:
@@ -393,8 +397,12 @@ class EngineClient(asyncio.Protocol):
             self._serving = None
 
     def _report_drained(self) -> None:
-        if self.state is ServerState.DRAINING and self._room.num_own == 0:
+        if self._is_drained:
             self._send(Drained())
+
+    @property
+    def _is_drained(self) -> bool:
+        return self.state is ServerState.DRAINING and self._room.num_own == 0
 
     def _send(self, message: FromFrontend) -> None:
         if self._transport is not None:
