@@ -16,10 +16,12 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         text: how, in one line.
         trace: the traceback.
+        of_a_peer: it failed because it could not reach another rank, which probably has more to say.
     """
 
     text: str
     trace: str
+    of_a_peer: bool = False
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):

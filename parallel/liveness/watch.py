@@ -24,7 +24,14 @@ from typing import NoReturn
 
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.connections import connect_ranks
-from phalanx.parallel.errors import CheckpointError, ConfigError, EndedElsewhereError, RequestError, printable
+from phalanx.parallel.errors import (
+    CheckpointError,
+    CommunicatorError,
+    ConfigError,
+    EndedElsewhereError,
+    RequestError,
+    printable,
+)
 from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.judge import Limits, RankState
@@ -47,11 +54,15 @@ TELL_SECONDS = 2.0
 """How long rank 0 may take to tell clients, and to remove a file that names the server."""
 ANSWER_SECONDS = 3.0
 """How long a failed rank waits for rank 0 to report it before it does so itself."""
+CAUSE_SECONDS = 1.0
+"""A rank's end reaches the ranks that talk to it within milliseconds, rank 0 perhaps later: how long it gets to show as the cause."""
 SPEAKER_SECONDS = 2.0
 """When rank 0 is lost rank 1 speaks, this much later rank 2, and then the others leave: the first to leave ends them all."""
 _STACK_LINES = 24
 _ENDED_ELSEWHERE = (ConfigError, CheckpointError, RequestError, EndedElsewhereError, KeyboardInterrupt)
 """Most such mistakes are found by every rank, and an interrupt is not a failure: `launch.running` ends the job if need be."""
+_COMMUNICATION_MODULES = ("mpi4py.", "cupy_backends.cuda.libs.nccl")
+"""Whose exceptions mean, as `CommunicatorError` does, that another rank is out of reach."""
 
 
 class RankWatch:
@@ -88,6 +99,8 @@ class RankWatch:
         self._num_saturated = dict.fromkeys(self._links, 0)
         self._lock = threading.Lock()
         self._closing = self._failure_told = False
+        self._effects: list[tuple[float, RankState, Failure]] = []
+        self._speaking = threading.Lock()
         self._trouble: str | None = None
         self._end_at: tuple[float, int, str] | None = None
         self._spare: Sequence[range] = ()
@@ -126,11 +139,15 @@ class RankWatch:
 
     def fail(self, error: BaseException) -> None:
         """Let rank 0 report why this rank ends the job; returns on rank 0 itself, or when rank 0 does not answer."""
-        self._closing = True
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         text = printable(f"failed{notes}: {type(error).__name__}: {error}")
         trace = printable("".join(traceback.format_exception(error)).rstrip())
-        self._send_all(Failure(text, trace))
+        of_a_peer = isinstance(error, CommunicatorError) or type(error).__module__.startswith(_COMMUNICATION_MODULES)
+        if self._rank == 0:
+            time.sleep(CAUSE_SECONDS if of_a_peer else 0.0)
+            self._speaking.acquire()  # not while the watching thread, which may know the cause, ends this process
+        self._closing = True
+        self._send_all(Failure(text, trace, of_a_peer))
         if self._rank:
             self._flush(FLUSH_SECONDS)
             time.sleep(ANSWER_SECONDS)  # rank 0's answer ends this process
@@ -172,6 +189,7 @@ class RankWatch:
             if now >= due:
                 late, due = now - due, now + STAMP_SECONDS
                 self._send_all(self._progress.stamp(), droppable=True)
+                self._end_without_cause(now)
                 self._end_if_due(now)
                 if late > LATE_SECONDS:  # the others may have said much that is not read yet
                     self._heard = {rank: heard + late for rank, heard in self._heard.items()}
@@ -214,6 +232,12 @@ class RankWatch:
 
     def _failed(self, state: RankState, failure: Failure) -> None:
         """Rank 0 reports it; elsewhere it is rank 0 that has failed, and that reports itself before it aborts the job."""
+        if self._rank == 0 and failure.of_a_peer:
+            self._effects.append((time.monotonic() + CAUSE_SECONDS, state, failure))
+            return
+        self._end_by_failure(state, failure)
+
+    def _end_by_failure(self, state: RankState, failure: Failure) -> None:
         if self._retires(state, failure.text):
             return
         self._closing = self._failure_told = True
@@ -250,6 +274,12 @@ class RankWatch:
             self._on_loss(group, f"{state} {what}")
         return True
 
+    def _end_without_cause(self, now: float) -> None:
+        """A rank could not reach another, and none has shown as the cause: then the effect is what is known."""
+        for due, state, failure in self._effects:
+            if now > due and state.rank not in self._retired:
+                self._end_by_failure(state, failure)
+
     def _end_if_due(self, now: float) -> None:
         if self._end_at is not None and now > self._end_at[0]:
             self._end_job(self._end_at[2], self._end_at[1])
@@ -279,6 +309,7 @@ class RankWatch:
 
     def _end_job(self, verdict: str, status: int = FAILED) -> NoReturn:
         """Say why, tell clients, and end this process; the others follow when their connections close."""
+        self._speaking.acquire(timeout=ANSWER_SECONDS)  # for good: the job has one verdict
         if self._rank == 0:
             self._speak(verdict, status)
             self._send_all(End(status))

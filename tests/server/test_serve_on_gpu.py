@@ -135,7 +135,7 @@ def test_a_rank_that_fails_within_a_step_is_named(
     ranks, rank = num_ranks(tp, pp), 1
     flags = ("--tp", str(tp), "--pp", str(pp))
     before = free_bytes()
-    with serve_faulty(tiny, tmp_path, rank, FAULTS[fault], *flags, num_ranks=ranks, engine=ENGINE) as (
+    with serve_faulty(tiny, tmp_path, {rank: FAULTS[fault]}, *flags, num_ranks=ranks, engine=ENGINE) as (
         running,
         trigger,
     ):

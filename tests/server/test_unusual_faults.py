@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,16 +24,17 @@ __all__ = ["tiny"]
 PATH = "/v1/completions"
 FAULTY = """
 # launch.serve: by this word a job finds its ranks
-import ctypes, importlib, os, sys, launch
+import ctypes, importlib, os, sys, time, launch
 from phalanx.launch import serve
 from phalanx.launch.arguments import run_command
+from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.launcher import launch_info
 
 def faulty(executor):
     class Faulty(executor):
         def execute(self, plan):
-            if launch_info().rank == {rank} and os.path.exists({trigger!r}):
-                {fault}
+            if os.path.exists({trigger!r}):
+                exec({faults!r}.get(launch_info().rank, ""), globals(), {{"self": self}})
             super().execute(plan)
     return Faulty
 
@@ -60,11 +61,11 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def serve_faulty(
-    tiny: Path, directory: Path, rank: int, fault: str, *flags: str, num_ranks: int = 4, engine: str = "numpy"
+    tiny: Path, directory: Path, faults: Mapping[int, str], *flags: str, num_ranks: int = 4, engine: str = "numpy"
 ) -> Iterator[tuple[Job, Path]]:
-    """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, something happens to one rank in its next step."""
+    """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, ranks do what ``faults`` says in their next step."""
     trigger = directory / "trigger"
-    code = FAULTY.format(executors=EXECUTORS[engine], rank=rank, trigger=str(trigger), fault=fault)
+    code = FAULTY.format(executors=EXECUTORS[engine], trigger=str(trigger), faults=dict(faults))
     layout = flags or ("--tp", "2", "--pp", "2")
     model = ("--model", str(tiny), "--load-format", "dummy", "--engine", engine)
     with serve(num_ranks, *model, *layout, "--stall-timeout", "4", program=("-c", code)) as job:
@@ -111,12 +112,37 @@ QUICK = (0, 1, 4)
 def test_a_fault_in_a_step_ends_every_stream_and_names_the_rank(
     tiny: Path, tmp_path: Path, reports: Path, rank: int, fault: str, said: str
 ) -> None:
-    with serve_faulty(tiny, tmp_path, rank, fault) as (job, trigger):
+    with serve_faulty(tiny, tmp_path, {rank: fault}) as (job, trigger):
         errors = assert_a_fault_ends_every_stream_and_names_the_rank(job, trigger, rank)
     if rank == 0 and "os.close(2)" in fault:  # nothing of rank 0 reaches the launcher any more
         errors = "".join(report.read_text() for report in reports.iterdir())
     assert said in errors
     assert re.search(rf"rank {rank}\b", errors)
+
+
+LOST_PEER = "raise CommunicatorError('planted: a peer is gone')"
+LATER = "time.sleep(0.4); "
+
+
+@pytest.mark.parametrize(
+    ("faults", "rank", "said"),
+    [
+        ({3: LOST_PEER, 1: LATER + "os._exit(0)"}, 1, "has ended"),
+        pytest.param({0: LOST_PEER, 3: LATER + "os._exit(0)"}, 3, "has ended", marks=pytest.mark.slow),
+        pytest.param(
+            {0: LOST_PEER, 2: LATER + "raise MemoryError('planted')"}, 2, "MemoryError", marks=pytest.mark.slow
+        ),
+        pytest.param({2: LOST_PEER}, 2, "a peer is gone", marks=pytest.mark.slow),
+        pytest.param({0: LOST_PEER}, 0, "a peer is gone", marks=pytest.mark.slow),
+    ],
+)
+def test_of_a_rank_and_one_that_could_not_reach_it_the_former_is_named(
+    tiny: Path, tmp_path: Path, faults: dict[int, str], rank: int, said: str
+) -> None:
+    """Whose messages come first is the network's choice."""
+    with serve_faulty(tiny, tmp_path, faults) as (job, trigger):
+        errors = assert_a_fault_ends_every_stream_and_names_the_rank(job, trigger, rank)
+    assert said in errors
 
 
 def test_an_http_process_that_is_stopped_for_a_moment_answers_all_it_had_open(tiny: Path) -> None:
