@@ -27,7 +27,7 @@ CONFIG = {
     "num_key_value_heads": 8, "max_position_embeddings": 512, "rope_theta": 500000.0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """The widths of Llama-3-8B."""
-LOGITS_STD = 3.5
+LOGITS_STD = 4.2
 """Of logits, which gives an entropy of about 3 nats."""
 NUM_TEXTS, LENGTH = 96, 256
 MOST_APART = 0.2
