@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["InOrder", "ResultFile", "check_same_prompts", "to_json"]
 
+LOCK_SECONDS = 10.0
+"""How long an earlier run, of which the launcher is gone, may take to end."""
+LOCK_POLL_SECONDS = 0.1
 _DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 """What is there stands for something else, such as the shell's file behind ``/dev/stdout``, which takes lines but is not continued."""
 
@@ -66,6 +72,7 @@ class ResultFile:
             raise ConfigError(f"--output {path} cannot be written: {error.strerror}; choose another place") from None
         try:
             if self._is_kept:
+                self._lock()
                 self._read()
         except ConfigError:
             self._file.close()
@@ -77,20 +84,65 @@ class ResultFile:
         return self._lines
 
     def write(self, output: RequestOutput) -> None:
-        """Append a line, which is then safe from whatever happens to this process."""
-        self._file.write(to_json(output).encode() + b"\n")
-        self._file.flush()
+        """Append a line, which is then safe from whatever happens to this process.
+
+        Raises:
+            OSError: the file, which it names, cannot be written.
+        """
+        with self._named():
+            self._file.write(to_json(output).encode() + b"\n")
+            self._file.flush()
 
     def close(self, complete: bool) -> None:
-        """Close it; a complete file gets its lines in input order, where an interruption had left them in another."""
-        self._file.close()
-        if complete and self._is_kept:
-            lines = self._path.read_bytes().splitlines(keepends=True)
-            ordered = sorted(lines, key=lambda line: int(json.loads(line)["index"]))
-            if ordered != lines:
-                partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-                partial.write_bytes(b"".join(ordered))
-                partial.replace(self._path)
+        """Close it; a complete file gets its lines in input order, where an interruption had left them in another.
+
+        Raises:
+            OSError: as `write`.
+        """
+        with self._named(), self._file:
+            if complete and self._is_kept:
+                self._put_in_order()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the disk says which file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+    def _put_in_order(self) -> None:
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        ordered = sorted(lines, key=lambda line: int(json.loads(line)["index"]))
+        if ordered == lines:
+            return
+        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            partial.write_bytes(b"".join(ordered))
+            partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        """Keep a second run away, which would write the same lines.
+
+        Raises:
+            ConfigError: another run holds the file, and is not just ending.
+        """
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    reason = "is being written by another run; wait for its end, or choose another name"
+                    raise ConfigError(f"--output {self._path} {reason}") from None
+                time.sleep(LOCK_POLL_SECONDS)
+            except OSError:  # a file system without locks
+                return
+            else:
+                return
 
     def _read(self) -> None:
         self._file.seek(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from phalanx.launch import results
 from phalanx.launch.results import InOrder, ResultFile
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.request import RequestOutput
@@ -34,20 +36,20 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_a_result_is_written_as_soon_as_all_earlier_ones_are() -> None:
     written: list[int] = []
-    results = InOrder(lambda one: written.append(one.index), [0, 2, 3, 5])
+    in_order = InOrder(lambda one: written.append(one.index), [0, 2, 3, 5])
     seen = []
     for index in (2, 0, 5, 3):
-        results.take(output(index))
+        in_order.take(output(index))
         seen.append(list(written))
     assert seen == [[], [0, 2], [0, 2], [0, 2, 3, 5]]
 
 
 def test_what_is_finished_is_written_although_earlier_ones_are_missing() -> None:
     written: list[int] = []
-    results = InOrder(lambda one: written.append(one.index), range(4))
-    results.take(output(3))
-    results.take(output(1))
-    results.release()
+    in_order = InOrder(lambda one: written.append(one.index), range(4))
+    in_order.take(output(3))
+    in_order.take(output(1))
+    in_order.release()
     assert written == [1, 3]
 
 
@@ -186,6 +188,35 @@ def test_a_full_disk_is_one_line_and_no_traceback() -> None:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "cannot be written: No space left on device" in result.stderr.splitlines()[0]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    file = ResultFile(path, resume=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"results\.jsonl"):
+            file.write(output(0))
+        with pytest.raises(OSError, match=r"results\.jsonl"):
+            file.close(complete=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_that_another_run_writes_is_refused(
+    tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "LOCK_SECONDS", 0.0)
+    path = tmp_path / "results.jsonl"
+    first = ResultFile(path, resume)
+    with pytest.raises(ConfigError, match="is being written by another run; wait for its end"):
+        ResultFile(path, resume=True)
+    first.close(complete=False)
+    ResultFile(path, resume=True).close(complete=False)
 
 
 @pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "a", "--max-tokens", "2")])
