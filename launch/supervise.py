@@ -43,6 +43,8 @@ LAUNCHER_SECONDS = 10.0
 """How long a launcher has to end after rank 0: MPICH's waits for a host that is lost until TCP gives up."""
 LAUNCH_SECONDS = 120.0
 """How long a launcher may take, besides --start-timeout, until ranks run."""
+SUSPENDED_SECONDS = 2.0
+"""A loop over jobs that comes round later than that was suspended, as Slurm does with all of a job."""
 HEARSAY_SECONDS = 2.0
 """How much later than its launcher's end that of rank 0 may be heard of."""
 FAILED = 1
@@ -161,9 +163,11 @@ class _Supervisor:
             )
         except OSError as error:
             raise ConfigError(f"{self.command[0]} cannot be started: {error.strerror}; see --launcher") from None
+        looked_at = time.monotonic()
         while (status := self.process.poll()) is None:
             self._pass_on_signal(self.process)
             self._listen(POLL_SECONDS)
+            looked_at = self._forgive(looked_at)
             if self.num_passed_on > 1:
                 self._kill(KILL_SECONDS)
             elif time.monotonic() > self.end_by:
@@ -177,6 +181,13 @@ class _Supervisor:
             _LOG.error("%s ended with status 0 and started no rank of phalanx serve; see --launcher", self.command[0])
             return MISTAKE
         return 0 if self._is_told_early() else _exit_status(status)
+
+    def _forgive(self, looked_at: float) -> float:
+        """Have time not count in which this process, and so the whole job, was suspended; returns the time."""
+        now = time.monotonic()
+        if now - looked_at > SUSPENDED_SECONDS:
+            self.end_by += now - looked_at
+        return now
 
     def _has_come(self) -> bool:
         """Whether rank 0 of this job was there. HTTP processes hear of its end by themselves, perhaps after the launcher's."""

@@ -117,6 +117,10 @@ class RankProgress:
         """This rank is ready and has nothing to do."""
         self.end_step(0, self.num_saturated)
 
+    def forgive(self, seconds: float) -> None:
+        """Have this time not count towards a limit, as the whole job was suspended; called by the thread that watches."""
+        self._since = min(self._since + seconds, self._clock())
+
     def _tell(self, done: int, total: int | None) -> None:
         if self._on_phase is not None:
             self._on_phase(self.current_phase, done, total)

@@ -46,7 +46,7 @@ STAMP_SECONDS = 0.5
 FAILED = 1
 """Exit status of a job that ends with a report."""
 LATE_SECONDS = 2.0
-"""When this thread itself comes later than that, the whole job was suspended or starved: silence does not count."""
+"""When this thread itself comes later than that, the whole job was suspended or starved: neither silence nor the time of a step counts."""
 STACKS_SECONDS = 1.0
 """How long rank 0 waits for the stacks of ranks that still answer."""
 FLUSH_SECONDS = 0.5
@@ -187,14 +187,21 @@ class RankWatch:
                     del self._links[link.rank]
             now = time.monotonic()
             if now >= due:
-                late, due = now - due, now + STAMP_SECONDS
-                self._send_all(self._progress.stamp(), droppable=True)
-                self._end_without_cause(now)
-                self._end_if_due(now)
-                if late > LATE_SECONDS:  # the others may have said much that is not read yet
-                    self._heard = {rank: heard + late for rank, heard in self._heard.items()}
-                else:
-                    self._judge(now)
+                self._tick(now, now - due)
+                due = now + STAMP_SECONDS
+
+    def _tick(self, now: float, late: float) -> None:
+        """Stamp, and look at all ranks unless this thread comes so ``late`` that they may have said much that is not read yet."""
+        is_late = late > LATE_SECONDS
+        if is_late:
+            self._progress.forgive(late)
+        self._send_all(self._progress.stamp(), droppable=True)
+        self._end_without_cause(now)
+        self._end_if_due(now)
+        if is_late:
+            self._heard = {rank: heard + late for rank, heard in self._heard.items()}
+        else:
+            self._judge(now)
 
     def _read(self, link: Link) -> bool:
         """Take what has come; False when the connection has ended and may."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from phalanx.parallel.communicator import Communicator
+from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.judge import Limits, RankState, report, silent_rank, stalled_rank, trouble
 from phalanx.parallel.liveness.links import Link
 from phalanx.parallel.liveness.messages import Leaving
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
+from phalanx.parallel.liveness.watch import RankWatch
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
 from phalanx.parallel.thread_comm import run_ranks
 
@@ -104,6 +107,28 @@ def test_progress_counts_the_limit_from_the_last_step_that_ended() -> None:
     assert (progress.stamp().activity, progress.stamp().seconds) == ("stepping", 1.0)
     progress.end_step(num_in_flight=0)
     assert progress.stamp().activity == "waiting"
+
+
+@pytest.mark.parametrize("late", [0.0, 400.0], ids=["stuck", "suspended"])
+@pytest.mark.parametrize("activity", ["starting", "stepping"])
+def test_time_in_which_the_whole_job_was_suspended_does_not_count(
+    activity: str, late: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm suspends all processes of a job. The thread that watches finds that it is late itself, and judges at the next tick."""
+    now, verdicts = [0.0], list[str]()
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    progress = RankProgress(lambda: now[0])
+    watch = RankWatch(SelfCommunicator(), progress, Limits(step=300.0, start=300.0))
+    monkeypatch.setattr(watch, "_end_job", verdicts.append)
+    if activity == "stepping":
+        progress.begin_step(0)
+    now[0] = 400.5
+    watch._tick(now[0], late)
+    watch._tick(now[0], 0.0)
+    assert bool(verdicts) == (late == 0.0)
+    now[0] = 702.0
+    watch._tick(now[0], 0.0)
+    assert verdicts, "from then on the limit counts as ever"
 
 
 def test_an_error_says_in_which_phase_it_was_raised() -> None:

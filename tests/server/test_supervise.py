@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,17 @@ def test_a_launcher_that_does_not_end_is_killed(
     assert frontend.failure == "the ranks ended with status 1"
     assert supervisor.process is not None
     assert supervisor.process.returncode == -signal.SIGKILL
+
+
+def test_time_in_which_the_whole_job_was_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.supervise, "SUSPENDED_SECONDS", 500.0)
+    frontend: Any = SupervisedFrontend()
+    supervisor = _Supervisor(frontend, ["true"], 0, 1e6, end_by=100.0)
+    now = time.monotonic()
+    assert supervisor._forgive(now) >= now
+    assert supervisor.end_by == 100.0
+    supervisor._forgive(now - 1000.0)
+    assert supervisor.end_by >= 1100.0
 
 
 def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
