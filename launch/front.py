@@ -49,6 +49,7 @@ def model_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 def frontend_settings(args: argparse.Namespace, grpc_port: int | None) -> FrontendSettings:
     """What the HTTP side must know of the flags."""
+    from phalanx.parallel.liveness.judge import Limits
     from phalanx.runtime.server.settings import FrontendSettings
 
     return FrontendSettings(
@@ -64,6 +65,8 @@ def frontend_settings(args: argparse.Namespace, grpc_port: int | None) -> Fronte
         insecure=args.insecure,
         request_timeout_seconds=args.request_timeout,
         stall_seconds=min(STALLED_HEALTH_SECONDS, args.stall_timeout / 2),
+        silence_seconds=min(Limits().silence, args.stall_timeout),
+        starting_silence_seconds=args.stall_timeout,
         metrics_compatibility=tuple(args.metrics_compatibility),
         tool_call_parser=args.tool_call_parser,
         cors_origins=tuple(args.cors_origin),

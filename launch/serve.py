@@ -208,7 +208,8 @@ def _watch(args: argparse.Namespace, world: Communicator, progress: RankProgress
     from phalanx.parallel.liveness.watch import RankWatch
 
     limits = Limits(step=args.stall_timeout, start=args.start_timeout)
-    return RankWatch(world, progress, limits, front.tell_failed, front.tell_trouble, cache_directory() / "failures")
+    reports = cache_directory() / "failures"
+    return RankWatch(world, progress, limits, front.tell_failed, front.tell_trouble, reports, front.tell_pulse)
 
 
 def _model_info(

@@ -71,6 +71,11 @@ class ServerFront:
         if self.frontend is not None:
             self.frontend.tell_trouble(reason)
 
+    def tell_pulse(self) -> None:
+        """Say that this process runs, from any thread."""
+        if self.frontend is not None:
+            self.frontend.tell_pulse()
+
     def abandon(self, reason: str) -> None:
         """Tell open requests why they get no answer."""
         if self.frontend is not None:

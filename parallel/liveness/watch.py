@@ -74,6 +74,7 @@ class RankWatch:
         on_failure: on rank 0, told the verdict before the process ends; runs in the watching thread.
         on_trouble: on rank 0, told when a rank falls silent, and None when all answer again; runs in the same thread.
         report_directory: where the whole report is kept as a file; None = nowhere.
+        on_stamp: called twice a second, in the same thread: this process runs.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class RankWatch:
         on_failure: Callable[[str], None] = lambda _: None,
         on_trouble: Callable[[str | None], None] = lambda _: None,
         report_directory: Path | None = None,
+        on_stamp: Callable[[], None] = lambda: None,
     ) -> None:
         self._rank, self._progress, self._limits = world.rank, progress, limits
-        self._on_failure, self._on_trouble, self._directory = on_failure, on_trouble, report_directory
+        self._on_failure, self._on_trouble, self._on_stamp = on_failure, on_trouble, on_stamp
+        self._directory = report_directory
         names = [name.decode() for name in gather_bytes(world, f"{socket.gethostname()}, pid {os.getpid()}".encode())]
         sockets, reason = connect_ranks(world)
         self._held = HeldRanks.exchange(world, sockets)
@@ -196,6 +199,7 @@ class RankWatch:
         if is_late:
             self._progress.forgive(late)
         self._send_all(self._progress.stamp(), droppable=True)
+        self._on_stamp()
         self._end_without_cause(now)
         self._end_if_due(now)
         if is_late:

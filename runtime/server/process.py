@@ -91,6 +91,7 @@ async def _serve(
     from phalanx.runtime.server.app import build_app
     from phalanx.runtime.server.kserve.inference import Inference
     from phalanx.runtime.server.link.engine_client import EngineClient
+    from phalanx.runtime.server.link.pulse import PulseCheck
     from phalanx.runtime.server.link.supervisor_link import EngineDoor, SupervisorLink
     from phalanx.runtime.server.metrics import Metrics
     from phalanx.runtime.server.services import Services
@@ -121,7 +122,9 @@ async def _serve(
         await loop.connect_accepted_socket(lambda: supervisor, channel)
         await loop.create_unix_server(lambda: EngineDoor(client), sock=engines)
     grpc_server = await _start_grpc(inference, api_keys, settings)
+    pulse = loop.create_task(PulseCheck(client, settings.silence_seconds, settings.starting_silence_seconds).run())
     await server.serve(sockets=[listener])
+    pulse.cancel()
     if grpc_server is not None:
         await grpc_server.stop(LAST_ANSWERS_SECONDS)
     workers.shutdown(wait=False, cancel_futures=True)

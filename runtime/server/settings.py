@@ -46,6 +46,7 @@ class FrontendSettings(msgspec.Struct, frozen=True):
         cors_origins: origins whose pages may ask from a browser; ``*`` = any.
         log_level, log_format: of the log on standard error; requests are logged at ``info``, probes at ``debug``.
         stall_seconds: ``/health`` fails when no step has finished for so long while there is work.
+        silence_seconds, starting_silence_seconds: how long rank 0 may give no sign of life; the second while ranks load.
         keep_alive_seconds: how long an idle connection stays open: longer than the pools of proxies (60 to 90 s), so that they
             close first and never send a request into a closing connection.
         unread_seconds, draining_unread_seconds: how long a client that reads nothing of its answer keeps its connection; the
@@ -66,6 +67,8 @@ class FrontendSettings(msgspec.Struct, frozen=True):
     insecure: bool = False
     request_timeout_seconds: float | None = None
     stall_seconds: float = 60.0
+    silence_seconds: float = 30.0
+    starting_silence_seconds: float = 300.0
     metrics_compatibility: tuple[str, ...] = ()
     tool_call_parser: str = "auto"
     cors_origins: tuple[str, ...] = ()

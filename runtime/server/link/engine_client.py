@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
+import os
+import signal
 import socket
 import time
 from collections import deque
@@ -34,6 +37,7 @@ from phalanx.runtime.server.link.messages import (
     Job,
     ModelInfo,
     Phase,
+    Pulse,
     Refused,
     Stats,
     Stop,
@@ -87,6 +91,7 @@ class EngineClient(asyncio.Protocol):
         job: which of a supervisor's jobs the engine belongs to.
         phase: what rank 0 does before it is ready, in words; empty until it says so.
         trouble: which rank does not answer at the moment; None = all do.
+        pulse_at: when rank 0's process was last known to run; None = it has not said so yet, or is gone.
         marked: groups that have something to read; their readers are told soon.
     """
 
@@ -112,11 +117,12 @@ class EngineClient(asyncio.Protocol):
         self.failure: str | None = None
         self.phase, self.job = "", 0
         self.trouble: str | None = None
+        self.pulse_at: float | None = None
         self._load_model, self._on_gone, self._on_stats, self._clock = load_model, on_gone, on_stats, clock
         self._frames = FrameDecoder()
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
         self._transport: asyncio.Transport | None = None
-        self._engine_name = "rank 0"
+        self._engine_name, self._engine_process = "rank 0", 0
         self._open: dict[str, tuple[GenerationGroup, int]] = {}
         self.marked: deque[GenerationGroup] = deque()
         self._is_delivering = False
@@ -224,11 +230,12 @@ class EngineClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket pair is attached to the loop, or the next engine has connected."""
         assert isinstance(transport, asyncio.Transport)
-        self._transport, self._engine_name = transport, _peer_name(transport.get_extra_info("socket"))
+        self._transport, self._engine_process = transport, peer_of(transport.get_extra_info("socket")).process
+        self._engine_name = f"rank 0 ({socket.gethostname()}, pid {self._engine_process})"  # as other ranks name it
         self._frames, self._is_held = FrameDecoder(), False
         if self._refusal is not None:
             self._send(self._refusal)
-        self.stats, self.trouble = None, None
+        self.stats, self.trouble, self.pulse_at = None, None, None
         self._last_progress = [self._clock()]
 
     def data_received(self, data: bytes) -> None:
@@ -245,7 +252,7 @@ class EngineClient(asyncio.Protocol):
 
         A message that crosses its end closes the transport at once, and `Stop` is then never read.
         """
-        self._transport = None
+        self._transport = self.pulse_at = None
         self._may_write()
         has_ended = self._is_stopped or self._is_drained
         if not has_ended:
@@ -305,6 +312,8 @@ class EngineClient(asyncio.Protocol):
                 self.phase = text
             case Trouble(text):
                 self.trouble = text
+            case Pulse():
+                self.pulse_at = self._clock()
             case Failed(text):
                 self._keep_quiet()
                 self._lose(text, is_said=self.state is ServerState.STARTING)
@@ -370,6 +379,14 @@ class EngineClient(asyncio.Protocol):
                 _LOG.error("the engine stopped: %s", reason)
         self._end_groups(self.failed())
 
+    def end_silent_engine(self, seconds: float) -> None:
+        """Rank 0's process has been silent for so long: it is ended, which whatever watches it notices."""
+        self.pulse_at = None
+        self._lose(f"{self._engine_name} has given no sign of life for {seconds:.0f} s; it is stopped or stuck")
+        if self._engine_process:  # 0: of another container
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._engine_process, signal.SIGKILL)
+
     def _lose(self, reason: str, is_said: bool = False) -> None:
         """The engine is gone; under a supervisor, unless it was draining, another one starts."""
         if self._on_change is None or self.state in (ServerState.DRAINING, ServerState.FAILED):
@@ -409,8 +426,3 @@ class EngineClient(asyncio.Protocol):
             self._transport.write(encode_frame(message))
         elif isinstance(message, FrontendRefused):
             self._refusal = message
-
-
-def _peer_name(sock: socket.socket) -> str:
-    """Rank 0 with its host and process id, as other ranks name it."""
-    return f"rank 0 ({socket.gethostname()}, pid {peer_of(sock).process})"

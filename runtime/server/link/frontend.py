@@ -17,7 +17,7 @@ import msgspec
 from phalanx.parallel.errors import CommunicatorError, ConfigError, printable
 from phalanx.runtime.server.board import create_board
 from phalanx.runtime.server.link.channel import FrontendChannel, FrontendChannels
-from phalanx.runtime.server.link.messages import Failed, Job, Phase, Stop, Trouble
+from phalanx.runtime.server.link.messages import Failed, Job, Phase, Pulse, Stop, Trouble
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import answer_early, bind, free_port
@@ -169,6 +169,11 @@ class Frontend:
         """Have ``/health`` fail for this reason, or no longer. May be called by any thread."""
         with contextlib.suppress(CommunicatorError):
             self.channels.send(Trouble(reason))
+
+    def tell_pulse(self) -> None:
+        """Say that this process runs. May be called by any thread."""
+        with contextlib.suppress(CommunicatorError):
+            self.channels.send(Pulse())
 
     def abandon(self, reason: str) -> None:
         """The engine failed: let the processes tell their clients and exit by themselves; waits for a moment at most."""

@@ -31,6 +31,7 @@ __all__ = [
     "Job",
     "ModelInfo",
     "Phase",
+    "Pulse",
     "Refused",
     "Stats",
     "Stop",
@@ -161,12 +162,16 @@ class Trouble(msgspec.Struct, tag=True, frozen=True):
     message: str | None
 
 
+class Pulse(msgspec.Struct, tag=True, frozen=True):
+    """Rank 0's process runs, whatever its main thread does; sent by the thread that watches ranks, twice a second."""
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """Close the port and exit."""
 
 
 FromFrontend = FrontendRefused | FrontendReady | Submit | Cancel | Drained | DrainRequest | Alive | EngineGone
-ToFrontend = Job | Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Failed | Stop
+ToFrontend = Job | Phase | ModelInfo | Deltas | Refused | Stats | Draining | Trouble | Pulse | Failed | Stop
 
 
 def encode_frame(message: FromFrontend | ToFrontend) -> bytes:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends an engine whose process runs no more, where no other rank does: there is none, or all are stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
+
+__all__ = ["PulseCheck"]
+
+CHECK_SECONDS = 1.0
+LATE_SECONDS = 2.0
+"""When the check itself comes later than that, this process was suspended or held up: then silence does not count."""
+RANKS_FIRST_SECONDS = 3.0
+"""How much later than other ranks this process gives rank 0 up: they say more."""
+
+
+class PulseCheck:
+    """Looks every second when rank 0 was last heard.
+
+    Args:
+        silence_seconds: how long other ranks wait for a sign of life of one that serves.
+        starting_seconds: the same while ranks load, when a library may keep Python from running.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        silence_seconds: float,
+        starting_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client, self._clock = client, clock
+        self._silence, self._starting = silence_seconds, starting_seconds
+        self._due = clock() + CHECK_SECONDS
+
+    async def run(self) -> None:
+        """Check until cancelled."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            self.check()
+
+    def check(self) -> None:
+        """Look once."""
+        client, now = self._client, self._clock()
+        late, self._due = now - self._due, now + CHECK_SECONDS
+        if client.pulse_at is None:
+            return
+        if late > LATE_SECONDS:
+            client.pulse_at += late
+            return
+        limit = self._starting if client.state is ServerState.STARTING else self._silence
+        if (silent := now - client.pulse_at) > limit + RANKS_FIRST_SECONDS:
+            client.end_silent_engine(silent)
