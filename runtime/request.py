@@ -38,6 +38,9 @@ class Request:
     priority: int = 0
     """Lower ones start first and are preempted last; among equal ones the order of arrival counts. Other than 0 only where the
     scheduler's policy is ``priority``."""
+    num_followers: int = 0
+    """Of a beam search: requests that are still to name this one in ``fork_from``. The search gives its answers once all have come,
+    as it may be over before the last of them has arrived."""
 
 
 @dataclass(frozen=True, slots=True)

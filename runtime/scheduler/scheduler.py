@@ -262,7 +262,9 @@ class Scheduler:
         return rows[~are_beams]
 
     def _finish(self, group: BeamGroup) -> None:
-        """Give the answers of a search, best first, to its request and to those that follow it."""
+        """Give the answers of a search, best first, to its request and to those that follow it, once all of these have come."""
+        if len(group.followers) < group.leader.request.num_followers:
+            return
         requests = [group.leader, *group.followers]
         answers = tuple(group.hypotheses)
         for sequence, answer in zip(requests, answers, strict=False):
@@ -314,6 +316,8 @@ class Scheduler:
         self._sequences[sequence.request.request_id] = sequence
         if sequence.request.deadline is not None:
             self._deadlines.add(sequence.request.deadline, sequence)
+        if group.search.is_done:
+            self._finish(group)
         return sequence.number
 
     def _apply_special(self, sequence: Sequence, result: StepResult, row: int, code: int, first_news: bool) -> None:

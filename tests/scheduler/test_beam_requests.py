@@ -31,6 +31,32 @@ def test_leader_and_followers_of_one_deadline_all_end_at_it() -> None:
     assert not scheduler.has_work
 
 
+def test_answers_wait_for_requests_of_a_search_that_come_after_its_end() -> None:
+    """A burst of requests is read over several steps, and a search of one token takes one."""
+    scheduler = make_scheduler(vocab_size=8)
+    leader = make_request("a", prompt=(4, 5), beam_width=3, max_tokens=1)
+    scheduler.submit(replace(leader, num_followers=2), 0.0)
+    scheduler.apply(result_with(plan_step(scheduler), [2, 3, 4, 5]), 0.0)
+    assert scheduler.plan(0.0) is None
+    assert scheduler.take_deltas() == []
+    assert scheduler.has_work
+    for name in "bc":
+        scheduler.submit(make_request(name, prompt=(4, 5), beam_width=3, max_tokens=1, fork_from="a"), 0.0)
+    deltas = {delta.request_id: delta.token_ids for delta in scheduler.take_deltas()}
+    assert deltas == {"a": (2,), "b": (3,), "c": (4,)}
+    assert not scheduler.has_work
+
+
+def test_search_that_waits_for_requests_can_be_cancelled() -> None:
+    scheduler = make_scheduler(vocab_size=8)
+    leader = make_request("a", prompt=(4, 5), beam_width=2, max_tokens=1)
+    scheduler.submit(replace(leader, num_followers=1), 0.0)
+    scheduler.apply(result_with(plan_step(scheduler), [2, 3, 4, 5]), 0.0)
+    scheduler.cancel("a", 0.0)
+    assert [delta.finish_reason for delta in scheduler.take_deltas()] == ["cancelled"]
+    assert not scheduler.has_work
+
+
 def run_search(scheduler: Scheduler, top_ids: list[int]) -> dict[str, TokenDelta]:
     """Give every beam these candidates, each half as probable as the one before it, until the search ends."""
     for _ in range(20):

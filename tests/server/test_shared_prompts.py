@@ -65,6 +65,7 @@ def test_a_search_that_is_asked_once_more_is_one_search_again(model_directory: P
         None,
         ids[6],
     ]
+    assert [request.num_followers for request in submitted(transport)] == [1, 0] * 4
     assert {request.cache_salt for request in submitted(transport)} == {"s"}
 
 

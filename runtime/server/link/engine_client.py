@@ -177,7 +177,10 @@ class EngineClient(asyncio.Protocol):
             if params.beam_width > 1:  # a search gives its answers to the choices of one prompt
                 first = ids[index - index % num_choices]
             fork_from = None if first == request_id else first
-            self._send(Submit(Request(request_id, token_ids, params, deadline, fork_from, cache_salt, priority)))
+            followers = num_choices - 1 if params.beam_width > 1 and fork_from is None else 0
+            self._send(
+                Submit(Request(request_id, token_ids, params, deadline, fork_from, cache_salt, priority, followers))
+            )
         return group
 
     def cancel(self, request_id: str) -> None:
