@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from phalanx.runtime.request import FinishReason, Hypothesis, Logprob, RequestOutput, SamplingParams, TokenDelta
 from phalanx.runtime.text import TextStream, Tokenizer
 
-__all__ = ["Answer", "TokenEvent"]
+__all__ = ["Answer", "TokenEvent", "text_stream"]
 
 
 class TokenEvent(msgspec.Struct, frozen=True):
@@ -74,14 +74,7 @@ class Answer:
     def begin_text(self, tokenizer: Tokenizer | None) -> None:
         """Make text of the tokens from now on."""
         if tokenizer is not None:
-            self.stream = tokenizer.text_stream(
-                self.prompt_token_ids,
-                stop=self.params.stop,
-                include_stop=self.params.include_stop,
-                min_tokens=self.params.min_tokens,
-                skip_special_tokens=self.params.skip_special_tokens,
-                spaces_between_special_tokens=self.params.spaces_between_special_tokens,
-            )
+            self.stream = text_stream(tokenizer, self.prompt_token_ids, self.params)
 
     @property
     def stopped_by_text(self) -> bool:
@@ -186,3 +179,15 @@ class Answer:
                 self._stop(piece.stop)
         last = events.pop() if events else TokenEvent(None)
         events.append(replace(last, text=last.text + held, last=True))
+
+
+def text_stream(tokenizer: Tokenizer, prompt_token_ids: tuple[int, ...], params: SamplingParams) -> TextStream:
+    """Return the growing text of an answer, without a token yet."""
+    return tokenizer.text_stream(
+        prompt_token_ids,
+        stop=params.stop,
+        include_stop=params.include_stop,
+        min_tokens=params.min_tokens,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+    )

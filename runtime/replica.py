@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from phalanx.parallel.liveness.progress import RankProgress
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
 from phalanx.parallel.topology import Topology
 from phalanx.runtime.agreement import check_ranks_agree
+from phalanx.runtime.answer import text_stream
 from phalanx.runtime.config import EngineConfig, ModelConfig
 from phalanx.runtime.control import ControlChannel
 from phalanx.runtime.engine import Engine
@@ -30,9 +33,10 @@ from phalanx.runtime.models import Model, find_model
 from phalanx.runtime.models.expert_parallel import with_expert_parallel
 from phalanx.runtime.models.tied import with_stored_head
 from phalanx.runtime.models.user_file import shared_model
+from phalanx.runtime.request import Request
 from phalanx.runtime.scheduler import Scheduler, SchedulerConfig
 from phalanx.runtime.step_records import StepRecord, record_path
-from phalanx.runtime.text import Tokenizer, tokenizer_end_token
+from phalanx.runtime.text import TextStream, Tokenizer, tokenizer_end_token
 
 __all__ = ["Replica", "build_replica"]
 
@@ -148,7 +152,19 @@ def _scheduler(spec: RankSpec, executor: Executor, max_model_len: int, guides: G
         ),
         _planner(executor.cache, options, max_model_len),
         guides,
+        _texts(spec.checkpoint.path),
     )
+
+
+def _texts(directory: Path) -> Callable[[Request], TextStream | None]:
+    """Return what begins the text of an answer; the tokenizer is read for the first. None where there is none."""
+    read = functools.cache(lambda: Tokenizer.from_directory(directory))
+
+    def begin(request: Request) -> TextStream | None:
+        tokenizer = read()
+        return None if tokenizer is None else text_stream(tokenizer, request.prompt_token_ids, request.params)
+
+    return begin
 
 
 def _record_step_times(spec: RankSpec, executor: Executor) -> None:

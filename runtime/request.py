@@ -57,12 +57,16 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One answer of a beam search: its tokens, the sum of their log-probabilities, and the score by which answers are ordered."""
+    """One answer of a beam search: its tokens, the sum of their log-probabilities, and the score by which answers are ordered.
+
+    ``stop`` is the stop text in which it ended, if it did.
+    """
 
     tokens: tuple[Logprob, ...]
     total: float
     score: float
     finish_reason: FinishReason
+    stop: str | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -90,7 +94,7 @@ class TokenDelta:
 
     def ends_with_stop_token(self, params: SamplingParams) -> bool:
         """Whether the last token is the one that ended the request: it counts, but is no text."""
-        ended = self.finish_reason == "stop" and bool(self.token_ids)
+        ended = self.finish_reason == "stop" and bool(self.token_ids) and not isinstance(self.stop_reason, str)
         return ended and not (params.include_stop and self.token_ids[-1] in params.stop_token_ids)
 
 

@@ -2,8 +2,8 @@
 
 The definition is that of ``transformers``' ``generate(num_beams=...)``, so that both return the same sequences. A beam's total is the
 sum of its tokens' log-probabilities. At each step the best ``num_candidates`` continuations of all beams are looked at: the best
-``width`` of them that do not end are the next beams; those that end (in an end token or a stop sequence, as transformers' stopping
-criteria), if they are among the first ``width``, become hypotheses with the score total / length ^ length_penalty, of which the best
+``width`` of them that do not end are the next beams; those that end (in an end token, or as by transformers' stopping criteria in a stop
+sequence or text), if they are among the first ``width``, become hypotheses with the score total / length ^ length_penalty, of which the best
 ``width`` are kept. At the length limit every continuation ends.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from phalanx.runtime.request import FinishReason, Hypothesis, Logprob, SamplingParams
+from phalanx.runtime.text import TextStream
 
 __all__ = ["BeamSearch", "Candidates", "Continuation", "num_candidates"]
 
@@ -25,20 +26,31 @@ class Candidates:
         tokens: those generated so far, with their log-probabilities.
         total: the sum of these.
         next_tokens: token id and log-probability, best first, `num_candidates` of them or the whole vocabulary.
+        text: of ``tokens``; None if there are no stop texts.
     """
 
     tokens: tuple[Logprob, ...]
     total: float
     next_tokens: Sequence[tuple[int, float]]
+    text: TextStream | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A beam of the next step: ``token`` after the beam with index ``parent``."""
+    """``token`` after the beam with index ``parent``: a beam of the next step, or an answer.
+
+    Attributes:
+        finish_reason: why it ends; None = it does not.
+        stop: the stop text in which it ends.
+        text: with the token; None if it is not needed.
+    """
 
     parent: int
     token: Logprob
     total: float
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    text: TextStream | None = None
 
 
 @dataclass(slots=True)
@@ -66,16 +78,12 @@ class BeamSearch:
         """Take in the next tokens of all beams; returns the beams of the next step, best first, none once the search is done."""
         length = len(beams[0].tokens) + 1
         best = self._best(beams, length)
-        stops = [self._stops(beams[one.parent], one.token.token_id, length) for one in best]
-        ends = [is_stop or length >= self.params.max_tokens for is_stop in stops]
-        for one, is_stop, is_end in zip(best[: self.width], stops, ends, strict=False):
-            if is_end:
-                self.hypotheses.append(
-                    self._hypothesis(beams[one.parent], one, length, "stop" if is_stop else "length")
-                )
+        for one in best[: self.width]:
+            if one.finish_reason is not None:
+                self.hypotheses.append(self._hypothesis(beams[one.parent], one, one.finish_reason))
         self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
         del self.hypotheses[self.width :]
-        running = [one for one, is_end in zip(best, ends, strict=True) if not is_end][: self.width]
+        running = [one for one in best if one.finish_reason is None][: self.width]
         self.is_done = not running or self._cannot_improve(running[0].total, length)
         return [] if self.is_done else running
 
@@ -89,26 +97,37 @@ class BeamSearch:
         ]
         all_continuations.sort(key=lambda entry: (-entry[0], entry[1], entry[2]))
         return [
-            Continuation(index, self._logprob(beams[index], token_id, logprob), total)
+            self._continuation(index, beams[index], self._logprob(beams[index], token_id, logprob), total)
             for total, index, token_id, logprob in all_continuations[: num_candidates(self.params, self.end_token_ids)]
         ]
 
     def _logprob(self, beam: Candidates, token_id: int, logprob: float) -> Logprob:
         return Logprob(token_id, logprob, tuple(beam.next_tokens[: self.params.logprobs or 0]))
 
-    def _stops(self, beam: Candidates, token_id: int, length: int) -> bool:
-        """Whether a continuation by ``token_id`` ends before the length limit."""
-        if token_id in self.end_token_ids:
-            return True
-        if length <= self.params.min_tokens:
+    def _continuation(self, parent: int, beam: Candidates, token: Logprob, total: float) -> Continuation:
+        if token.token_id in self.end_token_ids or self._ends_in_sequence(beam.tokens, token.token_id):
+            return Continuation(parent, token, total, "stop")
+        text, stop = None, None
+        if beam.text is not None:
+            text = beam.text.fork()
+            _, stop = text.step(token.token_id)
+        if stop is not None:
+            return Continuation(parent, token, total, "stop", stop)
+        is_cut = len(beam.tokens) + 1 >= self.params.max_tokens
+        return Continuation(parent, token, total, "length" if is_cut else None, text=text)
+
+    def _ends_in_sequence(self, tokens: Sequence[Logprob], token_id: int) -> bool:
+        """Whether ``token_id`` after ``tokens`` completes a stop sequence that counts there."""
+        if len(tokens) < self.params.min_tokens:
             return False
         return any(
-            sequence[-1] == token_id and _ends_in(beam.tokens, sequence[:-1])
+            sequence[-1] == token_id and _ends_in(tokens, sequence[:-1])
             for sequence in self.params.stop_token_sequences
         )
 
-    def _hypothesis(self, beam: Candidates, last: Continuation, length: int, reason: FinishReason) -> Hypothesis:
-        return Hypothesis((*beam.tokens, last.token), last.total, self._score(last.total, length), reason)
+    def _hypothesis(self, beam: Candidates, last: Continuation, reason: FinishReason) -> Hypothesis:
+        tokens = (*beam.tokens, last.token)
+        return Hypothesis(tokens, last.total, self._score(last.total, len(tokens)), reason, last.stop)
 
     def _cannot_improve(self, best_total: float, length: int) -> bool:
         """Whether ``width`` hypotheses have ended and, as far as ``early_stopping`` looks, no running beam will pass the worst."""

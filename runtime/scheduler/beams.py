@@ -12,6 +12,7 @@ import numpy as np
 from phalanx.runtime.request import Hypothesis, Logprob
 from phalanx.runtime.scheduler.beam_search import BeamSearch, Candidates, Continuation
 from phalanx.runtime.scheduler.sequences import Int32Array, Sequence, SequenceTable
+from phalanx.runtime.text import TextStream
 
 __all__ = ["Beam", "BeamGroup"]
 
@@ -23,6 +24,7 @@ class Beam:
     Attributes:
         tokens: generated, with their log-probabilities; ``total`` is the sum of these.
         next_tokens: candidates for the next one; None until the step's result is there.
+        text: of ``tokens``, if there are stop texts.
         parent: whose first ``num_shared`` tokens it takes over when it gets a row; None if it has one, or starts by itself.
     """
 
@@ -31,6 +33,7 @@ class Beam:
     tokens: tuple[Logprob, ...] = ()
     total: float = 0.0
     next_tokens: list[tuple[int, float]] | None = None
+    text: TextStream | None = None
     parent: Beam | None = None
     num_shared: int = 0
 
@@ -59,11 +62,11 @@ class BeamGroup:
     _spare: list[Sequence] = field(default_factory=list)
 
     @classmethod
-    def start(cls, leader: Sequence, by_sequence: dict[Sequence, Beam]) -> BeamGroup:
-        """The group of a request that waits: one beam, with the prompt."""
+    def start(cls, leader: Sequence, by_sequence: dict[Sequence, Beam], text: TextStream | None = None) -> BeamGroup:
+        """The group of a request that waits: one beam, with the prompt. ``text`` is that of an answer without a token."""
         search = BeamSearch(leader.request.params, frozenset(leader.end_token_ids))
         group = cls(leader, search, by_sequence)
-        group.beams.append(Beam(leader, group))
+        group.beams.append(Beam(leader, group, text=text))
         by_sequence[leader] = group.beams[0]
         return group
 
@@ -89,7 +92,9 @@ class BeamGroup:
         """
         old = self.beams
         known = [table.known_tokens(beam.sequence.seq_index).copy() for beam in old]
-        chosen = self.search.advance([Candidates(beam.tokens, beam.total, beam.next_tokens or ()) for beam in old])
+        chosen = self.search.advance(
+            [Candidates(beam.tokens, beam.total, beam.next_tokens or (), beam.text) for beam in old]
+        )
         continued = {one.parent for one in chosen}
         for index, beam in enumerate(old):
             del self.by_sequence[beam.sequence]
@@ -101,7 +106,7 @@ class BeamGroup:
         for one in chosen:
             tokens = (*old[one.parent].tokens, one.token)
             if one.parent not in keepers:
-                beam = keepers[one.parent] = Beam(old[one.parent].sequence, self, tokens, one.total)
+                beam = keepers[one.parent] = Beam(old[one.parent].sequence, self, tokens, one.total, text=one.text)
                 table.append_one(beam.sequence.seq_index, one.token.token_id)
             else:
                 beam = self._forked(keepers[one.parent], known[one.parent], tokens, one)
@@ -124,7 +129,7 @@ class BeamGroup:
         )
         sequence.token_ids = np.append(known, np.int32(one.token.token_id))
         sequence.keys = list(parent.sequence.keys)
-        return Beam(sequence, self, tokens, one.total, parent=parent, num_shared=len(known))
+        return Beam(sequence, self, tokens, one.total, text=one.text, parent=parent, num_shared=len(known))
 
 
 def _common_prefix(first: Int32Array, second: Int32Array) -> int:

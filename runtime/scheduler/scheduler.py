@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from phalanx.runtime.scheduler.sequences import Int32Array, PromptGroup, SeqInde
 from phalanx.runtime.scheduler.values import SchedulerConfig, SchedulerStats
 from phalanx.runtime.scheduler.waiting import Deadlines, WaitingQueue
 from phalanx.runtime.step import StepPlan, StepResult
+from phalanx.runtime.text import TextStream
 
 __all__ = ["Scheduler"]
 
@@ -43,16 +45,26 @@ class Scheduler:
     planned still reads and writes them. That is right because every rank runs steps in the order of their
     plans: the next owner's plan comes later, so its writes land on top, and it reads only positions that it
     wrote itself, or blocks whose tokens were all known and planned before they were offered for sharing.
+
+    Args:
+        guides: starts the masks of guided requests.
+        texts: begins the text of an answer, for beam searches with stop texts; those of other requests are found where text is made.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CachePlanner, guides: GuideMasks | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CachePlanner,
+        guides: GuideMasks | None = None,
+        texts: Callable[[Request], TextStream | None] | None = None,
+    ) -> None:
         if cache.max_num_seqs < config.max_num_seqs:
             raise ConfigError(
                 f"max_num_seqs={config.max_num_seqs} is above the cache's {cache.max_num_seqs}; use the same"
             )
         self._config = config
         self._cache = cache
-        self._guides = guides
+        self._guides, self._texts = guides, texts
         self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.lookahead)
         self._waiting = WaitingQueue()
         self._running = RunningSet(config, cache, self._table, self._waiting)
@@ -88,7 +100,8 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
         if sequence.is_beam:
-            self._searches[request.request_id] = BeamGroup.start(sequence, self._running.beams)
+            text = self._texts(request) if self._texts is not None and request.params.stop else None
+            self._searches[request.request_id] = BeamGroup.start(sequence, self._running.beams, text)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, sequence)
         if request.params.max_tokens == 0 and not sequence.lacks_prompt_logprobs:
@@ -288,7 +301,8 @@ class Scheduler:
                 logprobs=() if params.logprobs is None else answer.tokens,
                 prompt_logprobs=_all_prompt_logprobs(group.leader),
                 finish_reason=answer.finish_reason,
-                stop_reason=last if answer.finish_reason == "stop" and last in params.stop_token_ids else None,
+                stop_reason=answer.stop
+                or (last if answer.finish_reason == "stop" and last in params.stop_token_ids else None),
                 num_cached_tokens=max(sequence.num_cached_tokens, 0),
                 hypotheses=tuple(group.hypotheses) if sequence is group.leader else (),
             )

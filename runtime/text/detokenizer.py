@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -28,6 +29,10 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str:
         """What was held back; bytes that make no character come out as U+FFFD. The last call."""
+        ...
+
+    def fork(self) -> Detokenizer:
+        """Return another that goes on from here."""
         ...
 
 
@@ -83,6 +88,12 @@ class ByteDetokenizer:
         self._is_between = False
         return self._utf8.decode(b"", final=True)
 
+    def fork(self) -> ByteDetokenizer:
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
     def _strip(self, data: bytes) -> bytes:
         stripped = data[: self._spaces_to_strip].lstrip(b" ")
         rest = stripped + data[self._spaces_to_strip :]
@@ -125,6 +136,11 @@ class WindowDetokenizer:
         text = self._decode(self._window)
         return text[len(self._context_text) :]
 
+    def fork(self) -> WindowDetokenizer:
+        other = copy.copy(self)
+        other._window = list(self._window)
+        return other
+
     def _advance(self, text: str) -> str:
         piece = text[len(self._context_text) :]
         context = self._window[-self._pending :]
@@ -157,3 +173,8 @@ class JoinedSpecials:
 
     def flush(self) -> str:
         return self._detokenizer.flush()
+
+    def fork(self) -> JoinedSpecials:
+        other = copy.copy(self)
+        other._detokenizer = self._detokenizer.fork()
+        return other

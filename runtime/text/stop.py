@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 __all__ = ["StopMatcher"]
 
 
@@ -42,6 +44,12 @@ class StopMatcher:
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stop)
         return held
+
+    def fork(self) -> StopMatcher:
+        """Return another that goes on from here."""
+        other = copy.copy(self)
+        other._matched = list(self._matched)
+        return other
 
     def _step(self, character: str) -> str | None:
         found: str | None = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import msgspec
@@ -75,6 +76,13 @@ class TextStream:
             self._tokens_before_stop -= 1
             return text, None
         return self._matcher.push(text)
+
+    def fork(self) -> TextStream:
+        """Return another stream that goes on from here."""
+        other = copy.copy(self)
+        other._detokenizer, other._matcher = self._detokenizer.fork(), self._matcher.fork()
+        other.extend = other._detokenizer.extend
+        return other
 
     def finish(self) -> TextPiece:
         """Give out the text still held back when a request ends; the end of the text may complete a stop text."""

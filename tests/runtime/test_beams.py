@@ -234,6 +234,58 @@ def test_stop_sequences_end_beams_as_stopping_criteria_of_transformers_do(direct
             assert "stop" in {hypothesis.finish_reason for hypothesis in output.hypotheses}
 
 
+STOPPING: dict[str, Any] = {"max_tokens": 24, "beam_width": 3, "stop": ("name", "):"), "ignore_eos": True}
+DEFINITIONS = ("import os\n\ndef ", "class Reader:\n    def ")
+
+
+def test_stop_texts_end_beams_while_they_are_searched() -> None:
+    """An answer that ends early leaves its place to others, so none is there twice."""
+    with LLM(engine="numpy") as llm:
+        assert llm.tokenizer is not None
+        for output in llm.generate(DEFINITIONS, SamplingParams(**STOPPING)):
+            for answer in output.hypotheses:
+                text = llm.tokenizer.decode(answer.token_ids)
+                before = llm.tokenizer.decode(answer.token_ids[:-1])
+                found = [stop for stop in STOPPING["stop"] if stop in text]
+                assert (answer.finish_reason, answer.stop in found) == (("stop", True) if found else ("length", False))
+                assert not any(stop in before for stop in STOPPING["stop"])
+            assert len(set(answers(output))) == 3
+            best = output.hypotheses[0]
+            assert (output.token_ids, output.finish_reason, output.stop_reason) == (
+                best.token_ids,
+                best.finish_reason,
+                best.stop,
+            )
+            assert output.text is not None
+            assert not any(stop in output.text for stop in STOPPING["stop"])
+            assert "stop" in {answer.finish_reason for answer in output.hypotheses}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_stop_texts_are_stop_strings_of_transformers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    directory = Path(__file__).resolve().parents[2] / "checkpoints" / "demo"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with LLM(directory, engine="numpy", dtype="float32") as llm:
+        assert llm.tokenizer is not None
+        for prompt in DEFINITIONS:
+            token_ids = llm.tokenizer.encode(prompt)
+            (output,) = llm.generate([token_ids], SamplingParams(**STOPPING))
+            found = model.generate(
+                torch.tensor([token_ids]), attention_mask=torch.ones(1, len(token_ids), dtype=torch.long), num_beams=3,
+                num_return_sequences=3, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
+                stop_strings=list(STOPPING["stop"]), tokenizer=tokenizer, return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+            rows = found.sequences[:, len(token_ids) :].tolist()
+            assert [tuple(token for token in row if token != -1) for row in rows] == answers(output)
+            scores = [answer.score for answer in output.hypotheses]
+            np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=1e-5, atol=2e-4)
+
+
 def _until_end(token_ids: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:
     first = next((index for index, token in enumerate(token_ids) if token in ends), len(token_ids) - 1)
     return tuple(token_ids[: first + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,3 +103,28 @@ def test_a_stop_text_of_several_bytes_per_character() -> None:
 def test_stop_texts_do_not_count_before_min_tokens() -> None:
     tokenizer, text_stream = stream((".",), min_tokens=4)
     assert text_stream.push(ids_of(tokenizer, "a..b.c")) == TextPiece("a..b", ".", 5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    backend=st.sampled_from([made.byte_level(), made.byte_fallback(), made.wordpiece()]),
+    spaces=st.booleans(),
+    before=st.lists(st.integers(0, 300), max_size=8),
+    after=st.lists(st.integers(0, 300), max_size=8),
+    others=st.lists(st.integers(0, 300), max_size=8),
+)
+def test_a_fork_goes_on_as_the_stream_would_have_whatever_the_stream_does(
+    backend: tokenizers.Tokenizer, spaces: bool, before: list[int], after: list[int], others: list[int]
+) -> None:
+    def begun() -> TextStream:
+        tokenizer = Tokenizer(backend, {}, None)
+        stream = tokenizer.text_stream(stop=("ab", "e "), min_tokens=3, spaces_between_special_tokens=spaces)
+        stream.push(before)
+        return stream
+
+    original = begun()
+    fork = original.fork()
+    original.push(others)
+    alone = begun()
+    assert fork.push(after) == alone.push(after)
+    assert fork.finish() == alone.finish()
