@@ -17,7 +17,9 @@ from phalanx.checkpoints.checkpoint import Checkpoint
 from phalanx.checkpoints.identity import checkpoint_identity
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.errors import ConfigError
-from phalanx.runtime.config import EngineConfig
+from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.models import Model
+from phalanx.runtime.models.shapes import use_of
 
 __all__ = ["check_ranks_agree"]
 
@@ -25,8 +27,10 @@ _MAY_DIFFER = ("engine_dir", "model_file")
 """Options that say where a host keeps something."""
 
 
-def check_ranks_agree(checkpoint: Checkpoint, options: EngineConfig, world: Communicator, model_code: str = "") -> None:
-    """Compare every rank with rank 0; ``model_code`` is the digest of a family's file. *Collective.*
+def check_ranks_agree(
+    checkpoint: Checkpoint, options: EngineConfig, world: Communicator, model: Model, config: ModelConfig
+) -> None:
+    """Compare every rank with rank 0: files, options, version, and of a family that is not built in its text and what it does. *Collective.*
 
     Raises:
         ConfigError: on every rank, naming the first rank that differs and all in which it does.
@@ -35,7 +39,7 @@ def check_ranks_agree(checkpoint: Checkpoint, options: EngineConfig, world: Comm
         return
     own = (
         socket.gethostname(),
-        {**_options(options), **checkpoint_identity(checkpoint), **_sources(), "the model's code": model_code},
+        {**_options(options), **checkpoint_identity(checkpoint), **_sources(), **_of_a_file(model, config)},
     )
     rows = gather_bytes(world, msgspec.msgpack.encode(own))
     everyone = [msgspec.msgpack.decode(row, type=tuple[str, dict[str, str]]) for row in rows]
@@ -60,6 +64,20 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 def _options(options: EngineConfig) -> dict[str, str]:
     fields = (field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER)
     return {name: str(getattr(options, name)) for name in fields}
+
+
+def _of_a_file(model: Model, config: ModelConfig) -> dict[str, str]:
+    """The same text can do different things where it asks for more than its arguments, such as the environment."""
+    if not model.code:
+        return {}
+    use = use_of(model, config)
+    does = repr((model.weights(config), use.calls, list(use.weights)))
+    return {
+        "the model's code": model.code,
+        "what the model file does, which must depend on its arguments alone,": hashlib.sha256(
+            does.encode()
+        ).hexdigest()[:16],
+    }
 
 
 def _sources() -> dict[str, str]:

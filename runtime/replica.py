@@ -89,7 +89,7 @@ def build_replica(
             generation = GenerationConfig.read(checkpoint.generation_config)
             config = _config(family, checkpoint, generation, options)
         with progress.phase("comparing ranks"):
-            check_ranks_agree(checkpoint, options, world, family.code)
+            check_ranks_agree(checkpoint, options, world, family, config)
         group = world.split(topology.replica_group)
         spec = RankSpec(family, config, checkpoint, options, topology, group, progress)
         guides = _guide_compiler(checkpoint.path, config)

@@ -179,6 +179,23 @@ def test_a_wrong_file_is_one_sentence_on_every_rank(name: str, directory: Path, 
         check.main(["--model", str(directory), "--model-file", str(path)])
 
 
+def test_a_file_that_does_something_else_on_another_rank_is_refused(directory: Path, tmp_path: Path) -> None:
+    (path := tmp_path / "mine.py").write_text(
+        "import random\n" + HEADER + "FACTOR = random.random()\n\n\ndef head(ops, config, x, residual):\n"
+        "    return LLAMA.decode.head(ops, config, ops.scale(x, FACTOR), residual)\n\n\n"
+        "MODEL = replace(LLAMA, architecture='ArceeForCausalLM', passes={'decode': replace(LLAMA.decode, head=head)})\n"
+    )  # fmt: skip
+
+    def rank(comm: Communicator) -> str:
+        with pytest.raises(
+            ConfigError, match=r"rank 1 on \S+ and rank 0 on \S+ differ in what the model file does"
+        ) as caught:
+            LLM(directory, tensor_parallel_size=2, comm=comm, engine="numpy", model_file=path)
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, rank))) == 1
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model-file .*nowhere\.py cannot be read: No such file"):
         model_from_file(tmp_path / "nowhere.py")
