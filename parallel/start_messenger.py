@@ -29,6 +29,12 @@ POLL_SECONDS = 0.5
 MAPS_SECONDS = 0.02
 """Between two looks at what the rank has mapped, until there is a segment."""
 SEGMENT = "/dev/shm/mpich_shm_"
+SHARED_MEMORY = "/dev/shm"
+LEAST_BYTES = 1 << 16
+FULL = (
+    f"could not start, because {SHARED_MEMORY} is full; give it more room (docker run --shm-size=8g or --ipc=host), or remove what killed "
+    "jobs have left there"
+)
 ENDED_SECONDS = 2.0
 """For so long a process must be missing before it counts as ended: a launcher starts them one after the other."""
 CLAIM_SECONDS = 1.0
@@ -104,6 +110,13 @@ class _Segment:
                 self._path = next((word for word in words if word.startswith(SEGMENT)), "")
         return bool(self._path)
 
+    def is_short_of_room(self) -> bool:
+        """Whether the rank may have ended because it touched memory that is not there: a bus error, without a word."""
+        with contextlib.suppress(OSError):
+            room = os.statvfs(SHARED_MEMORY)
+            return room.f_bavail * room.f_frsize < LEAST_BYTES
+        return False
+
     def remove(self) -> None:
         """Do what a rank that has been killed could not.
 
@@ -123,9 +136,11 @@ def _reason(
         left = deadline - time.monotonic()
         pause = POLL_SECONDS if segment.find() else MAPS_SECONDS
         if select.select([sys.stdin], [], [], max(0.0, min(left, pause)))[0]:
-            if not os.read(sys.stdin.fileno(), 1):
-                segment.remove()
-            return ""
+            if os.read(sys.stdin.fileno(), 1):
+                return ""
+            is_full = segment.is_short_of_room()
+            segment.remove()
+            return FULL if is_full else ""
         if agent and time.monotonic() > last_look + POLL_SECONDS:
             last_look = time.monotonic()
             running = _running(agent)
@@ -154,9 +169,10 @@ def main() -> None:
     pid, rank, size, local_size = map(int, sys.argv[1:5])
     seconds, deadline, key, agent, sees_all, way_out = sys.argv[5:]
     why = _reason(size, local_size, seconds, float(deadline), key, int(agent), sees_all == "1", _Segment(pid))
-    if not why or os.getppid() != pid or not _is_first(key):
+    is_gone = os.getppid() != pid
+    if not why or (is_gone and why != FULL) or not _is_first(key):
         return
-    sys.stderr.write(f"phalanx: rank {rank} of {size}: MPI {why}; {way_out}\n")
+    sys.stderr.write(f"phalanx: rank {rank} of {size}: MPI {why if why == FULL else f'{why}; {way_out}'}\n")
     sys.stderr.close()
     os.close(2)
     if os.getppid() == pid:

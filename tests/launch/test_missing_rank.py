@@ -138,6 +138,31 @@ def test_shared_memory_of_a_rank_that_is_killed_in_the_start_of_mpi_is_removed(b
         path.unlink(missing_ok=True)
 
 
+def test_a_rank_that_ends_in_the_start_of_mpi_next_to_full_shared_memory_has_its_reason_said() -> None:
+    """This process is the rank. The kernel ends it by a bus error, of which neither it nor MPICH says anything."""
+    words = (os.getpid(), 1, 2, 2, "60", time.monotonic() + 60, uuid.uuid4().hex, 0, 1, "")
+    full = "from phalanx.parallel import start_messenger as m; m.LEAST_BYTES, m.signal.SIGALRM = 1 << 62, 0; m.main()"
+    for byte, said in ((b"", f"phalanx: rank 1 of 2: MPI {start_messenger.FULL}\n"), (b"+", "")):
+        command = [sys.executable, "-c", full, *map(str, words)]
+        result = subprocess.run(command, input=byte, stderr=subprocess.PIPE, check=True, timeout=60)
+        assert result.stderr.decode() == said
+
+
+@needs_mpirun
+def test_full_shared_memory_is_named() -> None:
+    if is_open_mpi():
+        pytest.skip("Open MPI says so itself, and works without")
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs leave to mount")
+    result = subprocess.run(
+        [*mount, str(MPIRUN), "-n", "2", sys.executable, "-m", "launch.generate", *IDS],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode not in (0, 2)
+    assert f"MPI {start_messenger.FULL}" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("here", "size", "local_size", "said"),
     [
