@@ -6,10 +6,11 @@ import codecs
 import errno
 import io
 import os
+import select
 import sys
 from typing import Any, NoReturn
 
-__all__ = ["prepare_streams"]
+__all__ = ["drop_broken_streams", "prepare_streams"]
 
 
 _ESCAPES = "phalanx.json-escapes"
@@ -42,6 +43,17 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ESCAPES)
+
+
+def drop_broken_streams() -> None:
+    """Send standard output and error nowhere where their reader is gone: a process started from now on would die of them."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)  # errors are told unasked
+        if poll.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from phalanx.launch.children import same_code
+from phalanx.launch.streams import drop_broken_streams
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class _Supervisor:
         """Start a job and wait for its end; returns its status, 0 if it was told to end before it was ready."""
         if self.draining:
             return 0
+        drop_broken_streams()  # the ranks' launcher has them, too, and would end at its first line
         self.job += 1
         self.has_come, self.ready_at, self.end_by = False, None, time.monotonic() + self.start_seconds + LAUNCH_SECONDS
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,19 @@ def test_a_text_that_the_encoding_lacks_is_escaped(encoding: str) -> None:
         "generate", "--prompt", "日\N{GRINNING FACE}", "--max-tokens", "0", environ={"PYTHONIOENCODING": encoding}
     )
     assert (text.returncode, text.stdout, text.stderr) == (0, "\\u65e5\\ud83d\\ude00\n", "")
+
+
+def test_a_stream_whose_reader_is_gone_ends_no_process_that_is_started_later() -> None:
+    """As a supervisor's, whose log nobody reads any more: every launcher would end by SIGPIPE."""
+    program = (
+        "import os, subprocess; from phalanx.launch.streams import drop_broken_streams; drop_broken_streams(); "
+        "print(subprocess.run(['sh', '-c', 'echo kept; echo lost >&2; exit 7'], check=False).returncode)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as broken:
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=broken, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, "kept\n7\n")
