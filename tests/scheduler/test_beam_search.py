@@ -34,7 +34,7 @@ class Letters:
     """A detokenizer: each token is a letter."""
 
     def push(self, token_id: int) -> str:
-        return "abcdefg"[token_id]
+        return chr(ord("a") + token_id)
 
     def extend(self, token_ids: Sequence[int]) -> str:
         return "".join(map(self.push, token_ids))
