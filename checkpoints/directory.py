@@ -66,7 +66,7 @@ class DirectorySource:
         if file.metadata.get("format") == FORMAT:
             raise CheckpointError(
                 f"{file.name!r} is one rank's file of a split without its manifest.json: the split was interrupted or "
-                "copied in part; run launch.split again"
+                "copied in part; run phalanx split again"
             )
         if twice := file.tensors.keys() & self._home.keys():
             name = min(twice)

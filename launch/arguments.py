@@ -78,7 +78,7 @@ def add_model_arguments(parser: CommandParser) -> None:
     group = parser.add_argument_group("model")
     add_model_argument(
         group,
-        "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
+        "Hugging Face directory, ORG/NAME in its cache, or output of phalanx split (default: the demo checkpoint)",
     )
     add_model_file_argument(group)
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
@@ -98,7 +98,7 @@ def add_model_arguments(parser: CommandParser) -> None:
         help="auto: cuda if a GPU and CuPy are available, else numpy",
     )
     group.add_argument("--engine-dir", type=Path, metavar="DIR",
-                       help="TensorRT engines made by launch.build (default: build them at first use)")  # fmt: skip
+                       help="TensorRT engines made by phalanx build (default: build them at first use)")  # fmt: skip
     parser.no_effect("without --engine tensorrt; add that", lambda args: args.engine != "tensorrt", "--engine-dir")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS",
                        help="maximum length of prompt + output (default: the model's; bench: that of its requests)")  # fmt: skip

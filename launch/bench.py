@@ -111,7 +111,7 @@ def _measure(args: argparse.Namespace, world: Communicator) -> dict[str, Any] | 
         args.max_model_len = args.input_len + args.output_len
     options = dataclasses.replace(engine_config(args, world.size), trace=args.trace is not None)
     if options.layout.dp > 1:
-        raise ConfigError(f"dp={options.layout.dp}: launch.bench measures one replica; start it with dp=1")
+        raise ConfigError(f"dp={options.layout.dp}: phalanx bench measures one replica; start it with dp=1")
     progress = RankProgress()
     with RankWatch(world, progress, Limits()):
         with start_progress(world.rank == 0) as on_phase, progress.reporting(on_phase):

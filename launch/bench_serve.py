@@ -67,7 +67,7 @@ def _check(args: argparse.Namespace) -> None:
         if not os.access(args.plot.absolute().parent, os.W_OK):
             raise ConfigError(f"--plot {args.plot} cannot be written: {args.plot.parent} is missing or not writable")
     if launch_info().size > 1:
-        raise ConfigError(f"launch.bench serve was started on {launch_info().size} ranks; start it without mpirun")
+        raise ConfigError(f"phalanx bench serve was started on {launch_info().size} ranks; start it without mpirun")
 
 
 def _read_key(path: Path | None) -> str:
@@ -93,7 +93,7 @@ def _model(args: argparse.Namespace, key: str) -> str:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"--url {args.url} cannot be reached ({str(error) or type(error).__name__}); start a server "
-            "(python -m launch.serve), or correct the address: http://HOST:PORT"
+            "(phalanx serve), or correct the address: http://HOST:PORT"
         ) from None
     if response.status_code != 200:
         raise ConfigError(f"--url {args.url} refused /v1/models: {refusal(response.status_code, response.content)}")

@@ -42,7 +42,7 @@ def build_parser() -> CommandParser:
     )
     add_model_argument(
         parser,
-        "Hugging Face directory, ORG/NAME in its cache, or output of launch.split (default: the demo checkpoint)",
+        "Hugging Face directory, ORG/NAME in its cache, or output of phalanx split (default: the demo checkpoint)",
     )
     add_model_file_argument(parser)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",

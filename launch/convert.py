@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.parallel.errors import ConfigError
 
     if comm.size > 1:
-        raise ConfigError(f"launch.convert was started on {comm.size} ranks; it needs one")
+        raise ConfigError(f"phalanx convert was started on {comm.size} ranks; it needs one")
     readers = {
         "megatron": conversion.read_megatron,
         "nemo": conversion.read_nemo,

@@ -107,7 +107,7 @@ def _give_up(seconds: float) -> None:
     from phalanx.parallel.mpi_comm import abort_world
 
     sys.stderr.write(
-        f"launch.doctor: rank {launch_info().rank}: no answer within {seconds:g} s; a rank or a driver hangs: try fewer "
+        f"phalanx doctor: rank {launch_info().rank}: no answer within {seconds:g} s; a rank or a driver hangs: try fewer "
         "ranks, one host, or a longer --timeout\n"
     )
     sys.stderr.flush()

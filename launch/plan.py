@@ -54,10 +54,10 @@ def build_parser() -> CommandParser:
         help="compute type; auto: the checkpoint's own",
     )
     add_model_file_argument(parser)
-    parser.add_argument("--expert-parallel", action="store_true", help="as launch.serve")
-    parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as launch.serve")
+    parser.add_argument("--expert-parallel", action="store_true", help="as phalanx serve")
+    parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as phalanx serve")
     parser.add_argument(
-        "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as launch.serve"
+        "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as phalanx serve"
     )
     parser.add_argument(
         "--gpu-memory-gib",

@@ -96,7 +96,7 @@ def _verdict(result: dict[str, Any]) -> str:
     )
     if result["fits"] is None:
         return f"{needs}; give --gpu-memory-gib to see how many fit"
-    gpu = f"{result['gpu_memory_bytes'] / _GIB:.0f} GiB a GPU"
+    gpu = f"{result['gpu_memory_bytes'] / _GIB:.4g} GiB a GPU"
     if not result["fits"]:
         return f"does not fit: {needs}, there are {gpu}; use more tp or pp, or a smaller --max-model-len"
     sequences = f"{result['full_length_sequences']} sequence(s) of {result['max_model_len']} tokens"

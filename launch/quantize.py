@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.models.user_file import model_from_file
 
     if comm.size > 1:
-        raise ConfigError(f"launch.quantize was started on {comm.size} ranks; it needs one")
+        raise ConfigError(f"phalanx quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     scheme = Scheme(args.scheme, group_size)
     if args.report is not None:

@@ -155,7 +155,7 @@ class ResultFile:
                 self._lines[int(entry["index"])] = entry
             except (ValueError, TypeError, KeyError):
                 raise ConfigError(
-                    f"--output {self._path} line {number} is not a result of launch.generate; choose another name"
+                    f"--output {self._path} line {number} is not a result of phalanx generate; choose another name"
                 ) from None
             kept += len(line)
         self._file.truncate(kept)

@@ -136,7 +136,7 @@ def _leave_with(error: BaseException) -> NoReturn:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     if isinstance(error, MemoryError):
         notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        size = "use smaller --num-kv-blocks, --max-num-seqs, --block-size or --max-num-batched-tokens; launch.plan shows sizes"
+        size = "use smaller --num-kv-blocks, --max-num-seqs, --block-size or --max-num-batched-tokens; phalanx plan shows sizes"
         _leave(2, abort=_report_mistake(ConfigError(f"not enough memory{notes}{str(error) and f': {error}'}; {size}")))
     if isinstance(error, OSError) and error.errno in (*_DISK_ERRORS, *_WAYS_OUT):
         way_out = _WAYS_OUT.get(error.errno, "make room")

@@ -105,7 +105,7 @@ def build_parser() -> CommandParser:
     add_model_arguments(parser)
     add_parallel_arguments(parser)
     parser.add_argument("--layout", choices=("auto",),
-                        help="auto: choose dp, pp and tp for the highest throughput, as launch.plan --optimise throughput")  # fmt: skip
+                        help="auto: choose dp, pp and tp for the highest throughput, as phalanx plan --optimise throughput")  # fmt: skip
     add_engine_arguments(parser)
     return parser
 

@@ -43,7 +43,7 @@ class ServerFront:
             return
         if args.supervise:
             raise ConfigError(
-                "--supervise starts the ranks itself; start it once, without mpirun or srun: launch.serve --supervise -n 8"
+                "--supervise starts the ranks itself; start it once, without mpirun or srun: phalanx serve --supervise -n 8"
             )
         self.frontend = start_frontend(args)
 

@@ -101,7 +101,9 @@ def _start_messenger(info: LaunchInfo, seconds: float, places: ExitStack) -> sub
     _take(places, key, str(info.rank))
     if not any(_take(places, key, f"messenger {number}:") for number in range(_MESSENGERS)):
         return None
-    way_out = f"look for its message, run launch.doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
+    way_out = (
+        f"look for its message, run phalanx doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
+    )
     # Hydra alone does not end a job for a rank that ends before MPI. In a container its process may be out of sight.
     is_looked_at = (
         _HYDRA_VARIABLE in os.environ and agent > 1 and os.path.exists(f"/proc/{agent}/task/{agent}/children")

@@ -137,7 +137,7 @@ class NcclCommunicator:
             self._comm = nccl.NcclCommunicator(host.size, identifier.tobytes(), host.rank)
         except nccl.NcclError as error:
             raise CommunicatorError(
-                f"NCCL cannot join rank {host.rank} of {host.size} ({error}); run launch.doctor, or set NCCL_DEBUG=WARN"
+                f"NCCL cannot join rank {host.rank} of {host.size} ({error}); run phalanx doctor, or set NCCL_DEBUG=WARN"
             ) from error
         self._dtypes = {
             "float32": nccl.NCCL_FLOAT32,

@@ -53,7 +53,7 @@ def saturation_in_words(count: int) -> str:
     """A warning about ``count`` values that did not fit an fp8 cache."""
     return (
         f"{count:,} keys or values were too large for the fp8 cache and were cut to the largest that its scales allow, which "
-        "changes answers; calibrate the checkpoint (launch.quantize --kv-cache fp8), or keep the cache in the compute type (--kv-cache-dtype)"
+        "changes answers; calibrate the checkpoint (phalanx quantize --kv-cache fp8), or keep the cache in the compute type (--kv-cache-dtype)"
     )
 
 

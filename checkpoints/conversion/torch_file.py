@@ -57,7 +57,7 @@ def read_torch_file(file: Path | IO[bytes], name: str) -> Any:
     try:
         torch = importlib.import_module("torch")
     except ImportError:
-        raise ConfigError("launch.convert needs PyTorch to read pickles; install it (pip install torch)") from None
+        raise ConfigError("phalanx convert needs PyTorch to read pickles; install it (pip install torch)") from None
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # saved before PyTorch 1.6, or damaged

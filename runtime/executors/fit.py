@@ -56,5 +56,5 @@ def refuse_what_cannot_fit(
         if wanted > there:
             raise ConfigError(
                 f"the weights of rank {rank} take {wanted / _GIB:.2f} GiB while they are loaded, but {place} has {there / _GIB:.2f} GiB for it; use "
-                "more ranks (--tp, --pp) on more machines or GPUs; launch.plan shows what fits"
+                "more ranks (--tp, --pp) on more machines or GPUs; phalanx plan shows what fits"
             )

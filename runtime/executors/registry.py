@@ -88,7 +88,7 @@ def engine_reason(requested: str) -> str:
     if gpu_is_available():
         return "a GPU and CuPy are here"
     if driver_is_installed():
-        return "there is an NVIDIA driver, but CuPy is missing or sees no GPU; python -m launch.doctor says more"
+        return "there is an NVIDIA driver, but CuPy is missing or sees no GPU; phalanx doctor says more"
     return "there is no NVIDIA driver here"
 
 

@@ -165,7 +165,7 @@ def test_engines_that_fit_are_found(directory: EngineDirectory) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "1" * 32}, r"stale: the checkpoint's weights changed.*launch\.build"),
+        ({"weights": "1" * 32}, r"stale: the checkpoint's weights changed.*phalanx build"),
         (
             {"library": "tensorrt 11.0.0.114"},
             r"built by tensorrt 11\.4\.0\.106, but tensorrt 11\.0\.0\.114 is installed",
@@ -191,19 +191,19 @@ def test_engines_for_another_gpu_are_refused(directory: EngineDirectory) -> None
 
 def test_missing_engine_damaged_and_absent_config_are_told_apart(directory: EngineDirectory, tmp_path: Path) -> None:
     directory.engine(_identity(), 1).unlink()
-    with pytest.raises(ConfigError, match=r"rank1\.engine is missing from .*launch\.build --rank 1"):
+    with pytest.raises(ConfigError, match=r"rank1\.engine is missing from .*phalanx build --rank 1"):
         directory.check(_identity(), 1, "8.9")
     directory.config_path.write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         directory.read_config()
     directory.config_path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"was not written by launch\.build"):
+    with pytest.raises(ConfigError, match=r"was not written by phalanx build"):
         directory.read_config()
     directory.config_path.write_text('{"key": "0"}')
     with pytest.raises(ConfigError, match=r"lacks dtype, max_num_seqs, max_model_len, max_prefill_tokens"):
         directory.read_shape()
     with pytest.raises(
-        ConfigError, match=r"holds no engines \(no config\.json\); make them with python -m launch\.build"
+        ConfigError, match=r"holds no engines \(no config\.json\); make them with phalanx build"
     ):
         EngineDirectory(tmp_path / "nothing", "x").read_config()
 
@@ -253,7 +253,7 @@ def test_serving_without_a_gpu_points_to_building(tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU")
     with open_checkpoint(write_checkpoint(CASES_BY_NAME["llama-plain"], tmp_path / "model")) as checkpoint:
         spec = _alone(checkpoint, EngineConfig(engine="tensorrt"))
-        with pytest.raises(ConfigError, match=r"found no GPU here; engines can be built here .*launch\.build"):
+        with pytest.raises(ConfigError, match=r"found no GPU here; engines can be built here .*phalanx build"):
             create_trt_executor(spec)
 
 

@@ -32,7 +32,7 @@ __all__ = ["EngineDirectory", "EngineIdentity", "identify", "weights_checksum"]
 _FORMAT = 2
 """Raise it when networks change so that engines built before must not be used."""
 
-_REBUILD = "build it again with python -m launch.build"
+_REBUILD = "build it again with phalanx build"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +158,11 @@ class EngineDirectory:
         try:
             config = json.loads(self.config_path.read_text())
         except FileNotFoundError:
-            raise ConfigError(
-                f"{self.path} holds no engines (no config.json); make them with python -m launch.build"
-            ) from None
+            raise ConfigError(f"{self.path} holds no engines (no config.json); make them with phalanx build") from None
         except ValueError as error:
             raise ConfigError(f"{self.config_path} is damaged ({error}); {_REBUILD}") from None
         if not isinstance(config, dict) or "key" not in config:
-            raise ConfigError(f"{self.config_path} was not written by launch.build; {_REBUILD}")
+            raise ConfigError(f"{self.config_path} was not written by phalanx build; {_REBUILD}")
         return config
 
     def read_shape(self) -> NetworkShape:
@@ -198,7 +196,7 @@ class EngineDirectory:
                 raise ConfigError(_difference(self.path, name, config.get(name), value))
         engine = self.engine(identity, rank)
         if not engine.exists():
-            raise ConfigError(f"{engine.name} is missing from {self.path}; build it with launch.build --rank {rank}")
+            raise ConfigError(f"{engine.name} is missing from {self.path}; build it with phalanx build --rank {rank}")
         return engine
 
 

@@ -64,7 +64,7 @@ def open_device(library: TensorRT) -> tuple[Any, Any, str]:
     """
     if compute_capability() is None:
         raise ConfigError(
-            "--engine tensorrt found no GPU here; engines can be built here (python -m launch.build) and run on a machine "
+            "--engine tensorrt found no GPU here; engines can be built here (phalanx build) and run on a machine "
             "that has one, or use --engine numpy"
         )
     from phalanx.runtime.executors.cuda.build import select_device
@@ -146,7 +146,7 @@ def check_sizes(options: EngineConfig, config: ModelConfig, shape: NetworkShape)
     if dtype != shape.dtype:
         raise ConfigError(
             f"the engines were built for dtype={shape.dtype}, but {dtype} was requested; use --dtype {shape.dtype}, or build "
-            "them again with python -m launch.build"
+            "them again with phalanx build"
         )
     for name, value in (("max_num_seqs", options.max_num_seqs), ("max_model_len", options.max_model_len or 1)):
         limit = getattr(shape, name)
@@ -158,7 +158,7 @@ def _beyond(name: str, value: int, limit: int) -> ConfigError:
     flag = "--" + name.replace("_", "-")
     return ConfigError(
         f"{flag}={value} exceeds the {limit} that the engines were built for; use {flag} {limit}, or build them "
-        "again with python -m launch.build"
+        "again with phalanx build"
     )
 
 
@@ -179,7 +179,7 @@ def _deserialize(library: TensorRT, path: Path) -> LoadedEngine:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ExecutorError(
-            f"{library.name} cannot load {path}: {log.cause() or 'it gave no reason'}; build it again with launch.build"
+            f"{library.name} cannot load {path}: {log.cause() or 'it gave no reason'}; build it again with phalanx build"
         )
     kernel_path = path.with_suffix(".kernels")
     kernels = kernel_path.read_bytes() if kernel_path.exists() else b""

@@ -120,6 +120,6 @@ def read_plans(path: Path, wanted: Iterable[str]) -> dict[str, bytes]:
             raise ValueError("it is cut short")
     except (ValueError, KeyError, struct.error) as error:
         raise ConfigError(
-            f"{path} is damaged or of another model ({error}); build it again with python -m launch.build"
+            f"{path} is damaged or of another model ({error}); build it again with phalanx build"
         ) from None
     return plans

@@ -87,7 +87,7 @@ class DeviceSegments:
 
     def _load(self, plan: bytes) -> Any:
         engine = self._runtime.deserialize_cuda_engine(plan)
-        self._require(engine is not None, "a plan; build it again with python -m launch.build")
+        self._require(engine is not None, "a plan; build it again with phalanx build")
         return engine
 
     def _context(self, engine: Any, profile: int) -> _Context:
