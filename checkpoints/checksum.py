@@ -3,7 +3,7 @@
 A chunk is laid out in rows of 512 little-endian 64-bit words (4 KiB, zeros after the end); its rows and its columns are summed
 modulo 2^64, and the sums, with the chunk's length, are digested by BLAKE2b to 64 bits. Each word counts in one row and one
 column: changes to fewer than four words always show in the sums, and so do blocks that are zeroed, shifted or swapped (a product
-code; Elias 1954). It is not proof against somebody who wants to deceive. NumPy takes both sums several times faster than zlib
+code; Elias 1954). It does not protect against deliberate forgery. NumPy takes both sums several times faster than zlib
 takes a CRC-32, so that copying stays the larger part of the work.
 
 Chunks are what a partial read verifies: a reader of some bytes reads and checks the chunks that hold them.

@@ -114,7 +114,7 @@ __device__ __forceinline__ void finish_epoch(unsigned int* state, unsigned int e
     uint4 *x, int num_vectors, int tail, uint4 *own, uint4 *peer1, uint4 *peer2, uint4 *peer3, uint4 *peer4, uint4 *peer5,         \
         uint4 *peer6, uint4 *peer7, int64 capacity, unsigned int *state, const unsigned int *abort
 
-// Everybody sends everything to everybody: one way over the link, NUM_PEERS times the bytes.
+// Every rank sends everything to every other: one way over the link, NUM_PEERS times the bytes.
 // A half holds [NUM_PEERS, num_vectors].
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 all_reduce_one_shot(PARAMETERS) {
@@ -136,7 +136,7 @@ all_reduce_one_shot(PARAMETERS) {
     }
 }
 
-// Rank r sums the r-th chunk and sends it to everybody: twice over the link, two bytes for each at most.
+// Rank r sums the r-th chunk and sends it to all: twice over the link, two bytes for each at most.
 // A half holds [2, NUM_PEERS, chunk]: parts of this rank's chunk, then the sums of the others.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 all_reduce_two_shot(PARAMETERS) {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sum over the GPUs of one host through each other's memory. Enqueues on the current stream and does not wait.
 
-Two ways, equal bit by bit. *One-shot*: everybody sends everything to everybody, once over the link. *Two-shot*: each rank
-sums one chunk and sends it to everybody, twice over the link, but fewer bytes. See ``all_reduce.cu``.
+Two ways, equal bit by bit. *One-shot*: every rank sends everything to every other, once over the link. *Two-shot*: each rank
+sums one chunk and sends it to all, twice over the link, but fewer bytes. See ``all_reduce.cu``.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ struct Feeder {
 
     __device__ __forceinline__ void end() { convert<0>(); }
 
-    // A thread copies the pieces that it converts later, so that it waits for nobody else. Rows past the sequence become zeros.
+    // A thread copies the pieces that it converts later, so that it waits for no other thread. Rows past the sequence become zeros.
     __device__ __forceinline__ void stage(const KvElement* pages, const Work& work, int tile, int page) {
         const int first = thread / CODE_PIECES;
         const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;

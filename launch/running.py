@@ -170,15 +170,15 @@ def _report_mistake(error: Exception) -> bool:
     """
     from phalanx.parallel.mpi_comm import all_ranks_failed
 
-    everybody = all_ranks_failed()
-    if launch_info().rank == 0 or not everybody:
+    is_everywhere = all_ranks_failed()
+    if launch_info().rank == 0 or not is_everywhere:
         prefix = "" if isinstance(error, UsageError) else "phalanx: "
-        if not everybody:
+        if not is_everywhere:
             prefix += f"rank {launch_info().rank} on {socket.gethostname()}: "
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
             sys.stderr.flush()
-    return not everybody
+    return not is_everywhere
 
 
 def _report_failure(error: BaseException) -> None:

@@ -72,7 +72,7 @@ def gemm_problems(
     from phalanx.kernels.cublaslt import GemmProblem
     from phalanx.runtime.models.shapes import use_of
 
-    experts = use_of(model, config).experts  # multiplied by own kernels, which are not timed
+    experts = use_of(model, config).experts  # multiplied by our own kernels, which are not timed
     specs = {spec.name: spec for spec in model.weights(config, range(1), first=False, last=True)}
     seen: set[tuple[int, int, bool]] = set()
     for name, spec in specs.items():

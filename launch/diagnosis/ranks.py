@@ -1,4 +1,4 @@
-"""Checks that need all ranks, and one report made of everybody's."""
+"""Checks that need all ranks, and one report made of all of theirs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _peer_memory(world: Communicator, device: int) -> Check:
 
 
 def gather_reports(world: Communicator, report: RankReport) -> list[RankReport]:
-    """Everybody's report, by rank. *Collective.*"""
+    """Gather the reports of all ranks, by rank. *Collective.*"""
     from phalanx.parallel.communicator import gather_bytes
 
     return [_decode(row) for row in gather_bytes(world, json.dumps(asdict(report)).encode())]

@@ -74,7 +74,7 @@ class Answer(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The client has made its requests and waits for the time to start, in a line of its own."""
+    """The client has made its requests and waits for the time to start, which comes in a separate line."""
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):

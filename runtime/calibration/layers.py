@@ -74,7 +74,7 @@ class LayerRuns:
     """Hidden states of all windows of a text, which move on layer by layer.
 
     Args:
-        windows: token ids of the pieces of the text, each a sequence of its own.
+        windows: token ids of the pieces of the text, each a separate sequence.
 
     Raises:
         ConfigError: the NumPy engine lacks something that the model uses.

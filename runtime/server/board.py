@@ -43,7 +43,7 @@ class Board:
 
     @classmethod
     def of_one(cls) -> Board:
-        """A board of one process, which nobody else sees."""
+        """Return the board of a single process, which no other process sees."""
         return cls(create_board(1))
 
     def take(self, count: int) -> Cells:

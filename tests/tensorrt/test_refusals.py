@@ -202,9 +202,7 @@ def test_missing_engine_damaged_and_absent_config_are_told_apart(directory: Engi
     directory.config_path.write_text('{"key": "0"}')
     with pytest.raises(ConfigError, match=r"lacks dtype, max_num_seqs, max_model_len, max_prefill_tokens"):
         directory.read_shape()
-    with pytest.raises(
-        ConfigError, match=r"holds no engines \(no config\.json\); make them with phalanx build"
-    ):
+    with pytest.raises(ConfigError, match=r"holds no engines \(no config\.json\); make them with phalanx build"):
         EngineDirectory(tmp_path / "nothing", "x").read_config()
 
 

@@ -1,4 +1,4 @@
-"""The tensor-parallel group's all-reduce: own kernels where the ranks reach each other's memory, else NCCL."""
+"""The tensor-parallel group's all-reduce: our own kernels where the ranks reach each other's memory, else NCCL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Ops` on device arrays: every operation enqueues own kernels or cuBLASLt on the current stream and returns at once.
+"""`Ops` on device arrays: every operation enqueues our own kernels or cuBLASLt on the current stream and returns at once.
 
 Results live in the activation pool and die with their last reference, so nothing here allocates device memory in a step
 and the whole of it can be captured in a CUDA graph.

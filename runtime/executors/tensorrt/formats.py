@@ -78,7 +78,7 @@ def check_cache(library: TensorRT, is_fp8: bool, dtype: str) -> None:
 
 
 def check_stripped(weights: Iterable[FormattedWeight]) -> None:
-    """Refuse engines without weights where some are codes, which the network holds in a form of its own.
+    """Refuse engines without weights where some are codes, which the network holds in another form.
 
     Raises:
         ConfigError: naming the first.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine requests of one HTTP request, and what has become of them since somebody looked."""
+"""The engine requests of one HTTP request, and what has become of them since the last look."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class SupervisorLink(asyncio.Protocol):
 
 
 class EngineDoor(asyncio.Protocol):
-    """Where an engine connects: lets this user's processes through to the client, and nobody else's."""
+    """Where an engine connects: lets this user's processes through to the client, and no others."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client

@@ -125,7 +125,7 @@ class ToolUse:
         """Return the sampling fields of a request, ``given``, with what the tools add to them.
 
         Raises:
-            ApiError: 400: the request has a guide of its own other than a JSON schema, with which the answer could not be a call.
+            ApiError: 400: the request already has a guide other than a JSON schema, with which the answer could not be a call.
         """
         guide = given.get("structured_outputs")
         if guide is not None and guide.kind != "json":

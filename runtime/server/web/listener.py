@@ -35,7 +35,7 @@ _ANSWER = (
 def bind(host: str, port: int, count: int) -> list[socket.socket]:
     """Listen on an address with ``count`` sockets, over which Linux spreads new connections evenly (SO_REUSEPORT, socket(7)).
 
-    One socket that all processes inherit would be simpler, but then whoever wakes up first accepts all that wait: after a burst
+    One socket that all processes inherit would be simpler, but then the first to wake up accepts all that wait: after a burst
     one process would hold most connections. Systems that do not spread (macOS) give all connections to one of the sockets.
 
     The first socket takes the port before it allows others, so that a port in use is an error and not shared.

@@ -26,7 +26,7 @@ from phalanx.runtime.executors.tensorrt.segments.program import Segment
 __all__ = ["SegmentBuilder", "digest", "profile_sizes", "read_plans", "write_plans"]
 
 _FEW, _SOME = 8, 64
-"""Tokens up to which decoding has profiles of its own: kernels for one token are not those for many."""
+"""Tokens up to which decoding has separate profiles: kernels for one token are not those for many."""
 
 
 def digest(segment: Segment) -> str:
