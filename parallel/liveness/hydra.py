@@ -3,8 +3,8 @@
 Hydra kills all ranks of a host within milliseconds of a death, so the report would be a race. It learns of a death when a
 descriptor that it shares with the rank is closed (standard output, standard error, the socket of PMI). Rank 0 therefore
 holds copies of those of all other ranks, and rank 1 those of rank 0: the kernel closes them only when the holder ends,
-after it has spoken. The price is that a holder must end: one that is stopped would keep Hydra waiting, so whoever gives a
-silent rank up kills it.
+after it has spoken. The price is that a holder must end: one that is stopped would keep Hydra waiting, so the rank that gives
+a silent rank up kills it.
 """
 
 from __future__ import annotations
