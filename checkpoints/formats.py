@@ -274,6 +274,8 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
         return ALL_DENSE
     section = config.get("quantization_config") or config.get("compression_config")
     fields: dict[str, Any] = section if isinstance(section, dict) else {}
+    if isinstance(nested := fields.get("quantization_config"), dict):  # early releases of compressed-tensors
+        fields = {**fields, **nested}
     from phalanx.checkpoints.quantization.readers import READERS
 
     if fields and not fields.get("quant_method"):

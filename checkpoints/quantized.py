@@ -21,7 +21,9 @@ _TENSORS: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "GPTQ or AWQ": re.compile(r".*\.(qweight|qzeros|g_idx)"),
         "bitsandbytes": re.compile(r".*(\.(absmax|SCB|quant_map|nested_absmax|nested_quant_map)|\.quant_state\..*)"),
         "compressed-tensors": re.compile(r".*\.(weight_packed|weight_shape|weight_zero_point|weight_g_idx)"),
-        "FP8 or INT8": re.compile(r".*\.(weight_scale|weight_scale_inv|weight_scale_2|input_scale|[kv]_scale)"),
+        "FP8 or INT8": re.compile(
+            r".*\.(weight_scale|weight_scale_inv|weight_scale_2|qscale_weight|input_scale|qscale_act|[kv]_scale)"
+        ),
         "MLX": re.compile(r".*\.(scales|biases)"),
     }
 )

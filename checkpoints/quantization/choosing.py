@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.fields import Section, integer, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
+from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.resolve import find_stored
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 
@@ -38,21 +41,46 @@ KV_SCALES = (r".*\.(k_scale|v_scale|kv_scale)", r".*\.[kv]_proj\.output_scale")
 WAY_OUT = "use the unquantised checkpoint, or one in compressed-tensors fp8, int8, w8a16 or w4a16"
 
 
-def fp8_blocks(scale: str, rows: int, columns: int, inputs: InputScales = "fp8 groups") -> Format:
+def fp8_blocks(scale: str, rows: int, columns: int, inputs: InputScales = "fp8 groups") -> GroupCodes:
     """Codes with a scale for each block, named ``scale``; inputs with one for each group of as many columns, unless they are plain."""
     stored = Stored("weight", scale, dtype="F8_E4M3", block_rows=rows)
     return GroupCodes("fp8 blocks", stored, columns, input=inputs)
 
 
-def excluding(chosen: Format, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:
-    """``chosen`` for every module whose path contains none of the excluded names, nor of ``always``; the head if none are given."""
+def excluding(chosen: GroupCodes | RowCodes, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:
+    """``chosen`` for every module whose path contains none of the excluded names, nor of ``always``; the head if none are given.
+
+    A name ends where a component of the path does, as in transformers (``quantizers_utils.should_convert_module``): ``mlp.gate`` says
+    nothing of ``mlp.gate_proj``. AutoAWQ leaves those out, too; what is stored decides about them.
+    """
     keys = ("modules_to_not_convert", "ignored_layers", "ignore")
     excluded = (*(name for key in keys for name in names(section, key)), *always) or (HEAD,)
+    pattern = _as_pattern(excluded)
+    scales = chosen.scale_names
 
-    def choose(modules: Sequence[str]) -> Format:
-        return DENSE if any(name in module for name in excluded for module in modules) else chosen
+    def chooser(stored: Collection[str]) -> Chooser:
+        def choose(modules: Sequence[str]) -> Format:
+            if any(pattern.search(module) for module in modules):
+                return DENSE
+            is_contained = bool(stored) and any(name in module for name in excluded for module in modules)
+            if is_contained and find_stored([f"{one}.{scale}" for one in modules for scale in scales], stored) is None:
+                return DENSE
+            return chosen
 
-    return FormatPlan(of_parts(choose))
+        return choose
+
+    return FormatPlan(of_parts(chooser(())), choose_by_names=lambda stored: of_parts(chooser(stored)))
+
+
+def _as_pattern(excluded: Sequence[str]) -> re.Pattern[str]:
+    """An expression for paths that contain one of the names up to the end of a component, or begin with one taken as an expression."""
+    expressions = [rf"{re.escape(name)}|^(?:{name})" for name in excluded]
+    for name in excluded:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise refused(f"an exclusion {name!r} ({error})", "correct the expression") from None
+    return re.compile(rf"(?:{'|'.join(expressions)})(?:(?<=\.)|(?=\.|$))")
 
 
 def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:

@@ -66,8 +66,24 @@ def _is_static_fp8(scheme: Section) -> bool:
     return kind == (8, "float", False) and is_known and flag(scheme, "symmetric", True)
 
 
+def _arguments(group: Section, key: str) -> Section | None:
+    """How one operand is quantised; None = not at all. Names in lower case, and ``strategy`` as its absence is understood."""
+    found = table(group, key)
+    if not found:
+        return None
+    size = found.get("group_size")
+    implied = "tensor" if size is None else "group" if group_size(found) else "channel"
+    given = {name: value for name, value in found.items() if value is not None}
+    lower = {name: value.lower() for name, value in given.items() if isinstance(value, str)}
+    return {"strategy": implied, **given, **lower}
+
+
 def _compressed_format(group: Section, section: Section) -> Format:
-    weights, inputs = table(group, "weights"), table(group, "input_activations") or None
+    weights, inputs = _arguments(group, "weights"), _arguments(group, "input_activations")
+    if weights is None:
+        if inputs is None and not table(group, "output_activations"):
+            return DENSE  # the preset UNQUANTIZED
+        raise refused("compressed-tensors with quantised activations of plain weights", WAY_OUT)
     layout = group.get("format") or section.get("format") or ""
     bits, kind, strategy = integer(weights, "num_bits", 0), weights.get("type"), weights.get("strategy")
     is_symmetric = flag(weights, "symmetric", True)
@@ -78,8 +94,7 @@ def _compressed_format(group: Section, section: Section) -> Format:
         _check_inputs(inputs, kind, what)
     if layout in ("float-quantized", "naive-quantized", "int-quantized") and bits == 8:
         if kind == "float" and strategy == "block":
-            sizes = weights.get("block_structure") or (128, 128)
-            rows, columns = block_sizes(sizes, "block_structure", "compressed-tensors")
+            rows, columns = _block_structure(weights)
             if inputs is not None:
                 _check_groups(inputs, columns, what)
             return fp8_blocks("weight_scale", rows, columns, "plain" if inputs is None else "fp8 groups")
@@ -88,7 +103,8 @@ def _compressed_format(group: Section, section: Section) -> Format:
                 "fp8" if kind == "float" else "int8", scale_of="tensor" if strategy == "tensor" else "row",
                 input=_input_kind(inputs, what),
             )  # fmt: skip
-    if layout == "pack-quantized" and kind == "int" and bits in (4, 8) and inputs is None:
+    is_packed = layout == "pack-quantized" and strategy in ("channel", "group")
+    if is_packed and kind == "int" and bits in (4, 8) and inputs is None:
         half = 1 << (bits - 1)
         columns = 0 if strategy == "channel" else group_size(weights, default=0)
         order = weights.get("actorder")
@@ -103,6 +119,14 @@ def _compressed_format(group: Section, section: Section) -> Format:
         )  # fmt: skip
         return GroupCodes(f"int{bits}", stored, columns)
     raise refused(what, WAY_OUT)
+
+
+def _block_structure(weights: Section) -> tuple[int, int]:
+    """Early releases wrote ``"128x128"``."""
+    sizes = weights.get("block_structure") or (128, 128)
+    if isinstance(sizes, str):
+        sizes = [int(size) if size.isdecimal() else size for size in sizes.split("x")]
+    return block_sizes(sizes, "block_structure", "compressed-tensors")
 
 
 _SHAPES = Unread(

@@ -15,10 +15,21 @@ from phalanx.parallel.errors import CheckpointError
 if TYPE_CHECKING:
     from phalanx.checkpoints.source import Array
 
-__all__ = ["AWQ_ORDER", "GroupIndex", "NibbleRows", "PackedWords", "Scales"]
+__all__ = ["AWQ_ORDER", "INPUT_SCALE_NAMES", "GroupIndex", "NibbleRows", "PackedWords", "Scales", "scale_names"]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word holds value ``AWQ_ORDER[i]`` of its eight."""
+
+
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")
+"""Of 8-bit weights: compressed-tensors and ModelOpt, Hugging Face, DeepSeek-V4, Mistral (transformers ``quantizer_finegrained_fp8.py``)."""
+INPUT_SCALE_NAMES = ("input_scale", "activation_scale", "qscale_act")
+"""Of inputs of products, likewise."""
+
+
+def scale_names(usual: str) -> tuple[str, ...]:
+    """What checkpoints call the scale of a weight that a format calls ``usual``, that name first."""
+    return (usual, *(name for name in _WEIGHT_SCALES if name != usual)) if usual in _WEIGHT_SCALES else (usual,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.encoding import Encoding
 from phalanx.checkpoints.quantization.dummy_ranges import DUMMY_CODES, DUMMY_SCALES
-from phalanx.checkpoints.quantization.encodings import GroupIndex, NibbleRows, PackedWords, Scales
+from phalanx.checkpoints.quantization.encodings import GroupIndex, NibbleRows, PackedWords, Scales, scale_names
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
 from phalanx.parallel.errors import CheckpointError
@@ -108,6 +108,11 @@ class GroupCodes:
         encoding = self.stored.codes_encoding
         return "int4" if isinstance(encoding, PackedWords | NibbleRows) and encoding.bits == 4 else "int8"
 
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Suffixes that a stored scale may have."""
+        return scale_names(self.stored.scale)
+
     def for_weight(self, spec: WeightSpec) -> GroupCodes:
         """The same with groups that the cuts of ``spec`` allow: heads of 64 columns halve groups of 128, and share a row of an index."""
         cut = self.group
@@ -127,14 +132,14 @@ class GroupCodes:
         order any column may belong to any group, so ranks that share columns all hold the scales of every group.
         """
         stored = self.stored
-        codes = [self._part(part, stored.codes, stored.codes_encoding) for part in spec.parts]
-        scales = [self._group_part(part, stored.scale, None) for part in spec.parts]
+        codes = [self._part(part, stored.codes_encoding, stored.codes) for part in spec.parts]
+        scales = [self._group_part(part, None, *self.scale_names) for part in spec.parts]
         result = [
             WeightSpec(f"{spec.owner}.codes", tuple(codes), dtype=stored.dtype, dummy=DUMMY_CODES[self.kind]),
             WeightSpec(f"{spec.owner}.scale", tuple(scales), dtype="F32", dummy=self._dummy_scales),
         ]
         if stored.zero:
-            zeros = [self._group_part(part, stored.zero, stored.zero_encoding) for part in spec.parts]
+            zeros = [self._group_part(part, stored.zero_encoding, stored.zero) for part in spec.parts]
             result.append(WeightSpec(f"{spec.owner}.zero", tuple(zeros), dtype="I8", dummy=DummyRange(-1.0, 2.0)))
         if stored.group_index:
             indices = tuple(map(self._index_part, spec.parts))
@@ -211,8 +216,8 @@ class GroupCodes:
             np.take(groups[some], columns, axis=1, out=values[some])
         return values
 
-    def _part(self, part: Part, suffix: str, encoding: Encoding | None) -> Part:
-        source, *aliases = part.siblings(suffix)
+    def _part(self, part: Part, encoding: Encoding | None, *suffixes: str) -> Part:
+        source, *aliases = part.siblings(*suffixes)
         return replace(
             part, source=source, aliases=tuple(aliases), encoding=encoding, transposed=self.stored.transposed
         )
@@ -223,11 +228,11 @@ class GroupCodes:
             shard = replace(shard, unit=shard.unit // shared, pad_to=shard.pad_to // shared)
         rows = part.source_extents[0] // shared
         return replace(
-            self._part(part, self.stored.group_index, GroupIndex(rows, self.group)), shape=(part.shape[0] // shared, part.shape[1]),
+            self._part(part, GroupIndex(rows, self.group), self.stored.group_index), shape=(part.shape[0] // shared, part.shape[1]),
             shard=shard, transposed=False, first_row=part.first_row // shared, source_rows=rows,
         )  # fmt: skip
 
-    def _group_part(self, part: Part, suffix: str, encoding: PackedWords | None) -> Part:
+    def _group_part(self, part: Part, encoding: PackedWords | None, *suffixes: str) -> Part:
         """Of ``[O, G]`` values; a stored one repeats for each piece of its group. Zero points are packed along rows and never repeat along them."""
         columns = -(-part.shape[1] // self.cut) if self.cut else 1
         shard = part.shard
@@ -238,7 +243,7 @@ class GroupCodes:
             shard = replace(shard, unit=unit, has_short_last=bool(columns % unit)) if unit else None
         repeats = self.group // self.cut if self.cut else 1
         repeated = replace(encoding, columns=repeats) if encoding else Scales(self.stored.block_rows, repeats)
-        return replace(self._part(part, suffix, repeated), shape=(part.shape[0], columns), shard=shard)
+        return replace(self._part(part, repeated, *suffixes), shape=(part.shape[0], columns), shard=shard)
 
 
 def _common_rows(part: Part) -> int:

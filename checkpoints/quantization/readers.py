@@ -42,7 +42,7 @@ def read_fp8(section: Section) -> FormatPlan:
     if block:
         if scheme != "dynamic":
             raise refused(f"fp8 with blocks and activation_scheme={scheme!r}", WAY_OUT)
-        chosen: Format = fp8_blocks("weight_scale_inv", *block, _input_scales(section))
+        chosen: GroupCodes | RowCodes = fp8_blocks("weight_scale_inv", *block, _input_scales(section))
     else:
         if scheme not in ("dynamic", "static"):
             raise refused(f"fp8 with activation_scheme={scheme!r}", WAY_OUT)
@@ -73,7 +73,10 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
 
 def read_awq(section: Section) -> FormatPlan:
     """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it."""
-    version, bits = _awq_version(section), integer(section, "bits", integer(section, "w_bit", 0))
+    version, bits = (
+        _named("gemm", section, "version", "checkpoint_format", "format"),
+        integer(section, "bits", integer(section, "w_bit", 0)),
+    )
     group, has_zeros = (
         group_size(section, default=group_size(section, "q_group_size")),
         flag(section, "zero_point", True),
@@ -87,10 +90,10 @@ def read_awq(section: Section) -> FormatPlan:
     return excluding(GroupCodes("int4", stored, group), section, always=(HEAD,))
 
 
-def _awq_version(section: Section) -> str:
-    """Under each of the names that AutoAWQ, transformers and GPTQModel have for it; several only if they differ."""
-    found = (section.get(key) for key in ("version", "checkpoint_format", "format"))
-    return " and ".join(sorted({str(one).lower() for one in found if one is not None})) or "gemm"
+def _named(usual: str, section: Section, *keys: str) -> str:
+    """What quantisers wrote under one or several of ``keys``, which mean the same; several names only if they differ."""
+    found = {str(one).lower() for key in keys if (one := section.get(key)) is not None}
+    return " and ".join(sorted(found)) or usual
 
 
 def read_gptq(section: Section) -> FormatPlan:
@@ -115,7 +118,7 @@ def read_gptq(section: Section) -> FormatPlan:
 
 def _gptq_format(section: Section) -> GroupCodes:
     bits, group = integer(section, "bits", 0), group_size(section)
-    form = str(section.get("checkpoint_format") or section.get("format") or "gptq").lower()
+    form = _named("gptq", section, "checkpoint_format", "format")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
     half, is_ordered = 1 << (bits - 1), flag(section, "desc_act", False) and group > 0

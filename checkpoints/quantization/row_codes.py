@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from phalanx.checkpoints.quantization.dummy_ranges import DUMMY_CODES, DUMMY_INPUT_SCALES, DUMMY_SCALES
-from phalanx.checkpoints.quantization.encodings import Scales
+from phalanx.checkpoints.quantization.encodings import INPUT_SCALE_NAMES, Scales, scale_names
 from phalanx.checkpoints.quantization.prescale import common_prescale, prescale_component
 from phalanx.checkpoints.spec import Part, WeightSpec
 
@@ -88,11 +88,16 @@ class RowCodes:
     def _scale_part(self, part: Part) -> Part:
         shard = part.shard if part.shard is not None and part.shard.axis == 0 else None
         rows = part.source_extents[0] if self.scale_of == "tensor" else 1
-        source, *aliases = part.siblings(self.scale, f"{self.scale}_inv")
+        source, *aliases = part.siblings(*self.scale_names)
         return Part(
             source, part.shape[:1], shard, aliases=tuple(aliases),
             first_row=part.first_row, source_rows=part.source_rows, encoding=Scales(rows),
         )  # fmt: skip
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Suffixes that a stored scale may have."""
+        return scale_names(self.scale)
 
     def quantize(self, weight: Array) -> dict[str, Array]:
         """Components of float values ``[out, in]``, which may be one rank's share."""
@@ -160,5 +165,5 @@ SMOOTHQUANT = INT8_STATIC.with_prescale("pre_quant_scale")
 
 
 def _input_scale(part: Part) -> Part:
-    source, *aliases = part.siblings("input_scale", "activation_scale")
+    source, *aliases = part.siblings(*INPUT_SCALE_NAMES)
     return Part(source, (1,), aliases=tuple(aliases), encoding=Scales(of="inputs"))

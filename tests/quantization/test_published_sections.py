@@ -204,6 +204,92 @@ def test_the_most_specific_target_decides_whichever_group_comes_first(is_first: 
     assert plain == {"layers.0.down", "layers.1.output"}
 
 
+def with_weights(section: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The section with other fields of weights; None = without the field."""
+    ((name, group),) = section["config_groups"].items()
+    weights = {key: value for key, value in {**group["weights"], **fields}.items() if value is not None}
+    return {**section, "config_groups": {name: {**group, "weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quantization_config": with_weights(FP8_BLOCK, block_structure="128x128")}, "fp8 blocks in groups of 128"),
+        ({"quantization_config": with_weights(W4A16, strategy=None)}, "int4 in groups of 128"),
+        ({"quantization_config": with_weights(W4A16, strategy=None, group_size=-1)}, "int4 by rows"),
+        ({"quantization_config": with_weights(FP8_STATIC, strategy=None, type="FLOAT")}, "fp8 rows x static"),
+        ({"quantization_config": with_weights(W8A8, strategy="CHANNEL")}, "int8 rows x tokens"),
+        ({"compression_config": {"quantization_config": W4A16, "sparsity_config": {}}}, "int4 in groups of 128"),
+    ],
+)  # fmt: skip
+def test_spellings_of_early_releases_are_read(config: dict[str, Any], name: str) -> None:
+    found = schemes(read_formats(config))
+    assert {scheme for owner, scheme in found.items() if owner.startswith("layers.")} == {name}
+
+
+def test_modules_of_a_group_without_weights_stay_as_they_are() -> None:
+    (everything,) = W4A16["config_groups"].values()
+    plain = {"targets": ["re:.*down_proj"], "weights": None, "input_activations": None, "output_activations": None}
+    groups = {"group_0": everything, "UNQUANTIZED": plain}
+    found = schemes(read_formats({"quantization_config": {**W4A16, "config_groups": groups}}))
+    assert {owner for owner, scheme in found.items() if scheme == "dense"} >= {"layers.0.down", "layers.1.down"}
+    assert found["layers.0.output"] == "int4 in groups of 128"
+
+
+@pytest.mark.parametrize("section", [QWEN_FP8, FBGEMM_405B, AWQ], ids=lambda section: str(section["quant_method"]))
+@pytest.mark.parametrize(
+    ("excluded", "plain"),
+    [
+        (["mlp.gate"], set()), (["model.layers.1"], {"layers.1.qkv", "layers.1.output", "layers.1.gate_up", "layers.1.down"}),
+        (["layers.1.self_attn."], {"layers.1.qkv", "layers.1.output"}), (["model.layer"], set()),
+        ([r"model\.layers\.[0-9]\.mlp\.down_proj"], {"layers.0.down", "layers.1.down"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_exclusions_end_where_a_component_of_a_path_does(
+    section: dict[str, Any], excluded: list[str], plain: set[str]
+) -> None:
+    found = schemes(
+        read_formats({"quantization_config": {**section, "modules_to_not_convert": ["lm_head", *excluded]}})
+    )
+    assert {owner for owner, name in found.items() if name == "dense" and owner.startswith("layers.")} == plain
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("name", ["awq", "fbgemm"])
+def test_a_name_that_a_path_contains_excludes_what_is_stored_plain(tmp_path: Path, name: str, is_plain: bool) -> None:
+    """AutoAWQ leaves ``gate_proj`` and ``up_proj`` out for ``["gate", "up"]``, others quantise both."""
+    write_checkpoint(checkpoints.CASE, tmp_path / "dense")
+    module, section = checkpoints.ALL[name]
+    modules = {".gate_proj": writers.as_it_is, ".up_proj": writers.as_it_is, "": module} if is_plain else module
+    section = {**section, "modules_to_not_convert": ["lm_head", "gate", "up"]}
+    writers.write(tmp_path / "dense", tmp_path / "quantised", tmp_path / "twin", modules, section)
+    weights, twin = (checkpoints.load(tmp_path / path, 1, 0) for path in ("quantised", "twin"))
+    for owner in ("layers.0.gate_up", "layers.1.down"):
+        weight, expected = weights.linear(owner), twin.linear(owner).components["weight"]
+        assert (weight.format.name == "dense") == (is_plain and "gate" in owner)
+        np.testing.assert_array_equal(weight.format.dequantize(weight.components), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("hf-fp8-blocks", {"weight_scale_inv": "scale"}), ("hf-fp8-blocks", {"weight_scale_inv": "qscale_weight"}),
+     ("modelopt-fp8", {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}),
+     ("modelopt-fp8", {"weight_scale": "qscale_weight", "input_scale": "qscale_act"})],
+)  # fmt: skip
+def test_scales_of_fp8_have_several_names(dense: Path, tmp_path: Path, name: str, names: dict[str, str]) -> None:
+    module, section = checkpoints.ALL[name]
+
+    def renamed(w: checkpoints.Array) -> writers.Written:
+        tensors, values = module(w)
+        return {names.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}, values
+
+    for path, one in (("usual", module), ("other", renamed)):
+        writers.write(dense, tmp_path / path, tmp_path / f"{path}-twin", one, section)
+    usual, other = (checkpoints.logprobs(checkpoints.generate(tmp_path / path)) for path in ("usual", "other"))
+    np.testing.assert_array_equal(other, usual)
+
+
 ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
 
 
@@ -221,6 +307,7 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
         ({**GPTQMODEL_AWQ, "checkpoint_format": "gemv_fast", "format": "gemv_fast"}, "awq version='gemv_fast'"),
         ({**GPTQMODEL_AWQ, "dynamic": {"-:.*down.*": {}}}, "awq with rules per module"),
         ({**AWQ, "checkpoint_format": "gemv"}, "awq version='gemm and gemv'"),
+        ({**QWEN_GPTQ_INT8, "checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format='gptq and gptq_v2'"),
         ({**QWEN_GPTQ_INT8, "dynamic": {"-:(down": {}}}, r"gptq rule '-:\(down' \(missing \)"),
         ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": {"bits": 3}}}, "gptq bits=3"),
         ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": 4}}, "is not an object of fields"),
