@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any
 
@@ -205,7 +206,15 @@ class _Stream:
     async def answer(self, request: Any) -> None:
         """Write all responses to one request; an error is the last of them, or ends the stream."""
         try:
+            await self._respond_or_fail(request)
+        except (grpc.aio.InternalError, grpc.aio.UsageError):
+            return  # a write after the client has left; the call is cancelled next
+
+    async def _respond_or_fail(self, request: Any) -> None:
+        try:
             await self._respond(request)
+        except grpc.aio.BaseError:
+            raise
         except Exception as error:
             if self._ends_at_error:
                 raise
@@ -223,8 +232,9 @@ class _Stream:
         self._inference.check_outputs(contract, wanted_outputs(request))
         rows = tensor_rows(contract, read_inputs(request))
         marks_with_empty = parameters.get("triton_enable_empty_final_response") is True
-        async for outputs, last in self._inference.stream(contract, rows, limit):
-            await self._write_one(request, outputs, last and not marks_with_empty)
+        async with aclosing(self._inference.stream(contract, rows, limit)) as responses:
+            async for outputs, last in responses:
+                await self._write_one(request, outputs, last and not marks_with_empty)
         if marks_with_empty:
             await self._write_one(request, (), True)
 

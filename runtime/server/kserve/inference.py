@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from phalanx import __version__
@@ -137,7 +137,7 @@ class Inference:
 
     async def stream(
         self, contract: ModelContract, rows: Sequence[Row], limit: TimeLimit
-    ) -> AsyncIterator[tuple[list[Tensor], bool]]:
+    ) -> AsyncGenerator[tuple[list[Tensor], bool], None]:
         """The outputs of each response, and whether it is the last: what is new, if the request asks to stream, else everything at once.
 
         Raises:

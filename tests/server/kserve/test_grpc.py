@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.runtime.server.kserve.contract import MODELS
 from tests.server.servers import Server, stub_server
 
 grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
 aioclient = pytest.importorskip("tritonclient.grpc.aio", reason="tritonclient[grpc] is not installed")
+_Stream = pytest.importorskip("phalanx.runtime.server.kserve.grpc_door")._Stream
 service_pb2 = grpcclient.service_pb2
 service_pb2_grpc = grpcclient.service_pb2_grpc
 
@@ -238,6 +240,31 @@ def test_cancelling_and_deadlines_reach_the_engine(model_directory: Path) -> Non
             client.stop_stream(cancel_requests=True)
             server.wait_for("CANCELLED", 2)
         assert server.drain()[0] == 0
+
+
+def test_a_client_that_leaves_while_it_is_written_to_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    ended = []
+
+    class Gone:
+        async def write(self, response: Any) -> None:
+            raise grpc.aio.UsageError("RPC already finished.")
+
+    class Endless:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: MODELS["ensemble"]
+
+        async def stream(self, *arguments: Any) -> AsyncIterator[Any]:
+            try:
+                while True:
+                    yield [], False
+            finally:
+                ended.append(True)
+
+    request = typed_request()
+    inference: Any = Endless()
+    asyncio.run(_Stream(inference, Gone(), ends_at_error=False).answer(request))
+    assert ended == [True]
+    assert caplog.records == []
 
 
 def test_a_request_ends_at_its_own_timeout(model_directory: Path) -> None:
