@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from phalanx.kernels.activation_names import ACTIVATIONS, ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.kernels.quantize import LARGEST_ROW, QuantizedRows, quantized_defines, require_codes
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_gated_groups
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["ACTIVATIONS", "ActivationName", "activation", "gated_activation"]
+__all__ = ["activation", "gated_activation"]
 
-ActivationName = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2"]
-ACTIVATIONS: tuple[ActivationName, ...] = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2")
 _LARGEST_BLOCK = 256
 
 

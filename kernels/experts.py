@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.attention_tiling import shared_bytes_per_multiprocessor
 from phalanx.kernels.library import Library

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, ceil_div
 from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import cache_directory

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.parallel.errors import ExecutorError

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name
 from phalanx.kernels.library import Library
 from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes, padded_tokens
 from phalanx.parallel.errors import ExecutorError
-
-if TYPE_CHECKING:
-    from phalanx.kernels.activation import ActivationName
 
 __all__ = ["QuantizedGroups", "group_defines", "quantize_gated_groups", "quantize_groups", "require_groups"]
 

@@ -194,6 +194,9 @@ def rows(tree: Path) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Print a table with a column for each tree of the command line."""
     trees = [Path(argument).resolve() for argument in sys.argv[1:]] or [Path.cwd()]
+    for tree in trees:
+        if not (tree / FOLDERS[0]).is_dir():
+            sys.exit(f"{tree} is not a checkout; give directories, for a revision those of git worktree add")
     columns = [dict(rows(tree)) for tree in trees]
     print("| | " + " | ".join(tree.name for tree in trees) + " |")
     print("|---" * (len(trees) + 1) + "|")

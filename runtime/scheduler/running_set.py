@@ -214,7 +214,7 @@ class RunningSet:
         return num_in_flight >= enough and not (self._table.remaining() > 1).any()
 
     def _choose_decodes(self) -> SeqIndexArray:
-        """Slots that compute one token, with blocks for it; preempts the last in order while blocks are short."""
+        """Sequences that compute one token, with blocks for it; preempts the last in order while blocks are short."""
         while True:
             candidates = np.flatnonzero(self._table.remaining() == 1)
             decodes = self._least_recent(self._with_masks(candidates) if self._table.masks else candidates)

@@ -17,7 +17,7 @@ __all__ = ["PromptGroup", "SeqIndexArray", "Sequence", "SequenceTable"]
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 SeqIndexArray = NDArray[np.intp]
-"""Slots that index a `SequenceTable`: NumPy would convert any other integer type at every use."""
+"""Rows of a `SequenceTable`: NumPy would convert any other integer type at every use."""
 
 _NO_TOKEN = -2
 """Fills `SequenceTable.end_ids`; not -1, which a sampled token is when the logits were not finite."""
@@ -169,12 +169,12 @@ class SequenceTable:
 
     @property
     def num_free(self) -> int:
-        """Slots without a sequence."""
+        """Rows without a sequence."""
         return len(self._free_indices)
 
     @property
     def num_running(self) -> int:
-        """Slots with a sequence."""
+        """Rows with a sequence."""
         return len(self.sequences) - len(self._free_indices)
 
     @property
@@ -244,11 +244,11 @@ class SequenceTable:
         return int(np.count_nonzero(unplanned <= 1)) - self.num_free
 
     def in_order(self, seq_indices: SeqIndexArray) -> SeqIndexArray:
-        """The same slots by the `Sequence.order` of what runs there."""
+        """The same rows by the `Sequence.order` of what runs there."""
         return seq_indices[np.lexsort((self.numbers[seq_indices], self.priorities[seq_indices]))]
 
     def last(self) -> int:
-        """Slot of the running sequence that comes last in order."""
+        """Row of the running sequence that comes last in order."""
         return int(self.in_order(np.flatnonzero(self.numbers >= 0))[-1])
 
     def tokens_at(self, seq_indices: SeqIndexArray, positions: Int32Array) -> Int32Array:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from phalanx.kernels.activation import ACTIVATIONS, activation, gated_activation
+from phalanx.kernels.activation import activation, gated_activation
+from phalanx.kernels.activation_names import ACTIVATIONS
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import cases

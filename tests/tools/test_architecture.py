@@ -1,4 +1,4 @@
-"""``docs/architecture.md`` names what is there: its picture has every room, and each path that it names exists."""
+"""``docs/architecture.md`` says what is true: its picture has every folder, each path that it names exists, no modules import each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from tools.measure_structure import circles, imports, modules
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
@@ -35,3 +37,8 @@ def test_every_path_that_it_names_exists() -> None:
     assert len(paths) > 20
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_no_modules_import_each_other() -> None:
+    known = modules(ROOT)
+    assert circles({name: imports(name, path, known) for name, path in known.items()}) == []

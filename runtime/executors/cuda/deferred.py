@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes, padded_tokens
 from phalanx.kernels.quantize import CodeRule, QuantizedRows
 from phalanx.kernels.quantize_groups import QuantizedGroups

@@ -18,7 +18,8 @@ from phalanx.checkpoints.quantization.row_codes import (
     INT8_STATIC,
     SMOOTHQUANT,
 )
-from phalanx.kernels.activation import ActivationName, activation, gated_activation
+from phalanx.kernels.activation import activation, gated_activation
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.add import add
 from phalanx.kernels.embedding import add_position_embedding, embedding
 from phalanx.kernels.experts import MAX_CHOICES, MAX_EXPERTS, ExpertRows, Routing, combine, grouped_product, route

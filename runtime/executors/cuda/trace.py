@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phalanx.kernels.activation import ActivationName
+from phalanx.kernels.activation_names import ActivationName
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.hosts import host_ids
 from phalanx.runtime.config import Activation
