@@ -194,6 +194,16 @@ class EngineClient(asyncio.Protocol):
         return sum(self._room.num_open())
 
     @property
+    def is_connected(self) -> bool:
+        """Whether an engine is there whose end has not been noticed."""
+        return self._transport is not None
+
+    def disconnect(self) -> None:
+        """End the connection to the engine, which then ends; `connection_lost` follows."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
     def is_draining(self) -> bool:
         """Whether the server waits for the last answers."""
         return self.state is ServerState.DRAINING

@@ -26,6 +26,10 @@ from phalanx.runtime.server.link.messages import (
 
 __all__ = ["EngineDoor", "SupervisorLink"]
 
+PREDECESSOR_SECONDS = 2.0
+"""How long an engine waits for the end of the one before."""
+POLL_SECONDS = 0.02
+
 
 class SupervisorLink(asyncio.Protocol):
     """Tells the supervisor when requests are answered, a drain begins or the engine is lost; is told when no further engine comes."""
@@ -73,15 +77,40 @@ class SupervisorLink(asyncio.Protocol):
 
 
 class EngineDoor(asyncio.Protocol):
-    """Where an engine connects: lets this user's processes through to the client, and no others."""
+    """Where engines connect, one after the other: lets this user's processes through to the client, and no others.
+
+    An engine may come before this process has noticed the end of the one before, if it was held up, or while that one still runs because
+    only its launcher was killed. It waits for the other's end, or ends the connection.
+    """
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
+        self._early = bytearray()
+        self._is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         if peer_of(transport.get_extra_info("socket")).user != os.getuid():
             transport.abort()
             return
+        loop = asyncio.get_running_loop()
+        self._enter(transport, loop, loop.time() + PREDECESSOR_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_lost = True
+
+    def _enter(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, give_up: float) -> None:
+        if self._client.is_connected:
+            if loop.time() >= give_up:
+                self._client.disconnect()
+            loop.call_later(POLL_SECONDS, self._enter, transport, loop, give_up)
+            return
         transport.set_protocol(self._client)
         self._client.connection_made(transport)
+        if self._early:
+            self._client.data_received(bytes(self._early))
+        if self._is_lost:
+            self._client.connection_lost(None)
