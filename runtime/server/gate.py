@@ -3,29 +3,23 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import time
-import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phalanx.runtime.logs import fields
 from phalanx.runtime.server.errors import ApiError, unavailable
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.web.api_keys import has_key
 from phalanx.runtime.server.web.cors import cors_headers, is_preflight
 from phalanx.runtime.server.web.http import error_response
+from phalanx.runtime.server.web.log import log_request, request_id
 
 __all__ = ["OPEN_WITHOUT_KEY", "Gate"]
 
-_LOG = logging.getLogger("phalanx.server")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = frozenset({"/health", "/metrics", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
-"""Asked every few seconds by machines: logged at the level ``debug`` only."""
 OPEN_WITHOUT_KEY = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
 """A load balancer that asks whether to send requests here has no key."""
 _OPEN_WHILE_DRAINING = frozenset({"/health", "/metrics", "/v2/health/live", "/admin/drain"})
@@ -60,8 +54,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers, started = Headers(scope=scope), time.monotonic()
-        request_id, method = _request_id(headers), scope["method"]
-        more_headers = {"x-request-id": request_id, **cors_headers(method, headers, self._cors_origins)}
+        own_id, method = request_id(headers.get("x-request-id", "")), scope["method"]
+        more_headers = {"x-request-id": own_id, **cors_headers(method, headers, self._cors_origins)}
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -80,14 +74,8 @@ class Gate:
         try:
             await answer(scope, receive, send_with_id)
         finally:
-            seconds = time.monotonic() - started
-            _LOG.log(
-                logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
-                "%s %s %s %d %.3fs", request_id, method, scope["path"], status, seconds,
-                extra=fields(
-                    request_id=request_id, method=method, path=scope["path"], status=status, seconds=round(seconds, 6)
-                ),
-            )  # fmt: skip
+            path, seconds = scope["path"], time.monotonic() - started
+            log_request(own_id, method, path, status, seconds, is_probe=path in _PROBES)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if "content-length" in headers and "transfer-encoding" in headers:  # RFC 9112, section 6.1: request smuggling
@@ -123,8 +111,3 @@ def _credentials(headers: Headers) -> str:
     """``Authorization``, or the header in which Anthropic's clients send a key."""
     own = headers.get("x-api-key")
     return headers.get("authorization", "") if own is None else f"Bearer {own}"
-
-
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

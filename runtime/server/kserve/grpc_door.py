@@ -28,6 +28,7 @@ from phalanx.runtime.server.kserve.inputs import tensor_rows
 from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import has_key
+from phalanx.runtime.server.web.log import log_request, request_id
 from phalanx.runtime.server.web.tls import read_pem
 
 __all__ = ["start_grpc"]
@@ -45,6 +46,8 @@ _STATUS = MappingProxyType(
         503: grpc.StatusCode.UNAVAILABLE,
     }
 )
+
+_PROBES = frozenset({"ServerLive", "ServerReady"})
 
 MAX_CONCURRENT_STREAMS = 1024
 """Calls that one connection may have open."""
@@ -123,7 +126,7 @@ class _Door:
 
         async def guarded(request: Any, context: Any) -> Any:
             try:
-                if not name.startswith("Server") or name == "ServerMetadata":
+                if name not in _PROBES:
                     self._check(context)
                 return await call(request, context)
             except* ApiError as group:
@@ -134,7 +137,7 @@ class _Door:
             self._inference.services.metrics.refused.labels(str(refusal.status)).inc()
             await context.abort(_STATUS.get(refusal.status, grpc.StatusCode.INTERNAL), str(refusal))
 
-        return guarded
+        return _logged(name, guarded)
 
     def _check(self, context: Any) -> None:
         client, metadata = self._inference.services.client, dict(context.invocation_metadata() or ())
@@ -246,6 +249,26 @@ class _Stream:
     async def _write(self, response: Any) -> None:
         async with self._lock:
             await self._context.write(response)
+
+
+def _logged(name: str, call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """``call``, and a line in the log when it is over."""
+
+    async def logged(request: Any, context: Any) -> Any:
+        started, status = time.monotonic(), "CANCELLED"
+        given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
+        try:
+            answer = await call(request, context)
+            status = "OK"
+        except grpc.aio.AbortError:
+            status = context.code().name
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            log_request(request_id(str(given)), "gRPC", name, status, seconds, is_probe=name in _PROBES)
+        return answer
+
+    return logged
 
 
 def _first(group: BaseExceptionGroup[ApiError]) -> ApiError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logging that never holds up the event loop: a thread writes, and lines beyond its queue are dropped."""
+"""Logging that never holds up the event loop: a thread writes, and lines beyond its queue are dropped. The line of a request."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import contextlib
 import logging
 import logging.handlers
 import queue
+import re
 import threading
+import uuid
 from typing import TextIO
 
-from phalanx.runtime.logs import LogFormat, LogLevel, formatter
+from phalanx.runtime.logs import LogFormat, LogLevel, fields, formatter
 
-__all__ = ["hold_log", "start_logging"]
+__all__ = ["hold_log", "log_request", "request_id", "start_logging"]
+
+_LOG = logging.getLogger("phalanx.server")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 MAX_WAITING_LINES = 10_000
 
@@ -54,3 +59,17 @@ def start_logging(stream: TextIO, level: LogLevel, log_format: LogFormat) -> log
     root.addHandler(_DroppingHandler(waiting))
     root.setLevel(level.upper())
     return listener
+
+
+def request_id(given: str) -> str:
+    """Return the id that a client gave in ``x-request-id``, or another one where that could not stand in a header or a log."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def log_request(request_id: str, method: str, path: str, status: int | str, seconds: float, *, is_probe: bool) -> None:
+    """Write the line of a request that is over; of a probe, which comes every few seconds, at the level ``debug`` only."""
+    _LOG.log(
+        logging.DEBUG if is_probe else logging.INFO,
+        "%s %s %s %s %.3fs", request_id, method, path, status, seconds,
+        extra=fields(request_id=request_id, method=method, path=path, status=status, seconds=round(seconds, 6)),
+    )  # fmt: skip

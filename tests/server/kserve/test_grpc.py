@@ -242,6 +242,21 @@ def test_cancelling_and_deadlines_reach_the_engine(model_directory: Path) -> Non
         assert server.drain()[0] == 0
 
 
+def test_calls_are_logged_by_id_name_status_and_time(model_directory: Path) -> None:
+    with (
+        stub_server(model_directory, {"grpc_port": 0}) as server,
+        grpcclient.InferenceServerClient(address(server)) as client,
+    ):
+        assert client.is_server_ready()
+        client.infer("ensemble", text_inputs("secret"), headers={"x-request-id": "mine"})
+        assert len(server.lines_with("mine gRPC ModelInfer OK")) == 1
+        with pytest.raises(grpcclient.InferenceServerException):
+            client.infer("other", text_inputs("secret"), headers={"x-request-id": "other one"})
+        (line,) = server.lines_with("gRPC ModelInfer NOT_FOUND")
+        assert "other one" not in line, "an id with a space could be taken for two values"
+        assert not [line for line in server.lines if "secret" in line or "ServerReady" in line]
+
+
 def test_a_client_that_leaves_while_it_is_written_to_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     ended = []
 
