@@ -115,7 +115,7 @@ class SelfDeviceCommunicator:
 
 
 class NcclCommunicator:
-    """See `DeviceCommunicator`.
+    """A device group over NCCL.
 
     Construction is collective over ``host``: its rank 0 makes NCCL's identifier and broadcasts it, so no port is
     opened.

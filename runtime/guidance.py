@@ -129,7 +129,7 @@ def _compile(tokenizer: Any, guide: Guide, **stricter: int) -> Any:
 
 
 class GuideMask:
-    """See `phalanx.runtime.sampling.masks.TokenMask`. Its methods are called by one thread."""
+    """Tokens that keep an answer within a grammar, schema or regular expression. Not thread-safe."""
 
     follows_tokens = True
 

@@ -65,7 +65,7 @@ class CudaGroups:
 
 
 class CudaExecutor:
-    """See `phalanx.runtime.executors.base.Executor`. One thread at a time may call it.
+    """Runs planned steps on one GPU, as CUDA graphs unless rows do more than sample one token of each sequence. Not thread-safe.
 
     Args:
         stream: where steps run.

@@ -176,7 +176,7 @@ class CudaOps(Ops[DeviceArray]):
     def add_rms_norm(
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
-        """See `Ops.add_rms_norm`; one kernel, ``residual`` in place."""
+        """One kernel, which adds to ``residual`` in place."""
         x = self._values(x)
         residual = self.rows_of(residual, x)
         weight = self._weights.array(name)
@@ -193,7 +193,7 @@ class CudaOps(Ops[DeviceArray]):
     def add_layer_norm(
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
-        """See `Ops.add_layer_norm`; one kernel, ``residual`` in place."""
+        """One kernel, which adds to ``residual`` in place."""
         x = self._values(x)
         residual = self.rows_of(residual, x)
         weight, bias = self._weights.norm(name)
@@ -208,7 +208,7 @@ class CudaOps(Ops[DeviceArray]):
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.column_linear`; the bias in the product's epilogue. Products of few tokens wait for their consumer."""
+        """Adds the bias in the product's epilogue. Products of few tokens wait for their consumer."""
         bias = self._weights.linear(name).bias
         if bias is not None or len(x) > MAX_GATED_TOKENS:
             return self._product(x, name, bias)
@@ -237,7 +237,7 @@ class CudaOps(Ops[DeviceArray]):
         return self._group.all_reduce(self._values(x))
 
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """See `Ops.row_linear`; alone, a rank adds the bias in the product's epilogue."""
+        """A single rank adds the bias in the product's epilogue."""
         if self._group.size == 1:
             return self._product(x, name, self._weights.linear(name).bias)
         return super().row_linear(x, name)
@@ -318,7 +318,7 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def logits(self, x: DeviceArray, name: str, soft_cap: float = 0.0) -> DeviceArray:
-        """See `Ops.logits`; over the rows of `bind_logits`."""
+        """Over the rows of `bind_logits`."""
         rows = self.logit_rows(x)
         if self.stops_before_logits:
             return rows

@@ -120,7 +120,6 @@ class TracedOps(CudaOps):
             return super()._multiply_gated(rows, name, out, kind)
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
-        """See `CudaOps.attention`."""
         with self._timeline.device(name, "attention"):
             return super().attention(qkv, name, layer, spec)
 
@@ -129,24 +128,20 @@ class TracedOps(CudaOps):
             return super().experts(x, name, spec)
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
-        """See `CudaOps.all_reduce`."""
         with self._timeline.device("all_reduce", "communication"):
             return super().all_reduce(x)
 
     def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
-        """See `CudaOps.gated_activation`."""
         with self._timeline.device(kind, "other"):
             return super().gated_activation(x, kind)
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
-        """See `CudaOps.activation`."""
         with self._timeline.device(kind, "other"):
             return super().activation(x, kind)
 
     def add_rms_norm(
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
-        """See `CudaOps.add_rms_norm`."""
         with self._timeline.device(name, "other"):
             return super().add_rms_norm(x, residual, name, eps, weight_offset)
 

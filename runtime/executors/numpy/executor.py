@@ -37,7 +37,7 @@ _HIDDEN_TAG, _RESULT_TAG = 1, 2
 
 
 class NumpyExecutor:
-    """See `phalanx.runtime.executors.base.Executor`.
+    """Runs planned steps in float32 on the host's processor, one at a time.
 
     Args:
         weights: this rank's shard of its stage, dense.

@@ -36,7 +36,7 @@ _RESULT_TAG = 2
 
 
 class TrtExecutor:
-    """See `phalanx.runtime.executors.base.Executor`.
+    """Runs planned steps as passes of a TensorRT engine that holds a whole stage.
 
     Args:
         shape: sizes that the engine was built for.

@@ -30,7 +30,7 @@ _NEWEST = 9.0
 
 @dataclass(frozen=True, slots=True)
 class TensorRT8(TensorRT):
-    """See `TensorRT`. ``version`` is the library's, which the bindings' own may differ from in its last number."""
+    """TensorRT 8.6. ``version`` is the library's; that of the bindings may differ in its last number."""
 
     @staticmethod
     def of(module: ModuleType) -> TensorRT8:

@@ -85,7 +85,7 @@ class SessionGroups:
 
 
 class DeviceSession:
-    """See `phalanx.runtime.executors.tensorrt.executor.EngineSession`. *Construction is collective over the replica.*
+    """Runs an engine that holds a whole stage on this rank's GPU. *Construction is collective over the replica.*
 
     Args:
         device, stream: this rank's GPU and where passes run.

@@ -36,7 +36,7 @@ class _Context:
 
 
 class DeviceSegments:
-    """See `phalanx.runtime.executors.tensorrt.segments.decode.SegmentRunner`.
+    """Runs segments as TensorRT engines on this rank's GPU.
 
     All contexts share one block of scratch memory, since segments run one after the other on one stream.
 
