@@ -65,7 +65,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot(args.plot)
         if not os.access(args.plot.absolute().parent, os.W_OK):
-            raise ConfigError(f"--plot {args.plot} cannot be written: {args.plot.parent} is missing or not writable")
+            raise ConfigError(
+                f"--plot {args.plot} cannot be written: {args.plot.parent} is missing or not writable; choose another place"
+            )
     if launch_info().size > 1:
         raise ConfigError(f"phalanx bench serve was started on {launch_info().size} ranks; start it without mpirun")
 

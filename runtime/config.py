@@ -217,7 +217,7 @@ class EngineConfig:
         for name in (*minimums, "max_model_len", "num_kv_blocks"):
             if (getattr(self, name) or 0) > LARGEST_SIZE:
                 raise ConfigError(
-                    f"{_flag(name)}={getattr(self, name)} is beyond {LARGEST_SIZE}, the largest number in a step"
+                    f"{_flag(name)}={getattr(self, name)} is beyond {LARGEST_SIZE}, the largest number in a step; use a smaller one"
                 )
         for name in ("max_model_len", "num_kv_blocks"):
             value = getattr(self, name)

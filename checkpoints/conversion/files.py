@@ -78,8 +78,9 @@ def opened(path: Path) -> Iterator[Files]:
     try:
         archive = tarfile.open(path)  # noqa: SIM115  closed below
     except (OSError, tarfile.TarError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise ConfigError(
-            f"--input {str(path)!r} is neither a .nemo archive nor a directory of one: {error}; name one"
+            f"--input {str(path)!r} is neither a .nemo archive nor a directory of one{reason}; name one"
         ) from None
     with archive:
         try:

@@ -90,7 +90,10 @@ def find_model(raw_config: Mapping[str, Any], own: Model | None = None) -> Model
         if not names and model_type == model.model_type:
             return model
     if own is not None:
-        raise ConfigError(f"--model-file defines {own.architecture}, but config.json has architectures={names}")
+        raise ConfigError(
+            f"--model-file defines {own.architecture}, but config.json has architectures={names}; give the file of that "
+            "architecture, or leave --model-file out"
+        )
     if (installed := installed_model(names)) is not None:
         return installed
     given = f"architectures={names}" if names else f"model_type={shown(model_type)}, without architectures,"
