@@ -1,16 +1,19 @@
-"""A connection of the watch to another rank."""
+"""Connections of the watch to other ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 from phalanx.parallel.frames import FrameDecoder
 from phalanx.parallel.liveness.messages import Message, encode
 
-__all__ = ["Link"]
+__all__ = ["Link", "Links"]
 
 
 class Link:
@@ -55,3 +58,37 @@ class Link:
     def close(self) -> None:
         """Close this end."""
         self.sock.close()
+
+
+class Links:
+    """All connections of a rank: rank 0's to every other rank, another's to rank 0. Any thread may send."""
+
+    def __init__(self, sockets: Mapping[int, socket.socket]) -> None:
+        self._links = {rank: Link(rank, sock) for rank, sock in sockets.items()}
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(list(self._links.values()))
+
+    def forget(self, rank: int) -> None:
+        """Its connection has ended."""
+        del self._links[rank]
+
+    def send(self, rank: int, message: Message) -> None:
+        """To one rank, if it is still there."""
+        with self._lock, contextlib.suppress(KeyError, OSError):
+            self._links[rank].send(message)
+
+    def send_all(self, message: Message, droppable: bool = False) -> None:
+        """To all that are still there; the end of another shows when its connection is read."""
+        with self._lock:
+            for link in self:
+                with contextlib.suppress(OSError):
+                    link.send(message, droppable)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until everything has left this process, or for ``seconds``."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            while not all(link.flush() for link in self) and time.monotonic() < deadline:
+                time.sleep(0.005)

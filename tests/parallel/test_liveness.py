@@ -119,7 +119,7 @@ def test_time_in_which_the_whole_job_was_suspended_does_not_count(
     monkeypatch.setattr(threading.Thread, "start", lambda _: None)
     progress = RankProgress(lambda: now[0])
     watch = RankWatch(SelfCommunicator(), progress, Limits(step=300.0, start=300.0))
-    monkeypatch.setattr(watch, "_end_job", verdicts.append)
+    monkeypatch.setattr(watch._end, "by_verdict", verdicts.append)
     if activity == "stepping":
         progress.begin_step(0)
     now[0] = 400.5
