@@ -13,8 +13,8 @@ Shape legend, used everywhere in Phalanx (sizes are per rank where the text says
 Activations are packed ``[T, D]``: all tokens of the step over all sequences, no batch axis, no padding.
 
 *Rows.* After the attention of a pass's last layer tokens no longer interact, so an executor may return only the rows that
-need logits from there on. An operation with two tensors takes the rows of the shorter one: ``add`` and the norms that add a
-residual.
+need logits from there on. An operation with two tensors takes the rows of the shorter one: ``add``, ``sigmoid_gate`` and the norms that
+add a residual.
 
 *Ownership.* Products (`column_linear`, `row_linear`, `linear`, `experts`, `logits`) and the norms without a residual only
 read their tensors, so parallel branches may share one. Every other operation owns its tensor arguments and may overwrite

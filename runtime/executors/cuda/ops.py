@@ -177,8 +177,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """One kernel, which adds to ``residual`` in place."""
-        x = self._values(x)
-        residual = self.rows_of(residual, x)
+        x, residual = self._equally_long(self._values(x), residual)
         weight = self._weights.array(name)
         total = x if residual is None else residual
 
@@ -194,8 +193,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """One kernel, which adds to ``residual`` in place."""
-        x = self._values(x)
-        residual = self.rows_of(residual, x)
+        x, residual = self._equally_long(self._values(x), residual)
         weight, bias = self._weights.norm(name)
         total = x if residual is None else residual
 
@@ -299,6 +297,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def sigmoid_gate(self, x: DeviceArray, y: DeviceArray, name: str) -> DeviceArray:
         x, y = self._values(x), self._values(y)
+        x, y = self.rows_of(x, y), self.rows_of(y, x)
         sigmoid_gate(self._library, x, y, self._weights.array(name))
         return x
 
@@ -328,8 +327,8 @@ class CudaOps(Ops[DeviceArray]):
         return logits
 
     def logit_rows(self, x: DeviceArray) -> DeviceArray:
-        """The rows of ``x`` that `bind_logits` named; all of them where only these are left."""
-        return x if self._num_kept else self._gather(self._values(x), self._logit_rows)
+        """The rows of ``x`` that `bind_logits` named; all of them where only these are left, as after the attention of the last layer."""
+        return x if len(x) == self._num_kept else self._gather(self._values(x), self._logit_rows)
 
     @property
     def weights(self) -> Weights[DeviceArray]:
@@ -430,6 +429,10 @@ class CudaOps(Ops[DeviceArray]):
         if x is None or len(x) <= len(other):
             return x
         return self._gather(x, range(len(other)))
+
+    def _equally_long(self, x: DeviceArray, residual: DeviceArray | None) -> tuple[DeviceArray, DeviceArray | None]:
+        """Both with the rows of the shorter one."""
+        return (x if residual is None else self.rows_of(x, residual)), self.rows_of(residual, x)
 
     def _row_marks(self, num_rows: int) -> DeviceArray:
         """``[num_rows]``, negative at padding rows: of the whole step, or of the rows kept after the last attention."""
