@@ -19,7 +19,7 @@ import numpy as np
 from phalanx.parallel.communicator import Array, Communicator, SelfCommunicator
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.parallel.launcher import LaunchInfo, launch_info
-from phalanx.parallel.mpi_start import waiting_for_all_ranks
+from phalanx.parallel.mpi_start import ULFM_VARIABLE, waiting_for_all_ranks
 
 __all__ = [
     "MpiCommunicator",
@@ -38,7 +38,6 @@ _SLEEP_SECONDS = (0.0002, 0.002)
 _MPICH_SEGMENT = "/dev/shm/mpich_shm_"
 _YIELD_VARIABLES = ("MPIR_CVAR_ENABLE_HEAVY_YIELD", "OMPI_MCA_mpi_yield_when_idle")
 """Of MPICH and Open MPI."""
-_ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
 _FAILED_TAG = 4711
 """Of messages on the world communicator itself; everything else goes over duplicates of it."""
 _MPICH_FAMILY = ("MPICH", "MPICH2", "MVAPICH", "MVAPICH2", "Intel MPI")
@@ -218,7 +217,7 @@ def _join() -> bool:
 
 def survives_lost_ranks() -> bool:
     """Whether a rank may end without the others: Open MPI under ``mpirun --with-ft ulfm`` (User-Level Failure Mitigation)."""
-    return os.environ.get(_ULFM_VARIABLE) == "1"
+    return os.environ.get(ULFM_VARIABLE) == "1"
 
 
 def mpi_is_up() -> bool:

@@ -25,13 +25,15 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import RANK_VARIABLES, LaunchInfo
 from phalanx.parallel.start_messenger import answer
 
-__all__ = ["START_SECONDS", "START_SECONDS_VARIABLE", "start_seconds", "waiting_for_all_ranks"]
+__all__ = ["START_SECONDS", "START_SECONDS_VARIABLE", "ULFM_VARIABLE", "start_seconds", "waiting_for_all_ranks"]
 
 START_SECONDS = 120.0
 START_SECONDS_VARIABLE = "PHALANX_MPI_START_SECONDS"
 _GRACE_SECONDS = 0.5
 """Between the message and the end of the process."""
 _HYDRA_VARIABLE = "HYDI_CONTROL_FD"
+ULFM_VARIABLE = "OMPI_MCA_mpi_ft_enable"
+"""1 under Open MPI's ``mpirun --with-ft ulfm``."""
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 _MESSENGERS = 2
 """Of each host: with the first ranks that come, in case one of them ends."""
@@ -104,10 +106,9 @@ def _start_messenger(info: LaunchInfo, seconds: float, places: ExitStack) -> sub
     way_out = (
         f"look for its message, run phalanx doctor on each host, or set {START_SECONDS_VARIABLE} if hosts are slow"
     )
-    # Hydra alone does not end a job for a rank that ends before MPI. In a container its process may be out of sight.
-    is_looked_at = (
-        _HYDRA_VARIABLE in os.environ and agent > 1 and os.path.exists(f"/proc/{agent}/task/{agent}/children")
-    )
+    # Others end a job for a rank that ends before MPI, unless ranks may be lost. In a container the agent may be out of sight.
+    is_tolerant = _HYDRA_VARIABLE in os.environ or os.environ.get(ULFM_VARIABLE) == "1"
+    is_looked_at = is_tolerant and agent > 1 and os.path.exists(f"/proc/{agent}/task/{agent}/children")
     words = (
         os.getpid(), info.rank, info.size, info.local_size, f"{seconds:g}", deadline, key, agent if is_looked_at else 0,
         int(_sees_all(agent)), way_out,

@@ -66,7 +66,7 @@ def _listed(key: str) -> set[int]:
 
 
 def _running(agent: int) -> list[int | None]:
-    """What MPICH's ``agent`` has started on this host and has not ended: ranks, None where a process does not show its own."""
+    """What the launcher's ``agent`` has started on this host and has not ended: ranks, None where a process does not show its own."""
     found: list[int | None] = []
     for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         with contextlib.suppress(OSError):
@@ -78,8 +78,9 @@ def _running(agent: int) -> list[int | None]:
 def _rank_of(pid: str) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if word.startswith(b"PMI_RANK="):
-                return int(word.partition(b"=")[2])
+            name, _, value = word.partition(b"=")
+            if name in (b"PMI_RANK", b"OMPI_COMM_WORLD_RANK"):
+                return int(value)
     return None
 
 

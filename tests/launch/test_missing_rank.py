@@ -123,6 +123,16 @@ def test_a_rank_that_ends_before_mpi_is_named_long_before_the_limit(rank: int) -
         assert f"of 3: MPI will not start, because rank {rank} ended before that; look for its message" in line
 
 
+@needs_mpirun
+def test_a_rank_that_is_killed_before_mpi_is_named_where_the_job_may_go_on_without_it() -> None:
+    if not is_open_mpi():
+        pytest.skip("MPICH has no ULFM")
+    script = ON_RANK.format(rank=1, instead="kill -9 $$")
+    words = ["--with-ft", "ulfm", "sh", "-c", script, "sh", sys.executable, "-m", "launch.generate", *IDS]
+    (line,) = [line for line in start(words, 2).stderr.splitlines() if line.startswith("phalanx: ")]
+    assert "of 2: MPI will not start, because rank 1 ended before that; look for its message" in line
+
+
 @pytest.mark.parametrize("byte", [b"+", b""], ids=["started", "killed"])
 def test_shared_memory_of_a_rank_that_is_killed_in_the_start_of_mpi_is_removed(byte: bytes) -> None:
     """This process is the rank, and MPICH's segment a file that it has mapped."""
