@@ -144,7 +144,10 @@ def plan_memory(
 
 
 def communication_bytes(config: ModelConfig, place: Topology, max_num_tokens: int, itemsize: int) -> int:
-    """Return the size of one rank's buffers for sums and hidden rows. More ranks than `MOST_RANKS`, or several hosts, sum by NCCL and need no buffers of ours."""
+    """Return the size of one rank's buffers for sums and hidden rows.
+
+    More ranks than `MOST_RANKS`, or several hosts, sum by NCCL and need no buffers of ours.
+    """
     tp = place.layout.tp
     hidden = 0 if place.is_first_stage else max_num_tokens * config.hidden_size * itemsize
     return hidden + (exchange_bytes(tp) if 1 < tp <= MOST_RANKS else 0)

@@ -9,6 +9,9 @@ Shape legend, used everywhere in Phalanx (sizes are per rank where the text says
     T tokens in the step     S sequences         D hidden          H query heads     K key/value heads
     C head dim               F feed-forward      V vocabulary      E experts         N blocks
     P tokens per block       R ranks             L layers          B rows that need logits
+    O, I output and input features of a matrix   G groups of a row that share a scale        Q rows that sample
+
+(Whole networks of TensorRT have a batch axis and with it other letters: `phalanx.runtime.executors.tensorrt.ops`.)
 
 Activations are packed ``[T, D]``: all tokens of the step over all sequences, no batch axis, no padding.
 

@@ -99,11 +99,11 @@ class CachePlanner(Protocol):
         ...
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 4]`` (cache group, sequence, index in its block table, block id) since the last call; no place occurs twice."""
+        """``[num_new_blocks, 4]`` (cache group, sequence, index in its block table, block id) since the last call; no place occurs twice."""
         ...
 
     def take_copies(self) -> Int32Array:
-        """``[K, 3]`` (cache group, from block, to block) since the last call, as `StepPlan.copies` wants them."""
+        """``[num_copies, 3]`` (cache group, from block, to block) since the last call, as `StepPlan.copies` wants them."""
         ...
 
     def check_idle(self) -> None:

@@ -82,7 +82,7 @@ class SlotPlanner:
         self._new_indices = [other for other in self._new_indices if other != seq_index]
 
     def take_new_blocks(self) -> Int32Array:
-        """``[M, 4]`` (0, seq_index, 0, seq_index) of the slots taken since the last call."""
+        """``[num_new_blocks, 4]`` (0, seq_index, 0, seq_index) of the slots taken since the last call."""
         seq_indices = np.array(self._new_indices, np.int32)
         self._new_indices.clear()
         return np.stack((zeros := np.zeros_like(seq_indices), seq_indices, zeros, seq_indices), axis=1)

@@ -22,9 +22,9 @@ class DeltaBatch:
     they are).
 
     Attributes:
-        request_ids: ``[N]`` of str, requests that got one plain token: no log-probability, not the end.
-        numbers: ``[N]`` what `Scheduler.submit` returned for them.
-        token_ids: ``[N]`` their tokens.
+        request_ids: ``[num_tokens]`` of str, requests that got one plain token: no log-probability, not the end.
+        numbers: ``[num_tokens]`` what `Scheduler.submit` returned for them.
+        token_ids: ``[num_tokens]`` their tokens.
         deltas: everything else: ends, errors, log-probabilities, prefix hits.
     """
 

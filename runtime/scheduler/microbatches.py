@@ -24,11 +24,11 @@ def num_microbatches(num_seqs: NDArray[np.int64], most: int, times: StepTimes) -
     in a round of many micro-batches as of few.
 
     Args:
-        num_seqs: ``[N]`` decoding sequences.
+        num_seqs: ``[n]`` decoding sequences.
         most: steps of different sequences that can be in flight.
 
     Returns:
-        ``[N]`` from the number of stages to ``most``.
+        ``[n]`` from the number of stages to ``most``.
     """
     counts = np.arange(min(times.num_stages, most), most + 1)[:, None]
     rows = -(-num_seqs // counts)

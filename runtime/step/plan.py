@@ -40,13 +40,13 @@ class StepPlan:
         rows: ``[B]`` rows of the step that yield something, any number of a sequence; ascending among those of a kind.
         kinds: ``[B]`` of `RowKind`, ascending: rows that sample, then rows that score, then hidden states.
         targets: ``[B]`` token ids that rows of kind SCORE score; -1 elsewhere.
-        new_blocks: ``[M, 4]`` (cache group, sequence, index in its block table, block id), applied before the step.
-        copies: ``[K, 3]`` (cache group, from block, to block), copied in all layers before the step. No block is both
+        new_blocks: ``[num_new_blocks, 4]`` (cache group, sequence, index in its block table, block id), applied before the step.
+        copies: ``[num_copies, 3]`` (cache group, from block, to block), copied in all layers before the step. No block is both
             source and destination, and a destination occurs once.
-        admissions: ``[A]`` of `ADMISSION`, applied before the step.
-        biases: ``[N]`` of `TOKEN_BIAS_ENTRY`, token biases of admitted sequences, applied before the step.
-        masked_rows: ``[M]`` which of ``rows``, all of which sample, choose only tokens of a mask.
-        masks: ``[M, ceil(V / 32)]`` their masks, see `sampling.masks`.
+        admissions: ``[num_admissions]`` of `ADMISSION`, applied before the step.
+        biases: ``[num_biases]`` of `TOKEN_BIAS_ENTRY`, token biases of admitted sequences, applied before the step.
+        masked_rows: ``[num_masked]`` which of ``rows``, all of which sample, choose only tokens of a mask.
+        masks: ``[num_masked, ceil(V / 32)]`` their masks, see `sampling.masks`.
     """
 
     words: Int32Array
