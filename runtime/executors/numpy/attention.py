@@ -212,7 +212,7 @@ class NumpyAttention:
         layer.out[tile.rows].reshape(count, kv_heads, group, dim)[...] = mixed.transpose(2, 0, 1, 3)
 
     def _history(self, source: Float32Array, tile: _Sequence, spec: AttentionSpec) -> Float32Array:
-        """Keys or values that a tile's queries may see: ``[K, L, C]``."""
+        """Keys or values that a tile's queries may see: ``[K, length, C]``."""
         rows, total = tile.whole
         length = tile.length if spec.causal else total
         if spec.prefix_end:
@@ -261,7 +261,7 @@ def _tiles(sequence: _Sequence) -> Iterator[_Sequence]:
 
 
 def _paged(pages: Float32Array, blocks: Int32Array, length: int) -> Float32Array:
-    """Keys or values of one sequence: ``[K, L, C]``, a view where its blocks are consecutive."""
+    """Keys or values of one sequence: ``[K, length, C]``, a view where its blocks are consecutive."""
     first, count = int(blocks[0]), len(blocks)
     consecutive = count == 1 or (int(blocks[-1]) - first == count - 1 and bool((np.diff(blocks) == 1).all()))
     taken = pages[:, first : first + count] if consecutive else pages.take(blocks, axis=1)
