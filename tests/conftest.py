@@ -75,6 +75,7 @@ EXPECTED_SKIPS = {
     "sentencepiece": "installed and run by .ci/run",
     "tiktoken": "installed and run by .ci/run",
     "network namespaces": "needs root and iproute2",
+    "mount namespaces": "needs root",
     "Open MPI": "run by .ci/run with Open MPI",
     "Slurm": "installed and run by .ci/run as root",
     "GPU": "of machines with another number of GPUs",

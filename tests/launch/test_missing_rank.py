@@ -126,7 +126,7 @@ def test_a_rank_that_ends_before_mpi_is_named_long_before_the_limit(rank: int) -
 @needs_mpirun
 def test_a_rank_that_is_killed_before_mpi_is_named_where_the_job_may_go_on_without_it() -> None:
     if not is_open_mpi():
-        pytest.skip("MPICH has no ULFM")
+        pytest.skip("ULFM is Open MPI's")
     script = ON_RANK.format(rank=1, instead="kill -9 $$")
     words = ["--with-ft", "ulfm", "sh", "-c", script, "sh", sys.executable, "-m", "launch.generate", *IDS]
     (line,) = [line for line in start(words, 2).stderr.splitlines() if line.startswith("phalanx: ")]
@@ -164,7 +164,7 @@ def test_full_shared_memory_is_named() -> None:
         pytest.skip("Open MPI says so itself, and works without")
     mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs leave to mount")
+        pytest.skip("mount namespaces are not permitted")
     result = subprocess.run(
         [*mount, str(MPIRUN), "-n", "2", sys.executable, "-m", "launch.generate", *IDS],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
