@@ -169,6 +169,10 @@ class CommandParser(argparse.ArgumentParser):
         if launch_info().rank == 0:
             super().print_help(file)
 
+    def is_given(self, action: argparse.Action) -> bool:
+        """Whether a flag was given, on the command line or elsewhere, perhaps with its default."""
+        return any(word.partition("=")[0] in action.option_strings for word in self._words)
+
     def is_from_settings(self, action: argparse.Action) -> bool:
         """Whether a flag's value comes from the environment or the file."""
         return "/".join(action.option_strings) in self._origins

@@ -127,12 +127,14 @@ def _layout(args: argparse.Namespace) -> Layout:
 
 
 def _handed_on(parser: CommandParser, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Flags of model and engine that were given, each with its words."""
+    """Flags of model and engine that were given, each with its words. One with its default counts, too: the site's options may say otherwise."""
     own = {"model", "tp", "pp", "dp", "run", "nodes", "gpus_per_node", "cpus_per_task", "time", "gpu_memory_gib"}
     given = {}
     for flag, action in parser.flags().items():
         value = getattr(args, action.dest, None)
-        if action.dest in own or flag in ("--config", "--log-level", "--log-format") or value in (None, action.default):
+        if action.dest in own or flag in ("--config", "--log-level", "--log-format") or value is None:
+            continue
+        if not parser.is_given(action):
             continue
         given[flag] = (
             [flag] if action.nargs == 0 else [flag, _absolute(value) if isinstance(value, Path) else str(value)]

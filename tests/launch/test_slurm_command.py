@@ -87,6 +87,13 @@ def test_options_land_where_they_belong(model: Path, capsys: pytest.CaptureFixtu
     assert "tp 8 = 16 GPU(s); room for" in text
 
 
+def test_a_default_that_is_given_wins_over_the_sites_options(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``SERVE_OPTIONS=(--quantize fp8)`` in the settings would count otherwise."""
+    words = words_of(script(capsys, "--model", model, "--gpus-per-node=8", "--quantize", "none", "--dtype=auto"))
+    given = words[words.index("${SERVE_OPTIONS[@]}") + 1 :]
+    assert sorted(given) == sorted(["--quantize", "none", "--dtype", "auto"])
+
+
 def test_generate_resumes_and_is_renamed_when_complete(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(capsys, model, "--run=generate", "--gpus-per-node=4")
     assert (directives(text)["--signal"], directives(text)["--time"]) == ("USR1@60", "02:00:00")
