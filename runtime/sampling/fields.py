@@ -32,6 +32,7 @@ from phalanx.runtime.sampling.rules import (
 
 __all__ = [
     "DEVICE_COLUMNS",
+    "LOGIT_BIAS",
     "MAX_ALTERNATIVES",
     "MAX_BEAM_WIDTH",
     "MAX_LOGPROBS",
@@ -64,6 +65,9 @@ MAX_LOGPROBS = 20
 """Most alternatives reported per token; bounds the size of a reply."""
 
 MAX_BEAM_WIDTH = 32
+
+LOGIT_BIAS = TokenNumbers(128, Real(-100.0, 100.0))
+"""What ``logit_bias`` may hold, by whatever name a protocol calls it."""
 
 MAX_ALTERNATIVES = 128
 """Most alternatives that executors find for a token: beam search looks at more of them than a reply may have."""
@@ -161,7 +165,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField(
         "min_tokens", 0, Whole(0, MAX_INT32), _same("min_tokens"), ("N", "no end before this many tokens")
     ),
-    SamplingField("logit_bias", (), TokenNumbers(128, Real(-100.0, 100.0)), {"openai": "logit_bias"}),
+    SamplingField("logit_bias", (), LOGIT_BIAS, {"openai": "logit_bias"}),
     SamplingField(
         "bad_words", (), Texts(most=128, most_characters=1024), _same("bad_words"),
         ("TEXT", "never generate this text; repeatable"),

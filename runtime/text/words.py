@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from phalanx.runtime.sampling.fields import SamplingParams
 from phalanx.runtime.text.tokenizer import Tokenizer
 
-__all__ = ["with_word_tokens", "word_token_ids"]
+__all__ = ["with_word_tokens", "word_biases", "word_token_ids"]
 
 
 def with_word_tokens(params: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:
@@ -22,6 +22,15 @@ def with_word_tokens(params: SamplingParams, tokenizer: Tokenizer | None) -> Sam
         return params
     token_ids = (*params.bad_token_ids, *word_token_ids(tokenizer, params.bad_words))
     return dataclasses.replace(params, bad_words=(), bad_token_ids=tuple(dict.fromkeys(token_ids)))
+
+
+def word_biases(tokenizer: Tokenizer, words: Iterable[tuple[str, float]]) -> dict[int, float]:
+    """Return what words with a number each add to logits: each token of a word gets its number, one of several words their sum."""
+    biases: dict[int, float] = {}
+    for word, number in words:
+        for token_id in tokenizer.encode(word, add_special_tokens=False):
+            biases[token_id] = biases.get(token_id, 0.0) + number
+    return biases
 
 
 def word_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.parallel.errors import RequestError
-from phalanx.runtime.sampling.fields import MAX_BEAM_WIDTH, SAMPLING_FIELDS, read_fields
+from phalanx.runtime.sampling.fields import LOGIT_BIAS, MAX_BEAM_WIDTH, SAMPLING_FIELDS, read_fields
 from phalanx.runtime.sampling.guides import GuideRule
 from phalanx.runtime.sampling.rules import MAX_INT32, Whole
 from phalanx.runtime.server.errors import from_request_error, invalid
@@ -22,7 +22,7 @@ from phalanx.runtime.server.kserve.inputs import Row
 from phalanx.runtime.server.openai.parsing import Generation
 from phalanx.runtime.server.openai.protocol import MAX_CHOICES
 
-__all__ = ["Query", "parse_rows", "without_empty"]
+__all__ = ["Query", "parse_rows", "weighted_words", "without_empty"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ _READ = frozenset(
         "text_input", "max_tokens", "end_id", "pad_id", "num_return_sequences", "exclude_input_in_output",
         "return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "stream", "input_ids",
         "input_lengths", "stop_words", "stop_words_list", "bad_words", "bad_words_list",
-        "guided_decoding_guide_type", "guided_decoding_guide",
+        "guided_decoding_guide_type", "guided_decoding_guide", "embedding_bias", "embedding_bias_words",
+        "embedding_bias_weights",
     }
 )  # fmt: skip
 
@@ -74,7 +75,6 @@ _GUIDE_KINDS = MappingProxyType({"json": "json", "json_schema": "json", "regex":
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "beam_search_diversity_rate": (0,),
-        "embedding_bias_weights": (0,),
         "lora_task_id": (0,),
         "prompt_table_extra_id": (0,),
         "prompt_vocab_size": (0,),
@@ -119,6 +119,20 @@ def without_empty(words: Any) -> list[str]:
     return [word for word in ([words] if isinstance(words, str) else words or ()) if word]
 
 
+def weighted_words(words: list[str] | None, weights: list[float] | None, name: str) -> list[tuple[str, float]]:
+    """Return words that are not empty with what is to be added to their logits; none where all weights are 0.
+
+    Raises:
+        ApiError: 400, naming ``name``: there are not as many weights as words.
+    """
+    words, weights = words or [], weights or []
+    if not any(weights) and (weights or not any(words)):
+        return []
+    if len(words) != len(weights):
+        raise invalid(f"{name} holds {len(words)} words for {len(weights)} weights; give one for each", name)
+    return [(word, weight) for word, weight in zip(words, weights, strict=True) if word and weight]
+
+
 def _refuse_unsupported(row: Row) -> None:
     honoured = {field.doors.get("triton") for field in SAMPLING_FIELDS} | _READ
     for name, value in row.items():
@@ -155,7 +169,7 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         sampling["logprobs"] = 0
     if words := _words("bad_words_list", row.get("bad_words_list")):
         sampling["bad_token_ids"] = words
-    sampling |= _ends(row, vocab_size) | _guide(row)
+    sampling |= _ends(row, vocab_size) | _guide(row) | _biases(row, vocab_size)
     return Generation(
         model=None,
         prompts=[prompt],
@@ -165,7 +179,22 @@ def _generation(row: Row, prompt: str | tuple[int, ...], vocab_size: int) -> Gen
         max_tokens_name="max_tokens",
         default_max_tokens=None,
         add_special_tokens=True,
+        bias_words=weighted_words(
+            row.get("embedding_bias_words"), row.get("embedding_bias_weights"), "embedding_bias_words"
+        ),
     )
+
+
+def _biases(row: Row, vocab_size: int) -> dict[str, Any]:
+    """``logit_bias`` for the model that takes a number for each token."""
+    numbers = row.get("embedding_bias") or ()
+    if len(numbers) > vocab_size:
+        raise invalid(f"embedding_bias holds {len(numbers)} numbers for {vocab_size} tokens", "embedding_bias")
+    try:
+        biases = LOGIT_BIAS.check("embedding_bias", {token: number for token, number in enumerate(numbers) if number})
+    except RequestError as error:
+        raise from_request_error(error) from None
+    return {"logit_bias": biases} if biases else {}
 
 
 def _guide(row: Row) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from phalanx.runtime.server.errors import invalid
 from phalanx.runtime.server.kserve.inputs import Row
-from phalanx.runtime.server.kserve.parsing import without_empty
+from phalanx.runtime.server.kserve.parsing import weighted_words, without_empty
 from phalanx.runtime.server.kserve.tensors import Tensor
 from phalanx.runtime.server.services import Services
-from phalanx.runtime.text import Tokenizer
+from phalanx.runtime.text import Tokenizer, word_biases
 
 __all__ = ["postprocess", "preprocess"]
 
@@ -25,9 +25,8 @@ async def preprocess(services: Services, rows: Sequence[Row]) -> list[Tensor]:
         ApiError: 400: the checkpoint has no tokenizer, or a query is longer than the context.
     """
     tokenizer = services.need_tokenizer("QUERY")
-    for name in ("DECODER_QUERY", "EMBEDDING_BIAS_WORDS"):
-        if any(without_empty(row.get(name)) for row in rows):
-            raise invalid(f"{name} is not supported by this server; leave it out", name)
+    if any(without_empty(row.get("DECODER_QUERY")) for row in rows):
+        raise invalid("DECODER_QUERY is not supported by this server; leave it out", "DECODER_QUERY")
     queries = [await services.encode(row["QUERY"], add_special_tokens=True, name="QUERY") for row in rows]
     end_ids = [row.get("END_ID", _end_id(tokenizer)) for row in rows]
     pad_ids = [row.get("PAD_ID", end_id) for row, end_id in zip(rows, end_ids, strict=True)]
@@ -38,7 +37,7 @@ async def preprocess(services: Services, rows: Sequence[Row]) -> list[Tensor]:
         Tensor.of("REQUEST_INPUT_LEN", "INT32", [[len(query)] for query in queries]),
         Tensor.of("BAD_WORDS_IDS", "INT32", _words(tokenizer, [row.get("BAD_WORDS_DICT") for row in rows])),
         Tensor.of("STOP_WORDS_IDS", "INT32", _words(tokenizer, [row.get("STOP_WORDS_DICT") for row in rows])),
-        Tensor.of("EMBEDDING_BIAS", "FP32", np.zeros((len(rows), 0), np.float32)),
+        Tensor.of("EMBEDDING_BIAS", "FP32", _biases(tokenizer, rows, services.model.vocab_size)),
         Tensor.of("REQUEST_OUTPUT_LEN", "INT32", [[row["REQUEST_OUTPUT_LEN"]] for row in rows]),
         Tensor.of("OUT_END_ID", "INT32", [[end_id] for end_id in end_ids]),
         Tensor.of("OUT_PAD_ID", "INT32", [[pad_id] for pad_id in pad_ids]),
@@ -74,6 +73,19 @@ def _end_id(tokenizer: Tokenizer) -> int:
     end = tokenizer.special_tokens.get("eos_token")
     token_ids = tokenizer.encode(end, add_special_tokens=False) if end else ()
     return token_ids[0] if len(token_ids) == 1 else -1
+
+
+def _biases(tokenizer: Tokenizer, rows: Sequence[Row], vocab_size: int) -> np.ndarray[Any, Any]:
+    """``[rows, V]`` what is added to each token's logit; ``[rows, 0]`` if no row has words for it."""
+    words = [
+        weighted_words(row.get("EMBEDDING_BIAS_WORDS"), row.get("EMBEDDING_BIAS_WEIGHTS"), "EMBEDDING_BIAS_WORDS")
+        for row in rows
+    ]
+    table = np.zeros((len(rows), vocab_size if any(words) else 0), np.float32)
+    for target, weighted in zip(table, words, strict=True):
+        for token_id, bias in word_biases(tokenizer, weighted).items():
+            target[token_id] = bias
+    return table
 
 
 def _words(tokenizer: Tokenizer, rows: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -7,11 +7,12 @@ import dataclasses
 
 from phalanx.parallel.errors import RequestError
 from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.sampling.fields import LOGIT_BIAS
 from phalanx.runtime.sampling.noise import split_mix64
 from phalanx.runtime.server.errors import ApiError, from_request_error, invalid
 from phalanx.runtime.server.openai.parsing import ApiGeneration, Conversation, Generation, Prompt
 from phalanx.runtime.server.services import Services
-from phalanx.runtime.text import with_word_tokens
+from phalanx.runtime.text import with_word_tokens, word_biases
 
 __all__ = ["check_prompt_logprobs", "choice_params", "encode", "prompt_token_ids", "render"]
 
@@ -30,7 +31,7 @@ async def encode(services: Services, generation: Generation) -> list[tuple[tuple
     if generation.sampling.get("stop"):
         services.need_tokenizer("stop")
     services.check_token_ids(generation.sampling.get("stop_token_ids", ()), "stop_token_ids")
-    generation = await _with_guided_calls(services, generation)
+    generation = await _with_biases(services, await _with_guided_calls(services, generation))
     if (guide := generation.sampling.get("structured_outputs")) is not None:
         await services.check_guide(guide)
     encoded, num_scored = [], 0
@@ -105,6 +106,19 @@ async def _with_guided_calls(services: Services, generation: Generation) -> Gene
     tokenizer, answer = services.need_tokenizer("tools"), generation.sampling.get("structured_outputs")
     guide = await services.in_worker(lambda: tools.guide(form, tokenizer, answer))
     return dataclasses.replace(generation, sampling={**generation.sampling, **guide})
+
+
+async def _with_biases(services: Services, generation: Generation) -> Generation:
+    """The same with ``logit_bias`` for its `bias_words`."""
+    if not (words := generation.bias_words):
+        return generation
+    tokenizer = services.need_tokenizer("embedding_bias_words")
+    biases = await services.in_worker(lambda: word_biases(tokenizer, words))
+    try:
+        checked = LOGIT_BIAS.check("embedding_bias_words", biases)
+    except RequestError as error:
+        raise from_request_error(error) from None
+    return dataclasses.replace(generation, sampling={**generation.sampling, "logit_bias": checked})
 
 
 async def _with_word_tokens(services: Services, params: SamplingParams) -> SamplingParams:

@@ -74,6 +74,7 @@ class Generation:
         priority: lower ones run first, where the server goes by it.
         most_prompt_tokens: how many of each prompt's tokens are kept, the last ones; -1 = as many as the context has room for next to
             ``max_tokens``; None = all.
+        bias_words: words, and what is added to the logits of each of their tokens.
         shares_prompt_logprobs: those of a prompt are computed for its first answer, and the others get them at its end; else for each.
     """
 
@@ -88,6 +89,7 @@ class Generation:
     cache_salt: str = field(default="", kw_only=True)
     priority: int = field(default=0, kw_only=True)
     most_prompt_tokens: int | None = field(default=None, kw_only=True)
+    bias_words: Sequence[tuple[str, float]] = field(default=(), kw_only=True)
     shares_prompt_logprobs: bool = field(default=False, kw_only=True)
 
     @property

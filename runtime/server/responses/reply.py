@@ -141,7 +141,7 @@ class ResponseEvents:
         assert self.choice is not None
         output = [self.reply.item(block, "incomplete") for block in self.blocks.blocks]
         response = self.reply.response("failed", self.choice.params, output)
-        code = "server_error" if error.status >= 500 else "invalid_prompt"
+        code = "invalid_prompt" if error.status == 400 else "server_error"
         return self._event("response.failed", response=response | {"error": {"code": code, "message": str(error)}})
 
     def _grown(self, pushed: str, *, last: bool = False) -> bytes:

@@ -46,3 +46,34 @@ def test_empty_texts_mean_none() -> None:
 def test_penalties_have_the_backends_names() -> None:
     params = sampling("ensemble", repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=-1)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, 0.25, -1.0)
+
+
+def test_biases_of_tokens_are_those_that_are_not_zero() -> None:
+    assert sampling(embedding_bias=[0.0, 1.5, 0.0, -2.0]).logit_bias == ((1, 1.5), (3, -2.0))
+    assert sampling(embedding_bias=[0.0] * 100) == sampling(embedding_bias=[]) == sampling()
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        ("tensorrt_llm", {"embedding_bias": [0.0] * 101}, "embedding_bias holds 101 numbers for 100 tokens"),
+        ("tensorrt_llm", {"embedding_bias": [101.0]}, "embedding_bias=101.0 is out of range"),
+        ("ensemble", {"embedding_bias_words": ["a"], "embedding_bias_weights": [1.0, 2.0]}, "holds 1 words for 2 weights"),
+        ("ensemble", {"embedding_bias_words": ["a", "b"], "embedding_bias_weights": [1.0]}, "holds 2 words for 1 weights"),
+        ("ensemble", {"embedding_bias_words": ["a"]}, "holds 1 words for 0 weights"),
+        ("ensemble", {"embedding_bias_weights": [1.0]}, "holds 0 words for 1 weights"),
+    ],
+)  # fmt: skip
+def test_biases_that_fit_no_token_or_word_are_refused(model: str, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError, match=message):
+        sampling(model, **inputs)
+
+
+def test_empty_words_and_weights_of_zero_ask_for_nothing() -> None:
+    for inputs in (
+        {"embedding_bias_weights": [0.0]},
+        {"embedding_bias_words": [""], "embedding_bias_weights": []},
+        {"embedding_bias_words": ["a"], "embedding_bias_weights": [0.0]},
+    ):
+        (row,) = parse_rows(MODELS["ensemble"], [{"text_input": "a", "max_tokens": 5, **inputs}], 100).rows
+        assert row.bias_words == []

@@ -81,6 +81,58 @@ def test_http_and_grpc_agree_with_the_openai_door(job: Job) -> None:
         assert first_text(client.infer("ensemble", inputs(grpcclient))) == expected(job)
 
 
+def test_words_with_weights_bias_logits_in_every_model_as_in_the_openai_door(job: Job) -> None:
+    """One word of several tokens, one that has a token of it again, and an empty one, which is padding."""
+    words, weights = ["import sys", " sys", ""], [4.5, 2.0, 9.0]
+    biases: dict[str, float] = {}
+    for word, weight in zip(words[:2], weights[:2], strict=True):
+        body = {"prompt": word, "add_special_tokens": False}
+        for token_id in job.server.post("/tokenize", body).json["tokens"]:
+            biases[str(token_id)] = biases.get(str(token_id), 0.0) + weight
+    asked = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logit_bias": biases, "return_token_ids": True}
+    (wanted,) = job.server.post("/v1/completions", asked).json["choices"]
+    assert PROMPT + wanted["text"] != expected(job)
+
+    def tensor(name: str, array: Any, datatype: str) -> Any:
+        made = httpclient.InferInput(name, list(array.shape), datatype)
+        made.set_data_from_numpy(array)
+        return made
+
+    with httpclient.InferenceServerClient(http_address(job)) as client:
+        named = [np.array([words], object), np.array([weights], np.float32)]
+        text = client.infer(
+            "ensemble",
+            [
+                *inputs(httpclient),
+                tensor("embedding_bias_words", named[0], "BYTES"),
+                tensor("embedding_bias_weights", named[1], "FP32"),
+            ],
+        )
+        assert first_text(text) == PROMPT + wanted["text"]
+        before = client.infer(
+            "preprocessing",
+            [
+                tensor("QUERY", np.array([[PROMPT]], object), "BYTES"),
+                tensor("REQUEST_OUTPUT_LEN", np.array([[8]], np.int32), "INT32"),
+                tensor("EMBEDDING_BIAS_WORDS", named[0], "BYTES"),
+                tensor("EMBEDDING_BIAS_WEIGHTS", named[1], "FP32"),
+            ],
+        )
+        bias = before.as_numpy("EMBEDDING_BIAS")
+        assert {str(token): bias[0, token] for token in np.flatnonzero(bias[0])} == biases
+        made = client.infer(
+            "tensorrt_llm",
+            [
+                tensor("input_ids", before.as_numpy("INPUT_ID"), "INT32"),
+                tensor("input_lengths", before.as_numpy("REQUEST_INPUT_LEN"), "INT32"),
+                tensor("request_output_len", before.as_numpy("REQUEST_OUTPUT_LEN"), "INT32"),
+                tensor("embedding_bias", bias, "FP32"),
+                tensor("exclude_input_in_output", np.array([[True]]), "BOOL"),
+            ],
+        )
+        assert made.as_numpy("output_ids")[0, 0].tolist() == wanted["token_ids"]
+
+
 def test_the_asynchronous_clients(job: Job) -> None:
     async def ask() -> list[str]:
         async with aiohttp.InferenceServerClient(http_address(job)) as client:
