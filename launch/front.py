@@ -93,7 +93,10 @@ def _grpc_port(args: argparse.Namespace) -> tuple[int | None, str]:
         return None, ""
     try:
         if not (find_spec("grpc") and find_spec("tritonclient")):
-            raise ConfigError(f"--grpc-port {port} needs grpcio and tritonclient; pip install 'tritonclient[grpc]'")
+            raise ConfigError(
+                f"--grpc-port {port} needs grpcio and tritonclient; install the extra [grpc] in Phalanx's checkout "
+                "(pip install -e '.[grpc]')"
+            )
         return port if given == 0 else free_port(args.host, port), ""
     except ConfigError as error:
         if given is not None:
