@@ -113,6 +113,14 @@ def test_a_token_alone_reads_the_weights_of_its_experts_only(capsys: pytest.Capt
     assert one["token_seconds"] == pytest.approx(2 * 12.9e9 / (GPUS["h200"].memory * MEMORY_SHARE), rel=0.02)
 
 
+def test_the_throughput_of_a_mixture_is_estimated_near_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/benchmarks/h200.md: Mixtral 8x7B at tp 2 makes 10,268 tokens a second, 1,024 sequences at once."""
+    flags = ("--ranks", "2", "--gpu", "h200", "--input-len", "128", "--output-len", "128", "--max-num-seqs", "1024")
+    layouts = compared(capsys, MODELS / "mixtral-8x7b", "--optimise", "throughput", *flags)
+    (split,) = [each for each in layouts if each["tp"] == 2]
+    assert split["tokens_per_second"] == pytest.approx(10_268, rel=0.35)
+
+
 @pytest.mark.parametrize(
     ("name", "share"),
     [("llama-3-8b-w4a16", 1.0), ("llama-3-8b-blocks", (0.5 * 6.98 + 0.525) / 7.504)],
