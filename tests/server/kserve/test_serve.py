@@ -161,7 +161,7 @@ def test_without_the_libraries_grpc_is_refused_with_the_command_that_installs_th
 
     monkeypatch.setattr(front, "find_spec", lambda name: None)
     arguments = serve.build_parser().parse_args(["--grpc-port", "9001"])
-    with pytest.raises(ConfigError, match=r"pip install 'tritonclient\[grpc\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[grpc\]'"):
         front._grpc_port(arguments)
     port, missing = front._grpc_port(serve.build_parser().parse_args([]))
     assert port is None
