@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
+from phalanx.runtime.token_fields import is_finite_number
 
 __all__ = [
     "GPU_MAX_NUM_SEQS",
@@ -56,6 +57,9 @@ class RopeConfig:
         two_dimensional: two leading parts of each head are rotated, the first by the position in the prefix of the sequence
             (`AttentionSpec.prefix_end`), at whose last token later ones stay, the second by the position after it, which is 0 in
             the prefix (GLM, Du et al. 2022).
+
+    Raises:
+        ConfigError: a field that gives no angles.
     """
 
     theta: float = 10000.0
@@ -73,6 +77,23 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
     interleaved: bool = False
     two_dimensional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scaling not in (known := ("default", "linear", "llama3", "yarn", "longrope")):
+            raise ConfigError(f"scaling={self.scaling!r} of a rotary embedding is none of {', '.join(known)}")
+        for name in ("theta", "factor", "attention_factor"):
+            if not is_finite_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} of a rotary embedding is not a finite number above 0"
+                )
+        if isinstance(self.rotary_dim, bool) or not isinstance(self.rotary_dim, int):
+            raise ConfigError(f"rotary_dim={self.rotary_dim!r} of a rotary embedding is not a whole number")
+        lengths = {len(self.short_factors), len(self.long_factors)}
+        if self.scaling == "longrope" and lengths != {self.rotary_dim // 2}:
+            raise ConfigError(
+                f"short_factors and long_factors of a rotary embedding have {len(self.short_factors)} and {len(self.long_factors)} numbers "
+                f"for rotary_dim={self.rotary_dim}; give one for each pair"
+            )
 
 
 @dataclass(frozen=True, slots=True)

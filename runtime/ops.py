@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.attention import AttentionSpec
@@ -54,7 +54,7 @@ class ExpertsSpec:
         renormalise: the chosen experts' probabilities are divided by their sum.
 
     Raises:
-        ConfigError: a token would take more experts than there are.
+        ConfigError: a token would take no expert, or more than there are; the activation is unknown.
     """
 
     num_experts: int
@@ -63,6 +63,12 @@ class ExpertsSpec:
     renormalise: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} of a mixture of experts is not a whole number of at least 1")
+        if self.activation not in get_args(Activation):
+            raise ConfigError(f"activation={self.activation!r} of experts is none of {', '.join(get_args(Activation))}")
         if self.top_k > self.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok={self.top_k} exceeds the {self.num_experts} experts of a layer; config.json is damaged"

@@ -8,7 +8,7 @@ from typing import Any
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
 
-__all__ = ["check_declaration", "check_sources"]
+__all__ = ["check_declaration", "check_sources", "listed"]
 
 
 def check_declaration(spec: Any) -> None:
@@ -24,6 +24,7 @@ def check_declaration(spec: Any) -> None:
     if not isinstance(spec.parts, tuple) or not spec.parts or not all(isinstance(part, Part) for part in spec.parts):
         raise ConfigError(f"the parts of {spec.name} are {spec.parts!r}; give a tuple of at least one Part")
     for part in spec.parts:
+        _check_part(spec.name, part)
         if part.shard is not None and not 0 <= part.shard.axis < len(part.shape):
             raise ConfigError(
                 f"{spec.name} is split along axis {part.shard.axis}, which {part.source} of shape {part.shape} lacks"
@@ -32,6 +33,26 @@ def check_declaration(spec: Any) -> None:
             raise ConfigError(
                 f"{spec.name} is made of parts of shapes {spec.parts[0].shape} and {part.shape}; they may differ in their rows only"
             )
+
+
+def listed(specs: Any, function: str) -> list[WeightSpec]:
+    """Return what a function of declarations returned, if that is a list.
+
+    Raises:
+        ConfigError: it is something else, perhaps one that can be read once only.
+    """
+    if not isinstance(specs, list):
+        raise ConfigError(f"{function} returns {type(specs).__name__}, not a list of WeightSpec")
+    return specs
+
+
+def _check_part(name: str, part: Part) -> None:
+    if not all(isinstance(source, str) and source for source in part.names) or isinstance(part.aliases, str):
+        raise ConfigError(
+            f"a part of {name} has source={part.source!r} and aliases={part.aliases!r}; give a text and a tuple of texts"
+        )
+    if not part.shape or not all(isinstance(extent, int) and extent > 0 for extent in part.shape):
+        raise ConfigError(f"{part.source} in {name} has shape={part.shape!r}; give whole numbers above 0")
 
 
 def check_sources(specs: Iterable[WeightSpec]) -> None:

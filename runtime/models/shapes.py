@@ -9,7 +9,7 @@ from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model, Pass
-from phalanx.runtime.models.declared import check_declaration, check_sources
+from phalanx.runtime.models.declared import check_declaration, check_sources, listed
 from phalanx.runtime.models.family_fields import naming
 from phalanx.runtime.models.shape_ops import WORDS, Feature, ModelUse, Shape, ShapeOps, state_of
 from phalanx.runtime.ops import AttentionSpec
@@ -76,13 +76,10 @@ def _declarations(model: Model, config: ModelConfig) -> tuple[dict[str, _Owners]
     declared: dict[str, WeightSpec] = {}
     with naming(f"{model.architecture}, declaring weights"):
         for name, each in model.passes.items():
-            blocks: dict[str | int, list[WeightSpec]] = {
-                layer: each.block_weights(config, layer) for layer in each.layers(config)
-            }
             functions: dict[str | int, list[WeightSpec]] = {
-                "embed": each.embed_weights(config),
-                **blocks,
-                "head": each.head_weights(config),
+                "embed": listed(each.embed_weights(config), "embed_weights"),
+                **{layer: listed(each.block_weights(config, layer), "block_weights") for layer in each.layers(config)},
+                "head": listed(each.head_weights(config), "head_weights"),
             }
             own[name] = {function: frozenset(spec.name for spec in specs) for function, specs in functions.items()}
             for spec in (spec for specs in functions.values() for spec in specs):

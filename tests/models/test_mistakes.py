@@ -203,10 +203,12 @@ def experts(shard: Callable[[Any, int], Shard | None], fused: bool = False) -> C
 
 
 def with_attention(**fields: Any) -> dict[str, Any]:
-    """Llama with other fields of attention."""
+    """Llama with other fields of attention, or what functions make of its own."""
 
     def attention(config: Any, layer: int) -> AttentionSpec:
-        return replace(AttentionSpec.of(config), **fields)
+        spec = AttentionSpec.of(config)
+        values = {name: field(getattr(spec, name)) if callable(field) else field for name, field in fields.items()}
+        return replace(spec, **values)
 
     def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
         return blocks.pre_norm(ops, config, layer, x, residual, attention(config, layer))
@@ -437,6 +439,41 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "parts of different widths": (
         {"block_weights": declared(("gate_up", lambda config, source: matrix(Part("a", (88, 48)), Part("b", (88, 47)))))},
         "layers.0.gate_up.weight is made of parts of shapes (88, 48) and (88, 47); they may differ in their rows only",
+    ),
+    "rotary scaling that does not exist": (
+        with_attention(rope=lambda rope: replace(rope, scaling="ntk")),
+        "scaling='ntk' of a rotary embedding is none of default, linear, llama3, yarn, longrope",
+    ),
+    "base below 0": (
+        with_attention(rope=lambda rope: replace(rope, theta=-1.0)), "theta=-1.0 of a rotary embedding is not a finite number above 0",
+    ),
+    "long factors for fewer pairs": (
+        with_attention(rope=lambda rope: replace(rope, scaling="longrope", short_factors=(1.0,), long_factors=(2.0,))),
+        "short_factors and long_factors of a rotary embedding have 1 and 1 numbers for rotary_dim=12; give one for each pair",
+    ),
+    "norm of heads of no kind": (
+        with_attention(head_norm=lambda _: HeadNorm(1e-5, kind="rmsnorm")),  # type: ignore[arg-type]
+        "kind='rmsnorm' of a norm of heads is neither 'rms' nor 'layer'",
+    ),
+    "tokens that take no expert": (
+        {"block": with_mlp(lambda ops, name, x: ops.experts(x, name, ExpertsSpec(2, 0, "silu")))},
+        "top_k=0 of a mixture of experts is not a whole number of at least 1",
+    ),
+    "experts without such an activation": (
+        {"block": with_mlp(lambda ops, name, x: ops.experts(x, name, ExpertsSpec(2, 1, "swiglu")))},  # type: ignore[arg-type]
+        "activation='swiglu' of experts is none of silu, gelu_tanh, gelu, relu, relu2",
+    ),
+    "declarations that can be read once": (
+        {"block_weights": lambda config, layer: iter(llama.block_weights(config, layer))},
+        "declaring weights: block_weights returns list_iterator, not a list of WeightSpec",
+    ),
+    "shape that is no whole number": (
+        {"block_weights": declared(("down", lambda config, source: matrix(Part("d", (48, 88.0), Shard(1)))))},  # type: ignore[arg-type]
+        "d in layers.0.down.weight has shape=(48, 88.0); give whole numbers above 0",
+    ),
+    "aliases that are one text": (
+        {"block_weights": declared(("down", lambda config, source: matrix(Part("d", (48, 88), Shard(1), "old")))) },  # type: ignore[arg-type]
+        "a part of layers.0.down.weight has source='d' and aliases='old'; give a text and a tuple of texts",
     ),
     "head of another vocabulary": ({"head_weights": shorter_head}, "lm_head.weight has 100 rows for vocab_size=101"),
     "too few positions": (
