@@ -255,7 +255,8 @@ def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[st
             f"{pieces} {shard.what}; use a checkpoint with smaller quantisation groups"
         )
     pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
-    what = shard.what if pieces or unit == shard.unit else f"pieces of {unit} (quantisation groups of {needed})"
+    whole = "; --expert-parallel cuts no expert" if ".experts." in spec.owner else ""
+    what = shard.what if pieces or unit == shard.unit else f"pieces of {unit} (quantisation groups of {needed}{whole})"
     return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what)
 
 

@@ -54,7 +54,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--calibration", type=Path, metavar="FILE",
                         help="UTF-8 text for smoothquant, awq, gptq, fp8-static and --kv-cache, or - for standard input, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
-                        help="columns that share a scale; 0 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
+                        help="columns that share a scale; 0 or -1 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
     parser.add_argument(
         "--report",
         type=Path,
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if comm.size > 1:
         raise ConfigError(f"phalanx quantize was started on {comm.size} ranks; it needs one")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
+    group_size = 0 if group_size == -1 else group_size  # compressed-tensors' name for the row
     scheme = Scheme(args.scheme, group_size)
     if args.report is not None:
         check_writable(comm, "--report", args.report)

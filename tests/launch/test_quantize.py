@@ -65,9 +65,18 @@ def test_an_output_that_exists_and_groups_that_do_not_divide_are_refused(dense: 
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16"])
     with pytest.raises(ConfigError, match="--group-size=16 does not fit --scheme=fp8"):
         main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "fp8", "--group-size", "16"])
-    with pytest.raises(ConfigError, match="--group-size=-1 is negative; give a number of columns, or 0 for whole rows"):
-        main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16", "--group-size", "-1"])
+    with pytest.raises(ConfigError, match="--group-size=-2 is negative; give a number of columns, or 0 for whole rows"):
+        main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w4a16", "--group-size", "-2"])
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_rows_are_groups_of_0_or_as_other_tools_say_of_minus_1(dense: Path, tmp_path: Path) -> None:
+    for size in ("0", "-1"):
+        main(["--model", str(dense), "--output", str(tmp_path / size), "--scheme", "w4a16", "--group-size", size])
+    one, other = (
+        [(tmp_path / size / name).read_bytes() for name in ("config.json", "model.safetensors")] for size in ("0", "-1")
+    )
+    assert one == other
 
 
 def test_a_split_checkpoint_is_written_as_the_whole_one_is(dense: Path, tmp_path: Path) -> None:

@@ -404,6 +404,17 @@ def test_the_cuda_engine_rounds_inputs_of_experts(
     assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
 
 
+def test_experts_with_fewer_groups_than_ranks_are_whole_on_ranks_of_expert_parallelism(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B has 6 groups of 128 in an expert, and eight GPUs."""
+    quantised, twin = written_experts(tmp_path, "gptq-4-g64", has_router=True, case=QWEN3)
+    with pytest.raises(
+        ConfigError, match=r"1 pieces of 64 \(quantisation groups of 64; --expert-parallel cuts no expert"
+    ):
+        generate(quantised, 2)
+    output = generate(quantised, 2, expert_parallel=True)
+    np.testing.assert_allclose(logprobs(output), logprobs(generate(twin)), atol=5e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "held"),
     [*((name, ExpertCodes) for name in ("ct-w8-channel", "awq-g64", "ct-int8", "ct-fp8-static", "fbgemm", "hf-fp8-wide", "modelopt-smoothquant")),
