@@ -12,7 +12,11 @@ import msgspec
 import openai
 import pytest
 
+from phalanx.runtime.answer import Answer
+from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.sampling.guides import GuideRule
+from phalanx.runtime.server.errors import ApiError
+from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.parsing import Conversation
 from phalanx.runtime.server.responses.parsing import parse_response
 
@@ -261,6 +265,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Server, fields: dict
 )
 def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI, fields: dict[str, Any]) -> None:
     assert client.responses.create(model="stub", input="ab", max_output_tokens=2, **fields).output_text
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "invalid_prompt"), (408, "server_error"), (500, "server_error")])
+def test_only_a_refusal_blames_the_prompt_of_a_stream_that_fails(status: int, code: str) -> None:
+    events = parse_response(b'{"input": "hi", "stream": true}').reply(Served("stub", None, None)).stream(dict)
+    events.opening([Answer(0, (1,), SamplingParams())])
+    (line,) = [line for line in events.error(ApiError(status, "why")).splitlines() if line.startswith(b"data: ")]
+    assert json.loads(line.removeprefix(b"data: "))["response"]["error"] == {"code": code, "message": "why"}
 
 
 def test_a_failure_inside_a_stream_is_an_event(model_directory: Path) -> None:

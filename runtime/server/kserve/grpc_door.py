@@ -224,6 +224,7 @@ class _Stream:
             if not isinstance(error, ApiError):
                 _LOG.exception("a request of a stream failed")
                 error = ApiError(500, "internal error; see the server's log")
+            self._inference.services.metrics.refused.labels(str(error.status)).inc()
             failed = service_pb2.ModelStreamInferResponse(error_message=str(error))
             failed.infer_response.CopyFrom(write_response(request, (), final=True))
             await self._write(failed)

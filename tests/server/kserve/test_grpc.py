@@ -22,6 +22,9 @@ service_pb2 = grpcclient.service_pb2
 service_pb2_grpc = grpcclient.service_pb2_grpc
 
 
+COUNTED = 'phalanx_requests_refused_total{status="404"} '
+
+
 def address(server: Server) -> str:
     return f"127.0.0.1:{server.wait_for('GRPC').split()[1]}"
 
@@ -255,6 +258,20 @@ def test_calls_are_logged_by_id_name_status_and_time(model_directory: Path) -> N
         (line,) = server.lines_with("gRPC ModelInfer NOT_FOUND")
         assert "other one" not in line, "an id with a space could be taken for two values"
         assert not [line for line in server.lines if "secret" in line or "ServerReady" in line]
+
+
+def test_errors_inside_a_stream_are_counted_as_those_of_calls_are(client: Any, grpc_server: Server) -> None:
+    def refused() -> int:
+        (line,) = [line for line in grpc_server.get("/metrics").body.decode().splitlines() if line.startswith(COUNTED)]
+        return int(float(line.removeprefix(COUNTED)))
+
+    before = refused()
+    arrived: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: arrived.put(error or result))
+    client.async_stream_infer("other", text_inputs("ab"))
+    assert "unknown model" in str(arrived.get(timeout=30))
+    client.stop_stream()
+    assert refused() == before + 1
 
 
 def test_a_client_that_leaves_while_it_is_written_to_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
