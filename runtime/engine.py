@@ -20,6 +20,9 @@ __all__ = ["Engine", "ReplicaStats", "follow"]
 
 Int32Array = NDArray[np.int32]
 
+_MASK_SECONDS = 0.05
+"""How long a step waits for the mask of a guided sequence when there is nothing else to do; requests come in between steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
@@ -31,7 +34,7 @@ class ReplicaStats:
         scheduler: the scheduler's own counts.
         is_lost: a rank of it is gone; the counts are its last.
         steps_in_flight: steps that were in flight when the last one finished, itself included; 0 while idle.
-        depth: most steps in flight: pipeline stages, and one more where the device runs ahead.
+        depth: maximum number of steps in flight: pipeline stages, and one more where the device runs ahead.
     """
 
     num_steps: int
@@ -45,10 +48,6 @@ class ReplicaStats:
     def pipeline_occupancy(self) -> float:
         """How full the pipeline is, 0 to 1."""
         return 0.0 if self.is_lost else self.steps_in_flight / self.depth
-
-
-_MASK_SECONDS = 0.05
-"""How long a step waits for the mask of a guided sequence where it has nothing else to do; requests come in between steps."""
 
 
 @dataclass(slots=True)
@@ -117,9 +116,9 @@ class Engine:
             plan = self.scheduler.plan(self.clock())
             if plan is None:
                 return
-            self._execute(plan)
+            self._start(plan)
 
-    def _execute(self, plan: StepPlan) -> None:
+    def _start(self, plan: StepPlan) -> None:
         self.progress.begin_step(plan.step_id)
         self.control.send(OrderKind.PLAN, plan.words)
         _execute(self.executor, plan)
