@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps the top-level folders into the import package ``phalanx``; everything else is in pyproject.toml.
 
 ``launch`` is also installed under its own name, as a package of one file that leads to ``phalanx.launch``, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic on index boxes: which part of a tensor a piece holds, what is left, how often each element is held."""
 
 from __future__ import annotations

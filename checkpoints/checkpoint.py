@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One way in: a path becomes a `Checkpoint`, whatever kind of directory it is."""
 
 from __future__ import annotations

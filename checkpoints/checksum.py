@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checksums of chunks of a file, cheap enough to be taken whenever weights are copied or read.
 
 A chunk is laid out in rows of 512 little-endian 64-bit words (4 KiB, zeros after the end); its rows and its columns are summed

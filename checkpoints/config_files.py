@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The JSON files next to the weights. Imports nothing heavy: the memory planner needs only this."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proof that a split holds everything: each element of each source tensor, in as many copies as declared.
 
 The plan comes from the declared `Shard` alone (`planned_copies`), the count from the index ranges in the manifest; neither uses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face directory as a tensor source: one file, or shards with or without an index."""
 
 from __future__ import annotations

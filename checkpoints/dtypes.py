@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stored number formats: their names in safetensors headers, their NumPy types, and fast conversion to float32."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeded random weights without a checkpoint: every element is a function of where it stands, so any slice of any layout can
 be made alone, on the host or in a kernel, and all layouts get the same weights.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How stored tensors hold the values of a weight where one stored element is not one value: packed words, shared scales.
 
 Pure declarations, so that planning needs neither NumPy nor a checkpoint; only `Encoding.decode` touches arrays.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file or a directory really is, when it is not the checkpoint that it should be: looked at before anything is guessed."""
 
 from __future__ import annotations

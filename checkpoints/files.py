@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening files of a model directory, and nothing outside it.
 
 File names come from untrusted data (an index, a manifest), so every file is opened through `ModelDirectory`: a plain name, a

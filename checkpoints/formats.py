@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight formats: which stored tensors a weight is read from, which tensors it becomes in memory, where it may be cut.
 
 Everything that handles weights (loader, splitter, coverage proof, memory planner, dummy weights, engine builders) works on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hugging Face cache: a model's name to the directory of its newest download, without any network access.
 
 Layout (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): ``models--ORG--NAME/{refs,snapshots,blobs}``;

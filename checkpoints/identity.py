@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether two copies of a checkpoint are the same, by a sample that is cheap enough for every start."""
 
 from __future__ import annotations

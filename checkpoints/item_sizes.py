@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes per element of every format that a safetensors header may name. Apart, because planning needs no NumPy."""
 
 from __future__ import annotations

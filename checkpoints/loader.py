@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to one rank's weights, a bounded chunk at a time.
 
 The loader walks a weight declaration, reads only the slices that this rank holds and hands them to a `WeightSink`, which

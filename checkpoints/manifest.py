@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``manifest.json`` of a split directory: which file holds which part of which source tensor.
 
 Everything a reader needs to put the original tensors together again, at any layout, is in here; so is the proof that nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A directory that appears whole or not at all.
 
 Files are written into a sibling named ``<output>.partial``, which no loader accepts by its name; renaming it is the last step.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank's share of a part, cut into chunks: which box to read of the stored tensor, and what of it goes where."""
 
 from __future__ import annotations

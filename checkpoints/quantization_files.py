@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files next to ``config.json`` in which quantisers describe what they did, for checkpoints whose ``config.json`` does not.
 
 Sources: ModelOpt ``torch/export/unified_export_hf.py``; AutoGPTQ ``quantization/config.py``; AutoAWQ ``models/_config.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognising quantised checkpoints, so that what cannot be loaded is refused by its own name.
 
 Sources: ``quantizers/auto.py`` of transformers (``quant_method``), the packers of GPTQ, AWQ, bitsandbytes, compressed-tensors,

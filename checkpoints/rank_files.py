@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing the files of a split's ranks: every piece copied in bounded blocks, summed while it passes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tensor accounted for: matching a weight declaration with what a checkpoint holds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One safetensors file: the header checked before anything in it is trusted, tensors read slice by slice.
 
 Format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object ``{name: {dtype,

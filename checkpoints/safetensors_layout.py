@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tensors go in a safetensors file that is to be written: header and byte offsets, known before any data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights as host arrays: the NumPy executor's, the tests' and the TensorRT builder's sink."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading a slice of a row-major tensor out of a file, with `os.preadv` into memory that the caller owns.
 
 Not memory mapping: mapped pages count as resident memory, and a file that shrinks under a mapping kills the process.

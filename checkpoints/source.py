@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam between stored checkpoints and their readers: named tensors, readable slice by slice.
 
 A Hugging Face directory (`phalanx.checkpoints.directory`), a split of any layout (`phalanx.checkpoints.split_source`) and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight declarations: what a model needs, where it comes from, how it is split. Pure data.
 
 The loader, the splitter, the memory planner and the TensorRT builder all read the same declaration, so a weight's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a split writes: for each rank of the layout, the boxes of source tensors that it holds."""
 
 from __future__ import annotations

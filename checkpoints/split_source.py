@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A split directory as a tensor source: the original tensors, put together from whatever layout's pieces.
 
 Loading at the split's own layout reads each piece as it stands; at any other, the parts of pieces that the rank needs. Every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write a split: one file of slices per rank, and a manifest that says what is where.
 
 The slices stay in the checkpoint's orientation and names, so that any layout can be put together again from any other

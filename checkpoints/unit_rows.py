@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrices whose rows count by their direction alone, as the LM head of Baichuan 2 ("NormHead")."""
 
 from __future__ import annotations

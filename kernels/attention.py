@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged attention on the GPU: one object per kind of attention, one split of the work a step, at most two launches a layer.
 
     attention = PagedAttention(library, shape, limits, alibi_slopes)

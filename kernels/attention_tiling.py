@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tile sizes of the attention kernels: what fits a GPU's shared memory and registers, and the scratch memory it takes.
 
 The constants restate the layouts of ``attention_decode*.cuh``, ``attention_prefill*.cu`` and ``attention_work_split.cuh``; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether and which GPU is there, asked without failing where CUDA is not installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small programs that show whether a GPU, its compiler and its libraries work; for diagnosis only."""
 
 from __future__ import annotations

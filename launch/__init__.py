@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands: ``python -m launch.<command>``.
 
 From a checkout that is not installed, ``phalanx`` is not importable; the sibling folders are then mapped into

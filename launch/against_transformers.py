@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model made small, with random weights, here and in transformers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags that several commands share, and what a module of a command needs besides."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.bench``: throughput and latency of this machine, or load against a server.
 
 Greedy, end-of-sequence ignored, fixed lengths, random prompts; output tokens only are counted.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every mode of ``launch.bench`` reports in the same way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``launch.bench serve``: load from outside against any OpenAI-compatible server, timed as its clients see it."""
 
 from __future__ import annotations

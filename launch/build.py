@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.build``: make one TensorRT engine per rank, ahead of serving. Needs no MPI."""
 
 from __future__ import annotations

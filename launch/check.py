@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.check``: a model's functions and declarations, run on shapes before any weight is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands there are, each a module of this folder, and what each one does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``phalanx completion bash|zsh|fish``: a script that completes commands, flags and their choices, made from the parsers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.convert``: a checkpoint of another program as a directory that every command loads."""
 
 from __future__ import annotations

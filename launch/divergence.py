@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far one model's distribution of the next token is from a reference's: Kullback-Leibler divergence and flips.
 
 Over the whole vocabulary and exact but for the rounding of the logits themselves: both models' are kept (`KeptLogits`), and sums are of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.doctor``: what works on this machine or allocation, with a fix for each failure."""
 
 from __future__ import annotations

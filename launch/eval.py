@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.eval``: loss, perplexity and bits per byte of a checkpoint on a text file, and its divergence from another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.generate``: continue prompts and print the result."""
 
 from __future__ import annotations

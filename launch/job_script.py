@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of a Slurm batch script, each line with the reason for it. What differs from site to site stays in ``slurm/settings.sh``."""
 
 from __future__ import annotations

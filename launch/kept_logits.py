@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logits of a text's tokens, kept in a temporary file of each rank that computed some: its own places and tokens only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``launch.plan --optimise``: which dp x pp x tp of N ranks gives the most tokens a second, or the shortest wait for one.
 
 The model, for each layout that fits: a decoding step reads a stage's weights once (or multiplies them, if that takes longer; of a

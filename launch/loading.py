@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Showing what ranks do until they are ready."""
 
 from __future__ import annotations

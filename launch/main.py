@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console script ``phalanx <command>``: the same as ``python -m launch.<command>``."""
 
 from __future__ import annotations

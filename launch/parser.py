@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line of every command: ``argparse`` with settings from elsewhere, suggestions, and one message for all ranks."""
 
 from __future__ import annotations

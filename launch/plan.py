@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.plan``: memory per rank and how many sequences fit, from ``config.json`` alone."""
 
 from __future__ import annotations

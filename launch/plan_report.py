@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``launch.plan`` prints for people: memory of each rank, layouts next to each other, and why one is best."""
 
 from __future__ import annotations

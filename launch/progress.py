@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a piece of work is, on standard error: a bar on a terminal, otherwise a plain line every 10 % or 10 seconds.
 
 Under mpirun rank 0's standard error is a pipe, so what people see there are the lines. Work that ends within `QUIET_SECONDS` says

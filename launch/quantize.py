@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.quantize``: a float checkpoint as fp8, int8 or 4-bit weights in compressed-tensors."""
 
 from __future__ import annotations

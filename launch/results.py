@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of ``launch.generate``: each is written as soon as all earlier ones are, and what is finished is kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every command starts and ends.
 
 Exit status: 0 done; 2 the user's mistake (one line on standard error, from one rank only); 128 + N ended by signal N; 1 anything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scoring a text in windows: what a model gives for each of its tokens."""
 
 from __future__ import annotations

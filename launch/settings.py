@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where flags come from besides the command line: environment variables ``PHALANX_<FLAG>`` and ``--config FILE``.
 
 The command line wins over the environment, the environment over the file. A file has the flags' names as keys, with ``-`` or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What rank 0 alone reads (flags, settings, files) and tells to all; what it finds wrong, every rank raises."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Ctrl-C, SIGTERM and SIGUSR1 do to a command: all ranks end, with 128 + the signal's number, and no traceback.
 
 Before MPI is up the signals keep their default action, which ends this process: whatever a Python handler did then, a rank that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.slurm``: a batch script for a model, refused before it waits in a queue if the job could not start."""
 
 from __future__ import annotations

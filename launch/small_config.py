@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ``config.json`` of any family made small: what it computes stays, its sizes do not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.split``: write one weight shard per rank, loadable at any layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a server says before READY, and again at ``/server_info``: what runs here, how, and why so."""
 
 from __future__ import annotations

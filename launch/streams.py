@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Standard streams as a command finds them: closed (``>&-``), or in an encoding without the characters of a text."""
 
 from __future__ import annotations

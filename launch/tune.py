@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m launch.tune``: show or refresh the cache of matrix product timings of this GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is installed here, as far as it decides what a command does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phalanx: distributed LLM inference on MPI ranks.
 
 ``from phalanx import LLM, SamplingParams`` is the Python interface; ``python -m launch.<command>`` the command line.

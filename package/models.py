@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model file may use: a small surface that stays (``docs/howto/own-model.md``).
 
 A file given with ``--model-file``, or a module that a package offers as an entry point ``phalanx.models``, sets

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connects ranks: topology, sharding, communicators, errors."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How ranks of a group talk: one small protocol over host arrays, and its trivial implementation for one rank.
 
 `phalanx.parallel.mpi_comm` implements it over MPI, `phalanx.parallel.thread_comm` over threads of one process (tests).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection from every rank of a group to its rank 0, which the kernel closes when a process ends, whatever ended it.
 
 Where one host holds all ranks, rank 0 listens on an abstract Unix socket. Otherwise it listens on TCP until every rank has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages on a byte stream: each after its length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which ranks share a host, by what tells machines apart even where names do not."""
 
 from __future__ import annotations

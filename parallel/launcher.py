@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the launcher (mpirun, srun) says about this process, read from the environment without touching MPI."""
 
 from __future__ import annotations

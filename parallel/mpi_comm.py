@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The communicator protocol over MPI, on a duplicated communicator, with buffer methods only.
 
 MPI is imported when the first communicator is made, so that commands that need no ranks start without it. One thread per

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starting MPI: every rank must come, and one that waits in vain says so and ends.
 
 MPI's start waits for all ranks and holds the interpreter's lock, so no Python code of this process can run meanwhile: no signal

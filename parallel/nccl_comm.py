@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device arrays between ranks: NCCL communicators made over a host communicator.
 
 Everything is enqueued on the current CuPy stream and can be captured in a CUDA graph. NCCL reports a lost peer or link

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which process is at the other end of a Unix socket."""
 
 from __future__ import annotations

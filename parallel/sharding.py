@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place that divides anything by a number of ranks.
 
 A `Shard` is declared data: which axis of a weight is split and in which indivisible units (heads, quantisation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says why MPI does not start: a child of a rank, as MPI's start keeps the rank's own interpreter from running anything.
 
 ``python start_messenger.py PID RANK SIZE LOCAL_SIZE SECONDS DEADLINE KEY AGENT SEES_ALL WAY_OUT``; needs the standard library only. It reads a

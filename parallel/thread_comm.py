@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks as threads of one process: the communicator protocol for tests and for interpreters, without MPI."""
 
 from __future__ import annotations

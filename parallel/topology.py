@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank does what: world = data x pipeline x tensor, as pure arithmetic.
 
 Tensor-parallel ranks are consecutive (they share NVLink), then pipeline stages, then data-parallel replicas:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must be the same on every rank, compared before any rank computes: other weights on one node give garbage, not an error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slopes of linear position biases (Press et al. 2022), as data for `phalanx.runtime.attention.AttentionSpec`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one attention of one layer is: declared by the family, the only source that executors build from."""
 
 from __future__ import annotations

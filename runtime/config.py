@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model is, as frozen values: read from a Hugging Face ``config.json``, validated once, handed down.
 
 A family's own reader (``runtime/models/<family>.py``) fills `ModelConfig`; unknown features are refused there, never

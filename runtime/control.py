@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The leader's orders to its replica: what kind of order, and its words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop that joins scheduler and executor: on the leader `Engine`, on the other ranks `follow`."""
 
 from __future__ import annotations

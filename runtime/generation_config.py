@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``generation_config.json`` as one typed value: end tokens, and the sampling defaults of the model's author."""
 
 from __future__ import annotations

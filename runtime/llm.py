@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LLM`: offline generation in an SPMD script. Every rank constructs it and calls it with the same prompts."""
 
 from __future__ import annotations

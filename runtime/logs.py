@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job says on standard error: lines for people, or one JSON object a line for machines.
 
 The ``READY`` line, mistakes in the command line and reports of failures are always plain text and are never left out.

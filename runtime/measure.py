@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measuring an engine from inside: when each request's tokens came, as arrays."""
 
 from __future__ import annotations

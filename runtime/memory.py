@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory a rank takes, from ``config.json`` alone: the arithmetic that the planner prints and the executors allocate by.
 
 Weights and the key/value cache are exact. The workspace is what the CUDA executor sets aside: an upper bound of the activations

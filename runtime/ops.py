@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seam between models and executors: about a dozen coarse operations, each one that the field has a kernel for.
 
 A model is a plain function over an `Ops[Tensor]` object and cannot look inside a `Tensor`. The current step (token ids,

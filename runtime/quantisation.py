@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model's weights, activations and cache are quantised, in one line for reports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting one rank together: checkpoint, model, executor, and on the leader the engine."""
 
 from __future__ import annotations

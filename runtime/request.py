@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a client asks for and what it gets back, as frozen values; validated when they are made."""
 
 from __future__ import annotations

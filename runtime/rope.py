@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary frequencies as tables, in float64, for every executor."""
 
 from __future__ import annotations

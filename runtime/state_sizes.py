@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much device memory a rank keeps from step to step besides weights and cache: the plan, the batch's state, results, scales.
 
 An upper bound, from numbers alone. Work lists and partial results of attention depend on the GPU and come out of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step times that engines measured on this machine, kept for ``launch.plan --optimise``. Needs no NumPy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step reads and multiplies of each pipeline stage's weights, from ``config.json`` alone, for ``launch.plan --optimise``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values in JSON files of a checkpoint: how messages show them, and token ids that every array of a step can hold."""
 
 from __future__ import annotations

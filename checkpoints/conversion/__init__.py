@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of other programs as whole tensors and a ``config.json``, for `launch.convert`."""
 
 from __future__ import annotations

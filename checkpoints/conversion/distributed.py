@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed checkpoints of Megatron-core: whole tensors in pieces, wherever the ranks lay that saved them.
 
 ``torch_dist``: ``.metadata`` lists each tensor's pieces, which lie in ``*.distcp`` files. ``zarr``: a folder for each tensor, with

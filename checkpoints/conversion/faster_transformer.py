@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FasterTransformer's binary directories: ``config.ini``, and a file without a header for each tensor and tensor-parallel rank.
 
 Source: ``examples/pytorch/gpt/utils/huggingface_gpt_convert.py``, ``examples/pytorch/gptj/utils/huggingface_gptj_ckpt_convert.py`` and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a checkpoint by their names in it: those of a directory, or the members of an archive, read where they lie."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pickle as plain values: its opcodes are listed, not run, and an object is what the pickle says of it.
 
 PyTorch's own reader of weights does not know the protocol in which ``torch.distributed.checkpoint`` writes ``.metadata``. Source of the

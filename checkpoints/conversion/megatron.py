@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pieces that Megatron-LM's ranks save, as whole tensors under one set of names, and its arguments as a ``config.json``.
 
 Source: ``megatron/training/arguments.py`` and ``checkpointing.py`` of Megatron-LM; for the order of rows before version 2 its

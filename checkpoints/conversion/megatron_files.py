@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The directory that Megatron-LM's ranks save, read into one model."""
 
 from __future__ import annotations

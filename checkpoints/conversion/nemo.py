@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo's GPT checkpoints: a ``.nemo`` archive, or the directory that it was unpacked into; or the directory of NeMo 2.
 
 It holds ``model_config.yaml`` and ``model_weights.ckpt``, or one of these for each rank below ``mp_rank_00`` or

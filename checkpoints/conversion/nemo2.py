@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NeMo 2's configurations: ``context/model.yaml``, next to which ``weights`` is a distributed checkpoint of Megatron-core.
 
 Source: ``nemo/collections/llm/gpt/model`` of NeMo 2 for the classes; its fields are those of ``TransformerConfig`` of Megatron-core. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of ``torch.save``, read by PyTorch as weights and plain values: they are pickles, of which nothing is run."""
 
 from __future__ import annotations

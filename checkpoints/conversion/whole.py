@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every conversion gives, and the directory that it becomes."""
 
 from __future__ import annotations

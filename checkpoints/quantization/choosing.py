@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What readers of ``quantization_config`` share: from rules about modules to formats of weights, and refusals."""
 
 from __future__ import annotations

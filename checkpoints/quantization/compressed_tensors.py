@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compressed-tensors: which module has which format.
 
 Source: compressed-tensors ``quantization/{quant_args,quant_scheme,quant_config}.py`` and ``utils/match.py``.

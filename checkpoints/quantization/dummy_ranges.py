@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the components of dummy weights in codes are drawn from: values with a standard deviation of about 0.02, as those without a format."""
 
 from __future__ import annotations

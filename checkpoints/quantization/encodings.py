@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How quantised checkpoints pack codes, scales and zero points into tensors.
 
 Sources: compressed-tensors ``compressors/quantized_compressors/pack_quantized.py``; AutoAWQ ``utils/packing_utils.py``; AutoGPTQ

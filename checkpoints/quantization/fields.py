@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields of ``quantization_config``, by type: one clear error each, and nothing that is read as something else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codes with a scale, and perhaps a zero point, for each row and group of columns: ``w = (code - zero) * scale``.
 
 The canonical form of every weight-only format and of 8-bit blocks: codes ``[O, I]`` int8 or e4m3, scale ``[O, G]`` float32, zero

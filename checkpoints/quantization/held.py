@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In which format a GPU holds what a checkpoint stores in another: quantised while loading, or packed for its kernels."""
 
 from __future__ import annotations

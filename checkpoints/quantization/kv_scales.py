@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of an fp8 key/value cache, which checkpoints that were calibrated for one bring along.
 
 Found under the names that compressed-tensors, vLLM and ModelOpt have given them; a scheme that is promised without scales is an

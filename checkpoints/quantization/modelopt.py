@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ModelOpt: one algorithm for all modules but those that are excluded, or one for each module (``MIXED_PRECISION``).
 
 Source: ModelOpt ``torch/export/{convert_hf_config,quant_utils}.py``.

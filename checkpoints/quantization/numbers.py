@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantised numbers: rounding to fp8 and int8, scales per tensor, row, group and block, and the way back.
 
 These definitions are what every engine implements; the CUDA kernels produce the same codes and scales bit for bit. All

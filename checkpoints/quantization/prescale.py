@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Factors of a product's inputs, one for each column: what SmoothQuant and AWQ divided the weight's columns by (``pre_quant_scale``).
 
 Source: ModelOpt ``torch/export/quant_utils.py``.

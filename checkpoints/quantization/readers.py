@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``quantization_config`` says: which module has which format, for each method that is loaded.
 
 Sources: transformers ``quantizers/quantizer_{finegrained_fp8,fbgemm_fp8,awq,gptq}.py``.

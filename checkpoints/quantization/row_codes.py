@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8-bit codes with one scale for each row of a weight, multiplied by inputs that are quantised row by row as they come.
 
 ``value[o, i] = codes[o, i] * scale[o]``. Codes are stored ``[out, in]``, those of GPT-2's Conv1D, too. Merged weights (q, k and v) keep the scales of their own rows, and tensor-parallel

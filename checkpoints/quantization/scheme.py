@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``launch.quantize`` makes of a matrix, as compressed-tensors stores it.
 
 Source of the format: compressed-tensors ``compressors/quantized_compressors/{naive,pack}_quantized.py``. Symmetric integer scales are

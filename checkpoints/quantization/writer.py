@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantising a float checkpoint into compressed-tensors, one matrix at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of this rank's GPUs and of what computes on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of one process and its host that need no GPU and no other rank."""
 
 from __future__ import annotations

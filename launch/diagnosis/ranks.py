@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that need all ranks, and one report made of all of theirs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of the job: one verdict, told to clients and said once, the stacks of all ranks, and then this process.
 
 Whatever it waits for has a limit: ranks and clients that do not answer must not keep the job from ending.

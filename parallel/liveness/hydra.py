@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeping MPICH's launcher from ending the job before the ranks have said which of them is lost.
 
 Hydra kills all ranks of a host within milliseconds of a death, so the report would be a race. It learns of a death when a

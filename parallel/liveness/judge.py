@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what ranks say of themselves to a verdict: which rank keeps the job from going on, and the report about it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank knows of itself and of the ranks that it is connected to."""
 
 from __future__ import annotations

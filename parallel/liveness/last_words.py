@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job that ends still does, each in limited time: a pipe that nobody reads or a file server that does not answer must not keep it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections of the watch to other ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks tell each other about their lives: typed MessagePack over the connections of `links`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank is doing: written by the thread that does it, read by the one that watches."""
 
 from __future__ import annotations

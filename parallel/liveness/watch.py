@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread that watches: stamps to rank 0 twice a second, and the end of the job when a rank is lost or stuck.
 
 A process that ends closes its connections at once, whatever ended it; one that is stopped, or whose host or network is

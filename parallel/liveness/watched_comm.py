@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A communicator whose collectives show in the rank's stamps."""
 
 from __future__ import annotations

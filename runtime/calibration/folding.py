@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Factors of columns that move from a product's input into its weight: the norm before it is divided by them."""
 
 from __future__ import annotations

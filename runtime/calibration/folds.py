@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which norms can take over factors of the columns of the products that they feed, found by running a model on shapes."""
 
 from __future__ import annotations

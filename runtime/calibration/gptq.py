@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPTQ (Frantar et al. 2023): columns are rounded one after the other, and those to come make up for each one's error."""
 
 from __future__ import annotations

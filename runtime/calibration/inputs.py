@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept of the inputs of one product over a text: bounded by the product's width, whatever the text's length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A text run through a decoder one layer at a time, so that memory holds one layer's weights and the hidden states."""
 
 from __future__ import annotations

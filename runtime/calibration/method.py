@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `launch.quantize` learns from a text: ranges of inputs and caches, and SmoothQuant, AWQ and GPTQ.
 
 Each matrix of these methods is judged on rows that it has not seen.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text that a calibration reads, in windows of tokens."""
 
 from __future__ import annotations

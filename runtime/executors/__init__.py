@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executors: how one rank computes a step (NumPy, CUDA, TensorRT)."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine needs from an executor: one object per rank that computes planned steps on its shard."""
 
 from __future__ import annotations

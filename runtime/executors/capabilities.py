@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an executor has, compared with everything that a model uses before a weight is read.
 
 An executor lists features by name: operations, their options, and the fields of each layer's attention. What is not on its

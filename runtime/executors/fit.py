@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refusing a model whose weights a rank's memory cannot hold, before a byte of them is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--quantize``: float weights that become codes while they are loaded."""
 
 from __future__ import annotations

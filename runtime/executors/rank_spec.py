@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every part of one rank's executor is built from, as one value."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every engine by name: how one rank's executor is built, and what else differs between engines outside the executors.
 
 A new engine is an entry here and a package next to this file. Nothing is imported until an engine is built.

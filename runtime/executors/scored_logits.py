@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who wants to see the logits of rows that score, besides their log-probabilities: comparisons over the whole vocabulary."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes that every engine derives in the same way from the model, the operator's choices and the memory that there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights as executors see them: looked up once by the names that models use, each with its format and bias."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged blocks with reference counts; full blocks with the same prefix are shared."""
 
 from __future__ import annotations

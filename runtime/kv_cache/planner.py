@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler needs from a plan of the key/value cache; it never sees a block id."""
 
 from __future__ import annotations

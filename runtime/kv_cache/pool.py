@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block ids: which are free, how many sequences hold each, and which prefix each one keeps."""
 
 from __future__ import annotations

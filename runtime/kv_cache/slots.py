@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots: each sequence owns one linear stretch of the cache, as long as the longest sequence."""
 
 from __future__ import annotations

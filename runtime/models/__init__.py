@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Model definitions: plain functions over Ops and the declaration of their weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Baichuan 1 and 2 (Yang et al. 2023): Llama's block; 13B has ALiBi in place of a rotary embedding, 2 an LM head of unit rows."""
 
 from __future__ import annotations

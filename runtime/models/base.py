@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model family provides: passes over `Ops`, what their layers are, and the weights that they name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces of blocks that families share; what is peculiar to a family stays in its own file."""
 
 from __future__ import annotations

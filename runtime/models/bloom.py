@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BLOOM (BigScience 2022): ALiBi in place of positions, a norm of the embeddings, biases everywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ChatGLM 2 and 3, and GLM-4-9B (GLM team 2024) in the form of their own code: GLM-4 under other names."""
 
 from __future__ import annotations

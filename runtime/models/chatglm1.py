@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ChatGLM-6B, the first (Du et al. 2022): a prefix that sees all of itself, positions in two dimensions, scaled residuals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command R and R+ (Cohere 2024): one LayerNorm without bias for parallel halves, neighbouring channels rotated, scaled logits."""
 
 from __future__ import annotations

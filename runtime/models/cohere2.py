@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command R7B and A (Cohere 2025): Command R with a window in most layers; those without one have no rotary embedding."""
 
 from __future__ import annotations

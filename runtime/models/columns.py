@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the columns of a split tensor are divided over ranks: what a product leaves, and what the next operation takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of ``config.json`` that cannot change what a decoder computes, and those that have to hold one value.
 
 A family declares the keys that it honours by reading them (`ConfigReader`). What it never reads must be listed here, or hold a

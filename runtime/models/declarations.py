@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight declarations that families share: how common parts are named, stacked and split."""
 
 from __future__ import annotations

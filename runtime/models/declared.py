@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether declarations of weights are possible, before anything runs on them."""
 
 from __future__ import annotations

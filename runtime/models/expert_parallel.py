@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--expert-parallel``: tensor-parallel ranks own experts whole."""
 
 from __future__ import annotations

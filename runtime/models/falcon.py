@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Falcon (Almazrouei et al. 2023): halves in parallel with one norm or two and few key/value heads; falcon-rw: serial, ALiBi."""
 
 from __future__ import annotations

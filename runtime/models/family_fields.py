@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the fields of a `Family` that a model file made are what they are declared to be; Python does not look."""
 
 from __future__ import annotations

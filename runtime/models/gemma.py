@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 1 (Gemma team 2024): Llama's block with norm weights stored as w - 1, a scaled embedding and GeGLU."""
 
 from __future__ import annotations

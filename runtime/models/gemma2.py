@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 2 (Gemma team 2024): norms before and after both halves, soft caps, a window in every other layer."""
 
 from __future__ import annotations

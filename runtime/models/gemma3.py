@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 3, text (Gemma team 2025): Gemma 2's block without caps, norms of heads, another rotary embedding under each window."""
 
 from __future__ import annotations

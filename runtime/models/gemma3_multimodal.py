@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text part of Gemma 3's checkpoints for texts and images (4B and larger)."""
 
 from __future__ import annotations

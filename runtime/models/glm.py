@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLM-4 (GLM team 2024) as transformers stores it: Llama's block, neighbouring channels of half of each head rotated."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLM-4-0414 (Z.ai 2025): GLM-4's attention and feed-forward part with a norm after each half, too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, biases everywhere, weights stored ``[in, out]`` (Conv1D)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SantaCoder and StarCoder (Li et al. 2023): GPT-2's block with one key/value head for all queries, weights ``[out, in]``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): parallel halves, rotary positions on part of each head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-J (Wang & Komatsuzaki 2021): one norm for parallel halves, rotary pairs of neighbouring channels, a bias at the head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Granite 3 (IBM 2024): Llama's block with factors on embeddings, scores, both halves and logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading Hugging Face ``config.json``: typed access with one clear error each, and nothing unread that could matter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternLM 2 and 2.5 (Cai et al. 2024): Llama's block; q, k and v are stored by key/value head, under other names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Llama 1, 2 and 3 (Touvron et al. 2023; Llama team 2024): RMSNorm, rotary positions, grouped-query heads, SwiGLU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-3 as Megatron-LM trains it (Shoeybi et al. 2019): its tensors, flat and whole, under its names, its arguments as keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistral (Jiang et al. 2023): Llama's block; in version 0.1 each token sees a window of the tokens before it."""
 
 from __future__ import annotations

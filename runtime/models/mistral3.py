@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text part of Mistral Small 3.1 and 3.2, which read images, too: Mistral."""
 
 from __future__ import annotations

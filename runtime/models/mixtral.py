@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral (Jiang et al. 2024): Mistral with a mixture of experts as feed-forward part."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MPT (MosaicML 2023): GPT-2's block with ALiBi in place of positions and without any bias."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nemotron 3 and 4, Minitron (Parmar et al. 2024): LayerNorm with weights stored as w - 1, a squared ReLU without a gate."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """OPT and Galactica (Zhang et al. 2022): GPT-2's block with ReLU; OPT-350m norms after each half and has narrower embeddings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phi 1, 1.5 and 2 (Gunasekar et al. 2023): one norm for parallel halves, part of each head rotated, biases everywhere."""
 
 from __future__ import annotations

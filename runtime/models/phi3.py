@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phi 3, 3.5 mini and 4 (Abdin et al. 2024): Llama's block with q, k and v in one matrix, gate and up in another."""
 
 from __future__ import annotations

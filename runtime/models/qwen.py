@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen 1 (Bai et al. 2023): Llama's block with biases of q, k and v, under GPT-2's names."""
 
 from __future__ import annotations

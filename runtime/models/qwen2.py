@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen 1.5, 2 and 2.5 (Qwen team 2024): Llama's block with biases of q, k and v."""
 
 from __future__ import annotations

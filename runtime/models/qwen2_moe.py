@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen 1.5 and 2 MoE (Qwen team 2024): Qwen 2 with experts, and a shared expert that a gate weighs."""
 
 from __future__ import annotations

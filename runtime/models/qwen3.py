@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen 3 (Qwen team 2025): Llama's block with a norm of every query and key head."""
 
 from __future__ import annotations

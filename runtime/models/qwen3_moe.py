@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen 3 MoE (Qwen team 2025): Qwen 3 with experts, none of them shared."""
 
 from __future__ import annotations

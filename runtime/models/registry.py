@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the name in ``config.json`` to the family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary parameters of ``config.json``: every key known, one order of precedence, the formulas of transformers 5.
 
 Source: ``modeling_rope_utils.py`` of transformers 5 (``RotaryEmbeddingConfigMixin`` for the order, ``_compute_yarn_parameters``

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations on shapes alone: they record what a model uses and refuse what cannot be right."""
 
 from __future__ import annotations

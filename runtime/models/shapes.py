@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's functions run on shapes alone: what a model uses, before a weight is read or an executor exists."""
 
 from __future__ import annotations

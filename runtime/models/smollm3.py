@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolLM3 (Hugging Face 2025): Llama's block; every fourth layer has no rotary embedding."""
 
 from __future__ import annotations

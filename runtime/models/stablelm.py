@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StableLM 3B and 2 (Stability AI 2023): Llama's block with LayerNorm, a quarter of each head rotated.
 
 The halves of StableLM 2 12B are parallel, and each of its query and key heads has a LayerNorm with its own weights.

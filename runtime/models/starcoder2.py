@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StarCoder2 (Lozhkov et al. 2024): LayerNorm, rotary positions, grouped-query heads, a window, biases, no gate."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text part of checkpoints for texts and images: its fields in ``text_config``, its weights under a prefix; images are not read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tied embeddings next to an LM head that the file holds all the same: a copy, another head, or a quantised one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A family that Phalanx does not ship: from the operator's Python file, or from an installed package.
 
 The file runs with the rights of the command that names it, as any script does. Code that comes with a checkpoint is never run.

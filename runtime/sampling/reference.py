@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing tokens from logits: the reference that every executor's sampler must agree with.
 
 Random tokens come from the Gumbel-max trick: ``argmax(logit / temperature + gumbel)`` over the tokens that the filters keep.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides what each step computes: a pure state machine without device, ranks or clock."""
 
 from phalanx.runtime.scheduler.deltas import DeltaBatch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validate a request at submission; build its admission record."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search: which continuations of a prompt are kept, which have ended, and when no better one can come.
 
 The definition is that of ``transformers``' ``generate(num_beams=...)``, so that both return the same sequences. A beam's total is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sequences of a beam search: who continues whom, and what waits for a row or for its siblings."""
 
 from __future__ import annotations

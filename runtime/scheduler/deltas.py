@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What steps did to requests: columns for the many plain tokens, objects for the few special ones."""
 
 from __future__ import annotations

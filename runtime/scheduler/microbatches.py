@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Into how many micro-batches a pipeline's decoding sequences are divided."""
 
 from __future__ import annotations

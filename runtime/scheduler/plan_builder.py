@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns a selection into a `StepPlan`, and remembers what its result will need."""
 
 from __future__ import annotations

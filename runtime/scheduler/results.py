@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a step's result into the sequence table and says what it means for each sequence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which sequences run and which of them a step computes: admission, preemption, chunks and micro-batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler: requests in, step plans out, results in, deltas out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State of the requests: one record each, and for the running ones a struct of arrays with a row each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's limits and its counts."""
 
 from __future__ import annotations

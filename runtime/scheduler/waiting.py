@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests that do not run yet, in the order in which they will, and the deadlines of all."""
 
 from __future__ import annotations

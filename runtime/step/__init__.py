@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step: the plan that rank 0 broadcasts, the batch state that it changes, the result, and how long steps take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a step plan lies in one buffer of int32 words: the table from which NumPy packs it and CUDA kernels read it.
 
 The header holds the step's numbers, the sizes of the sections, and where each section begins.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The most that one step and the batch can hold: what state, kernels and buffers are sized by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step, as all ranks see it: what to compute and what changes before, in one buffer that is packed once.
 
 All ranks hold the same `BatchState` and apply the same changes (new cache blocks, sampling parameters of admitted

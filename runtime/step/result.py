@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step produced, by the rows that its plan named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every rank remembers of the running sequences between steps."""
 
 from __future__ import annotations

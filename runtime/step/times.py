@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long steps take on this machine: decoding steps, measured once for the scheduler, and all that ran, for reports."""
 
 from __future__ import annotations

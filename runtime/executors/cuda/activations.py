@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations of a step in one fixed region of device memory.
 
 A piece goes back when its last reference dies, which CPython does at once, so a model written as plain functions reuses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensor-parallel group's all-reduce: our own kernels where the ranks reach each other's memory, else NCCL."""
 
 from __future__ import annotations

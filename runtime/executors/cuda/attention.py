@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paged key/value cache of one rank and attention over it."""
 
 from __future__ import annotations

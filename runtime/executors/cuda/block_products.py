@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a rank multiplies fp8 blocks, in words for reports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting a CUDA executor together: device, weights, memory plan, communicators, warm-up."""
 
 from __future__ import annotations

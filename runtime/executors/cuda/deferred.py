@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results that wait for their consumer, which knows in which form it takes them: plain values, or codes with scales.
 
 A product with a quantised weight takes codes, one with a float weight values; the norm or activation before it can write

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA executor: one GPU a rank, the token loop on the device, whole steps in CUDA graphs.
 
 A step is: the packed plan into pinned memory and, asynchronously, onto the device; kernels that derive lengths,

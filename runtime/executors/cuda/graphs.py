@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which step runs as which captured CUDA graph.
 
 A graph is fixed in its number of rows, so steps are rounded up to buckets; everything else that varies (lengths, sequences,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank's matrices as the kernels take them, and in which form their products take the inputs."""
 
 from __future__ import annotations

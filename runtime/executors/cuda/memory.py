@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device and pinned memory: types and asynchronous copies."""
 
 from __future__ import annotations

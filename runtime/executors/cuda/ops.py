@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Ops` on device arrays: every operation enqueues our own kernels or cuBLASLt on the current stream and returns at once.
 
 Results live in the activation pool and die with their last reference, so nothing here allocates device memory in a step

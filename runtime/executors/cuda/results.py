@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a step's results lie on the device and in pinned memory: one buffer of int32 words, copied in one piece."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps in flight, as the host sees them: pinned buffers and events, used in turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From this rank's logits to tokens and log-probabilities, equal on all tensor-parallel ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pipeline stage of one step, as a sequence of kernel launches: what a captured graph holds."""
 
 from __future__ import annotations

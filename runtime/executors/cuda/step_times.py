@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of a pipeline's decoding steps, measured with the graphs that serve them."""
 
 from __future__ import annotations

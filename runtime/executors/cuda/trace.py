@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A timeline of the last steps of every rank, as a Chrome trace that Perfetto opens.
 
 While it records, steps run eagerly with a pair of events around every operation: a captured graph would show as one

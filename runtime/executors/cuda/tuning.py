@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products of one rank's model, timed once per kind of GPU and kept in the cache directory."""
 
 from __future__ import annotations

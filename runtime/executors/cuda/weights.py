@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of one rank in device memory: the sink that the loader streams them into."""
 
 from __future__ import annotations

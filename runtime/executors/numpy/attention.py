@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged attention in NumPy.
 
 Each layer keeps keys and values as ``[K, N, P, C]``: head first, so that the history of a sequence whose blocks are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting a NumPy executor together: weights, and a cache sized by the memory of the host."""
 
 from __future__ import annotations

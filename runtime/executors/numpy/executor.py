@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The NumPy executor: one rank's shard on a processor. The reference for every other executor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Ops` on NumPy arrays: the reference implementation, and the engine of machines without a GPU. float32 throughout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``x @ weight.T`` for few rows, where one library call is slow.
 
 For 2 to about 32 rows OpenBLAS copies the whole weight into packed panels before it multiplies, which costs more than the product.

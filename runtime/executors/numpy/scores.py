@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one kind of attention does to queries, keys and scores: head norms, rotation, caps, biases, masks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few threads that share large NumPy operations; NumPy gives the interpreter away inside them."""
 
 from __future__ import annotations
