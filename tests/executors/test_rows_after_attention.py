@@ -80,15 +80,20 @@ def block_weights(config, layer):
 }
 
 
+def write_model(name: str, directory: Path) -> Path:
+    """Write the configuration of a model of such blocks; returns its model file."""
+    (directory / "config.json").write_text(json.dumps(CASE.config))
+    (file := directory / "mine.py").write_text(FILE.replace("BLOCK", BLOCKS[name]))
+    return file
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_branches_of_different_rows_give_the_numpy_engines_tokens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
-    (tmp_path / "config.json").write_text(json.dumps(CASE.config))
-    (file := tmp_path / "mine.py").write_text(FILE.replace("BLOCK", BLOCKS[name]))
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
-    options: dict[str, Any] = {"model_file": file, "load_format": "dummy", "dtype": "float32"}
+    options: dict[str, Any] = {"model_file": write_model(name, tmp_path), "load_format": "dummy", "dtype": "float32"}
     expected = generate_on_threads(tmp_path, PROMPTS, params, **options)
     actual = generate_on_threads(tmp_path, PROMPTS, params, engine="cuda", **options)
     assert [output.token_ids for output in actual] == [output.token_ids for output in expected]

@@ -13,6 +13,7 @@ import pytest
 
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import Logprob, RequestOutput, SamplingParams
+from tests.executors.test_rows_after_attention import BLOCKS, write_model
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -151,6 +152,14 @@ def test_prompts_in_chunks_give_the_same_tokens_as_whole(tmp_path: Path) -> None
     whole = generate(directory, prompts(1009), params, max_num_batched_tokens=512)
     chunked = generate(directory, prompts(1009), params, max_num_batched_tokens=24)
     assert tokens(whole) == tokens(chunked)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_branches_that_meet_after_the_last_attention_give_the_numpy_engines_tokens(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model_file": write_model(name, tmp_path), "load_format": "dummy", "dtype": "float32"}
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    expected = generate(tmp_path, prompts(101), params, engine="numpy", **options)
+    assert tokens(generate(tmp_path, prompts(101), params, **options)) == tokens(expected)
 
 
 def test_dummy_weights_equal_the_hosts(tmp_path: Path) -> None:
