@@ -256,9 +256,13 @@ def _mpi(start: bool = True) -> Any:
         ) from error
     if start and not MPI.Is_initialized():
         info = launch_info()
-        _refuse_foreign_launcher(info, *MPI.get_vendor())
+        vendor, version = MPI.get_vendor()
+        _refuse_foreign_launcher(info, vendor, version)
         _yield_where_ranks_share_cores(info)
-        with waiting_for_all_ranks(info), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        with (
+            waiting_for_all_ranks(info, vendor in _MPICH_FAMILY),
+            warnings.catch_warnings(action="ignore", category=RuntimeWarning),
+        ):
             # mpi4py suspects a foreign launcher from the environment alone; `world_communicator` knows by the size.
             MPI.Init_thread(MPI.THREAD_SERIALIZED)
             _unlink_shared_memory(MPI.COMM_WORLD)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 
@@ -57,8 +57,13 @@ def start_seconds(environ: Mapping[str, str] = os.environ) -> float:
 
 
 @contextmanager
-def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
-    """Run MPI's start inside: a signal ends this process at once, and so does a rank that does not come in time."""
+def waiting_for_all_ranks(info: LaunchInfo, catches_usr1: bool = False) -> Iterator[None]:
+    """Run MPI's start inside: a signal ends this process at once, and so does a rank that does not come in time.
+
+    Args:
+        catches_usr1: the library catches SIGUSR1 from somewhere in its start on and drops it, as MPICH does, unless there was a handler. It
+            then ends this process after the start.
+    """
     if info.size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -68,7 +73,7 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
         with contextlib.suppress(OSError):  # it is an aid
             messenger = _start_messenger(info, seconds, places)
         try:
-            with _ending_after(seconds + _GRACE_SECONDS):
+            with _usr1_kept() if catches_usr1 else nullcontext(), _ending_after(seconds + _GRACE_SECONDS, catches_usr1):
                 yield
         finally:
             if messenger is not None:
@@ -76,13 +81,27 @@ def waiting_for_all_ranks(info: LaunchInfo) -> Iterator[None]:
 
 
 @contextmanager
-def _ending_after(seconds: float) -> Iterator[None]:
+def _usr1_kept() -> Iterator[None]:
+    """A SIGUSR1 that comes meanwhile comes again afterwards."""
+    told: list[int] = []
+    handler = signal.signal(signal.SIGUSR1, lambda number, _: told.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL if handler is None else handler)
+        if told:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+@contextmanager
+def _ending_after(seconds: float, spares_usr1: bool) -> Iterator[None]:
     """Signals end this process at once meanwhile, and so does the clock."""
     # The kernel spares the first process of a container from signals without a handler, and Python's cannot run.
     is_first_process = os.getpid() == 1
     if is_first_process:
         faulthandler.dump_traceback_later(seconds, exit=True)
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDING_SIGNALS}
+    numbers = [number for number in _ENDING_SIGNALS if not (spares_usr1 and number == signal.SIGUSR1)]
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

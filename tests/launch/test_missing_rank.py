@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -156,6 +157,20 @@ def test_a_rank_that_ends_in_the_start_of_mpi_next_to_full_shared_memory_has_its
         command = [sys.executable, "-c", full, *map(str, words)]
         result = subprocess.run(command, input=byte, stderr=subprocess.PIPE, check=True, timeout=60)
         assert result.stderr.decode() == said
+
+
+@pytest.mark.parametrize(("catches_usr1", "said"), [(False, ""), (True, "inside\n")], ids=["at once", "afterwards"])
+def test_a_sigusr1_in_the_start_of_mpi_ends_the_rank(catches_usr1: bool, said: str) -> None:
+    """MPICH catches it in its start and drops it, so that such a signal to all ranks was lost, unless there was a handler."""
+    program = (
+        "import os, signal; from phalanx.parallel.launcher import LaunchInfo; "
+        "from phalanx.parallel.mpi_start import waiting_for_all_ranks\n"
+        f"with waiting_for_all_ranks(LaunchInfo(0, 2, 0, 2, 'MPICH'), {catches_usr1}):\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1); print('inside', flush=True)\n"
+        "print('after', flush=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGUSR1, said, "")
 
 
 @needs_mpirun
