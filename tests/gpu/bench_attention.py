@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 
 import launch  # noqa: F401  maps the checkout into the package
-from phalanx.kernels.attention import AttentionLimits, AttentionShape, AttentionStep, PagedAttention
+from phalanx.kernels.attention import PagedAttention
+from phalanx.kernels.attention_shape import AttentionLimits, AttentionShape, AttentionStep
 from phalanx.kernels.library import KernelLibrary
 
 BANDWIDTH = 4.2e12  # a device copy on an H200, bytes a second

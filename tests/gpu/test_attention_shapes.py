@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels.attention import AttentionLimits, AttentionShape
+from phalanx.kernels.attention_shape import AttentionLimits, AttentionShape
 from phalanx.kernels.library import KernelLibrary
 from tests.kernels.attention_case import Case, DeviceCase, check, shape_of
 from tests.kernels.devices import CudaDevice, KernelDevice, has_gpu

@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from phalanx.kernels.attention import AttentionLimits, AttentionShape, AttentionStep, PagedAttention
+from phalanx.kernels.attention import PagedAttention
+from phalanx.kernels.attention_shape import AttentionLimits, AttentionShape, AttentionStep
 
 from .devices import KernelDevice
 

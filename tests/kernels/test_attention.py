@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels.attention import AttentionLimits, AttentionShape, PagedAttention, attention_kernel_specs
+from phalanx.kernels.attention import PagedAttention, attention_kernel_specs
+from phalanx.kernels.attention_shape import AttentionLimits, AttentionShape
 from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, shared_bytes_per_multiprocessor
 from phalanx.kernels.compiler import compile_cubin
 from phalanx.kernels.library import Library

@@ -105,7 +105,7 @@ class CudaExecutor(Executor):
     def open(self, weights: Mapping[str, Array], specs: Mapping[int, AttentionSpec]) -> tuple[Any, Any, Any]:
         """Operations, the step's arrays and the attention."""
         from phalanx.kernels.arena import Arena
-        from phalanx.kernels.attention import AttentionLimits
+        from phalanx.kernels.attention_shape import AttentionLimits
         from phalanx.kernels.step_update import StepArrays
         from phalanx.runtime.executors.cuda.activations import ActivationPool
         from phalanx.runtime.executors.cuda.attention import CacheLayout, CudaAttention

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.kernels.attention import AttentionDType, AttentionLimits, AttentionShape, AttentionStep, PagedAttention
+from phalanx.kernels.attention import PagedAttention
+from phalanx.kernels.attention_shape import AttentionDType, AttentionLimits, AttentionShape, AttentionStep
 from phalanx.kernels.library import KernelLibrary
 from phalanx.kernels.rotary import Fp8Pages, RotaryTables, rotary_kv_write
 from phalanx.kernels.step_update import StepArrays, StepKernels

@@ -23,7 +23,7 @@ from phalanx.checkpoints.quantization.held import (
 )
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.arena import Arena
-from phalanx.kernels.attention import AttentionLimits
+from phalanx.kernels.attention_shape import AttentionLimits
 from phalanx.kernels.compiler import FIRST_WITH_FP8
 from phalanx.kernels.gemm import Gemm, open_gemm
 from phalanx.kernels.library import KernelLibrary
