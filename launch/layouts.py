@@ -113,7 +113,7 @@ def best_layouts(
     ``plan``: `phalanx.launch.plan.plan`. ``on_this_machine``: see `estimate`.
 
     Raises:
-        ConfigError: fewer than one rank, or more than `MAX_RANKS`.
+        ConfigError: fewer than one rank, or more than `MAX_RANKS`; a model or an option that no layout could use.
     """
     if not 1 <= args.ranks <= MAX_RANKS:
         raise ConfigError(f"--ranks={args.ranks} is out of range; use the number of GPUs, 1 to {MAX_RANKS:,}")
@@ -124,6 +124,8 @@ def best_layouts(
         try:
             estimates.append(estimate(plan(one), gpu, load, on_this_machine))
         except ConfigError as error:
+            if tp == pp == 1:  # nothing is split, so it is the model or an option
+                raise
             estimates.append(Estimate(tp, pp, dp, problem=str(error)))
     throughput = args.optimise == "throughput"
 

@@ -40,6 +40,15 @@ def test_every_layout_of_the_ranks_is_compared() -> None:
     assert list(layouts_of(1)) == [(1, 1, 1)]
 
 
+@pytest.mark.parametrize("optimise", ["throughput", "latency"])
+def test_a_model_that_no_layout_could_use_is_a_mistake(tmp_path: Path, llama_3_8b: Path, optimise: str) -> None:
+    """Neither is there a table that says so for each layout, nor do more ranks help."""
+    config = json.loads((llama_3_8b / "config.json").read_text()) | {"hidden_size": "4096"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"hidden_size='4096' in config\.json is not a whole number"):
+        main(["--model", str(tmp_path), "--optimise", optimise, "--ranks", "4", "--gpu", "h200"])
+
+
 def test_replicas_give_throughput_and_tensor_parallel_ranks_latency(
     llama_3_8b: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
