@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from phalanx.launch.children import same_code
 from phalanx.launch.parser import log_format, log_level
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
@@ -48,10 +48,19 @@ def model_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def frontend_settings(args: argparse.Namespace, grpc_port: int | None) -> FrontendSettings:
-    """What the HTTP side must know of the flags."""
+    """What the HTTP side must know of the flags.
+
+    Raises:
+        ConfigError: a value is out of range, or not UTF-8.
+    """
     from phalanx.parallel.liveness.judge import Limits
     from phalanx.runtime.server.settings import FrontendSettings
 
+    for name, value in vars(args).items():
+        text = " ".join(value) if isinstance(value, list) else str(value)
+        if printable(text) != text:  # HTTP processes and clients are told of it as JSON
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {printable(text)} is not UTF-8; a server needs another name for it")
     return FrontendSettings(
         host=args.host,
         port=args.port,
