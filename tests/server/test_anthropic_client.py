@@ -159,6 +159,16 @@ def test_a_call_cut_off_by_the_limit_is_no_call(tool_server: Server, tool_client
     assert message.stop_reason == "max_tokens"
 
 
+def test_a_call_cut_off_by_a_stop_sequence_is_no_call(tool_server: Server, tool_client: anthropic.Anthropic) -> None:
+    fields = ask_for_call(tool_server, CALL) | {"stop_sequences": ["slo"]}
+    message = tool_client.messages.create(**fields)
+    assert [block.type for block in message.content] == ["text", "text"]
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "slo")
+    with tool_client.messages.stream(**fields) as stream:
+        streamed = stream.get_final_message()
+    assert (streamed.stop_reason, streamed.stop_sequence) == ("stop_sequence", "slo")
+
+
 def test_results_of_tools_are_messages_of_their_own(tool_server: Server, tool_client: anthropic.Anthropic) -> None:
     used = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "5"}]}

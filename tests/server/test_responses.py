@@ -138,6 +138,17 @@ def test_a_streamed_call_adds_up_to_the_same(tool_server: Server, tool_client: o
     assert "".join(deltas) == OSLO
 
 
+def test_a_call_cut_off_by_a_stop_text_is_incomplete(tool_server: Server, tool_client: openai.OpenAI) -> None:
+    fields = tool_fields(tool_server)
+    fields["extra_body"] = {**fields["extra_body"], "stop": ["slo"]}
+    *_, call = tool_client.responses.create(**fields).output
+    *_, last = tool_client.responses.create(**fields, stream=True)
+    assert last.type == "response.completed"
+    for one in (call, last.response.output[-1]):
+        assert one.type == "function_call"
+        assert (one.status, one.arguments) == ("incomplete", '{"city": "O')
+
+
 def test_a_required_call_is_read_from_json(tool_server: Server, tool_client: openai.OpenAI) -> None:
     text = f'[{{"name": "weather", "parameters": {OSLO}}}]'
     fields = tool_fields(tool_server) | {"input": text + END, "tool_choice": "required"}

@@ -124,6 +124,18 @@ def test_a_call_cut_off_by_the_limit_says_length(form: str, client: openai.OpenA
     assert arguments == ("" if form == "qwen3_coder" else '{"city": "Os')
 
 
+def test_a_call_cut_off_by_a_stop_text_says_stop(form: str, client: openai.OpenAI, ask: dict[str, Any]) -> None:
+    fields = {**ask, "messages": user(ANSWERS[form] + END), "stop": ["slo"]}
+    choice = client.chat.completions.create(**fields).choices[0]
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    for one in (choice, streamed):
+        assert one.finish_reason == "stop"
+        assert one.message.tool_calls is not None
+        (arguments,) = [call.function.arguments for call in one.message.tool_calls if call.type == "function"]
+        assert arguments == ("" if form == "qwen3_coder" else '{"city": "O')
+
+
 def test_without_tools_or_with_choice_none_nothing_is_parsed(
     form: str, client: openai.OpenAI, ask: dict[str, Any]
 ) -> None:

@@ -14,7 +14,7 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.blocks import Block, Blocks
-from phalanx.runtime.server.openai.tools import ToolUse
+from phalanx.runtime.server.openai.tools import ToolUse, read_arguments
 
 __all__ = ["MessageReply"]
 
@@ -100,9 +100,7 @@ def _content(block: Block) -> dict[str, Any]:
     """A block of the content. A call whose arguments are no JSON object, cut off perhaps, is the text that it is."""
     if block.name is None:
         return {"type": "text", "text": block.text}
-    try:
-        arguments = msgspec.json.decode(block.text, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
+    if (arguments := read_arguments(block.text)) is None:
         return {"type": "text", "text": f"{block.name} {block.text}"}
     return _tool_use(block, arguments)
 
@@ -115,7 +113,7 @@ def _end(choice: Answer, blocks: Blocks) -> dict[str, Any]:
     """Why the message ended."""
     if choice.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if blocks.has_calls:
+    if blocks.has_calls and not (choice.stopped_by_text and blocks.ends_inside_a_call):
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if choice.stopped_by_text:
         return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}

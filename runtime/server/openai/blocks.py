@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from phalanx.runtime.server.openai.answer_format import Served
-from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
+from phalanx.runtime.server.openai.tools import ToolUse, new_call_id, read_arguments
 from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader
 
 __all__ = ["Block", "Blocks"]
@@ -62,8 +62,13 @@ class Blocks:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a function was called."""
-        return any(block.name is not None for block in self.blocks)
+        """Whether a function was called, with arguments that are a JSON object."""
+        return any(block.name is not None and read_arguments(block.text) is not None for block in self.blocks)
+
+    @property
+    def ends_inside_a_call(self) -> bool:
+        """Whether the last block is a call without all of its arguments."""
+        return bool(self.blocks) and self.blocks[-1].name is not None and read_arguments(self.blocks[-1].text) is None
 
     def _pieces(self, text: str, *, last: bool) -> list[CallPiece]:
         if self._reader is None:

@@ -13,7 +13,7 @@ from phalanx.runtime.answer import Answer, TokenEvent
 from phalanx.runtime.server.openai.answer_format import Served
 from phalanx.runtime.server.openai.logprobs import chat_logprob, prompt_logprobs
 from phalanx.runtime.server.openai.protocol import ChatRequest
-from phalanx.runtime.server.openai.tools import ToolUse, new_call_id
+from phalanx.runtime.server.openai.tools import ToolUse, new_call_id, read_arguments
 from phalanx.runtime.text.tool_calls import CallPiece, ToolCallReader
 
 __all__ = ["ChatFormat"]
@@ -26,6 +26,7 @@ class ChatFormat:
     Attributes:
         tools: what the model may call; None = text only.
         readers: of tool calls, one for each answer.
+        arguments: of each answer's last call, so far.
     """
 
     served: Served
@@ -33,6 +34,7 @@ class ChatFormat:
     tools: ToolUse | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     readers: dict[int, ToolCallReader] = field(default_factory=dict)
+    arguments: dict[int, str] = field(default_factory=dict)
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +105,12 @@ class ChatFormat:
 
     def _pieces(self, choice: Answer, text: str, *, last: bool) -> list[CallPiece]:
         reader = self._reader(choice)
-        return reader.push(text) + (reader.finish() if last else [])
+        pieces = reader.push(text) + (reader.finish() if last else [])
+        for piece in pieces:
+            if piece.call is not None:
+                before = "" if piece.name is not None else self.arguments[choice.index]
+                self.arguments[choice.index] = before + piece.text
+        return pieces
 
     def _reader(self, choice: Answer) -> ToolCallReader:
         reader = self.readers.get(choice.index)
@@ -131,7 +138,13 @@ class ChatFormat:
         """Calls have a reason of their own, but not one that the request demanded by its name (as in OpenAI's API)."""
         reader = self.readers.get(choice.index)
         called = reader is not None and reader.num_calls > 0 and self.tools is not None and self.tools.named is None
-        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
+        if not called or choice.finish_reason != "stop" or self._ends_inside_a_call(choice):
+            return choice.finish_reason
+        return "tool_calls"
+
+    def _ends_inside_a_call(self, choice: Answer) -> bool:
+        """Whether a stop text came before the end of the last call's arguments."""
+        return choice.stopped_by_text and read_arguments(self.arguments.get(choice.index, "")) is None
 
     def _chunk(
         self, choice: Answer, delta: dict[str, Any], events: Sequence[TokenEvent] = (), *, last: bool = False

@@ -30,6 +30,7 @@ __all__ = [
     "ToolName",
     "ToolUse",
     "new_call_id",
+    "read_arguments",
     "template_call",
     "tool_use",
 ]
@@ -211,6 +212,14 @@ def template_call(call: ToolCall, param: str = "messages") -> dict[str, Any]:
         raise invalid(f"the arguments of the call of {call.function.name!r} are not a JSON object", param)
     known = {} if call.id is None else {"id": call.id}
     return {**known, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def read_arguments(text: str) -> dict[str, Any] | None:
+    """Return the arguments of a call that a model wrote; None if they are no JSON object, because the answer ended inside of them perhaps."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 def new_call_id(form: str | None) -> str:

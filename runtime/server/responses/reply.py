@@ -40,7 +40,7 @@ class ResponseReply:
         blocks = Blocks(self.served, self.tools)
         for _ in blocks.push("".join(event.text for event in choice.events), last=True):
             continue
-        return self.ended(choice, blocks.blocks, usage)
+        return self.ended(choice, blocks, usage)
 
     def stream(self, usage: Callable[[], dict[str, Any]]) -> ResponseEvents:
         return ResponseEvents(self, usage, Blocks(self.served, self.tools))
@@ -75,11 +75,12 @@ class ResponseReply:
             "metadata": request.metadata or {},
         }
 
-    def ended(self, choice: Answer, blocks: Sequence[Block], usage: dict[str, Any]) -> dict[str, Any]:
-        """The whole response."""
+    def ended(self, choice: Answer, blocks: Blocks, usage: dict[str, Any]) -> dict[str, Any]:
+        """The whole response. A call that a stop text cut off is incomplete, as one that the length limit did."""
         is_cut = choice.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
-        items = [self.item(block, status if block is blocks[-1] else "completed") for block in blocks]
+        items = [self.item(block, "completed") for block in blocks.blocks[:-1]]
+        items.append(self.item(blocks.blocks[-1], "incomplete" if is_cut or blocks.ends_inside_a_call else "completed"))
         response = self.response(status, choice.params, items)
         return response | {
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
@@ -130,8 +131,8 @@ class ResponseEvents:
         data = self._grown("".join(event.text for event in events), last=events[-1].last)
         if not events[-1].last:
             return data
-        response = self.reply.ended(choice, self.blocks.blocks, self.count())
-        data += self._block_done(self.blocks.blocks[-1], response["status"])
+        response = self.reply.ended(choice, self.blocks, self.count())
+        data += self._block_done(self.blocks.blocks[-1], response["output"][-1]["status"])
         return data + self._event(f"response.{response['status']}", response=response)
 
     def usage(self) -> bytes:
