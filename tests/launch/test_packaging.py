@@ -68,12 +68,12 @@ def test_nothing_tells_to_install_a_name_that_is_not_on_pypi() -> None:
 @pytest.mark.parametrize("name", ["Dockerfile", "phalanx.def"])
 def test_container_definitions_name_what_exists(name: str) -> None:
     text = (CONTAINERS / name).read_text()
-    for extras in re.findall(r"/opt/phalanx\[([\w,]+)\]", text):
-        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
-    for command in re.findall(r"phalanx (\w+) ", text):
-        assert command in COMMANDS
-    for script in re.findall(r"containers/[\w.]+", text):
-        assert (ROOT / script).exists()
+    (extras,) = re.findall(r"/opt/phalanx\[([\w,]+)\]", text)
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    commands, files = re.findall(r"phalanx (\w+) ", text), re.findall(r"containers/[\w.]+", text)
+    assert commands
+    assert set(commands) <= set(COMMANDS)
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def test_the_dockerfile_has_known_instructions_in_order() -> None:
@@ -90,8 +90,18 @@ def test_the_apptainer_definition_has_known_sections() -> None:
     assert {line[1:] for line in lines if line.startswith("%")} <= {"files", "post", "environment", "runscript", "test"}
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_documents_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)", page.read_text())
-    broken = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+def test_links_between_documents_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place).resolve() if place else page
+        if "://" not in target and not (file.exists() and (not anchor or anchor in anchors(file))):
+            broken.append(target)
     assert broken == []
