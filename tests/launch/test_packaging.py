@@ -17,7 +17,8 @@ from .commands import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONTAINERS = ROOT / "containers"
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *CONTAINERS.glob("*.md"), ROOT / "SECURITY.md"])
+FOLDERS = ("checkpoints", "containers", "docs", "kernels", "launch", "parallel", "runtime", "slurm", "tests", "tools")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 
 
 def tracked() -> list[str]:
