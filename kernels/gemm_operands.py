@@ -52,9 +52,7 @@ def problem_of(operands: Operands) -> GemmProblem:
     if bias is not None:
         require("bias", bias, (out_features,), x)
     names = (x.dtype.name, out.dtype.name)
-    return GemmProblem(
-        num_tokens, out_features, in_features, *names, bias is not None, packed
-    )  # fmt: skip
+    return GemmProblem(num_tokens, out_features, in_features, *names, bias is not None, packed)
 
 
 def _scaled_problem(operands: Operands) -> GemmProblem:
@@ -85,6 +83,4 @@ def _block_problem(operands: Operands) -> GemmProblem:
     require("out", out, (num_tokens, rows), out)
     if bias is not None:
         require("bias", bias, (rows,), out)
-    return GemmProblem(
-        num_tokens, rows, x.codes.shape[1], "fp8", out.dtype.name, bias is not None, has_blocks=True
-    )  # fmt: skip
+    return GemmProblem(num_tokens, rows, x.codes.shape[1], "fp8", out.dtype.name, bias is not None, has_blocks=True)

@@ -114,9 +114,7 @@ def plan_memory(
         ConfigError: the model cannot be split so.
     """
     itemsize, experts = DTYPE_BYTES[dtype], use_of(model, config).experts
-    state = state_bytes(
-        max_num_seqs, max_num_tokens, -(-max_model_len // block_size), block_size, config.vocab_size
-    )  # fmt: skip
+    state = state_bytes(max_num_seqs, max_num_tokens, -(-max_model_len // block_size), block_size, config.vocab_size)
     result = []
     for stage, layers in enumerate(model.stages(config, layout.pp)):
         # One after the other: a tp that the model cannot be split by is refused with the first, however large it is.

@@ -29,7 +29,7 @@ _TOKEN_IDS = TokenIds(most=2**31 - 1)
 
 
 class OfflineRun:
-    """The requests of one call. After `close` the engine has none of them, so that the next call starts clean.
+    """The requests of one call. When it returns the engine has none of them, so that the next call starts clean.
 
     Args:
         ids: request ids that no other call has used.
@@ -100,9 +100,8 @@ class OfflineRun:
             self._tell(answer)
             return
         self._open[request_id] = answer
-        answer.begin_text(
-            self._tokenizer
-        )  # now that the scheduler has checked the token ids, which the tokenizer would not
+        # Not before the scheduler has checked the token ids, which the tokenizer would not.
+        answer.begin_text(self._tokenizer)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -120,9 +120,7 @@ def _family(checkpoint: Checkpoint, options: EngineConfig, world: Communicator) 
     return family
 
 
-def _config(
-    family: Model, checkpoint: Checkpoint, generation: GenerationConfig, options: EngineConfig
-) -> ModelConfig:  # fmt: skip
+def _config(family: Model, checkpoint: Checkpoint, generation: GenerationConfig, options: EngineConfig) -> ModelConfig:
     """Read the model's dimensions, with what other files of the checkpoint and the operator's options change in them."""
     end_token = tokenizer_end_token(checkpoint.path)
     config = _with_token_ids(family.read_config(checkpoint.config), generation, end_token)
@@ -182,9 +180,7 @@ def _origin(options: EngineConfig) -> str:
 def _planner(cache: CacheSize, options: EngineConfig, max_model_len: int) -> CachePlanner:
     if cache.kind == "slots":
         return SlotPlanner(cache.num_blocks, max_model_len)
-    return BlockPlanner(
-        cache.num_blocks, cache.block_size, options.max_num_seqs, max_model_len, options.prefix_caching
-    )  # fmt: skip
+    return BlockPlanner(cache.num_blocks, cache.block_size, options.max_num_seqs, max_model_len, options.prefix_caching)
 
 
 def _with_token_ids(config: ModelConfig, generation: GenerationConfig, end_token: int | None) -> ModelConfig:

@@ -42,9 +42,8 @@ def read_fields(reader: ConfigReader) -> FalconConfig:
     """Read ``config.json`` of a ``FalconForCausalLM``; ``num_kv_heads`` counts only with ``new_decoder_architecture``."""
     width = reader.either("hidden_size", "n_embed")
     heads = reader.either("num_attention_heads", "n_head")
-    first_40b = (
-        reader.value("model_type") == "RefinedWeb"
-    )  # which has no other switch; the first 7B and rw are RefinedWebModel
+    # Falcon 40B's first form has no other switch; the first 7B and rw are RefinedWebModel.
+    first_40b = reader.value("model_type") == "RefinedWeb"
     is_new, alibi = reader.flag("new_decoder_architecture", first_40b), reader.flag("alibi", False)
     is_parallel, head_dim = reader.flag("parallel_attn", True), reader.exact_quotient(width, heads)
     if is_new:

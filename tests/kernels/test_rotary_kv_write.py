@@ -132,9 +132,7 @@ def test_pages_of_codes_hold_what_16_bit_pages_would_divided_by_the_scale(device
     scales = np.array([[0.02, 1.0], [0.01, 3.0]], np.float32)
     saturated = device.put(np.zeros(1, np.int32))
     fp8 = Fp8Pages(device.put(scales), saturated)
-    rotated_queries, *coded = run(
-        device, qkv, heads, kv_heads, head_dim, rotary, slots, positions, np.uint8, fp8=fp8
-    )  # fmt: skip
+    rotated_queries, *coded = run(device, qkv, heads, kv_heads, head_dim, rotary, slots, positions, np.uint8, fp8=fp8)
     np.testing.assert_array_equal(rotated_queries, plain)
     beyond = 0
     for pages, codes, scale in zip(dense, coded, scales, strict=True):

@@ -429,9 +429,7 @@ def test_log_probabilities_equal_float64(device, random_normal, dtype, num_parts
     np.testing.assert_allclose(device.get(logprobs), expected[np.arange(3), token_ids], rtol=1e-6, atol=2e-6)
     order = np.stack([np.lexsort((np.arange(1003), -row))[:20] for row in wide])
     np.testing.assert_array_equal(device.get(top_ids), order)
-    np.testing.assert_allclose(
-        device.get(top_logprobs), np.take_along_axis(expected, order, 1), rtol=1e-6, atol=2e-6
-    )  # fmt: skip
+    np.testing.assert_allclose(device.get(top_logprobs), np.take_along_axis(expected, order, 1), rtol=1e-6, atol=2e-6)
 
 
 def test_log_probabilities_without_alternatives_or_of_broken_rows(device, random_normal):

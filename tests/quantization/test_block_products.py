@@ -89,9 +89,7 @@ def test_steps_of_many_tokens_multiply_blocks_as_the_numpy_engine_does(
 
 def test_parts_that_do_not_begin_with_a_block_stay_values(tmp_path: Path, computed: list[GemmProblem]) -> None:
     """320 rows of gates end within a block, so those of ups begin there; the other products are of blocks."""
-    quantised, twin = written(
-        tmp_path, CheckpointCase("llama-cut-blocks", {**WIDE.config, "intermediate_size": 320})
-    )  # fmt: skip
+    quantised, twin = written(tmp_path, CheckpointCase("llama-cut-blocks", {**WIDE.config, "intermediate_size": 320}))
     assert_near(quantised, 1, generate(quantised, 1, "cuda"), twin)
     found = {(problem.out_features, problem.in_features) for problem in computed}
     assert found == {(1024, 256), (256, 512), (256, 320)}

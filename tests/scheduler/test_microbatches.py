@@ -132,9 +132,7 @@ def test_fewer_than_stages_would_not_be_faster(
     """For stages of equal length, so that leaving these numbers out loses nothing."""
     times = line(num_stages, weights, per_seq, way)
     at_stages = round_seconds(num_seqs, num_stages, times)
-    assert all(
-        round_seconds(num_seqs, count, times) >= at_stages * (1 - 1e-9) for count in range(1, num_stages)
-    )  # fmt: skip
+    assert all(round_seconds(num_seqs, count, times) >= at_stages * (1 - 1e-9) for count in range(1, num_stages))
 
 
 @settings(derandomize=True, deadline=None)

@@ -208,9 +208,7 @@ def check_search(driver: Driver, truth: Truth) -> None:
         assert "--dtype bfloat16" in delta.error
         return
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
-    answers = plain_search(
-        lambda tokens: all_logprobs((*request.prompt_token_ids, *tokens)), params, ends
-    )  # fmt: skip
+    answers = plain_search(lambda tokens: all_logprobs((*request.prompt_token_ids, *tokens)), params, ends)
     assert delta.token_ids == answers[driver.followers[leader].index(request.request_id)]
     if request.request_id == leader:
         assert [hypothesis.token_ids for hypothesis in delta.hypotheses] == answers

@@ -183,9 +183,7 @@ class CudaOps(Ops[DeviceArray]):
         total = x if residual is None else residual
 
         def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
-            rms_norm(
-                self._library, x, weight, out, epsilon=eps, weight_offset=weight_offset, residual=residual
-            )  # fmt: skip
+            rms_norm(self._library, x, weight, out, epsilon=eps, weight_offset=weight_offset, residual=residual)
 
         out = self._deferred_norm(x, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total

@@ -24,9 +24,7 @@ from phalanx.runtime.server.time_limit import TimeLimit
 
 __all__ = ["Inference"]
 
-EXTENSIONS = (
-    "binary_tensor_data", "generate", "model_configuration", "model_repository", "parameters", "statistics",
-)  # fmt: skip
+EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "model_repository", "parameters", "statistics")
 
 _NOT_MEASURED = frozenset(
     {

@@ -255,9 +255,8 @@ async def start_job(services: Services, generations: Sequence[Generation], limit
         async with limit.enforced():
             await services.turnstile.enter()
             prompts = [prompt for generation in generations for prompt in await encode(services, generation)]
-            await (
-                services.client.wait_until_serving()
-            )  # the engine may have been lost meanwhile, and another one be on its way
+            # The engine may have been lost meanwhile, and another one be on its way.
+            await services.client.wait_until_serving()
         first = generations[0]
         job = GenerationJob(services, first.n, limit, first.cache_salt, first.priority, first.shares_prompt_logprobs)
         job.submit(prompts)
