@@ -102,26 +102,32 @@ class RankSpec:
         """For each layer of this stage ``[2, K local]`` scales of an fp8 cache, keys and values; None = a cache of plain values.
 
         Raises:
-            ConfigError: as `has_fp8_cache`.
+            ConfigError: as `has_fp8_cache`; or a model file calls queries, keys and values otherwise than ``layers.<number>.qkv``.
             CheckpointError: the checkpoint promises scales that it lacks.
         """
         if not self.has_fp8_cache:
             return None
-        heads = local_kv_heads(self.config.num_kv_heads, self.tp_rank, self.tp_size)
+        numbers = {layer: spec.num_kv_heads for layer, spec in self.attention.items()}
+        heads = {layer: local_kv_heads(number, self.tp_rank, self.tp_size) for layer, number in numbers.items()}
         if not self.checkpoint.formats.has_kv_scales:
-            return {layer: np.ones((2, heads.size), np.float32) for layer in self.layers}
+            return {layer: np.ones((2, span.size), np.float32) for layer, span in heads.items()}
         modules = {
             weight.spec.owner: [attention_module(name) for name in weight.spec.parts[0].names]
             for weight in self.declared
             if weight.spec.kind == "weight"
         }
+        if missing := [name for layer in heads if (name := f"layers.{layer}.qkv") not in modules]:
+            raise ConfigError(
+                f"{missing[0]} is no weight of {self.model.architecture}, but the checkpoint's scales of the cache are found by it; call "
+                "queries, keys and values so"
+            )
         return {
             layer: np.ascontiguousarray(
-                read_kv_scales(self.checkpoint.source, modules[f"layers.{layer}.qkv"], self.config.num_kv_heads)[
-                    :, heads.start : heads.stop
+                read_kv_scales(self.checkpoint.source, modules[f"layers.{layer}.qkv"], numbers[layer])[
+                    :, span.start : span.stop
                 ]
             )
-            for layer in self.layers
+            for layer, span in heads.items()
         }
 
     def load(self, sink: CollectingSink[Array]) -> Weights[Array]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from phalanx.checkpoints.spec import WeightSpec
@@ -82,6 +83,7 @@ def _declarations(model: Model, config: ModelConfig) -> tuple[dict[str, _Owners]
                 **{layer: listed(each.block_weights(config, layer), "block_weights") for layer in each.layers(config)},
                 "head": listed(each.head_weights(config), "head_weights"),
             }
+            _check_names(spec.name for layer in each.layers(config) for spec in functions[layer])
             own[name] = {function: frozenset(spec.name for spec in specs) for function, specs in functions.items()}
             for spec in (spec for specs in functions.values() for spec in specs):
                 check_declaration(spec)
@@ -89,6 +91,13 @@ def _declarations(model: Model, config: ModelConfig) -> tuple[dict[str, _Owners]
                     raise ConfigError(f"{spec.name} is declared twice")
         check_sources(declared.values())
     return own, declared
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Formats of quantised weights and the planner know the weights of blocks by their names."""
+    for name in names:
+        if not name.startswith("layers."):
+            raise ConfigError(f"block_weights declares {name!r}; weights of blocks are called layers.<number>.<what>")
 
 
 def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own: _Owners) -> None:

@@ -228,6 +228,10 @@ def shorter_head(config: Any) -> list[WeightSpec]:
     return [norm, replace(head, parts=(Part("lm_head.weight", shape, vocabulary_shard()),))]
 
 
+def otherwise_called(config: Any, layer: int) -> list[WeightSpec]:
+    return [replace(spec, name=f"group.{spec.name}") for spec in llama.block_weights(config, layer)]
+
+
 def few_positions(config: Any) -> list[WeightSpec]:
     return [*llama.embed_weights(config), WeightSpec("positions.weight", (Part("p", (8, config.hidden_size)),))]
 
@@ -474,6 +478,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "aliases that are one text": (
         {"block_weights": declared(("down", lambda config, source: matrix(Part("d", (48, 88), Shard(1), "old")))) },  # type: ignore[arg-type]
         "a part of layers.0.down.weight has source='d' and aliases='old'; give a text and a tuple of texts",
+    ),
+    "weights of blocks called otherwise": (
+        {"block_weights": otherwise_called},
+        "block_weights declares 'group.layers.0.attention_norm.weight'; weights of blocks are called layers.<number>.<what>",
     ),
     "head of another vocabulary": ({"head_weights": shorter_head}, "lm_head.weight has 100 rows for vocab_size=101"),
     "too few positions": (

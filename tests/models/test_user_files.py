@@ -29,6 +29,7 @@ from tests.models.test_against_transformers import log_softmax
 from tests.support.checkpoints import ARCEE, CASES_BY_NAME, OLMO, CheckpointCase, write_checkpoint
 from tests.support.fake_cupy import install_fake_device
 from tests.support.reference import load_reference, prompt_token_ids, transformers_reference
+from tests.support.thread_ranks import generate_on_threads, tokens_of
 
 FILE = ARCEE.model_file
 assert FILE is not None
@@ -194,6 +195,43 @@ def test_a_file_that_does_something_else_on_another_rank_is_refused(directory: P
         return str(caught.value)
 
     assert len(set(run_ranks(2, rank))) == 1
+
+
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_layers_may_have_numbers_of_heads_of_their_own(cache: str, directory: Path, tmp_path: Path) -> None:
+    (path := tmp_path / "mine.py").write_text(
+        HEADER
+        + """
+from phalanx.models import AttentionSpec, blocks
+
+
+def sized(config, layer):
+    return replace(config, num_heads=2 * (layer + 1), num_kv_heads=layer + 1, intermediate_size=48 * (layer + 1))
+
+
+def attention(config, layer):
+    return AttentionSpec.of(sized(config, layer))
+
+
+def block(ops, config, layer, x, residual):
+    return blocks.pre_norm(ops, config, layer, x, residual, attention(config, layer))
+
+
+def block_weights(config, layer):
+    return LLAMA.decode.block_weights(sized(config, layer), layer)
+
+
+DECODE = replace(LLAMA.decode, block=block, block_weights=block_weights, attention=attention)
+MODEL = replace(LLAMA, architecture="ArceeForCausalLM", passes={"decode": DECODE})
+"""
+    )
+    fields = json.loads((directory / "config.json").read_text()) | {"hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    options = {"model_file": path, "load_format": "dummy", "kv_cache_dtype": cache}
+    expected = tokens_of(generate_on_threads(tmp_path, [(5, 6, 7, 8, 9)], params, **options))
+    for tp, pp in ((2, 1), (2, 3)):
+        assert tokens_of(generate_on_threads(tmp_path, [(5, 6, 7, 8, 9)], params, tp, pp, **options)) == expected
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
