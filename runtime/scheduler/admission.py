@@ -45,6 +45,7 @@ def make_sequence(request: Request, number: int, config: SchedulerConfig, cache:
     token_ids = _prompt_array(request, config.vocab_size)
     _check_length(len(token_ids), params.max_tokens, config, cache)
     end_token_ids = _end_token_ids(request, config)
+    _check_allowed(params, end_token_ids)
     is_beam = params.beam_width > 1
     if is_beam:
         _check_beams(params, len(token_ids), end_token_ids, config, cache)
@@ -195,6 +196,19 @@ def _end_token_ids(request: Request, config: SchedulerConfig) -> tuple[int, ...]
     _check_vocabulary("allowed_token_ids", request.params.allowed_token_ids or (), config.vocab_size)
     _check_vocabulary("logit_bias", [token for token, _ in request.params.logit_bias], config.vocab_size)
     return (*models, *own)
+
+
+def _check_allowed(params: SamplingParams, end_token_ids: tuple[int, ...]) -> None:
+    """Refuse allowed tokens that are all banned, as any token might come then."""
+    if params.allowed_token_ids is None:
+        return
+    banned = {word[0] for word in params.bad_token_ids if len(word) == 1}
+    banned |= set(end_token_ids) if params.min_tokens else set()
+    if banned.issuperset(params.allowed_token_ids):
+        raise RequestError(
+            "allowed_token_ids holds nothing but bad words and, before min_tokens, end tokens; allow another token",
+            "allowed_token_ids",
+        )
 
 
 def _check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,24 @@ def test_neither_batches_nor_preemptions_nor_the_room_for_masks_change_tokens(
             tokens_of(generate_on_threads(directory, PROMPTS, params, block_size=4, num_kv_blocks=num_kv_blocks))
             == alone
         )
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"bad_token_ids": ((5,), (7,))},
+        {"bad_token_ids": ((5,),), "stop_token_ids": (7,), "min_tokens": 1},
+        {"stop_token_ids": (5, 7), "min_tokens": 1},
+    ],
+)
+def test_allowed_tokens_that_are_all_banned_are_refused(directory: Path, others: dict[str, Any]) -> None:
+    params = dataclasses.replace(PARAMS, allowed_token_ids=(5, 7), **others)
+    with pytest.raises(
+        RequestError, match="allowed_token_ids holds nothing but bad words and, before min_tokens, end tokens"
+    ):
+        generate_on_threads(directory, [PROMPT], params)
+    one_more = dataclasses.replace(params, allowed_token_ids=(5, 7, 9), max_tokens=1)
+    assert generate_on_threads(directory, [PROMPT], one_more)[0].token_ids == (9,)
 
 
 def test_masks_hold_a_bit_for_each_token_and_show_logits_that_are_not_finite() -> None:
