@@ -38,13 +38,13 @@ def commands_page() -> str:
 
 def _row(action: argparse.Action, variable_name: object) -> str:
     assert callable(variable_name)
-    flags = [flag for flag in action.option_strings if flag.startswith("--")]
+    flags = action.option_strings
     value = "" if action.nargs == 0 else f" {action.metavar or '|'.join(map(str, action.choices or ('VALUE',)))}"
     shown = ", ".join(f"`{flag}{value}`" for flag in flags) or f"`{action.metavar or action.dest}`"
-    default = (
-        "" if action.default in (None, False, argparse.SUPPRESS) or action.default == [] else f"`{action.default}`"
-    )
-    variable = f"`{variable_name(flags[0])}`" if flags and flags[0] != "--version" else ""
+    has_none = action.default in (None, argparse.SUPPRESS, []) or action.default is False
+    default = "" if has_none else f"`{action.default}`"
+    long = next((flag for flag in flags if flag.startswith("--") and flag != "--version"), None)
+    variable = "" if long is None else f"`{variable_name(long)}`"
     return "| " + " | ".join(text.replace("|", "\\|") for text in (shown, default, action.help or "", variable)) + " |"
 
 
