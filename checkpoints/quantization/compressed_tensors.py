@@ -35,8 +35,8 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
         raise refused(f"compressed-tensors sparsity format={sparsity.get('format')!r}", "use the dense checkpoint")
     if table(section, "transform_config").get("config_groups"):
         raise refused("compressed-tensors with transforms (transform_config)", "use a checkpoint without rotations")
-    groups = table(section, "config_groups")
-    if not groups:
+    groups, scheme = table(section, "config_groups"), table(section, "kv_cache_scheme")
+    if not groups and not scheme:
         raise refused("compressed-tensors without config_groups", "restore its config.json")
     formats = {
         target: _compressed_format(table(groups, name), section)
@@ -52,7 +52,6 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
             return DENSE
         return next((formats[one] for one in by_rank if one == "Linear" or _targets((one,), modules)), DENSE)
 
-    scheme = table(section, "kv_cache_scheme")
     if scheme and not _is_static_fp8(scheme):
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
     in_order = groups_in_order("weight_g_idx", formats.values(), "actorder", unset=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.sharding import Shard, expert_shard
@@ -12,6 +13,7 @@ from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import feed_forward_shard, head_shard, kv_head_shard
 
 __all__ = [
+    "ExpertNames",
     "also_without",
     "column_linear",
     "experts",
@@ -129,30 +131,39 @@ def stacked_gate_up(config: ModelConfig, name: str, source: str, bias: bool = Fa
     return specs + ([WeightSpec(f"{name}.bias", parts("bias"))] if bias else [])
 
 
-def experts(
-    config: ModelConfig, name: str, router: str, source: str, names: tuple[str, str, str], num_experts: int
-) -> list[WeightSpec]:
+class ExpertNames(NamedTuple):
+    """A mixture's module, with its router ``gate`` and its ``experts``, and the matrices of one: gate, up and down."""
+
+    module: str
+    matrices: tuple[str, str, str]
+
+    def matrix(self, number: int, kind: int) -> str:
+        """Of an expert."""
+        return f"{self.module}.experts.{number}.{self.matrices[kind]}.weight"
+
+
+def experts(config: ModelConfig, name: str, num_experts: int, *names: ExpertNames) -> list[WeightSpec]:
     """Router, and each expert's matrices one below the other, as `phalanx.runtime.ops.Ops.experts` takes them.
 
-    Every rank holds a share of each expert's F columns, or with ``config.expert_parallel`` some experts whole. ``names``: gate,
-    up and down below ``<source>.<number>``.
+    Every rank holds a share of each expert's F columns, or with ``config.expert_parallel`` some experts whole. ``names``: what files and the
+    classes that wrote them call the modules, most usual first.
     """
     d, f = config.hidden_size, config.intermediate_size
+    gate, up, down = range(3)
 
-    def parts(shape: tuple[int, int], shared_axis: int, *kinds: str) -> tuple[Part, ...]:
+    def parts(shape: tuple[int, int], shared_axis: int, *kinds: int) -> tuple[Part, ...]:
         shared = feed_forward_shard(config, shared_axis)
-        return tuple(
-            Part(
-                f"{source}.{number}.{kind}.weight", shape,
-                expert_shard(shape[0], number, num_experts) if config.expert_parallel else shared,
-            )
-            for number in range(num_experts)
-            for kind in kinds
-        )  # fmt: skip
+        result = []
+        for number in range(num_experts):
+            shard = expert_shard(shape[0], number, num_experts) if config.expert_parallel else shared
+            for kind in kinds:
+                source, *aliases = (each.matrix(number, kind) for each in names)
+                result.append(Part(source, shape, shard, tuple(aliases)))
+        return tuple(result)
 
-    gate, up, down = names
+    router, *aliases = dict.fromkeys(f"{each.module}.gate.weight" for each in names)
     return [
-        WeightSpec(f"{name}.router.weight", (Part(f"{router}.weight", (num_experts, d)),)),
+        WeightSpec(f"{name}.router.weight", (Part(router, (num_experts, d), aliases=tuple(aliases)),)),
         WeightSpec(f"{name}.gate_up.weight", parts((f, d), 0, gate, up)),
         WeightSpec(f"{name}.down.weight", parts((d, f), 1, down)),
     ]

@@ -48,13 +48,18 @@ def block(
 
 
 def block_weights(config: MixtralConfig, layer: int) -> list[WeightSpec]:
-    """Llama's attention, and the experts: ``w1`` is the gate, ``w3`` up, ``w2`` down."""
-    name, source = f"layers.{layer}", f"model.layers.{layer}.block_sparse_moe"
+    """Llama's attention, and the experts: ``w1`` is the gate, ``w3`` up, ``w2`` down.
+
+    llm-compressor 0.14 calls them as Qwen does, and transformers 5 the mixture ``mlp``, which rules of quantisers may name.
+    """
+    names = [
+        declarations.ExpertNames(f"model.layers.{layer}.{module}", matrices)
+        for module in ("block_sparse_moe", "mlp")
+        for matrices in (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
+    ]
     return [
         *llama.attention_weights(config, layer),
-        *declarations.experts(
-            config, f"{name}.experts", f"{source}.gate", f"{source}.experts", ("w1", "w3", "w2"), config.num_experts
-        ),
+        *declarations.experts(config, f"layers.{layer}.experts", config.num_experts, *names),
     ]
 
 

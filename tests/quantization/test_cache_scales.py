@@ -124,3 +124,22 @@ def test_scales_are_found_under_each_name(root: Path, tmp_path: Path, key: str) 
     expected = checkpoints.generate(written(root, tmp_path / "usual", ("k_scale", "v_scale"), scales))
     found = checkpoints.generate(written(root, tmp_path / "other", (key, NAMES[key]), scales))
     np.testing.assert_array_equal(checkpoints.logprobs(found), checkpoints.logprobs(expected))
+
+
+def test_a_checkpoint_of_plain_weights_may_have_scales_of_the_cache_alone(root: Path, tmp_path: Path) -> None:
+    """As llm-compressor writes it for a recipe of nothing but ``kv_cache_scheme``."""
+    section = {
+        **checkpoints.KV_SECTION, "config_groups": {}, "format": "dense", "ignore": [],
+        "sparsity_config": {}, "transform_config": {}, "global_compression_ratio": None,
+    }  # fmt: skip
+    stored = {
+        f"model.layers.{layer}.self_attn.{side}_scale": PER_HEAD[layer, number, :1].astype(ml_dtypes.bfloat16)
+        for layer in range(NUM_LAYERS)
+        for number, side in enumerate("kv")
+    }
+    writers.write(root / "dense", tmp_path / "cache", tmp_path / "twin", writers.as_it_is, section, stored)
+    found = checkpoints.logprobs(checkpoints.generate(tmp_path / "cache"))
+    scales = np.array(list(stored.values()), np.float32).reshape(NUM_LAYERS, 2, 1).repeat(NUM_HEADS, axis=2)
+    models = CachedLlama(tmp_path / "twin", scales), Float64Llama(tmp_path / "twin")
+    exact, plain = (model.log_probabilities(PROMPT)[np.arange(len(PROMPT) - 1), PROMPT[1:]] for model in models)
+    assert np.abs(found - exact).mean() < 0.05 * np.abs(plain - exact).mean()

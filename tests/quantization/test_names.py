@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from phalanx.checkpoints.formats import DENSE, read_formats
 from phalanx.launch.quantize import main
+from phalanx.runtime.models import find_model
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
 from . import test_checkpoints as checkpoints
@@ -124,3 +126,28 @@ def test_heads_that_nothing_is_said_about_are_plain(internlm2: Path, tmp_path: P
     writers.write(internlm2, *paths, writers.awq(16), section)
     found, expected = (checkpoints.logprobs(checkpoints.generate(path)) for path in paths)
     np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["ct-w4-g16-asymmetric", "ct-fp8-static"])
+def test_experts_of_mixtral_are_found_under_the_names_that_llm_compressor_gives_them(tmp_path: Path, name: str) -> None:
+    """0.14 with transformers 5, whose modules of experts it replaces by linear ones with names as Qwen's."""
+    quantised, _ = checkpoints.written_experts(tmp_path, name)
+    expected = [checkpoints.logprobs(checkpoints.generate(quantised, tp)) for tp in (1, 2)]
+    path = quantised / "model.safetensors"
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = path.read_bytes()[8 : 8 + size].decode(), path.read_bytes()[8 + size :]
+    for usual, other in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        header = header.replace(f".{usual}.", f".{other}.")
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+    for tp, logprobs in zip((1, 2), expected, strict=True):
+        np.testing.assert_array_equal(checkpoints.logprobs(checkpoints.generate(quantised, tp)), logprobs)
+
+
+def test_rules_name_mixtrals_experts_as_transformers_5_does() -> None:
+    _, section = checkpoints.ALL["ct-w4-g16-asymmetric"]
+    (group,) = section["config_groups"].values()
+    groups = {"group_0": {**group, "targets": ["re:.*mlp.*proj$"]}}
+    config = {**checkpoints.MIXTRAL.config, "quantization_config": {**section, "config_groups": groups}}
+    model, plan = find_model(config), read_formats(config)
+    quantised = {spec.owner for spec in model.weights(model.read_config(config)) if plan.choose(spec) != DENSE}
+    assert quantised == {f"layers.{layer}.experts.{matrix}" for layer in range(2) for matrix in ("gate_up", "down")}
