@@ -28,8 +28,10 @@ __all__ = [
 ]
 
 
-def add_parallel_arguments(parser: argparse.ArgumentParser, tp: str = "all other ranks", pp: str = "1") -> None:
-    """``--tp``, ``--pp``, ``--dp``; with none given, tp = number of ranks.
+def add_parallel_arguments(
+    parser: argparse.ArgumentParser, tp: str = "all other ranks", pp: str = "1"
+) -> argparse._ArgumentGroup:
+    """``--tp``, ``--pp``, ``--dp``; with none given, tp = number of ranks. Returns the group, for more flags about the layout.
 
     Args:
         tp, pp: what their default is, in words.
@@ -38,6 +40,7 @@ def add_parallel_arguments(parser: argparse.ArgumentParser, tp: str = "all other
     for short, what, default in (("tp", "tensor", tp), ("pp", "pipeline", pp), ("dp", "data", "1")):
         group.add_argument(f"--{what}-parallel-size", f"--{short}", dest=short, type=int, metavar="N",
                            help=f"{what}-parallel size (default: {default})")  # fmt: skip
+    return group
 
 
 class _Model(argparse.Action):

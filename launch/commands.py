@@ -6,7 +6,7 @@ from __future__ import annotations
 __all__ = ["COMMANDS"]
 
 COMMANDS = {
-    "serve": "answer HTTP requests (OpenAI protocol)",
+    "serve": "answer HTTP requests (protocols of OpenAI, Anthropic and Triton)",
     "generate": "continue prompts and print the result",
     "eval": "loss and perplexity of a checkpoint on a text file",
     "bench": "throughput and latency",

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.launch.arguments import (
@@ -30,6 +29,12 @@ from phalanx.launch.arguments import (
 from phalanx.launch.auto_layout import set_layout
 from phalanx.launch.drain import DrainSignals
 from phalanx.launch.loading import start_progress
+from phalanx.launch.serve_arguments import (
+    add_address_arguments,
+    add_lifetime_arguments,
+    add_request_arguments,
+    add_security_arguments,
+)
 from phalanx.launch.server_front import ServerFront
 from phalanx.launch.start_block import describe, host_names, start_block
 from phalanx.launch.supervise import PLACE_VARIABLE, supervise
@@ -51,60 +56,16 @@ _LOG = logging.getLogger("phalanx.serve")
 
 def build_parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser(prog="launch.serve", description="Answer requests (OpenAI and Triton protocols).")
-    server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1, this machine only)")  # fmt: skip
-    server.add_argument(
-        "--port", type=int, default=8000, metavar="PORT", help="TCP port; 0 = any free one, see the READY line"
+    parser = CommandParser(
+        prog="launch.serve", description="Answer requests over the protocols of OpenAI, Anthropic and Triton."
     )
-    server.add_argument("--grpc-port", type=int, metavar="PORT",
-                        help="Triton's gRPC protocol (default: 8001; with --port 0, none); 0 = any free one")  # fmt: skip
-    server.add_argument("--http-processes", type=int, metavar="N",
-                        help="processes that share the port (default: one per four processors, at most eight)")  # fmt: skip
-    server.add_argument("--served-model-name", nargs="+", metavar="NAME",
-                        help="names that requests may use (default: the directory's name)")  # fmt: skip
-    server.add_argument("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs",
-                        help="priority: requests with a lower priority field start first; fcfs (default) refuses the field")  # fmt: skip
-    server.add_argument(
-        "--request-timeout", type=float, metavar="SECONDS", help="maximum duration of a request (default: none)"
-    )
-    server.add_argument("--stall-timeout", type=float, default=300.0, metavar="SECONDS",
-                        help="end the job when a step takes longer (default: 300); a silent rank ends it after at most 30")  # fmt: skip
-    server.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS",
-                        help="end the job when the ranks are not ready by then (default: 1800)")  # fmt: skip
-    server.add_argument("--shutdown-timeout", type=float, default=25.0, metavar="SECONDS",
-                        help="how long open requests may go on after a signal (default: 25, below Slurm's KillWait)")  # fmt: skip
-    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one per line")
-    server.add_argument("--ssl-certfile", type=Path, metavar="FILE",
-                        help="serve HTTPS, and gRPC over TLS, with this certificate chain (PEM)")  # fmt: skip
-    server.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key (PEM, no password)")
-    server.add_argument("--admin-key-file", type=Path, metavar="FILE",
-                        help="keys for POST /admin/drain (default: those of --api-key-file; without either it is refused)")  # fmt: skip
-    server.add_argument("--supervise", action="store_true",
-                        help="start the ranks, and restart them after a failure; clients stay connected")  # fmt: skip
-    server.add_argument("-n", "--num-ranks", type=int, metavar="N",
-                        help="ranks that --supervise starts (default: dp x pp x tp)")  # fmt: skip
-    server.add_argument("--launcher", metavar="COMMAND",
-                        help="how --supervise starts them (default: mpirun -n N; without ranks to start, none)")  # fmt: skip
-    server.add_argument("--max-restarts", type=int, default=10, metavar="N",
-                        help="give up after so many restarts in a row; ten minutes of service reset the count (default: 10)")  # fmt: skip
-    parser.no_effect("without --supervise, which starts ranks; add that (mpirun -n starts them, too)", lambda args: not args.supervise,
-                     "--num-ranks", "--launcher", "--max-restarts")  # fmt: skip
-    server.add_argument("--endpoint-file", type=Path, metavar="FILE",
-                        help="write host, port and model to this file when ready; removed at the end")  # fmt: skip
-    server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN",
-                        help="allow requests from web pages of this origin; * = any; repeatable")  # fmt: skip
-    server.add_argument("--metrics-compatibility", nargs="+", default=[], metavar="SERVER",
-                        help="also show metrics under the names of vllm or triton")  # fmt: skip
-    server.add_argument("--tool-call-parser", default="auto", metavar="FORM",
-                        help="how the model writes tool calls: hermes (Qwen too), llama3_json, mistral, pythonic, qwen3_coder, glm45, "
-                        "deepseek_v3, none; auto (default) takes the form that the chat template teaches")  # fmt: skip
-    server.add_argument("--no-generation-config", action="store_true",
-                        help="ignore the sampling defaults of generation_config.json")  # fmt: skip
-    server.add_argument("--insecure", action="store_true", help="accept other machines' requests without a key")
+    add_address_arguments(parser)
+    add_request_arguments(parser)
+    add_security_arguments(parser)
+    add_lifetime_arguments(parser)
     add_model_arguments(parser)
-    add_parallel_arguments(parser)
-    parser.add_argument("--layout", choices=("auto",),
+    layout = add_parallel_arguments(parser)
+    layout.add_argument("--layout", choices=("auto",),
                         help="auto: choose dp, pp and tp for the highest throughput, as phalanx plan --optimise throughput")  # fmt: skip
     add_engine_arguments(parser)
     return parser
