@@ -145,6 +145,14 @@ class WeightSpec:
         """What it is of its owner: ``weight``, ``bias``, or a component of a format (``codes``, ``scale``)."""
         return self.name.rpartition(".")[2]
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape on a rank that is alone, padding included."""
+        shards = [part.shard for part in self.parts]
+        if any(shard is not None and shard.pad_to for shard in shards):
+            return self.local_shape(0, 1)
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
     def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
         """Shape on ``rank`` of ``size`` tensor-parallel ranks."""
         shapes = [part.local_shape(rank, size) for part in self.parts]

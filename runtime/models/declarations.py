@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -78,7 +79,7 @@ def fused_qkv(config: ModelConfig, name: str, source: str, bias: bool = False) -
     def pieces(kind: str, first: int, count: int, shard: Shard, tail: tuple[int, ...]) -> Iterator[Part]:
         for number in range(kv_heads):
             yield Part(
-                f"{source}.{kind}", (count * dim, *tail), replace(shard, start=number * count, whole=kv_heads * count),
+                f"{source}.{kind}", (count * dim, *tail), _piece(shard, number * count, kv_heads * count),
                 first_row=(number * (group + 2) + first) * dim, source_rows=(heads + 2 * kv_heads) * dim,
             )  # fmt: skip
 
@@ -191,6 +192,12 @@ def also_without(prefix: str, specs: list[WeightSpec]) -> list[WeightSpec]:
         return replace(part, aliases=(*part.aliases, part.source.removeprefix(prefix)))
 
     return [replace(spec, parts=tuple(map(renamed, spec.parts))) for spec in specs]
+
+
+@lru_cache(maxsize=2048)
+def _piece(shard: Shard, start: int, whole: int) -> Shard:
+    """The same division of a piece; models with many heads ask for each piece once a layer."""
+    return replace(shard, start=start, whole=whole)
 
 
 def _qkv_rows(config: ModelConfig) -> tuple[int, int, int]:

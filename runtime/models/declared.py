@@ -8,6 +8,7 @@ from typing import Any
 
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.sharding import Shard
 
 __all__ = ["check_declaration", "check_sources", "listed"]
 
@@ -30,6 +31,11 @@ def check_declaration(spec: Any) -> None:
             raise ConfigError(
                 f"{spec.name} is split along axis {part.shard.axis}, which {part.source} of shape {part.shape} lacks"
             )
+        if part.shard is not None and _has_rest(part.shard, part.shape[part.shard.axis]):
+            raise ConfigError(
+                f"{part.source} of shape {part.shape} in {spec.name} is no multiple of the unit {part.shard.unit} ({part.shard.what}) "
+                f"along axis {part.shard.axis}"
+            )
         if part.shape[1:] != spec.parts[0].shape[1:]:
             raise ConfigError(
                 f"{spec.name} is made of parts of shapes {spec.parts[0].shape} and {part.shape}; they may differ in their rows only"
@@ -45,6 +51,10 @@ def listed(specs: Any, function: str) -> list[WeightSpec]:
     if not isinstance(specs, list):
         raise ConfigError(f"{function} returns {type(specs).__name__}, not a list of WeightSpec")
     return specs
+
+
+def _has_rest(shard: Shard, extent: int) -> bool:
+    return extent % shard.unit != 0 and not (shard.pad_to or shard.has_short_last)
 
 
 def _check_part(name: str, part: Part) -> None:

@@ -287,7 +287,7 @@ class ShapeOps(Ops[Shape]):
                 "this function, too"
             )
         self.use.weights[name] = None
-        return self._declared[name].local_shape(0, 1)
+        return self._declared[name].whole_shape
 
     def _bias(self, x: Shape, name: str) -> None:
         """A bias, if there is one: of ``x``'s width, and cut as ``x`` is."""

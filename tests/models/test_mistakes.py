@@ -440,6 +440,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"block_weights": declared(("gate_up", rows_of(0, 0)))},
         "no weight takes the rows from 88 on of model.layers.0.gu, which has 176; declare a part for them",
     ),
+    "unit that does not divide": (
+        {"block_weights": cut("gate_up.weight", Shard(0, unit=16, what="units of 16"))},
+        "model.layers.0.mlp.gate_proj.weight of shape (88, 48) in layers.0.gate_up.weight is no multiple of the unit 16 (units of 16) along "
+        "axis 0",
+    ),
     "parts of different widths": (
         {"block_weights": declared(("gate_up", lambda config, source: matrix(Part("a", (88, 48)), Part("b", (88, 47)))))},
         "layers.0.gate_up.weight is made of parts of shapes (88, 48) and (88, 47); they may differ in their rows only",
