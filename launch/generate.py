@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from phalanx.launch.arguments import (
     job_arguments,
     run_command,
 )
+from phalanx.launch.gathering import Gathering
 from phalanx.launch.loading import start_llm
 from phalanx.launch.progress import Progress
 from phalanx.launch.results import InOrder, ResultFile, check_same_prompts, to_json
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with start_llm(args, world) as llm:
         if args.output is not None:
             agree(world, lambda: _same_prompts(args.output, done, llm, prompts))
-        outputs = _generate(args, llm, prompts, params, file, done)
+        outputs = _generate(args, world, llm, prompts, params, file, done)
     refused = {index: str(entry.get("error")) for index, entry in done.items() if entry.get("finish_reason") == "error"}
     refused |= {output.index: str(output.error) for output in outputs if output.finish_reason == "error"}
     if refused and args.json and world.rank == 0:
@@ -140,6 +142,7 @@ def _same_prompts(path: Path, done: dict[int, Any], llm: LLM, prompts: list[Prom
 
 def _generate(
     args: argparse.Namespace,
+    world: Communicator,
     llm: LLM,
     prompts: list[Prompt],
     params: list[SamplingParams],
@@ -148,7 +151,7 @@ def _generate(
 ) -> list[RequestOutput]:
     """Generate what is not done yet, printing on the leader. *Collective.*
 
-    With replicas, the leader learns of the other ones' results at the end of a call, so there are several.
+    With replicas, every rank is given all results at the end of a call, so there are several.
     """
     pending = [index for index in range(len(prompts)) if index not in done]
     stream = _Stream() if args.stream and llm.is_leader else None
@@ -156,35 +159,44 @@ def _generate(
     results = InOrder(write if llm.is_leader else lambda _: None, pending)
     outputs: list[RequestOutput] = []
     size = max(len(pending), 1) if llm.layout.dp == 1 else PROMPTS_AT_ONCE * llm.layout.dp
-    with _released(results, file), Progress("generating", len(pending), "prompts", shown=llm.is_leader) as progress:
+    with Progress("generating", len(pending), "prompts", shown=llm.is_leader) as progress:
+
+        def take(output: RequestOutput) -> None:
+            results.take(output)
+            progress.advance()
+
         progress.advance(0)
-        for start in range(0, len(pending), size):
-            part = pending[start : start + size]
-            taken: set[int] = set()
+        gathering = Gathering(world, llm.layout.dp, take)
+        with _released(results, file, gathering):
+            for start in range(0, len(pending), size):
+                part = pending[start : start + size]
 
-            def take(output: RequestOutput, part: list[int] = part, taken: set[int] = taken) -> None:
-                if output.index not in taken:
-                    taken.add(output.index)
-                    results.take(dataclasses.replace(output, index=part[output.index]))
-                    progress.advance()
+                def placed(output: RequestOutput, part: list[int] = part) -> RequestOutput:
+                    return dataclasses.replace(output, index=part[output.index])
 
-            finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, take)
-            for output in finished:
-                take(output)
-            outputs += (dataclasses.replace(output, index=part[output.index]) for output in finished)
+                on_output = functools.partial(_take_placed, gathering, placed)
+                finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, on_output)
+                outputs += map(placed, finished)
+                for output in outputs[-len(part) :]:
+                    gathering.take_shared(output)
     if stream is not None:
         stream.end()
     return outputs
 
 
+def _take_placed(gathering: Gathering, placed: Callable[[RequestOutput], RequestOutput], output: RequestOutput) -> None:
+    gathering.take(placed(output))
+
+
 @contextmanager
-def _released(results: InOrder, file: ResultFile | None) -> Iterator[None]:
+def _released(results: InOrder, file: ResultFile | None, gathering: Gathering) -> Iterator[None]:
     """However it ends, what is finished is written."""
     complete = False
     try:
         yield
         complete = True
     finally:
+        gathering.close()
         results.release()
         if file is not None:
             file.close(complete)

@@ -17,6 +17,7 @@ from phalanx.launch import results
 from phalanx.launch.results import InOrder, ResultFile
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.request import RequestOutput
+from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
 from .commands import ROOT, command_line, messages, needs_mpirun, run
 
@@ -118,6 +119,24 @@ def test_a_run_that_was_interrupted_goes_on(prompts: Path, tmp_path: Path, dp: i
     other = run("generate", "--prompt", "other", "--output", part, "--resume", ranks=2)
     assert other.returncode == 2
     assert "continues other prompts" in other.stderr
+
+
+@needs_mpirun
+def test_a_run_of_replicas_that_is_killed_keeps_what_each_had_finished(tmp_path: Path) -> None:
+    """Rank 0 has no time to ask the others: what they finish reaches it at once."""
+    prompts, part = tmp_path / "prompts", tmp_path / "part"
+    short, endless = ({"prompt": "a", "max_tokens": 2}, {"prompt": "a", "max_tokens": 2000, "ignore_eos": True})
+    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in [short] * 8 + [endless] * 40))
+    words = command_line("generate", "--input-file", prompts, "--dp", "2", "--output", part, ranks=2)
+    with subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, **LAUNCHER_ENVIRONMENT}, stderr=subprocess.DEVNULL
+    ) as job:
+        try:
+            while not part.exists() or part.read_bytes().count(b"\n") < 8:
+                assert job.poll() is None
+        finally:
+            job.kill()
+    assert [json.loads(line)["index"] for line in part.read_text().splitlines()][:8] == list(range(8))
 
 
 @needs_mpirun
