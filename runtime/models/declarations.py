@@ -133,23 +133,28 @@ def stacked_gate_up(config: ModelConfig, name: str, source: str, bias: bool = Fa
 
 
 class ExpertNames(NamedTuple):
-    """A mixture's module, with its router ``gate`` and its ``experts``, and the matrices of one: gate, up and down."""
+    """The modules of a mixture: its router, its experts, each below ``<experts>.<number>``, and gate, up and down of one."""
 
-    module: str
+    router: str
+    experts: str
     matrices: tuple[str, str, str]
 
     def matrix(self, number: int, kind: int) -> str:
         """Of an expert."""
-        return f"{self.module}.experts.{number}.{self.matrices[kind]}.weight"
+        return f"{self.experts}.{number}.{self.matrices[kind]}.weight"
 
 
-def experts(config: ModelConfig, name: str, num_experts: int, *names: ExpertNames) -> list[WeightSpec]:
+def experts(
+    config: ModelConfig, name: str, router: str, source: str, names: tuple[str, str, str], num_experts: int,
+    others: tuple[ExpertNames, ...] = (),
+) -> list[WeightSpec]:  # fmt: skip
     """Router, and each expert's matrices one below the other, as `phalanx.runtime.ops.Ops.experts` takes them.
 
-    Every rank holds a share of each expert's F columns, or with ``config.expert_parallel`` some experts whole. ``names``: what files and the
-    classes that wrote them call the modules, most usual first.
+    Every rank holds a share of each expert's F columns, or with ``config.expert_parallel`` some experts whole. ``names``: gate,
+    up and down below ``<source>.<number>``. ``others``: what other files, or the classes that wrote them, call the modules.
     """
     d, f = config.hidden_size, config.intermediate_size
+    all_names = (ExpertNames(router, source, names), *others)
     gate, up, down = range(3)
 
     def parts(shape: tuple[int, int], shared_axis: int, *kinds: int) -> tuple[Part, ...]:
@@ -158,13 +163,13 @@ def experts(config: ModelConfig, name: str, num_experts: int, *names: ExpertName
         for number in range(num_experts):
             shard = expert_shard(shape[0], number, num_experts) if config.expert_parallel else shared
             for kind in kinds:
-                source, *aliases = (each.matrix(number, kind) for each in names)
-                result.append(Part(source, shape, shard, tuple(aliases)))
+                first, *aliases = (each.matrix(number, kind) for each in all_names)
+                result.append(Part(first, shape, shard, tuple(aliases)))
         return tuple(result)
 
-    router, *aliases = dict.fromkeys(f"{each.module}.gate.weight" for each in names)
+    first, *aliases = dict.fromkeys(f"{each.router}.weight" for each in all_names)
     return [
-        WeightSpec(f"{name}.router.weight", (Part(router, (num_experts, d), aliases=tuple(aliases)),)),
+        WeightSpec(f"{name}.router.weight", (Part(first, (num_experts, d), aliases=tuple(aliases)),)),
         WeightSpec(f"{name}.gate_up.weight", parts((f, d), 0, gate, up)),
         WeightSpec(f"{name}.down.weight", parts((d, f), 1, down)),
     ]

@@ -52,14 +52,14 @@ def block_weights(config: MixtralConfig, layer: int) -> list[WeightSpec]:
 
     llm-compressor 0.14 calls them as Qwen does, and transformers 5 the mixture ``mlp``, which rules of quantisers may name.
     """
-    names = [
-        declarations.ExpertNames(f"model.layers.{layer}.{module}", matrices)
-        for module in ("block_sparse_moe", "mlp")
+    first, *others = (
+        declarations.ExpertNames(f"{mixture}.gate", f"{mixture}.experts", matrices)
+        for mixture in (f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp")
         for matrices in (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
-    ]
+    )
     return [
         *llama.attention_weights(config, layer),
-        *declarations.experts(config, f"layers.{layer}.experts", config.num_experts, *names),
+        *declarations.experts(config, f"layers.{layer}.experts", *first, config.num_experts, tuple(others)),
     ]
 
 

@@ -80,9 +80,11 @@ def sparse_layers(reader: ConfigReader, *, num_experts: int, top_k: int, expert_
 
 def expert_weights(config: ModelConfig, sparse: SparseLayers, layer: int) -> list[WeightSpec]:
     """Router and experts of one layer."""
-    names = declarations.ExpertNames(f"model.layers.{layer}.mlp", ("gate_proj", "up_proj", "down_proj"))
-    config = replace(config, intermediate_size=sparse.expert_size)
-    return declarations.experts(config, f"layers.{layer}.experts", sparse.spec.num_experts, names)
+    source = f"model.layers.{layer}.mlp"
+    return declarations.experts(
+        replace(config, intermediate_size=sparse.expert_size), f"layers.{layer}.experts", f"{source}.gate",
+        f"{source}.experts", ("gate_proj", "up_proj", "down_proj"), sparse.spec.num_experts,
+    )  # fmt: skip
 
 
 def block(
