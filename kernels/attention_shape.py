@@ -88,8 +88,8 @@ class AttentionLimits:
     """Upper bounds that size the workspace and the grids; they bound every later step.
 
     Attributes:
-        max_num_seqs: most sequences in one step.
-        max_num_tokens: most tokens in one step.
+        max_num_seqs: maximum number of sequences in one step.
+        max_num_tokens: maximum number of tokens in one step.
         max_seq_len: longest sequence, history and new tokens together.
     """
 

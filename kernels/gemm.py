@@ -46,7 +46,7 @@ MOST_BORROWED_TOKENS = 256
 
 
 MAX_GATED_TOKENS = MAX_PACKED_TOKENS
-"""Most tokens of a product that a kernel may compute together with the gated activation after it."""
+"""Maximum number of tokens of a product that a kernel may compute together with the gated activation after it."""
 
 _MOST_GUESSED_TOKENS = 8
 _CODE_ALIGNMENT = 16

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MAX_TOP = 1024
-"""Most alternatives that ``log_probabilities`` reports a row."""
+"""Maximum number of alternatives that ``log_probabilities`` reports a row."""
 
 _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128

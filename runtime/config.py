@@ -131,7 +131,7 @@ class ModelConfig:
 
     @property
     def scaled_positions(self) -> int:
-        """Most positions that ``--max-model-len`` may ask for: what rope scaling stretches the trained length to, as in vLLM."""
+        """Maximum number of positions that ``--max-model-len`` may ask for: what rope scaling stretches the trained length to, as in vLLM."""
         rope = self.rope
         if rope is None or rope.scaling not in ("linear", "yarn"):
             return self.max_positions

@@ -86,7 +86,7 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of one sequence, prompt and output."""
+        """Maximum number of tokens of one sequence, prompt and output."""
         return self._replica.max_model_len
 
     @property

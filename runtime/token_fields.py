@@ -12,7 +12,7 @@ __all__ = ["MAX_END_TOKENS", "is_finite_number", "optional_token_id", "shown", "
 
 LARGEST_TOKEN_ID = 2**31 - 1
 MAX_END_TOKENS = 64
-"""Most end tokens of a model; what a step carries for each sequence."""
+"""Maximum number of end tokens of a model; what a step carries for each sequence."""
 
 
 def shown(value: Any, length: int = 80) -> str:

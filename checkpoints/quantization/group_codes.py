@@ -29,7 +29,7 @@ __all__ = ["GroupCodes", "InputScales", "Stored"]
 InputScales = Literal["plain", "fp8 groups", "fp8 groups by powers of two"]
 
 INDEXED_ROWS = 64
-"""Most rows that share a row of the index of groups: it takes 4 / 64 bytes a weight then, 4 / 16 where cuts are multiples of 16 rows."""
+"""Maximum number of rows that share a row of the index of groups: it takes 4 / 64 bytes a weight then, 4 / 16 where cuts are multiples of 16 rows."""
 
 
 @dataclass(frozen=True, slots=True)

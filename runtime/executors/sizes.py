@@ -10,7 +10,7 @@ __all__ = ["longest_requested", "longest_sequence"]
 
 
 def longest_requested(config: ModelConfig, max_model_len: int | None) -> int:
-    """Most tokens of one sequence, prompt and output, before any cache is sized: ``max_model_len``, or the model's own.
+    """Maximum number of tokens of one sequence, prompt and output, before any cache is sized: ``max_model_len``, or the model's own.
 
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's positions, scaled as its rotary fields say.
@@ -26,7 +26,7 @@ def longest_requested(config: ModelConfig, max_model_len: int | None) -> int:
 
 
 def longest_sequence(config: ModelConfig, options: EngineConfig, num_blocks: int) -> int:
-    """Most tokens of one sequence once the cache has ``num_blocks`` blocks.
+    """Maximum number of tokens of one sequence once the cache has ``num_blocks`` blocks.
 
     Raises:
         ConfigError: more was asked for than the model's positions or the cache allow.

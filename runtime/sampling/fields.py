@@ -53,16 +53,16 @@ __all__ = [
 Door = Literal["openai", "triton", "anthropic"]
 
 MAX_TOKEN_BIASES = 512
-"""Most entries of one sequence's list of token biases (`sampling.biases`); bounds what ranks keep and what a plan carries."""
+"""Maximum number of entries of one sequence's list of token biases (`sampling.biases`); bounds what ranks keep and what a plan carries."""
 
 MAX_PLAN_BIASES = 128 * MAX_TOKEN_BIASES
-"""Most token biases in one plan; sequences that would bring more start in the next."""
+"""Maximum number of token biases in one plan; sequences that would bring more start in the next."""
 
 TOKEN_BIAS_WORDS = 4
 """Words of an entry."""
 
 MAX_LOGPROBS = 20
-"""Most alternatives reported per token; bounds the size of a reply."""
+"""Maximum number of alternatives reported per token; bounds the size of a reply."""
 
 MAX_BEAM_WIDTH = 32
 
@@ -70,7 +70,7 @@ LOGIT_BIAS = TokenNumbers(128, Real(-100.0, 100.0))
 """What ``logit_bias`` may hold, by whatever name a protocol calls it."""
 
 MAX_ALTERNATIVES = 128
-"""Most alternatives that executors find for a token: beam search looks at more of them than a reply may have."""
+"""Maximum number of alternatives that executors find for a token: beam search looks at more of them than a reply may have."""
 
 LOWEST_TEMPERATURE = 1e-5
 """Below it the noise cannot change the order of two different float32 logits that matter: such requests are greedy."""

@@ -15,7 +15,7 @@ def mask_words(vocab_size: int) -> int:
 
 
 def most_masked_seqs(vocab_size: int) -> int:
-    """Most sequences with masks that run at once, so that a plan has room for all of them."""
+    """Maximum number of sequences with masks that run at once, so that a plan has room for all of them."""
     return max(1, MAX_PLAN_MASK_WORDS // mask_words(vocab_size))
 
 

@@ -18,14 +18,14 @@ class SchedulerConfig:
 
     Attributes:
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: most tokens computed in one step.
-        max_model_len: most tokens of prompt and output together.
+        max_num_batched_tokens: maximum number of tokens computed in one step.
+        max_model_len: maximum number of tokens of prompt and output together.
         max_queued_requests: requests that may wait to run.
         vocab_size: prompt token ids are below it.
         eos_token_ids: tokens that end a generation unless the request ignores them.
         prefix_end: see `phalanx.runtime.attention.AttentionSpec`; prompts end their prefix with these tokens.
         policy: ``fcfs`` = requests run in the order of arrival, ``priority`` = first by `Request.priority`.
-        num_microbatches: most plans of different sequences that are kept in flight.
+        num_microbatches: maximum number of plans of different sequences that are kept in flight.
         lookahead: 1 = a sequence may be planned again before its last token is known.
         seed: where the seeds of requests without one are drawn from.
         step_times: decides for fewer micro-batches where they are faster; None = not measured.

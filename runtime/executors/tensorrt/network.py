@@ -88,12 +88,12 @@ class NetworkShape:
 
     @property
     def max_prefill_logit_rows(self) -> int:
-        """Most rows of a prefill pass that get logits: bounds the logits buffer at large vocabularies."""
+        """Maximum number of rows of a prefill pass that get logits: bounds the logits buffer at large vocabularies."""
         return min(self.max_prefill_tokens + 1, LOGIT_ROWS)
 
     @property
     def max_logit_rows(self) -> int:
-        """Most rows of any pass that get logits."""
+        """Maximum number of rows of any pass that get logits."""
         return max(self.max_num_seqs, self.max_prefill_logit_rows)
 
 

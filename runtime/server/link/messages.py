@@ -102,8 +102,8 @@ class ModelInfo(msgspec.Struct, tag=True, frozen=True):
     Attributes:
         directory: where the tokenizer is.
         vocab_size: token ids are below it.
-        max_model_len: most tokens of one sequence, prompt and output.
-        max_open_requests: most requests that run and wait at once.
+        max_model_len: maximum number of tokens of one sequence, prompt and output.
+        max_open_requests: maximum number of requests that run and wait at once.
         sampling_defaults: values of sampling fields that a request leaves out, by their own names.
         about: what ``/server_info`` shows, in words.
     """

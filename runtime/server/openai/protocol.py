@@ -41,7 +41,7 @@ __all__ = [
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 MAX_CHOICES = 128
-"""Most answers to one prompt; the server also limits the requests open at once."""
+"""Maximum number of answers to one prompt; the server also limits the requests open at once."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
