@@ -112,12 +112,7 @@ def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own:
             start, inputs = len(ops.use.calls), (x, residual)
             x, residual = _outputs(each.block(ops, config, layer, x, residual))
             _check_inputs_read(inputs, (x, residual))
-            for name, spec in ops.use.attention.items():
-                if spec not in specs and name not in ops.attended:
-                    raise ConfigError(
-                        f"{name} is {_difference(spec, specs[0])}, which the family does not declare for this layer"
-                    )
-            ops.attended |= ops.use.attention.keys()
+            _check_attention(ops, specs, is_checked_to_decode=bool(model.code) and each is model.passes.get("decode"))
             if model.code and inputs[1] is not None:
                 _check_first_of_stage(ops.alone(), each, config, inputs[0].width, ops.use.calls[start:])
     with naming(f"{model.architecture}, head"):
@@ -128,6 +123,22 @@ def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own:
         _check_inputs_read((x, residual), (result,))
         if each.output == "logits" and (ops.last_logits is None or result is not ops.last_logits):
             raise ConfigError(f"the head returns {result}, not what logits returns")
+
+
+def _check_attention(ops: ShapeOps, specs: tuple[Any, ...], *, is_checked_to_decode: bool) -> None:
+    """What a block attends with is what its pass declares for the layer, and in the pass that decodes serves one token after another."""
+    for name, spec in ops.use.attention.items():
+        if name in ops.attended:
+            continue
+        if spec not in specs:
+            raise ConfigError(
+                f"{name} is {_difference(spec, specs[0])}, which the family does not declare for this layer"
+            )
+        if is_checked_to_decode and spec.keys == "own" and not (spec.causal and spec.cached):
+            raise ConfigError(
+                f"{name} has causal={spec.causal} and cached={spec.cached}, but tokens that follow one another need both"
+            )
+    ops.attended |= ops.use.attention.keys()
 
 
 def _check_inputs_read(inputs: tuple[Shape | None, ...], outputs: tuple[Any, ...]) -> None:

@@ -425,6 +425,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"block": attends_twice},
         "layers.0.attention uses the cache of layer 0 a second time; a layer has one attention",
     ),
+    "attention to later tokens": (
+        with_attention(causal=False), "layers.0.attention has causal=False and cached=True, but tokens that follow one another need both",
+    ),
     "window below 0": (with_attention(window=-4), "window=-4 of an attention is not a whole number of at least 0"),
     "window that is no whole number": (with_attention(window=4.0), "window=4.0 of an attention is not a whole number of at least 0"),
     "cap below 0": (with_attention(soft_cap=-5.0), "soft_cap=-5.0 of an attention is not a finite number of at least 0; 0 = off"),
