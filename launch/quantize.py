@@ -158,16 +158,18 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
     Matrices are whole stored ones, by their stored names, with whether they are stored ``[in, out]``.
 
     Raises:
-        ConfigError: the checkpoint is quantised, or a stored matrix cannot be quantised as a whole.
+        ConfigError: the model's functions are wrong, the checkpoint is quantised, or a stored matrix cannot be quantised as a whole.
     """
     from phalanx.checkpoints.formats import DENSE
     from phalanx.checkpoints.quantization.held import quantized_while_loading
     from phalanx.checkpoints.resolve import resolve
     from phalanx.parallel.errors import ConfigError
     from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.shapes import use_of
 
     model = find_model(checkpoint.config, own)
-    specs = model.weights(model.read_config(checkpoint.config))
+    use_of(model, config := model.read_config(checkpoint.config))
+    specs = model.weights(config)
     if any(checkpoint.formats.choose(spec) != DENSE for spec in filter(quantized_while_loading, specs)):
         raise ConfigError("--model is quantised already; use the checkpoint that it was made from")
     stored = resolve(checkpoint.source, specs, (*model.ignored_tensors, r"lm_head\.weight"))

@@ -81,10 +81,14 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
     from phalanx.checkpoints.resolve import check_unread
     from phalanx.checkpoints.split_plan import SplitJob
     from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.tied import with_stored_head
 
     model, formats = find_model(checkpoint.config, own), checkpoint.formats
-    config = with_stored_head(model, model.read_config(checkpoint.config), checkpoint.source)
+    use_of(
+        model, config := model.read_config(checkpoint.config)
+    )  # a split of wrong declarations would be wrong for good
+    config = with_stored_head(model, config, checkpoint.source)
     last, divided = layout.pp - 1, model.stages(config, layout.pp)
     stages = tuple(
         components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))

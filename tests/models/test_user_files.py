@@ -17,7 +17,7 @@ import pytest
 import phalanx.models
 from phalanx.checkpoints.files import ModelDirectory
 from phalanx.checkpoints.manifest import read_manifest
-from phalanx.launch import check, plan, split
+from phalanx.launch import check, plan, quantize, split
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.thread_comm import run_ranks
@@ -178,6 +178,18 @@ def test_a_wrong_file_is_one_sentence_on_every_rank(name: str, directory: Path, 
     assert len(set(run_ranks(2, rank))) == 1
     with pytest.raises(ConfigError, match=sentence):
         check.main(["--model", str(directory), "--model-file", str(path)])
+
+
+@pytest.mark.parametrize(("command", "flags"), [(split, ("--tp", "2")), (quantize, ("--scheme", "int8"))])
+def test_a_mistake_in_the_model_is_found_before_anything_is_written(
+    command: Any, flags: tuple[str, ...], directory: Path, tmp_path: Path
+) -> None:
+    text, sentence = FILES["a mistake in the model"]
+    (path := tmp_path / "mine.py").write_text(text)
+    words = ["--model", str(directory), "--model-file", str(path), "--output", str(tmp_path / "out"), *flags]
+    with pytest.raises(ConfigError, match=sentence):
+        command.main(words)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.py"]
 
 
 def test_a_file_that_does_something_else_on_another_rank_is_refused(directory: Path, tmp_path: Path) -> None:
