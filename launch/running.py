@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
 import stat
 import sys
@@ -63,6 +64,8 @@ def job_arguments(
     words = sys.argv[1:] if argv is None else list(argv)
     if any(word in words for word in _ANSWERED_ALONE):
         parser.parse_args(words)
+    if launch_info().launcher is not None:
+        _die_with_launcher()
     settings, mistake = Settings(()), None
     if launch_info().rank == 0:
         try:
@@ -84,6 +87,13 @@ def job_arguments(
         return settings.encode()
 
     return parser.parse_settings(Settings.decode(agree(world, tell))), world
+
+
+def _die_with_launcher() -> None:
+    """End this rank when its launcher dies. Open MPI's ranks would stay: those that wait do not notice."""
+    from phalanx.runtime.server.web.parent import signal_when_parent_dies
+
+    signal_when_parent_dies(signal.SIGKILL)
 
 
 def own_arguments(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Namespace:

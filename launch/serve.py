@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -73,9 +72,7 @@ def build_parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until drained; returns the exit status."""
-    if launch_info().launcher is not None:
-        _die_with_launcher()
-    elif PLACE_VARIABLE not in os.environ:
+    if launch_info().launcher is None and PLACE_VARIABLE not in os.environ:
         args = own_arguments(build_parser(), argv)
         if args.supervise:
             return supervise(args, sys.argv[1:] if argv is None else argv)
@@ -98,13 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.rank == 0:
         _LOG.info("ended, every request was answered")
     return 0
-
-
-def _die_with_launcher() -> None:
-    """End this rank when its launcher dies. Open MPI's ranks would stay forever: idle ones do not notice."""
-    from phalanx.runtime.server.web.parent import signal_when_parent_dies
-
-    signal_when_parent_dies(signal.SIGKILL)
 
 
 def _run_rank(

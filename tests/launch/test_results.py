@@ -8,6 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.request import RequestOutput
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
-from .commands import ROOT, command_line, messages, needs_mpirun, run
+from .commands import ROOT, command_line, messages, needs_mpirun, processes, run
 
 PROMPTS = [{"prompt": f"def f{number}(", "max_tokens": 2 + number % 5} for number in range(12)]
 
@@ -128,14 +130,17 @@ def test_a_run_of_replicas_that_is_killed_keeps_what_each_had_finished(tmp_path:
     short, endless = ({"prompt": "a", "max_tokens": 2}, {"prompt": "a", "max_tokens": 2000, "ignore_eos": True})
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in [short] * 8 + [endless] * 40))
     words = command_line("generate", "--input-file", prompts, "--dp", "2", "--output", part, ranks=2)
-    with subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, **LAUNCHER_ENVIRONMENT}, stderr=subprocess.DEVNULL
-    ) as job:
+    mark = f"PHALANX_TEST_JOB={uuid.uuid4().hex}"
+    environment = {**os.environ, **LAUNCHER_ENVIRONMENT, **dict([mark.split("=")])}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as job:
         try:
             while not part.exists() or part.read_bytes().count(b"\n") < 8:
                 assert job.poll() is None
         finally:
             job.kill()
+    give_up = time.monotonic() + 60
+    while left := processes(mark):
+        assert time.monotonic() < give_up, left
     assert [json.loads(line)["index"] for line in part.read_text().splitlines()][:8] == list(range(8))
 
 
