@@ -148,7 +148,8 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
     info = job.server.get("/server_info").json
     assert list(shown) == [*info, "ask"]
     recorded = (ROOT / "docs/howto/session.md").read_text()
-    assert re.findall(r"^phalanx: (\w+)  ", recorded, re.MULTILINE) == list(shown)
+    names = re.findall(r"^phalanx: (\w+)  ", recorded, re.MULTILINE)
+    assert [name for name in names if name != "gRPC"] == list(shown), "gRPC is declined here, by --port 0"
     assert {name: " ".join(value.split()) for name, value in info.items()} == {
         name: " ".join(value.split()) for name, value in shown.items() if name != "ask"
     }
