@@ -73,17 +73,18 @@ def read_fbgemm_fp8(section: Section) -> FormatPlan:
 
 
 def read_awq(section: Section) -> FormatPlan:
-    """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it."""
+    """AutoAWQ, ``version: gemm``. The head is plain whatever ``modules_to_not_convert`` lists, as AutoAWQ and transformers have it.
+
+    Without ``zero_point`` files hold zero points all the same, all in the middle (AutoRound's symmetric ones).
+    """
     version, bits = (
         _named("gemm", section, "version", "checkpoint_format", "format"),
         integer(section, "bits", integer(section, "w_bit", 0)),
     )
-    group, has_zeros = (
-        group_size(section, default=group_size(section, "q_group_size")),
-        flag(section, "zero_point", True),
-    )
-    if version != "gemm" or bits != 4 or not has_zeros:
-        raise refused(f"awq version={version!r} bits={bits} zero_point={has_zeros}", "use version gemm, 4 bits")
+    group = group_size(section, default=group_size(section, "q_group_size"))
+    flag(section, "zero_point", True)
+    if version != "gemm" or bits != 4:
+        raise refused(f"awq version={version!r} bits={bits}", "use version gemm, 4 bits")
     if section.get("dynamic"):
         raise refused("awq with rules per module (dynamic)", "use a checkpoint with one scheme")
     words = PackedWords(4, axis=0, offset=8, order=AWQ_ORDER)

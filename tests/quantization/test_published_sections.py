@@ -65,6 +65,11 @@ GPTQMODEL_AWQ = {
     "bits": 4, "group_size": 128, "desc_act": False, "sym": False, "lm_head": False, "quant_method": "awq", "pack_dtype": "int32",
     "checkpoint_format": "gemm", "format": "gemm", "meta": {"quantizer": ["gptqmodel:5.0.0"]},
 }  # fmt: skip
+AUTO_ROUND_AWQ = {
+    "autoround_version": "0.16.1", "bits": 4, "data_type": "int", "enable_quanted_input": False, "group_size": 128,
+    "modules_to_not_convert": ["lm_head"], "provider": "auto-round", "quant_method": "awq", "sym": True,
+    "to_quant_block_names": "model.layers", "version": "gemm", "zero_point": False,
+}  # fmt: skip
 MIXTRAL_AWQ = {**AWQ, "modules_to_not_convert": ["gate"]}
 """AutoAWQ's recipe for Mixtral; the head is not listed, and plain."""
 QWEN_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -100,7 +105,7 @@ def schemes(plan: FormatPlan) -> dict[str, str]:
         (FP8_DYNAMIC, "fp8 rows x tokens"), (FP8_STATIC, "fp8 rows x static"), (W8A8, "int8 rows x tokens"),
         (W4A16, "int4 in groups of 128"), (FP8_BLOCK, "fp8 blocks in groups of 128"),
         (THE_BLOKE_GPTQ, "int4 in groups of 128 with activation order"), (QWEN_GPTQ_INT8, "int8 in groups of 128"),
-        (AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"),
+        (AWQ, "int4 in groups of 128"), (AUTO_ROUND_AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"),
         ({**QWEN_FP8, "scale_fmt": "ue8m0"}, "fp8 blocks in groups of 128 by powers of two"), (AUTO_FP8_KV, "fp8 rows x static"),
         (MODELOPT, "fp8 rows x static"), ({"quant_method": "modelopt", **MODELOPT_FILE}, "fp8 rows x static"),
     ],
@@ -124,6 +129,25 @@ def test_modules_that_are_named_one_by_one_stay_as_they_are() -> None:
     assert {owner for owner, scheme in found.items() if scheme != "dense"} == {
         f"layers.{layer}.{owner}" for layer in range(2) for owner in ("qkv", "gate_up")
     }
+
+
+def test_symmetric_awq_holds_zero_points_as_other_awq_does(dense: Path, tmp_path: Path) -> None:
+    """All of them 8, in words of 0x88888888."""
+
+    def symmetric(w: checkpoints.Array) -> writers.Written:
+        codes, scales, zeros = writers.grouped(w, 4, 16, True, np.float16)
+        assert (zeros == 8).all()
+        tensors = {
+            "qweight": writers.pack(codes.T, 4, writers.AWQ_ORDER),
+            "qzeros": np.full((zeros.shape[1], len(zeros) // 8), 0x88888888, np.uint32).view(np.int32),
+            "scales": scales.T,
+        }
+        return tensors, writers.values_of(codes, scales, zeros, 16)
+
+    section = {**AUTO_ROUND_AWQ, "group_size": 16}
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", symmetric, section)
+    found, expected = (checkpoints.logprobs(checkpoints.generate(tmp_path / path)) for path in ("quantised", "twin"))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_head_of_an_awq_mixtral_is_plain_though_only_routers_are_listed(tmp_path: Path) -> None:
