@@ -72,6 +72,7 @@ class Shape:
         runs: how the columns of a split one are divided.
         owner: the operation that it was given to for good.
         is_read: whether an operation took it since a function returned it.
+        is_gone: whether the function that made it ended without returning it.
     """
 
     width: int
@@ -79,6 +80,7 @@ class Shape:
     runs: tuple[Run, ...] = field(default=(), compare=False, repr=False)
     owner: str = field(default="", compare=False)
     is_read: bool = field(default=False, compare=False, repr=False)
+    is_gone: bool = field(default=False, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         raise ConfigError("a condition depends on a tensor, whose values no function sees; decide by the configuration")
@@ -102,9 +104,16 @@ class ShapeOps(Ops[Shape]):
         self.own: frozenset[str] | None = None  # what the declarations of the running function name; None = not known
         self.tables: dict[str, int] = {}  # rows of each table of the vocabulary
         self.num_positions: float = math.inf  # rows of the smallest table of positions
+        self._living: list[Shape] = []  # what the running function made, and was given
         self._caches: set[tuple[int, str]] = set()
         self.attended: set[str] = set()  # names of attentions of earlier layers
         self.last_logits: Shape | None = None
+
+    def end_function(self, *returned: Shape | None) -> None:
+        """The running function ends: nothing but what it returned goes on."""
+        for tensor in self._living:
+            tensor.is_gone = not any(tensor is kept for kept in returned)
+        self._living = [tensor for tensor in returned if tensor is not None]
 
     def alone(self) -> ShapeOps:
         """Operations for the function that runs now, which have recorded nothing."""
@@ -120,7 +129,7 @@ class ShapeOps(Ops[Shape]):
     def embedding(self, name: str, scale: float = 1.0) -> Shape:
         self._record("embedding", scale=scale)
         self._check_vocabulary(name)
-        return Shape(self._weight(f"{name}.weight")[1])
+        return self._made(self._weight(f"{name}.weight")[1])
 
     def position_embedding(self, x: Shape, name: str) -> Shape:
         self._record("position_embedding", x)
@@ -128,13 +137,13 @@ class ShapeOps(Ops[Shape]):
         rows, columns = self._weight(f"{name}.weight")
         self._take(x, columns, name)
         self.num_positions = min(rows, self.num_positions)
-        return Shape(x.width)
+        return self._made(x.width)
 
     def rms_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
         self._record("rms_norm", x, values={"eps": eps}, weight_offset=weight_offset)
         self._check_whole(name)
         self._take(x, self._weight(f"{name}.weight")[0], name)
-        return Shape(x.width)
+        return self._made(x.width)
 
     def layer_norm(self, x: Shape, name: str, eps: float, weight_offset: float = 0.0) -> Shape:
         self._record("layer_norm", x, values={"eps": eps}, weight_offset=weight_offset)
@@ -143,7 +152,7 @@ class ShapeOps(Ops[Shape]):
             self._check_whole(name)
         self._take(x, self._weight(f"{name}.weight")[0] if has_weight else x.width, name)
         self._bias(x, name)
-        return Shape(x.width)
+        return self._made(x.width)
 
     def linear(self, x: Shape, name: str) -> Shape:
         self._record("column_linear", x)
@@ -161,7 +170,7 @@ class ShapeOps(Ops[Shape]):
         rows, columns = self._weight(f"{name}.weight")
         self._take(x, columns, name, ("split",))
         columns_of.check_inputs(name, self._declared[f"{name}.weight"].parts, x.runs)
-        return Shape(rows, "partial")
+        return self._made(rows, "partial")
 
     def add_bias(self, x: Shape, name: str) -> Shape:
         self._record("add_bias", x)
@@ -170,13 +179,13 @@ class ShapeOps(Ops[Shape]):
                 f"the bias of {name} is added to a partial product, once on each rank; call all_reduce first"
             )
         self._bias(x, name)
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
 
     def all_reduce(self, x: Shape) -> Shape:
         self._record("all_reduce", x)
         if x.kind != "partial":
             raise ConfigError(f"all_reduce sums a tensor that is {WORDS[x.kind]}, no partial product; leave it out")
-        return Shape(x.width)
+        return self._made(x.width)
 
     def add(self, x: Shape, y: Shape) -> Shape:
         self._record("add", x, y)
@@ -188,23 +197,23 @@ class ShapeOps(Ops[Shape]):
             raise ConfigError(f"add takes tensors of {x.width} and {y.width} columns; they must be equal")
         if where := difference(x.runs, y.runs):
             raise ConfigError(f"add takes tensors whose columns are divided differently over ranks, {where}")
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
 
     def scale(self, x: Shape, factor: float) -> Shape:
         self._record("scale", x, values={"factor": factor})
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
 
     def clip(self, x: Shape, limit: float) -> Shape:
         self._record("clip", x, values={"limit": limit})
         if limit <= 0:
             raise ConfigError(f"clip has limit={limit}; it must be above 0")
         self._take(x, x.width, "clip", _COMPLETE)
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
 
     def activation(self, x: Shape, kind: Activation) -> Shape:
         self._record("activation", x, kind=kind)
         self._take(x, x.width, "an activation", _COMPLETE)
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
 
     def gated_activation(self, x: Shape, kind: Activation) -> Shape:
         self._record("gated_activation", x, kind=kind)
@@ -212,7 +221,7 @@ class ShapeOps(Ops[Shape]):
         if x.width % 2:
             raise ConfigError(f"gated_activation takes gate and up side by side, but the tensor has {x.width} columns")
         half = columns_of.half(x.width, x.runs)
-        return Shape(x.width // 2, x.kind, half)
+        return self._made(x.width // 2, x.kind, half)
 
     def attention(self, qkv: Shape, name: str, layer: int, spec: AttentionSpec) -> Shape:
         self._record("attention", qkv, spec=spec)
@@ -227,7 +236,7 @@ class ShapeOps(Ops[Shape]):
         if spec.head_norm is not None:
             self._check_head_norms(spec, spec.head_norm, name)
         self.use.attention[name] = spec
-        return Shape(spec.num_heads * spec.head_dim, "split", qkv.runs[:1])
+        return self._made(spec.num_heads * spec.head_dim, "split", qkv.runs[:1])
 
     def logits(self, x: Shape, name: str, soft_cap: float = 0.0) -> Shape:
         self._record("logits", x, soft_cap=soft_cap)
@@ -245,14 +254,19 @@ class ShapeOps(Ops[Shape]):
         self._take(Shape(gate_up[0] // (2 * spec.num_experts)), down[1], name)
         matrices = [self._declared[f"{name}.{kind}.weight"].parts for kind in ("gate_up", "down")]
         columns_of.check_experts(name, matrices[0], matrices[1], spec.num_experts)
-        return Shape(down[0] // spec.num_experts, "partial")
+        return self._made(down[0] // spec.num_experts, "partial")
 
     def sigmoid_gate(self, x: Shape, y: Shape, name: str) -> Shape:
         self._record("sigmoid_gate", x)
         self._check_cut(name, None, "sigmoid_gate")
         _, columns = self._weight(f"{name}.weight")
         self._take(y, columns, name)
-        return Shape(x.width, x.kind, x.runs)
+        return self._made(x.width, x.kind, x.runs)
+
+    def _made(self, width: int, kind: Kind = "whole", runs: tuple[Run, ...] = ()) -> Shape:
+        """A result of the running function."""
+        self._living.append(tensor := Shape(width, kind, runs))
+        return tensor
 
     def _record(
         self, operation: str, *tensors: Shape, values: Mapping[str, float] = MappingProxyType({}), **options: Any
@@ -322,7 +336,7 @@ class ShapeOps(Ops[Shape]):
         rows, columns = self._weight(f"{name}.weight")
         self._take(x, columns, name)
         runs = runs_of(self._declared[f"{name}.weight"].parts, 0) if kind == "split" else ()
-        result = Shape(rows, kind, runs)
+        result = self._made(rows, kind, runs)
         self._bias(result, name)
         return result
 
@@ -375,6 +389,11 @@ def state_of(x: Any, what: str) -> Shape:
     """
     if not isinstance(x, Shape):
         raise ConfigError(f"{what} is {x!r}, not a tensor")
+    if x.is_gone:
+        raise ConfigError(
+            f"{what} is a tensor that another function made and did not return; the next function may run on another pipeline stage, which "
+            "is handed x and residual alone"
+        )
     if x.owner:
         raise ConfigError(f"{what} is a tensor that {x.owner} may have overwritten; go on with what {x.owner} returned")
     return x

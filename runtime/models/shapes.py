@@ -105,6 +105,7 @@ def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own:
     with naming(f"{model.architecture}, embed"):
         ops.own = own["embed"]
         x = _complete(each.embed(ops, config), "embed")
+        ops.end_function(x)
     residual: Shape | None = None
     for layer in each.layers(config):
         with naming(f"{model.architecture}, block of layer {layer}"):
@@ -112,6 +113,7 @@ def _run(ops: ShapeOps, model: Model, each: Pass[Any], config: ModelConfig, own:
             start, inputs = len(ops.use.calls), (x, residual)
             x, residual = _outputs(each.block(ops, config, layer, x, residual))
             _check_inputs_read(inputs, (x, residual))
+            ops.end_function(x, residual)
             _check_attention(ops, specs, is_checked_to_decode=bool(model.code) and each is model.passes.get("decode"))
             if model.code and inputs[1] is not None:
                 _check_first_of_stage(ops.alone(), each, config, inputs[0].width, ops.use.calls[start:])
@@ -155,6 +157,7 @@ def _check_first_of_stage(
 ) -> None:
     """A pipeline stage that starts with this layer has no residual, and adds none; all else must be the same."""
     each.block(ops, config, ops.layer or 0, Shape(width), None)
+    ops.end_function()
     first, usual = ([call for call in both if call[0] != "add"] for both in (ops.use.calls, calls))
     if first != usual:
         raise ConfigError(

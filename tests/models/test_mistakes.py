@@ -180,6 +180,27 @@ def scaled_at_the_start(ops: Any, config: Any, layer: int, x: Any, residual: Any
     return llama.block(ops, config, layer, ops.scale(x, 2.0) if residual is None else x, residual)
 
 
+def with_tensor_of_embed() -> dict[str, Any]:
+    """Llama whose blocks add rows of the embedding that they were not given."""
+    kept: list[Any] = []
+
+    def embed(ops: Any, config: Any) -> Any:
+        kept[:] = [ops.embedding("embed")]
+        return ops.rms_norm(kept[0], "embed_norm", 1e-5)
+
+    def block(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
+        x = ops.add(x, ops.rms_norm(kept[0], f"layers.{layer}.skip_norm", 1e-5))
+        return llama.block(ops, config, layer, x, residual)
+
+    def norm(name: str, config: Any) -> WeightSpec:
+        return WeightSpec(f"{name}.weight", (Part(name, (config.hidden_size,)),))
+
+    return {
+        "embed": embed, "block": block, "embed_weights": lambda config: [*llama.embed_weights(config), norm("embed_norm", config)],
+        "block_weights": lambda config, layer: [*llama.block_weights(config, layer), norm(f"layers.{layer}.skip_norm", config)],
+    }  # fmt: skip
+
+
 def attends_twice(ops: Any, config: Any, layer: int, x: Any, residual: Any) -> Any:
     for _ in range(2):
         x = blocks.attention(ops, f"layers.{layer}", layer, x, AttentionSpec.of(config))
@@ -420,6 +441,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "other work at the start of a stage": (
         {"block": scaled_at_the_start},
         "block of layer 1: run without a residual, as where a pipeline stage starts, it does something else than before",
+    ),
+    "tensor of another function": (
+        with_tensor_of_embed(),
+        "block of layer 0: an argument of rms_norm is a tensor that another function made and did not return; the next function may run on "
+        "another pipeline stage, which is handed x and residual alone",
     ),
     "two attentions in a layer": (
         {"block": attends_twice},
