@@ -20,7 +20,7 @@ from phalanx.parallel.errors import printable
 from phalanx.parallel.liveness import judge
 from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.known_ranks import KnownRanks
-from phalanx.parallel.liveness.last_words import keep_report, say, within
+from phalanx.parallel.liveness.last_words import KEEP_SECONDS, SAY_SECONDS, keep_report, say, within
 from phalanx.parallel.liveness.links import Link, Links
 from phalanx.parallel.liveness.messages import End, Failure, StackRequest, Stacks, Verdict
 
@@ -33,10 +33,10 @@ STACKS_SECONDS = 1.0
 FLUSH_SECONDS = 0.5
 TELL_SECONDS = 2.0
 """How long rank 0 may take to tell clients, and to remove a file that names the server."""
-ANSWER_SECONDS = 3.0
-"""How long a failed rank waits for rank 0 to report it before it does so itself."""
 CAUSE_SECONDS = 1.0
 """A rank's end reaches the ranks that talk to it within milliseconds, rank 0 perhaps later: how long it gets to show as the cause."""
+ANSWER_SECONDS = 0.5 + CAUSE_SECONDS + TELL_SECONDS + STACKS_SECONDS + KEEP_SECONDS + SAY_SECONDS
+"""How long a failed rank waits for rank 0 to report it before it does so itself: as long as rank 0 may take, from one stamp to the next on."""
 SPEAKER_SECONDS = 2.0
 """When rank 0 is lost rank 1 speaks, this much later rank 2, and then the others leave: the first to leave ends them all."""
 _STACK_LINES = 24
@@ -47,7 +47,7 @@ class JobEnd:
 
     Args:
         held: what this rank keeps from MPICH's launcher until it has spoken.
-        on_failure: on rank 0, told the verdict before the process ends.
+        on_failure: on rank 0, told the verdict before the process ends, in a thread that may take `TELL_SECONDS`.
         report_directory: where the whole report is kept as a file; None = nowhere.
     """
 

@@ -66,14 +66,16 @@ class KnownRanks:
         for rank in group:
             self._states.pop(rank, None)
             self._heard_at.pop(rank, None)
+            self._left_at.pop(rank, None)
 
     def has_retired(self, rank: int) -> bool:
         """Whether the job goes on without it."""
         return rank in self._retired
 
     def forgive(self, seconds: float) -> None:
-        """Silence of so long does not count, because this rank did not listen."""
-        self._heard_at = {rank: heard_at + seconds for rank, heard_at in self._heard_at.items()}
+        """Silence of so long does not count, because this rank did not listen; what it has heard since counts."""
+        now = time.monotonic()
+        self._heard_at = {rank: min(heard_at + seconds, now) for rank, heard_at in self._heard_at.items()}
 
     def states(self) -> list[RankState]:
         """Of all that take part, now."""

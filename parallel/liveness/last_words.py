@@ -22,7 +22,7 @@ KEPT_REPORTS = 20
 
 
 def within(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work``, and go on when it is done, has failed (which is printed), or takes longer than ``seconds``."""
+    """Do ``work``, and go on when it is done, has failed, or takes longer than ``seconds``."""
     thread = threading.Thread(target=work, name="last words", daemon=True)
     try:
         thread.start()

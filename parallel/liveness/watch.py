@@ -30,8 +30,8 @@ from phalanx.parallel.errors import (
     RequestError,
     printable,
 )
-from phalanx.parallel.liveness import judge
-from phalanx.parallel.liveness.ending import CAUSE_SECONDS, FAILED, JobEnd, own_stacks
+from phalanx.parallel.liveness import ending, judge
+from phalanx.parallel.liveness.ending import FAILED, JobEnd, own_stacks
 from phalanx.parallel.liveness.hydra import HeldRanks
 from phalanx.parallel.liveness.judge import Limits, RankState
 from phalanx.parallel.liveness.known_ranks import KnownRanks
@@ -57,8 +57,8 @@ class RankWatch:
     Args:
         world: all ranks, raw: the watch's own collectives do not show in stamps.
         progress: what this rank is doing.
-        on_failure: on rank 0, told the verdict before the process ends; runs in the watching thread.
-        on_trouble: on rank 0, told when a rank falls silent, and None when all answer again; runs in the same thread.
+        on_failure: on rank 0, told the verdict before the process ends; runs in a thread of its own.
+        on_trouble: on rank 0, told when a rank falls silent, and None when all answer again; runs in the watching thread.
         report_directory: where the whole report is kept as a file; None = nowhere.
         on_stamp: called twice a second, in the same thread: this process runs.
     """
@@ -87,6 +87,7 @@ class RankWatch:
         self._effects: list[tuple[float, RankState, Failure]] = []
         self._trouble: str | None = None
         self._end_at: tuple[float, int, str] | None = None
+        self._forgiven = 0.0
         self._spare: Sequence[range] = ()
         self._on_loss: Callable[[range, str], None] = lambda _, __: None
         threading.Thread(target=self._watch_or_end, name="rank watch", daemon=True).start()
@@ -128,7 +129,7 @@ class RankWatch:
         of_a_peer = isinstance(error, CommunicatorError) or type(error).__module__.startswith(_COMMUNICATION_MODULES)
         if of_a_peer and self._rank == 0:
             self._end.await_cause()
-        self._closing = True
+        self._closing = self._rank == 0 or not of_a_peer  # of a lost rank 0 the watching thread still speaks
         self._end.by_own_failure(Failure(text, trace, of_a_peer))
 
     def end_by(self, seconds: float, status: int, reason: str) -> None:
@@ -136,7 +137,7 @@ class RankWatch:
 
         May be called by a signal handler, which another one may interrupt.
         """
-        end = time.monotonic() + seconds, status, reason
+        end = self._clock() + seconds, status, reason
         self._end_at = end if self._end_at is None else min(self._end_at, end)
 
     # The watching thread
@@ -145,8 +146,14 @@ class RankWatch:
         """A job that nothing watches any more must not go on."""
         try:
             self._watch()
+        except BaseException:
+            say(f"phalanx: the thread that watches the ranks has failed:\n{traceback.format_exc()}")
         finally:
             os._exit(FAILED)
+
+    def _clock(self) -> float:
+        """Seconds, without those in which the whole job was suspended."""
+        return time.monotonic() - self._forgiven
 
     def _watch(self) -> None:
         poll = select.poll()
@@ -161,18 +168,19 @@ class RankWatch:
                     self._links.forget(link.rank)
             now = time.monotonic()
             if now >= due:
-                self._tick(now, now - due)
+                self._tick(now - due)
                 due = now + STAMP_SECONDS
 
-    def _tick(self, now: float, late: float) -> None:
+    def _tick(self, late: float) -> None:
         """Stamp, and look at all ranks unless this thread comes so ``late`` that they may have said much that is not read yet."""
         is_late = late > LATE_SECONDS
         if is_late:
+            self._forgiven += late
             self._progress.forgive(late)
         self._links.send_all(self._progress.stamp(), droppable=True)
         self._on_stamp()
-        self._end_without_cause(now)
-        self._end_if_due(now)
+        self._end_without_cause()
+        self._end_if_due()
         if is_late:
             self._ranks.forgive(late)
         else:
@@ -212,7 +220,7 @@ class RankWatch:
     def _failed(self, state: RankState, failure: Failure) -> None:
         """Rank 0 reports it; elsewhere it is rank 0 that has failed, and that reports itself before it aborts the job."""
         if self._rank == 0 and failure.of_a_peer:
-            self._effects.append((time.monotonic() + CAUSE_SECONDS, state, failure))
+            self._effects.append((self._clock() + ending.CAUSE_SECONDS, state, failure))
             return
         self._end_by_failure(state, failure)
 
@@ -248,14 +256,14 @@ class RankWatch:
             self._on_loss(group, f"{state} {what}")
         return True
 
-    def _end_without_cause(self, now: float) -> None:
+    def _end_without_cause(self) -> None:
         """A rank could not reach another, and none has shown as the cause: then the effect is what is known."""
         for due, state, failure in self._effects:
-            if now > due and not self._ranks.has_retired(state.rank):
+            if self._clock() > due and not self._ranks.has_retired(state.rank):
                 self._end_by_failure(state, failure)
 
-    def _end_if_due(self, now: float) -> None:
-        if self._end_at is not None and now > self._end_at[0]:
+    def _end_if_due(self) -> None:
+        if self._end_at is not None and self._clock() > self._end_at[0]:
             self._end.by_verdict(self._end_at[2], self._end_at[1])
 
     def _judge(self) -> None:

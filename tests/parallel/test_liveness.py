@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 
 import pytest
 
@@ -10,8 +12,9 @@ from phalanx.parallel.communicator import Communicator, SelfCommunicator
 from phalanx.parallel.connections import connect_ranks
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.liveness.judge import Limits, RankState, report, silent_rank, stalled_rank, trouble
-from phalanx.parallel.liveness.links import Link
-from phalanx.parallel.liveness.messages import Leaving
+from phalanx.parallel.liveness.known_ranks import KnownRanks
+from phalanx.parallel.liveness.links import Link, Links
+from phalanx.parallel.liveness.messages import Leaving, encode
 from phalanx.parallel.liveness.progress import RankProgress, Stamp
 from phalanx.parallel.liveness.watch import RankWatch
 from phalanx.parallel.liveness.watched_comm import WatchedCommunicator
@@ -123,11 +126,11 @@ def test_time_in_which_the_whole_job_was_suspended_does_not_count(
     if activity == "stepping":
         progress.begin_step(0)
     now[0] = 400.5
-    watch._tick(now[0], late)
-    watch._tick(now[0], 0.0)
+    watch._tick(late)
+    watch._tick(0.0)
     assert bool(verdicts) == (late == 0.0)
     now[0] = 702.0
-    watch._tick(now[0], 0.0)
+    watch._tick(0.0)
     assert verdicts, "from then on the limit counts as ever"
 
 
@@ -161,3 +164,31 @@ def test_every_rank_is_linked_to_rank_0_and_collectives_are_counted() -> None:
     results = run_ranks(3, body)
     assert [links for links, _ in results] == [[1, 2], [0], [0]]
     assert len({count for _, count in results}) == 1
+
+
+def test_a_connection_that_has_ended_keeps_no_other_from_being_flushed() -> None:
+    pairs = {rank: socket.socketpair() for rank in (1, 2)}
+    links = Links({rank: own for rank, (own, _) in pairs.items()})
+    pairs[1][1].close()
+    links.send_all(Leaving())
+    links.flush(10.0)
+    assert pairs[2][1].recv(1 << 10) == encode(Leaving())
+    for one, other in pairs.values():
+        one.close()
+        other.close()
+
+
+def test_silence_that_is_forgiven_is_never_negative_and_retired_ranks_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a suspension, stamps that waited to be read are heard before the time is forgiven."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    ranks = KnownRanks(0, {0: "a", 1: "b", 2: "c"}, RankProgress(lambda: now[0]))
+    now[0] = 3600.0
+    ranks.hear(1, Leaving())
+    ranks.forgive(3600.0)
+    assert [state.silent for state in ranks.states()] == [0.0, 0.0, 0.0]
+    ranks.leave(2)
+    ranks.retire([2])
+    assert [state.rank for state in ranks.states()] == [0, 1]

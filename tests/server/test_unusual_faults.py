@@ -24,11 +24,12 @@ __all__ = ["tiny"]
 PATH = "/v1/completions"
 FAULTY = """
 # launch.serve: by this word a job finds its ranks
-import ctypes, importlib, os, sys, time, launch
+import ctypes, importlib, os, sys, threading, time, launch
 from phalanx.launch import serve
 from phalanx.launch.arguments import run_command
 from phalanx.parallel.errors import CommunicatorError
 from phalanx.parallel.launcher import launch_info
+from phalanx.parallel.liveness import ending
 
 def faulty(executor):
     class Faulty(executor):
@@ -41,6 +42,7 @@ def faulty(executor):
 for folder, name in {executors!r}:
     build = importlib.import_module(f"phalanx.runtime.executors.{{folder}}.build")
     setattr(build, name, faulty(getattr(build, name)))
+threading.Thread(target=exec, args=({background!r}.get(launch_info().rank, ""), globals()), daemon=True).start()
 run_command(serve.main, sys.argv[1:])
 """
 EXECUTORS = {
@@ -61,11 +63,17 @@ def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def serve_faulty(
-    tiny: Path, directory: Path, faults: Mapping[int, str], *flags: str, num_ranks: int = 4, engine: str = "numpy"
-) -> Iterator[tuple[Job, Path]]:
-    """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, ranks do what ``faults`` says in their next step."""
+    tiny: Path, directory: Path, faults: Mapping[int, str], *flags: str, num_ranks: int = 4, engine: str = "numpy",
+    background: Mapping[int, str] | None = None,
+) -> Iterator[tuple[Job, Path]]:  # fmt: skip
+    """A job, tp 2 x pp 2 unless told otherwise, and a path: once a file is there, ranks do what ``faults`` says in their next step.
+
+    ``background``: what a thread of each rank does from the start.
+    """
     trigger = directory / "trigger"
-    code = FAULTY.format(executors=EXECUTORS[engine], trigger=str(trigger), faults=dict(faults))
+    code = FAULTY.format(
+        executors=EXECUTORS[engine], trigger=str(trigger), faults=dict(faults), background=background or {}
+    )
     layout = flags or ("--tp", "2", "--pp", "2")
     model = ("--model", str(tiny), "--load-format", "dummy", "--engine", engine)
     with serve(num_ranks, *model, *layout, "--stall-timeout", "4", program=("-c", code)) as job:
@@ -120,29 +128,34 @@ def test_a_fault_in_a_step_ends_every_stream_and_names_the_rank(
     assert re.search(rf"rank {rank}\b", errors)
 
 
-LOST_PEER = "raise CommunicatorError('planted: a peer is gone')"
-LATER = "time.sleep(0.4); "
+LOST_PEER = "open({noticed!r}, 'w').close(); raise CommunicatorError('planted: a peer is gone')"
+PATIENT = "ending.CAUSE_SECONDS, ending.ANSWER_SECONDS = 30, 60"
+GONE = "while not os.path.exists({noticed!r}): time.sleep(0.01)\nos._exit(0)"
 
 
 @pytest.mark.parametrize(
-    ("faults", "rank", "said"),
-    [
-        ({3: LOST_PEER, 1: LATER + "os._exit(0)"}, 1, "has ended"),
-        pytest.param({0: LOST_PEER, 3: LATER + "os._exit(0)"}, 3, "has ended", marks=pytest.mark.slow),
-        pytest.param(
-            {0: LOST_PEER, 2: LATER + "raise MemoryError('planted')"}, 2, "MemoryError", marks=pytest.mark.slow
-        ),
-        pytest.param({2: LOST_PEER}, 2, "a peer is gone", marks=pytest.mark.slow),
-        pytest.param({0: LOST_PEER}, 0, "a peer is gone", marks=pytest.mark.slow),
-    ],
+    ("noticed_by", "gone"),
+    [(3, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, 0), (2, 0), (0, 3), (0, 2)])],
 )
 def test_of_a_rank_and_one_that_could_not_reach_it_the_former_is_named(
-    tiny: Path, tmp_path: Path, faults: dict[int, str], rank: int, said: str
+    tiny: Path, tmp_path: Path, noticed_by: int, gone: int
 ) -> None:
-    """Whose messages come first is the network's choice."""
+    """Whose message comes first is the network's choice: here that of the one that could not reach the other."""
+    noticed = str(tmp_path / "noticed")
+    background = dict.fromkeys(range(4), PATIENT) | {gone: f"{PATIENT}\n{GONE.format(noticed=noticed)}"}
+    faults = {noticed_by: LOST_PEER.format(noticed=noticed)}
+    with serve_faulty(tiny, tmp_path, faults, background=background) as (job, trigger):
+        errors = assert_a_fault_ends_every_stream_and_names_the_rank(job, trigger, gone)
+    assert "has ended" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_could_not_reach_another_is_named_if_none_is_gone(tiny: Path, tmp_path: Path, rank: int) -> None:
+    faults = {rank: LOST_PEER.format(noticed=str(tmp_path / "noticed"))}
     with serve_faulty(tiny, tmp_path, faults) as (job, trigger):
         errors = assert_a_fault_ends_every_stream_and_names_the_rank(job, trigger, rank)
-    assert said in errors
+    assert "a peer is gone" in errors
 
 
 def test_an_http_process_that_is_stopped_for_a_moment_answers_all_it_had_open(tiny: Path) -> None:
