@@ -58,7 +58,7 @@ test-endurance: setup
 test-launchers: setup
 	python -m pytest -q -m "slow or not slow" tests/launch/test_signals.py tests/launch/test_missing_rank.py \
 		tests/launch/test_user_files.py tests/server/test_failures.py tests/server/test_two_hosts.py \
-		tests/server/test_unusual_faults.py tests/parallel/test_scripts.py
+		tests/launch/test_results.py tests/server/test_unusual_faults.py tests/server/test_pulse.py tests/parallel/test_scripts.py
 
 # schemathesis over all operations of /openapi.json (PHALANX_SCHEMATHESIS_EXAMPLES each), from an environment of its own.
 test-openapi: setup

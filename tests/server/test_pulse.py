@@ -26,6 +26,7 @@ from .test_unusual_faults import serve_faulty
 __all__ = ["tiny"]
 
 SERVING, STARTING = 30.0, 300.0
+BLOCKS_PYTHON = "ctypes.PyDLL(None).sleep(1000)"
 
 
 class Clock:
@@ -122,7 +123,7 @@ def test_a_stopped_rank_is_started_again_by_its_supervisor(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_code_that_keeps_the_only_rank_from_running_ends_it(tiny: Path, tmp_path: Path) -> None:
-    with serve_faulty(tiny, tmp_path, 0, "ctypes.PyDLL(None).sleep(1000)", "--tp", "1", num_ranks=0) as (job, trigger):
+    with serve_faulty(tiny, tmp_path, {0: BLOCKS_PYTHON}, "--tp", "1", num_ranks=0) as (job, trigger):
         stream = job.server.open_stream(PATH, LONG)
         trigger.touch()
         assert "no sign of life" in events(stream)[-1]["error"]["message"]
