@@ -87,6 +87,17 @@ def test_time_in_which_this_process_was_suspended_does_not_count() -> None:
     run(body)
 
 
+def test_a_sign_of_life_that_waited_here_meanwhile_is_not_of_the_future() -> None:
+    def body(client: EngineClient, check: PulseCheck, clock: Clock) -> None:
+        client.serve()
+        clock.now += 1000.0
+        client.data_received(encode_frame(Pulse()))
+        check.check()
+        assert client.pulse_at == clock.now
+
+    run(body)
+
+
 def test_before_the_first_sign_of_life_and_after_the_end_nothing_is_expected() -> None:
     def body(client: EngineClient, check: PulseCheck, clock: Clock) -> None:
         client.pulse_at = None

@@ -50,7 +50,7 @@ class PulseCheck:
         if client.pulse_at is None:
             return
         if late > LATE_SECONDS:
-            client.pulse_at += late
+            client.pulse_at = min(client.pulse_at + late, now)  # a pulse that waited here is of this moment
             return
         limit = self._starting if client.state is ServerState.STARTING else self._silence
         if (silent := now - client.pulse_at) > limit + RANKS_FIRST_SECONDS:
