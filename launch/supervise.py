@@ -104,6 +104,7 @@ class _Supervisor:
         ready_at: when the current job began to serve; None = it has not.
         job: number of the current job, from 1.
         end_by: when the launcher of the current job must have ended.
+        looked_at: when the loop last came round.
         has_drained: the HTTP processes have left because the last answer was given.
         num_passed_on: how many of ``signals`` a launcher has been sent.
     """
@@ -117,6 +118,7 @@ class _Supervisor:
     ready_at: float | None = None
     job: int = 0
     end_by: float = math.inf
+    looked_at: float = field(default_factory=time.monotonic)
     has_drained: bool = False
     num_failures: int = 0
     failed_at: float | None = None
@@ -165,11 +167,10 @@ class _Supervisor:
             )
         except OSError as error:
             raise ConfigError(f"{self.command[0]} cannot be started: {error.strerror}; see --launcher") from None
-        looked_at = time.monotonic()
+        self.looked_at = time.monotonic()
         while (status := self.process.poll()) is None:
             self._pass_on_signal(self.process)
             self._listen(POLL_SECONDS)
-            looked_at = self._forgive(looked_at)
             if self.num_passed_on > 1:
                 self._kill(KILL_SECONDS)
             elif time.monotonic() > self.end_by:
@@ -184,12 +185,12 @@ class _Supervisor:
             return MISTAKE
         return 0 if self._is_told_early() else _exit_status(status)
 
-    def _forgive(self, looked_at: float) -> float:
-        """Have time not count in which this process, and so the whole job, was suspended; returns the time."""
+    def _forgive(self) -> None:
+        """Have time not count in which this process, and so the whole job, was suspended."""
         now = time.monotonic()
-        if now - looked_at > SUSPENDED_SECONDS:
-            self.end_by += now - looked_at
-        return now
+        if now - self.looked_at > SUSPENDED_SECONDS:
+            self.end_by += now - self.looked_at
+        self.looked_at = now
 
     def _has_come(self) -> bool:
         """Whether rank 0 of this job was there. HTTP processes hear of its end by themselves, perhaps after the launcher's."""
@@ -222,10 +223,12 @@ class _Supervisor:
         except CommunicatorError:
             if not self.draining:
                 raise
+            self._forgive()
             self.has_drained = True  # the HTTP processes leave first
             self._expect_end()
             time.sleep(timeout_seconds)
             return
+        self._forgive()  # before the news sets a limit that counts from now
         for _, message in received:
             if isinstance(message, FrontendReady) and message.job == self.job and self.ready_at is None:
                 self.has_come, self.ready_at = True, time.monotonic()

@@ -188,11 +188,20 @@ def test_time_in_which_the_whole_job_was_suspended_does_not_count(monkeypatch: p
     monkeypatch.setattr(launch.supervise, "SUSPENDED_SECONDS", 500.0)
     frontend: Any = SupervisedFrontend()
     supervisor = _Supervisor(frontend, ["true"], 0, 1e6, end_by=100.0)
-    now = time.monotonic()
-    assert supervisor._forgive(now) >= now
+    supervisor._listen(0.0)
     assert supervisor.end_by == 100.0
-    supervisor._forgive(now - 1000.0)
+    supervisor.looked_at -= 1000.0
+    supervisor._listen(0.0)
     assert supervisor.end_by >= 1100.0
+
+
+def test_a_limit_that_news_sets_after_a_suspension_counts_from_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.supervise, "SUSPENDED_SECONDS", 500.0)
+    frontend: Any = SupervisedFrontend(EngineGone(1))
+    supervisor = _Supervisor(frontend, ["true"], 0, 1e6, job=1)
+    supervisor.looked_at -= 1000.0
+    supervisor._listen(0.0)
+    assert supervisor.end_by <= time.monotonic() + launch.supervise.LAUNCHER_SECONDS
 
 
 def test_what_is_said_late_of_a_job_does_not_count_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
