@@ -173,7 +173,7 @@ async def _start_grpc(inference: Any, api_keys: Sequence[bytes], settings: Front
 
 
 async def _load(services: Any, model: ModelInfo) -> None:
-    """Load the tokenizer outside the event loop, then open for requests."""
+    """Load the tokenizer outside the event loop, then open for requests unless the engine was lost meanwhile."""
     from phalanx.runtime.server.garbage import collect_seldom
     from phalanx.runtime.text import Tokenizer
 
@@ -186,7 +186,8 @@ async def _load(services: Any, model: ModelInfo) -> None:
         services.client.send(FrontendRefused(str(error)))
         return
     collect_seldom(loop)
-    services.client.serve()
+    if services.client.still_has(model):
+        services.client.serve()
 
 
 def _leave(server: Any) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from phalanx.runtime.server import garbage
 from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link import supervisor_link
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
-from phalanx.runtime.server.link.messages import Failed, Job, Phase, encode_frame
+from phalanx.runtime.server.link.messages import Failed, Job, ModelInfo, Phase, encode_frame
 from phalanx.runtime.server.link.supervisor_link import EngineDoor
+from phalanx.runtime.server.process import _load
+from phalanx.runtime.text import Tokenizer
 
+MODEL = encode_frame(ModelInfo("/model", 277, 512, 8))
 Connect = Callable[[], Awaitable[socket.socket]]
 
 
@@ -73,6 +80,37 @@ def test_an_engine_that_comes_before_the_end_of_the_last_one_was_noticed_takes_i
 
     heard = run(body)
     assert heard[:2] == [ServerState.SERVING, ServerState.STARTING]
+
+
+def test_a_tokenizer_that_is_loaded_after_the_end_of_its_engine_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that loads meanwhile says itself when it is ready."""
+    may_end = threading.Event()
+    monkeypatch.setattr(Tokenizer, "from_directory", lambda _: may_end.wait(30))
+    monkeypatch.setattr(garbage, "collect_seldom", lambda _: None)
+
+    async def body(client: EngineClient, connect: Connect) -> None:
+        first = await connect()
+        first.sendall(MODEL)
+        await until(lambda: client.model is not None)
+        model = client.model
+        assert model is not None
+        with ThreadPoolExecutor(2) as workers:
+            services = SimpleNamespace(client=client, workers=workers)
+            loading = asyncio.create_task(_load(services, model))
+            first.close()
+            await until(lambda: not client.is_connected)
+            second = await connect()
+            await until(lambda: client.is_connected)
+            may_end.set()
+            await loading
+            assert client.state is ServerState.STARTING
+            second.sendall(MODEL)
+            await until(lambda: client.model is not model)
+            assert client.model is not None
+            await _load(services, client.model)
+        assert client.state is ServerState.SERVING
+
+    assert run(body).count(ServerState.SERVING) == 1
 
 
 def test_an_engine_whose_launcher_alone_was_killed_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

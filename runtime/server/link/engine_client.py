@@ -113,6 +113,7 @@ class EngineClient(asyncio.Protocol):
         self._room, self._process = room, process
         self.state = ServerState.STARTING
         self.model: ModelInfo | None = None
+        self._engine_model: ModelInfo | None = None
         self.stats: Stats | None = None
         self.failure: str | None = None
         self.phase, self.job = "", 0
@@ -207,6 +208,10 @@ class EngineClient(asyncio.Protocol):
     def is_draining(self) -> bool:
         """Whether the server waits for the last answers."""
         return self.state is ServerState.DRAINING
+
+    def still_has(self, model: ModelInfo) -> bool:
+        """Whether the engine that sent ``model`` has not been lost since; the next one sends its own."""
+        return self._engine_model is model
 
     def serve(self) -> None:
         """From now on requests are answered."""
@@ -314,7 +319,7 @@ class EngineClient(asyncio.Protocol):
             case Refused():
                 self._refuse(message)
             case ModelInfo():
-                self.model = message
+                self.model = self._engine_model = message
                 self._load_model(message)
             case Draining():
                 self._change(ServerState.DRAINING)
@@ -402,6 +407,7 @@ class EngineClient(asyncio.Protocol):
 
     def _lose(self, reason: str, is_said: bool = False) -> None:
         """The engine is gone; under a supervisor, unless it was draining, another one starts."""
+        self._engine_model = None
         if self._on_change is None or self.state in (ServerState.DRAINING, ServerState.FAILED):
             self.fail(reason, is_said)
             return
