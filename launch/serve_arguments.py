@@ -64,7 +64,8 @@ def add_lifetime_arguments(parser: CommandParser) -> None:
     group.add_argument("--start-timeout", type=float, default=1800.0, metavar="SECONDS",
                        help="end the job when the ranks are not ready by then (default: 1800)")  # fmt: skip
     group.add_argument("--stall-timeout", type=float, default=300.0, metavar="SECONDS",
-                       help="end the job when a step takes longer (default: 300); a silent rank ends it after at most 30")  # fmt: skip
+                       help="end the job when a step takes longer (default: 300); a silent rank ends it after at most "
+                            "30, even one that a debugger or Ctrl-Z has stopped")  # fmt: skip
     group.add_argument("--shutdown-timeout", type=float, default=25.0, metavar="SECONDS",
                        help="how long open requests may go on after a signal (default: 25, below Slurm's KillWait)")  # fmt: skip
     group.add_argument("--supervise", action="store_true",
