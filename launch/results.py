@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -64,16 +64,17 @@ class ResultFile:
         self._lines: dict[int, Mapping[str, Any]] = {}
         self._is_kept = (path.is_file() or not path.exists()) and path.parent not in _DEVICES
         if path.is_file() and self._is_kept and not resume:
-            raise ConfigError(f"--output {path} exists; give --resume to continue it, or another name")
+            raise self._exists()
         if resume and not self._is_kept:
             raise ConfigError(f"--output {path} is not a file that --resume could continue; leave --resume out")
         try:
-            self._file: BinaryIO = path.open("a+b" if self._is_kept else "ab")
+            self._file: BinaryIO = self._open_locked() if self._is_kept else path.open("ab")
         except OSError as error:
             raise ConfigError(f"--output {path} cannot be written: {error.strerror}; choose another place") from None
         try:
             if self._is_kept:
-                self._lock()
+                if not resume and os.fstat(self._file.fileno()).st_size:  # written while this run waited for the lock
+                    raise self._exists()
                 self._read()
         except ConfigError:
             self._file.close()
@@ -104,7 +105,7 @@ class ResultFile:
             if complete and self._is_kept:
                 self._put_in_order()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         """An error of the disk says which file."""
         try:
@@ -125,16 +126,35 @@ class ResultFile:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _lock(self) -> None:
-        """Keep a second run away, which would write the same lines.
+    def _exists(self) -> ConfigError:
+        return ConfigError(f"--output {self._path} exists; give --resume to continue it, or another name")
+
+    def _open_locked(self) -> BinaryIO:
+        """Open the file and keep a second run away, which would write the same lines.
+
+        The run that held the lock may have replaced the file meanwhile, to put its lines in order: then it is opened again.
 
         Raises:
             ConfigError: another run holds the file, and is not just ending.
+            OSError: it cannot be opened.
         """
+        while True:
+            file = self._path.open("a+b")
+            try:
+                self._lock(file)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                        return file
+            except (ConfigError, OSError):
+                file.close()
+                raise
+            file.close()
+
+    def _lock(self, file: BinaryIO) -> None:
         give_up = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > give_up:
                     reason = "is being written by another run; wait for its end, or choose another name"

@@ -12,6 +12,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -241,6 +242,32 @@ def test_a_file_that_another_run_writes_is_refused(
         ResultFile(path, resume=True)
     first.close(complete=False)
     ResultFile(path, resume=True).close(complete=False)
+
+
+def test_a_run_that_waited_for_another_continues_what_that_has_put_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.jsonl"
+    first = ResultFile(path, resume=True)
+    first.write(output(1))
+    first.write(output(0))
+    ending = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: first.close(complete=True))
+    monkeypatch.setattr(results, "time", ending)
+    second = ResultFile(path, resume=True)
+    assert sorted(second.done) == [0, 1]
+    second.write(output(2))
+    second.close(complete=True)
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_file_that_another_run_wrote_while_this_one_waited_is_not_continued_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.jsonl"
+    monkeypatch.setattr(ResultFile, "_lock", lambda *_: path.write_text("another run's\n"))
+    with pytest.raises(ConfigError, match="exists; give --resume"):
+        ResultFile(path, resume=False)
+    assert path.read_text() == "another run's\n"
 
 
 @pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "a", "--max-tokens", "2")])
