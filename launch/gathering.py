@@ -55,8 +55,6 @@ class Gathering:
 
     def take_shared(self, output: RequestOutput) -> None:
         """A result that every rank has been given; raises what kept one from being handed on."""
-        if self._error is not None:
-            raise self._error
         self._take_once(output)
 
     def close(self) -> None:
@@ -68,9 +66,15 @@ class Gathering:
 
     def _take_once(self, output: RequestOutput) -> None:
         with self._lock:
+            if self._error is not None:
+                raise self._error
             if not self._is_over and output.index not in self._seen:
                 self._seen.add(output.index)
-                self._take(output)
+                try:
+                    self._take(output)
+                except Exception as error:
+                    self._error = error
+                    raise
 
     def _receive(self, sock: socket.socket) -> None:
         import msgspec
@@ -84,7 +88,8 @@ class Gathering:
                     for body in frames.feed(data):
                         self._take_once(outputs.decode(body))
                 except (OSError, CommunicatorError, msgspec.DecodeError) as error:
-                    self._error = error
+                    with self._lock:
+                        self._error = self._error or error
                     return
 
 

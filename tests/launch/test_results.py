@@ -6,19 +6,26 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 
 from phalanx.launch import results
+from phalanx.launch.gathering import Gathering
 from phalanx.launch.results import InOrder, ResultFile
 from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.frames import frame
 from phalanx.runtime.request import RequestOutput
 from tests.support.launcher import LAUNCHER_ENVIRONMENT
 
@@ -268,6 +275,36 @@ def test_a_file_that_another_run_wrote_while_this_one_waited_is_not_continued_un
     with pytest.raises(ConfigError, match="exists; give --resume"):
         ResultFile(path, resume=False)
     assert path.read_text() == "another run's\n"
+
+
+class LateLock:
+    """A lock before which something else happens once."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        self._lock, self._before = threading.Lock(), [before]
+
+    def __enter__(self) -> None:
+        if self._before:
+            self._before.pop()()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_result_whose_writing_failed_while_the_same_waited_for_its_turn_is_an_error() -> None:
+    def full(_: RequestOutput) -> None:
+        raise OSError("planted: disk full")
+
+    nowhere: Any = None
+    gathering = Gathering(nowhere, 1, full)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(frame(msgspec.msgpack.encode(output(0))))
+    late: Any = LateLock(lambda: gathering._receive(ours))
+    gathering._lock = late
+    with pytest.raises(OSError, match="planted"):
+        gathering.take_shared(output(0))
 
 
 @pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "a", "--max-tokens", "2")])
