@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: P
     narrow = CheckpointCase("narrow", {**CASE.config, "intermediate_size": 88})
     with pytest.raises(ConfigError, match=r"layers\.0\.down is \[64, 40\] .* tp_size=2; .* multiples of 16"):
         generate(write_checkpoint(narrow, tmp_path), "cuda", tp=2, quantize="fp8", dtype="float16")
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_a_norm_at_the_end_of_a_stage_is_handed_over(tmp_path: Path, device: None, quantize: str) -> None:
+    """OPT-350m norms after each half, so that a stage ends in a norm that quantised weights take as codes."""
+    case = CASES_BY_NAME["opt-narrow-norm-last"]
+    path = write_checkpoint(replace(case, config={**case.config, "ffn_dim": 112}), tmp_path)
+    expected, output = generate(path, "numpy", quantize=quantize), generate(path, "cuda", pp=2, quantize=quantize)
+    assert output.token_ids == expected.token_ids
+    np.testing.assert_allclose(logprobs(output), logprobs(expected), atol=1e-3)
 
 
 @pytest.mark.parametrize(("quantize", "tp"), [("fp8", 1), pytest.param("int8", 2, marks=pytest.mark.slow)])

@@ -1,19 +1,25 @@
-"""After the last layer's attention only rows that need logits go on; blocks whose branches part before it meet rows of both kinds."""
+"""Blocks of model files whose branches meet in unusual ways, against the NumPy engine.
+
+After the last layer's attention only rows that need logits go on, so branches that part before it meet rows of both kinds. And products of
+few tokens, and norms before quantised weights, are not computed before their consumer is known, whatever that consumer is.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.support.checkpoints import CASES_BY_NAME
 from tests.support.fake_cupy import install_fake_device
 from tests.support.thread_ranks import generate_on_threads
 
-CASE = CASES_BY_NAME["llama-grouped-heads"]
+CONFIG = {
+    **CASES_BY_NAME["llama-grouped-heads"].config,
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 PROMPTS = [(3, 4, 5, 6, 7, 8, 9, 50, 60, 70, 80), (9, 8, 7)]
 FILE = """
 from dataclasses import replace
@@ -29,6 +35,11 @@ def kept(config, layer, *dropped):
 
 def gate(config, layer):
     return WeightSpec(f"layers.{layer}.gate.weight", (Part(f"gate.{layer}", (1, config.hidden_size)),))
+
+
+def skip(config, layer):
+    shape = (config.hidden_size, config.hidden_size)
+    return WeightSpec(f"layers.{layer}.skip.weight", (Part(f"skip.{layer}", shape),))
 
 
 def parts(ops, config, layer, x, residual):
@@ -77,25 +88,57 @@ def block(ops, config, layer, x, residual):
 def block_weights(config, layer):
     return kept(config, layer, *(() if layer + 1 < config.num_layers else (".attention_norm.", ".qkv.", ".output.")))
 """,
+    "a residual that is a product": """
+def block(ops, config, layer, x, residual):
+    y, mlp, attended, residual = parts(ops, config, layer, x, residual)
+    return ops.add(mlp, attended), ops.linear(residual, f"layers.{layer}.skip")
+
+def block_weights(config, layer):
+    return [*kept(config, layer, ".mlp_norm."), skip(config, layer)]
+""",
+    "a residual that is the output of a norm": """
+def block(ops, config, layer, x, residual):
+    y, mlp, attended, residual = parts(ops, config, layer, x, residual)
+    return ops.add(ops.add(mlp, attended), residual), y
+
+def block_weights(config, layer):
+    return kept(config, layer, ".mlp_norm.")
+""",
+    "a product at the end and no residual": """
+def block(ops, config, layer, x, residual):
+    y, mlp, attended, residual = parts(ops, config, layer, x, residual)
+    return ops.linear(ops.add(ops.add(mlp, attended), residual), f"layers.{layer}.skip"), None
+
+def block_weights(config, layer):
+    return [*kept(config, layer, ".mlp_norm."), skip(config, layer)]
+""",
 }
 
 
 def write_model(name: str, directory: Path) -> Path:
     """Write the configuration of a model of such blocks; returns its model file."""
-    (directory / "config.json").write_text(json.dumps(CASE.config))
+    (directory / "config.json").write_text(json.dumps(CONFIG))
     (file := directory / "mine.py").write_text(FILE.replace("BLOCK", BLOCKS[name]))
     return file
 
 
+def generate(directory: Path, name: str, engine: str, pp: int, quantize: str) -> list[RequestOutput]:
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
+    options = {"load_format": "dummy", "dtype": "float32", "quantize": quantize}
+    return generate_on_threads(
+        directory, PROMPTS, params, pp=pp, engine=engine, model_file=write_model(name, directory), **options
+    )
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_branches_of_different_rows_give_the_numpy_engines_tokens(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+def test_branches_give_the_numpy_engines_tokens(
+    name: str, quantize: str, pp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
-    options: dict[str, Any] = {"model_file": write_model(name, tmp_path), "load_format": "dummy", "dtype": "float32"}
-    expected = generate_on_threads(tmp_path, PROMPTS, params, **options)
-    actual = generate_on_threads(tmp_path, PROMPTS, params, engine="cuda", **options)
+    expected = generate(tmp_path, name, "numpy", 1, quantize)
+    actual = generate(tmp_path, name, "cuda", pp, quantize)
     assert [output.token_ids for output in actual] == [output.token_ids for output in expected]
     pairs = [
         (one.logprob, other.logprob)

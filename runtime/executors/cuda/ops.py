@@ -164,7 +164,7 @@ class CudaOps(Ops[DeviceArray]):
         return self._group.all_reduce(out)
 
     def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights.embedding(name))
         return x
 
@@ -178,7 +178,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """One kernel, which adds to ``residual`` in place."""
-        x, residual = self._equally_long(self._values(x), residual)
+        x, residual = self._equally_long(x, residual)
         weight = self._weights.array(name)
         total = x if residual is None else residual
 
@@ -192,7 +192,7 @@ class CudaOps(Ops[DeviceArray]):
         self, x: DeviceArray, residual: DeviceArray | None, name: str, eps: float, weight_offset: float = 0.0
     ) -> tuple[DeviceArray, DeviceArray]:
         """One kernel, which adds to ``residual`` in place."""
-        x, residual = self._equally_long(self._values(x), residual)
+        x, residual = self._equally_long(x, residual)
         weight, bias = self._weights.norm(name)
         total = x if residual is None else residual
 
@@ -224,14 +224,14 @@ class CudaOps(Ops[DeviceArray]):
         return self._product(x, name, None)
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         bias = self._weights.linear(name).bias
         if bias is not None:
             add_bias(self._library, x, bias)
         return x
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
-        return self._group.all_reduce(self._values(x))
+        return self._group.all_reduce(self.values(x))
 
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """A single rank adds the bias in the product's epilogue."""
@@ -240,24 +240,23 @@ class CudaOps(Ops[DeviceArray]):
         return super().row_linear(x, name)
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
-        x, y = self._values(x), self._values(y)
-        x, y = self.rows_of(x, y), self.rows_of(y, x)
+        x, y = self._equally_long(x, y)
         out = self._pool.array(x.shape, x.dtype)
         add(self._library, x, y, out)
         return out
 
     def scale(self, x: DeviceArray, factor: float) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         scale_and_clip(self._library, x, factor=factor)
         return x
 
     def clip(self, x: DeviceArray, limit: float) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         scale_and_clip(self._library, x, limit=limit)
         return x
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         out = self._pool.array(x.shape, x.dtype)
         activation(self._library, x, out, _ACTIVATIONS[kind])
         return out
@@ -266,7 +265,7 @@ class CudaOps(Ops[DeviceArray]):
         if isinstance(x, DeferredProduct) and x is self._pending and (out := x.gated(_ACTIVATIONS[kind])) is not None:
             self._pending = None
             return out
-        x = self._values(x)
+        x = self.values(x)
 
         def write(out: Any) -> None:
             gated_activation(self._library, x, out, _ACTIVATIONS[kind])
@@ -274,7 +273,7 @@ class CudaOps(Ops[DeviceArray]):
         return self._deferred(x, (len(x), x.shape[1] // 2), write, write, writes_groups=True)
 
     def experts(self, x: DeviceArray, name: str, spec: ExpertsSpec) -> DeviceArray:
-        x = self._values(x)
+        x = self.values(x)
         router = self._weights.array(f"{name}.router")
         gate_up, down = self._matrices.stack(f"{name}.gate_up"), self._matrices.stack(f"{name}.down")
         num_held = len(gate_up) // (2 * down.shape[1])
@@ -295,13 +294,12 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def sigmoid_gate(self, x: DeviceArray, y: DeviceArray, name: str) -> DeviceArray:
-        x, y = self._values(x), self._values(y)
-        x, y = self.rows_of(x, y), self.rows_of(y, x)
+        x, y = self._equally_long(x, y)
         sigmoid_gate(self._library, x, y, self._weights.array(name))
         return x
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
-        qkv = self._values(qkv)
+        qkv = self.values(qkv)
         if spec.head_norm is not None:
             heads = self._attention.local_heads(layer)
             head_norm(
@@ -327,7 +325,7 @@ class CudaOps(Ops[DeviceArray]):
 
     def logit_rows(self, x: DeviceArray) -> DeviceArray:
         """The rows of ``x`` that `bind_logits` named; all of them where only these are left, as after the attention of the last layer."""
-        return x if len(x) == self._num_kept else self._gather(self._values(x), self._logit_rows)
+        return x if len(x) == self._num_kept else self._gather(self.values(x), self._logit_rows)
 
     @property
     def weights(self) -> Weights[DeviceArray]:
@@ -337,6 +335,11 @@ class CudaOps(Ops[DeviceArray]):
     def products_in_words(self, num_tokens: int, dtype: str) -> str:
         """How fp8 blocks are multiplied by ``num_tokens`` rows of ``dtype``; see `block_products_in_words`."""
         return block_products_in_words(self._gemm, self._weights, num_tokens, dtype)
+
+    def values(self, x: Rows) -> DeviceArray:
+        """Return ``x`` in the compute type, made now if it still waits for its consumer. Enqueues; does not wait."""
+        self._settle(x)
+        return x.values() if isinstance(x, Deferred | DeferredProduct) else x
 
     def empty(self, like: DeviceArray, width: int) -> DeviceArray:
         """An uninitialised ``[T, width]`` for the rest of the step, of the rows and type of ``like``."""
@@ -354,7 +357,7 @@ class CudaOps(Ops[DeviceArray]):
         if isinstance(matrix, PackedWeight) and self._gemm.takes_groups(len(x), matrix, x.dtype.name, has_bias):
             return self._groups(x, name)
         x = self._rounded(x, name)
-        return self._codes(x, self._matrices.code_rule(name)) if isinstance(matrix, QuantizedRows) else self._values(x)
+        return self._codes(x, self._matrices.code_rule(name)) if isinstance(matrix, QuantizedRows) else self.values(x)
 
     def _groups(self, x: Rows, name: str) -> QuantizedGroups:
         rule = self._matrices.input_rule(name)
@@ -362,7 +365,7 @@ class CudaOps(Ops[DeviceArray]):
         self._settle(x)
         if isinstance(x, Deferred) and x.writes_groups:
             return x.groups(rule.powers_of_two)
-        plain = self._values(x)
+        plain = self.values(x)
         out = quantized_groups(self._pool, plain.shape, rule.powers_of_two)
         quantize_groups(self._library, plain, out)
         return out
@@ -372,7 +375,7 @@ class CudaOps(Ops[DeviceArray]):
         factors, rule = self._matrices.factors(name), self._matrices.input_rule(name)
         if factors is None and rule is None:
             return x
-        plain = self._values(x)
+        plain = self.values(x)
         out = self._pool.array(plain.shape, plain.dtype)
         round_inputs(self._library, plain, out, rule, factors)
         return out
@@ -409,29 +412,26 @@ class CudaOps(Ops[DeviceArray]):
         if pending is not None and pending is not x and pending.is_pending:
             pending.values()
 
-    def _values(self, x: Rows) -> DeviceArray:
-        """``x`` in the compute type."""
-        self._settle(x)
-        return x.values() if isinstance(x, Deferred | DeferredProduct) else x
-
     def _codes(self, x: Rows, rule: CodeRule) -> QuantizedRows:
         self._settle(x)
         if isinstance(x, Deferred):
             return x.codes(rule)
-        x = self._values(x)
+        x = self.values(x)
         out = quantized_rows(self._pool, x.shape, rule)
         quantize_rows(self._library, x, out)
         return out
 
-    def rows_of(self, x: DeviceArray | None, other: DeviceArray) -> DeviceArray | None:
+    def rows_of(self, x: DeviceArray, other: DeviceArray) -> DeviceArray:
         """``x`` with the rows that ``other`` has: those kept, where ``other`` was computed after the last attention."""
-        if x is None or len(x) <= len(other):
-            return x
-        return self._gather(x, range(len(other)))
+        return x if len(x) <= len(other) else self._gather(x, range(len(other)))
 
-    def _equally_long(self, x: DeviceArray, residual: DeviceArray | None) -> tuple[DeviceArray, DeviceArray | None]:
-        """Both with the rows of the shorter one."""
-        return (x if residual is None else self.rows_of(x, residual)), self.rows_of(residual, x)
+    def _equally_long(self, x: Rows, y: Rows | None) -> tuple[DeviceArray, DeviceArray | None]:
+        """Both in the compute type, with the rows of the shorter one."""
+        x = self.values(x)
+        if y is None:
+            return x, None
+        y = self.values(y)
+        return self.rows_of(x, y), self.rows_of(y, x)
 
     def _row_marks(self, num_rows: int) -> DeviceArray:
         """``[num_rows]``, negative at padding rows: of the whole step, or of the rows kept after the last attention."""

@@ -56,7 +56,7 @@ class CudaStage:
         narrows = self.topology.is_last_stage and rows < key.num_rows
         x, residual = self._blocks(key, rows, num_kept=rows if narrows else 0)
         if not self.topology.is_last_stage:
-            return x if residual is None else self.ops.add(x, residual)
+            return self._joined(x, residual)
         if key.num_logit_rows:
             self._sample(key, x, residual, range(key.num_logit_rows), ResultLayout(key.num_logit_rows, key.num_top))
         return None
@@ -71,8 +71,7 @@ class CudaStage:
         """
         total = key.num_logit_rows
         x, residual = self._blocks(key, total + layout.num_hidden, num_kept=0)
-        if residual is not None:
-            x = self.ops.add(x, residual)
+        x = self._joined(x, residual)
         if not self.topology.is_last_stage:
             return x
         most = max(LOGIT_ROWS, len(self.arrays.seq_indices))
@@ -84,6 +83,10 @@ class CudaStage:
         for start in range(0, layout.num_hidden, LOGIT_ROWS):
             self._store_hidden(x, range(start, min(start + LOGIT_ROWS, layout.num_hidden)), layout)
         return None
+
+    def _joined(self, x: DeviceArray, residual: DeviceArray | None) -> DeviceArray:
+        """What the last block leaves, as one array: its consumer may be on another rank."""
+        return self.ops.values(x) if residual is None else self.ops.add(x, residual)
 
     def _store_hidden(self, x: DeviceArray, rows: range, layout: ResultLayout) -> None:
         """What the output projection would take; ``rows`` of those that ask for it."""
