@@ -150,11 +150,12 @@ class FormatPlan:
     def for_stored(self, names: Collection[str]) -> FormatPlan:
         """The plan of a checkpoint that holds tensors of these names: each part goes by the name under which it is there.
 
-        Routers that are stored as plain values are plain: GPTQ lists nothing that stays as it is, and where a quantiser saw a router as a
-        parameter, not as a linear module, its rules do not name it.
+        Where rules match only another of its names, what is stored decides whether they are meant. Routers that are stored as plain
+        values are plain: GPTQ lists nothing that stays as it is, and where a quantiser saw a router as a parameter, not as a linear
+        module, its rules do not name it.
         """
-        choose = self.choose if self.choose_by_names is None else self.choose_by_names(names)
         present = frozenset(names)
+        choose = self.choose if self.choose_by_names is None else self.choose_by_names(present)
         modules = {name.rpartition(".")[0] for name in present}
 
         def chosen(spec: WeightSpec) -> Format:
@@ -220,11 +221,13 @@ def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
 
 def _as_stored(spec: WeightSpec, modules: Collection[str]) -> WeightSpec:
     """``spec`` with those names of each part first under which there is a module, if any is."""
+    from phalanx.checkpoints.resolve import find_stored
+
     if not any(part.aliases for part in spec.parts):
         return spec
     parts = []
     for part in spec.parts:
-        source, *aliases = sorted(part.names, key=lambda name: name.rpartition(".")[0] not in modules)
+        source, *aliases = sorted(part.names, key=lambda name: find_stored([name.rpartition(".")[0]], modules) is None)
         parts.append(replace(part, source=source, aliases=tuple(aliases)))
     return replace(spec, parts=tuple(parts))
 
@@ -233,8 +236,10 @@ def _is_plain_router(spec: WeightSpec, chosen: Format, present: frozenset[str]) 
     """Whether ``spec``, a matrix that every rank holds whole, is there, but not all that the format ``chosen`` needs of it."""
     if len(spec.parts[0].shape) != 2 or any(part.shard for part in spec.parts):
         return False
+    from phalanx.checkpoints.resolve import find_stored
+
     needed = (part for component in chosen.components(spec) for part in component.parts)
-    is_there, is_quantised = (all(present.intersection(part.names) for part in parts) for parts in (spec.parts, needed))
+    is_there, is_quantised = (all(find_stored(part.names, present) for part in parts) for parts in (spec.parts, needed))
     return is_there and not is_quantised
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
@@ -70,7 +71,7 @@ def excluding(chosen: GroupCodes | RowCodes, section: Section, always: tuple[str
 
         return choose
 
-    return FormatPlan(of_parts(chooser(())), choose_by_names=lambda stored: of_parts(chooser(stored)))
+    return FormatPlan(of_parts(chooser(())), choose_by_names=lambda stored: of_parts(chooser(stored), stored))
 
 
 def _as_pattern(excluded: Sequence[str]) -> re.Pattern[str]:
@@ -84,19 +85,21 @@ def _as_pattern(excluded: Sequence[str]) -> re.Pattern[str]:
     return re.compile(rf"(?:{'|'.join(expressions)})(?:(?<=\.)|(?=\.|$))")
 
 
-def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
-    """A weight's format by the modules of its parts, which must agree. Tables of embeddings are dense."""
+def of_parts(choose: Chooser, stored: Collection[str] = ()) -> Callable[[WeightSpec], Format]:
+    """A weight's format by the modules of its parts, which must agree. Tables of embeddings are dense.
+
+    Args:
+        stored: names of all tensors of the checkpoint, whose parts go by the names under which they are there; () = not known.
+    """
 
     def of_weight(spec: WeightSpec) -> Format:
         if not (spec.owner.startswith("layers.") or spec.owner == "lm_head") or spec.owner.endswith("norm"):
             return DENSE
         if any("embed" in name or "wte" in name for part in spec.parts for name in part.names):
             return DENSE  # a head that is tied to the table
-        modules = [tuple(name.removesuffix(".weight") for name in part.names) for part in spec.parts]
-        head = (HEAD,) if spec.owner == HEAD else ()
-        formats = {choose((*called, *head)) for called in modules}
+        formats = {_of_part(choose, replace(spec, parts=(part,)), stored) for part in spec.parts}
         if len(formats) > 1:
-            listed = ", ".join(called[0] for called in modules)
+            listed = ", ".join(part.source.removesuffix(".weight") for part in spec.parts)
             raise ConfigError(
                 f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {listed}, which are "
                 "computed as one product; use a checkpoint with one scheme for them"
@@ -105,6 +108,26 @@ def of_parts(choose: Chooser) -> Callable[[WeightSpec], Format]:
         return chosen.for_weight(spec) if isinstance(chosen, GroupCodes) else chosen
 
     return of_weight
+
+
+def _of_part(choose: Chooser, spec: WeightSpec, stored: Collection[str]) -> Format:
+    """The format of ``spec``, which has one part, by those of its names that the rules mean.
+
+    Where rules say different things of its names, what is stored decides: a rule that matches ``gate_proj`` says nothing of a file
+    with ``w1`` unless the tensors are those of its format. Without a file, names that end like the usual one come first.
+    """
+    modules = [name.removesuffix(".weight") for name in spec.parts[0].names]
+    head = (HEAD,) if spec.owner == HEAD else ()
+    alike = [module for module in modules if module.rpartition(".")[2] == modules[0].rpartition(".")[2]]
+    considered = (alike, modules[:1], modules) if stored else (alike, modules)
+    formats = dict.fromkeys(choose(called) for called in dict.fromkeys((*called, *head) for called in considered))
+    return max(formats, key=lambda one: _num_stored(one, spec, stored) if stored else one != DENSE)
+
+
+def _num_stored(chosen: Format, spec: WeightSpec, stored: Collection[str]) -> int:
+    """How many tensors ``chosen`` needs of ``spec``; 0 unless all are there."""
+    parts = [part for component in chosen.components(spec) for part in component.parts]
+    return len(parts) if all(find_stored(part.names, stored) for part in parts) else 0
 
 
 def groups_in_order(suffix: str, formats: Iterable[Format], field: str, unset: int | None = None) -> tuple[Unread, ...]:

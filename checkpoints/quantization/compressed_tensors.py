@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
@@ -55,8 +56,10 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
     if scheme and not _is_static_fp8(scheme):
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
     in_order = groups_in_order("weight_g_idx", formats.values(), "actorder", unset=-1)
-    unread = (_SHAPES, *in_order)
-    return FormatPlan(of_parts(choose), KV_SCALES if scheme else (), has_kv_scales=bool(scheme), unread=unread)
+    return FormatPlan(
+        of_parts(choose), KV_SCALES if scheme else (), has_kv_scales=bool(scheme), unread=(_SHAPES, *in_order),
+        choose_by_names=partial(of_parts, choose),
+    )  # fmt: skip
 
 
 def _is_static_fp8(scheme: Section) -> bool:

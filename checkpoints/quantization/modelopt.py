@@ -7,7 +7,7 @@ Source: ModelOpt ``torch/export/{convert_hf_config,quant_utils}.py``.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
@@ -43,14 +43,19 @@ def read_modelopt(section: Section) -> FormatPlan:
         kv = "FP8"
     if kv not in (None, "FP8"):
         raise refused(f"modelopt kv_cache_quant_algo={kv!r}", "use a checkpoint with an fp8 cache or none")
-    choose = of_parts(of_module)
+    usual = of_parts(of_module)
+
+    def choose_by_names(stored: Collection[str]) -> Callable[[WeightSpec], Format]:
+        choose = of_parts(of_module, stored)
+
+        def is_scaled(spec: WeightSpec) -> bool:
+            return _may_be_scaled(choose(spec)) and has_prescale(spec, _FACTORS, stored, in_all_layers=not is_mixed)
+
+        return with_prescale(choose, _FACTORS, is_scaled)
+
     return FormatPlan(
-        with_prescale(choose, _FACTORS, lambda spec: _is_usually_scaled(spec, choose(spec))),
-        KV_SCALES if kv else (), has_kv_scales=bool(kv),
-        choose_by_names=lambda names: with_prescale(
-            choose, _FACTORS,
-            lambda spec: _may_be_scaled(choose(spec)) and has_prescale(spec, _FACTORS, names, in_all_layers=not is_mixed),
-        ),
+        with_prescale(usual, _FACTORS, lambda spec: _is_usually_scaled(spec, usual(spec))),
+        KV_SCALES if kv else (), has_kv_scales=bool(kv), choose_by_names=choose_by_names,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
@@ -115,7 +116,8 @@ def read_gptq(section: Section) -> FormatPlan:
         return next((one for pattern, one in rules if any(pattern.match(module) for module in modules)), chosen)
 
     formats = [one for one in (chosen, *(one for _, one in rules)) if isinstance(one, GroupCodes)]
-    return FormatPlan(of_parts(choose), unread=(_EXTRA_BIASES, *groups_in_order("g_idx", formats, "desc_act=false")))
+    unread = (_EXTRA_BIASES, *groups_in_order("g_idx", formats, "desc_act=false"))
+    return FormatPlan(of_parts(choose), unread=unread, choose_by_names=partial(of_parts, choose))
 
 
 def _gptq_format(section: Section) -> GroupCodes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,75 @@ def test_rules_name_mixtrals_experts_as_transformers_5_does() -> None:
     model, plan = find_model(config), read_formats(config)
     quantised = {spec.owner for spec in model.weights(model.read_config(config)) if plan.choose(spec) != DENSE}
     assert quantised == {f"layers.{layer}.experts.{matrix}" for layer in range(2) for matrix in ("gate_up", "down")}
+
+
+OTHER_NAMES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("ct-w4-g16-asymmetric", {"ignore": ["lm_head", "re:.*gate"]}, []),
+    ("ct-w4-g16-asymmetric", {"ignore": ["lm_head", "re:.*gate$", "re:.*w2"]}, ["w2"]),
+    ("gptq-4-v1", {"dynamic": {"-:.*gate": {}}}, []),
+    ("gptq-4-v1", {"dynamic": {r"-:.*\.gate.*": {}}}, []),
+    ("gptq-4-v1", {"dynamic": {r"+:.*\.0\..*gate.*": {"bits": 8}}}, []),
+    ("gptq-4-v1", {"dynamic": {"-:.*down.*": {}}}, []),
+    ("gptq-4-v1", {"dynamic": {"-:.*w[13]": {}}}, ["w1", "w3"]),
+    ("gptq-4-order", {"dynamic": {"-:.*gate.*": {}}}, []),
+    ("modelopt-w8a16", {"ignore": ["lm_head", "*gate*"]}, []),
+    ("modelopt-fp8", {"exclude_modules": ["lm_head", "*gate*", "*down*"]}, []),
+    ("modelopt-fp8", {"exclude_modules": ["lm_head", "*gate", "*w2"]}, ["w2"]),
+    ("hf-fp8-blocks", {"modules_to_not_convert": ["lm_head", "gate", ".*down_proj"]}, []),
+]
+"""Rules of Mixtrals whose experts are ``w1``, ``w2`` and ``w3``, and which of these are plain."""
+
+
+def mixtral_names(suffixes: Iterable[str], plain: list[str]) -> list[str]:
+    """Of all matrices in layers: those of experts in ``plain`` and the router are plain, the others have tensors with ``suffixes``."""
+    matrices = itertools.product(range(checkpoints.MIXTRAL.config["num_local_experts"]), ("w1", "w2", "w3"))
+    parts = {
+        **{f"self_attn.{matrix}_proj": suffixes for matrix in "qkvo"}, "block_sparse_moe.gate": ["weight"],
+        **{f"block_sparse_moe.experts.{n}.{name}": ["weight"] if name in plain else suffixes for n, name in matrices},
+    }  # fmt: skip
+    return [
+        f"model.layers.{layer}.{part}.{one}" for layer in range(2) for part, names in parts.items() for one in names
+    ]
+
+
+def formats_of_mixtral(config: dict[str, Any], names: Iterable[str] = ()) -> dict[str, str]:
+    """Of what is in its mixtures, in a checkpoint with tensors of these names, or by the configuration alone."""
+    model, plan = find_model(config), read_formats(config)
+    plan = plan.for_stored([*names]) if names else plan
+    specs = [spec for spec in model.weights(model.read_config(config)) if "experts" in spec.name]
+    return {spec.owner: plan.choose(spec).name.partition(" with scaled")[0] for spec in specs}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "plain"), OTHER_NAMES, ids=[f"{name}-{number}" for number, (name, *_) in enumerate(OTHER_NAMES)]
+)
+@pytest.mark.parametrize("prefix", ["model.", "", None], ids=["whole", "base-model", "config-only"])
+def test_rules_say_nothing_of_mixtrals_experts_by_names_that_its_file_does_not_have(
+    name: str, fields: dict[str, Any], plain: list[str], prefix: str | None
+) -> None:
+    """``gate`` means the router there, not ``gate_proj``."""
+    module, section = checkpoints.ALL[name]
+    config = {**checkpoints.MIXTRAL.config, "quantization_config": {**section, **fields}}
+    suffixes, _ = module(np.linspace(-1, 1, 160 * 160, dtype=np.float32).reshape(160, 160))
+    stored = (
+        [] if prefix is None else [f"{prefix}{one.removeprefix('model.')}" for one in mixtral_names(suffixes, plain)]
+    )
+    found = formats_of_mixtral(config, stored)
+    experts = {owner: one for owner, one in found.items() if not owner.endswith("router")}
+    is_plain = {
+        f"layers.{layer}.experts.{kind}": first in plain
+        for layer in range(2)
+        for kind, first in (("gate_up", "w1"), ("down", "w2"))
+    }
+    assert {owner: one == "dense" for owner, one in experts.items()} == is_plain
+    assert len({one for one in experts.values() if one != "dense"}) == 1
+    assert prefix is None or {one for owner, one in found.items() if owner.endswith("router")} == {"dense"}
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_rule_by_another_name_of_the_mixture_is_meant_if_that_is_what_is_stored(is_plain: bool) -> None:
+    module, section = checkpoints.ALL["ct-w4-g16-asymmetric"]
+    config = {**checkpoints.MIXTRAL.config, "quantization_config": {**section, "ignore": ["lm_head", "re:.*mlp.*"]}}
+    suffixes, _ = module(np.linspace(-1, 1, 160 * 160, dtype=np.float32).reshape(160, 160))
+    found = formats_of_mixtral(config, mixtral_names(suffixes, ["w1", "w2", "w3"] if is_plain else []))
+    assert {one == "dense" for owner, one in found.items() if not owner.endswith("router")} == {is_plain}
