@@ -22,7 +22,8 @@ async def preprocess(services: Services, rows: Sequence[Row]) -> list[Tensor]:
     """Token ids ``[rows, tokens]`` of the queries, padded at the end, and words in the backend's form ``[rows, 2, tokens]``.
 
     Raises:
-        ApiError: 400: the checkpoint has no tokenizer, or a query is longer than the context.
+        ApiError: 400: the checkpoint has no tokenizer, a query is longer than the context, or a word with a bias has a token that the
+            model lacks.
     """
     tokenizer = services.need_tokenizer("QUERY")
     if any(without_empty(row.get("DECODER_QUERY")) for row in rows):
@@ -37,7 +38,7 @@ async def preprocess(services: Services, rows: Sequence[Row]) -> list[Tensor]:
         Tensor.of("REQUEST_INPUT_LEN", "INT32", [[len(query)] for query in queries]),
         Tensor.of("BAD_WORDS_IDS", "INT32", _words(tokenizer, [row.get("BAD_WORDS_DICT") for row in rows])),
         Tensor.of("STOP_WORDS_IDS", "INT32", _words(tokenizer, [row.get("STOP_WORDS_DICT") for row in rows])),
-        Tensor.of("EMBEDDING_BIAS", "FP32", _biases(tokenizer, rows, services.model.vocab_size)),
+        Tensor.of("EMBEDDING_BIAS", "FP32", _biases(services, tokenizer, rows)),
         Tensor.of("REQUEST_OUTPUT_LEN", "INT32", [[row["REQUEST_OUTPUT_LEN"]] for row in rows]),
         Tensor.of("OUT_END_ID", "INT32", [[end_id] for end_id in end_ids]),
         Tensor.of("OUT_PAD_ID", "INT32", [[pad_id] for pad_id in pad_ids]),
@@ -75,15 +76,19 @@ def _end_id(tokenizer: Tokenizer) -> int:
     return token_ids[0] if len(token_ids) == 1 else -1
 
 
-def _biases(tokenizer: Tokenizer, rows: Sequence[Row], vocab_size: int) -> np.ndarray[Any, Any]:
+def _biases(services: Services, tokenizer: Tokenizer, rows: Sequence[Row]) -> np.ndarray[Any, Any]:
     """``[rows, V]`` what is added to each token's logit; ``[rows, 0]`` if no row has words for it."""
-    words = [
-        weighted_words(row.get("EMBEDDING_BIAS_WORDS"), row.get("EMBEDDING_BIAS_WEIGHTS"), "EMBEDDING_BIAS_WORDS")
+    biases = [
+        word_biases(
+            tokenizer,
+            weighted_words(row.get("EMBEDDING_BIAS_WORDS"), row.get("EMBEDDING_BIAS_WEIGHTS"), "EMBEDDING_BIAS_WORDS"),
+        )
         for row in rows
     ]
-    table = np.zeros((len(rows), vocab_size if any(words) else 0), np.float32)
-    for target, weighted in zip(table, words, strict=True):
-        for token_id, bias in word_biases(tokenizer, weighted).items():
+    table = np.zeros((len(rows), services.model.vocab_size if any(biases) else 0), np.float32)
+    for target, of_row in zip(table, biases, strict=True):
+        services.check_token_ids(tuple(of_row), "EMBEDDING_BIAS_WORDS")
+        for token_id, bias in of_row.items():
             target[token_id] = bias
     return table
 
