@@ -36,7 +36,8 @@ class Announcement:
     """
 
     def __init__(self, model: str, file: Path | None = None) -> None:
-        self.model, self._file, self._written = model, file, ""
+        self.model, self._file = model, file
+        self._written: tuple[str, os.stat_result] | None = None
         if file is None:
             return
         try:
@@ -53,8 +54,7 @@ class Announcement:
         if self._file is not None:
             text = json.dumps(self._endpoint(url)) + "\n"
             try:
-                _write(self._file, text)
-                self._written = text
+                self._written = text, _write(self._file, text)
             except OSError as error:
                 _LOG.warning(
                     "--endpoint-file %s cannot be written: %s; tell clients otherwise", self._file, error.strerror
@@ -63,11 +63,14 @@ class Announcement:
         sys.stderr.flush()
 
     def withdraw(self) -> str:
-        """The server ends; why its file stays, if it does. The file of another server, which has taken this one's place, stays as well."""
-        if self._file is None or not self._written:
+        """The server ends; why its file stays, if it does. That of another server stays as well, even if it says the same: a supervisor's
+        next one, say.
+        """
+        if self._file is None or self._written is None:
             return ""
+        text, written = self._written
         try:
-            if self._file.read_text("utf-8") == self._written:
+            if os.path.samestat(self._file.stat(), written) and self._file.read_text("utf-8") == text:
                 self._file.unlink()
         except FileNotFoundError:
             return ""
@@ -109,8 +112,8 @@ def _try_to_write(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write all of a file, or leave none new.
+def _write(path: Path, text: str) -> os.stat_result:
+    """Write all of a file, or leave none new; returns which file it is.
 
     Raises:
         OSError: it cannot be written.
@@ -118,7 +121,9 @@ def _write(path: Path, text: str) -> None:
     partial = _partial(path)
     try:
         partial.write_text(text, "utf-8")
+        written = partial.stat()
         partial.replace(path)
+        return written
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -35,12 +35,13 @@ def test_a_server_that_never_was_ready_leaves_that_of_another_one(file: Path) ->
     assert json.loads(file.read_text())["url"] == URL
 
 
-def test_a_server_that_was_replaced_leaves_that_of_its_successor(file: Path) -> None:
+@pytest.mark.parametrize("port", [8000, 8001], ids=["same address", "other address"])
+def test_a_server_that_was_replaced_leaves_that_of_its_successor(file: Path, port: int) -> None:
     old, new = Announcement("tiny", file), Announcement("tiny", file)
     old.publish(URL)
-    new.publish("http://127.0.0.1:8001")
+    new.publish(f"http://127.0.0.1:{port}")
     assert old.withdraw() == ""
-    assert json.loads(file.read_text())["port"] == 8001
+    assert json.loads(file.read_text())["port"] == port
     assert new.withdraw() == ""
     assert not file.exists()
 
@@ -58,12 +59,14 @@ def test_one_that_cannot_be_written_when_the_server_is_ready_is_a_warning(
     assert announcement.withdraw() == ""
 
 
-def test_one_that_cannot_be_removed_is_said(file: Path) -> None:
+def test_one_that_cannot_be_removed_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlink(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
     announcement = Announcement("tiny", file)
     announcement.publish(URL)
-    file.unlink()
-    file.mkdir()
-    assert f"--endpoint-file {file} cannot be removed: " in announcement.withdraw()
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert f"--endpoint-file {file} cannot be removed: [Errno 13] Permission denied" in announcement.withdraw()
 
 
 def test_a_full_disk_is_found_at_the_start(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
