@@ -116,7 +116,7 @@ class _Segment:
         """Whether the rank may have ended because it touched memory that is not there: a bus error, without a word."""
         with contextlib.suppress(OSError):
             room = os.statvfs(SHARED_MEMORY)
-            return room.f_bavail * room.f_frsize < LEAST_BYTES
+            return room.f_blocks > 0 and room.f_bavail * room.f_frsize < LEAST_BYTES
         return False
 
     def remove(self) -> None:
@@ -132,7 +132,7 @@ class _Segment:
 def _reason(
     size: int, local_size: int, seconds: str, deadline: float, key: str, agent: int, sees_all: bool, segment: _Segment
 ) -> str:  # fmt: skip
-    """Why MPI does not start, once that is certain; empty if it has started."""
+    """Why MPI does not start, once that is certain; empty if it has started or the rank has ended."""
     last_complete = last_look = time.monotonic()
     while True:
         left = deadline - time.monotonic()

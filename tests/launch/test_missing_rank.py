@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,6 +158,15 @@ def test_a_rank_that_ends_in_the_start_of_mpi_next_to_full_shared_memory_has_its
         command = [sys.executable, "-c", full, *map(str, words)]
         result = subprocess.run(command, input=byte, stderr=subprocess.PIPE, check=True, timeout=60)
         assert result.stderr.decode() == said
+
+
+@pytest.mark.parametrize(("blocks", "is_short"), [(0, False), (1000, True)], ids=["no limit", "full"])
+def test_shared_memory_without_a_limit_is_not_full(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, is_short: bool
+) -> None:
+    room = SimpleNamespace(f_blocks=blocks, f_bavail=0, f_frsize=4096)
+    monkeypatch.setattr(start_messenger.os, "statvfs", lambda _: room)
+    assert start_messenger._Segment(os.getpid()).is_short_of_room() == is_short
 
 
 @pytest.mark.parametrize(("catches_usr1", "said"), [(False, ""), (True, "inside\n")], ids=["at once", "afterwards"])
