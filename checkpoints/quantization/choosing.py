@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
@@ -52,20 +52,21 @@ def fp8_blocks(scale: str, rows: int, columns: int, inputs: InputScales = "fp8 g
 def excluding(chosen: GroupCodes | RowCodes, section: Section, always: tuple[str, ...] = ()) -> FormatPlan:
     """``chosen`` for every module whose path contains none of the excluded names, nor of ``always``; the head if none are given.
 
-    A name ends where a component of the path does, as in transformers (``quantizers_utils.should_convert_module``): ``mlp.gate`` says
-    nothing of ``mlp.gate_proj``. AutoAWQ leaves those out, too; what is stored decides about them.
+    A name ends where a component of the path does: ``mlp.gate`` says nothing of ``mlp.gate_proj``. Other programs end it anywhere:
+    AutoAWQ, which looks for it in the whole path, and transformers (``quantizers_utils.should_convert_module``), which takes it as an
+    expression for the beginning of the path, or as the path's end. So for a name that ends within a component, what is stored decides.
     """
     keys = ("modules_to_not_convert", "ignored_layers", "ignore")
     excluded = (*(name for key in keys for name in names(section, key)), *always) or (HEAD,)
-    pattern = _as_pattern(excluded)
-    scales = chosen.scale_names
+    exclusions, scales = [_Exclusion.of(name) for name in excluded], chosen.scale_names
 
     def chooser(stored: Collection[str]) -> Chooser:
         def choose(modules: Sequence[str]) -> Format:
-            if any(pattern.search(module) for module in modules):
+            found = [one for one in exclusions if any(map(one.is_in, modules))]
+            if any(one.ends_a_component(module) for one in found for module in modules):
                 return DENSE
-            is_contained = bool(stored) and any(name in module for name in excluded for module in modules)
-            if is_contained and find_stored([f"{one}.{scale}" for one in modules for scale in scales], stored) is None:
+            may_be_plain = bool(stored and found)
+            if may_be_plain and find_stored([f"{one}.{scale}" for one in modules for scale in scales], stored) is None:
                 return DENSE
             return chosen
 
@@ -74,15 +75,38 @@ def excluding(chosen: GroupCodes | RowCodes, section: Section, always: tuple[str
     return FormatPlan(of_parts(chooser(())), choose_by_names=lambda stored: of_parts(chooser(stored), stored))
 
 
-def _as_pattern(excluded: Sequence[str]) -> re.Pattern[str]:
-    """An expression for paths that contain one of the names up to the end of a component, or begin with one taken as an expression."""
-    expressions = [rf"{re.escape(name)}|^(?:{name})" for name in excluded]
-    for name in excluded:
+@dataclass(frozen=True, slots=True)
+class _Exclusion:
+    """A name that paths contain, or an expression for their beginnings; compiled alone, as flags and groups count in all of it."""
+
+    name: str
+    start: re.Pattern[str]
+    whole_name: re.Pattern[str]
+    whole_start: re.Pattern[str]
+
+    @classmethod
+    def of(cls, name: str) -> _Exclusion:
+        """Raises `ConfigError` for what is no expression."""
+        end = r"(?:(?<=\.)|(?=\.|$))"
+        flags = _FLAGS.match(name)
+        first = flags.end() if flags else 0
         try:
-            re.compile(name)
+            expressions = (name, rf"{re.escape(name)}{end}", rf"{name[:first]}(?:{name[first:]}){end}")
+            return cls(name, *map(re.compile, expressions))
         except re.error as error:
             raise refused(f"an exclusion {name!r} ({error})", "correct the expression") from None
-    return re.compile(rf"(?:{'|'.join(expressions)})(?:(?<=\.)|(?=\.|$))")
+
+    def is_in(self, module: str) -> bool:
+        """Whether it is in the path, wherever it ends."""
+        return self.name in module or self.start.match(module) is not None
+
+    def ends_a_component(self, module: str) -> bool:
+        """Whether it is in the path and ends where a component does."""
+        return self.whole_name.search(module) is not None or self.whole_start.match(module) is not None
+
+
+_FLAGS = re.compile(r"\(\?[A-Za-z]+\)")
+"""Flags for the whole of an expression, which must come first."""
 
 
 def of_parts(choose: Chooser, stored: Collection[str] = ()) -> Callable[[WeightSpec], Format]:

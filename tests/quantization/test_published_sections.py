@@ -267,6 +267,8 @@ def test_modules_of_a_group_without_weights_stay_as_they_are() -> None:
         (["mlp.gate"], set()), (["model.layers.1"], {"layers.1.qkv", "layers.1.output", "layers.1.gate_up", "layers.1.down"}),
         (["layers.1.self_attn."], {"layers.1.qkv", "layers.1.output"}), (["model.layer"], set()),
         ([r"model\.layers\.[0-9]\.mlp\.down_proj"], {"layers.0.down", "layers.1.down"}),
+        (["(?i)MODEL.layers.1.mlp", "(?i)x"], {"layers.1.gate_up", "layers.1.down"}),
+        ([r"(mode)l\.layers\.0\.mlp", r"(m)odel\.layers\.1\.\1lp"], {"layers.0.gate_up", "layers.0.down", "layers.1.gate_up", "layers.1.down"}),
     ],
     ids=lambda value: str(sorted(value)),
 )  # fmt: skip
@@ -280,13 +282,18 @@ def test_exclusions_end_where_a_component_of_a_path_does(
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize(
+    "excluded", [["gate", "up"], [r"model\.layers\.\d\.mlp\.gate", r"(?i)MODEL.*\.up"]], ids=["names", "expressions"]
+)
 @pytest.mark.parametrize("name", ["awq", "fbgemm"])
-def test_a_name_that_a_path_contains_excludes_what_is_stored_plain(tmp_path: Path, name: str, is_plain: bool) -> None:
-    """AutoAWQ leaves ``gate_proj`` and ``up_proj`` out for ``["gate", "up"]``, others quantise both."""
+def test_a_name_that_ends_within_a_component_excludes_what_is_stored_plain(
+    tmp_path: Path, name: str, excluded: list[str], is_plain: bool
+) -> None:
+    """AutoAWQ leaves ``gate_proj`` and ``up_proj`` out for ``["gate", "up"]``, transformers for the beginnings of their paths."""
     write_checkpoint(checkpoints.CASE, tmp_path / "dense")
     module, section = checkpoints.ALL[name]
     modules = {".gate_proj": writers.as_it_is, ".up_proj": writers.as_it_is, "": module} if is_plain else module
-    section = {**section, "modules_to_not_convert": ["lm_head", "gate", "up"]}
+    section = {**section, "modules_to_not_convert": ["lm_head", *excluded]}
     writers.write(tmp_path / "dense", tmp_path / "quantised", tmp_path / "twin", modules, section)
     weights, twin = (checkpoints.load(tmp_path / path, 1, 0) for path in ("quantised", "twin"))
     for owner in ("layers.0.gate_up", "layers.1.down"):
