@@ -83,7 +83,7 @@ def read_awq(section: Section) -> FormatPlan:
         integer(section, "bits", integer(section, "w_bit", 0)),
     )
     group = group_size(section, default=group_size(section, "q_group_size"))
-    flag(section, "zero_point", True)
+    flag(section, "zero_point", True)  # only checked to be a flag: zero points are stored either way
     if version != "gemm" or bits != 4:
         raise refused(f"awq version={version!r} bits={bits}", "use version gemm, 4 bits")
     if section.get("dynamic"):
