@@ -100,13 +100,18 @@ class Server:
 
     def open_stream(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         """A stream of which the first event has arrived; close it to leave."""
+        return self.begin_stream(path, body)[0]
+
+    def begin_stream(self, path: str, body: dict[str, Any]) -> tuple[http.client.HTTPResponse, dict[str, Any]]:
+        """The same, and the first event."""
         connection = self.connect()
         connection.request("POST", path, json.dumps({**body, "stream": True}), {"Connection": "close"})
         response = connection.getresponse()
         assert response.status == 200
-        assert response.readline().startswith(b"data: ")
+        line = response.readline()
+        assert line.startswith(b"data: ")
         self.streams.append(response)
-        return response
+        return response, json.loads(line.removeprefix(b"data: "))
 
     def http_process(self) -> int:
         """Process id of the HTTP process, the only child of a stub server."""

@@ -113,16 +113,18 @@ def test_with_ulfm_the_other_replicas_go_on_and_their_tokens_are_the_same(tiny: 
         pytest.skip("ULFM is Open MPI's")
     flags = ("--dp", "2", "--pp", "1")
     with serve_tiny(tiny, 4, *flags, launcher_flags=("--with-ft", "ulfm")) as job:
-        body = {**LONG, "max_tokens": 300, "temperature": 0}
-        streams = [job.server.open_stream(PATH, body) for _ in range(2)]  # one a replica
+        body = {**LONG, "max_tokens": 300, "temperature": 0, "return_token_ids": True}
+        streams = [job.server.begin_stream(PATH, body) for _ in range(2)]  # one a replica
         os.kill(job.rank(lost_rank), signal.SIGKILL)
-        ends = [events(stream) for stream in streams]
-        (whole,) = [end for end in ends if "error" not in end[-1]]
-        (broken,) = [end for end in ends if "error" in end[-1]]
+        read = [[first, *events(stream)] for stream, first in streams]
+        (whole,) = [stream for stream in read if "error" not in stream[-1]]
+        (broken,) = [stream for stream in read if "error" in stream[-1]]
         assert "replica 1 was lost" in broken[-1]["error"]["message"]
-        alone = job.server.post(PATH, body).json["choices"][0]["text"]
-        assert alone.endswith(text(whole)), "the first event, of one token or more, has been read already"
-        assert text(broken[:-1]) in alone
+        alone = job.server.post(PATH, body).json["choices"][0]["token_ids"]
+        assert len(alone) == 300
+        assert token_ids(whole) == alone
+        assert 0 < (count := len(token_ids(broken[:-1]))) < 300
+        assert token_ids(broken[:-1]) == alone[:count]
         assert job.server.get("/health").status == 200
         assert metric(job, "phalanx_replicas_serving") == 1
         assert all("choices" in answer for answer in answers(job, [{"prompt": "a", "max_tokens": 3}] * 4))
@@ -132,8 +134,8 @@ def test_with_ulfm_the_other_replicas_go_on_and_their_tokens_are_the_same(tiny: 
         assert f"rank {lost_rank} (" in errors
 
 
-def text(stream: list[Any]) -> str:
-    return "".join(event["choices"][0]["text"] for event in stream)
+def token_ids(stream: list[Any]) -> list[int]:
+    return [token_id for event in stream for token_id in event["choices"][0]["token_ids"]]
 
 
 @pytest.mark.parametrize(("rank", "fault"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (3, signal.SIGSTOP)])
