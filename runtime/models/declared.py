@@ -72,9 +72,11 @@ def check_sources(specs: Iterable[WeightSpec]) -> None:
     Raises:
         ConfigError: naming the source and the rows.
     """
+    parts = [part for spec in specs for part in spec.parts]
+    sliced = {part.source for part in parts if part.source_rows or part.first_row}
     ranges: dict[str, set[tuple[int, int]]] = {}
     extents: dict[str, int] = {}
-    for part in (part for spec in specs for part in spec.parts if part.source_rows or part.first_row):
+    for part in (part for part in parts if part.source in sliced):
         rows, stop = part.source_extents[0], part.first_row + part.shape[0]
         if not 0 <= part.first_row < stop <= rows or extents.setdefault(part.source, rows) != rows:
             raise ConfigError(
