@@ -39,7 +39,7 @@ class HeadNorm:
             raise ConfigError(f"kind={self.kind!r} of a norm of heads is neither 'rms' nor 'layer'")
         for name in ("eps", "weight_offset"):
             if not is_finite_number(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} of a norm of heads is not a finite number")
+                raise ConfigError(f"{name}={getattr(self, name)!r} of a norm of heads is not a finite Python number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class AttentionSpec:
     weights are read (`phalanx.runtime.executors.capabilities`).
 
     Attributes:
-        scale: factor on the scores, usually ``head_dim ** -0.5``.
+        scale: factor on the scores, above 0, usually ``head_dim ** -0.5``.
         rope: rotary embedding of queries and keys; None = positions come from elsewhere.
         window: a query sees this many positions, itself included; 0 = all before it.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0 = off (Gemma 2).
@@ -63,7 +63,7 @@ class AttentionSpec:
             another, also the later ones (prefix language model, Raffel et al. 2020), and must be in one step. Empty = no prefix.
 
     Raises:
-        ConfigError: fields that contradict each other.
+        ConfigError: a field has a value or a type that it cannot have, or fields contradict each other.
     """
 
     num_heads: int
@@ -97,21 +97,21 @@ class AttentionSpec:
         for name, least in {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "window": 0}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} of an attention is not a whole number of at least {least}")
+                raise ConfigError(f"{name}={value!r} of an attention is not a Python int of at least {least}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} of an attention is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if not is_finite_number(self.scale):
-            raise ConfigError(f"scale={self.scale!r} of an attention is not a finite number")
+        if not is_finite_number(self.scale) or self.scale <= 0:
+            raise ConfigError(f"scale={self.scale!r} of an attention is not a finite Python number above 0")
         if not is_finite_number(self.soft_cap) or self.soft_cap < 0:
             raise ConfigError(
-                f"soft_cap={self.soft_cap!r} of an attention is not a finite number of at least 0; 0 = off"
+                f"soft_cap={self.soft_cap!r} of an attention is not a finite Python number of at least 0; 0 = off"
             )
 
     def _check_slopes(self, slopes: tuple[float, ...]) -> None:
         if not isinstance(slopes, tuple) or not all(map(is_finite_number, slopes)):
-            raise ConfigError(f"alibi_slopes={slopes!r} of an attention is not a tuple of finite numbers")
+            raise ConfigError(f"alibi_slopes={slopes!r} of an attention is not a tuple of finite Python numbers")
         if len(slopes) != self.num_heads:
             raise ConfigError(f"{len(slopes)} ALiBi slopes for num_heads={self.num_heads}; give one per head")
 

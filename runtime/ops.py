@@ -67,7 +67,7 @@ class ExpertsSpec:
         for name in ("num_experts", "top_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} of a mixture of experts is not a whole number of at least 1")
+                raise ConfigError(f"{name}={value!r} of a mixture of experts is not a Python int of at least 1")
         if self.activation not in get_args(Activation):
             raise ConfigError(f"activation={self.activation!r} of experts is none of {', '.join(get_args(Activation))}")
         if self.top_k > self.num_experts:

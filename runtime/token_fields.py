@@ -22,7 +22,7 @@ def shown(value: Any, length: int = 80) -> str:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether ``value`` is a number that a float can hold: JSON's whole numbers have no largest one."""
+    """Whether ``value`` is a Python number that a float can hold: JSON's whole numbers have no largest one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phalanx.checkpoints.spec import Part, WeightSpec
@@ -454,12 +455,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "attention to later tokens": (
         with_attention(causal=False), "layers.0.attention has causal=False and cached=True, but tokens that follow one another need both",
     ),
-    "window below 0": (with_attention(window=-4), "window=-4 of an attention is not a whole number of at least 0"),
-    "window that is no whole number": (with_attention(window=4.0), "window=4.0 of an attention is not a whole number of at least 0"),
-    "cap below 0": (with_attention(soft_cap=-5.0), "soft_cap=-5.0 of an attention is not a finite number of at least 0; 0 = off"),
-    "scale that is a text": (with_attention(scale="0.1"), "scale='0.1' of an attention is not a finite number"),
+    "window below 0": (with_attention(window=-4), "window=-4 of an attention is not a Python int of at least 0"),
+    "window that is no whole number": (with_attention(window=4.0), "window=4.0 of an attention is not a Python int of at least 0"),
+    "cap below 0": (with_attention(soft_cap=-5.0), "soft_cap=-5.0 of an attention is not a finite Python number of at least 0; 0 = off"),
+    "scale that is a text": (with_attention(scale="0.1"), "scale='0.1' of an attention is not a finite Python number above 0"),
+    "scale below 0": (with_attention(scale=-1.0), "scale=-1.0 of an attention is not a finite Python number above 0"),
+    "scale of 0": (with_attention(scale=0), "scale=0 of an attention is not a finite Python number above 0"),
+    "scale of NumPy": (
+        with_attention(scale=np.float32(0.25)), f"scale={np.float32(0.25)!r} of an attention is not a finite Python number above 0",
+    ),
+    "heads counted by NumPy": (
+        with_attention(num_heads=np.int64(4)), f"num_heads={np.int64(4)!r} of an attention is not a Python int of at least 1",
+    ),
     "slopes in a list": (
-        with_attention(alibi_slopes=[0.5] * 4), "alibi_slopes=[0.5, 0.5, 0.5, 0.5] of an attention is not a tuple of finite numbers",
+        with_attention(alibi_slopes=[0.5] * 4), "alibi_slopes=[0.5, 0.5, 0.5, 0.5] of an attention is not a tuple of finite Python numbers",
     ),
     "rows beyond a tensor": (
         {"block_weights": declared(("gate_up", rows_of(0, 96)))},
@@ -495,7 +504,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens that take no expert": (
         {"block": with_mlp(lambda ops, name, x: ops.experts(x, name, ExpertsSpec(2, 0, "silu")))},
-        "top_k=0 of a mixture of experts is not a whole number of at least 1",
+        "top_k=0 of a mixture of experts is not a Python int of at least 1",
     ),
     "experts without such an activation": (
         {"block": with_mlp(lambda ops, name, x: ops.experts(x, name, ExpertsSpec(2, 1, "swiglu")))},  # type: ignore[arg-type]
