@@ -20,8 +20,9 @@ __all__ = ["StageWork", "stage_work"]
 
 
 EXPERTS_TIME = 2.1
-"""Of experts' products by that of other products of 16-bit values, which their codes become: 283 TFLOP/s for 2,048 tokens of Mixtral 8x7B on an
-H200 (docs/benchmarks/h200.md), where the plan counts with 60 % of 989."""
+"""Time of experts' products by that of other products of 16-bit values, which their codes become. The plan counts with 60 % of an H200's 989
+TFLOP/s; 2,048 tokens of Mixtral 8x7B reach 293 in bfloat16, 283 in fp8 and 253 in 4 bits (docs/benchmarks/h200.md): 2.0 to 2.4 times as long. Counted
+as for fp8."""
 
 
 @dataclass(frozen=True, slots=True)
