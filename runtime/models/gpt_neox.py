@@ -66,7 +66,8 @@ def block(
     name, eps, spec = f"layers.{layer}", config.norm_eps, attention(config, layer)
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", eps)
     if not config.is_parallel:
-        x, residual = ops.add_layer_norm(blocks.attention(ops, name, layer, x, spec), residual, f"{name}.mlp_norm", eps)
+        x = blocks.attention(ops, name, layer, x, spec)
+        x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", eps)
         return blocks.mlp(ops, name, x, config.activation), residual
     y = ops.column_linear(ops.layer_norm(residual, f"{name}.mlp_norm", eps), f"{name}.up")
     x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, spec)

@@ -83,7 +83,8 @@ def block(
     name, eps, spec = f"layers.{layer}", config.norm_eps, attention(config, layer)
     if config.norm_first:
         x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", eps)
-        x, residual = ops.add_layer_norm(blocks.attention(ops, name, layer, x, spec), residual, f"{name}.mlp_norm", eps)
+        x = blocks.attention(ops, name, layer, x, spec)
+        x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", eps)
         return blocks.mlp(ops, name, x, config.activation), residual
     x = ops.layer_norm(ops.add(blocks.attention(ops, name, layer, x, spec), x), f"{name}.attention_norm", eps)
     return ops.layer_norm(ops.add(blocks.mlp(ops, name, x, config.activation), x), f"{name}.mlp_norm", eps), None

@@ -65,7 +65,8 @@ def block(
     name, eps, spec = f"layers.{layer}", config.norm_eps, attention(config, layer)
     x, residual = ops.add_layer_norm(x, residual, f"{name}.attention_norm", eps)
     if not config.is_parallel:
-        x, residual = ops.add_layer_norm(blocks.attention(ops, name, layer, x, spec), residual, f"{name}.mlp_norm", eps)
+        x = blocks.attention(ops, name, layer, x, spec)
+        x, residual = ops.add_layer_norm(x, residual, f"{name}.mlp_norm", eps)
         return blocks.gated_mlp(ops, name, x, config.activation), residual
     y = ops.gated_activation(ops.column_linear(x, f"{name}.gate_up"), config.activation)
     x = ops.attention(ops.column_linear(x, f"{name}.qkv"), f"{name}.attention", layer, spec)

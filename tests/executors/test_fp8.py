@@ -12,6 +12,7 @@ import pytest
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.thread_comm import run_ranks
+from phalanx.runtime.executors.cuda.deferred import Deferred
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
@@ -81,6 +82,20 @@ def test_cuda_computes_what_numpy_defines(
     output = generate(directory, "cuda", tp, pp, dtype="float16", **options)
     exact = logprobs(generate(directory, "numpy"))
     assert np.abs(logprobs(output) - expected).max() < np.abs(exact - expected).max()
+
+
+@pytest.mark.parametrize("name", ["gpt_neox-serial-no-bias", "opt-plain", "stablelm-serial"])
+def test_built_in_blocks_drop_norms_before_their_residual_goes_on(
+    name: str, tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm that is still referred to then is computed twice: as codes, and as values in case that these are asked for."""
+    kept: list[Deferred] = []
+    monkeypatch.setattr(Deferred, "keep", kept.append)
+    config = CASES_BY_NAME[name].config
+    width = "ffn_dim" if "ffn_dim" in config else "intermediate_size"
+    path = write_checkpoint(CheckpointCase(name, {**config, width: 96}), tmp_path)
+    generate(path, "cuda", quantize="int8", dtype="float32")
+    assert kept == []
 
 
 def test_weights_can_be_quantised_once_only_where_the_sizes_allow_it(tmp_path: Path, device: None) -> None:

@@ -104,6 +104,18 @@ def block(ops, config, layer, x, residual):
 def block_weights(config, layer):
     return kept(config, layer, ".mlp_norm.")
 """,
+    "the output of a norm after its residual has gone on": """
+def block(ops, config, layer, x, residual):
+    name = f"layers.{layer}"
+    y, residual = ops.add_rms_norm(x, residual, f"{name}.attention_norm", config.norm_eps)
+    attended = blocks.attention(ops, name, layer, y, AttentionSpec.of(config))
+    z, residual = ops.add_rms_norm(attended, residual, f"{name}.mlp_norm", config.norm_eps)
+    skipped = ops.add(ops.linear(y, f"{name}.skip"), y)
+    return ops.add(blocks.gated_mlp(ops, name, z, config.activation), skipped), residual
+
+def block_weights(config, layer):
+    return [*kept(config, layer), skip(config, layer)]
+""",
     "a product at the end and no residual": """
 def block(ops, config, layer, x, residual):
     y, mlp, attended, residual = parts(ops, config, layer, x, residual)

@@ -6,6 +6,10 @@ either in one kernel, but model files name neither. So with quantised weights su
 operation that follows, in program order, makes it: `CudaOps` holds at most one at a time, and every operation that is not a
 product makes it as plain values first. No kernel changes its place among the others by this.
 
+A norm that was made as codes may be asked for in another form later, when the sum that it norms, the residual, has gone on in place. So before
+an operation overwrites a norm's source, a norm that the model still refers to is made as values (`Deferred.keep`). A block that gives the name
+to its next result first, as built-in ones do, pays nothing.
+
 In the same way a product of few tokens waits for the gated activation that may follow: kernels that stream a weight compute both.
 """
 
@@ -34,16 +38,23 @@ class Deferred:
         write: makes it the first time.
         write_again: makes it in another form afterwards, when inputs may have been updated in place.
         writes_groups: whether they make `QuantizedGroups`, too.
+        source: what ``write_again`` reads, if operations may overwrite it while this result is in use.
+
+    Attributes:
+        is_kept: only `values` is left to make others of; see `keep`.
     """
 
-    __slots__ = ("_codes", "_groups", "_pool", "_values", "_write", "_write_again", "dtype", "shape", "writes_groups")
+    __slots__ = (
+        "__weakref__", "_codes", "_groups", "_pool", "_values", "_write", "_write_again", "dtype", "is_kept", "shape", "source",
+        "writes_groups",
+    )  # fmt: skip
 
     def __init__(
         self, pool: ActivationPool, shape: tuple[int, int], dtype: Any, write: Write, write_again: Write,
-        writes_groups: bool = False,
+        writes_groups: bool = False, source: DeviceArray | None = None,
     ) -> None:  # fmt: skip
         self._pool, self.shape, self.dtype, self.writes_groups = pool, shape, dtype, writes_groups
-        self._write, self._write_again = write, write_again
+        self._write, self._write_again, self.source, self.is_kept = write, write_again, source, False
         self._values: DeviceArray | None = None
         self._codes: dict[CodeRule, QuantizedRows] = {}
         self._groups: dict[bool, QuantizedGroups] = {}
@@ -61,6 +72,11 @@ class Deferred:
         if self._values is None:
             self._values = self._filled(self._pool.array(self.shape, self.dtype))
         return self._values
+
+    def keep(self) -> None:
+        """Make `values` now, because ``source`` is about to be overwritten."""
+        self.values()
+        self.source, self.is_kept = None, True
 
     def codes(self, rule: CodeRule) -> QuantizedRows:
         """The codes of what `values` would hold."""

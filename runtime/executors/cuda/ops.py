@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from phalanx.checkpoints.formats import DENSE
 from phalanx.checkpoints.quantization.row_codes import (
@@ -136,6 +137,7 @@ class CudaOps(Ops[DeviceArray]):
         self._logit_rows, self.stops_before_logits = range(0), False
         self._matrices = CudaMatrices(weights)
         self._pending: Deferred | DeferredProduct | None = None
+        self._norms = WeakSet[Deferred]()
 
     def bind(self, num_rows: int, has_prefill: bool, num_kept: int) -> None:
         """Start a step of ``num_rows`` tokens, padding included. What the last step left in the pool is overwritten.
@@ -143,6 +145,7 @@ class CudaOps(Ops[DeviceArray]):
         ``num_kept``: rows with logits that are computed after the last attention; 0 = all rows.
         """
         self._pending = None
+        self._norms.clear()
         self._pool.reset()
         self._attention.begin(has_prefill)
         self._num_rows, self._num_kept = num_rows, num_kept
@@ -164,7 +167,7 @@ class CudaOps(Ops[DeviceArray]):
         return self._group.all_reduce(out)
 
     def position_embedding(self, x: DeviceArray, name: str) -> DeviceArray:
-        x = self.values(x)
+        x = self._overwritten(x)
         add_position_embedding(self._library, x, self._arrays.positions[: len(x)], self._weights.embedding(name))
         return x
 
@@ -180,12 +183,12 @@ class CudaOps(Ops[DeviceArray]):
         """One kernel, which adds to ``residual`` in place."""
         x, residual = self._equally_long(x, residual)
         weight = self._weights.array(name)
-        total = x if residual is None else residual
+        total = x if residual is None else self._overwritten(residual)
 
         def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
             rms_norm(self._library, x, weight, out, epsilon=eps, weight_offset=weight_offset, residual=residual)
 
-        out = self._deferred_norm(x, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        out = self._deferred_norm(x, total, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total
 
     def add_layer_norm(
@@ -194,14 +197,14 @@ class CudaOps(Ops[DeviceArray]):
         """One kernel, which adds to ``residual`` in place."""
         x, residual = self._equally_long(x, residual)
         weight, bias = self._weights.norm(name)
-        total = x if residual is None else residual
+        total = x if residual is None else self._overwritten(residual)
 
         def write(out: Any, x: DeviceArray, residual: DeviceArray | None) -> None:
             layer_norm(
                 self._library, x, weight, bias, out, epsilon=eps, weight_offset=weight_offset, residual=residual
             )  # fmt: skip
 
-        out = self._deferred_norm(x, lambda out: write(out, x, residual), lambda out: write(out, total, None))
+        out = self._deferred_norm(x, total, lambda out: write(out, x, residual), lambda out: write(out, total, None))
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
@@ -224,14 +227,14 @@ class CudaOps(Ops[DeviceArray]):
         return self._product(x, name, None)
 
     def add_bias(self, x: DeviceArray, name: str) -> DeviceArray:
-        x = self.values(x)
+        x = self._overwritten(x)
         bias = self._weights.linear(name).bias
         if bias is not None:
             add_bias(self._library, x, bias)
         return x
 
     def all_reduce(self, x: DeviceArray) -> DeviceArray:
-        return self._group.all_reduce(self.values(x))
+        return self._group.all_reduce(self._overwritten(x))
 
     def row_linear(self, x: DeviceArray, name: str) -> DeviceArray:
         """A single rank adds the bias in the product's epilogue."""
@@ -246,12 +249,12 @@ class CudaOps(Ops[DeviceArray]):
         return out
 
     def scale(self, x: DeviceArray, factor: float) -> DeviceArray:
-        x = self.values(x)
+        x = self._overwritten(x)
         scale_and_clip(self._library, x, factor=factor)
         return x
 
     def clip(self, x: DeviceArray, limit: float) -> DeviceArray:
-        x = self.values(x)
+        x = self._overwritten(x)
         scale_and_clip(self._library, x, limit=limit)
         return x
 
@@ -295,11 +298,11 @@ class CudaOps(Ops[DeviceArray]):
 
     def sigmoid_gate(self, x: DeviceArray, y: DeviceArray, name: str) -> DeviceArray:
         x, y = self._equally_long(x, y)
-        sigmoid_gate(self._library, x, y, self._weights.array(name))
+        sigmoid_gate(self._library, self._overwritten(x), y, self._weights.array(name))
         return x
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
-        qkv = self.values(qkv)
+        qkv = self._overwritten(qkv)
         if spec.head_norm is not None:
             heads = self._attention.local_heads(layer)
             head_norm(
@@ -363,7 +366,7 @@ class CudaOps(Ops[DeviceArray]):
         rule = self._matrices.input_rule(name)
         assert rule is not None, "blocks have inputs of codes"
         self._settle(x)
-        if isinstance(x, Deferred) and x.writes_groups:
+        if isinstance(x, Deferred) and x.writes_groups and not x.is_kept:
             return x.groups(rule.powers_of_two)
         plain = self.values(x)
         out = quantized_groups(self._pool, plain.shape, rule.powers_of_two)
@@ -392,18 +395,22 @@ class CudaOps(Ops[DeviceArray]):
     ) -> bool:
         return self._gemm.gated(rows, self._matrices.matrix(name), out, kind)
 
-    def _deferred_norm(self, like: DeviceArray, write: Write, write_again: Write) -> Rows:
-        return self._deferred(like, like.shape, write, write_again, norm_takes_groups(like.shape[1]))
+    def _deferred_norm(self, like: DeviceArray, total: DeviceArray, write: Write, write_again: Write) -> Rows:
+        out = self._deferred(like, like.shape, write, write_again, norm_takes_groups(like.shape[1]), total)
+        if isinstance(out, Deferred):
+            self._norms.add(out)
+        return out
 
     def _deferred(
-        self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write, writes_groups: bool
-    ) -> Rows:
+        self, like: DeviceArray, shape: tuple[int, int], write: Write, write_again: Write, writes_groups: bool,
+        source: DeviceArray | None = None,
+    ) -> Rows:  # fmt: skip
         """What ``write`` fills: at once, or with quantised weights when its consumer is known."""
         if not self._matrices.meet_codes:
             out = self._pool.array(shape, like.dtype)
             write(out)
             return out
-        self._pending = Deferred(self._pool, shape, like.dtype, write, write_again, writes_groups)
+        self._pending = Deferred(self._pool, shape, like.dtype, write, write_again, writes_groups, source)
         return self._pending
 
     def _settle(self, x: Rows) -> None:
@@ -412,9 +419,16 @@ class CudaOps(Ops[DeviceArray]):
         if pending is not None and pending is not x and pending.is_pending:
             pending.values()
 
+    def _overwritten(self, x: Rows) -> DeviceArray:
+        """``x`` in the compute type, for an operation that overwrites it: norms of it, still in use, are made before."""
+        x = self.values(x)
+        for norm in [norm for norm in self._norms if norm.source is x]:
+            norm.keep()
+        return x
+
     def _codes(self, x: Rows, rule: CodeRule) -> QuantizedRows:
         self._settle(x)
-        if isinstance(x, Deferred):
+        if isinstance(x, Deferred) and not x.is_kept:
             return x.codes(rule)
         x = self.values(x)
         out = quantized_rows(self._pool, x.shape, rule)
