@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -104,4 +105,5 @@ def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo[object], 
     if info.size > 1 and getattr(report, "failed", True):
         sys.stderr.write(f"\nrank {info.rank}: {node.nodeid} failed\n{report.longreprtext}\n")
         sys.stderr.flush()
+        time.sleep(0.5)  # MPICH's launcher kills its ranks without having read what they wrote
         abort_world(1)
