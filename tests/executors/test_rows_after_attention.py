@@ -142,8 +142,10 @@ def generate(directory: Path, name: str, engine: str, pp: int, quantize: str) ->
     )
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("quantize", "pp"),
+    [("none", 1), ("int8", 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in [("none", 2), ("int8", 1)])],
+)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_branches_give_the_numpy_engines_tokens(
     name: str, quantize: str, pp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -57,8 +57,13 @@ def start(words: list[str], ranks: int, environ: dict[str, str] | None = None) -
 
 
 @needs_mpirun
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("command", ["generate", "doctor"])
+@pytest.mark.parametrize(
+    ("rank", "command"),
+    [
+        (0, "generate"), (1, "doctor"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, "generate"), (0, "doctor")]),
+    ],
+)  # fmt: skip
 def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit(rank: int, command: str) -> None:
     script = ON_RANK.format(rank=rank, instead="exec sleep 30")
     arguments = IDS if command == "generate" else ("--timeout", "2")

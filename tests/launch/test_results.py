@@ -115,7 +115,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(path: str) ->
 
 
 @needs_mpirun
-@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("dp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_was_interrupted_goes_on(prompts: Path, tmp_path: Path, dp: int) -> None:
     arguments = ("--log-level", "warning", "--input-file", prompts, "--dp", str(dp), "--output")
     assert run("generate", *arguments, tmp_path / "whole", ranks=2).returncode == 0
@@ -199,7 +199,7 @@ run_command(generate.main, sys.argv[1:])
 
 
 @needs_mpirun
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_prompts_without_an_answer_are_counted_in_one_line_next_to_status_2(tmp_path: Path, ranks: int) -> None:
     file, output = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     file.write_text('{"prompt_token_ids": [5], "max_tokens": 1}\n' + '{"prompt_token_ids": [999999]}\n' * 2)

@@ -102,7 +102,8 @@ def test_on_outliers_smoothquant_restores_what_rounding_to_nearest_loses_at_any_
     assert all(error["is_kept"] and error["calibrated"] < 0.5 * error["rtn"] for error in errors.values())
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_on_the_demo_smoothquant_is_no_worse_than_rounding_to_nearest(tmp_path: Path, scheme: str) -> None:
     quantized(DEMO, tmp_path / "rtn", scheme, "rtn")
     quantized(DEMO, tmp_path / "smooth", scheme, "smoothquant")

@@ -105,7 +105,7 @@ FAULTS = [
     ("open(os.fsdecode(b'gone-\\xff'))", "No such file or directory: 'gone-"),
 ]
 """Code, and what is said of it: four keep Python from running, close standard error, crash, and name a file that is not UTF-8."""
-QUICK = (0, 1, 4)
+QUICK = (0, 1)
 """Run on one rank each by default; all on both by ``make test-launchers``."""
 
 
