@@ -91,7 +91,7 @@ def job_arguments(
 
 def _die_with_launcher() -> None:
     """End this rank when its launcher dies. Open MPI's ranks would stay: those that wait do not notice."""
-    from phalanx.runtime.server.web.parent import signal_when_parent_dies
+    from phalanx.parallel.parent import signal_when_parent_dies
 
     signal_when_parent_dies(signal.SIGKILL)
 

@@ -17,13 +17,13 @@ from typing import Any
 import msgspec
 
 from phalanx.parallel.errors import CheckpointError, ConfigError
+from phalanx.parallel.parent import signal_when_parent_dies
 from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.messages import FrontendRefused, ModelInfo
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 from phalanx.runtime.server.web.listener import ACCEPTS_PER_TURN
 from phalanx.runtime.server.web.log import hold_log, start_logging
-from phalanx.runtime.server.web.parent import signal_when_parent_dies
 
 __all__ = ["main"]
 
