@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from phalanx.launch.children import same_code
 from phalanx.launch.streams import drop_broken_streams
 from phalanx.parallel.errors import CommunicatorError, ConfigError
+from phalanx.parallel.lateness import Lateness
 
 if TYPE_CHECKING:
     from phalanx.runtime.server.link.frontend import Frontend
@@ -44,8 +45,6 @@ LAUNCHER_SECONDS = 10.0
 """How long a launcher has to end after rank 0: MPICH's waits for a host that is lost until TCP gives up."""
 LAUNCH_SECONDS = 120.0
 """How long a launcher may take, besides --start-timeout, until ranks run."""
-SUSPENDED_SECONDS = 2.0
-"""A loop over jobs that comes round later than that was suspended, as Slurm does with all of a job."""
 HEARSAY_SECONDS = 2.0
 """How much later than its launcher's end that of rank 0 may be heard of."""
 FAILED = 1
@@ -104,7 +103,7 @@ class _Supervisor:
         ready_at: when the current job began to serve; None = it has not.
         job: number of the current job, from 1.
         end_by: when the launcher of the current job must have ended.
-        looked_at: when the loop last came round.
+        lateness: of the loop while a job runs.
         has_drained: the HTTP processes have left because the last answer was given.
         num_passed_on: how many of ``signals`` a launcher has been sent.
     """
@@ -118,7 +117,7 @@ class _Supervisor:
     ready_at: float | None = None
     job: int = 0
     end_by: float = math.inf
-    looked_at: float = field(default_factory=time.monotonic)
+    lateness: Lateness = field(default_factory=lambda: Lateness(0.0))
     has_drained: bool = False
     num_failures: int = 0
     failed_at: float | None = None
@@ -167,7 +166,7 @@ class _Supervisor:
             )
         except OSError as error:
             raise ConfigError(f"{self.command[0]} cannot be started: {error.strerror}; see --launcher") from None
-        self.looked_at = time.monotonic()
+        self.lateness.begin_round()
         while (status := self.process.poll()) is None:
             self._pass_on_signal(self.process)
             self._listen(POLL_SECONDS)
@@ -184,13 +183,6 @@ class _Supervisor:
             _LOG.error("%s ended with status 0 and started no rank of phalanx serve; see --launcher", self.command[0])
             return MISTAKE
         return 0 if self._is_told_early() else _exit_status(status)
-
-    def _forgive(self) -> None:
-        """Have time not count in which this process, and so the whole job, was suspended."""
-        now = time.monotonic()
-        if now - self.looked_at > SUSPENDED_SECONDS:
-            self.end_by += now - self.looked_at
-        self.looked_at = now
 
     def _has_come(self) -> bool:
         """Whether rank 0 of this job was there. HTTP processes hear of its end by themselves, perhaps after the launcher's."""
@@ -223,12 +215,12 @@ class _Supervisor:
         except CommunicatorError:
             if not self.draining:
                 raise
-            self._forgive()
+            self.end_by += self.lateness.begin_round()
             self.has_drained = True  # the HTTP processes leave first
             self._expect_end()
             time.sleep(timeout_seconds)
             return
-        self._forgive()  # before the news sets a limit that counts from now
+        self.end_by += self.lateness.begin_round()  # before the news sets a limit that counts from now
         for _, message in received:
             if isinstance(message, FrontendReady) and message.job == self.job and self.ready_at is None:
                 self.has_come, self.ready_at = True, time.monotonic()

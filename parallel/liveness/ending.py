@@ -23,6 +23,7 @@ from phalanx.parallel.liveness.known_ranks import KnownRanks
 from phalanx.parallel.liveness.last_words import KEEP_SECONDS, SAY_SECONDS, keep_report, say, within
 from phalanx.parallel.liveness.links import Link, Links
 from phalanx.parallel.liveness.messages import End, Failure, StackRequest, Stacks, Verdict
+from phalanx.parallel.liveness.progress import STAMP_SECONDS
 
 __all__ = ["FAILED", "JobEnd", "own_stacks"]
 
@@ -35,7 +36,7 @@ TELL_SECONDS = 2.0
 """How long rank 0 may take to tell clients, and to remove a file that names the server."""
 CAUSE_SECONDS = 1.0
 """A rank's end reaches the ranks that talk to it within milliseconds, rank 0 perhaps later: how long it gets to show as the cause."""
-ANSWER_SECONDS = 0.5 + CAUSE_SECONDS + TELL_SECONDS + STACKS_SECONDS + KEEP_SECONDS + SAY_SECONDS
+ANSWER_SECONDS = STAMP_SECONDS + CAUSE_SECONDS + TELL_SECONDS + STACKS_SECONDS + KEEP_SECONDS + SAY_SECONDS
 """How long a failed rank waits for rank 0 to report it before it does so itself: as long as rank 0 may take, from one stamp to the next on."""
 SPEAKER_SECONDS = 2.0
 """When rank 0 is lost rank 1 speaks, this much later rank 2, and then the others leave: the first to leave ends them all."""
@@ -73,10 +74,6 @@ class JobEnd:
         for state in self._ranks.silent(judge.SUSPICIOUS_SECONDS):
             self._held.kill(state.rank)
         os._exit(status)
-
-    def await_cause(self) -> None:
-        """On rank 0, which could not reach another rank: the watching thread ends this process if it finds why."""
-        time.sleep(CAUSE_SECONDS)
 
     def by_own_failure(self, failure: Failure) -> None:
         """Report it on rank 0, or let rank 0 do so; returns on rank 0, or when it does not answer. For the main thread."""

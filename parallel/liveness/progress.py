@@ -10,7 +10,10 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Activity", "RankProgress", "Stamp"]
+__all__ = ["STAMP_SECONDS", "Activity", "RankProgress", "Stamp"]
+
+STAMP_SECONDS = 0.5
+"""How often a rank sends one."""
 
 Activity = Literal["starting", "waiting", "stepping"]
 """``starting`` and ``stepping`` must end within their limits; ``waiting`` may last."""

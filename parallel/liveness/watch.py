@@ -30,6 +30,7 @@ from phalanx.parallel.errors import (
     RequestError,
     printable,
 )
+from phalanx.parallel.lateness import Lateness
 from phalanx.parallel.liveness import ending, judge
 from phalanx.parallel.liveness.ending import FAILED, JobEnd, own_stacks
 from phalanx.parallel.liveness.hydra import HeldRanks
@@ -38,13 +39,10 @@ from phalanx.parallel.liveness.known_ranks import KnownRanks
 from phalanx.parallel.liveness.last_words import say
 from phalanx.parallel.liveness.links import Link, Links
 from phalanx.parallel.liveness.messages import End, Failure, Leaving, Message, Retire, StackRequest, Stacks, Verdict
-from phalanx.parallel.liveness.progress import RankProgress
+from phalanx.parallel.liveness.progress import STAMP_SECONDS, RankProgress
 
 __all__ = ["RankWatch"]
 
-STAMP_SECONDS = 0.5
-LATE_SECONDS = 2.0
-"""When this thread itself comes later than that, the whole job was suspended or starved: neither silence nor the time of a step counts."""
 _ENDED_ELSEWHERE = (ConfigError, CheckpointError, RequestError, EndedElsewhereError, KeyboardInterrupt)
 """Most such mistakes are found by every rank, and an interrupt is not a failure: `launch.running` ends the job if need be."""
 _COMMUNICATION_MODULES = ("mpi4py.", "cupy_backends.cuda.libs.nccl")
@@ -128,7 +126,7 @@ class RankWatch:
         trace = printable("".join(traceback.format_exception(error)).rstrip())
         of_a_peer = isinstance(error, CommunicatorError) or type(error).__module__.startswith(_COMMUNICATION_MODULES)
         if of_a_peer and self._rank == 0:
-            self._end.await_cause()
+            time.sleep(ending.CAUSE_SECONDS)  # the watching thread ends this process if it finds the cause
         self._closing = self._rank == 0 or not of_a_peer  # of a lost rank 0 the watching thread still speaks
         self._end.by_own_failure(Failure(text, trace, of_a_peer))
 
@@ -159,30 +157,27 @@ class RankWatch:
         poll = select.poll()
         for link in self._links:
             poll.register(link.sock, select.POLLIN)
-        due = time.monotonic()
+        lateness = Lateness(STAMP_SECONDS)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(max(0.0, due - time.monotonic()) * 1e3)}
+            ready = {descriptor for descriptor, _ in poll.poll(max(0.0, lateness.due - time.monotonic()) * 1e3)}
             for link in self._links:
                 if link.sock.fileno() in ready and not self._read(link):
                     poll.unregister(link.sock)
                     self._links.forget(link.rank)
-            now = time.monotonic()
-            if now >= due:
-                self._tick(now - due)
-                due = now + STAMP_SECONDS
+            if time.monotonic() >= lateness.due:
+                self._tick(lateness.begin_round())
 
-    def _tick(self, late: float) -> None:
-        """Stamp, and look at all ranks unless this thread comes so ``late`` that they may have said much that is not read yet."""
-        is_late = late > LATE_SECONDS
-        if is_late:
-            self._forgiven += late
-            self._progress.forgive(late)
+    def _tick(self, suspended: float) -> None:
+        """Stamp, and look at all ranks unless this job was ``suspended``, in seconds: they may have said much that is not read yet."""
+        if suspended:
+            self._forgiven += suspended
+            self._progress.forgive(suspended)
         self._links.send_all(self._progress.stamp(), droppable=True)
         self._on_stamp()
         self._end_without_cause()
         self._end_if_due()
-        if is_late:
-            self._ranks.forgive(late)
+        if suspended:
+            self._ranks.forgive(suspended)
         else:
             self._judge()
 

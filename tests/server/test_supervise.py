@@ -19,6 +19,7 @@ import pytest
 
 from phalanx import launch
 from phalanx.launch.supervise import _Supervisor
+from phalanx.parallel import lateness
 from phalanx.runtime.server.link.messages import DrainRequest, EngineGone, FromFrontend, FrontendReady
 
 from .jobs import ENVIRONMENT, MARK, Job, mpirun
@@ -185,21 +186,21 @@ def test_a_launcher_that_does_not_end_is_killed(
 
 
 def test_time_in_which_the_whole_job_was_suspended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.supervise, "SUSPENDED_SECONDS", 500.0)
+    monkeypatch.setattr(lateness, "SUSPENDED_SECONDS", 500.0)
     frontend: Any = SupervisedFrontend()
     supervisor = _Supervisor(frontend, ["true"], 0, 1e6, end_by=100.0)
     supervisor._listen(0.0)
     assert supervisor.end_by == 100.0
-    supervisor.looked_at -= 1000.0
+    supervisor.lateness.due -= 1000.0
     supervisor._listen(0.0)
     assert supervisor.end_by >= 1100.0
 
 
 def test_a_limit_that_news_sets_after_a_suspension_counts_from_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.supervise, "SUSPENDED_SECONDS", 500.0)
+    monkeypatch.setattr(lateness, "SUSPENDED_SECONDS", 500.0)
     frontend: Any = SupervisedFrontend(EngineGone(1))
     supervisor = _Supervisor(frontend, ["true"], 0, 1e6, job=1)
-    supervisor.looked_at -= 1000.0
+    supervisor.lateness.due -= 1000.0
     supervisor._listen(0.0)
     assert supervisor.end_by <= time.monotonic() + launch.supervise.LAUNCHER_SECONDS
 

@@ -7,13 +7,12 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from phalanx.parallel.lateness import Lateness
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 
 __all__ = ["PulseCheck"]
 
 CHECK_SECONDS = 1.0
-LATE_SECONDS = 2.0
-"""When the check itself comes later than that, this process was suspended or held up: then silence does not count."""
 RANKS_FIRST_SECONDS = 3.0
 """How much later than other ranks this process gives rank 0 up: they say more."""
 
@@ -35,7 +34,7 @@ class PulseCheck:
     ) -> None:
         self._client, self._clock = client, clock
         self._silence, self._starting = silence_seconds, starting_seconds
-        self._due = clock() + CHECK_SECONDS
+        self._lateness = Lateness(CHECK_SECONDS, clock)
 
     async def run(self) -> None:
         """Check until cancelled."""
@@ -45,12 +44,11 @@ class PulseCheck:
 
     def check(self) -> None:
         """Look once."""
-        client, now = self._client, self._clock()
-        late, self._due = now - self._due, now + CHECK_SECONDS
+        client, now, suspended = self._client, self._clock(), self._lateness.begin_round()
         if client.pulse_at is None:
             return
-        if late > LATE_SECONDS:
-            client.pulse_at = min(client.pulse_at + late, now)  # a pulse that waited here is of this moment
+        if suspended:
+            client.pulse_at = min(client.pulse_at + suspended, now)  # a pulse that waited here is of this moment
             return
         limit = self._starting if client.state is ServerState.STARTING else self._silence
         if (silent := now - client.pulse_at) > limit + RANKS_FIRST_SECONDS:
