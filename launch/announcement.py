@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -14,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.whole_file import partial_name, write_whole
 
 __all__ = ["Announcement"]
 
@@ -54,7 +54,7 @@ class Announcement:
         if self._file is not None:
             text = json.dumps(self._endpoint(url)) + "\n"
             try:
-                self._written = text, _write(self._file, text)
+                self._written = text, write_whole(self._file, text.encode())
             except OSError as error:
                 _LOG.warning(
                     "--endpoint-file %s cannot be written: %s; tell clients otherwise", self._file, error.strerror
@@ -95,35 +95,14 @@ def _bracketed(host: str | None) -> str:
     return f"[{host}]" if host is not None and ":" in host else str(host)
 
 
-def _partial(file: Path) -> Path:
-    return file.with_name(f"{file.name}.{os.getpid()}")
-
-
 def _try_to_write(path: Path) -> None:
     """Find out whether bytes can be written next to ``path``: a full disk takes names, but no bytes.
 
     Raises:
         OSError: they cannot.
     """
-    partial = _partial(path)
+    partial = partial_name(path)
     try:
         partial.write_bytes(bytes(_LONGEST))
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> os.stat_result:
-    """Write all of a file, or leave none new; returns which file it is.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = _partial(path)
-    try:
-        partial.write_text(text, "utf-8")
-        written = partial.stat()
-        partial.replace(path)
-        return written
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.whole_file import write_whole
 
 if TYPE_CHECKING:
     from phalanx.runtime.request import Logprob, RequestOutput
@@ -119,12 +120,7 @@ class ResultFile:
         ordered = sorted(lines, key=lambda line: int(json.loads(line)["index"]))
         if ordered == lines:
             return
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            partial.write_bytes(b"".join(ordered))
-            partial.replace(self._path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self._path, b"".join(ordered))
 
     def _exists(self) -> ConfigError:
         return ConfigError(f"--output {self._path} exists; give --resume to continue it, or another name")

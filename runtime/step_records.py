@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phalanx.runtime.config import EngineConfig
+from phalanx.runtime.whole_file import write_whole
 
 __all__ = ["StepRecord", "record_path"]
 
@@ -37,13 +38,9 @@ class StepRecord:
     def write(self, path: Path) -> None:
         """Keep it; a cache that cannot be written stays as it is."""
         text = json.dumps({"device": self.device, "rows": self.rows, "stage_seconds": self.stage_seconds})
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text + "\n")
-            partial.replace(path)
-        except OSError:
-            return
+            write_whole(path, f"{text}\n".encode())
 
     @classmethod
     def read(cls, path: Path) -> StepRecord | None:
