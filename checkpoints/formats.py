@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phalanx.checkpoints.quantized import describe_quantization
-from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.checkpoints.spec import Part, WeightSpec, find_stored
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
 
@@ -221,8 +221,6 @@ def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
 
 def _as_stored(spec: WeightSpec, modules: Collection[str]) -> WeightSpec:
     """``spec`` with those names of each part first under which there is a module, if any is."""
-    from phalanx.checkpoints.resolve import find_stored
-
     if not any(part.aliases for part in spec.parts):
         return spec
     parts = []
@@ -236,8 +234,6 @@ def _is_plain_router(spec: WeightSpec, chosen: Format, present: frozenset[str]) 
     """Whether ``spec``, a matrix that every rank holds whole, is there, but not all that the format ``chosen`` needs of it."""
     if len(spec.parts[0].shape) != 2 or any(part.shard for part in spec.parts):
         return False
-    from phalanx.checkpoints.resolve import find_stored
-
     needed = (part for component in chosen.components(spec) for part in component.parts)
     is_there, is_quantised = (all(find_stored(part.names, present) for part in parts) for parts in (spec.parts, needed))
     return is_there and not is_quantised

@@ -10,13 +10,13 @@ from phalanx.checkpoints.dtypes import PLAIN_DTYPES
 from phalanx.checkpoints.formats import Unread
 from phalanx.checkpoints.quantized import quantized_tensors
 from phalanx.checkpoints.source import Index, TensorSource
-from phalanx.checkpoints.spec import Part, WeightSpec
+from phalanx.checkpoints.spec import Part, WeightSpec, find_stored
 from phalanx.parallel.errors import CheckpointError
 
 _ROTARY_TABLES = r"(.*\.)?rotary_(pos_)?emb\.((original_)?inv_freq|_?(cos|sin)(_cached)?|freqs_cis)"
 """Buffers that trainers and old releases of transformers saved."""
 
-__all__ = ["check_unread", "find_stored", "fit_index", "list_names", "resolve", "stored_index"]
+__all__ = ["check_unread", "fit_index", "list_names", "resolve", "stored_index"]
 
 
 def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
@@ -92,20 +92,11 @@ def fit_index(index: Index, declared: tuple[int, ...], shape: tuple[int, ...]) -
     return tuple(slice(0, 1) if extent == 1 else next(long) for extent in shape)
 
 
-def find_stored(names: Sequence[str], present: Collection[str]) -> str | None:
-    """The first of ``names``, each with and without its first component, that is in ``present``; None if none is."""
-    return next((found for name in names for found in (name, _base_name(name)) if found in present), None)
-
-
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """The first few of ``names``, sorted and quoted, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(repr(name[:120]) for name in ordered[:limit]) + more
-
-
-def _base_name(name: str) -> str:
-    return name.partition(".")[2]
 
 
 def _check_unused(unused: set[str], ignored: Sequence[str], is_plain: bool) -> None:

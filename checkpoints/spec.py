@@ -7,14 +7,14 @@ sharding is written down once, next to the model that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from phalanx.checkpoints.encoding import Block, Encoding
 from phalanx.parallel.sharding import Shard, Span
 
-__all__ = ["DummyRange", "Part", "WeightSpec", "distinct"]
+__all__ = ["DummyRange", "Part", "WeightSpec", "distinct", "find_stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +165,8 @@ def distinct(specs: Iterable[WeightSpec]) -> list[list[WeightSpec]]:
     for spec in specs:
         groups.setdefault((spec.parts, spec.dtype), []).append(spec)
     return list(groups.values())
+
+
+def find_stored(names: Sequence[str], present: Collection[str]) -> str | None:
+    """The first of ``names``, each with and without its first component, that is in ``present``; None if none is."""
+    return next((found for name in names for found in (name, name.partition(".")[2]) if found in present), None)

@@ -168,7 +168,8 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
     from phalanx.runtime.models.shapes import use_of
 
     model = find_model(checkpoint.config, own)
-    use_of(model, config := model.read_config(checkpoint.config))
+    config = model.read_config(checkpoint.config)
+    use_of(model, config)
     specs = model.weights(config)
     if any(checkpoint.formats.choose(spec) != DENSE for spec in filter(quantized_while_loading, specs)):
         raise ConfigError("--model is quantised already; use the checkpoint that it was made from")

@@ -85,9 +85,8 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
     from phalanx.runtime.models.tied import with_stored_head
 
     model, formats = find_model(checkpoint.config, own), checkpoint.formats
-    use_of(
-        model, config := model.read_config(checkpoint.config)
-    )  # a split of wrong declarations would be wrong for good
+    config = model.read_config(checkpoint.config)
+    use_of(model, config)  # a split of wrong declarations would be wrong for good
     config = with_stored_head(model, config, checkpoint.source)
     last, divided = layout.pp - 1, model.stages(config, layout.pp)
     stages = tuple(

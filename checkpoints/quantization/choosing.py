@@ -12,8 +12,7 @@ from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.fields import Section, integer, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.row_codes import RowCodes
-from phalanx.checkpoints.resolve import find_stored
-from phalanx.checkpoints.spec import WeightSpec
+from phalanx.checkpoints.spec import WeightSpec, find_stored
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.checkpoints.resolve import find_stored
 from phalanx.checkpoints.source import TensorSource
+from phalanx.checkpoints.spec import find_stored
 from phalanx.parallel.errors import CheckpointError
 
 __all__ = ["attention_module", "read_kv_scales"]

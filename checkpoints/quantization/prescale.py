@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phalanx.checkpoints.quantization.encodings import Scales
-from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec
+from phalanx.checkpoints.spec import DummyRange, Part, WeightSpec, find_stored
 from phalanx.parallel.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ def has_prescale(spec: WeightSpec, suffix: str, stored: Collection[str], in_all_
     Raises:
         CheckpointError: for some of its parts only, or, with ``in_all_layers``, for the same weight of other layers only.
     """
-    from phalanx.checkpoints.resolve import find_stored
-
     found = {part.source: find_stored(part.siblings(suffix), stored) is not None for part in spec.parts}
     if len(set(found.values())) > 1:
         first, other = (next(name for name, has in found.items() if has == wanted) for wanted in (True, False))

@@ -78,10 +78,8 @@ def read_awq(section: Section) -> FormatPlan:
 
     Without ``zero_point`` files hold zero points all the same, all in the middle (AutoRound's symmetric ones).
     """
-    version, bits = (
-        _named("gemm", section, "version", "checkpoint_format", "format"),
-        integer(section, "bits", integer(section, "w_bit", 0)),
-    )
+    version = _named("gemm", section, "version", "checkpoint_format", "format")
+    bits = integer(section, "bits", integer(section, "w_bit", 0))
     group = group_size(section, default=group_size(section, "q_group_size"))
     flag(section, "zero_point", True)  # only checked to be a flag: zero points are stored either way
     if version != "gemm" or bits != 4:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from phalanx.checkpoints.resolve import find_stored
 from phalanx.checkpoints.source import TensorSource
-from phalanx.checkpoints.spec import Part
+from phalanx.checkpoints.spec import Part, find_stored
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.models.base import Model
 
