@@ -53,10 +53,6 @@ class Gathering:
                 self._rank_0.sendall(frame(msgspec.msgpack.encode(output)))
         self.take_shared(output)
 
-    def take_shared(self, output: RequestOutput) -> None:
-        """A result that every rank has been given; raises what kept one from being handed on."""
-        self._take_once(output)
-
     def close(self) -> None:
         """Hand nothing on any more."""
         with self._lock:
@@ -64,7 +60,8 @@ class Gathering:
         if self._rank_0 is not None:
             self._rank_0.close()
 
-    def _take_once(self, output: RequestOutput) -> None:
+    def take_shared(self, output: RequestOutput) -> None:
+        """A result that this rank has been given; raises what kept one from being handed on."""
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -86,7 +83,7 @@ class Gathering:
             while data := _received(sock):
                 try:
                     for body in frames.feed(data):
-                        self._take_once(outputs.decode(body))
+                        self.take_shared(outputs.decode(body))
                 except (OSError, CommunicatorError, msgspec.DecodeError) as error:
                     with self._lock:
                         self._error = self._error or error

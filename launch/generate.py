@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,21 +170,21 @@ def _generate(
             for start in range(0, len(pending), size):
                 part = pending[start : start + size]
 
-                def placed(output: RequestOutput, part: list[int] = part) -> RequestOutput:
-                    return dataclasses.replace(output, index=part[output.index])
+                def take_own(output: RequestOutput, part: list[int] = part) -> None:
+                    gathering.take(_placed(output, part))
 
-                on_output = functools.partial(_take_placed, gathering, placed)
-                finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, on_output)
-                outputs += map(placed, finished)
-                for output in outputs[-len(part) :]:
-                    gathering.take_shared(output)
+                finished = llm.run([prompts[i] for i in part], [params[i] for i in part], stream, take_own)
+                for output in finished:
+                    outputs.append(_placed(output, part))
+                    gathering.take_shared(outputs[-1])
     if stream is not None:
         stream.end()
     return outputs
 
 
-def _take_placed(gathering: Gathering, placed: Callable[[RequestOutput], RequestOutput], output: RequestOutput) -> None:
-    gathering.take(placed(output))
+def _placed(output: RequestOutput, part: list[int]) -> RequestOutput:
+    """The result of one of ``part`` of the prompts under its index in all of them."""
+    return dataclasses.replace(output, index=part[output.index])
 
 
 @contextmanager
