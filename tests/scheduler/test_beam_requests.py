@@ -31,12 +31,18 @@ def test_leader_and_followers_of_one_deadline_all_end_at_it() -> None:
     assert not scheduler.has_work
 
 
+def search_of_one_token(beam_width: int) -> Scheduler:
+    """A search that is over before the requests of its other choices have come."""
+    scheduler = make_scheduler(vocab_size=8)
+    leader = make_request("a", prompt=(4, 5), beam_width=beam_width, max_tokens=1)
+    scheduler.submit(replace(leader, num_followers=beam_width - 1), 0.0)
+    scheduler.apply(result_with(plan_step(scheduler), [2, 3, 4, 5]), 0.0)
+    return scheduler
+
+
 def test_answers_wait_for_requests_of_a_search_that_come_after_its_end() -> None:
     """A burst of requests is read over several steps, and a search of one token takes one."""
-    scheduler = make_scheduler(vocab_size=8)
-    leader = make_request("a", prompt=(4, 5), beam_width=3, max_tokens=1)
-    scheduler.submit(replace(leader, num_followers=2), 0.0)
-    scheduler.apply(result_with(plan_step(scheduler), [2, 3, 4, 5]), 0.0)
+    scheduler = search_of_one_token(beam_width=3)
     assert scheduler.plan(0.0) is None
     assert scheduler.take_deltas() == []
     assert scheduler.has_work
@@ -48,10 +54,7 @@ def test_answers_wait_for_requests_of_a_search_that_come_after_its_end() -> None
 
 
 def test_search_that_waits_for_requests_can_be_cancelled() -> None:
-    scheduler = make_scheduler(vocab_size=8)
-    leader = make_request("a", prompt=(4, 5), beam_width=2, max_tokens=1)
-    scheduler.submit(replace(leader, num_followers=1), 0.0)
-    scheduler.apply(result_with(plan_step(scheduler), [2, 3, 4, 5]), 0.0)
+    scheduler = search_of_one_token(beam_width=2)
     scheduler.cancel("a", 0.0)
     assert [delta.finish_reason for delta in scheduler.take_deltas()] == ["cancelled"]
     assert not scheduler.has_work

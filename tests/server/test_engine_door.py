@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from phalanx.runtime.server import garbage
-from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link import supervisor_link
 from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
 from phalanx.runtime.server.link.messages import Failed, Job, ModelInfo, Phase, encode_frame
 from phalanx.runtime.server.link.supervisor_link import EngineDoor
 from phalanx.runtime.server.process import _load
 from phalanx.runtime.text import Tokenizer
+
+from .engine_clients import make_client
 
 MODEL = encode_frame(ModelInfo("/model", 277, 512, 8))
 Connect = Callable[[], Awaitable[socket.socket]]
@@ -36,13 +37,7 @@ def run(body: Callable[[EngineClient, Connect], Awaitable[None]]) -> list[Server
     name = f"\0phalanx-test-{uuid.uuid4().hex}"
 
     async def go() -> None:
-        client = EngineClient(
-            lambda _: None,
-            lambda: None,
-            lambda _: None,
-            Room(Board.of_one()),
-            on_change=lambda state: heard.append(state),
-        )
+        client = make_client(on_change=heard.append)
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: EngineDoor(client), name)
         opened = []
@@ -63,11 +58,17 @@ def run(body: Callable[[EngineClient, Connect], Awaitable[None]]) -> list[Server
     return heard
 
 
+async def enter(client: EngineClient, connect: Connect, job: int) -> socket.socket:
+    """Connect as the engine of a job, and be let in."""
+    engine = await connect()
+    engine.sendall(encode_frame(Job(job)))
+    await until(lambda: client.job == job)
+    return engine
+
+
 def test_an_engine_that_comes_before_the_end_of_the_last_one_was_noticed_takes_its_place() -> None:
     async def body(client: EngineClient, connect: Connect) -> None:
-        first = await connect()
-        first.sendall(encode_frame(Job(1)))
-        await until(lambda: client.job == 1)
+        first = await enter(client, connect, 1)
         client.serve()
         second = await connect()
         second.sendall(encode_frame(Job(2)) + encode_frame(Phase("loading weights")))
@@ -117,12 +118,8 @@ def test_an_engine_whose_launcher_alone_was_killed_makes_room(monkeypatch: pytes
     monkeypatch.setattr(supervisor_link, "PREDECESSOR_SECONDS", 0.0)
 
     async def body(client: EngineClient, connect: Connect) -> None:
-        first = await connect()
-        first.sendall(encode_frame(Job(1)))
-        await until(lambda: client.job == 1)
-        second = await connect()
-        second.sendall(encode_frame(Job(2)))
-        await until(lambda: client.job == 2)
+        first = await enter(client, connect, 1)
+        await enter(client, connect, 2)
         assert await asyncio.get_running_loop().sock_recv(first, 1) == b""
 
     run(body)
@@ -130,9 +127,7 @@ def test_an_engine_whose_launcher_alone_was_killed_makes_room(monkeypatch: pytes
 
 def test_an_engine_that_has_ended_before_it_was_let_in_is_heard_all_the_same() -> None:
     async def body(client: EngineClient, connect: Connect) -> None:
-        first = await connect()
-        first.sendall(encode_frame(Job(1)))
-        await until(lambda: client.job == 1)
+        first = await enter(client, connect, 1)
         second = await connect()
         second.sendall(encode_frame(Job(2)))
         second.close()

@@ -14,13 +14,12 @@ from starlette.responses import Response
 
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.server.app import server_routes
-from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.gate import OPEN_WITHOUT_KEY, Gate
-from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Phase, encode_frame
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.web.api_keys import read_api_keys
 
+from .engine_clients import make_client
 from .servers import Server, start, stub_server
 
 ROUTES = {
@@ -198,9 +197,7 @@ def test_json_logs_have_a_field_for_each_value_and_no_content(model_directory: P
 
 def test_a_request_before_the_engine_is_ready_learns_what_it_waits_for() -> None:
     """As rank 0 tells it: the phase, and how much of it is done."""
-    client = EngineClient(
-        load_model=lambda _: None, on_gone=lambda: None, on_stats=lambda _: None, room=Room(Board.of_one())
-    )
+    client = make_client()
     sent: list[dict[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:

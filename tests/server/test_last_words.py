@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -17,23 +16,15 @@ from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Draining, Failed, encode_frame
 from phalanx.runtime.server.web.log import hold_log, start_logging
 
-from .test_shared_prompts import RecordingTransport
+from .engine_clients import connect, make_client
 
 LOST = "rank 3 (host, pid 7) has ended"
 
 
 def failed_client(told: list[bool]) -> EngineClient:
     """A client with an open request that has heard why its engine ends, and again in fewer words."""
-    client = EngineClient(
-        lambda model: None,
-        lambda: None,
-        lambda stats: None,
-        Room(Board.of_one()),
-        on_quiet=lambda quiet: told.append(quiet),
-    )
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        client.connection_made(RecordingTransport(ours))
+    client = make_client(on_quiet=told.append)
+    connect(client)
     client.serve()
     client.submit([((1, 2), SamplingParams())], None)
     client.data_received(encode_frame(Failed(LOST)) + encode_frame(Failed("ended")))
@@ -70,14 +61,12 @@ def test_a_rank_0_that_does_not_end_is_waited_for_a_limited_time(monkeypatch: py
 def test_a_rank_0_that_ends_after_a_drain_has_not_failed_though_its_stop_was_never_read(has_open: bool) -> None:
     gone: list[bool] = []
     room = Room(Board.of_one())
-    client = EngineClient(lambda model: None, lambda: gone.append(True), lambda stats: None, room)
+    client = make_client(room, on_gone=lambda: gone.append(True))
     if has_open:
         room.enter(1, 1)
 
     async def run() -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            client.connection_made(RecordingTransport(ours))
+        connect(client)
         client.serve()
         client.data_received(encode_frame(Draining()))
         client.connection_lost(BrokenPipeError())

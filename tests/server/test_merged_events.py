@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.kserve.answers import EventChunks
 from phalanx.runtime.server.kserve.contract import MODELS
 from phalanx.runtime.server.kserve.parsing import parse_rows
-from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Deltas, Failed, encode_frame
 from phalanx.runtime.server.metrics import INTER_TOKEN_SECONDS, Histogram, Metrics
 from phalanx.runtime.server.openai.answer_format import Served, StreamChunks
@@ -37,7 +35,7 @@ from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.server.web.event_stream import EventWriter
 from phalanx.runtime.text import Tokenizer
 
-from .test_shared_prompts import RecordingTransport
+from .engine_clients import connect, make_client
 
 HI = [{"role": "user", "content": "hi"}]
 PARSERS: dict[str, tuple[Callable[[bytes], ApiGeneration], dict[str, Any]]] = {
@@ -92,10 +90,8 @@ class Streamed:
         chunks: Callable[[GenerationJob], StreamChunks],
         params: SamplingParams = SHORT,
     ) -> None:
-        self.client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self.client.connection_made(RecordingTransport(ours))
+        self.client = make_client()
+        connect(self.client)
         board = Board.of_one()
         metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
         services = Services(self.client, FrontendSettings(), metrics, workers, tokenizer)

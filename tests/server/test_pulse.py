@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import Pulse, encode_frame
 from phalanx.runtime.server.link.pulse import CHECK_SECONDS, RANKS_FIRST_SECONDS, PulseCheck
 
+from .engine_clients import connect, make_client
 from .jobs import serve
 from .test_lifecycle import events
 from .test_serve import LONG, tiny
-from .test_shared_prompts import RecordingTransport
 from .test_supervise import PATH, engine, supervised
 from .test_unusual_faults import serve_faulty
 
@@ -42,10 +40,8 @@ def run(body: Callable[[EngineClient, PulseCheck, Clock], None]) -> None:
 
     async def go() -> None:
         clock = Clock()
-        client = EngineClient(lambda _: None, lambda: None, lambda _: None, Room(Board.of_one()), clock=clock)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            client.connection_made(RecordingTransport(ours))
+        client = make_client(clock=clock)
+        connect(client)
         client._engine_process = 0  # it is this one
         client.data_received(encode_frame(Pulse()))
         body(client, PulseCheck(client, SERVING, STARTING, clock), clock)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,17 +21,14 @@ from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.text import Tokenizer
 
-from .test_shared_prompts import RecordingTransport, submitted
+from .engine_clients import RecordingTransport, connect, make_client, submitted
 
 GENERATION = Generation(None, ["ab"], 1, {}, 4, "max_tokens", None, add_special_tokens=True)
 MODEL = encode_frame(ModelInfo("/model", 277, 512, 8))
 
 
-def connect(client: EngineClient) -> RecordingTransport:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        transport = RecordingTransport(ours)
-        client.connection_made(transport)
+def connect_engine(client: EngineClient) -> RecordingTransport:
+    transport = connect(client)
     client.data_received(MODEL)
     return transport
 
@@ -40,13 +36,11 @@ def connect(client: EngineClient) -> RecordingTransport:
 @pytest.mark.parametrize("is_last", [False, True], ids=["another engine comes", "no other engine"])
 def test_a_request_whose_prompt_is_encoded_meanwhile(is_last: bool, model_directory: Path) -> None:
     async def run() -> None:
-        client = EngineClient(
-            lambda _: None, lambda: None, lambda _: None, Room(Board.of_one()), on_change=lambda _: None
-        )
+        client = make_client(on_change=lambda _: None)
         board, workers = Board.of_one(), ThreadPoolExecutor(1)
         metrics, tokenizer = Metrics(board, Room(board)), Tokenizer.from_directory(model_directory)
         services = Services(client, FrontendSettings(), metrics, workers, tokenizer)
-        first = connect(client)
+        first = connect_engine(client)
         client.serve()
         limit = TimeLimit(time.monotonic(), 1000.0)
         starting = asyncio.ensure_future(start_job(services, [GENERATION], limit))
@@ -57,7 +51,7 @@ def test_a_request_whose_prompt_is_encoded_meanwhile(is_last: bool, model_direct
             with pytest.raises(ApiError, match="the ranks ended with status 1"):
                 await starting
         else:
-            second = connect(client)
+            second = connect_engine(client)
             await asyncio.sleep(0)
             assert submitted(second) == []
             client.serve()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
-
-from phalanx.runtime.request import Request, SamplingParams
+from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.server.board import Board, Room
-from phalanx.runtime.server.link.engine_client import EngineClient, ServerState
-from phalanx.runtime.server.link.messages import FrameDecoder, FromFrontend, Submit
+from phalanx.runtime.server.link.engine_client import ServerState
 from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.openai.generation_job import GenerationJob
 from phalanx.runtime.server.services import Services
@@ -21,31 +17,12 @@ from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.text import Tokenizer
 
-
-class RecordingTransport(asyncio.Transport):
-    """Keeps what is written to the engine at the other end of ``sock``."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__({"socket": sock})
-        self.written = bytearray()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
-
-
-def submitted(transport: RecordingTransport) -> list[Request]:
-    """The requests that the engine has been sent."""
-    frames = FrameDecoder().feed(bytes(transport.written))
-    messages = [msgspec.msgpack.decode(body, type=FromFrontend) for body in frames]
-    return [message.request for message in messages if isinstance(message, Submit)]
+from .engine_clients import connect, make_client, submitted
 
 
 def test_a_search_that_is_asked_once_more_is_one_search_again(model_directory: Path) -> None:
-    client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        transport = RecordingTransport(ours)
-        client.connection_made(transport)
+    client = make_client()
+    transport = connect(client)
     client.state = ServerState.SERVING
     board = Board.of_one()
     metrics, workers = Metrics(board, Room(board)), ThreadPoolExecutor(1)
@@ -70,11 +47,8 @@ def test_a_search_that_is_asked_once_more_is_one_search_again(model_directory: P
 
 
 def test_requests_with_one_prompt_name_the_first_of_them() -> None:
-    client = EngineClient(lambda model: None, lambda: None, lambda stats: None, Room(Board.of_one()))
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        transport = RecordingTransport(ours)
-        client.connection_made(transport)
+    client = make_client()
+    transport = connect(client)
     client.submit([(prompt, SamplingParams(seed=seed)) for prompt in ((1, 2), (3, 4)) for seed in range(3)], None)
     requests = submitted(transport)
     first, second = requests[0].request_id, requests[3].request_id

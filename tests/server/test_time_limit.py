@@ -14,7 +14,6 @@ from phalanx.runtime.sampling.guides import Guide
 from phalanx.runtime.server.board import Board, Room
 from phalanx.runtime.server.errors import ApiError
 from phalanx.runtime.server.guides import GuideChecker
-from phalanx.runtime.server.link.engine_client import EngineClient
 from phalanx.runtime.server.link.messages import ModelInfo
 from phalanx.runtime.server.metrics import Metrics
 from phalanx.runtime.server.openai.generation_job import start_job
@@ -23,6 +22,8 @@ from phalanx.runtime.server.services import Services
 from phalanx.runtime.server.settings import FrontendSettings
 from phalanx.runtime.server.time_limit import TimeLimit
 from phalanx.runtime.text import Tokenizer
+
+from .engine_clients import make_client
 
 
 def test_the_strictest_limit_counts_from_the_arrival() -> None:
@@ -50,7 +51,7 @@ def test_a_guide_is_not_compiled_longer_than_its_request_may_take(model_director
 
     board = Board.of_one()
     room = Room(board)
-    client = EngineClient(lambda model: None, lambda: None, lambda stats: None, room)
+    client = make_client(room)
     client.model = ModelInfo(str(model_directory), 400, 256, 8)
     with ThreadPoolExecutor(1) as workers:
         tokenizer = Tokenizer.from_directory(model_directory)
