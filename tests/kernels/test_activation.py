@@ -5,7 +5,7 @@ from phalanx.kernels.activation import activation, gated_activation
 from phalanx.kernels.activation_names import ACTIVATIONS
 from phalanx.parallel.errors import ExecutorError
 
-from .devices import cases
+from .devices import DTYPES, cases
 from .tolerance import assert_close
 
 SIZES = cases((1, 64), (3, 2816), (5, 33), (2, 4100))
@@ -56,6 +56,25 @@ def test_activation_stays_finite_far_out(device, name):
     on_device = device.put(x)
     activation(device.library, on_device, on_device, name)
     np.testing.assert_allclose(device.get(on_device), np.maximum(x, 0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_silu_keeps_its_limits(device, dtype):
+    x = np.array([[np.inf, np.nan, 1e30, -1e30, -60.0, 0.0, -0.0, 3e38]], np.float32).astype(DTYPES[dtype])
+    on_device = device.put(x)
+    activation(device.library, on_device, on_device, "silu")
+    limits = np.array([[np.inf, np.nan, 1e30, -0.0, -60.0 * np.exp(-60.0), 0.0, -0.0, 3e38]]).astype(DTYPES[dtype])
+    np.testing.assert_allclose(
+        device.get(on_device).astype(np.float64), limits.astype(np.float64), rtol=2e-5 if dtype == "float32" else 2**-7
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sigmoid_of_a_large_input_is_exactly_one(device, dtype):
+    x = np.array([[17.5, 40.0, 100.0, 3e4, 1.25e20, 2.0**100, 88.0, 120.0]], np.float32).astype(DTYPES[dtype])
+    on_device = device.put(x)
+    activation(device.library, on_device, on_device, "silu")
+    np.testing.assert_array_equal(device.get(on_device), x)
 
 
 def test_unknown_activation_is_refused(device):
