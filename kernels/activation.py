@@ -6,7 +6,7 @@ from __future__ import annotations
 from phalanx.kernels.activation_names import ACTIVATIONS, ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, num_threads_for, require, scalar_name, vector_width
 from phalanx.kernels.library import KernelFunction, Library
-from phalanx.kernels.quantize import LARGEST_ROW, QuantizedRows, quantized_defines, require_codes
+from phalanx.kernels.quantize import LARGEST_ROW, QuantizedRows, quantized_defines, require_codes, row_threads
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_gated_groups
 from phalanx.parallel.errors import ExecutorError
 
@@ -42,7 +42,7 @@ def _gated_quantized(library: Library, x: Array, out: QuantizedRows, name: Activ
     if features > LARGEST_ROW:
         raise ExecutorError(f"{features} features are more than {LARGEST_ROW}, what the kernel keeps in registers")
     width = vector_width(x, features)
-    num_threads = num_threads_for(ceil_div(features // width, 2))
+    num_threads = row_threads(library, num_tokens, features // width)
     kernel = library.function(
         "gated_quantized",
         "gated_quantized",

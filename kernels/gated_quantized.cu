@@ -8,35 +8,49 @@
 #include "dtype.cuh"
 #include "launch.cuh"
 #include "quantize.cuh"
-#include "reduce.cuh"
 
-constexpr int NUM_CHUNKS = (FEATURES + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
+constexpr int CHUNK = NUM_THREADS * VEC, NUM_CHUNKS = (FEATURES + CHUNK - 1) / CHUNK;
+constexpr int AHEAD = 4;  // chunks of gate and up that a thread has on their way before it computes
+
+__device__ __forceinline__ Packed<VEC> gated(const Packed<VEC>& gate, const Packed<VEC>& up) {
+    float value[VEC], factor[VEC];
+    unpack(gate, value);
+    unpack(up, factor);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) value[i] = ACTIVATION(value[i]) * factor[i];
+    return pack(value);
+}
+
+// Whether the row has a thread's element `at` of a chunk; of chunks that are whole the compiler knows.
+__device__ __forceinline__ bool has(int chunk, int at) { return (chunk + 1) * CHUNK <= FEATURES || at < FEATURES; }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gated_quantized(const scalar* __restrict__ x, unsigned char* __restrict__ codes, float* __restrict__ scale, float bound) {
     let_next_start();
     wait_for_previous();
     const int64 row = blockIdx.x;
-    float value[NUM_CHUNKS][VEC] = {};
-    unsigned amax = 0;
+    Packed<VEC> value[NUM_CHUNKS];
+    LargestMagnitude largest;
 #pragma unroll
-    for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
-        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
-        if (at >= FEATURES) continue;
-        float up[VEC];
-        load(x + row * 2 * FEATURES + at, value[chunk]);
-        load(x + row * 2 * FEATURES + FEATURES + at, up);
+    for (int first = 0; first < NUM_CHUNKS; first += AHEAD) {
+        Packed<VEC> up[AHEAD];
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-            value[chunk][i] = rounded(ACTIVATION(value[chunk][i]) * up[i]);
-            amax = Max()(amax, magnitude_bits(value[chunk][i]));
+        for (int i = 0; i < AHEAD && first + i < NUM_CHUNKS; ++i) {
+            const int at = (first + i) * CHUNK + threadIdx.x * VEC;
+            value[first + i] = has(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + at) : Packed<VEC>{};
+            up[i] = has(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + FEATURES + at) : Packed<VEC>{};
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD && first + i < NUM_CHUNKS; ++i) {
+            value[first + i] = gated(value[first + i], up[i]);
+            largest.add(value[first + i]);
         }
     }
-    const RowScale own = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
+    const RowScale own = block_row_scale<NUM_THREADS>(largest.bits(), bound);
     if (threadIdx.x == 0) scale[row] = own.scale;
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
-        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
-        if (at < FEATURES) store_codes(codes + row * FEATURES + at, value[chunk], own.inverse);
+        const int at = chunk * CHUNK + threadIdx.x * VEC;
+        if (has(chunk, at)) store_codes(codes + row * FEATURES + at, value[chunk], own.inverse);
     }
 }

@@ -47,7 +47,8 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
             float addend[VEC];
             load(residual + row + at, addend);
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) value[chunk][i] = rounded(value[chunk][i] + addend[i]);
+            for (int i = 0; i < VEC; ++i) value[chunk][i] += addend[i];
+            round_all(value[chunk]);
             store(residual + row + at, value[chunk]);
         }
 #pragma unroll
@@ -82,11 +83,9 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
             value[chunk][i] = (value[chunk][i] - mean) * factor * (HAS_WEIGHT ? weight_offset + gain[i] : 1.0f) + shift[i];
         if constexpr (!QUANTIZED) store(out + row + at, value[chunk]);
         if constexpr (QUANTIZED) {
+            round_all(value[chunk]);
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                value[chunk][i] = rounded(value[chunk][i]);
-                amax = Max()(amax, magnitude_bits(value[chunk][i]));
-            }
+            for (int i = 0; i < VEC; ++i) amax = Max()(amax, magnitude_bits(value[chunk][i]));
         }
     }
 #if GROUPS
@@ -96,7 +95,7 @@ residual_norm(const scalar* x, scalar* residual, const scalar* __restrict__ weig
                           HIDDEN_SIZE);
 #else
     if constexpr (QUANTIZED) {
-        const RowScale own = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
+        const RowScale own = block_row_scale<NUM_THREADS>(amax, bound);
         if (threadIdx.x == 0) scale[blockIdx.x] = own.scale;
 #pragma unroll
         for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {

@@ -22,12 +22,14 @@ __all__ = [
     "quantize_rows",
     "quantized_defines",
     "require_codes",
+    "row_threads",
 ]
 
 CodeKind = Literal["fp8", "int8"]
 QUANTIZED_DEFINES: dict[CodeKind | None, int] = {None: 0, "fp8": 1, "int8": 2}
 LARGEST_ROW = 65536
 """Columns of the longest row that the kernels keep in registers."""
+_MOST_VECTORS, _FEWEST_THREADS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,17 @@ def require_codes(rows: QuantizedRows, shape: tuple[int, int]) -> None:
     require("scale", rows.scale, (shape[0],), "float32")
 
 
+def row_threads(library: Library, num_rows: int, num_vectors: int) -> int:
+    """Threads of a block that keeps a row of ``num_vectors`` loads in registers.
+
+    Few rows, two blocks on each multiprocessor at most, get as many threads as a block may have, since they wait for one
+    row. Of many rows several share a multiprocessor, so that one's loads overlap another's arithmetic and stores.
+    """
+    if num_rows <= 2 * library.num_multiprocessors:
+        return num_threads_for(ceil_div(num_vectors, ceil_div(num_vectors, 1024)))
+    return num_threads_for(min(num_vectors, max(_FEWEST_THREADS, ceil_div(num_vectors, _MOST_VECTORS))))
+
+
 def quantize_rows(library: Library, x: Array, out: QuantizedRows) -> None:
     """Fill ``out`` with the codes and scales of x ``[T, I]``."""
     num_rows, columns = x.shape
@@ -94,7 +107,7 @@ def quantize_rows(library: Library, x: Array, out: QuantizedRows) -> None:
     require("x", x, (num_rows, columns), x)
     require_codes(out, (num_rows, columns))
     width = vector_width(x, columns)
-    num_threads = num_threads_for(ceil_div(columns // width, 2))
+    num_threads = row_threads(library, num_rows, columns // width)
     kernel = library.function(
         "quantize_rows",
         "quantize_rows",

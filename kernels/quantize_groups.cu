@@ -33,7 +33,10 @@ quantize_groups(const scalar* __restrict__ x, unsigned char* __restrict__ codes,
             load(row + column, part);
             if constexpr (GATED) load(row + COLUMNS + column, up);
 #pragma unroll
-            for (int k = 0; k < VEC; ++k) value[i][j + k] = GATED ? rounded(ACTIVATION(part[k]) * up[k]) : part[k];
+            for (int k = 0; k < VEC; ++k) part[k] = GATED ? ACTIVATION(part[k]) * up[k] : part[k];
+            if constexpr (GATED) round_all(part);
+#pragma unroll
+            for (int k = 0; k < VEC; ++k) value[i][j + k] = part[k];
         }
     const bool is_row = token < rows;
 #pragma unroll

@@ -6,30 +6,31 @@
 #include "dtype.cuh"
 #include "launch.cuh"
 #include "quantize.cuh"
-#include "reduce.cuh"
 
-constexpr int NUM_CHUNKS = (COLUMNS + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
+constexpr int CHUNK = NUM_THREADS * VEC, NUM_CHUNKS = (COLUMNS + CHUNK - 1) / CHUNK;
+
+// Whether the row has a thread's element `at` of a chunk; of chunks that are whole the compiler knows.
+__device__ __forceinline__ bool has(int chunk, int at) { return (chunk + 1) * CHUNK <= COLUMNS || at < COLUMNS; }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 quantize_rows(const scalar* __restrict__ x, unsigned char* __restrict__ codes, float* __restrict__ scale, float bound) {
     let_next_start();
     wait_for_previous();
     const int64 row = static_cast<int64>(blockIdx.x) * COLUMNS;
-    float value[NUM_CHUNKS][VEC] = {};
-    unsigned amax = 0;
+    Packed<VEC> value[NUM_CHUNKS];
+    LargestMagnitude largest;
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
-        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
-        if (at >= COLUMNS) continue;
-        load(x + row + at, value[chunk]);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) amax = Max()(amax, magnitude_bits(value[chunk][i]));
+        const int at = chunk * CHUNK + threadIdx.x * VEC;
+        value[chunk] = has(chunk, at) ? load_packed<VEC>(x + row + at) : Packed<VEC>{};
     }
-    const RowScale own = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
+#pragma unroll
+    for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) largest.add(value[chunk]);
+    const RowScale own = block_row_scale<NUM_THREADS>(largest.bits(), bound);
     if (threadIdx.x == 0) scale[blockIdx.x] = own.scale;
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
-        const int at = (chunk * NUM_THREADS + threadIdx.x) * VEC;
-        if (at < COLUMNS) store_codes(codes + row + at, value[chunk], own.inverse);
+        const int at = chunk * CHUNK + threadIdx.x * VEC;
+        if (has(chunk, at)) store_codes(codes + row + at, value[chunk], own.inverse);
     }
 }

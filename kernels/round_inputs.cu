@@ -35,7 +35,7 @@ round_inputs(const scalar* __restrict__ x, const float* __restrict__ factors, sc
         amax = Max()(amax, magnitude_bits(value[i]));
     }
     RowScale group = {1.0f, 1.0f};
-    if constexpr (QUANTIZED > 0) group = row_scale(STATIC_SCALE ? 0u : block_reduce<NUM_THREADS>(amax, Max()), bound);
+    if constexpr (QUANTIZED > 0) group = block_row_scale<NUM_THREADS>(amax, bound);
     if constexpr (POWERS_OF_TWO) group = power_of_two(group);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {

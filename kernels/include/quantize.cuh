@@ -6,7 +6,9 @@
 // kernels give the same codes. With STATIC_SCALE all rows have the scale `bound`, and what is beyond its range saturates.
 // Compile-time parameters: QUANTIZED (0 = off, 1 = fp8, 2 = int8), STATIC_SCALE.
 #pragma once
+#include "dtype.cuh"
 #include "fp8.cuh"
+#include "reduce.cuh"
 
 struct RowScale {
     float scale, inverse;
@@ -14,6 +16,31 @@ struct RowScale {
 
 // Magnitudes compare like unsigned integers, and NaN above all: a row with a NaN gets a NaN for its scale.
 __device__ __forceinline__ unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+// The largest magnitude of many packed values: word by word, of 16-bit values the two halves by themselves.
+struct LargestMagnitude {
+    uint32 word = 0;
+
+    template <int N>
+    __device__ __forceinline__ void add(const Packed<N>& values) {
+#pragma unroll
+        for (int i = 0; i < values.NUM_WORDS; ++i) {
+            if constexpr (sizeof(scalar) == 4) word = Max()(word, values.word[i] & 0x7fffffffu);
+            else word = __vmaxu2(word, values.word[i] & 0x7fff7fffu);
+        }
+    }
+
+    // As magnitude_bits has it.
+    __device__ __forceinline__ unsigned bits() const {
+        if constexpr (sizeof(scalar) == 4) return word;
+        const uint32 largest = Max()(word & 0xffffu, word >> 16);
+        Packed<1> alone;
+        alone.word[0] = largest;
+        float value[1];
+        unpack(alone, value);
+        return __float_as_uint(value[0]);
+    }
+};
 
 __device__ __forceinline__ RowScale row_scale(unsigned amax_bits, float bound) {
     if constexpr (STATIC_SCALE) return {bound, __fdiv_rn(1.0f, bound)};
@@ -38,22 +65,59 @@ __device__ __forceinline__ unsigned int8_code(float scaled) {
     return static_cast<unsigned>(static_cast<int>(nearest < -128.0f ? -128.0f : nearest > 127.0f ? 127.0f : nearest)) & 0xffu;
 }
 
+// The scale of the block's row from the largest magnitude in each thread. The first warp divides, and all threads read its result: divisions in
+// every thread are more instructions than the second barrier costs. Call it once: the shared words are not free for another call.
+template <int THREADS>
+__device__ __forceinline__ RowScale block_row_scale(unsigned amax_bits, float bound) {
+    if constexpr (STATIC_SCALE) return row_scale(0u, bound);
+    constexpr int NUM_WARPS = THREADS / 32;
+    amax_bits = __reduce_max_sync(0xffffffffu, amax_bits);
+    if constexpr (NUM_WARPS == 1) return row_scale(amax_bits, bound);
+    __shared__ unsigned of_warp[NUM_WARPS];
+    __shared__ RowScale of_row;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) of_warp[threadIdx.x / 32] = amax_bits;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        amax_bits = __reduce_max_sync(0xffffffffu, lane < NUM_WARPS ? of_warp[lane] : 0u);
+        if (lane == 0) of_row = row_scale(amax_bits, bound);
+    }
+    __syncthreads();
+    return of_row;
+}
+
+__device__ __forceinline__ unsigned code_pair(float low, float high) {
+    if constexpr (QUANTIZED == 2) return int8_code(low) | int8_code(high) << 8;
+    return e4m3_pair(low, high);
+}
+
 template <int N>
-struct alignas(N) CodeVector {
-    unsigned char at[N];
+struct alignas(N) CodeWords {
+    unsigned word[N / 4];
 };
 
-// N neighbours; the address is a multiple of N.
+// N neighbours, a power of two; the address is a multiple of N.
 template <int N>
 __device__ __forceinline__ void store_codes(unsigned char* to, const float (&values)[N], float inverse) {
-    CodeVector<N> packed;
+    unsigned pair[(N + 1) / 2];
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        const float low = __fmul_rn(values[i], inverse);
-        const float high = i + 1 < N ? __fmul_rn(values[i + (N > 1)], inverse) : 0.0f;
-        const unsigned pair = QUANTIZED == 2 ? int8_code(low) | int8_code(high) << 8 : e4m3_pair(low, high);
-        packed.at[i] = static_cast<unsigned char>(pair);
-        if (i + 1 < N) packed.at[i + (N > 1)] = static_cast<unsigned char>(pair >> 8);
+    for (int i = 0; i < N; i += 2)
+        pair[i / 2] = code_pair(__fmul_rn(values[i], inverse), N > 1 ? __fmul_rn(values[i + (N > 1)], inverse) : 0.0f);
+    if constexpr (N == 1) {
+        *to = static_cast<unsigned char>(pair[0]);
+    } else if constexpr (N == 2) {
+        *reinterpret_cast<unsigned short*>(to) = static_cast<unsigned short>(pair[0]);
+    } else {
+        CodeWords<N> codes;
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i) codes.word[i] = pair[2 * i] | pair[2 * i + 1] << 16;
+        *reinterpret_cast<CodeWords<N>*>(to) = codes;
     }
-    *reinterpret_cast<CodeVector<N>*>(to) = packed;
+}
+
+template <int N>
+__device__ __forceinline__ void store_codes(unsigned char* to, const Packed<N>& values, float inverse) {
+    float wide[N];
+    unpack(values, wide);
+    store_codes(to, wide, inverse);
 }

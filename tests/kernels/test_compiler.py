@@ -46,8 +46,15 @@ SPECS = [
         )
         for codes, group, zero in ((4, 32, 1), (8, 128, 1), (1, 0, 0))
     ),
-    ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": 896, "QUANTIZED": 1, "STATIC_SCALE": 0}),
-    ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": 1024, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2, "STATIC_SCALE": 0}),
+    *(
+        ("quantize_rows", {"COLUMNS": 14336, "VEC": 8, "NUM_THREADS": threads, "QUANTIZED": 1, "STATIC_SCALE": 0})
+        for threads in (224, 896)
+    ),
+    *(
+        ("gated_quantized", {"FEATURES": 16384, "VEC": 8, "NUM_THREADS": threads, "ACTIVATION": "gelu_tanh", "QUANTIZED": 2,
+                             "STATIC_SCALE": 0})
+        for threads in (256, 1024)
+    ),
     ("activation", {"FEATURES": 11008, "VEC": 8, "NUM_THREADS": 256, "ACTIVATION": "gelu_erf"}),
     (
         "rotary_kv_write",

@@ -12,7 +12,7 @@ from phalanx.checkpoints.quantization.numbers import E4M3, quantize_static
 from phalanx.checkpoints.quantization.numbers import quantize_rows as reference_rows
 from phalanx.kernels.activation import gated_activation
 from phalanx.kernels.norm import layer_norm, rms_norm
-from phalanx.kernels.quantize import CodeKind, CodeRule, QuantizedRows, quantize_rows
+from phalanx.kernels.quantize import CodeKind, CodeRule, QuantizedRows, quantize_rows, row_threads
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES, KernelDevice
@@ -102,6 +102,62 @@ def test_gated_activation_writes_the_codes_of_what_it_would_have_stored(
     for out in (dense, rows):
         gated_activation(device.library, x, out, name)
     assert_same_codes(device, rows, device.get(dense))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("columns", [1, 2, 6, 4100])
+def test_codes_of_rows_that_narrow_loads_read(
+    device: KernelDevice, random_normal: Any, columns: int, dtype: np.dtype[Any], kind: CodeKind
+) -> None:
+    x = random_normal(dtype, 2, columns, scale=3.0)
+    rows = empty_rows(device, 2, columns, kind)
+    quantize_rows(device.library, device.put(x), rows)
+    assert_same_codes(device, rows, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("features", [1, 2, 1030])
+def test_gated_codes_of_rows_that_narrow_loads_read(
+    device: KernelDevice, random_normal: Any, features: int, dtype: np.dtype[Any]
+) -> None:
+    x = device.put(random_normal(dtype, 3, 2 * features, scale=2.0))
+    dense, rows = device.poisoned((3, features), dtype), empty_rows(device, 3, features, "fp8")
+    for out in (dense, rows):
+        gated_activation(device.library, x, out, "silu")
+    assert_same_codes(device, rows, device.get(dense))
+
+
+@pytest.mark.parametrize("columns", [1023, 4096, 9000])
+def test_a_row_has_the_same_codes_among_few_rows_and_among_many(
+    device: KernelDevice, random_normal: Any, columns: int
+) -> None:
+    many = 2 * device.library.num_multiprocessors + 1
+    x = random_normal(BFLOAT16, many, 2 * columns, scale=3.0)
+    assert row_threads(device.library, 2, 512) > row_threads(device.library, many, 512)
+
+    def codes_of(num_rows: int) -> list[np.ndarray]:
+        rows, gated = (empty_rows(device, num_rows, columns, "fp8") for _ in range(2))
+        quantize_rows(device.library, device.put(np.ascontiguousarray(x[:num_rows, :columns])), rows)
+        gated_activation(device.library, device.put(x[:num_rows]), gated, "silu")
+        return [device.get(array)[:2] for out in (rows, gated) for array in (out.scale, out.codes)]
+
+    for few, among_many in zip(codes_of(2), codes_of(many), strict=True):
+        np.testing.assert_array_equal(few, among_many)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
+def test_gated_rows_that_are_not_finite_have_scales_that_are_not(
+    device: KernelDevice, dtype: np.dtype[Any], bad: float
+) -> None:
+    x = np.ones((2, 128), dtype)
+    x[1, 9] = bad
+    rows = empty_rows(device, 2, 64, "fp8")
+    gated_activation(device.library, device.put(x), rows, "silu")
+    scale = device.get(rows.scale)
+    assert np.isfinite(scale[0])
+    np.testing.assert_array_equal(scale[1], np.float32(abs(bad)))
 
 
 RULES = [CodeRule("fp8", 0.005, is_static=True), CodeRule("fp8", 1.5), CodeRule("int8", 1.5)]

@@ -166,6 +166,8 @@ inline bool __all_sync(unsigned int, bool value) {
     return all;
 }
 
+// The larger 16-bit halves.
+inline unsigned int __vmaxu2(unsigned int a, unsigned int b) { return max(a >> 16, b >> 16) << 16 | max(a & 0xffffu, b & 0xffffu); }
 inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
