@@ -162,7 +162,7 @@ class Gemm:
         """
         most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
         if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
-            return GemvShape(8, 1, 4) if problem.packed else GemvShape()
+            return GemvShape(8, 1, 4) if problem.packed or problem.has_scales else GemvShape()
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
@@ -315,9 +315,10 @@ def _suits_gemv(problem: GemmProblem) -> bool:
 
 
 def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:
-    if problem.packed:
-        return tuple(shape for shape in GEMV_PACKED_SHAPES if fits_block(shape, problem.num_tokens))
-    return GEMV8_SHAPES if problem.has_scales else GEMV_SHAPES
+    if not (problem.packed or problem.has_scales):
+        return GEMV_SHAPES
+    shapes = GEMV_PACKED_SHAPES if problem.packed else GEMV8_SHAPES
+    return tuple(shape for shape in shapes if fits_block(shape, problem.num_tokens))
 
 
 def open_gemm(library: Library, workspace: Array | None = None, *, has_blocks: bool = False) -> Gemm:

@@ -21,7 +21,7 @@ _ROWS_PER_TILE = 8
 
 @dataclass(frozen=True, slots=True)
 class GemvShape:
-    """How a block is cut: warps that share the k range, tiles of 8 outputs, chunks of 32 k in flight a warp.
+    """How a block is cut: warps that share the k range, tiles of outputs (8; 16 of codes), chunks of k in flight a warp (32; 64 of 8-bit codes).
 
     ``prefetch_bytes`` of each weight row are brought into the second-level cache while the previous kernel ends.
     """

@@ -8,6 +8,7 @@ import numpy as np
 from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
 from phalanx.kernels.gemv import GemvShape
 from phalanx.kernels.library import Library
+from phalanx.kernels.packed import fits_block
 from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
 from phalanx.parallel.errors import ExecutorError
 
@@ -15,14 +16,16 @@ __all__ = ["GEMV8_SHAPES", "MAX_GEMV8_TOKENS", "gemv8", "gemv8_takes"]
 
 MAX_GEMV8_TOKENS = 32
 _CHUNK = 64
-_ROWS_PER_TILE = 8
+_ROWS_PER_TILE = 16
+_TOKENS_PER_TILE = 8
 
 GEMV8_SHAPES = tuple(
     GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
-    for num_warps, row_blocks, unroll in ((8, 1, 4), (8, 2, 2), (8, 4, 2), (16, 1, 2), (16, 2, 2))
+    for num_warps, row_blocks, unroll in ((4, 1, 4), (8, 1, 2), (8, 1, 4), (8, 2, 2), (16, 1, 2))
     for prefetch_bytes in (0, 4096)
 )
-"""What the tuner tries."""
+"""What the tuner tries, as far as a block's sums fit (`fits_block`)."""
+_DEFAULT = GemvShape(num_warps=8, row_blocks=1, unroll=4)
 
 
 def gemv8_takes(num_tokens: int, in_features: int) -> bool:
@@ -54,20 +57,20 @@ def gemv8(
     require("out", out, (num_tokens, out_features), out)
     if bias is not None:
         require("bias", bias, (out_features,), out)
-    shape = shape or GemvShape(num_warps=8, row_blocks=2)
+    shape = shape or _DEFAULT
+    row_blocks = shape.row_blocks if fits_block(shape, num_tokens) else 1
     kernel = library.function(
         "gemv8",
         "gemv8",
         SCALAR=scalar_name(out),
         NUM_WARPS=shape.num_warps,
-        ROW_BLOCKS=shape.row_blocks,
+        ROW_BLOCKS=row_blocks,
         UNROLL=shape.unroll,
-        PREFETCH_BYTES=shape.prefetch_bytes,
-        TOKEN_TILES=ceil_div(num_tokens, 16),
-        MANY=int(num_tokens > 8),
+        TOKEN_TILES=ceil_div(num_tokens, _TOKENS_PER_TILE),
+        WHOLE_ROUNDS=int(in_features % (shape.num_warps * shape.unroll * _CHUNK) == 0),
         HAS_BIAS=int(bias is not None),
         QUANTIZED=QUANTIZED_DEFINES[x.kind],
     )
-    sizes = (np.int32(num_tokens), np.int32(out_features), np.int32(in_features))
+    sizes = (np.int32(num_tokens), np.int32(out_features), np.int32(in_features), np.int32(shape.prefetch_bytes))
     arguments = (x.codes, x.scale, weight.codes, weight.scale, bias, out, *sizes)
-    kernel((ceil_div(out_features, shape.row_blocks * _ROWS_PER_TILE),), (shape.num_warps * 32,), arguments)
+    kernel((ceil_div(out_features, row_blocks * _ROWS_PER_TILE),), (shape.num_warps * 32,), arguments)

@@ -4,6 +4,7 @@
 //
 // The hardware converts from sm_89 on; before that, and on the emulator, integer arithmetic gives the same bits.
 #pragma once
+#include <cuda_fp16.h>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 #define CONVERTS_E4M3 1
@@ -41,5 +42,23 @@ __device__ __forceinline__ unsigned short e4m3_pair(float low, float high) {
     return pair;
 #else
     return static_cast<unsigned short>(e4m3_bits(low) | e4m3_bits(high) << 8);
+#endif
+}
+
+// Four codes as two pairs of float16 operands, the lower codes first. Exact.
+__device__ __forceinline__ void e4m3_operands(unsigned codes, unsigned (&pairs)[2]) {
+#if CONVERTS_E4M3
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+        "}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(codes));
+#else
+    __half values[4];
+    for (int i = 0; i < 4; ++i) values[i] = __float2half_rn(e4m3_value(codes >> 8 * i & 0xffu));
+    memcpy(pairs, values, sizeof(values));
 #endif
 }

@@ -31,7 +31,7 @@ def operands(random_normal: Any, num_tokens: int, out: int, columns: int, kind: 
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "shape"), [*((3, shape) for shape in GEMV8_SHAPES), *((n, GemvShape(8, 2, 2)) for n in (1, 9, 17, 32))],
+    ("num_tokens", "shape"), [*((3, shape) for shape in GEMV8_SHAPES), *((n, GemvShape(8, 2, 2)) for n in (1, 8, 9, 17, 32)), (32, GemvShape(8, 4, 2))],
     ids=str,
 )  # fmt: skip
 def test_fp8_products_equal_float64(
@@ -41,9 +41,20 @@ def test_fp8_products_equal_float64(
     out = device.poisoned((num_tokens, 45), BFLOAT16)
     gemv8(device.library, put_codes(device, x, "fp8"), put_codes(device, weight, "fp8"), out, shape=shape)
     left, right = (dequantize(codes).astype(np.float64) for codes in (x, weight))
-    # Sums on sm_90's tensor cores keep about 13 bits (docs/quantisation.md).
+    # The result is bfloat16; products are exact and sums float32.
     limit = 2.0**-9 * (np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)).max()
     assert_close(device.get(out), left @ right.T, limit)
+
+
+@pytest.mark.parametrize("columns", [64, 192, 1024, 1088])
+def test_rows_of_whole_rounds_and_others_equal_float64(device: KernelDevice, random_normal: Any, columns: int) -> None:
+    x, weight = operands(random_normal, 2, 33, columns, "fp8")
+    out = device.poisoned((2, 33), DTYPES["float32"])
+    for shape in (GemvShape(4, 1, 4), GemvShape(16, 1, 1, 4096)):
+        gemv8(device.library, put_codes(device, x, "fp8"), put_codes(device, weight, "fp8"), out, shape=shape)
+        left, right = (dequantize(codes).astype(np.float64) for codes in (x, weight))
+        norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+        assert_close(device.get(out), left @ right.T, norms.max())
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
