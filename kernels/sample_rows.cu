@@ -34,7 +34,7 @@ __device__ uint64 draw(const Row& row, uint64 best, uint64 threshold, float lowe
 }
 
 extern "C" __global__ void CLUSTER_DIMENSIONS __launch_bounds__(NUM_THREADS, 2)
-sample_rows(const scalar* __restrict__ logits, const Sampling* __restrict__ records, const int* __restrict__ positions,
+sample_rows(const scalar* __restrict__ logits, const Sampling* records, const int* positions,
             int* __restrict__ token_ids, int num_parts, int part_size, int vocab_size) {
     let_next_start();
     wait_for_previous();
