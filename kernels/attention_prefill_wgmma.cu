@@ -16,8 +16,8 @@
 // Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
 // HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
 // item's queries load during this item, which short prompts need. With KV_FP8 feeders convert codes to float16 on the way, since
-// converting in the computing warpgroups would compete with the softmax for registers and issue slots; they stage the codes
-// of one tile ahead in shared memory, because a load that is waited for costs more than a tile's products.
+// converting in the computing warpgroups would compete with the softmax for registers and issue slots; the codes of
+// STAGED - 1 tiles are on their way to shared memory meanwhile, because a load that is waited for costs more than a tile's products.
 #define ROWS 128
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
@@ -38,7 +38,7 @@ struct Shared {
     alignas(1024) unsigned char query[QUERY_SLOTS][ROWS * HEAD_DIM * 2];
     alignas(1024) unsigned char ring[RING][TILE_BYTES];
 #if KV_FP8
-    alignas(16) unsigned char codes[2][KEYS * HEAD_DIM];
+    alignas(16) unsigned char codes[STAGED][KEYS * HEAD_DIM];
 #endif
     alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
 };
@@ -52,6 +52,7 @@ __device__ __forceinline__ unsigned swizzled(int rows, int row, int piece) {
 // ---- The feeding warpgroup ----
 
 constexpr int PASS_ROWS = FEEDERS / PIECES;  // rows that the warpgroup copies at once; a thread's rows are so far apart
+constexpr int AT_ONCE = 4;                   // pieces that a thread loads into registers before it converts them
 
 // Address of a thread's piece `row` rows below its first one, a multiple of PASS_ROWS; the swizzle repeats every 8 rows.
 __device__ __forceinline__ unsigned rows_below(unsigned first, int row) {
@@ -63,38 +64,47 @@ struct Feeder {
     Shared& shared;
     const int thread, lane;
     RingCursor ring, query;
-    int staging = 0, converting = 0;  // tiles of codes, with KV_FP8
-    bool has_staged = false;
+#if KV_FP8
+    int num_staged = 0, oldest = 0;  // tiles of codes that are on their way or wait for their conversion; their first slot
+#endif
 
     __device__ __forceinline__ int first_row() const { return thread / PIECES; }
     __device__ __forceinline__ int piece() const { return thread % PIECES; }
 
     // From row to row it is so many tokens and heads further, with a carry.
     __device__ __forceinline__ void copy_query(const Work& work) {
-#if KV_FP8
-        const float factor = query_factor(p.kv_scales, work.kv_head, p.query_scale);
-#endif
         int head = (work.first_packed_row + first_row()) % GROUP;
         const int token = work.first_token + (work.first_packed_row + first_row()) / GROUP;
         const Element* source = p.q + token * p.query_stride + (work.kv_head * GROUP + head) * HEAD_DIM + piece() * 8;
         const int valid_rows = work.num_tokens * GROUP - work.first_packed_row - first_row();
-        barrier_wait(shared_address(&shared.query_empty[query.slot]), query.parity ^ 1);
-        const unsigned destination = shared_address(shared.query[query.slot]) + swizzled(ROWS, first_row(), piece());
-#pragma unroll 2
-        for (int row = 0; row < ROWS; row += PASS_ROWS) {
-#if KV_FP8
-            const uint4 elements = row < valid_rows ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
-            store_16_bytes(rows_below(destination, row), scaled_operands(elements, factor));
-#else
-            copy_16_bytes(rows_below(destination, row), source, row < valid_rows);
-#endif
+        const auto advance = [&] {
             source += PASS_ROWS / GROUP * p.query_stride + PASS_ROWS % GROUP * HEAD_DIM;
             head += PASS_ROWS % GROUP;
             if (head >= GROUP) {
                 head -= GROUP;
                 source += p.query_stride - GROUP * HEAD_DIM;
             }
+        };
+        barrier_wait(shared_address(&shared.query_empty[query.slot]), query.parity ^ 1);
+        const unsigned destination = shared_address(shared.query[query.slot]) + swizzled(ROWS, first_row(), piece());
+#if KV_FP8
+        const float factor = query_factor(p.kv_scales, work.kv_head, p.query_scale);
+#pragma unroll 1
+        for (int first = 0; first < ROWS; first += AT_ONCE * PASS_ROWS) {
+            uint4 elements[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i, advance()) {
+                const bool valid = first + i * PASS_ROWS < valid_rows;
+                elements[i] = valid ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                store_16_bytes(rows_below(destination, first + i * PASS_ROWS), scaled_operands(elements[i], factor));
         }
+#else
+#pragma unroll 2
+        for (int row = 0; row < ROWS; row += PASS_ROWS, advance()) copy_16_bytes(rows_below(destination, row), source, row < valid_rows);
+#endif
         arrive(shared.query_full[query.slot]);
         query.advance(QUERY_SLOTS);
     }
@@ -110,22 +120,26 @@ struct Feeder {
 
 #if KV_FP8
     static constexpr int CODE_PIECES = HEAD_DIM / 16, ROWS_AT_ONCE = FEEDERS / CODE_PIECES;  // pieces of 16 codes
+    static_assert(ROWS_AT_ONCE % 8 == 0 && KEYS / ROWS_AT_ONCE % AT_ONCE == 0, "the swizzle of a thread's rows differs");
 
-    // Lane i of each warp holds the tile's page i. The codes of one tile are on their way while those of the tile before convert.
+    // Lane i of each warp holds the tile's page i. While a tile converts, the codes of STAGED - 1 tiles are on their way.
     __device__ __forceinline__ void copy_tile(const KvElement* pages, const Work& work, int tile, int page) {
         stage(pages, work, tile, page);
-        if (has_staged) convert<1>();
-        has_staged = true;
+        if (num_staged == STAGED) convert<STAGED - 1>();
     }
 
-    __device__ __forceinline__ void end() { convert<0>(); }
+    // Converts tiles until so many are left.
+    __device__ __forceinline__ void drain(int most) {
+        while (num_staged > most) convert<0>();
+    }
 
     // A thread copies the pieces that it converts later, so that it waits for no other thread. Rows past the sequence become zeros.
     __device__ __forceinline__ void stage(const KvElement* pages, const Work& work, int tile, int page) {
         const int first = thread / CODE_PIECES;
         const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
         const KvElement* const column = pages + work.kv_head * BLOCK_SIZE * HEAD_DIM + thread % CODE_PIECES * 16;
-        const unsigned destination = shared_address(shared.codes[staging]) + thread * 16;
+        const int slot = oldest + num_staged < STAGED ? oldest + num_staged : oldest + num_staged - STAGED;
+        const unsigned destination = shared_address(shared.codes[slot]) + thread * 16;
 #pragma unroll 4
         for (int row = 0; row < KEYS; row += ROWS_AT_ONCE) {
             const int key = tile * KEYS + first + row;
@@ -133,7 +147,7 @@ struct Feeder {
             copy_16_bytes(destination + row * HEAD_DIM, column + from, key < work.seq_len);
         }
         commit_copies();
-        staging ^= 1;
+        ++num_staged;
     }
 
     // The oldest staged tile; `LATEST` younger ones may still be on their way. Lanes whose pieces would meet in the same banks
@@ -142,19 +156,28 @@ struct Feeder {
     __device__ __forceinline__ void convert() {
         wait_for_copies_but<LATEST>();
         barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
-        const unsigned destination = shared_address(shared.ring[ring.slot]);
-        const unsigned char* const source = shared.codes[converting] + thread * 16;
         const int first = thread / CODE_PIECES, code_piece = thread % CODE_PIECES, order = code_piece / 4 % 2;
-#pragma unroll 4
-        for (int row = 0; row < KEYS; row += ROWS_AT_ONCE) {
-            const uint4 codes = *reinterpret_cast<const uint4*>(source + row * HEAD_DIM);
-            const uint4 low = operands_of(codes.x, codes.y), high = operands_of(codes.z, codes.w);
-            store_16_bytes(destination + swizzled(KEYS, first + row, 2 * code_piece + order), order ? high : low);
-            store_16_bytes(destination + swizzled(KEYS, first + row, 2 * code_piece + 1 - order), order ? low : high);
+        const unsigned char* const source = shared.codes[oldest] + thread * 16;
+        const unsigned one = shared_address(shared.ring[ring.slot]) + swizzled(KEYS, first, 2 * code_piece + order);
+        const unsigned other = shared_address(shared.ring[ring.slot]) + swizzled(KEYS, first, 2 * code_piece + 1 - order);
+#pragma unroll 1
+        for (int begin = 0; begin < KEYS; begin += AT_ONCE * ROWS_AT_ONCE) {
+            uint4 codes[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                codes[i] = *reinterpret_cast<const uint4*>(source + (begin + i * ROWS_AT_ONCE) * HEAD_DIM);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int below = (begin + i * ROWS_AT_ONCE) * COLUMN_BYTES;
+                const uint4 its = codes[i];
+                store_16_bytes(one + below, operands_of(order ? its.z : its.x, order ? its.w : its.y));
+                store_16_bytes(other + below, operands_of(order ? its.x : its.z, order ? its.y : its.w));
+            }
         }
         arrive(shared.full[ring.slot]);
         ring.advance(RING);
-        converting ^= 1;
+        oldest = oldest + 1 < STAGED ? oldest + 1 : 0;
+        --num_staged;
     }
 #else
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
@@ -177,13 +200,16 @@ struct Feeder {
         ring.advance(RING);
     }
 
-    __device__ __forceinline__ void end() {}
+    __device__ __forceinline__ void drain(int) {}
 #endif
 
+    // A query's slot is free once the last scores of the item before it are done (QUERY_SLOTS = 2: of the one before that), which
+    // need every tile but its last values. So these must be converted, not just on their way, before the feeders wait for the slot.
     __device__ __forceinline__ void run(WorkQueue& queue) {
         Work work = queue.next();
-        int page = work.page(work.begin, lane);
+        int page = work.page(work.begin, lane), num_tiles = 0;
         for (bool more = true; more;) {
+            drain(QUERY_SLOTS == 1 ? 1 : num_tiles);
             copy_query(work);
             more = queue.has_next();
             const Work next = more ? queue.next() : work;
@@ -194,10 +220,11 @@ struct Feeder {
                 copy_tile(p.v_pages, work, tile, page);
                 page = next_page;
             }
+            num_tiles = 2 * (work.end - work.begin);
             work = next;
             page = next_first_page;
         }
-        end();
+        drain(0);
     }
 };
 

@@ -93,7 +93,7 @@ class DecodeTiling:
         return cls(heads_per_item, head_tiles, ring, blocks, fixed + ring * per_slot, partial_floats)
 
 
-_STAGED_TILES = 2
+_STAGED_TILES = 4
 """Tiles of codes on their way to Hopper's prefill kernel or being converted there."""
 
 
@@ -133,10 +133,17 @@ class PrefillTiling:
         rows = 128
         keys, query_slots = (64, 1) if head_dim > 128 else (128, 2)
         fixed = query_slots * rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
-        fixed += _STAGED_TILES * keys * head_dim if has_fp8_pages else 0
+        staged = _STAGED_TILES if has_fp8_pages else 0
+        fixed += staged * keys * head_dim
         ring = min(8, (limit - fixed) // (keys * head_dim * 2))
         shared_bytes = fixed + ring * keys * head_dim * 2
-        defines = {"KEYS": keys, "RING": ring, "QUERY_SLOTS": query_slots, "SHARED_BYTES": shared_bytes}
+        defines = {
+            "KEYS": keys,
+            "RING": ring,
+            "QUERY_SLOTS": query_slots,
+            "STAGED": staged,
+            "SHARED_BYTES": shared_bytes,
+        }
         return cls("attention_prefill_wgmma", rows, 384, shared_bytes, defines)
 
 

@@ -112,6 +112,14 @@ def test_tiles_fit_the_multiprocessor(architecture: str, head_dim: int, group: i
     assert decode.heads_per_item * decode.head_tiles >= group > decode.heads_per_item * (decode.head_tiles - 1)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_hoppers_prefill_over_codes_has_slots_for_keys_and_values_and_the_next_keys(head_dim: int) -> None:
+    tiling = PrefillTiling.choose(head_dim, "sm_90a", has_fp8_pages=True)
+    assert tiling.defines["RING"] >= 3
+    assert tiling.defines["STAGED"] >= 2
+    assert tiling.shared_bytes + 1024 <= shared_bytes_per_multiprocessor("sm_90a")
+
+
 def test_hopper_gets_its_own_prefill_kernel_where_it_has_one() -> None:
     sources = {
         (architecture, head_dim): PrefillTiling.choose(head_dim, architecture).source
