@@ -21,9 +21,6 @@ __device__ __forceinline__ Packed<VEC> gated(const Packed<VEC>& gate, const Pack
     return pack(value);
 }
 
-// Whether the row has a thread's element `at` of a chunk; of chunks that are whole the compiler knows.
-__device__ __forceinline__ bool has(int chunk, int at) { return (chunk + 1) * CHUNK <= FEATURES || at < FEATURES; }
-
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 gated_quantized(const scalar* __restrict__ x, unsigned char* __restrict__ codes, float* __restrict__ scale, float bound) {
     let_next_start();
@@ -37,8 +34,8 @@ gated_quantized(const scalar* __restrict__ x, unsigned char* __restrict__ codes,
 #pragma unroll
         for (int i = 0; i < AHEAD && first + i < NUM_CHUNKS; ++i) {
             const int at = (first + i) * CHUNK + threadIdx.x * VEC;
-            value[first + i] = has(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + at) : Packed<VEC>{};
-            up[i] = has(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + FEATURES + at) : Packed<VEC>{};
+            value[first + i] = is_in_row<FEATURES, CHUNK>(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + at) : Packed<VEC>{};
+            up[i] = is_in_row<FEATURES, CHUNK>(first + i, at) ? load_packed<VEC>(x + row * 2 * FEATURES + FEATURES + at) : Packed<VEC>{};
         }
 #pragma unroll
         for (int i = 0; i < AHEAD && first + i < NUM_CHUNKS; ++i) {
@@ -51,6 +48,6 @@ gated_quantized(const scalar* __restrict__ x, unsigned char* __restrict__ codes,
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
         const int at = chunk * CHUNK + threadIdx.x * VEC;
-        if (has(chunk, at)) store_codes(codes + row * FEATURES + at, value[chunk], own.inverse);
+        if (is_in_row<FEATURES, CHUNK>(chunk, at)) store_codes(codes + row * FEATURES + at, value[chunk], own.inverse);
     }
 }

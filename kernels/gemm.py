@@ -11,14 +11,13 @@ from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
 from phalanx.kernels.gemm_operands import Inputs, Operands, Weight, problem_of
-from phalanx.kernels.gemv import GEMV_SHAPES, GemvShape, gated_gemv, gemv, gemv_takes
+from phalanx.kernels.gemv import CODES_SHAPE, GEMV_SHAPES, GemvShape, fits_block, gated_gemv, gemv, gemv_takes
 from phalanx.kernels.gemv8 import GEMV8_SHAPES, gemv8, gemv8_takes
 from phalanx.kernels.library import Library
 from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
     MAX_PACKED_TOKENS,
     PackedWeight,
-    fits_block,
     gemv_packed,
     layout_suits_gemv,
     unpack_weight,
@@ -162,7 +161,7 @@ class Gemm:
         """
         most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
         if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
-            return GemvShape(8, 1, 4) if problem.packed or problem.has_scales else GemvShape()
+            return CODES_SHAPE if problem.packed or problem.has_scales else GemvShape()
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:

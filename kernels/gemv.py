@@ -12,17 +12,32 @@ from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
 from phalanx.kernels.library import KernelFunction, Library
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["GEMV_SHAPES", "MAX_GEMV_TOKENS", "GemvShape", "gated_gemv", "gemv", "gemv_takes"]
+__all__ = [
+    "CODES_SHAPE",
+    "GEMV_SHAPES",
+    "MAX_GEMV_TOKENS",
+    "TOKENS_PER_CODES_TILE",
+    "GemvShape",
+    "fits_block",
+    "gated_gemv",
+    "gemv",
+    "gemv_takes",
+]
 
 MAX_GEMV_TOKENS = 16
 _CHUNK = 32
 _ROWS_PER_TILE = 8
+TOKENS_PER_CODES_TILE = 8
+"""Tokens of one tile of the kernels that stream codes (`gemv8`, `gemv_packed`), which has 16 outputs."""
+_MOST_SUMS = 96
+"""Accumulator tiles of a block's warps, 512 bytes each, that fit its shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class GemvShape:
-    """How a block is cut: warps that share the k range, tiles of outputs (8; 16 of codes), chunks of k in flight a warp (32; 64 of 8-bit codes).
+    """How a block is cut: warps that share the k range, tiles of 8 outputs, chunks of 32 k in flight a warp.
 
+    In the kernels that stream codes tiles have 16 outputs, and chunks more k: 64 of `gemv8`, `codes_per_chunk` of `gemv_packed`.
     ``prefetch_bytes`` of each weight row are brought into the second-level cache while the previous kernel ends.
     """
 
@@ -38,6 +53,15 @@ GEMV_SHAPES = tuple(
     for prefetch_bytes in (0, 4096)
 )
 """What the tuner tries."""
+
+
+CODES_SHAPE = GemvShape(num_warps=8, row_blocks=1, unroll=4)
+"""Of the kernels that stream codes, where none was measured."""
+
+
+def fits_block(shape: GemvShape, num_tokens: int) -> bool:
+    """Whether the sums of so many tokens fit a block's shared memory, in the kernels that stream codes."""
+    return shape.num_warps * shape.row_blocks * ceil_div(num_tokens, TOKENS_PER_CODES_TILE) <= _MOST_SUMS
 
 
 def gemv_takes(num_tokens: int, in_features: int, dtype: str) -> bool:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
-from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fits_block
 from phalanx.kernels.library import Library
-from phalanx.kernels.packed import fits_block
 from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
 from phalanx.parallel.errors import ExecutorError
 
@@ -17,7 +16,6 @@ __all__ = ["GEMV8_SHAPES", "MAX_GEMV8_TOKENS", "gemv8", "gemv8_takes"]
 MAX_GEMV8_TOKENS = 32
 _CHUNK = 64
 _ROWS_PER_TILE = 16
-_TOKENS_PER_TILE = 8
 
 GEMV8_SHAPES = tuple(
     GemvShape(num_warps, row_blocks, unroll, prefetch_bytes)
@@ -25,7 +23,6 @@ GEMV8_SHAPES = tuple(
     for prefetch_bytes in (0, 4096)
 )
 """What the tuner tries, as far as a block's sums fit (`fits_block`)."""
-_DEFAULT = GemvShape(num_warps=8, row_blocks=1, unroll=4)
 
 
 def gemv8_takes(num_tokens: int, in_features: int) -> bool:
@@ -57,7 +54,7 @@ def gemv8(
     require("out", out, (num_tokens, out_features), out)
     if bias is not None:
         require("bias", bias, (out_features,), out)
-    shape = shape or _DEFAULT
+    shape = shape or CODES_SHAPE
     row_blocks = shape.row_blocks if fits_block(shape, num_tokens) else 1
     kernel = library.function(
         "gemv8",
@@ -66,7 +63,7 @@ def gemv8(
         NUM_WARPS=shape.num_warps,
         ROW_BLOCKS=row_blocks,
         UNROLL=shape.unroll,
-        TOKEN_TILES=ceil_div(num_tokens, _TOKENS_PER_TILE),
+        TOKEN_TILES=ceil_div(num_tokens, TOKENS_PER_CODES_TILE),
         WHOLE_ROUNDS=int(in_features % (shape.num_warps * shape.unroll * _CHUNK) == 0),
         HAS_BIAS=int(bias is not None),
         QUANTIZED=QUANTIZED_DEFINES[x.kind],

@@ -14,7 +14,7 @@ import numpy as np
 
 from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
-from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fits_block
 from phalanx.kernels.library import Library
 from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
@@ -26,7 +26,6 @@ __all__ = [
     "PackedKind",
     "PackedWeight",
     "check_packed",
-    "fits_block",
     "gemv_packed",
     "layout_suits_gemv",
     "pack_weight",
@@ -43,9 +42,6 @@ SMALLEST_GROUP = 32
 """Columns, and multiples of them, that share a scale where kernels make operands of codes."""
 _NUM_THREADS = 128
 _ROWS_PER_TILE = 16
-_TOKENS_PER_TILE = 8
-_MOST_SUMS = 96
-"""Accumulator tiles of a block's warps, 512 bytes each, that fit its shared memory."""
 
 MAX_PACKED_TOKENS = 64
 
@@ -134,11 +130,6 @@ def layout_suits_gemv(num_tokens: int, columns: int, layout: str) -> bool:
     return num_tokens <= MAX_PACKED_TOKENS and columns % _PIECE == 0 and group % SMALLEST_GROUP == 0
 
 
-def fits_block(shape: GemvShape, num_tokens: int) -> bool:
-    """Whether a block's sums for so many tokens fit its shared memory."""
-    return shape.num_warps * shape.row_blocks * ceil_div(num_tokens, _TOKENS_PER_TILE) <= _MOST_SUMS
-
-
 def gemv_packed(
     library: Library,
     x: Array,
@@ -167,13 +158,13 @@ def gemv_packed(
     require("out", out, (num_tokens, outputs), x)
     if bias is not None:
         require("bias", bias, (rows,), x)
-    chosen = shape or GemvShape(num_warps=8, row_blocks=1, unroll=4)
+    chosen = shape or CODES_SHAPE
     row_blocks = max(chosen.row_blocks, 2) if gated else chosen.row_blocks
     if not fits_block(chosen, num_tokens):
         row_blocks = 2 if gated else 1
     defines = packed_defines(weight.kind, weight.group, weight.zero is not None) | {
         "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": row_blocks, "UNROLL": chosen.unroll,
-        "TOKEN_TILES": ceil_div(num_tokens, _TOKENS_PER_TILE), "WHOLE_CHUNKS": int(columns % codes_per_chunk(weight.kind) == 0),
+        "TOKEN_TILES": ceil_div(num_tokens, TOKENS_PER_CODES_TILE), "WHOLE_CHUNKS": int(columns % codes_per_chunk(weight.kind) == 0),
         "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
         "HAS_BIAS": int(bias is not None),
     }  # fmt: skip

@@ -9,9 +9,6 @@
 
 constexpr int CHUNK = NUM_THREADS * VEC, NUM_CHUNKS = (COLUMNS + CHUNK - 1) / CHUNK;
 
-// Whether the row has a thread's element `at` of a chunk; of chunks that are whole the compiler knows.
-__device__ __forceinline__ bool has(int chunk, int at) { return (chunk + 1) * CHUNK <= COLUMNS || at < COLUMNS; }
-
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 quantize_rows(const scalar* __restrict__ x, unsigned char* __restrict__ codes, float* __restrict__ scale, float bound) {
     let_next_start();
@@ -22,7 +19,7 @@ quantize_rows(const scalar* __restrict__ x, unsigned char* __restrict__ codes, f
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
         const int at = chunk * CHUNK + threadIdx.x * VEC;
-        value[chunk] = has(chunk, at) ? load_packed<VEC>(x + row + at) : Packed<VEC>{};
+        value[chunk] = is_in_row<COLUMNS, CHUNK>(chunk, at) ? load_packed<VEC>(x + row + at) : Packed<VEC>{};
     }
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) largest.add(value[chunk]);
@@ -31,6 +28,6 @@ quantize_rows(const scalar* __restrict__ x, unsigned char* __restrict__ codes, f
 #pragma unroll
     for (int chunk = 0; chunk < NUM_CHUNKS; ++chunk) {
         const int at = chunk * CHUNK + threadIdx.x * VEC;
-        if (has(chunk, at)) store_codes(codes + row + at, value[chunk], own.inverse);
+        if (is_in_row<COLUMNS, CHUNK>(chunk, at)) store_codes(codes + row + at, value[chunk], own.inverse);
     }
 }

@@ -11,15 +11,7 @@
 #include "fp8.cuh"
 
 // Two codes (the low 16 bits) as two float16 operands.
-__device__ __forceinline__ unsigned operands_of(unsigned codes) {
-#if CONVERTS_E4M3
-    unsigned pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<unsigned short>(codes)));
-    return pair;
-#else
-    return pack_operands(e4m3_value(codes & 0xffu), e4m3_value(codes >> 8 & 0xffu));
-#endif
-}
+__device__ __forceinline__ unsigned operands_of(unsigned codes) { return e4m3_operands(static_cast<unsigned short>(codes)); }
 
 // Eight codes as eight float16 operands.
 __device__ __forceinline__ uint4 operands_of(unsigned low, unsigned high) {

@@ -45,20 +45,27 @@ __device__ __forceinline__ unsigned short e4m3_pair(float low, float high) {
 #endif
 }
 
-// Four codes as two pairs of float16 operands, the lower codes first. Exact.
-__device__ __forceinline__ void e4m3_operands(unsigned codes, unsigned (&pairs)[2]) {
+// Two codes (the low 16 bits) as a pair of float16 operands, the lower code first. Exact.
+__device__ __forceinline__ unsigned e4m3_operands(unsigned short codes) {
 #if CONVERTS_E4M3
-    asm("{\n"
-        ".reg .b16 low, high;\n"
-        "mov.b32 {low, high}, %2;\n"
-        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
-        "cvt.rn.f16x2.e4m3x2 %1, high;\n"
-        "}"
-        : "=r"(pairs[0]), "=r"(pairs[1])
-        : "r"(codes));
+    unsigned pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(codes));
+    return pair;
 #else
-    __half values[4];
-    for (int i = 0; i < 4; ++i) values[i] = __float2half_rn(e4m3_value(codes >> 8 * i & 0xffu));
-    memcpy(pairs, values, sizeof(values));
+    const __half low = __float2half_rn(e4m3_value(codes & 0xffu)), high = __float2half_rn(e4m3_value(codes >> 8));
+    return *reinterpret_cast<const unsigned short*>(&low) | static_cast<unsigned>(*reinterpret_cast<const unsigned short*>(&high)) << 16;
 #endif
+}
+
+// Four codes as two pairs, the lower codes first.
+__device__ __forceinline__ void e4m3_operands(unsigned codes, unsigned (&pairs)[2]) {
+    unsigned short low, high;
+#if CONVERTS_E4M3
+    asm("mov.b32 {%0, %1}, %2;" : "=h"(low), "=h"(high) : "r"(codes));  // the conversion names the upper half; a shift would be one more
+#else
+    low = static_cast<unsigned short>(codes);
+    high = static_cast<unsigned short>(codes >> 16);
+#endif
+    pairs[0] = e4m3_operands(low);
+    pairs[1] = e4m3_operands(high);
 }

@@ -30,16 +30,8 @@ __device__ __forceinline__ uint32 fma_pair(uint32 a, uint32 b, uint32 c, __nv_bf
     return d;
 }
 
-// d [16, 8] += a [16, 32] * b [32, 8] of bytes (PTX ISA, mma.m16n8k32): a = {(g, 4t), (g + 8, 4t), (g, 4t + 16), (g + 8, 4t + 16)},
-// b = {(4t, g), (4t + 16, g)}, each four neighbours along k; d as above. e4m3 into float32, int8 into int32.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-__device__ __forceinline__ void mma_16x8x32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
-
+// d [16, 8] += a [16, 32] * b [32, 8] of int8 (PTX ISA, mma.m16n8k32): a = {(g, 4t), (g + 8, 4t), (g, 4t + 16), (g + 8, 4t + 16)},
+// b = {(4t, g), (4t + 16, g)}, each four neighbours along k; d as above, int32.
 __device__ __forceinline__ void mma_16x8x32(int (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])

@@ -17,6 +17,12 @@ struct RowScale {
 // Magnitudes compare like unsigned integers, and NaN above all: a row with a NaN gets a NaN for its scale.
 __device__ __forceinline__ unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
+// Whether a row has element `at`, which lies in the given chunk; of chunks that are whole the compiler knows.
+template <int COLUMNS_OF_ROW, int CHUNK_SIZE>
+__device__ __forceinline__ bool is_in_row(int chunk, int at) {
+    return (chunk + 1) * CHUNK_SIZE <= COLUMNS_OF_ROW || at < COLUMNS_OF_ROW;
+}
+
 // The largest magnitude of many packed values: word by word, of 16-bit values the two halves by themselves.
 struct LargestMagnitude {
     uint32 word = 0;

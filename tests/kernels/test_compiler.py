@@ -122,6 +122,14 @@ def test_every_kernel_compiles_without_a_gpu(cache, source, defines, architectur
         assert name.encode() in cubin
 
 
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_120"])
+def test_products_of_codes_compile_for_other_architectures(cache, architecture):
+    for source, defines in SPECS:
+        if source == "gemv8":
+            spec = KernelSpec.of(source, defines | {"SCALAR": "__nv_bfloat16"})
+            assert compile_cubin(spec, architecture, cache).startswith(b"\x7fELF")
+
+
 def test_row_sampling_compiles_with_clusters_on_hopper(cache):
     for source in ("sample_rows", "log_probabilities"):
         spec = KernelSpec.of(source, ROWS | {"CLUSTER": 8, "SCALAR": "__nv_bfloat16"})
