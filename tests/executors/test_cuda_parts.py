@@ -105,15 +105,18 @@ def test_results_without_log_probabilities_are_tokens_only() -> None:
     assert result.logprobs.size == result.top_ids.size == 0
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 8, 9, 48, 1000, 1024])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 8, 9, 48, 1000, 1024, 2048, 4096])
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 8])
-def test_measured_sizes_are_few_warm_and_reach_the_largest_micro_batch(max_num_seqs: int, num_stages: int) -> None:
-    sizes = measured_sizes(max_num_seqs, num_stages)
+def test_measured_sizes_are_few_warm_and_hold_the_micro_batches_of_all(max_num_seqs: int, num_stages: int) -> None:
+    sizes = measured_sizes(max_num_seqs, num_stages, num_stages + 1)
     assert sizes[0] == 1
     assert set(sizes) <= set(DECODE_ROWS.sizes(max_num_seqs)), "these have graphs"
     assert all(DECODE_ROWS.size(size, 10_000) == size for size in sizes), "a plan of that many has the same one"
     assert sizes[-1] >= -(-max_num_seqs // num_stages)
-    assert len(sizes) <= 10
+    assert {DECODE_ROWS.size(-(-max_num_seqs // count), max_num_seqs) for count in (num_stages, num_stages + 1)} <= set(
+        sizes
+    )
+    assert len(sizes) <= 21
 
 
 def test_decoding_step_samples_a_token_of_each_sequence_and_wants_nothing_else() -> None:

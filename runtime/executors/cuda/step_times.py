@@ -10,6 +10,7 @@ import numpy as np
 
 from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.topology import Topology
+from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS
 from phalanx.runtime.step import ADMISSION, StepPlan, StepResult
 from phalanx.runtime.step.times import StepTimes
 
@@ -27,6 +28,11 @@ class TimedExecutor(Protocol):
         """This rank's place."""
         ...
 
+    @property
+    def num_microbatches(self) -> int:
+        """How many steps of different sequences can be in flight."""
+        ...
+
     def execute(self, plan: StepPlan) -> None:
         """Start a step. *Collective over the replica.*"""
         ...
@@ -40,10 +46,20 @@ class TimedExecutor(Protocol):
         ...
 
 
-def measured_sizes(max_num_seqs: int, num_stages: int) -> list[int]:
-    """Sequences of the steps worth timing: powers of two, until a micro-batch of all sequences is covered."""
+def measured_sizes(max_num_seqs: int, num_stages: int, num_microbatches: int) -> list[int]:
+    """Sequences of the steps worth timing, up to a micro-batch of all sequences.
+
+    Powers of two, from 16 on sizes halfway between them, and the micro-batches of all sequences themselves: a step that fills its last
+    row of tiles badly takes longer than the line between its neighbours says, and the largest number of sequences is what most steps
+    of a busy server have.
+    """
     largest = -(-max_num_seqs // num_stages)
-    return [1 << exponent for exponent in range((largest - 1).bit_length() + 1)]
+    sizes = {1 << exponent for exponent in range((largest - 1).bit_length() + 1)}
+    sizes |= {size // 2 * 3 for size in sizes if size >= 16 and size // 2 * 3 < largest}
+    sizes |= {
+        DECODE_ROWS.size(-(-max_num_seqs // count), max_num_seqs) for count in range(num_stages, num_microbatches + 1)
+    }
+    return sorted(sizes)
 
 
 def measure_step_times(executor: TimedExecutor, max_num_seqs: int, comm: Communicator) -> StepTimes:
@@ -52,7 +68,7 @@ def measure_step_times(executor: TimedExecutor, max_num_seqs: int, comm: Communi
     The steps write to the first position of the first block only, which every sequence writes before it reads it.
     """
     topology = executor.topology
-    sizes = measured_sizes(max_num_seqs, topology.layout.pp)
+    sizes = measured_sizes(max_num_seqs, topology.layout.pp, executor.num_microbatches)
     own = np.array([[_latency(executor, size, comm), _stage_time(executor, size, comm)] for size in sizes])
     latencies, stages = comm.all_gather(own).max(axis=0).T.tolist()
     return StepTimes(topology.layout.pp, tuple(sizes), tuple(stages), tuple(latencies))
