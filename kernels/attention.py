@@ -56,7 +56,7 @@ class PagedAttention:
         self._limits = limits
         self._alibi_slopes = alibi_slopes
         self._decode_tiling = _decode_tiling(shape, library.architecture)
-        self._prefill_tiling = PrefillTiling.choose(shape.head_dim, library.architecture, shape.has_fp8_pages)
+        self._prefill_tiling = PrefillTiling.choose(shape.head_dim, library.architecture)
         self._num_multiprocessors = library.num_multiprocessors
         self._max_workers = self._decode_tiling.blocks_per_multiprocessor * library.num_multiprocessors
         self._layout = WorkspaceLayout.of(
@@ -264,7 +264,7 @@ def _calls(shape: AttentionShape, architecture: str, has_alibi: bool) -> dict[st
         return {"float32": _Call("attention_float32", common | causal)}
     common |= {"BFLOAT16": int(shape.dtype == "bfloat16"), "KV_FP8": int(shape.has_fp8_pages)}
     decode = _decode_tiling(shape, architecture)
-    prefill = PrefillTiling.choose(shape.head_dim, architecture, shape.has_fp8_pages)
+    prefill = PrefillTiling.choose(shape.head_dim, architecture)
     return {
         "work_split": _Call("attention_work_split", {}),
         "decode": _Call("attention_decode", common | decode.defines, decode.shared_bytes),

@@ -16,8 +16,9 @@
 // Reference: Shah et al., "FlashAttention-3" (2024). Needs sm_90a. Parameters: as attention_prefill.cu, without WARPS, with
 // HEAD_DIM 64, 128 or 256, KEYS 64 or 128, RING (slots of one tile of keys or values) and QUERY_SLOTS: with two, the next
 // item's queries load during this item, which short prompts need. With KV_FP8 feeders convert codes to float16 on the way, since
-// converting in the computing warpgroups would compete with the softmax for registers and issue slots; the codes of
-// STAGED - 1 tiles are on their way to shared memory meanwhile, because a load that is waited for costs more than a tile's products.
+// converting in the computing warpgroups would compete with the softmax for registers and issue slots. A feeding warp is the only one
+// of its scheduler, so the number of its instructions decides: codes go through registers, which has fewer than staging them in shared
+// memory, and are loaded while the feeders wait for a slot.
 #define ROWS 128
 #include "attention_instructions.cuh"
 #include "attention_prefill.cuh"
@@ -32,14 +33,13 @@ constexpr int PIECES = HEAD_DIM / 8;            // of 16 bytes in a row
 constexpr int COLUMN_BYTES = 128;               // a row's share of one swizzled column of 64 elements
 constexpr int TILE_BYTES = KEYS * HEAD_DIM * 2;
 constexpr int QUERY_STEPS = HEAD_DIM / 16, KEY_STEPS = KEYS / 16;
-constexpr int FEEDER_REGISTERS = 56, COMPUTE_REGISTERS = 224;
+constexpr int FEEDER_REGISTERS = KV_FP8 ? 88 : 56, COMPUTE_REGISTERS = KV_FP8 ? 208 : 224;
+constexpr int REGISTERS = 65536 / THREADS / 8 * 8;  // of each thread at the start
+static_assert(FEEDER_REGISTERS + GROUPS * COMPUTE_REGISTERS <= (1 + GROUPS) * REGISTERS, "computing warpgroups would wait for registers forever");
 
 struct Shared {
     alignas(1024) unsigned char query[QUERY_SLOTS][ROWS * HEAD_DIM * 2];
     alignas(1024) unsigned char ring[RING][TILE_BYTES];
-#if KV_FP8
-    alignas(16) unsigned char codes[STAGED][KEYS * HEAD_DIM];
-#endif
     alignas(8) unsigned long long full[RING], empty[RING], query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "the wrapper's shared-memory size is too small");
@@ -64,9 +64,6 @@ struct Feeder {
     Shared& shared;
     const int thread, lane;
     RingCursor ring, query;
-#if KV_FP8
-    int num_staged = 0, oldest = 0;  // tiles of codes that are on their way or wait for their conversion; their first slot
-#endif
 
     __device__ __forceinline__ int first_row() const { return thread / PIECES; }
     __device__ __forceinline__ int piece() const { return thread % PIECES; }
@@ -120,68 +117,52 @@ struct Feeder {
 
 #if KV_FP8
     static constexpr int CODE_PIECES = HEAD_DIM / 16, ROWS_AT_ONCE = FEEDERS / CODE_PIECES;  // pieces of 16 codes
-    static_assert(ROWS_AT_ONCE % 8 == 0 && KEYS / ROWS_AT_ONCE % AT_ONCE == 0, "the swizzle of a thread's rows differs");
+    static_assert(ROWS_AT_ONCE % 8 == 0, "the swizzle of a thread's rows differs");
+    static constexpr bool WHOLE_PAGES = ROWS_AT_ONCE % PAGE_ROWS == 0;
+    uint4 codes[KEYS / ROWS_AT_ONCE];  // this thread's pieces of the tile that is fed next
+    int valid_rows;                    // how many rows the sequence has left from the first of them on
 
-    // Lane i of each warp holds the tile's page i. While a tile converts, the codes of STAGED - 1 tiles are on their way.
-    __device__ __forceinline__ void copy_tile(const KvElement* pages, const Work& work, int tile, int page) {
-        stage(pages, work, tile, page);
-        if (num_staged == STAGED) convert<STAGED - 1>();
-    }
+    // Eight lanes have four pieces of one row and four of the next: their operands, two pieces for each, then lie in different banks.
+    __device__ __forceinline__ int first_code_row() const { return thread / (2 * CODE_PIECES) * 2 + thread / 4 % 2; }
+    __device__ __forceinline__ int code_piece() const { return thread / 8 % (CODE_PIECES / 4) * 4 + thread % 4; }
 
-    // Converts tiles until so many are left.
-    __device__ __forceinline__ void drain(int most) {
-        while (num_staged > most) convert<0>();
-    }
-
-    // A thread copies the pieces that it converts later, so that it waits for no other thread. Rows past the sequence become zeros.
-    __device__ __forceinline__ void stage(const KvElement* pages, const Work& work, int tile, int page) {
-        const int first = thread / CODE_PIECES;
+    // Loads the codes of the tile that is fed next. Lane i of each warp holds the tile's page i.
+    __device__ __forceinline__ void look_ahead(const KvElement* pages, int kv_head, int seq_len, int tile, int page) {
+        const int in_page = WHOLE_PAGES ? first_code_row() % PAGE_ROWS : first_code_row();
+        const KvElement* const first = pages + (kv_head * BLOCK_SIZE + tile * KEYS % BLOCK_SIZE + in_page) * HEAD_DIM + code_piece() * 16;
         const long long page_elements = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
-        const KvElement* const column = pages + work.kv_head * BLOCK_SIZE * HEAD_DIM + thread % CODE_PIECES * 16;
-        const int slot = oldest + num_staged < STAGED ? oldest + num_staged : oldest + num_staged - STAGED;
-        const unsigned destination = shared_address(shared.codes[slot]) + thread * 16;
-#pragma unroll 4
-        for (int row = 0; row < KEYS; row += ROWS_AT_ONCE) {
-            const int key = tile * KEYS + first + row;
-            const long long from = __shfl_sync(~0u, page, (first + row) / PAGE_ROWS) * page_elements + key % BLOCK_SIZE * HEAD_DIM;
-            copy_16_bytes(destination + row * HEAD_DIM, column + from, key < work.seq_len);
+        valid_rows = seq_len - tile * KEYS - first_code_row();
+#pragma unroll
+        for (int i = 0; i < KEYS / ROWS_AT_ONCE; ++i) {
+            const int below = i * ROWS_AT_ONCE, index = below / PAGE_ROWS + (WHOLE_PAGES ? first_code_row() / PAGE_ROWS : 0);
+            const long long offset = __shfl_sync(~0u, page, index) * page_elements + below % PAGE_ROWS * HEAD_DIM;
+            codes[i] = *reinterpret_cast<const uint4*>(first + offset);
         }
-        commit_copies();
-        ++num_staged;
     }
 
-    // The oldest staged tile; `LATEST` younger ones may still be on their way. Lanes whose pieces would meet in the same banks
-    // (4 pieces of codes, 8 of operands apart) store their two halves in opposite order.
-    template <int LATEST>
-    __device__ __forceinline__ void convert() {
-        wait_for_copies_but<LATEST>();
+    // Converts the codes that were loaded. Rows past the sequence become zeros.
+    __device__ __forceinline__ void feed(const KvElement*, const Work&, int, int) {
+        const unsigned tile = shared_address(shared.ring[ring.slot]);
+        const unsigned low = tile + swizzled(KEYS, first_code_row(), 2 * code_piece());
+        const unsigned high = low ^ 16;
+        if (valid_rows < KEYS) {
+#pragma unroll
+            for (int i = 0; i < KEYS / ROWS_AT_ONCE; ++i)
+                if (i * ROWS_AT_ONCE >= valid_rows) codes[i] = make_uint4(0, 0, 0, 0);
+        }
         barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
-        const int first = thread / CODE_PIECES, code_piece = thread % CODE_PIECES, order = code_piece / 4 % 2;
-        const unsigned char* const source = shared.codes[oldest] + thread * 16;
-        const unsigned one = shared_address(shared.ring[ring.slot]) + swizzled(KEYS, first, 2 * code_piece + order);
-        const unsigned other = shared_address(shared.ring[ring.slot]) + swizzled(KEYS, first, 2 * code_piece + 1 - order);
-#pragma unroll 1
-        for (int begin = 0; begin < KEYS; begin += AT_ONCE * ROWS_AT_ONCE) {
-            uint4 codes[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                codes[i] = *reinterpret_cast<const uint4*>(source + (begin + i * ROWS_AT_ONCE) * HEAD_DIM);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                const int below = (begin + i * ROWS_AT_ONCE) * COLUMN_BYTES;
-                const uint4 its = codes[i];
-                store_16_bytes(one + below, operands_of(order ? its.z : its.x, order ? its.w : its.y));
-                store_16_bytes(other + below, operands_of(order ? its.x : its.z, order ? its.y : its.w));
-            }
+        for (int i = 0; i < KEYS / ROWS_AT_ONCE; ++i) {
+            const int below = i * ROWS_AT_ONCE * COLUMN_BYTES;
+            store_16_bytes(low + below, operands_of(codes[i].x, codes[i].y));
+            store_16_bytes(high + below, operands_of(codes[i].z, codes[i].w));
         }
         arrive(shared.full[ring.slot]);
         ring.advance(RING);
-        oldest = oldest + 1 < STAGED ? oldest + 1 : 0;
-        --num_staged;
     }
 #else
     // Lane i of each warp holds the tile's page i. Rows past the sequence become zeros.
-    __device__ __forceinline__ void copy_tile(const Element* pages, const Work& work, int tile, int page) {
+    __device__ __forceinline__ void feed(const Element* pages, const Work& work, int tile, int page) {
         const int first_key = tile * KEYS + first_row();
         const int in_page = (work.kv_head * BLOCK_SIZE + tile * KEYS % BLOCK_SIZE + first_row()) * HEAD_DIM + piece() * 8;
         barrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
@@ -200,31 +181,30 @@ struct Feeder {
         ring.advance(RING);
     }
 
-    __device__ __forceinline__ void drain(int) {}
+    __device__ __forceinline__ void look_ahead(const Element*, int, int, int, int) {}
 #endif
 
-    // A query's slot is free once the last scores of the item before it are done (QUERY_SLOTS = 2: of the one before that), which
-    // need every tile but its last values. So these must be converted, not just on their way, before the feeders wait for the slot.
     __device__ __forceinline__ void run(WorkQueue& queue) {
         Work work = queue.next();
-        int page = work.page(work.begin, lane), num_tiles = 0;
+        int page = work.page(work.begin, lane);
+        look_ahead(p.k_pages, work.kv_head, work.seq_len, work.begin, page);
         for (bool more = true; more;) {
-            drain(QUERY_SLOTS == 1 ? 1 : num_tiles);
             copy_query(work);
             more = queue.has_next();
             const Work next = more ? queue.next() : work;
             const int next_first_page = next.page(next.begin, lane);  // a short item is over before this read would be
             for (int tile = work.begin; tile < work.end; ++tile) {
-                const int next_page = work.page(tile + 1, lane);
-                copy_tile(p.k_pages, work, tile, page);
-                copy_tile(p.v_pages, work, tile, page);
+                const bool is_last = tile + 1 == work.end;
+                const int next_page = is_last ? next_first_page : work.page(tile + 1, lane);
+                feed(p.k_pages, work, tile, page);
+                look_ahead(p.v_pages, work.kv_head, work.seq_len, tile, page);
+                feed(p.v_pages, work, tile, page);
+                const int kv_head = is_last ? next.kv_head : work.kv_head, seq_len = is_last ? next.seq_len : work.seq_len;
+                look_ahead(p.k_pages, kv_head, seq_len, is_last ? next.begin : tile + 1, next_page);
                 page = next_page;
             }
-            num_tiles = 2 * (work.end - work.begin);
             work = next;
-            page = next_first_page;
         }
-        drain(0);
     }
 };
 

@@ -93,10 +93,6 @@ class DecodeTiling:
         return cls(heads_per_item, head_tiles, ring, blocks, fixed + ring * per_slot, partial_floats)
 
 
-_STAGED_TILES = 4
-"""Tiles of codes on their way to Hopper's prefill kernel or being converted there."""
-
-
 @dataclass(frozen=True, slots=True)
 class PrefillTiling:
     """Which prefill kernel runs, and its constants.
@@ -116,11 +112,11 @@ class PrefillTiling:
     defines: dict[str, int]
 
     @classmethod
-    def choose(cls, head_dim: int, architecture: str, has_fp8_pages: bool = False) -> PrefillTiling:
+    def choose(cls, head_dim: int, architecture: str) -> PrefillTiling:
         """Hopper's kernel for the head sizes that it supports, else the portable one with the largest tile that fits."""
         limit = shared_bytes_per_multiprocessor(architecture) - _RESERVED_BYTES
         if architecture == "sm_90a" and head_dim in (64, 128, 256):
-            return cls._wgmma(head_dim, limit, has_fp8_pages)
+            return cls._wgmma(head_dim, limit)
         candidates = [(8, 64), (8, 32), (4, 32), (4, 16), (2, 16)]
         sizes = [(warps * 16 + 4 * keys) * row_bytes(head_dim) + _SMALL_BYTES for warps, keys in candidates]
         best = next(i for i, size in enumerate(sizes) if size <= limit)
@@ -129,21 +125,13 @@ class PrefillTiling:
         return cls("attention_prefill", warps * 16, warps * 32, sizes[best], defines)
 
     @classmethod
-    def _wgmma(cls, head_dim: int, limit: int, has_fp8_pages: bool) -> PrefillTiling:
+    def _wgmma(cls, head_dim: int, limit: int) -> PrefillTiling:
         rows = 128
         keys, query_slots = (64, 1) if head_dim > 128 else (128, 2)
         fixed = query_slots * rows * head_dim * 2 + 2 * 1024  # barriers and alignment, in units of the swizzle's period
-        staged = _STAGED_TILES if has_fp8_pages else 0
-        fixed += staged * keys * head_dim
         ring = min(8, (limit - fixed) // (keys * head_dim * 2))
         shared_bytes = fixed + ring * keys * head_dim * 2
-        defines = {
-            "KEYS": keys,
-            "RING": ring,
-            "QUERY_SLOTS": query_slots,
-            "STAGED": staged,
-            "SHARED_BYTES": shared_bytes,
-        }
+        defines = {"KEYS": keys, "RING": ring, "QUERY_SLOTS": query_slots, "SHARED_BYTES": shared_bytes}
         return cls("attention_prefill_wgmma", rows, 384, shared_bytes, defines)
 
 

@@ -15,7 +15,10 @@ __device__ __forceinline__ unsigned operands_of(unsigned codes) { return e4m3_op
 
 // Eight codes as eight float16 operands.
 __device__ __forceinline__ uint4 operands_of(unsigned low, unsigned high) {
-    return make_uint4(operands_of(low), operands_of(low >> 16), operands_of(high), operands_of(high >> 16));
+    unsigned first[2], second[2];
+    e4m3_operands(low, first);
+    e4m3_operands(high, second);
+    return make_uint4(first[0], first[1], second[0], second[1]);
 }
 
 // Two query elements as operands, multiplied by `factor`.

@@ -132,9 +132,12 @@ def test_many_sequences_of_uneven_length(device: KernelDevice) -> None:
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 1, 64), (4, 1, 128), (4, 2, 256)])
-def test_long_prefill_with_history(device: KernelDevice, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize("has_fp8_pages", [False, True])
+def test_long_prefill_with_history(
+    device: KernelDevice, num_heads: int, num_kv_heads: int, head_dim: int, has_fp8_pages: bool
+) -> None:
     lengths = ((1500, 1500), (700, 3000), (33, 2049), (257, 257), (1024, 1024))
-    shape = shape_of(num_heads, num_kv_heads, head_dim)
+    shape = shape_of(num_heads, num_kv_heads, head_dim, has_fp8_pages=has_fp8_pages)
     check(Case(shape, tuple(new for new, _ in lengths), tuple(total for _, total in lengths)), device)
 
 
@@ -160,10 +163,11 @@ def test_an_empty_step_writes_nothing(device: KernelDevice) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_repeated_runs_are_bitwise_equal(device: KernelDevice, head_dim: int) -> None:
+@pytest.mark.parametrize("has_fp8_pages", [False, True])
+def test_repeated_runs_are_bitwise_equal(device: KernelDevice, head_dim: int, has_fp8_pages: bool) -> None:
     new_tokens = (*(1 for _ in range(40)), 50, 128, 700)
     seq_lens = (9000, *(37 * i + 1 for i in range(39)), 700, 128, 1900)
-    run = DeviceCase(Case(shape_of(16, 4, head_dim), new_tokens, seq_lens), device)
+    run = DeviceCase(Case(shape_of(16, 4, head_dim, has_fp8_pages=has_fp8_pages), new_tokens, seq_lens), device)
     results = []
     for _ in range(30):
         run.poison()
