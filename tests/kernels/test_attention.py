@@ -11,9 +11,10 @@ import pytest
 from phalanx.kernels.attention import PagedAttention, attention_kernel_specs
 from phalanx.kernels.attention_shape import AttentionLimits, AttentionShape
 from phalanx.kernels.attention_tiling import DecodeTiling, PrefillTiling, shared_bytes_per_multiprocessor
-from phalanx.kernels.compiler import compile_cubin
+from phalanx.kernels.compiler import compile_cubin, load_source
 from phalanx.kernels.library import Library
 from phalanx.parallel.errors import ConfigError, ExecutorError
+from tests.support.sass import assert_weights_alone_are_read_early
 
 from .attention_case import Case, DeviceCase, check, shape_of
 from .devices import KernelDevice
@@ -174,6 +175,7 @@ def test_kernels_compile_without_a_gpu(
         cubin = compile_cubin(spec, architecture, tmp_path)
         assert cubin.startswith(b"\x7fELF")
         assert spec.source.encode() in cubin
+        assert_weights_alone_are_read_early(cubin, load_source(spec.source), architecture)
 
 
 @pytest.mark.parametrize(

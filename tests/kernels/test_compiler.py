@@ -6,9 +6,11 @@ import re
 import pytest
 
 from phalanx.kernels import compiler
-from phalanx.kernels.compiler import KernelSpec, architecture_name, compile_cubin, load_source
+from phalanx.kernels.compiler import KernelSource, KernelSpec, architecture_name, compile_cubin, load_source
 from phalanx.parallel.errors import ConfigError, ExecutorError
 from phalanx.runtime.sampling.fields import SAMPLING_STRUCT
+from tests.support import sass
+from tests.support.sass import assert_weights_alone_are_read_early
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -120,6 +122,39 @@ def test_every_kernel_compiles_without_a_gpu(cache, source, defines, architectur
     assert cubin.startswith(b"\x7fELF")
     for name in re.findall(r'extern "C" __global__ void [^(]*\([^)]*\)\s*(\w+)\(', load_source(source).text):
         assert name.encode() in cubin
+    assert_weights_alone_are_read_early(cubin, load_source(source), architecture)
+
+
+EARLY = """
+#include "launch.cuh"
+extern "C" __global__ void add(const float* x, const float* bias, float* out, int size) {
+    const int index = blockIdx.x * blockDim.x + threadIdx.x;
+    const float early = bias[index % size];
+    wait_for_previous();
+    out[index] = x[index] + early;
+}
+"""
+
+
+@pytest.mark.skipif(not sass.can_disassemble(), reason="nvidia-cuda-nvdisasm is not installed")
+@pytest.mark.parametrize("architecture", sorted(sass.PARAMETER_BASE))
+def test_loads_ahead_of_the_wait_are_found_with_their_parameter(monkeypatch, architecture):
+    source = KernelSource("add", EARLY, "", True)
+    cubin = compiler._compile(source, (f"-arch={architecture}",))
+    (load,) = sass.early_accesses(cubin, source.text, architecture)["add"]
+    assert load.pointers == {"bias"}
+    with pytest.raises(AssertionError, match=r"add reads \['bias'\] too early: 'LDG"):
+        assert_weights_alone_are_read_early(cubin, source, architecture)
+    monkeypatch.setitem(sass.WEIGHTS, "add", frozenset({"bias"}))
+    assert_weights_alone_are_read_early(cubin, source, architecture)
+
+
+@pytest.mark.skipif(not sass.can_disassemble(), reason="nvidia-cuda-nvdisasm is not installed")
+def test_a_kernel_that_does_not_wait_is_found():
+    source = KernelSource("add", EARLY.replace("wait_for_previous();", ""), "", True)
+    cubin = compiler._compile(source, ("-arch=sm_90a",))
+    with pytest.raises(ValueError, match="add does not wait for the kernel before it"):
+        sass.early_accesses(cubin, source.text, "sm_90a")
 
 
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_120"])
