@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -197,21 +199,17 @@ def format_weights(specs: Sequence[WeightSpec], plan: FormatPlan) -> list[Format
         ConfigError: a group of values would have to be cut.
     """
     formats = [plan.choose(spec) if len(spec.parts[0].shape) > 1 else DENSE for spec in specs]
-    units: dict[tuple[str, Shard, int], int] = {}
+    units: dict[_Cut, int] = {}
     for spec, chosen in zip(specs, formats, strict=True):
+        layer = spec.owner.rpartition(".")[0]
         for part in spec.parts:
             if part.shard is not None:
-                unit = units.get(_cut(spec, part, part.shard), 1)
-                units[_cut(spec, part, part.shard)] = math.lcm(unit, chosen.units(part)[part.shard.axis])
-    result = []
-    for spec, chosen in zip(specs, formats, strict=True):
-        parts = tuple(
-            part if part.shard is None else replace(part, shard=_aligned(spec, part, part.shard, units))
-            for part in spec.parts
-        )
-        aligned = replace(spec, parts=parts)
-        result.append(FormattedWeight(aligned, chosen, chosen.components(aligned)))
-    return result
+                cut = _cut(layer, part, part.shard)
+                units[cut] = math.lcm(units.get(cut, 1), chosen.units(part)[part.shard.axis])
+    aligned = [_aligned(spec, units) for spec in specs]
+    return [
+        FormattedWeight(spec, chosen, chosen.components(spec)) for spec, chosen in zip(aligned, formats, strict=True)
+    ]
 
 
 def components_of(weights: Iterable[FormattedWeight]) -> list[WeightSpec]:
@@ -239,15 +237,31 @@ def _is_plain_router(spec: WeightSpec, chosen: Format, present: frozenset[str]) 
     return is_there and not is_quantised
 
 
-def _cut(spec: WeightSpec, part: Part, shard: Shard) -> tuple[str, Shard, int]:
-    """Parts with equal cuts share the ranges of ranks: same layer, same shard on whatever axis, same extent."""
-    return spec.owner.rpartition(".")[0], replace(shard, axis=0), part.shape[shard.axis]
+_Cut = tuple[str, Shard, int]
+"""Parts with equal cuts share the ranges of ranks: same layer, same shard on whatever axis, same extent."""
 
 
-def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[str, Shard, int], int]) -> Shard:
-    needed, extent = units[_cut(spec, part, shard)], part.shape[shard.axis]
-    if needed == 1:
-        return shard
+def _cut(layer: str, part: Part, shard: Shard) -> _Cut:
+    return layer, _on_any_axis(shard), part.shape[shard.axis]
+
+
+@lru_cache(maxsize=1024)
+def _on_any_axis(shard: Shard) -> Shard:
+    return replace(shard, axis=0)
+
+
+def _aligned(spec: WeightSpec, units: Mapping[_Cut, int]) -> WeightSpec:
+    """With shards that cut between units. Layers of many experts have hundreds of parts: what stays as it is is not copied."""
+    layer = spec.owner.rpartition(".")[0]
+    parts = []
+    for part in spec.parts:
+        needed = 1 if part.shard is None else units[_cut(layer, part, part.shard)]
+        parts.append(part if part.shard is None or needed == 1 else _aligned_part(spec, part, part.shard, needed))
+    return spec if all(map(is_, parts, spec.parts)) else replace(spec, parts=tuple(parts))
+
+
+def _aligned_part(spec: WeightSpec, part: Part, shard: Shard, needed: int) -> Part:
+    extent = part.shape[shard.axis]
     unit = math.lcm(shard.unit, needed)
     pieces = shard.groups or shard.whole
     each = (shard.whole * shard.unit or extent) // pieces if pieces else unit
@@ -259,7 +273,7 @@ def _aligned(spec: WeightSpec, part: Part, shard: Shard, units: Mapping[tuple[st
     pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
     whole = "; --expert-parallel cuts no expert" if ".experts." in spec.owner else ""
     what = shard.what if pieces or unit == shard.unit else f"pieces of {unit} (quantisation groups of {needed}{whole})"
-    return replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what)
+    return replace(part, shard=replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what))
 
 
 FORMAT_READERS: Mapping[str, Callable[[Mapping[str, Any]], FormatPlan]] = MappingProxyType({})

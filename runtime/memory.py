@@ -122,10 +122,16 @@ def plan_memory(
         specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
         attention = [model.decode.attention(config, layer) for layer in layers]
         weights = format_weights(specs, formats)
+        blocks = [format_weights(model.decode.block_weights(config, layer), formats) for layer in layers]
         workspace = partial(
-            workspace_bytes, model, config, formats, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
-            itemsize=itemsize, experts=experts,
-        )  # fmt: skip
+            _largest_step,
+            blocks,
+            config,
+            experts,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            itemsize=itemsize,
+        )
         result += [
             RankMemory(
                 rank=place.rank,
@@ -199,30 +205,43 @@ def workspace_bytes(
 
     ``experts``: those of the model by name, if they are known.
     """
-    tp = place.tp_rank, place.layout.tp
     layers = model.stages(config, place.layout.pp)[place.stage]
+    blocks = [format_weights(model.decode.block_weights(config, layer), formats) for layer in layers]
+    mixtures = use_of(model, config).experts if experts is None else experts
+    return _largest_step(blocks, config, mixtures, place, max_num_seqs, max_num_tokens, itemsize)
+
+
+def _largest_step(
+    blocks: Sequence[Sequence[FormattedWeight]],
+    config: ModelConfig,
+    experts: Mapping[str, ExpertsSpec],
+    place: Topology,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    itemsize: int,
+) -> int:
+    """``blocks``: weights of each of the stage's layers."""
+    tp = place.tp_rank, place.layout.tp
     logit_rows = max(max_num_seqs, LOGIT_ROWS) if place.is_last_stage else 0
     if tp[1] > 1:
         logit_rows += LOGIT_ROWS * tp[1]
     if place.is_last_stage:
         logit_rows += -(-ADJUSTED_ROWS * (1 + (tp[1] if tp[1] > 1 else 0)) * DTYPE_BYTES["float32"] // itemsize)
     vocab_rows = vocabulary_shard().span(config.vocab_size, *tp).size
-    mixtures = use_of(model, config).experts if experts is None else experts
 
-    def of_layer(layer: int) -> int:
-        weights = format_weights(model.decode.block_weights(config, layer), formats)
+    def of_layer(weights: Sequence[FormattedWeight]) -> int:
         specs = [weight.spec for weight in weights]
         quantized = [weight.spec for weight in weights if isinstance(weight.format, RowCodes)]
         activations = activation_bytes(
-            specs, mixtures, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
+            specs, experts, config.hidden_size, vocab_rows, max_num_tokens, logit_rows, itemsize, *tp
         )
         rounded = [weight.spec for weight in weights if _rounds_inputs(weight.format)]
         num_rows = max_num_tokens + logit_rows
-        inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, mixtures, num_rows, itemsize, *tp)
-        blocks = [weight.spec for weight in weights if has_blocks(weight.format)]
-        return activations + inputs + _added_bytes(blocks, itemsize, *tp) + _product_bytes(weights, itemsize, *tp)
+        inputs = _code_bytes(quantized, num_rows, *tp) + _rounded_bytes(rounded, experts, num_rows, itemsize, *tp)
+        with_blocks = [weight.spec for weight in weights if has_blocks(weight.format)]
+        return activations + inputs + _added_bytes(with_blocks, itemsize, *tp) + _product_bytes(weights, itemsize, *tp)
 
-    return max(map(of_layer, layers))
+    return max(map(of_layer, blocks))
 
 
 def activation_bytes(
