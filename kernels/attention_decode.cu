@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of one new token per sequence over paged keys and values (flash-decoding).
 //
 // q: rows of queries, row s for sequence s, [H * HEAD_DIM] each, `query_stride` elements apart.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention over paged keys and values in plain float32 arithmetic, for checking: float32 pages, no tensor cores, slow.
 //
 // Arguments as for attention_decode.cu and attention_prefill.cu, but float32 elements. One block computes one head of one

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of sequences with several new tokens over paged keys and values: prefill, with or without earlier history.
 //
 // q: packed rows of queries, [H * HEAD_DIM] each, `query_stride` elements apart. k_pages, v_pages: [N, NUM_KV_HEADS,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of sequences with several new tokens over paged keys and values, on Hopper's warpgroup matrix instructions.
 //
 // Arguments and work division as attention_prefill.cu. One block a multiprocessor: a feeding warpgroup and two computing

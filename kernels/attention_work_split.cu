@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Divides one step's attention work, once a step and for all layers: see attention_work_split.cuh for what it writes.
 //
 // One block. Decode: the tiles of all sequences with one new token, times the items (heads) of each, in equal contiguous

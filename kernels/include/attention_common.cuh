@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the attention kernels share besides their instructions: the transform from products to scores.
 //
 // Compile-time parameters: BFLOAT16 (1 = bfloat16, 0 = float16), SOFT_CAP, ALIBI (0 or 1).

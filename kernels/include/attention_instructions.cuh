@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The instructions that the attention kernels are made of: tensor cores, asynchronous copies, barriers.
 //
 // Inline PTX instead of CUDA's half-precision and cooperative headers: NVRTC then needs no include path, and compiles in

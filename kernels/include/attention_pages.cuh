@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the attention kernels do differently when pages hold e4m3 (KV_FP8): conversion to float16 operands, and the scales.
 //
 // A cached value is code * scale, with one scale for the keys and one for the values of each key/value head. Codes convert to

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the two prefill kernels share: how work is cut, and the running softmax of a warp's 16 rows.
 //
 // Compile-time parameters: those of attention_common.cuh, HEAD_DIM, BLOCK_SIZE, NUM_KV_HEADS, GROUP, CAUSAL, PREFIX (1: keys before

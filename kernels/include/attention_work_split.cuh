@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How one step's attention work is split: what attention_work_split.cu writes and the attention kernels read, int32 throughout.
 //
 //   [0] decode units, [1] decode workers in use, [2] prefill tiles, [3..7] unused

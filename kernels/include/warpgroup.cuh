@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Hopper's warpgroup matrix instructions: four warps multiply 64 x 16 by 16 x N, asynchronously, from shared memory.
 //
 // Shared operands are columns of 64 elements (128 bytes) with the 128-byte swizzle: 16-byte piece p of row r lies at piece

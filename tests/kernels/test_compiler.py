@@ -233,10 +233,11 @@ def test_gpus_before_ampere_are_refused_in_one_sentence():
         architecture_name("75")
 
 
-def test_every_source_has_a_header_that_says_what_it_is():
-    for path in sorted(compiler.SOURCE_DIRECTORY.glob("*.cu")):
-        head = path.read_text().split("#include")[0]
-        assert len(head.splitlines()) >= 4, f"{path.name} does not say what it is"
+def test_every_source_names_its_licence_and_says_what_it_is():
+    for path in sorted([*compiler.SOURCE_DIRECTORY.glob("*.cu"), *compiler.INCLUDE_DIRECTORY.glob("*.cuh")]):
+        licence, *head = path.read_text().split("#include")[0].splitlines()
+        assert licence == "// SPDX-License-Identifier: Apache-2.0", path.name
+        assert len(head) >= (3 if path.suffix == ".cu" else 1), f"{path.name} does not say what it is"
 
 
 def test_every_kernel_that_may_start_early_waits_for_the_one_before():
