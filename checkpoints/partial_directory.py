@@ -35,7 +35,7 @@ class PartialDirectory:
         self._output = Path(os.path.abspath(output))
         self._is_ours = is_ours
         self._lock = -1
-        self.path = self._output.with_name(self._output.name + PARTIAL_SUFFIX)
+        self.path = self._output.parent / (self._output.name + PARTIAL_SUFFIX)
 
     def require_absent(self) -> None:
         """Refuse an output that is there. For every process, so that all of them end by themselves.

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.parallel.errors import ConfigError
 
     if comm.size > 1:
-        raise ConfigError(f"phalanx convert was started on {comm.size} ranks; it needs one")
+        raise ConfigError(
+            f"phalanx convert was started on {comm.size} ranks; it needs one; start it without mpirun and srun"
+        )
     readers = {
         "megatron": conversion.read_megatron,
         "nemo": conversion.read_nemo,

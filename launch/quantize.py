@@ -81,12 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.models.user_file import model_from_file
 
     if comm.size > 1:
-        raise ConfigError(f"phalanx quantize was started on {comm.size} ranks; it needs one")
+        raise ConfigError(
+            f"phalanx quantize was started on {comm.size} ranks; it needs one; start it without mpirun and srun"
+        )
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     group_size = 0 if group_size == -1 else group_size  # compressed-tensors' name for the row
     scheme = Scheme(args.scheme, group_size)
     if args.report is not None:
         check_writable(comm, "--report", args.report)
+        if args.report.resolve() == args.output.resolve():
+            raise ConfigError(f"--report {args.report} is the directory that --output makes; give another file")
     text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration)
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
@@ -112,9 +116,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.method != "rtn" and calibrated is not None:
         _say(args.method, list(calibrated.output_errors.values()))
     if args.report is not None:
-        args.report.write_text(json.dumps(report, indent=1))
+        _write(args.report, json.dumps(report, indent=1), args.output)
     comm.close()
     return 0
+
+
+def _write(report: Path, text: str, output: Path) -> None:
+    """Write ``report``, for which there was a place before the work.
+
+    Raises:
+        ConfigError: there is none now.
+    """
+    from phalanx.parallel.errors import ConfigError
+
+    try:
+        report.write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"--report {report} cannot be written: {error.strerror}; {output} is complete without it"
+        ) from None
 
 
 def _reads_no_text(args: argparse.Namespace) -> bool:

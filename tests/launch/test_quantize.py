@@ -131,3 +131,15 @@ def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Pa
     main(["--model", str(dense), "--output", str(tmp_path / "once"), "--scheme", "fp8"])
     with pytest.raises(ConfigError, match="--model is quantised already"):
         main(["--model", str(tmp_path / "once"), "--output", str(tmp_path / "twice"), "--scheme", "fp8"])
+
+
+def test_places_for_output_and_report_that_cannot_be_are_named(dense: Path, tmp_path: Path) -> None:
+    arguments, output = ["--model", str(dense), "--scheme", "int8"], tmp_path / "out"
+    with pytest.raises(ConfigError, match="--output '/' exists"):
+        main([*arguments, "--output", "/"])
+    with pytest.raises(ConfigError, match=r"--report .*out is the directory that --output makes; give another file"):
+        main([*arguments, "--output", str(output), "--report", str(output)])
+    assert not output.exists()
+    with pytest.raises(ConfigError, match=r"--report /dev/full cannot be written: No space .*out is complete without"):
+        main([*arguments, "--output", str(output), "--report", "/dev/full"])
+    assert (output / "config.json").exists()
