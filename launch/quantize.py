@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.checkpoints.quantization.scheme import Scheme
     from phalanx.checkpoints.quantization.writer import RoundToNearest, write_quantized
     from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.calibration.text import MAX_BYTES
     from phalanx.runtime.models.user_file import model_from_file
 
     if comm.size > 1:
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(comm, "--report", args.report)
         if args.report.resolve() == args.output.resolve():
             raise ConfigError(f"--report {args.report} is the directory that --output makes; give another file")
-    text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration)
+    text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration, MAX_BYTES)
     with open_checkpoint(args.model) as checkpoint:
         own = model_from_file(args.model_file)
         stored, chosen, ignored = _matrices(checkpoint, own)

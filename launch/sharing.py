@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import sys
 import threading
@@ -66,8 +67,10 @@ def check_writable(world: Communicator, flag: str, path: Path) -> None:
     agree(world, probe)
 
 
-def read_input(world: Communicator, flag: str, path: Path) -> bytes:
+def read_input(world: Communicator, flag: str, path: Path, most: int = -1) -> bytes:
     """A file of the user's, read by rank 0, whose disk and standard input are the user's; ``-`` is standard input. *Collective.*
+
+    ``most``: bytes to read, if not all.
 
     Raises:
         ConfigError: rank 0 cannot read it.
@@ -75,19 +78,20 @@ def read_input(world: Communicator, flag: str, path: Path) -> bytes:
 
     def read() -> bytes:
         with _waiting_is_said(flag, path):
-            return _read(flag, path)
+            return _read(flag, path, most)
 
     return agree(world, read)
 
 
-def read_text(world: Communicator, flag: str, path: Path) -> str:
-    """Like `read_input`, as text: UTF-8, with or without a byte order mark. *Collective.*
+def read_text(world: Communicator, flag: str, path: Path, most: int = -1) -> str:
+    """Like `read_input`, as text: UTF-8, with or without a byte order mark; less a character that ``most`` cuts. *Collective.*
 
     Raises:
         ConfigError: rank 0 cannot read it, or it is not UTF-8.
     """
+    data = read_input(world, flag, path, most)
     try:
-        return read_input(world, flag, path).decode("utf-8-sig")
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=len(data) != most)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{flag} {path} is not UTF-8 (byte {error.start}); convert it first") from None
 
@@ -107,13 +111,14 @@ def _waiting_is_said(flag: str, path: Path) -> Iterator[None]:
         timer.cancel()
 
 
-def _read(flag: str, path: Path) -> bytes:
+def _read(flag: str, path: Path, most: int) -> bytes:
     try:
         if path == STANDARD_INPUT:
             if sys.stdin is None:
                 raise ConfigError(f"{flag} - means standard input, which is closed; give a file")
-            return sys.stdin.buffer.read()
-        return path.read_bytes()
+            return sys.stdin.buffer.read(most)
+        with path.open("rb") as file:
+            return file.read(most)
     except IsADirectoryError:
         raise ConfigError(f"{flag} {path} is a directory; give a file, or - for standard input") from None
     except ConfigError:

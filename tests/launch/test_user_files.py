@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from phalanx.launch import sharing
-from phalanx.launch.sharing import read_input
+from phalanx.launch.sharing import read_input, read_text
 from phalanx.parallel.communicator import SelfCommunicator
+from phalanx.parallel.errors import ConfigError
 from tests.server.jobs import is_open_mpi
 
 from .commands import ROOT, command_line, messages, needs_mpirun, run
@@ -153,3 +154,16 @@ def test_a_configuration_that_only_rank_0_has_is_enough(tmp_path: Path) -> None:
     (tmp_path / "phalanx.toml").write_text('prompt = ["def main("]\nmax_tokens = 2\njson = true\n')
     result = run("generate", "--config", tmp_path / "phalanx.toml", ranks=2)
     assert_answered(result)
+
+
+@pytest.mark.parametrize(("most", "text"), [(-1, "aé"), (4, "a"), (5, "a"), (6, "aé"), (7, "aé")])
+def test_a_text_of_which_less_is_read_ends_with_a_whole_character(tmp_path: Path, most: int, text: str) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffaé".encode())
+    assert read_text(SelfCommunicator(), "--calibration", path, most) == text
+
+
+def test_a_text_that_ends_within_a_character_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("aé".encode()[:2])
+    with pytest.raises(ConfigError, match=r"text is not UTF-8 \(byte 1\)"):
+        read_text(SelfCommunicator(), "--calibration", tmp_path / "text", 3)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -19,9 +19,13 @@ from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.calibration.folding import fold_into_norm
+from phalanx.runtime.calibration.text import MAX_TOKENS, calibration_windows
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
+from phalanx.runtime.text import Tokenizer
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+
+from .test_ranges import write_words
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -217,3 +221,29 @@ def test_models_without_a_tokenizer_and_texts_of_a_few_words_are_refused(tmp_pat
     (tmp_path / "text").write_text("Too short.")
     with pytest.raises(ConfigError, match="give one of at least 64"):
         main([*arguments, "--calibration", str(tmp_path / "text")])
+
+
+def test_no_more_of_a_long_text_is_encoded_than_counts() -> None:
+    """100 MB took 205 s and 17 GB."""
+    tokenizer = Tokenizer.from_directory(DEMO)
+    assert tokenizer is not None
+    text, encoded = "".join(f"def f_{number}(x): return x + {number}\n" for number in range(40_000)), list[int]()
+
+    class Counting:
+        def encode(self, text: str, **options: bool) -> tuple[int, ...]:
+            encoded.append(len(text))
+            return tokenizer.encode(text, **options)
+
+    windows = calibration_windows(text, cast("Tokenizer", Counting()), 2048, 6144)
+    assert max(encoded) < len(text) / 2
+    expected = tokenizer.encode(text, add_special_tokens=False)[:MAX_TOKENS]
+    assert sum(map(len, windows)) == MAX_TOKENS + len(windows), "each begins with one token more"
+    np.testing.assert_array_equal(np.concatenate([window[1:] for window in windows]), expected)
+
+
+def test_a_beginning_with_too_few_tokens_is_followed_by_a_longer_one(tmp_path: Path) -> None:
+    """Spaces between the words make none."""
+    text = (" " * 100).join(str(number % 64) for number in range(MAX_TOKENS + 100))
+    write_words(tmp_path)
+    windows = calibration_windows(text, Tokenizer.from_directory(tmp_path), 512, 64)
+    np.testing.assert_array_equal(np.concatenate(windows), np.arange(MAX_TOKENS) % 64)
