@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, comm = job_arguments(build_parser(), argv)
 
     from phalanx.checkpoints.checkpoint import open_checkpoint
+    from phalanx.checkpoints.quantization.finite import FiniteSource
     from phalanx.checkpoints.quantization.scheme import Scheme
     from phalanx.checkpoints.quantization.writer import RoundToNearest, write_quantized
     from phalanx.parallel.errors import ConfigError
@@ -93,9 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.report.resolve() == args.output.resolve():
             raise ConfigError(f"--report {args.report} is the directory that --output makes; give another file")
     text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration, MAX_BYTES)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_checkpoint(args.model) as opened:
         own = model_from_file(args.model_file)
-        stored, chosen, ignored = _matrices(checkpoint, own)
+        stored, chosen, ignored = _matrices(opened, own)
+        checkpoint = replace(opened, source=FiniteSource(opened.source, chosen))
         calibrated = None
         if not _reads_no_text(args):
             calibrated = _calibrated(args, text, scheme, checkpoint, own, stored, set(chosen))

@@ -15,7 +15,7 @@ from phalanx.checkpoints.formats import components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.parallel.communicator import SelfCommunicator
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.numpy.attention import NumpyAttention
 from phalanx.runtime.executors.numpy.ops import CAPABILITIES, NumpyOps, NumpyStep
@@ -106,7 +106,11 @@ class LayerRuns:
         return source.read(name, source.info(name).whole)
 
     def run(self, layer: int, record: Record) -> LayerRun:
-        """Run the next layer, whose number is ``layer``."""
+        """Run the next layer, whose number is ``layer``.
+
+        Raises:
+            CheckpointError: what comes out of it is not finite.
+        """
         weights, spec = self._load(layer), self._model.decode.attention(self._config, layer)
         vocabulary = vocabulary_shard().span(self._config.vocab_size, 0, 1)
         longest = max(map(len, self._windows))
@@ -117,8 +121,15 @@ class LayerRuns:
             plan = StepPlan.pack(0, zero, zero, np.array([len(tokens)], np.int32), tokens, np.empty(0, np.int32))
             ops.bind(NumpyStep(plan.token_ids, plan.positions))
             attention.bind(plan, state)
-            x, residual = self._model.decode.run(ops, self._config, range(layer, layer + 1), self._hidden[index])
-            self._hidden[index] = x if residual is None else ops.add(x, residual)
+            with np.errstate(invalid="ignore", over="ignore"):
+                x, residual = self._model.decode.run(ops, self._config, range(layer, layer + 1), self._hidden[index])
+                x = x if residual is None else ops.add(x, residual)
+            if not np.isfinite(x).all():
+                raise CheckpointError(
+                    f"layer {layer} makes values of the calibration text that are not finite; copy the checkpoint again, or give another "
+                    "--calibration text"
+                )
+            self._hidden[index] = x
         return LayerRun(weights, attention.amax)
 
     def _load(self, layer: int) -> Weights[Float32Array]:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from phalanx.launch.quantize import main
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.calibration.folding import fold_into_norm
 from phalanx.runtime.calibration.text import MAX_TOKENS, calibration_windows
@@ -24,6 +24,7 @@ from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from phalanx.runtime.text import Tokenizer
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
+from tests.support.short_demo import write_short_demo
 
 from .test_ranges import write_words
 
@@ -247,3 +248,35 @@ def test_a_beginning_with_too_few_tokens_is_followed_by_a_longer_one(tmp_path: P
     write_words(tmp_path)
     windows = calibration_windows(text, Tokenizer.from_directory(tmp_path), 512, 64)
     np.testing.assert_array_equal(np.concatenate(windows), np.arange(MAX_TOKENS) % 64)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("int8", "rtn"), ("fp8", "rtn"), ("w4a16", "gptq"), ("w8a16", "awq"), ("fp8-static", "smoothquant")],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_matrix_that_is_not_finite_is_named(tmp_path: Path, arguments: tuple[str, str], value: float) -> None:
+    """It was written as scales that no engine loads, with exit status 0."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[name] = tensors[name].copy()
+        tensors[name][3, 5] = value
+
+    model = write_short_demo(tmp_path / "model", 2, change)
+    group = ["--group-size", "16"] if arguments[0] == "w4a16" else []
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}': holds {value}, and no code stands for a value"):
+        quantized(model, tmp_path / "out", *arguments, *group)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_gives_values_which_are_not_finite_is_refused(tmp_path: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        norm = "model.layers.1.input_layernorm.weight"
+        tensors[norm] = np.full_like(tensors[norm], np.nan)
+
+    model = write_short_demo(tmp_path / "model", 2, change)
+    with pytest.raises(CheckpointError, match="layer 1 makes values of the calibration text that are not finite"):
+        quantized(model, tmp_path / "out", "w8a16", "gptq")
+    assert not (tmp_path / "out").exists()
