@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from phalanx.checkpoints.formats import FormatPlan, components_of, format_weights
+from phalanx.checkpoints.quantization.kv_scales import stored_kv_scales
 from phalanx.checkpoints.resolve import resolve, stored_index
 from phalanx.checkpoints.source import Index, TensorInfo, TensorSource, index_shape
 from phalanx.checkpoints.spec import WeightSpec
 
-__all__ = ["PlannedPiece", "PlannedRank", "SplitJob", "plan_ranks"]
+__all__ = ["PlannedPiece", "PlannedRank", "SplitJob", "plan_ranks", "stored_weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,12 @@ class PlannedRank:
     stage: int
     tp_rank: int
     pieces: tuple[PlannedPiece, ...]
+
+
+def stored_weights(source: TensorSource, weights: Sequence[WeightSpec], formats: FormatPlan) -> list[WeightSpec]:
+    """What a split holds of a stage's weights: components of their formats, and scales of an fp8 cache."""
+    scales = stored_kv_scales(source, weights) if formats.has_kv_scales else []
+    return [*components_of(format_weights(weights, formats)), *scales]
 
 
 def plan_ranks(source: TensorSource, job: SplitJob) -> tuple[Mapping[str, str], tuple[PlannedRank, ...]]:

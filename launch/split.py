@@ -77,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) -> SplitJob:
     """What to write, from the model's own declaration of its weights."""
-    from phalanx.checkpoints.formats import components_of, format_weights
     from phalanx.checkpoints.resolve import check_unread
-    from phalanx.checkpoints.split_plan import SplitJob
+    from phalanx.checkpoints.split_plan import SplitJob, stored_weights
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.tied import with_stored_head
@@ -89,10 +88,8 @@ def _job(checkpoint: Checkpoint, layout: Layout, dtype: str, own: Model | None) 
     use_of(model, config)  # a split of wrong declarations would be wrong for good
     config = with_stored_head(model, config, checkpoint.source)
     last, divided = layout.pp - 1, model.stages(config, layout.pp)
-    stages = tuple(
-        components_of(format_weights(model.weights(config, layers, first=stage == 0, last=stage == last), formats))
-        for stage, layers in enumerate(divided)
-    )
+    weights = [model.weights(config, layers, stage == 0, stage == last) for stage, layers in enumerate(divided)]
+    stages = tuple(stored_weights(checkpoint.source, specs, formats) for specs in weights)
     ignored = (*model.ignored_tensors, *formats.not_used)
     if formats.unread:
         everything = [spec for stage in stages for spec in stage]

@@ -7,16 +7,18 @@ error, because scales of one could saturate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.checkpoints.quantization.encodings import Scales
 from phalanx.checkpoints.source import TensorSource
-from phalanx.checkpoints.spec import find_stored
+from phalanx.checkpoints.spec import Part, WeightSpec, find_stored
 from phalanx.parallel.errors import CheckpointError
 
-__all__ = ["attention_module", "read_kv_scales"]
+__all__ = ["attention_module", "read_kv_scales", "stored_kv_scales"]
 
 _NAMES = {
     "key": ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale"),
@@ -40,6 +42,16 @@ def read_kv_scales(source: TensorSource, attention: Sequence[str], num_kv_heads:
 def attention_module(name: str) -> str:
     """``model.layers.3.self_attn`` of ``model.layers.3.self_attn.q_proj.weight``."""
     return name.removesuffix(".weight").rpartition(".")[0]
+
+
+def stored_kv_scales(source: TensorSource, weights: Iterable[WeightSpec]) -> list[WeightSpec]:
+    """The scales in ``source`` that are next to ``weights``, which every rank of their stage needs whole, as what a split holds."""
+    present = set(source.names())
+    modules = dict.fromkeys(attention_module(name) for spec in weights for part in spec.parts for name in part.names)
+    names = dict.fromkeys(one for both in _NAMES.values() for one in both)
+    stored = dict.fromkeys(find_stored([f"{module}.{name}"], present) for module in modules for name in names)
+    sizes = {name: math.prod(source.info(name).shape) for name in stored if name is not None}
+    return [WeightSpec(name, (Part(name, (size,), encoding=Scales(of="inputs")),)) for name, size in sizes.items()]
 
 
 def _read(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.checkpoint import Checkpoint
+from phalanx.checkpoints.dummy import DummySource
 from phalanx.checkpoints.formats import FormatPlan, FormattedWeight
 from phalanx.checkpoints.quantization.held import held_formats
 from phalanx.checkpoints.quantization.kv_scales import attention_module, read_kv_scales
@@ -109,7 +110,7 @@ class RankSpec:
             return None
         numbers = {layer: spec.num_kv_heads for layer, spec in self.attention.items()}
         heads = {layer: local_kv_heads(number, self.tp_rank, self.tp_size) for layer, number in numbers.items()}
-        if not self.checkpoint.formats.has_kv_scales:
+        if not self.checkpoint.formats.has_kv_scales or isinstance(self.checkpoint.source, DummySource):
             return {layer: np.ones((2, span.size), np.float32) for layer, span in heads.items()}
         modules = {
             weight.spec.owner: [attention_module(name) for name in weight.spec.parts[0].names]

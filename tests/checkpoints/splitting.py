@@ -9,10 +9,9 @@ import numpy as np
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.files import ModelDirectory
-from phalanx.checkpoints.formats import components_of, format_weights
 from phalanx.checkpoints.loader import load_weights
 from phalanx.checkpoints.sinks import NumpySink
-from phalanx.checkpoints.split_plan import SplitJob
+from phalanx.checkpoints.split_plan import SplitJob, stored_weights
 from phalanx.checkpoints.splitter import SplitReport, split_checkpoint
 from phalanx.parallel.communicator import SelfCommunicator
 from phalanx.runtime.models import find_model
@@ -26,8 +25,8 @@ def split(path: Path, output: Path, tp: int, pp: int, dtype: str | None = None, 
         model = find_model(checkpoint.config)
         config = model.read_config(checkpoint.config)
         stages = tuple(
-            components_of(
-                format_weights(model.weights(config, layers, stage == 0, stage == pp - 1), checkpoint.formats)
+            stored_weights(
+                checkpoint.source, model.weights(config, layers, stage == 0, stage == pp - 1), checkpoint.formats
             )
             for stage, layers in enumerate(model.stages(config, pp))
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from phalanx.launch.quantize import main
+from tests.checkpoints.splitting import split
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.float64_llama import Float64Llama
 from tests.support.short_demo import DEMO
@@ -143,3 +144,23 @@ def test_a_checkpoint_of_plain_weights_may_have_scales_of_the_cache_alone(root: 
     models = CachedLlama(tmp_path / "twin", scales), Float64Llama(tmp_path / "twin")
     exact, plain = (model.log_probabilities(PROMPT)[np.arange(len(PROMPT) - 1), PROMPT[1:]] for model in models)
     assert np.abs(found - exact).mean() < 0.05 * np.abs(plain - exact).mean()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (NUM_HEADS, 1, 1)], ids=str)
+def test_a_split_holds_the_scales_too(root: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """It left them out, and no split of a checkpoint with an fp8 cache could be loaded."""
+    scales = (PER_HEAD if len(shape) == 3 else PER_HEAD[..., :1]).reshape(NUM_LAYERS, 2, *shape)
+    path = written(root, tmp_path, ("k_scale", "v_scale"), scales)
+    split(path, tmp_path / "split", 2, 2)
+    split(tmp_path / "split", tmp_path / "again", 1, 2)
+    for tp, pp in ((1, 1), (2, 2), (4, 1)):
+        expected = checkpoints.logprobs(checkpoints.generate(path, tp, pp))
+        for found in ("split", "again"):
+            answer = checkpoints.generate(tmp_path / found, tp, pp)
+            np.testing.assert_array_equal(checkpoints.logprobs(answer), expected)
+
+
+def test_dummy_weights_have_scales_of_one(root: Path, tmp_path: Path) -> None:
+    path = written(root, tmp_path, ("k_scale", "v_scale"), PER_HEAD[..., None, None])
+    found, plain = (checkpoints.generate(path, load_format="dummy", kv_cache_dtype=one) for one in ("auto", "float32"))
+    assert (checkpoints.logprobs(found) != checkpoints.logprobs(plain)).any()
