@@ -139,7 +139,8 @@ def test_a_requeued_batch_goes_on_where_it_was(name: str, site: Site) -> None:
     site.cluster.wait_for_state(job, "PENDING", seconds=KILL_WAIT_SECONDS + 30)
     kept = [line for line in partial.read_text().splitlines(keepends=True) if line.endswith("\n")]
     assert 4 <= len(kept) < NUM_PROMPTS
-    site.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself would wait two minutes
+    # Slurm itself would wait two minutes. Within the second in which it revokes a job's credential its nodes take no new one.
+    site.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     fields = site.cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=120)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), site.log(job)
     lines = results.read_text().splitlines(keepends=True)
