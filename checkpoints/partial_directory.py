@@ -120,7 +120,11 @@ class PartialDirectory:
                 f"{str(self.path)!r} holds {foreign[0]!r}, which an interrupted run did not leave; remove that directory"
             )
         for name in names:
-            os.unlink(self.path / name)
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         return bool(names)
 
     def _release(self) -> None:

@@ -143,3 +143,17 @@ def test_places_for_output_and_report_that_cannot_be_are_named(dense: Path, tmp_
     with pytest.raises(ConfigError, match=r"--report /dev/full cannot be written: No space .*out is complete without"):
         main([*arguments, "--output", str(output), "--report", "/dev/full"])
     assert (output / "config.json").exists()
+
+
+def test_templates_are_copied_and_weights_of_other_programs_are_not(dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense, tmp_path / "model")
+    for name in ("tf_model.h5", "flax_model.msgpack", "rust_model.ot", "pytorch_model.bin", "model.onnx", "LICENSE"):
+        (tmp_path / "model" / name).write_text("text")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    leftover = tmp_path / "out.partial" / "additional_chat_templates"
+    leftover.mkdir(parents=True)
+    (leftover / "old.jinja").touch()
+    assert main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--scheme", "int8"]) == 0
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert found == ["LICENSE", "additional_chat_templates/tool_use.jinja", "config.json", "model.safetensors"]
