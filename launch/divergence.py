@@ -69,8 +69,8 @@ class Divergence:
     def description(self) -> str:
         """For people."""
         return (
-            f"KL(reference || model)  {self.mean:.5f} nats a token (standard error {self.standard_error:.5f}; "
-            f"largest {self.kl.max():.4f})\n"
+            f"KL(reference || model)  {self.mean:z.5f} nats a token (standard error {self.standard_error:.5f}; "
+            f"largest {self.kl.max():z.4f})\n"
             f"same best token         {100 * (1 - self.flips.mean()):.2f} % ({self.flips.sum():,} of {len(self.flips):,} changed)"
         )
 

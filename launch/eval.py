@@ -7,7 +7,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,8 +250,16 @@ def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     layout = llm.layout
     return {
         "model": "demo" if args.model is None else str(args.model), "dtype": args.dtype, "quantize": args.quantize,
-        "kv_cache_dtype": args.kv_cache_dtype, "device": llm.device, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp,
+        "kv_cache_dtype": args.kv_cache_dtype, "quantisation": llm.quantisation, "device": llm.device, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp,
     }  # fmt: skip
+
+
+def _in_rows(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """For people: the long line about quantisation as one of weights and one of the cache."""
+    rows: dict[str, Any] = {}
+    for name, value in setup.items():
+        rows |= dict(part.split(": ", 1) for part in value.split("; ")) if name == "quantisation" else {name: value}
+    return rows
 
 
 def _divergence(reference: _Run, model: _Run, world: Communicator) -> Divergence:
@@ -278,7 +286,8 @@ def _to_text(path: Path, model: _Run, reference: _Run | None, divergence: Diverg
             f"bits per byte  {evaluation.bits_per_byte:.4f}"
         )
     rows = [("", "model", "reference")]
-    rows += [(name.replace("_", " "), str(value), str(reference.setup[name])) for name, value in model.setup.items()]
+    setups = [_in_rows(run.setup) for run in (model, reference)]
+    rows += [(name.replace("_", " "), str(value), str(setups[1][name])) for name, value in setups[0].items()]
     others = _figures(reference.evaluation)
     rows += [
         (name.replace("_", " "), f"{value:.4f}", f"{others[name]:.4f}") for name, value in _figures(evaluation).items()

@@ -29,7 +29,7 @@ from phalanx.runtime.engine import follow
 from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.executors.scored_logits import LogitsReader
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
-from phalanx.runtime.quantisation import has_fp8_cache, saturation_in_words
+from phalanx.runtime.quantisation import has_fp8_cache, quantisation_in_words, saturation_in_words
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from phalanx.runtime.text import Tokenizer
@@ -103,6 +103,12 @@ class LLM:
     def layout(self) -> Layout:
         """Sizes of the parallel axes."""
         return self._replica.options.layout
+
+    @property
+    def quantisation(self) -> str:
+        """How weights, activations and cache are quantised, in words: by the checkpoint, or while it was loaded."""
+        replica = self._replica
+        return quantisation_in_words(replica.family, replica.config, replica.checkpoint.formats, replica.options)
 
     @property
     def device(self) -> str:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from phalanx.launch.divergence import PartialSums, compare
+from phalanx.launch.divergence import Divergence, PartialSums, compare
 from phalanx.launch.kept_logits import KeptLogits
 from phalanx.launch.scoring import Window, scored_tokens, windows_over
 from phalanx.parallel.communicator import Communicator
@@ -55,10 +55,19 @@ def test_figures_equal_those_of_float64(demo: Path, disturbed: Path, held_out: P
     token_ids = [0, *tokenizer.encode(text.read_text("utf-8"), add_special_tokens=False).ids]
     p, q = (Float64Llama(path).log_probabilities(token_ids)[:-1] for path in (demo, disturbed))
     assert against["kl"] == pytest.approx(exact_divergence(p, q).mean(), rel=1e-4)
+    assert against["quantisation"] == "weights: not quantised; cache: not quantised"
     assert against["kl_largest"] == pytest.approx(exact_divergence(p, q).max(), rel=1e-3)
     assert against["num_flips"] == (p.argmax(axis=1) != q.argmax(axis=1)).sum() > 0
     assert against["top1_agreement"] == pytest.approx((p.argmax(axis=1) == q.argmax(axis=1)).mean())
     assert against["loss"] == pytest.approx(-p[np.arange(len(p)), token_ids[1:]].mean(), abs=1e-5)
+
+
+def test_no_divergence_is_not_written_with_a_sign() -> None:
+    divergence = Divergence(np.full(3, -1e-12), np.zeros(3, np.bool_))
+    assert (
+        "KL(reference || model)  0.00000 nats a token (standard error 0.00000; largest 0.0000)"
+        in divergence.description
+    )
 
 
 def test_people_get_both_models_and_their_divergence(demo: Path, held_out: Path) -> None:
@@ -66,6 +75,7 @@ def test_people_get_both_models_and_their_divergence(demo: Path, held_out: Path)
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert ["quantize", "int8", "none"] in [line.split() for line in lines]
+    assert "weights         int8 by row, activations by token  not quantised" in lines
     assert "KL(reference || model)  0.00" in finished.stdout
     assert lines[-1].startswith("same best token         9")
 
