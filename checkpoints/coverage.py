@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from phalanx.checkpoints.boxes import copies
 from phalanx.checkpoints.manifest import MANIFEST_FILE, Manifest
 from phalanx.checkpoints.source import Index
 from phalanx.checkpoints.spec import Part, WeightSpec
 from phalanx.parallel.errors import CheckpointError
+from phalanx.parallel.sharding import Shard
 
 __all__ = ["planned_copies", "verify_coverage"]
 
@@ -25,16 +27,24 @@ def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict
 
     An unsplit part is on every tensor-parallel rank, a split one once, a copied unit (key/value heads fewer than ranks) on
     each rank of its group; a stage that needs the same elements twice holds them once (tied embeddings, q, k and v with one
-    scale).
+    scale). Unsplit parts of a source that overlap (gate and up share a scale for 128 rows) are each there in full.
     """
     stages_of: Counter[Part] = Counter()
     for specs in stages:
         # Each once, but in their order: sets of strings have another in every process, and manifests are compared by bytes.
         stages_of.update([*dict.fromkeys(part.stored for spec in specs for part in spec.parts)])
     plan: dict[str, Counter[int]] = defaultdict(Counter)
+    unsplit: dict[str, list[Part]] = defaultdict(list)
     for part, num_stages in stages_of.items():
-        for number, elements in _copies_in_stage(part, tp_size).items():
+        if part.shard is None:
+            plan[part.source] += Counter()
+            unsplit[part.source] += [part] * num_stages
+            continue
+        for number, elements in _copies_in_stage(part, part.shard, tp_size).items():
             plan[part.source][num_stages * number] += elements
+    for source, parts in unsplit.items():
+        for number, elements in _overlaps(parts).items():
+            plan[source][tp_size * number] += elements
     return {source: dict(counts) for source, counts in plan.items()}
 
 
@@ -58,13 +68,21 @@ def verify_coverage(manifest: Manifest) -> None:
             )
 
 
-def _copies_in_stage(part: Part, tp_size: int) -> dict[int, int]:
-    """How many elements of a part are held how often over the ranks of one stage."""
-    elements = math.prod(part.shape)
-    if part.shard is None:
-        return {tp_size: elements}
-    extent = part.shape[part.shard.axis]
-    return {number: elements // extent * rows for number, rows in part.shard.copies(extent, tp_size).items()}
+def _copies_in_stage(part: Part, shard: Shard, tp_size: int) -> dict[int, int]:
+    """How many elements of a split part are held how often over the ranks of one stage."""
+    extent = part.shape[shard.axis]
+    others = math.prod(part.shape) // extent
+    return {number: others * rows for number, rows in shard.copies(extent, tp_size).items()}
+
+
+def _overlaps(parts: Sequence[Part]) -> Counter[int]:
+    """How many elements of a source are in how many of its ``parts``."""
+    rows = [(part.first_row, part.first_row + part.shape[0]) for part in parts]
+    width, result = math.prod(parts[0].shape[1:]), Counter[int]()
+    for low, high in pairwise(sorted({edge for edges in rows for edge in edges})):
+        if number := sum(start <= low and high <= stop for start, stop in rows):
+            result[number] += (high - low) * width
+    return result
 
 
 def _text(counts: Mapping[int, int]) -> str:

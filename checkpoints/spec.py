@@ -74,8 +74,8 @@ class Part:
     def stored(self) -> Part:
         """The same part counted in stored elements, as a plain part: what splits hold and what is proved about them.
 
-        Where ranks' shares do not end between blocks, every rank holds the part in full: such tensors (a scale for a
-        whole matrix, a scale for 128 rows of heads of 64) are small.
+        Where ranks' shares do not end between blocks, or the part shares a block with its neighbour in the source, every rank
+        holds the part in full: such tensors (a scale for a whole matrix, a scale for 128 rows of heads of 64) are small.
         """
         if self.encoding is None:
             return self
@@ -95,11 +95,15 @@ class Part:
         )
 
     def _stored_shard(self, shard: Shard, block: Block) -> Shard | None:
-        first = self.first_row if shard.axis == 0 else 0
-        if any(extent % block.values for extent in (shard.unit, shard.pad_to, first)):
+        if any(extent % block.values for extent in (shard.unit, shard.pad_to, *self._inner_edges(shard.axis))):
             return None
         unit, pad_to = (extent // block.values * block.stored for extent in (shard.unit, shard.pad_to))
         return replace(shard, unit=unit, pad_to=pad_to)
+
+    def _inner_edges(self, axis: int) -> tuple[int, ...]:
+        """Where along ``axis`` of the source the part begins, and where it ends unless the source does."""
+        stop = self.first_row + self.shape[0]
+        return () if axis else (self.first_row, *([stop] if stop < self.source_extents[0] else []))
 
     def span(self, axis: int, rank: int, size: int) -> Span:
         """What ``rank`` of ``size`` holds of ``axis``, relative to the part."""

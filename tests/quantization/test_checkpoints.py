@@ -266,6 +266,19 @@ def test_splits_hold_the_same_values(root: Path, name: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(logprobs(output), logprobs(expected))
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("family", ["phi3-window", "gpt_neox-odd-six-of-24-rotated"])
+def test_splits_hold_blocks_that_parts_of_one_tensor_share(tmp_path: Path, family: str, tp: int, pp: int) -> None:
+    """Blocks of 32 rows where gate ends after 80, and where heads have 24 for each of q, k and v: they were not split at all."""
+    quantised = tmp_path / "quantised"
+    dense = write_checkpoint(CASES_BY_NAME[family], tmp_path / "dense")
+    writers.write(dense, quantised, tmp_path / "twin", *ALL["hf-fp8-blocks"])
+    split(quantised, tmp_path / "split", tp, pp)
+    for layout in ((1, 1), (2, 1), (2, 2)):
+        output, expected = generate(tmp_path / "split", *layout), generate(quantised, *layout)
+        np.testing.assert_array_equal(logprobs(output), logprobs(expected))
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     install_fake_device(monkeypatch, request.config.cache.mkdir("emulated-kernels"))
