@@ -57,7 +57,7 @@ def read_compressed_tensors(section: Section) -> FormatPlan:
         raise refused(f"kv_cache_scheme={scheme}", "use --kv-cache-dtype and a checkpoint without it")
     in_order = groups_in_order("weight_g_idx", formats.values(), "actorder", unset=-1)
     return FormatPlan(
-        of_parts(choose), KV_SCALES if scheme else (), has_kv_scales=bool(scheme), unread=(_SHAPES, *in_order),
+        of_parts(choose), KV_SCALES if scheme else (), has_kv_scales=bool(scheme), unread=(_SHAPES, _ZERO_POINTS, *in_order),
         choose_by_names=partial(of_parts, choose),
     )  # fmt: skip
 
@@ -136,6 +136,11 @@ _SHAPES = Unread(
     r".*\.weight_shape", "the sizes of a matrix", lambda tensor, extents: not extents or tensor.tolist() == [*extents]
 )
 """Sizes without the padding of the last words."""
+_ZERO_POINTS = Unread(
+    r".*\.(weight|input|output|k|v)_zero_point", "unpacked zeros, as symmetric=true says",
+    lambda tensor, _: tensor.dtype != "int32" and not tensor.any(),
+)  # fmt: skip
+"""Zero points of symmetric codes, which later releases leave out; packed words of zeros would mean the smallest code."""
 _ORDERED = ("group", "dynamic", True)
 """``actorder`` of columns that name their groups."""
 _IN_ORDER = ("weight", "static", False, None)

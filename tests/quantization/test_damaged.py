@@ -94,7 +94,6 @@ def test_a_scale_of_zero_means_weights_of_zero(root: Path, tmp_path: Path) -> No
     ("name", "changes", "message"),
     [
         ("ct-int8", {"weight_scale": None}, rf"says that {MODULE} is quantised, but .* has {MODULE}\.weight without weight_scale"),
-        ("ct-w4-g64", {"weight_zero_point": np.zeros((8, 4), np.int32)}, r"weight_zero_point', which quantization_config in config\.json does not describe"),
         ("ct-int8", {"weight_scale": scales(63, 1.0)}, r"has shape \[63, 1\], but config\.json requires \[64\]"),
         ("ct-int8", {"weight": np.zeros((64, 240), np.float32)}, "is stored as F32, but its quantisation scheme requires I8"),
     ],
@@ -111,6 +110,9 @@ def test_tensors_and_rules_that_disagree_are_both_named(
     [
         ("ct-w4-g64", "weight_shape", np.array([64, 239]), "weight_shape', .* does not hold the sizes of a matrix"),
         ("ct-w4-g64", "weight_g_idx", np.full(239, -1, np.int32), "weight_g_idx', .* does not hold groups of 64 columns in order"),
+        ("ct-w4-g64", "weight_zero_point", np.zeros((8, 4), np.int32), "weight_zero_point', .* does not hold unpacked zeros, as symmetric=true says;"),
+        ("ct-int8", "weight_zero_point", np.ones((64, 1), np.int8), "weight_zero_point', .* does not hold unpacked zeros"),
+        ("ct-int8-static", "input_zero_point", np.full(1, -3, np.int8), "input_zero_point', .* does not hold unpacked zeros"),
         ("gptq-4-v1", "g_idx", (np.arange(239) // 16).astype(np.int32), "g_idx', .* does not hold groups of 16 columns in order"),
     ],
 )  # fmt: skip
@@ -126,6 +128,20 @@ def test_what_repeats_the_config_and_contradicts_it_is_named(
 def test_an_index_of_groups_in_order_is_looked_at_and_left_out(root: Path, tmp_path: Path, index: Array) -> None:
     path = damaged(root, tmp_path / "indexed", "ct-w4-g64", weight_g_idx=index.astype(np.int32))
     expected = checkpoints.logprobs(checkpoints.generate(checkpoints.written(root, "ct-w4-g64")[0]))
+    np.testing.assert_array_equal(checkpoints.logprobs(checkpoints.generate(path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "shape"),
+    [("ct-int8", "weight_zero_point", (64, 1)), ("ct-int8-static", "input_zero_point", (1,)),
+     ("ct-fp8-static", "input_zero_point", (1,)), ("ct-w4-g64", "weight_zero_point", (64, 4))],
+)  # fmt: skip
+def test_zero_points_of_symmetric_codes_are_looked_at_and_left_out(
+    root: Path, tmp_path: Path, name: str, suffix: str, shape: tuple[int, ...]
+) -> None:
+    """The first releases of compressed-tensors stored them, all zero."""
+    path = damaged(root, tmp_path / "symmetric", name, **{suffix: np.zeros(shape, np.int8)})
+    expected = checkpoints.logprobs(checkpoints.generate(checkpoints.written(root, name)[0]))
     np.testing.assert_array_equal(checkpoints.logprobs(checkpoints.generate(path)), expected)
 
 
