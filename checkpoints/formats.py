@@ -293,6 +293,7 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
     fields: dict[str, Any] = section if isinstance(section, dict) else {}
     if isinstance(nested := fields.get("quantization_config"), dict):  # early releases of compressed-tensors
         fields = {**fields, **nested}
+    from phalanx.checkpoints.quantization.choosing import WAY_OUT
     from phalanx.checkpoints.quantization.readers import READERS
 
     if fields and not fields.get("quant_method"):
@@ -302,5 +303,5 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
     method = str(fields.get("quant_method"))
     reader = {**READERS, **FORMAT_READERS}.get(method) or READERS.get(method.lower())
     if reader is None:
-        raise ConfigError(f"{description}; it cannot be loaded: use the unquantised checkpoint")
+        raise ConfigError(f"{description}; it cannot be loaded: {WAY_OUT}")
     return reader(fields)

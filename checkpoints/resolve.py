@@ -39,6 +39,7 @@ def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence
     if missing := [name for name, stored in found.items() if stored is None]:
         _refuse_quantized(present, is_plain)
         _refuse_undescribed([name for name in missing if parts[name].encoding is not None], present)
+        _refuse_packed([name for name in missing if parts[name].encoding is None], present)
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of {len(parts)} tensors that config.json requires: {list_names(missing)}; "
             "a shard is missing, or config.json belongs to another model"
@@ -135,12 +136,24 @@ def _refuse_undescribed(missing: Iterable[str], present: Collection[str]) -> Non
             )
 
 
+def _refuse_packed(missing: Iterable[str], present: Collection[str]) -> None:
+    """Raise `CheckpointError` if a module of whose weight the plain values, ``missing``, are required has packed words."""
+    for name in sorted(missing):
+        module = name.removesuffix(".weight")
+        if packed := find_stored([f"{module}.{kind}" for kind in ("weight_packed", "qweight")], present):
+            raise CheckpointError(
+                f"quantization_config in config.json says that {module} stays as it is, but the checkpoint has {packed} instead of "
+                f"{name}: restore config.json from where the checkpoint comes from"
+            )
+
+
 def _check_tensor(source: TensorSource, name: str, part: Part, dtype: str | None) -> None:
     info = source.info(name)
     if not _shapes_agree(info.shape, part):
+        scheme = "" if part.encoding is None and dtype is None else " or describes another quantisation"
         raise CheckpointError(
             f"tensor {name!r} has shape {list(info.shape)}, but config.json requires {list(part.stored_shape)}; "
-            "config.json belongs to another model"
+            f"config.json belongs to another model{scheme}"
         )
     if part.encoding is None and dtype is None:
         _check_plain(info.dtype, name)
@@ -160,7 +173,7 @@ def _shapes_agree(shape: tuple[int, ...], part: Part) -> bool:
 
 
 def _check_plain(dtype: str, name: str) -> None:
-    if dtype.startswith("F8"):
+    if dtype.startswith(("F8", "I", "U")):  # codes
         raise CheckpointError(
             f"tensor {name!r} is stored as {dtype}, but config.json names no quantisation scheme with its scales; "
             "use the unquantised checkpoint"

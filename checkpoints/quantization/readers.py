@@ -123,6 +123,8 @@ def _gptq_format(section: Section) -> GroupCodes:
     form = _named("gptq", section, "checkpoint_format", "format")
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         raise refused(f"gptq bits={bits} checkpoint_format={form!r}", "use 4 or 8 bits in format gptq or gptq_v2")
+    if flag(section, "is_marlin_format", False):
+        raise refused("gptq is_marlin_format=true", "use a checkpoint in format gptq or gptq_v2")
     half, is_ordered = 1 << (bits - 1), flag(section, "desc_act", False) and group > 0
     zeros = PackedWords(bits, axis=0, offset=half, added=int(form == "gptq"), is_middle=flag(section, "sym", False))
     stored = Stored(

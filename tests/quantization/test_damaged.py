@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.formats import read_formats
 from phalanx.parallel.errors import CheckpointError, ConfigError
@@ -95,6 +95,7 @@ def test_a_scale_of_zero_means_weights_of_zero(root: Path, tmp_path: Path) -> No
     [
         ("ct-int8", {"weight_scale": None}, rf"says that {MODULE} is quantised, but .* has {MODULE}\.weight without weight_scale"),
         ("ct-int8", {"weight_scale": scales(63, 1.0)}, r"has shape \[63, 1\], but config\.json requires \[64\]"),
+        ("ct-w4-g64", {"weight_scale": np.ones((64, 5), np.float32)}, r"has shape \[64, 5\], but config\.json requires \[64, 4\]; .* or describes another quantisation"),
         ("ct-int8", {"weight": np.zeros((64, 240), np.float32)}, "is stored as F32, but its quantisation scheme requires I8"),
     ],
 )  # fmt: skip
@@ -103,6 +104,35 @@ def test_tensors_and_rules_that_disagree_are_both_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         checkpoints.generate(damaged(root, tmp_path / "damaged", name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "packed"),
+    [
+        ("ct-w4-g64", {"ignore": ["lm_head", MODULE]}, "weight_packed"),
+        ("awq", {"modules_to_not_convert": [MODULE]}, "qweight"),
+        ("gptq-4-v1", {"dynamic": {rf"-:{MODULE}": {}}}, "qweight"),
+    ],
+)
+def test_packed_words_of_a_module_that_a_rule_leaves_out_are_named(
+    root: Path, tmp_path: Path, name: str, changes: dict[str, Any], packed: str
+) -> None:
+    """They came out as a missing shard."""
+    section = {**checkpoints.ALL[name][1], **changes}
+    path = checkpoints.changed(checkpoints.written(root, name)[0], tmp_path / "changed", section)
+    with pytest.raises(
+        CheckpointError, match=rf"says that {MODULE} stays as it is, but .* has {MODULE}\.{packed} instead of"
+    ):
+        checkpoints.generate(path)
+
+
+def test_codes_that_no_scheme_describes_are_not_to_be_converted(root: Path, tmp_path: Path) -> None:
+    quantised, _ = checkpoints.written(root, "ct-int8")
+    path = checkpoints.changed(quantised, tmp_path / "changed", {})
+    codes = {name: array for name, array in load_file(path / "model.safetensors").items() if "scale" not in name}
+    save_file(codes, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"stored as I8, but config\.json names no quantisation scheme"):
+        checkpoints.generate(path)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +275,8 @@ def inputs(**fields: Any) -> dict[str, Any]:
             for value, shown in ((1.5, "1.5"), (True, "True"), (-1, "-1"), ([None], r"\[None\]"), ([[1]], r"\[\[1\]\]"), ("mlp.down_proj", "mlp.down_proj"), ([""], r"\[''\]"))
         ),
         ({**GPTQ, "bits": None}, "gptq bits=0"),
+        ({**GPTQ, "is_marlin_format": True}, "gptq is_marlin_format=true cannot be loaded; use a checkpoint in format gptq"),
+        ({"quant_method": "torchao"}, r"quant_method='torchao'\); it cannot be loaded: use the unquantised checkpoint, or one in compressed-tensors"),
         ({**MODELOPT, "ignore": "lm_head"}, "ignore=lm_head is not a list of names"),
         ({**MIXED, "quantized_layers": ["a"]}, "without quantized_layers"),
         ({**MIXED, "quantized_layers": {"a": {"quant_algo": "W4A16_AWQ", "group_size": "x"}}}, "group_size=x is not"),
