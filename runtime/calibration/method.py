@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from phalanx.checkpoints.quantization.kv_scales import attention_module
 from phalanx.checkpoints.quantization.numbers import E4M3_MAX
 from phalanx.checkpoints.quantization.scheme import Scheme
-from phalanx.checkpoints.quantization.writer import Quantized, RoundToNearest
+from phalanx.checkpoints.quantization.writer import Quantized, RoundToNearest, relative_error
 from phalanx.checkpoints.spec import WeightSpec
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.calibration.folding import NormFold, awq_factors, fold_into_norm, smoothquant_factors
@@ -285,7 +285,7 @@ class CalibratedMethod:
 
     def _keep(self, part: _Part, rounded: _Rounded) -> None:
         self._layer.matrices[part.name] = Quantized(
-            rounded.tensors, _relative(rounded.values - part.values, part.values)
+            rounded.tensors, relative_error(rounded.values - part.values, part.values)
         )
 
 
@@ -321,14 +321,10 @@ def _parts(spec: WeightSpec, stored: Mapping[str, str], weights: Weights[Float32
 
 def _output_error(weight: Float32Array, x: Float32Array, values: Float32Array, rounded: Float32Array) -> float:
     exact = x @ weight.T
-    return _relative(rounded @ values.T - exact, exact)
+    return relative_error(rounded @ values.T - exact, exact)
 
 
 def _output_errors(
     parts: Sequence[_Part], x: Float32Array, rounded: Sequence[_Rounded], seen: Float32Array
 ) -> list[float]:
     return [_output_error(part.values, x, one.values, seen) for part, one in zip(parts, rounded, strict=True)]
-
-
-def _relative(difference: Float32Array, exact: Float32Array) -> float:
-    return float(np.linalg.norm(difference)) / max(float(np.linalg.norm(exact)), 1e-30)
