@@ -93,7 +93,7 @@ def add_model_arguments(parser: CommandParser) -> None:
                        help="tensor-parallel ranks own experts whole, instead of a share of each")  # fmt: skip
     group.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
                        help="fp8, int8: quantise the weights of a float checkpoint while loading, and activations at run time")  # fmt: skip
-    group.add_argument("--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
+    group.add_argument("--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "fp8"), default="auto",
                        help="auto: what the checkpoint asks for, else the compute type")  # fmt: skip
     group.add_argument(
         "--engine",

@@ -103,7 +103,7 @@ def _add_reference_arguments(parser: CommandParser) -> None:
                        help="report the KL divergence from this checkpoint, and how many best tokens change")  # fmt: skip
     group.add_argument("--against-quantize", choices=("none", "fp8", "int8"), default="none",
                        help="its --quantize (default: none)")  # fmt: skip
-    group.add_argument("--against-kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto",
+    group.add_argument("--against-kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "fp8"), default="auto",
                        help="its --kv-cache-dtype (default: auto)")  # fmt: skip
     group.add_argument("--against-dtype", choices=("auto", "float32", "bfloat16", "float16"),
                        help="its --dtype (default: the model's)")  # fmt: skip

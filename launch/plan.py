@@ -58,7 +58,10 @@ def build_parser() -> CommandParser:
     parser.add_argument("--expert-parallel", action="store_true", help="as phalanx serve")
     parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as phalanx serve")
     parser.add_argument(
-        "--kv-cache-dtype", choices=("auto", "bfloat16", "float16", "fp8"), default="auto", help="as phalanx serve"
+        "--kv-cache-dtype",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8"),
+        default="auto",
+        help="as phalanx serve",
     )
     parser.add_argument(
         "--gpu-memory-gib",

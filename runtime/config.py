@@ -34,7 +34,7 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["none", "fp8", "int8"]
-KvCacheDType = Literal["auto", "bfloat16", "float16", "fp8"]
+KvCacheDType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
 
 

@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from phalanx.launch import plan
 from phalanx.launch.quantize import main
+from phalanx.parallel.errors import ConfigError
 from tests.checkpoints.splitting import split
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
 from tests.support.float64_llama import Float64Llama
@@ -164,3 +166,15 @@ def test_dummy_weights_have_scales_of_one(root: Path, tmp_path: Path) -> None:
     path = written(root, tmp_path, ("k_scale", "v_scale"), PER_HEAD[..., None, None])
     found, plain = (checkpoints.generate(path, load_format="dummy", kv_cache_dtype=one) for one in ("auto", "float32"))
     assert (checkpoints.logprobs(found) != checkpoints.logprobs(plain)).any()
+
+
+def test_a_calibrated_cache_can_be_left_out_whatever_the_compute_type(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal names float32 as the way out, which the flag did not take."""
+    path = written(root, tmp_path, ("k_scale", "v_scale"), PER_HEAD[..., None, None])
+    arguments = ["--model", str(path), "--dtype", "float32", "--kv-cache-dtype"]
+    with pytest.raises(ConfigError, match="is neither fp8 nor the compute type --dtype=float32; use one of these"):
+        plan.main([*arguments, "bfloat16"])
+    assert plan.main([*arguments, "float32"]) == 0
+    assert "cache: not quantised" in capsys.readouterr().out
