@@ -120,17 +120,26 @@ def of_parts(choose: Chooser, stored: Collection[str] = ()) -> Callable[[WeightS
             return DENSE
         if any("embed" in name or "wte" in name for part in spec.parts for name in part.names):
             return DENSE  # a head that is tied to the table
-        formats = {_of_part(choose, replace(spec, parts=(part,)), stored) for part in spec.parts}
-        if len(formats) > 1:
-            listed = ", ".join(part.source.removesuffix(".weight") for part in spec.parts)
+        modules: dict[Format, list[str]] = {}
+        for part in spec.parts:
+            chosen = _of_part(choose, replace(spec, parts=(part,)), stored)
+            modules.setdefault(chosen, []).append(part.source.removesuffix(".weight"))
+        if len(modules) > 1:
+            given = sorted(f"{one.name} to {_some(listed)}" for one, listed in modules.items())
             raise ConfigError(
-                f"quantization_config gives {' and '.join(sorted(one.name for one in formats))} to {listed}, which are "
-                "computed as one product; use a checkpoint with one scheme for them"
+                f"quantization_config gives {' and '.join(given)}, which are computed as one product; use a checkpoint with one "
+                "scheme for them"
             )
-        (chosen,) = formats
+        (chosen,) = modules
         return chosen.for_weight(spec) if isinstance(chosen, GroupCodes) else chosen
 
     return of_weight
+
+
+def _some(modules: Sequence[str], limit: int = 3) -> str:
+    """The first few: a layer may have hundreds of experts."""
+    more = f" and {len(modules) - limit} more" if len(modules) > limit else ""
+    return ", ".join(modules[:limit]) + more
 
 
 def _of_part(choose: Chooser, spec: WeightSpec, stored: Collection[str]) -> Format:

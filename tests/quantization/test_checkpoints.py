@@ -592,5 +592,19 @@ def test_a_rule_that_the_data_contradicts_names_both(root: Path, tmp_path: Path)
 def test_parts_of_one_product_need_one_scheme(root: Path, tmp_path: Path) -> None:
     quantised, _ = written(root, "fbgemm")
     section = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "up_proj"]}
-    with pytest.raises(ConfigError, match=r"gate_proj, model.layers.0.mlp.up_proj, which are computed as one product"):
+    with pytest.raises(
+        ConfigError,
+        match=r"gives dense to model\.layers\.0\.mlp\.up_proj and fp8 .* to model\.layers\.0\.mlp\.gate_proj, which are computed as one product",
+    ):
+        generate(changed(quantised, tmp_path / "mixed", section))
+
+
+def test_experts_of_two_schemes_are_named_in_part(tmp_path: Path) -> None:
+    """All experts of a layer are one product, and there may be hundreds of them."""
+    quantised, _ = written_experts(tmp_path, "ct-fp8-channel", case=QWEN3)
+    section = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    section["ignore"].append("re:.*experts\\.0\\..*")
+    with pytest.raises(
+        ConfigError, match=r"gives dense to \S+gate_proj, \S+up_proj and fp8 .* to \S+, \S+, \S+ and \d+ more, which"
+    ):
         generate(changed(quantised, tmp_path / "mixed", section))

@@ -188,7 +188,7 @@ def test_other_factors_end_the_cuda_engine_before_it_is_ready(
       r"quant_algo='NVFP4' of model\.layers\.0\.mlp\.up_proj \(quantized_layers\) cannot be loaded"),
      ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {
          "model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}, "model.layers.0.mlp.gate_proj": {"quant_algo": "W8A16"}}},
-      "gives fp8 rows x static and int8 rows to .*gate_proj, .*up_proj, which are computed as one product"),
+      "gives fp8 rows x static to .*up_proj and int8 rows to .*gate_proj, which are computed as one product"),
      ({"quant_algo": "FP8", "kv_cache_quant_algo": {"num_bits": 4, "type": "float"}}, "kv_cache_quant_algo={'num_bits': 4"),
      ({**AWQ, "has_zero_point": True}, "'W4A16_AWQ' with zero points")],
 )  # fmt: skip
