@@ -65,7 +65,7 @@ def demo_path() -> Path:
 
 
 def read_config(directory: ModelDirectory) -> dict[str, Any]:
-    """Parsed ``config.json``, with the ``quantization_config`` of a file next to it if it has none.
+    """Parsed ``config.json``, with the ``quantization_config`` of its ``text_config`` or a file next to it if it has none.
 
     Raises:
         CheckpointError: it is missing or no JSON object.

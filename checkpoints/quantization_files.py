@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.checkpoints.files import ModelDirectory
+from phalanx.checkpoints.quantized import QUANTIZATION_KEYS
 from phalanx.parallel.errors import ConfigError
 
 __all__ = ["QUANTIZATION_FILES", "with_quantization_file"]
@@ -38,7 +39,7 @@ _ABOUT_THE_RUN = frozenset(
 
 
 def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) -> dict[str, Any]:
-    """``config.json`` with the ``quantization_config`` that a file next to it holds, or with what its own leaves out.
+    """``config.json`` with the ``quantization_config`` of its ``text_config`` or a file next to it, or with what its own leaves out.
 
     ModelOpt, for one, writes the size of groups into its file alone, and GPTQ's packers the meaning of their zero points.
 
@@ -46,6 +47,7 @@ def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) ->
         ConfigError: both are there and disagree.
         CheckpointError: the file is no JSON object.
     """
+    config = _with_that_of_the_text(config)
     for name, method in QUANTIZATION_FILES.items():
         if not directory.has(name):
             continue
@@ -56,6 +58,19 @@ def with_quantization_file(config: dict[str, Any], directory: ModelDirectory) ->
         if isinstance(own, dict):
             config = {**config, "quantization_config": _merged(_flat(own), _flat(found), name)}
     return config
+
+
+def _with_that_of_the_text(config: dict[str, Any]) -> dict[str, Any]:
+    """Some checkpoints for texts and images describe it in ``text_config``, and vLLM looks there, too."""
+    text = config.get("text_config")
+    found = {key: text[key] for key in QUANTIZATION_KEYS if text.get(key)} if isinstance(text, dict) else {}
+    for key, value in found.items():
+        if config.get(key, value) != value:
+            raise ConfigError(
+                f"{key} of config.json and that of its text_config differ; remove the one that is wrong, or restore the file from where "
+                "the checkpoint comes from"
+            )
+    return {**config, **found}
 
 
 def _flat(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.formats import DENSE, read_formats
 from phalanx.launch.quantize import main
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.models import find_model
 from tests.support.checkpoints import CASES_BY_NAME, write_checkpoint
 
@@ -225,3 +226,21 @@ def test_a_rule_by_another_name_of_the_mixture_is_meant_if_that_is_what_is_store
     suffixes, _ = module(np.linspace(-1, 1, 160 * 160, dtype=np.float32).reshape(160, 160))
     found = formats_of_mixtral(config, mixtral_names(suffixes, ["w1", "w2", "w3"] if is_plain else []))
     assert {one == "dense" for owner, one in found.items() if not owner.endswith("router")} == {is_plain}
+
+
+def test_a_section_in_text_config_counts_for_the_text(tmp_path: Path) -> None:
+    """Some checkpoints for texts and images have it there."""
+    quantised, twin = tmp_path / "quantised", tmp_path / "twin"
+    dense = write_checkpoint(CASES_BY_NAME["gemma3_multimodal-windows"], tmp_path / "dense")
+    writers.write(dense, quantised, twin, *checkpoints.ALL["ct-w8-channel"])
+    config = json.loads((quantised / "config.json").read_text())
+    section = config.pop("quantization_config")
+    moved = {**config, "text_config": {**config["text_config"], "quantization_config": section}}
+    (quantised / "config.json").write_text(json.dumps(moved))
+    expected = checkpoints.logprobs(checkpoints.generate(twin))
+    np.testing.assert_allclose(checkpoints.logprobs(checkpoints.generate(quantised, 2)), expected, atol=5e-5)
+    (quantised / "config.json").write_text(json.dumps({**moved, "quantization_config": {**section, "ignore": []}}))
+    with pytest.raises(
+        ConfigError, match=r"quantization_config of config\.json and that of its text_config differ; remove the one"
+    ):
+        checkpoints.generate(quantised)
