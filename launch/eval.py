@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, world = job_arguments(build_parser(), argv)
     reference_args = _reference_arguments(args)
     if reference_args is not None:
-        agree(world, lambda: _read_reference(reference_args.model))
+        agree(world, lambda: _read_reference(reference_args, world.size))
     text = read_text(world, "--text", args.text)
     if reference_args is not None:
         agree(world, lambda: _check_vocabularies(args, text))
@@ -179,12 +179,28 @@ def _reference_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
     return reference
 
 
-def _read_reference(path: Path) -> bytes:
-    """Find out before the text is read whether the reference is there."""
+def _read_reference(args: argparse.Namespace, world_size: int) -> bytes:
+    """Find out before the text is read and the model runs whether the reference is there, and fits its flags.
+
+    Raises:
+        CheckpointError: it is not there.
+        ConfigError: its layout does not fit the ranks or its layers, or its types each other.
+    """
     from phalanx.checkpoints.config_files import read_config
     from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.launch.arguments import engine_config
+    from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.models.registry import find_model
+    from phalanx.runtime.models.user_file import model_from_file
 
-    read_config(ModelDirectory.at(path))
+    config = read_config(ModelDirectory.at(args.model))
+    model = find_model(config, model_from_file(args.model_file))
+    try:
+        model.stages(model.read_config(config), engine_config(args, world_size).layout.pp)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--against {args.model} (with the model's flags, but for those that begin with --against-): {error}"
+        ) from None
     return b""
 
 

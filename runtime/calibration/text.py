@@ -48,7 +48,8 @@ def calibration_windows(
     """
     if tokenizer is None:
         raise ConfigError(
-            "the checkpoint has no tokenizer.json, so a text cannot be read for calibration; add it, or use --method rtn"
+            "the checkpoint has no tokenizer.json, so a text cannot be read for calibration; add it, or use --method rtn "
+            "and a scheme without static inputs, and leave --kv-cache out"
         )
     try:
         ids = _first_tokens(text, tokenizer)

@@ -105,6 +105,27 @@ def test_layouts_of_one_model_do_not_diverge(demo: Path, held_out: Path) -> None
     assert abs(against["kl"]) < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--against-tp", 2), "needs 2 rank(s) but 1 started"),
+        (
+            ("--dtype", "float32", "--against-dtype", "bfloat16", "--against-kv-cache-dtype", "float16"),
+            "is neither fp8 nor",
+        ),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit_the_reference_are_found_before_the_model_runs(
+    demo: Path, tmp_path: Path, flags: tuple[object, ...], said: str
+) -> None:
+    """The text is not even read: there is none."""
+    finished = run_eval("--text", tmp_path / "nowhere", "--against", demo, *flags)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert finished.stderr.startswith(f"phalanx: --against {demo} (with the model's flags")
+    assert said in finished.stderr
+
+
 def test_mistakes_get_one_line(demo: Path, held_out: Path, tmp_path: Path) -> None:
     finished = run_eval("--text", held_out / EXCERPT, "--against-quantize", "fp8")
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
