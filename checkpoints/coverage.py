@@ -37,7 +37,7 @@ def planned_copies(stages: Sequence[Sequence[WeightSpec]], tp_size: int) -> dict
     unsplit: dict[str, list[Part]] = defaultdict(list)
     for part, num_stages in stages_of.items():
         if part.shard is None:
-            plan[part.source] += Counter()
+            plan[part.source] += Counter()  # its place in the order
             unsplit[part.source] += [part] * num_stages
             continue
         for number, elements in _copies_in_stage(part, part.shard, tp_size).items():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-__all__ = ["HEAD_BYTES", "describe_content", "describe_directory"]
+__all__ = ["HEAD_BYTES", "WEIGHT_SUFFIXES", "describe_content", "describe_directory"]
 
 HEAD_BYTES = 256
 """Beginning of a file that `describe_content` wants to see."""
@@ -73,6 +73,25 @@ _DIRECTORIES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Patterns of file names, in the order in which they are looked for, and what such a file is."""
+
+WEIGHT_SUFFIXES = frozenset(
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".onnx",
+        ".onnx_data",
+        ".tflite",
+        ".npz",
+    ]
+)
+"""Of weights, of this and other programs: repositories on Hugging Face hold the same model in several formats."""
 
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state).*\.(bin|pt|pth|pkl)")
 """What trainers save next to the weights."""

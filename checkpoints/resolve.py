@@ -16,7 +16,7 @@ from phalanx.parallel.errors import CheckpointError
 _ROTARY_TABLES = r"(.*\.)?rotary_(pos_)?emb\.((original_)?inv_freq|_?(cos|sin)(_cached)?|freqs_cis)"
 """Buffers that trainers and old releases of transformers saved."""
 
-__all__ = ["check_unread", "fit_index", "list_names", "resolve", "stored_index"]
+__all__ = ["check_unread", "first_few", "fit_index", "list_names", "resolve", "stored_index"]
 
 
 def resolve(source: TensorSource, specs: Iterable[WeightSpec], ignored: Sequence[str] = ()) -> dict[str, str]:
@@ -95,9 +95,13 @@ def fit_index(index: Index, declared: tuple[int, ...], shape: tuple[int, ...]) -
 
 def list_names(names: Iterable[str], limit: int = 5) -> str:
     """The first few of ``names``, sorted and quoted, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(repr(name[:120]) for name in ordered[:limit]) + more
+    return first_few([repr(name[:120]) for name in sorted(names)], limit)
+
+
+def first_few(texts: Sequence[str], limit: int) -> str:
+    """At most ``limit`` of ``texts``, and how many more there are: a layer may have hundreds of experts."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def _check_unused(unused: set[str], ignored: Sequence[str], is_plain: bool) -> None:

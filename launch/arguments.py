@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phalanx.launch.parser import CommandParser
 from phalanx.launch.running import job_arguments, own_arguments, run_command
@@ -77,6 +77,7 @@ def add_model_file_argument(parser: argparse._ActionsContainer) -> None:
 
 def add_model_arguments(parser: CommandParser) -> None:
     """Which model, in which type, on which engine."""
+    from phalanx.runtime.config import DTypeName, KvCacheDType, QuantizeName
     from phalanx.runtime.executors.registry import ENGINES
 
     group = parser.add_argument_group("model")
@@ -87,13 +88,13 @@ def add_model_arguments(parser: CommandParser) -> None:
     add_model_file_argument(group)
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
                        help="dummy: seeded random weights; needs config.json only")  # fmt: skip
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+    group.add_argument("--dtype", choices=get_args(DTypeName), default="auto",
                        help="compute type; auto: that of the checkpoint")  # fmt: skip
     group.add_argument("--expert-parallel", action="store_true",
                        help="tensor-parallel ranks own experts whole, instead of a share of each")  # fmt: skip
-    group.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none",
+    group.add_argument("--quantize", choices=get_args(QuantizeName), default="none",
                        help="fp8, int8: quantise the weights of a float checkpoint while loading, and activations at run time")  # fmt: skip
-    group.add_argument("--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "fp8"), default="auto",
+    group.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDType), default="auto",
                        help="auto: what the checkpoint asks for, else the compute type")  # fmt: skip
     group.add_argument(
         "--engine",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phalanx.launch.arguments import CommandParser, job_arguments, run_command
+from phalanx.launch.sharing import require_one_rank
 
 __all__ = ["main"]
 
@@ -40,12 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from phalanx.checkpoints import conversion
     from phalanx.checkpoints.partial_directory import PartialDirectory
-    from phalanx.parallel.errors import ConfigError
 
-    if comm.size > 1:
-        raise ConfigError(
-            f"phalanx convert was started on {comm.size} ranks; it needs one; start it without mpirun and srun"
-        )
+    require_one_rank(comm, "phalanx convert")
     readers = {
         "megatron": conversion.read_megatron,
         "nemo": conversion.read_nemo,

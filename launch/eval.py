@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phalanx.launch.arguments import (
     CommandParser,
@@ -96,16 +96,17 @@ def build_parser() -> CommandParser:
 
 def _add_reference_arguments(parser: CommandParser) -> None:
     """``--against``, and how the reference runs: quantisation and cache as its checkpoint says, the rest as the model."""
+    from phalanx.runtime.config import DTypeName, KvCacheDType, QuantizeName
     from phalanx.runtime.executors.registry import ENGINES
 
     group = parser.add_argument_group("reference (runs after the model, on the same ranks)")
     group.add_argument("--against", type=Path, metavar="DIR",
                        help="report the KL divergence from this checkpoint, and how many best tokens change")  # fmt: skip
-    group.add_argument("--against-quantize", choices=("none", "fp8", "int8"), default="none",
+    group.add_argument("--against-quantize", choices=get_args(QuantizeName), default="none",
                        help="its --quantize (default: none)")  # fmt: skip
-    group.add_argument("--against-kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "fp8"), default="auto",
+    group.add_argument("--against-kv-cache-dtype", choices=get_args(KvCacheDType), default="auto",
                        help="its --kv-cache-dtype (default: auto)")  # fmt: skip
-    group.add_argument("--against-dtype", choices=("auto", "float32", "bfloat16", "float16"),
+    group.add_argument("--against-dtype", choices=get_args(DTypeName),
                        help="its --dtype (default: the model's)")  # fmt: skip
     group.add_argument("--against-engine", choices=("auto", *ENGINES), help="its --engine (default: the model's)")
     group.add_argument("--against-tp", type=int, metavar="N", help="its --tp (default: the model's)")

@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phalanx.launch.arguments import (
     CommandParser,
@@ -31,7 +31,7 @@ _GIB = 1 << 30
 
 def build_parser() -> CommandParser:
     """Return the command's parser: model, layout, and the engine's flags that change the memory."""
-    from phalanx.runtime.config import GPU_MAX_NUM_SEQS
+    from phalanx.runtime.config import GPU_MAX_NUM_SEQS, DTypeName, KvCacheDType, QuantizeName
 
     parser = CommandParser(
         prog="launch.plan",
@@ -50,19 +50,14 @@ def build_parser() -> CommandParser:
         )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=get_args(DTypeName),
         default="auto",
         help="compute type; auto: the checkpoint's own",
     )
     add_model_file_argument(parser)
     parser.add_argument("--expert-parallel", action="store_true", help="as phalanx serve")
-    parser.add_argument("--quantize", choices=("none", "fp8", "int8"), default="none", help="as phalanx serve")
-    parser.add_argument(
-        "--kv-cache-dtype",
-        choices=("auto", "float32", "bfloat16", "float16", "fp8"),
-        default="auto",
-        help="as phalanx serve",
-    )
+    parser.add_argument("--quantize", choices=get_args(QuantizeName), default="none", help="as phalanx serve")
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDType), default="auto", help="as phalanx serve")
     parser.add_argument(
         "--gpu-memory-gib",
         type=float,

@@ -20,7 +20,7 @@ from phalanx.launch.arguments import (
     run_command,
 )
 from phalanx.launch.progress import Progress
-from phalanx.launch.sharing import check_writable, read_text
+from phalanx.launch.sharing import check_writable, read_text, require_one_rank
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -82,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phalanx.runtime.calibration.text import MAX_BYTES
     from phalanx.runtime.models.user_file import model_from_file
 
-    if comm.size > 1:
-        raise ConfigError(
-            f"phalanx quantize was started on {comm.size} ranks; it needs one; start it without mpirun and srun"
-        )
+    require_one_rank(comm, "phalanx quantize")
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     group_size = 0 if group_size == -1 else group_size  # compressed-tensors' name for the row
     scheme = Scheme(args.scheme, group_size)

@@ -67,6 +67,18 @@ def check_writable(world: Communicator, flag: str, path: Path) -> None:
     agree(world, probe)
 
 
+def require_one_rank(world: Communicator, command: str) -> None:
+    """Refuse a launcher's ranks where one process does all the work.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if world.size > 1:
+        raise ConfigError(
+            f"{command} was started on {world.size} ranks; it needs one; start it without mpirun and srun"
+        )
+
+
 def read_input(world: Communicator, flag: str, path: Path, most: int = -1) -> bytes:
     """A file of the user's, read by rank 0, whose disk and standard input are the user's; ``-`` is standard input. *Collective.*
 

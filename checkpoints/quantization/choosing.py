@@ -12,6 +12,7 @@ from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
 from phalanx.checkpoints.quantization.fields import Section, integer, names
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, InputScales, Stored
 from phalanx.checkpoints.quantization.row_codes import RowCodes
+from phalanx.checkpoints.resolve import first_few
 from phalanx.checkpoints.spec import WeightSpec, find_stored
 from phalanx.parallel.errors import ConfigError
 
@@ -125,7 +126,7 @@ def of_parts(choose: Chooser, stored: Collection[str] = ()) -> Callable[[WeightS
             chosen = _of_part(choose, replace(spec, parts=(part,)), stored)
             modules.setdefault(chosen, []).append(part.source.removesuffix(".weight"))
         if len(modules) > 1:
-            given = sorted(f"{one.name} to {_some(listed)}" for one, listed in modules.items())
+            given = sorted(f"{one.name} to {first_few(listed, 3)}" for one, listed in modules.items())
             raise ConfigError(
                 f"quantization_config gives {' and '.join(given)}, which are computed as one product; use a checkpoint with one "
                 "scheme for them"
@@ -134,12 +135,6 @@ def of_parts(choose: Chooser, stored: Collection[str] = ()) -> Callable[[WeightS
         return chosen.for_weight(spec) if isinstance(chosen, GroupCodes) else chosen
 
     return of_weight
-
-
-def _some(modules: Sequence[str], limit: int = 3) -> str:
-    """The first few: a layer may have hundreds of experts."""
-    more = f" and {len(modules) - limit} more" if len(modules) > limit else ""
-    return ", ".join(modules[:limit]) + more
 
 
 def _of_part(choose: Chooser, spec: WeightSpec, stored: Collection[str]) -> Format:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.checkpoints.config_files import TEMPLATE_FOLDER
+from phalanx.checkpoints.file_kinds import WEIGHT_SUFFIXES
 from phalanx.checkpoints.manifest import MANIFEST_FILE
 from phalanx.checkpoints.partial_directory import PartialDirectory
 from phalanx.checkpoints.quantization.choosing import HEAD
@@ -27,22 +28,6 @@ __all__ = ["Method", "Quantized", "RoundToNearest", "relative_error", "write_qua
 
 Array = NDArray[Any]
 WRITTEN = ("model.safetensors", "config.json", TEMPLATE_FOLDER)
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-    ".npz",
-)
-"""Of this and other programs: repositories on Hugging Face hold the same model in several formats."""
 
 
 class Quantized(NamedTuple):
@@ -179,7 +164,7 @@ def _stored(source: TensorSource, name: str, transposed: bool | None, scheme: Sc
 def _copy_small_files(directory: Path, output: Path) -> None:
     """Tokenizer, chat templates, generation defaults: what is neither weights, nor their index or manifest, nor ``config.json``."""
     for path in directory.iterdir():
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and path.name not in ("config.json", MANIFEST_FILE):
             shutil.copyfile(path, output / path.name)
     templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))

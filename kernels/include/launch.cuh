@@ -3,8 +3,8 @@
 // Every kernel that is launched so calls wait_for_previous before it touches anything that another kernel writes, in
 // every thread; what it does before that touches nothing but weights. So a kernel never ends before the one ahead of it
 // has ended, and let_next_start may come first of all. A compiler may move loads through a `const T* __restrict__` that the kernel never
-// writes to ahead of the wait, so such loads right after it go through plain pointers (tests/support/sass.py finds the others). Where a kernel was launched plainly, and before Hopper, both
-// calls do nothing.
+// writes to ahead of the wait, so such loads right after it go through plain pointers (tests/support/sass.py finds the others).
+// Where a kernel was launched plainly, and before Hopper, both calls do nothing.
 #pragma once
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
