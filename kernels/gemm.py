@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products by whichever kernel was fastest for the shape: a cuBLASLt algorithm or one that streams the weight."""
+"""Matrix products by whichever kernel was fastest for the shape: a cuBLASLt algorithm or one of our own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from phalanx.kernels.arrays import Array, ceil_div
 from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
+from phalanx.kernels.gemm8_tiles import TILE_SHAPES, TileShape, gemm8_tiles, gemm8_tiles_takes
 from phalanx.kernels.gemm_operands import Inputs, Operands, Weight, problem_of
 from phalanx.kernels.gemv import CODES_SHAPE, GEMV_SHAPES, GemvShape, fits_block, gated_gemv, gemv, gemv_takes
-from phalanx.kernels.gemv8 import GEMV8_SHAPES, gemv8, gemv8_takes
+from phalanx.kernels.gemv8 import GEMV8_SHAPES, MAX_GEMV8_TOKENS, gemv8, gemv8_takes
 from phalanx.kernels.library import Library
 from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
@@ -32,7 +33,7 @@ from phalanx.kernels.quantize import QuantizedRows
 from phalanx.kernels.quantize_groups import QuantizedGroups
 from phalanx.kernels.rows import add_bias
 from phalanx.kernels.scale_sums import scale_sums
-from phalanx.kernels.tuning import GemmChoice, GemmTimings, timings_path
+from phalanx.kernels.tuning import GemmChoice, GemmTimings, Kernel, timings_path
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["MAX_GATED_TOKENS", "WORKSPACE_BYTES", "Gemm", "open_gemm"]
@@ -45,7 +46,7 @@ MOST_BORROWED_TOKENS = 256
 
 
 MAX_GATED_TOKENS = MAX_PACKED_TOKENS
-"""Maximum number of tokens of a product that a kernel may compute together with the gated activation after it."""
+"""Maximum number of tokens of a product of values that a kernel may compute together with the gated activation after it; of codes there is none."""
 
 _MOST_GUESSED_TOKENS = 8
 _CODE_ALIGNMENT = 16
@@ -85,11 +86,6 @@ class Gemm:
         """
         operands = Operands(x, weight, out, bias, scratch)
         problem = problem_of(operands)
-        if bias is not None and problem.dtype == "fp8" and not _suits_gemv(problem):
-            # cuBLASLt adds a bias to scaled codes for some shapes only (not for 257 x 96 x 14336).
-            self(x, weight, out)
-            add_bias(self._library, out, bias)
-            return
         self.run(problem, self.choice(problem), operands)
 
     def takes_groups(self, num_tokens: int, weight: PackedWeight, dtype: str, has_bias: bool) -> bool:
@@ -128,12 +124,14 @@ class Gemm:
         return True
 
     def gated(self, x: Array | QuantizedRows, weight: Weight, out: Array, activation: ActivationName) -> bool:
-        """``out = f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], both rounded first, where a kernel that streams the weight does it.
+        """``out = f(x @ gate.T) * (x @ up.T)`` for weight = [gate; up], both rounded first, where the product's kernel does it.
 
-        x [T, I]; weight [2F, I]; out [T, F]. False, and nothing done, where the product is another kernel's.
+        x [T, I]; weight [2F, I]; out [T, F]. False, and nothing done, where it does not.
         """
-        if isinstance(x, QuantizedRows) or isinstance(weight, QuantizedRows):
-            return False  # the activation's own kernel makes codes at once
+        if isinstance(weight, QuantizedRows):
+            assert isinstance(x, QuantizedRows)
+            return self._gated_codes(x, weight, out, activation)
+        assert not isinstance(x, QuantizedRows)
         packed = weight.layout if isinstance(weight, PackedWeight) else ""
         out_features, in_features = weight.shape
         problem = GemmProblem(x.shape[0], out_features, in_features, x.dtype.name, out.dtype.name, packed=packed)
@@ -146,6 +144,16 @@ class Gemm:
             gated_gemv(self._library, x, weight, out, activation, shape=shape)
         return True
 
+    def _gated_codes(self, x: QuantizedRows, weight: QuantizedRows, out: Array, activation: ActivationName) -> bool:
+        """Where the tiles' kernel is fastest without the activation, too. The kernel that streams weights leaves it to one that makes codes."""
+        out_features, in_features = weight.shape
+        problem = GemmProblem(len(x), out_features, in_features, x.kind, out.dtype.name)
+        shape = self.choice(problem).kernel
+        if not isinstance(shape, TileShape) or not self._suits_tiles(problem, out.shape[1]):
+            return False
+        gemm8_tiles(self._library, x, weight, out, gated=activation, shape=shape)
+        return True
+
     def choice(self, problem: GemmProblem) -> GemmChoice:
         """What the tuner found fastest for this problem or one much like it, else a good guess."""
         if problem not in self._choices:
@@ -153,21 +161,21 @@ class Gemm:
             self._choices[problem] = tuned or GemmChoice(self._guess(problem))
         return self._choices[problem]
 
-    def _guess(self, problem: GemmProblem) -> Algorithm | GemvShape:
+    def _guess(self, problem: GemmProblem) -> Kernel:
         """For one token gemv, which on an H200 is up to 30 % faster and nowhere slower by more than 2 %.
 
         With scales for a few more tokens, where cuBLASLt's outer-vector kernels take twice the time of the weight's bytes; with packed
         weights for as many as it takes.
         """
         most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
-        if _suits_gemv(problem) and (problem.num_tokens <= most or _needs_gemv(problem)):
+        if _suits_gemv(problem) and problem.num_tokens <= most:
             return CODES_SHAPE if problem.packed or problem.has_scales else GemvShape()
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
         """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
         choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
-        if choice is None or isinstance(choice.kernel, GemvShape):
+        if choice is None or not isinstance(choice.kernel, Algorithm):
             return choice
         return choice if self.cublaslt.accepts(_library_problem(problem), choice.kernel) else None
 
@@ -199,6 +207,7 @@ class Gemm:
             else:
                 gemv(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
+        assert isinstance(choice.kernel, Algorithm), "tiles are of codes"
         values = self._unpacked(weight, x, operands.scratch) if isinstance(weight, PackedWeight) else weight
         self.cublaslt.run(
             _library_problem(problem), choice.kernel, x.data.ptr, values.data.ptr, operands.out.data.ptr,
@@ -224,14 +233,18 @@ class Gemm:
         if isinstance(choice.kernel, GemvShape):
             gemv8(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
+        if isinstance(choice.kernel, TileShape):
+            gemm8_tiles(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
+            return
         if x.kind == "int8":
             self._run_int8(problem, choice.kernel, x, weight, operands)
             return
         self.cublaslt.run(
-            problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr,
-            0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
-            (x.scale.data.ptr, weight.scale.data.ptr),
+            _library_problem(problem), choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr, 0,
+            cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, weight.scale.data.ptr),
         )  # fmt: skip
+        if bias is not None:
+            add_bias(self._library, operands.out, bias)
 
     def _run_blocks(self, problem: GemmProblem, choice: GemmChoice, x: QuantizedGroups, operands: Operands) -> None:
         import cupy
@@ -244,6 +257,8 @@ class Gemm:
             problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr, 0,
             cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, weight.blocks.data.ptr),
         )  # fmt: skip
+        if operands.bias is not None:
+            add_bias(self._library, operands.out, operands.bias)
 
     def _run_int8(
         self, problem: GemmProblem, algorithm: Algorithm, x: QuantizedRows, weight: QuantizedRows, operands: Operands
@@ -266,10 +281,17 @@ class Gemm:
             )  # fmt: skip
             scale_sums(self._library, sums, x.scale, weight.scale, operands.bias, operands.out, slab.start)
 
-    def candidates(self, problem: GemmProblem) -> list[Algorithm | GemvShape]:
-        """Everything worth timing: cuBLASLt's suggestions, best guess first, then blocks of the kernels that stream weights."""
-        found: list[Algorithm | GemvShape] = [] if _needs_gemv(problem) else [*self.algorithms(problem, 16)]
-        return [*found, *_gemv_shapes(problem)] if _suits_gemv(problem) else found
+    def candidates(self, problem: GemmProblem) -> list[Kernel]:
+        """Everything worth timing: cuBLASLt's suggestions, best guess first, then what our own kernels offer."""
+        gemv_shapes = _gemv_shapes(problem) if _suits_gemv(problem) else ()
+        tile_shapes = TILE_SHAPES if self._suits_tiles(problem, problem.out_features) else ()
+        return [*self.algorithms(problem, 16), *gemv_shapes, *tile_shapes]
+
+    def _suits_tiles(self, problem: GemmProblem, out_columns: int) -> bool:
+        takes = gemm8_tiles_takes(self._library.architecture, out_columns, problem.in_features)
+        is_narrow = problem.out_dtype in ("float16", "bfloat16")
+        has_rows = problem.has_scales and not problem.has_blocks
+        return takes and is_narrow and has_rows and problem.num_tokens > MAX_GEMV8_TOKENS
 
     def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
         """cuBLASLt's suggestions alone. Raises ExecutorError when there is none."""
@@ -289,16 +311,14 @@ def int8_slabs(num_tokens: int, out_features: int) -> list[range]:
 
 
 def _library_problem(problem: GemmProblem, outputs: int = 0) -> GemmProblem:
-    """What cuBLASLt computes of it: plain values where the weight is packed, sums of (the first) outputs for int8 codes."""
+    """What cuBLASLt computes of it: plain values where the weight is packed, sums of (the first) outputs for int8 codes.
+
+    To scaled codes it adds a bias in some shapes only (not in 257 x 96 x 14336), so that follows.
+    """
     if problem.dtype == "int8":
         size = outputs or len(int8_slabs(problem.num_tokens, problem.out_features)[0])
         return replace(problem, out_features=size, out_dtype="int32", has_bias=False)
-    return replace(problem, packed="")
-
-
-def _needs_gemv(problem: GemmProblem) -> bool:
-    """Whether cuBLASLt may have no kernel: fp8 codes with a bias."""
-    return problem.dtype == "fp8" and problem.has_bias
+    return replace(problem, packed="", has_bias=problem.has_bias and problem.dtype != "fp8")
 
 
 def _suits_gemv(problem: GemmProblem) -> bool:

@@ -83,4 +83,5 @@ def _block_problem(operands: Operands) -> GemmProblem:
     require("out", out, (num_tokens, rows), out)
     if bias is not None:
         require("bias", bias, (rows,), out)
-    return GemmProblem(num_tokens, rows, x.codes.shape[1], "fp8", out.dtype.name, bias is not None, has_blocks=True)
+    # A bias is added afterwards.
+    return GemmProblem(num_tokens, rows, x.codes.shape[1], "fp8", out.dtype.name, has_blocks=True)

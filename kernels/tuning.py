@@ -10,14 +10,20 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from phalanx.kernels.cublaslt import Algorithm, GemmProblem
+from phalanx.kernels.gemm8_tiles import TileShape
 from phalanx.kernels.gemv import GemvShape
 
-__all__ = ["GemmChoice", "GemmTimings", "timings_path"]
+__all__ = ["GemmChoice", "GemmTimings", "Kernel", "timings_path"]
+
+Kernel: TypeAlias = Algorithm | GemvShape | TileShape
+"""One of cuBLASLt's algorithms, or how one of our own kernels cuts the work."""
+
+_OWN_KERNELS: Mapping[str, type[GemvShape] | type[TileShape]] = {"gemv": GemvShape, "tiles": TileShape}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +31,20 @@ class GemmChoice:
     """A kernel for one problem.
 
     Attributes:
-        kernel: a cuBLASLt algorithm, or how gemv cuts the work.
+        kernel: what computes it.
         microseconds: measured time of one call; 0 = not measured.
         first_microseconds: of cuBLASLt's first suggestion, measured in the same run.
     """
 
-    kernel: Algorithm | GemvShape
+    kernel: Kernel
     microseconds: float = 0.0
     first_microseconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; ``from_json`` reverses it."""
+        own = (kind for kind, shape in _OWN_KERNELS.items() if isinstance(self.kernel, shape))
         return {
-            "kind": "gemv" if isinstance(self.kernel, GemvShape) else "cublaslt",
+            "kind": next(own, "cublaslt"),
             **asdict(self.kernel),
             "microseconds": round(self.microseconds, 3),
             "first_microseconds": round(self.first_microseconds, 3),
@@ -46,10 +53,9 @@ class GemmChoice:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> GemmChoice:
         """Raises KeyError, TypeError or ValueError for anything that ``to_json`` did not write."""
-        kernel: Algorithm | GemvShape
-        if entry["kind"] == "gemv":
-            names = ("num_warps", "row_blocks", "unroll", "prefetch_bytes")
-            kernel = GemvShape(*(int(entry[name]) for name in names))
+        kernel: Kernel
+        if (shape := _OWN_KERNELS.get(entry["kind"])) is not None:
+            kernel = shape(*(int(entry[field.name]) for field in fields(shape)))
         else:
             kernel = Algorithm(tuple(int(word) for word in entry["words"]), int(entry["workspace_bytes"]))
         return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))

@@ -5,7 +5,7 @@
 // p ^ (r % 8); columns start at multiples of 1,024 bytes. Results lie as those of mma.sync m16n8: warp w has rows 16 w ..
 // 16 w + 15, d[j] is its 8-column block j. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate". Needs sm_90a.
 #pragma once
-#include "attention_common.cuh"
+#include "attention_instructions.cuh"
 
 // Where a shared operand lies. `stride_bytes` between groups of 8 rows, `leading_bytes` between columns of 64 elements
 // (read only for an operand whose rows run along the summed dimension).
@@ -35,6 +35,13 @@ __device__ __forceinline__ void pin_registers(float (&d)[BLOCKS][4]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
 }
+template <int BLOCKS>
+__device__ __forceinline__ void pin_registers(int (&d)[BLOCKS][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(d[i][j])::"memory");
+}
 
 // Ordinary writes to shared memory that this thread has seen become visible to its later wgmma instructions.
 __device__ __forceinline__ void fence_for_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -53,11 +60,11 @@ __device__ __forceinline__ void lower_registers() {
 #else
 #define WGMMA_TYPES ".f32.f16.f16 "
 #endif
-#define WGMMA_BLOCK(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define WGMMA_BLOCKS_4(d, i) WGMMA_BLOCK(d, i), WGMMA_BLOCK(d, i + 1), WGMMA_BLOCK(d, i + 2), WGMMA_BLOCK(d, i + 3)
-#define WGMMA_BLOCKS_8(d, i) WGMMA_BLOCKS_4(d, i), WGMMA_BLOCKS_4(d, i + 4)
-#define WGMMA_BLOCKS_16(d, i) WGMMA_BLOCKS_8(d, i), WGMMA_BLOCKS_8(d, i + 8)
-#define WGMMA_BLOCKS_32(d, i) WGMMA_BLOCKS_16(d, i), WGMMA_BLOCKS_16(d, i + 16)
+#define WGMMA_BLOCK(r, d, i) r(d[i][0]), r(d[i][1]), r(d[i][2]), r(d[i][3])
+#define WGMMA_BLOCKS_4(r, d, i) WGMMA_BLOCK(r, d, i), WGMMA_BLOCK(r, d, i + 1), WGMMA_BLOCK(r, d, i + 2), WGMMA_BLOCK(r, d, i + 3)
+#define WGMMA_BLOCKS_8(r, d, i) WGMMA_BLOCKS_4(r, d, i), WGMMA_BLOCKS_4(r, d, i + 4)
+#define WGMMA_BLOCKS_16(r, d, i) WGMMA_BLOCKS_8(r, d, i), WGMMA_BLOCKS_8(r, d, i + 8)
+#define WGMMA_BLOCKS_32(r, d, i) WGMMA_BLOCKS_16(r, d, i), WGMMA_BLOCKS_16(r, d, i + 16)
 #define WGMMA_REGISTERS_64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -87,14 +94,14 @@ struct WarpgroupMultiply;
             asm volatile("{ .reg .pred p; setp.ne.b32 p, " THIRD ", 0;\n" \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" WGMMA_REGISTERS_##N "}, " \
                          FIRST ", " SECOND ", p, 1, 1, 0, 0; }" \
-                         : WGMMA_BLOCKS_##BLOCKS(d, 0) \
+                         : WGMMA_BLOCKS_##BLOCKS("+f", d, 0) \
                          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
         } \
         __device__ __forceinline__ static void register_shared( \
             float (&d)[BLOCKS][4], const unsigned (&a)[4], unsigned long long b) { \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" WGMMA_REGISTERS_##N "}, " \
                          "{" FIRST ", " SECOND ", " THIRD ", " FOURTH "}, " FIFTH ", 1, 1, 1, 1;" \
-                         : WGMMA_BLOCKS_##BLOCKS(d, 0) \
+                         : WGMMA_BLOCKS_##BLOCKS("+f", d, 0) \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
         } \
     };
@@ -102,3 +109,16 @@ DEFINE_WARPGROUP_MULTIPLY(64, 8, "%32", "%33", "%34", "%35", "%36")
 DEFINE_WARPGROUP_MULTIPLY(128, 16, "%64", "%65", "%66", "%67", "%68")
 DEFINE_WARPGROUP_MULTIPLY(256, 32, "%128", "%129", "%130", "%131", "%132")
 #undef DEFINE_WARPGROUP_MULTIPLY
+
+// d [64, 256] = a b^T (+ d where `accumulate`) of 8-bit codes, 32 of a row, both from shared memory with rows along the summed dimension: e4m3, or
+// int8 with exact sums. Columns of a shared operand are 128 codes.
+#define DEFINE_MULTIPLY_CODES(SUM, CONSTRAINT, TYPES, FACTORS) \
+    __device__ __forceinline__ void multiply_codes(SUM (&d)[32][4], unsigned long long a, unsigned long long b, bool accumulate) { \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n256k32" TYPES "{" WGMMA_REGISTERS_256 "}, %128, %129, p" FACTORS "; }" \
+                     : WGMMA_BLOCKS_32(CONSTRAINT, d, 0) \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(accumulate))); \
+    }
+DEFINE_MULTIPLY_CODES(float, "+f", ".f32.e4m3.e4m3 ", ", 1, 1")
+DEFINE_MULTIPLY_CODES(int, "+r", ".s32.s8.s8 ", "")
+#undef DEFINE_MULTIPLY_CODES

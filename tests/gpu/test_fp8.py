@@ -87,8 +87,6 @@ def test_every_fp8_candidate_equals_float64(
     gemm(operands.x, operands.weight, operands.out, operands.bias)
     assert_close("chosen")
     problem = problem_of(operands)
-    if has_bias and num_tokens > 32:
-        return  # a product, then the bias
     candidates = gemm.candidates(problem)
     assert len(candidates) >= (len(GEMV8_SHAPES) if num_tokens <= 32 else 1)
     for candidate in candidates:

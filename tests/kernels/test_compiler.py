@@ -105,6 +105,7 @@ SPECS = [
         )
     ),
 ]  # fmt: skip
+TILES = {"SCALAR": "__nv_bfloat16", "CLUSTER": 2, "SHARED_BYTES": 232448}
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 SMALL = KernelSpec.of("add_bias", {"SCALAR": "float", "HIDDEN_SIZE": 32, "VEC": 4, "NUM_THREADS": 32})
 
@@ -163,6 +164,18 @@ def test_products_of_codes_compile_for_other_architectures(cache, architecture):
         if source == "gemv8":
             spec = KernelSpec.of(source, defines | {"SCALAR": "__nv_bfloat16"})
             assert compile_cubin(spec, architecture, cache).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    "defines",
+    [
+        {"QUANTIZED": 1, "GATED": 1, "ACTIVATION": "silu", "HAS_BIAS": 0},
+        {"QUANTIZED": 2, "GATED": 0, "ACTIVATION": "relu", "HAS_BIAS": 1},
+    ],
+)
+def test_tiles_of_codes_compile_on_hopper(cache, defines):
+    cubin = compile_cubin(KernelSpec.of("gemm8_tiles", defines | TILES), "sm_90a", cache)
+    assert_weights_alone_are_read_early(cubin, load_source("gemm8_tiles"), "sm_90a")
 
 
 def test_row_sampling_compiles_with_clusters_on_hopper(cache):

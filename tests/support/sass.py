@@ -24,7 +24,10 @@ WAIT = "ACQBULK"
 """What ``griddepcontrol.wait`` becomes."""
 
 _COMMENT = re.compile(r"/\*.*?\*/")
-_ACCESS = re.compile(r"^(@!?U?P\d+ )?(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKPF|UBLKCP|UBLKRED|CCTL)\b")
+# CCTL.IVALL, which a barrier of clusters has, makes the first-level cache forget and reads nothing.
+_ACCESS = re.compile(
+    r"^(@!?U?P\d+ )?(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKPF|UBLKCP|UBLKRED|UTMALDG|UTMASTG|CCTL(?!\.IVALL))\b"
+)
 _INSTRUCTION = re.compile(r"^(?P<guard>@!?U?P\d+ )?(?P<operation>[A-Z0-9_.]+)\s*(?P<operands>.*?)\s*;$")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
 _CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")

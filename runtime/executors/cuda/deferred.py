@@ -10,7 +10,8 @@ A norm that was made as codes may be asked for in another form later, when the s
 an operation overwrites a norm's source, a norm that the model still refers to is made as values (`Deferred.keep`). A block that gives the name
 to its next result first, as built-in ones do, pays nothing.
 
-In the same way a product of few tokens waits for the gated activation that may follow: kernels that stream a weight compute both.
+In the same way a product of few tokens, or of codes, waits for the gated activation that may follow: kernels that stream a weight, and the one
+of tiles of codes, compute both.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Deferred:
 
 
 class DeferredProduct:
-    """A product ``[T, O]`` of few tokens, whose consumer may be a gated activation that the same kernel computes.
+    """A product ``[T, O]``, whose consumer may be a gated activation that the same kernel computes.
 
     Args:
         write: enqueues the product.

@@ -208,11 +208,11 @@ class CudaOps(Ops[DeviceArray]):
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """Adds the bias in the product's epilogue. Products of few tokens wait for their consumer."""
-        bias = self._weights.linear(name).bias
-        if bias is not None or len(x) > MAX_GATED_TOKENS:
+        """Adds the bias in the product's epilogue. Products of codes, or of few tokens, wait for their consumer."""
+        bias, weight = self._weights.linear(name).bias, self._matrices.matrix(name)
+        if bias is not None or (len(x) > MAX_GATED_TOKENS and not isinstance(weight, QuantizedRows)):
             return self._product(x, name, bias)
-        weight, rows = self._matrices.matrix(name), self._operand(x, name, has_bias=False)
+        rows = self._operand(x, name, has_bias=False)
 
         def write(out: DeviceArray) -> None:
             self._multiply(rows, name, out, None)
