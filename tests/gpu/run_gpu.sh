@@ -9,7 +9,7 @@
 #     memcheck    compute-sanitizer on the kernel tests: addresses
 #     racecheck   compute-sanitizer on the kernel tests: shared memory
 #     ready       launch.serve with Llama-3-8B's sizes: seconds to READY (writes 16 GB below $TMPDIR)
-#     fp8         launch.bench of fp8 weights, activations and cache beside bfloat16; decode attention over fp8 pages; products of fp8 blocks
+#     fp8         launch.bench of fp8 weights, activations and cache beside bfloat16; decode attention over fp8 pages; products of 8-bit codes and fp8 blocks
 #     trace       a timeline for Perfetto
 #     allreduce   our all-reduce and NCCL's
 #     kernels     benchmarks of kernels
@@ -52,7 +52,7 @@ pytest=("$PYTHON" -c "import launch, pytest, sys; sys.exit(pytest.main(sys.argv[
 
 sanitize() { # tool
     # Failed look-ups of optional driver functions are no errors of ours.
-    run "$1" compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 "${pytest[@]}" -x -m gpu tests/kernels
+    run "$1" compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 "${pytest[@]}" -x -m gpu tests/kernels tests/gpu/test_gemm8_tiles.py
 }
 
 for step in "${@:-${STEPS[@]}}"; do
@@ -72,6 +72,7 @@ for step in "${@:-${STEPS[@]}}"; do
             ;;
         fp8)
             run attention_fp8 "$PYTHON" tests/gpu/bench_attention.py fp8
+            run bench_codes "$PYTHON" tests/gpu/bench_codes.py --json "$OUT/bench_codes.json"
             run bench_blocks "$PYTHON" tests/gpu/bench_blocks.py --json "$OUT/bench_blocks.json"
             run models_fp8 "$PYTHON" -m tests.gpu.bench_models --out "$OUT" gemma-2b-fp8 gemma-2b gemma-7b-fp8 gemma-7b \
                 llama-3-8b-fp8 llama-3-8b llama-3-8b-2048-fp8 llama-3-8b-2048 llama-3-8b-one-fp8 llama-3-8b-one \

@@ -57,20 +57,24 @@ def test_fp8_sums_equal_float64(device: CudaDevice, shape: tuple[int, int, int])
         assert np.all(np.abs(device.get(out).astype(np.float64) - expected) <= limit)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("silu", BFLOAT16), ("gelu_tanh", BFLOAT16), ("gelu_erf", BFLOAT16), ("silu", np.dtype(np.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_gated_activation_is_that_of_the_rounded_product(
-    device: CudaDevice, shape: tuple[int, int, int], kind: CodeKind, name: Any
+    device: CudaDevice, shape: tuple[int, int, int], kind: CodeKind, name: Any, dtype: np.dtype[Any]
 ) -> None:
     num_tokens, out_features, in_features = shape
     x, weight = (codes(device, rows, in_features, kind, seed)[1] for rows, seed in ((num_tokens, 3), (out_features, 4)))
-    both = device.poisoned((num_tokens, out_features), BFLOAT16)
-    expected, out = (device.poisoned((num_tokens, out_features // 2), BFLOAT16) for _ in range(2))
+    both = device.poisoned((num_tokens, out_features), dtype)
+    expected, out = (device.poisoned((num_tokens, out_features // 2), dtype) for _ in range(2))
     gemm8_tiles(device.library, x, weight, both)
     gated_activation(device.library, both, expected, name)
     gemm8_tiles(device.library, x, weight, out, gated=name)
-    np.testing.assert_array_equal(device.get(out), device.get(expected))
+    np.testing.assert_array_equal(device.get(out).view(np.uint16), device.get(expected).view(np.uint16))
 
 
 def test_more_tiles_than_blocks_and_every_order_of_them_give_the_same(device: CudaDevice) -> None:
