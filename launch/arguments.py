@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from phalanx.launch.parser import CommandParser
+from phalanx.launch.parser import CommandParser, path_or_stream
 from phalanx.launch.running import job_arguments, own_arguments, run_command
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "engine_options",
     "job_arguments",
     "own_arguments",
+    "path_or_stream",
     "run_command",
 ]
 

@@ -19,6 +19,7 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     job_arguments,
+    path_or_stream,
     run_command,
 )
 from phalanx.launch.loading import start_llm
@@ -81,7 +82,9 @@ def build_parser() -> CommandParser:
         prog="launch.eval",
         description="Loss and perplexity of a checkpoint on a text file, and with --against its divergence from another.",
     )
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; - is standard input")
+    parser.add_argument(
+        "--text", type=path_or_stream, required=True, metavar="FILE", help="UTF-8 text; - is standard input"
+    )
     parser.add_argument("--context", type=int, metavar="TOKENS",
                         help="length of a window (default: the longest that the model allows)")  # fmt: skip
     parser.add_argument("--stride", type=int, metavar="TOKENS",

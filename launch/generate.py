@@ -19,6 +19,7 @@ from phalanx.launch.arguments import (
     add_model_arguments,
     add_parallel_arguments,
     job_arguments,
+    path_or_stream,
     run_command,
 )
 from phalanx.launch.gathering import Gathering
@@ -48,7 +49,7 @@ def build_parser() -> CommandParser:
     prompts = parser.add_argument_group("prompts (at least one)")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     prompts.add_argument("--prompt-token-ids", action="append", default=[], metavar="1,2,3", help="repeatable")
-    prompts.add_argument("--input-file", type=Path, metavar="FILE.jsonl",
+    prompts.add_argument("--input-file", type=path_or_stream, metavar="FILE.jsonl",
                          help='- is standard input; lines of {"prompt": ...} or {"prompt_token_ids": [...]} and any sampling field')  # fmt: skip
     add_sampling_arguments(parser, DEFAULTS)
     output = parser.add_argument_group("output")

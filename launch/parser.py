@@ -18,7 +18,7 @@ from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
 from phalanx.runtime.logs import LOG_FORMATS, LOG_LEVELS, LogFormat, LogLevel, configure
 
-__all__ = ["CommandParser", "UsageError", "log_format", "log_level"]
+__all__ = ["CommandParser", "UsageError", "log_format", "log_level", "path_or_stream"]
 
 _YES_NO = {
     "1": True,
@@ -264,11 +264,18 @@ def _is_setting(name: str) -> bool:
     return any(variable_name(flag) == name for parser in command_parsers().values() for flag in parser.flags())
 
 
-def _path(text: str) -> Path:
-    """An empty one would be the working directory: as a rule a variable of a script that is not set."""
-    if not text:
+def path_or_stream(text: str) -> Path:
+    """For ``type`` of a flag that takes ``-`` as standard input or output, which others refuse."""
+    if not text:  # would be the working directory: as a rule a variable of a script that is not set
         raise argparse.ArgumentTypeError("the path is empty; give one, or leave the flag out")
     return Path(text)
+
+
+def _path(text: str) -> Path:
+    path = path_or_stream(text)
+    if text == "-":
+        raise argparse.ArgumentTypeError("- does not stand for standard input or output here; give a path")
+    return path
 
 
 def _finite(text: str) -> float:

@@ -17,10 +17,11 @@ from phalanx.launch.arguments import (
     add_model_argument,
     add_model_file_argument,
     job_arguments,
+    path_or_stream,
     run_command,
 )
 from phalanx.launch.progress import Progress
-from phalanx.launch.sharing import check_writable, read_text, require_one_rank
+from phalanx.launch.sharing import STANDARD_STREAM, check_writable, read_text, require_one_rank
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.checkpoint import Checkpoint
@@ -52,15 +53,15 @@ def build_parser() -> CommandParser:
                         "gptq (w8a16, w4a16): later columns make up for the rounding of earlier ones")  # fmt: skip
     parser.add_argument("--kv-cache", choices=("none", "fp8"), default="none",
                         help="fp8: write scales of an fp8 cache that the calibration text gives (default: none)")  # fmt: skip
-    parser.add_argument("--calibration", type=Path, metavar="FILE",
+    parser.add_argument("--calibration", type=path_or_stream, metavar="FILE",
                         help="UTF-8 text for smoothquant, awq, gptq, fp8-static and --kv-cache, or - for standard input, of which the first 32,768 tokens count (default: sources of Phalanx)")  # fmt: skip
     parser.add_argument("--group-size", type=int, default=None, metavar="N",
                         help="columns that share a scale; 0 or -1 = the row (default: 128 for w4a16, else 0)")  # fmt: skip
     parser.add_argument(
         "--report",
-        type=Path,
+        type=path_or_stream,
         metavar="FILE",
-        help="write each weight's relative error, and with a calibration its output's before and after, as JSON",
+        help="write each weight's relative error, and with a calibration its output's before and after, as JSON; - is standard output",
     )
     parser.no_effect(
         "without another --method, --scheme fp8-static or --kv-cache fp8; add one of them",
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     group_size = args.group_size if args.group_size is not None else 128 if args.scheme == "w4a16" else 0
     group_size = 0 if group_size == -1 else group_size  # compressed-tensors' name for the row
     scheme = Scheme(args.scheme, group_size)
-    if args.report is not None:
+    if args.report not in (None, STANDARD_STREAM):
         check_writable(comm, "--report", args.report)
         if args.report.resolve() == args.output.resolve():
             raise ConfigError(f"--report {args.report} is the directory that --output makes; give another file")
@@ -130,7 +131,10 @@ def _write(report: Path, text: str, output: Path) -> None:
     from phalanx.parallel.errors import ConfigError
 
     try:
-        report.write_text(text)
+        if report == STANDARD_STREAM:
+            print(text)
+        else:
+            report.write_text(text)
     except OSError as error:
         raise ConfigError(
             f"--report {report} cannot be written: {error.strerror}; {output} is complete without it"

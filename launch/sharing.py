@@ -16,9 +16,9 @@ from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
 if TYPE_CHECKING:
     from phalanx.parallel.communicator import Communicator
 
-__all__ = ["STANDARD_INPUT", "agree", "check_writable", "read_input", "read_text"]
+__all__ = ["STANDARD_STREAM", "agree", "check_writable", "read_input", "read_text"]
 
-STANDARD_INPUT = Path("-")
+STANDARD_STREAM = Path("-")
 SILENT_SECONDS = 5.0
 """How long input may keep us waiting without a word: its writer may never end."""
 _FOUND, _MISTAKE = b"+", b"-"
@@ -125,7 +125,7 @@ def _waiting_is_said(flag: str, path: Path) -> Iterator[None]:
 
 def _read(flag: str, path: Path, most: int) -> bytes:
     try:
-        if path == STANDARD_INPUT:
+        if path == STANDARD_STREAM:
             if sys.stdin is None:
                 raise ConfigError(f"{flag} - means standard input, which is closed; give a file")
             return sys.stdin.buffer.read(most)

@@ -179,6 +179,20 @@ def test_an_empty_variable_of_a_path_is_named() -> None:
         parse(variables={"PHALANX_MODEL": ""})
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("generate", "--output -"),
+        ("bench throughput", "--json -"),
+        ("serve", "--endpoint-file -"),
+        ("quantize", "--scheme int8 --output -"),
+    ],
+)
+def test_a_dash_is_not_taken_for_a_file_of_that_name(command: str, words: str) -> None:
+    with pytest.raises(UsageError, match=r"argument --[\w-]+: - does not stand for .* here; give a path"):
+        command_parsers()[command].parse_args(words.split())
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 def test_a_number_must_be_finite(value: str) -> None:
     parser = CommandParser("launch.test")

@@ -135,6 +135,15 @@ def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Pa
         main(["--model", str(tmp_path / "once"), "--output", str(tmp_path / "twice"), "--scheme", "fp8"])
 
 
+def test_a_report_may_go_to_standard_output(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--model", str(dense), "--output", "out", "--scheme", "int8", "--report", "-"])
+    assert json.loads(capsys.readouterr().out)["scheme"] == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_places_for_output_and_report_that_cannot_be_are_named(dense: Path, tmp_path: Path) -> None:
     arguments, output = ["--model", str(dense), "--scheme", "int8"], tmp_path / "out"
     with pytest.raises(ConfigError, match="--output '/' exists"):
