@@ -8,6 +8,7 @@ component declarations and knows no format. Nothing here needs NumPy: plans are 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -272,7 +273,12 @@ def _aligned_part(spec: WeightSpec, part: Part, shard: Shard, needed: int) -> Pa
         )
     pad_to = math.lcm(shard.pad_to, needed) if shard.pad_to else 0
     whole = "; --expert-parallel cuts no expert" if ".experts." in spec.owner else ""
-    what = shard.what if pieces or unit == shard.unit else f"pieces of {unit} (quantisation groups of {needed}{whole})"
+    what = shard.what
+    if not pieces and unit != shard.unit:
+        source = re.sub(
+            r"\.\d+(?=\.)", ".*", part.source
+        )  # the same shard in all layers: what is computed from it is kept
+        what = f"pieces of {unit} of {source} (quantisation groups of {needed}{whole})"
     return replace(part, shard=replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what))
 
 
