@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from phalanx.launch.signals import interruption
+from phalanx.launch.signals import heard, interruption
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["DrainSignals"]
 
-DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 _DRAINING = b"phalanx: draining: open requests are answered, new ones refused; Ctrl-C again ends at once\n"
 
 
 class DrainSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C end the server once open requests are answered, or after a limit; a second one at once.
+    """SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C end the server once open requests are answered, or after a limit; a second one at once.
 
-    While ranks still load, SIGTERM and SIGUSR1 end the job with status 0: no request was accepted.
+    While ranks still load, those but Ctrl-C end the job with status 0: no request was accepted.
 
     Launchers send a signal to every rank: rank 0 acts on it, the others leave when rank 0 says so.
 
@@ -56,7 +57,7 @@ class DrainSignals:
         """
         if interruption() is not None:
             raise KeyboardInterrupt
-        for number in DRAIN_SIGNALS:
+        for number in heard(DRAIN_SIGNALS):
             signal.signal(number, self._handle)
 
     def on_drain(self, drain: Callable[[], None]) -> None:
@@ -99,6 +100,7 @@ class DrainSignals:
 
     def _start_drain(self) -> None:
         assert self._drain is not None
-        os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            os.write(sys.stderr.fileno(), _DRAINING)  # a handler must not enter the buffered stream
         self._watch.end_by(self._limit, 1, f"open requests did not end within --shutdown-timeout={self._limit:g} s")
         self._drain()

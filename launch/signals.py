@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Ctrl-C, SIGTERM and SIGUSR1 do to a command: all ranks end, with 128 + the signal's number, and no traceback.
+"""What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do to a command: all ranks end, with 128 + the signal's number, and no traceback.
 
 Before MPI is up the signals keep their default action, which ends this process: whatever a Python handler did then, a rank that
 waits in MPI's start could not run it, while a process that a signal ended is noticed by every launcher. From then on rank 0
@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
-__all__ = ["PRECEDENCE_SECONDS", "Interruption", "catch_signals", "interruption", "leave_signals_alone"]
+__all__ = ["PRECEDENCE_SECONDS", "Interruption", "catch_signals", "heard", "interruption", "leave_signals_alone"]
 
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 """The one whose handler `interruption` looks at is the last to lose it."""
 PRECEDENCE_SECONDS = 2.0
 """How long ranks above 0 wait for rank 0 to end the job."""
@@ -86,11 +87,16 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+def heard(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """``numbers`` without SIGHUP where that is ignored: under nohup the process is to outlive its terminal."""
+    return [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 def leave_signals_alone() -> None:
     """Give the ending signals their default action: before MPI is up, and when nothing is left to save."""
     if isinstance(handler := signal.getsignal(signal.SIGINT), Interruption):
         handler.leave()
-    for number in ENDING_SIGNALS:
+    for number in heard(ENDING_SIGNALS):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -98,7 +104,7 @@ def catch_signals(rank: int) -> None:
     """Handle them from now on, if this process runs a command (a test or a script keeps its own handlers)."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         handler = Interruption(rank)
-        for number in ENDING_SIGNALS:
+        for number in heard(ENDING_SIGNALS):
             signal.signal(number, handler)
 
 

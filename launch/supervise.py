@@ -23,6 +23,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from phalanx.launch.children import same_code
+from phalanx.launch.drain import DRAIN_SIGNALS
+from phalanx.launch.signals import heard
 from phalanx.launch.streams import drop_broken_streams
 from phalanx.parallel.errors import CommunicatorError, ConfigError
 from phalanx.parallel.lateness import Lateness
@@ -65,7 +67,7 @@ def supervise(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise ConfigError(f"--max-restarts={args.max_restarts} is below 0; use 0 to start once")
     frontend = start_frontend(args, outlives_engine=True)
     supervisor = _Supervisor(frontend, command, args.max_restarts, args.start_timeout)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in heard(DRAIN_SIGNALS):
         signal.signal(number, supervisor.on_signal)
     return supervisor.run()
 

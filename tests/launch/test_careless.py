@@ -161,7 +161,7 @@ ELSEWHERE = {
     "`--logprobs` without `--json`": "tests/launch/test_results.py::test_flags_without_effect_are_refused",
     "`--stream` with several prompts": "tests/launch/test_results.py::test_flags_without_effect_are_refused",
     "interrupting `launch.generate`": "tests/launch/test_results.py::test_an_interrupted_run_keeps_what_it_finished",
-    "Ctrl-C, SIGTERM or SIGUSR1 while a command starts": "tests/launch/test_signals.py::test_a_signal_ends_every_rank",
+    "Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 while a command starts": "tests/launch/test_signals.py::test_a_signal_ends_every_rank",
     "prompts on standard input, in a pipe, or on the disk of rank 0's host": "tests/launch/test_user_files.py::test_standard_input_is_a_file_too",
     "a directory where a file is expected": "tests/launch/test_user_files.py::test_a_directory_is_one_line",
     "a package missing on one host, a rank that never comes": "tests/launch/test_missing_rank.py::test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_limit",

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from phalanx.launch.drain import DRAIN_SIGNALS, DrainSignals
+from phalanx.launch.signals import leave_signals_alone
 
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, HUP, USR1 = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 
 class Ends:
@@ -45,11 +46,18 @@ def after(*numbers: int, is_supervised: bool, is_ready: bool = True) -> tuple[li
     return ends.told, len(drains)
 
 
-@pytest.mark.parametrize("first", [TERM, USR1])
-@pytest.mark.parametrize("second", [TERM, USR1])
+@pytest.mark.parametrize("first", [TERM, HUP, USR1])
+@pytest.mark.parametrize("second", [TERM, HUP, USR1])
 def test_a_second_signal_of_either_kind_does_not_wait(first: int, second: int) -> None:
     assert after(first, is_supervised=False) == ([(25.0, 1)], 1)
     assert after(first, second, is_supervised=False) == ([(25.0, 1), (0.0, 128 + second)], 1)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    signal.signal(HUP, signal.SIG_IGN)
+    assert after(HUP, is_supervised=False) == ([], 0)
+    leave_signals_alone()
+    assert signal.getsignal(HUP) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("numbers", [(TERM, USR1), (USR1, TERM), (TERM, TERM, USR1, TERM)])

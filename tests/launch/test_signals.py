@@ -71,6 +71,10 @@ class Job:
         """Whether a word has come: progress, a result, the start block."""
         return any(path.stat().st_size for path in self.written)
 
+    def has_partial(self) -> bool:
+        """Whether a directory is half written."""
+        return any(self.written[0].parent.glob("*.partial"))
+
 
 # A signal to a launcher that has not started its ranks yet is not one of them: MPICH's loses it, and the job runs on.
 MOMENTS: dict[str, Callable[[Job], bool]] = {
@@ -82,6 +86,7 @@ MOMENTS: dict[str, Callable[[Job], bool]] = {
     "MPI on all ranks": lambda job: job.num_with("libmpi") >= job.num_ranks,
     "tokenizer": lambda job: job.num_with("tokenizers") >= 1,
     "first words": lambda job: job.has_written(),
+    "directory": lambda job: job.has_partial(),
 }
 WORDS = {
     "generate": ("--prompt", "def main(", "--max-tokens", "500", "--ignore-eos", "--stream"),
@@ -102,7 +107,8 @@ WORDS = {
 ENDED_BY_ITSELF = {0, 2}
 """Before the signal came; 2 where the command lacks TensorRT, a GPU or a checkpoint of Megatron's."""
 STATUSES = {
-    number: {128 + number, number, number | signal.SIGKILL, -number} for number in (signal.SIGINT, signal.SIGTERM)
+    number: {128 + number, number, number | signal.SIGKILL, -number}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 }
 """128 + the signal. Before MPI is up, MPICH's mpirun reports the bare number, combined with that of the kill that ended the other
 ranks; Open MPI's reports 1 for a job that it ended itself; a process that no launcher started dies of the signal."""
@@ -114,6 +120,7 @@ SAMPLE = [
     ("generate", 3, "tokenizer", signal.SIGTERM),
     ("generate", 0, "one interpreter", signal.SIGINT),
     ("generate", 0, "NumPy on all ranks", signal.SIGINT),
+    ("quantize", 0, "directory", signal.SIGHUP),
 ]
 
 
@@ -163,6 +170,7 @@ def assert_a_signal_ends_all(command: str, ranks: int, moment: str, number: sign
         while job.ranks() and time.monotonic() < deadline:
             continue
         assert job.ranks() == []
+        assert not job.has_partial() or ranks, "a launcher may kill the rank that would remove it"
         errors = job.written[1].read_text()
         if not interrupted_before_us(errors):
             allowed = {*ENDED_BY_ITSELF, *STATUSES[number], *([1] if ranks and is_open_mpi() else [])}
