@@ -85,10 +85,10 @@ class RopeConfig:
         for name in ("theta", "factor", "attention_factor"):
             if not is_finite_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} of a rotary embedding is not a finite number above 0"
+                    f"{name}={getattr(self, name)!r} of a rotary embedding is not a finite Python number above 0"
                 )
         if isinstance(self.rotary_dim, bool) or not isinstance(self.rotary_dim, int):
-            raise ConfigError(f"rotary_dim={self.rotary_dim!r} of a rotary embedding is not a whole number")
+            raise ConfigError(f"rotary_dim={self.rotary_dim!r} of a rotary embedding is not a Python int")
         lengths = {len(self.short_factors), len(self.long_factors)}
         if self.scaling == "longrope" and lengths != {self.rotary_dim // 2}:
             raise ConfigError(

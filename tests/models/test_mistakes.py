@@ -492,7 +492,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "scaling='ntk' of a rotary embedding is none of default, linear, llama3, yarn, longrope",
     ),
     "base below 0": (
-        with_attention(rope=lambda rope: replace(rope, theta=-1.0)), "theta=-1.0 of a rotary embedding is not a finite number above 0",
+        with_attention(rope=lambda rope: replace(rope, theta=-1.0)), "theta=-1.0 of a rotary embedding is not a finite Python number above 0",
+    ),
+    "base of NumPy": (
+        with_attention(rope=lambda rope: replace(rope, theta=np.float32(1e4))),
+        f"theta={np.float32(1e4)!r} of a rotary embedding is not a finite Python number above 0",
+    ),
+    "rotated channels of NumPy": (
+        with_attention(rope=lambda rope: replace(rope, rotary_dim=np.int64(12))),
+        f"rotary_dim={np.int64(12)!r} of a rotary embedding is not a Python int",
     ),
     "long factors for fewer pairs": (
         with_attention(rope=lambda rope: replace(rope, scaling="longrope", short_factors=(1.0,), long_factors=(2.0,))),
