@@ -7,7 +7,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +67,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One model on the text. ``logits`` only where there is another model to compare with."""
+    """One model on the text. ``quantisation``: words by part. ``logits`` only where there is another model to compare with."""
 
     evaluation: Evaluation
     windows: dict[str, int]
     setup: dict[str, Any]
+    quantisation: dict[str, str]
     seconds: float
     logits: KeptLogits | None
 
@@ -263,23 +264,16 @@ def _run(args: argparse.Namespace, world: Communicator, text: str, keeping: Exit
             logits = keeping.enter_context(keeping_logits(windows, len(token_ids) - 1))
         evaluation = _score(llm, token_ids, num_bytes, context, stride, logits)
         seconds = time.perf_counter() - started
-        return _Run(evaluation, {"context": context, "stride": stride}, _setup(args, llm), seconds, logits)
+        used = {"context": context, "stride": stride}
+        return _Run(evaluation, used, _setup(args, llm), llm.quantisation_by_part, seconds, logits)
 
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     layout = llm.layout
     return {
         "model": "demo" if args.model is None else str(args.model), "dtype": args.dtype, "quantize": args.quantize,
-        "kv_cache_dtype": args.kv_cache_dtype, "quantisation": llm.quantisation, "device": llm.device, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp,
+        "kv_cache_dtype": args.kv_cache_dtype, "device": llm.device, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp,
     }  # fmt: skip
-
-
-def _in_rows(setup: Mapping[str, Any]) -> dict[str, Any]:
-    """For people: the long line about quantisation as one of weights and one of the cache."""
-    rows: dict[str, Any] = {}
-    for name, value in setup.items():
-        rows |= dict(part.split(": ", 1) for part in value.split("; ")) if name == "quantisation" else {name: value}
-    return rows
 
 
 def _divergence(reference: _Run, model: _Run, world: Communicator) -> Divergence:
@@ -306,7 +300,7 @@ def _to_text(path: Path, model: _Run, reference: _Run | None, divergence: Diverg
             f"bits per byte  {evaluation.bits_per_byte:.4f}"
         )
     rows = [("", "model", "reference")]
-    setups = [_in_rows(run.setup) for run in (model, reference)]
+    setups = [run.setup | run.quantisation for run in (model, reference)]
     rows += [(name.replace("_", " "), str(value), str(setups[1][name])) for name, value in setups[0].items()]
     others = _figures(reference.evaluation)
     rows += [
@@ -315,6 +309,12 @@ def _to_text(path: Path, model: _Run, reference: _Run | None, divergence: Diverg
     wide = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
     table = "".join(f"{name:{wide[0]}}{one:{wide[1]}}{other}\n" for name, one, other in rows)
     return head + table + divergence.description
+
+
+def _described(run: _Run) -> dict[str, Any]:
+    from phalanx.runtime.quantisation import in_one_line
+
+    return {**run.setup, "quantisation": in_one_line(run.quantisation)}
 
 
 def _to_json(path: Path, model: _Run, reference: _Run | None, divergence: Divergence | None) -> str:
@@ -327,11 +327,11 @@ def _to_json(path: Path, model: _Run, reference: _Run | None, divergence: Diverg
         **_figures(model.evaluation),
         **model.windows,
         "seconds": model.seconds,
-        **model.setup,
+        **_described(model),
     }
     if reference is not None and divergence is not None:
         report["against"] = {
-            **reference.setup, **_figures(reference.evaluation), "seconds": reference.seconds, **divergence.figures,
+            **_described(reference), **_figures(reference.evaluation), "seconds": reference.seconds, **divergence.figures,
         }  # fmt: skip
     return msgspec.json.encode(report).decode()
 

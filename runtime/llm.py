@@ -29,7 +29,7 @@ from phalanx.runtime.engine import follow
 from phalanx.runtime.executors.registry import with_default_sizes
 from phalanx.runtime.executors.scored_logits import LogitsReader
 from phalanx.runtime.offline import OfflineRun, Progress, Prompt, as_prompts, one_for_each
-from phalanx.runtime.quantisation import has_fp8_cache, quantisation_in_words, saturation_in_words
+from phalanx.runtime.quantisation import has_fp8_cache, in_one_line, quantisation_by_part, saturation_in_words
 from phalanx.runtime.replica import build_replica
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from phalanx.runtime.text import Tokenizer
@@ -106,9 +106,14 @@ class LLM:
 
     @property
     def quantisation(self) -> str:
-        """How weights, activations and cache are quantised, in words: by the checkpoint, or while it was loaded."""
+        """How weights, activations and cache are quantised, in one line: by the checkpoint, or while it was loaded."""
+        return in_one_line(self.quantisation_by_part)
+
+    @property
+    def quantisation_by_part(self) -> dict[str, str]:
+        """The same of ``weights``, with the activations that they meet, and ``cache``."""
         replica = self._replica
-        return quantisation_in_words(replica.family, replica.config, replica.checkpoint.formats, replica.options)
+        return quantisation_by_part(replica.family, replica.config, replica.checkpoint.formats, replica.options)
 
     @property
     def device(self) -> str:

@@ -122,7 +122,9 @@ def plan_memory(
         specs = model.weights(config, layers, stage == 0, stage == layout.pp - 1)
         attention = [model.decode.attention(config, layer) for layer in layers]
         weights = format_weights(specs, formats)
-        blocks = [format_weights(model.decode.block_weights(config, layer), formats) for layer in layers]
+        held = {weight.spec.name: weight for weight in weights}
+        names = ([spec.name for spec in model.decode.block_weights(config, layer)] for layer in layers)
+        blocks = [[held[name] for name in own if name in held] for own in names]  # an encoder's have other names
         workspace = partial(
             _largest_step,
             blocks,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model's weights, activations and cache are quantised, in one line for reports."""
+"""How a model's weights, activations and cache are quantised, in words for reports."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from phalanx.checkpoints.quantization.held import check_not_quantized, held_formats
@@ -14,11 +15,30 @@ if TYPE_CHECKING:
     from phalanx.runtime.config import EngineConfig, ModelConfig
     from phalanx.runtime.models import Model
 
-__all__ = ["check_quantize", "has_fp8_cache", "quantisation_in_words", "saturation_in_words"]
+__all__ = [
+    "check_quantize",
+    "has_fp8_cache",
+    "in_one_line",
+    "quantisation_by_part",
+    "quantisation_in_words",
+    "saturation_in_words",
+]
 
 
 def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan, options: EngineConfig) -> str:
-    """``weights: fp8 by row, activations by token; cache: fp8 with a scale of 1``.
+    """`quantisation_by_part` in one line."""
+    return in_one_line(quantisation_by_part(model, config, stored, options))
+
+
+def in_one_line(parts: Mapping[str, str]) -> str:
+    """``weights: fp8 by row, activations by token; cache: fp8 with a scale of 1``."""
+    return "; ".join(f"{part}: {words}" for part, words in parts.items())
+
+
+def quantisation_by_part(
+    model: Model, config: ModelConfig, stored: FormatPlan, options: EngineConfig
+) -> dict[str, str]:
+    """Words for ``weights``, with the activations that they meet, and ``cache``.
 
     Args:
         stored: formats of the checkpoint, which `options` may have quantised while it is loaded.
@@ -31,7 +51,7 @@ def quantisation_in_words(model: Model, config: ModelConfig, stored: FormatPlan,
             if (scheme := held.choose(spec).scheme or stored.choose(spec).scheme)
         }
     )
-    return f"weights: {' and '.join(schemes) or 'not quantised'}; cache: {_cache(stored, options)}"
+    return {"weights": " and ".join(schemes) or "not quantised", "cache": _cache(stored, options)}
 
 
 def check_quantize(
