@@ -188,8 +188,10 @@ def _lead(
     signals: DrainSignals,
     sampling_defaults: dict[str, float | int],
 ) -> None:
+    from phalanx.checkpoints.files import ModelDirectory
     from phalanx.runtime.server.link.bridge import EngineBridge
     from phalanx.runtime.server.link.leaders import router_over
+    from phalanx.runtime.text.backend import has_tokenizer
 
     frontend, announcement = front.frontend, front.announcement
     assert replica.engine is not None
@@ -202,9 +204,10 @@ def _lead(
     signals.on_drain(bridge.request_drain)
     about = describe(replica, announcement.model, hosts, frontend.grpc_in_words())
     model = _model_info(replica, max_open_requests, sampling_defaults, about)
+    takes_texts = has_tokenizer(ModelDirectory.at(replica.directory))
 
     def on_ready() -> None:
-        _LOG.info(start_block(about, frontend.url, announcement.model), extra=fields(**about))
+        _LOG.info(start_block(about, frontend.url, announcement.model, takes_texts), extra=fields(**about))
         announcement.publish(frontend.url)
 
     bridge.run(model, on_ready)

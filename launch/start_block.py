@@ -64,10 +64,11 @@ def sequences_in_words(most: int, num_tokens: int) -> str:
     )
 
 
-def start_block(facts: dict[str, str], url: str, model: str) -> str:
+def start_block(facts: dict[str, str], url: str, model: str, takes_texts: bool) -> str:
     """Lines for people, the last one a command that asks the server something."""
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    body = f'{{"model": "{model}", "prompt": [1, 2, 3], "max_tokens": 16}}'
+    prompt = '"def main("' if takes_texts else "[1, 2, 3]"
+    body = f'{{"model": "{model}", "prompt": {prompt}, "max_tokens": 16}}'
     ask = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     return "\n".join([*lines, f"{'ask':<{width}}  {ask}"])

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from phalanx import LLM, SamplingParams
-from phalanx.launch.start_block import sequences_in_words
+from phalanx.launch.start_block import sequences_in_words, start_block
 from phalanx.runtime.server.link.bridge import STATS_SECONDS
 from tests.support.launcher import ROOT
 
@@ -160,7 +162,14 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
     (card,) = job.server.get("/v1/models").json["data"]
     assert card["quantization"] == info["quantisation"]
     assert info["engine"].startswith("numpy: ") or info["engine"].startswith("cuda: ")
-    assert "curl http://127.0.0.1:" in shown["ask"]
+    _, url, *_, body = shlex.split(shown["ask"])
+    assert job.server.post(urlsplit(url).path, json.loads(body)).status == 200
+
+
+@pytest.mark.parametrize(("takes_texts", "prompt"), [(True, "def main("), (False, [1, 2, 3])])
+def test_the_start_shows_a_prompt_that_the_server_can_read(takes_texts: bool, prompt: object) -> None:
+    ask = start_block({"version": "0.1.0"}, "http://127.0.0.1:8000", "demo", takes_texts).splitlines()[-1]
+    assert json.loads(shlex.split(ask)[-1])["prompt"] == prompt
 
 
 def test_the_start_says_that_prompts_will_wait_where_sequences_take_all_tokens_of_a_step() -> None:
