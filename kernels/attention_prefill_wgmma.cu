@@ -224,7 +224,7 @@ struct Consumer {
     }
     __device__ __forceinline__ void wait_for_slot(const RingCursor& cursor) {
         barrier_wait(shared_address(&shared.full[cursor.slot]), cursor.parity);
-        fence_for_matrix_units();
+        fence_for_async_readers();
     }
 
     // Starts scores = q k^T for the tile in this slot.

@@ -27,7 +27,7 @@ _WARPS = 4
 _RESERVED_BYTES = 1024  # of shared memory, taken by the driver for each block
 _SMALL_BYTES = 256  # barriers, flags and alignment
 _DEEPEST_RING = 12
-_FEW_DIMS = 128  # of a head: with one column of heads a thread's queries and sums then fit into the 102 registers that four blocks leave it, from Hopper on
+_FEW_DIMS = 128  # of a head: with one column of heads a thread's queries and sums then fit into the 96 registers that four blocks leave it on Hopper
 _SHARED_KIB = {80: 164, 87: 164, 90: 228, 100: 228, 101: 228, 103: 228, 110: 228}
 _SMALLEST_SHARED_KIB = 100  # sm_86, sm_89, sm_120
 
@@ -92,7 +92,7 @@ class DecodeTiling:
         def deepest(blocks: int) -> int:
             return min(_DEEPEST_RING, (total // blocks - _RESERVED_BYTES - fixed) // per_slot)
 
-        suits_four = head_dim <= _FEW_DIMS and columns == 1 and total >= 1024 * _SHARED_KIB[90]
+        suits_four = head_dim <= _FEW_DIMS and columns == 1 and architecture == "sm_90a"  # elsewhere some spill
         blocks = 4 if suits_four and deepest(4) >= 2 else 2 if deepest(2) >= 3 else 1
         ring = deepest(blocks)
         partial_floats = ceil_div(steps, _WARPS) * columns * DECODE_CONSUMERS * 4 + columns * 16

@@ -221,7 +221,7 @@ class CublasLt:
         self._set(operation, attribute.EPILOGUE, np.uint32(epilogue.BIAS if problem.has_bias else epilogue.DEFAULT))
         dtype, out_dtype = _CUDA_TYPES[problem.dtype], _CUDA_TYPES[problem.out_dtype]
         if problem.has_bias:
-            self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(out_dtype if problem.has_scales else dtype))
+            self._set(operation, attribute.BIAS_DATA_TYPE, np.int32(dtype))
         if problem.has_scales:
             modes = (_BLOCK_SCALES, _GROUP_SCALES) if problem.has_blocks else (_OUTER_VECTOR_SCALES,) * 2
             for name, mode in zip((attribute.A_SCALE_MODE, attribute.B_SCALE_MODE), modes, strict=True):

@@ -10,7 +10,7 @@ from phalanx.kernels.arrays import Array, ceil_div
 from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.compiler import cache_directory
 from phalanx.kernels.cublaslt import Algorithm, CublasLt, GemmProblem
-from phalanx.kernels.gemm8_tiles import TILE_SHAPES, TileShape, gemm8_tiles, gemm8_tiles_takes
+from phalanx.kernels.gemm8_tiles import TILE_SHAPES, TileShape, gemm8_tiles, gemm8_tiles_takes, tiles_fill_device
 from phalanx.kernels.gemm_operands import Inputs, Operands, Weight, problem_of
 from phalanx.kernels.gemv import CODES_SHAPE, GEMV_SHAPES, GemvShape, fits_block, gated_gemv, gemv, gemv_takes
 from phalanx.kernels.gemv8 import GEMV8_SHAPES, MAX_GEMV8_TOKENS, gemv8, gemv8_takes
@@ -145,7 +145,7 @@ class Gemm:
         return True
 
     def _gated_codes(self, x: QuantizedRows, weight: QuantizedRows, out: Array, activation: ActivationName) -> bool:
-        """Where the tiles' kernel is fastest without the activation, too. The kernel that streams weights leaves it to one that makes codes."""
+        """Where tiles are fastest without the activation, too; after gemv8 `gated_quantized` makes codes at once."""
         out_features, in_features = weight.shape
         problem = GemmProblem(len(x), out_features, in_features, x.kind, out.dtype.name)
         shape = self.choice(problem).kernel
@@ -165,18 +165,23 @@ class Gemm:
         """For one token gemv, which on an H200 is up to 30 % faster and nowhere slower by more than 2 %.
 
         With scales for a few more tokens, where cuBLASLt's outer-vector kernels take twice the time of the weight's bytes; with packed
-        weights for as many as it takes.
+        weights, or a bias of fp8 codes, for as many as it takes. For int8 codes tiles where they fill the device, which are faster from there on.
         """
         most = MAX_PACKED_TOKENS if problem.packed else _MOST_GUESSED_TOKENS if problem.has_scales else 1
-        if _suits_gemv(problem) and problem.num_tokens <= most:
+        if _suits_gemv(problem) and (problem.num_tokens <= most or (problem.dtype == "fp8" and problem.has_bias)):
             return CODES_SHAPE if problem.packed or problem.has_scales else GemvShape()
+        fills = tiles_fill_device(self._library, problem.num_tokens, problem.out_features)
+        if problem.dtype == "int8" and fills and self._suits_tiles(problem, problem.out_features):
+            return TileShape()
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
         """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
         choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
-        if choice is None or not isinstance(choice.kernel, Algorithm):
+        if choice is None or isinstance(choice.kernel, GemvShape):
             return choice
+        if isinstance(choice.kernel, TileShape):
+            return choice if self._suits_tiles(problem, problem.out_features) else None
         return choice if self.cublaslt.accepts(_library_problem(problem), choice.kernel) else None
 
     @property

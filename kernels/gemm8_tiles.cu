@@ -8,12 +8,12 @@
 //
 // A cluster computes 256 tokens by 256 weight rows, each of its two blocks half of the tokens; the copy engine brings a weight tile to both at
 // once. A block has a feeding warp and two computing warpgroups of 64 tokens by 256 weight rows each. The second one starts LEAD stages late and
-// stays behind, so that one's epilogue runs under the other's products. The ring of operands goes on across tiles.
+// tends to stay behind, so that one's epilogue runs under the other's products. The ring of operands goes on across tiles.
 //
-// Tiles run in bands of BAND clusters of tokens, tokens first, so that what runs together shares both operands in the second-level cache.
+// Tiles run in bands of `band` clusters' tokens, tokens first, so that what runs together shares both operands in the second-level cache.
 // Sums of fp8 have the tensor cores' 13 bits, as cuBLASLt's fast accumulation; those of int8 are exact.
 // Reference: x @ weight.T in float64; activation.cu's gated after it.
-#define BFLOAT16 0
+#define BFLOAT16 0  // attention_instructions.cuh wants one; its elements are not used here
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "dtype.cuh"
@@ -201,7 +201,7 @@ struct Consumer {
                 const int piece = (block % (STORED_COLUMNS / 8) + lane / 16) ^ row % 8;
                 store_matrices(box + row * 128 + piece * 16, left.x, left.y, right.x, right.y);
             }
-            fence_for_matrix_units();
+            fence_for_async_readers();
             group_barrier(1 + group, 128);
             if (!is_storer) continue;
 #pragma unroll

@@ -14,7 +14,7 @@ from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_c
 from phalanx.kernels.tensor_map import tensor_map
 from phalanx.parallel.errors import ExecutorError
 
-__all__ = ["TILE_SHAPES", "TileShape", "gemm8_tiles", "gemm8_tiles_takes"]
+__all__ = ["TILE_SHAPES", "TileShape", "gemm8_tiles", "gemm8_tiles_takes", "tiles_fill_device"]
 
 _ARCHITECTURE = "sm_90a"
 _CLUSTER = 2
@@ -47,6 +47,15 @@ def gemm8_tiles_takes(architecture: str, out_columns: int, in_features: int) -> 
     return architecture == _ARCHITECTURE and in_features % _CODE_ALIGNMENT == 0 and out_columns % _OUT_ALIGNMENT == 0
 
 
+def tiles_fill_device(library: Library, num_tokens: int, out_features: int) -> bool:
+    """Whether a product has tiles for at least half of the device's clusters."""
+    return 2 * _num_tiles(num_tokens, out_features) >= library.num_multiprocessors // _CLUSTER
+
+
+def _num_tiles(num_tokens: int, out_features: int) -> int:
+    return ceil_div(num_tokens, _TOKENS) * ceil_div(out_features, _WEIGHT_ROWS)
+
+
 def gemm8_tiles(
     library: Library,
     x: QuantizedRows,
@@ -65,11 +74,11 @@ def gemm8_tiles(
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     out_columns = out_features // 2 if gated else out_features
     takes = gemm8_tiles_takes(library.architecture, out_columns, in_features)
-    if not takes or x.kind != weight.kind or (gated and bias is not None):
+    if not takes or x.kind != weight.kind or out.dtype.itemsize != 2 or (gated and bias is not None):
         raise ExecutorError(
-            f"gemm8_tiles takes codes of one kind on {_ARCHITECTURE}, in_features in multiples of {_CODE_ALIGNMENT}, columns of out of "
-            f"{_OUT_ALIGNMENT} and a bias or a gate; this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}, {out_columns} columns, "
-            f"on {library.architecture}"
+            f"gemm8_tiles takes codes of one kind on {_ARCHITECTURE}, in_features in multiples of {_CODE_ALIGNMENT}, columns of a 16-bit out of "
+            f"{_OUT_ALIGNMENT} and a bias or a gate; this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}, {out_columns} columns of "
+            f"{out.dtype.name}, on {library.architecture}"
         )
     require_codes(x, (num_tokens, in_features))
     require_codes(weight, (out_features, in_features))
@@ -88,8 +97,7 @@ def gemm8_tiles(
         CLUSTER=_CLUSTER,
         SHARED_BYTES=_SHARED_BYTES,
     )
-    tiles = ceil_div(num_tokens, _TOKENS) * ceil_div(out_features, _WEIGHT_ROWS)
-    clusters = min(tiles, library.num_multiprocessors // _CLUSTER)
+    clusters = min(_num_tiles(num_tokens, out_features), library.num_multiprocessors // _CLUSTER)
     maps = (tensor_map(x.codes, _COPIED_ROWS), tensor_map(weight.codes, _COPIED_ROWS), tensor_map(out, _STORED_ROWS))
     sizes = tuple(np.int32(size) for size in (num_tokens, out_columns, in_features, (shape or TileShape()).band))
     kernel((clusters * _CLUSTER,), (_THREADS,), (*maps, x.scale, weight.scale, bias, *sizes), _SHARED_BYTES)

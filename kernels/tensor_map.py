@@ -23,7 +23,7 @@ _TYPES = {"uint8": "UINT8", "bfloat16": "BFLOAT16", "float16": "FLOAT16"}
 def tensor_map(matrix: Array, box_rows: int) -> np.void:
     """A kernel argument that stands for ``matrix``, copied in boxes of ``box_rows`` rows by 128 bytes with the 128-byte swizzle.
 
-    The matrix is C-contiguous, its rows a multiple of 16 bytes. Raises ExecutorError when the driver refuses it.
+    The matrix is C-contiguous, its address and the size of its rows multiples of 16 bytes. Raises ExecutorError when the driver refuses it.
     """
     rows, columns = matrix.shape
     return _encoded(matrix.data.ptr, matrix.dtype.name, matrix.dtype.itemsize, rows, columns, box_rows)

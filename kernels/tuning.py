@@ -61,10 +61,15 @@ class GemmChoice:
         return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))
 
 
+_GENERATION = (
+    2  # of the kernels among which the tuner chooses; what an older one chose is not compared with newer kernels
+)
+
+
 def timings_path(cache: Path, device_name: str, cublaslt_version: int) -> Path:
-    """Where the timings of one kind of device and one cuBLASLt live: algorithms mean nothing to another."""
+    """Where the timings of one kind of device, one cuBLASLt and one generation of our kernels live."""
     device = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return cache / "gemm" / f"{device}-cublaslt{cublaslt_version}.json"
+    return cache / "gemm" / f"{device}-cublaslt{cublaslt_version}-kernels{_GENERATION}.json"
 
 
 class GemmTimings:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CLUSTER blocks that work on one row and see each other's shared memory (Hopper and later; elsewhere CLUSTER is 1).
+// CLUSTER blocks that work together and see each other's shared memory (Hopper and later; elsewhere CLUSTER is 1).
 #pragma once
 #include "reduce.cuh"
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's warpgroup matrix instructions: four warps multiply 64 x 16 by 16 x N, asynchronously, from shared memory.
+// Hopper's warpgroup matrix instructions: four warps multiply 64 x 16 elements of 16 bits, or 64 x 32 codes, by N rows of as many, asynchronously, from
+// shared memory.
 //
-// Shared operands are columns of 64 elements (128 bytes) with the 128-byte swizzle: 16-byte piece p of row r lies at piece
+// Shared operands are columns of 64 elements or 128 codes (128 bytes) with the 128-byte swizzle: 16-byte piece p of row r lies at piece
 // p ^ (r % 8); columns start at multiples of 1,024 bytes. Results lie as those of mma.sync m16n8: warp w has rows 16 w ..
 // 16 w + 15, d[j] is its 8-column block j. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate". Needs sm_90a.
 #pragma once
@@ -43,8 +44,13 @@ __device__ __forceinline__ void pin_registers(int (&d)[BLOCKS][4]) {
         for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(d[i][j])::"memory");
 }
 
-// Ordinary writes to shared memory that this thread has seen become visible to its later wgmma instructions.
-__device__ __forceinline__ void fence_for_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Ordinary writes to shared memory that this thread has seen become visible to its later wgmma instructions, and to copies that are started later.
+__device__ __forceinline__ void fence_for_async_readers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// What other threads of a group_barrier wait for; this one goes on.
+__device__ __forceinline__ void group_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 template <int REGISTERS>
 __device__ __forceinline__ void raise_registers() {

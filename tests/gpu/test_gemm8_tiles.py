@@ -5,16 +5,17 @@ What the tuner may choose is compared in test_fp8.py and test_quantized_products
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.numbers import quantize_rows
+from phalanx.checkpoints.quantization.numbers import quantize_rows as codes_of
 from phalanx.kernels.activation import gated_activation
 from phalanx.kernels.gemm8_tiles import TILE_SHAPES, TileShape, gemm8_tiles
-from phalanx.kernels.quantize import CodeKind, QuantizedRows
+from phalanx.kernels.quantize import CodeKind, QuantizedRows, quantize_rows
 from tests.gpu.test_fp8 import put_codes
 from tests.kernels.devices import CudaDevice, has_gpu
 from tests.kernels.fp8_sums import sum_bound
@@ -37,7 +38,7 @@ def device() -> CudaDevice:
 def codes(device: CudaDevice, rows: int, columns: int, kind: CodeKind, seed: int) -> tuple[Any, QuantizedRows]:
     steps = np.linspace(1, 9, rows, dtype=np.float32)[:, None]  # a scale of its own for each row shows mix-ups
     values = steps * np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
-    made = quantize_rows(values, kind)
+    made = codes_of(values, kind)
     return made, put_codes(device, made, kind)
 
 
@@ -77,6 +78,25 @@ def test_the_gated_activation_is_that_of_the_rounded_product(
     np.testing.assert_array_equal(device.get(out).view(np.uint16), device.get(expected).view(np.uint16))
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_epilogues_of_several_tiles_a_block_follow_each_other(device: CudaDevice, kind: CodeKind) -> None:
+    """Staging, scales and the ring go on from tile to tile; products with a tile or two a block tell what is right."""
+    x, weight = (codes(device, rows, 384, kind, seed)[1] for rows, seed in ((2000, 10), (8208, 11)))
+    bias = device.put(np.random.default_rng(12).standard_normal(8208).astype(BFLOAT16))
+    both, plain = (device.poisoned((2000, 8208), BFLOAT16) for _ in range(2))
+    gated, expected = (device.poisoned((2000, 4104), BFLOAT16) for _ in range(2))
+    gemm8_tiles(device.library, x, weight, both, bias=bias)
+    gemm8_tiles(device.library, x, weight, gated, gated="silu")
+    gemm8_tiles(device.library, x, weight, plain)
+    gated_activation(device.library, plain, expected, "silu")
+    np.testing.assert_array_equal(device.get(gated), device.get(expected))
+    for first in range(0, 2000, 250):
+        part = QuantizedRows(x.codes[first : first + 250], x.scale[first : first + 250], kind)
+        out = device.poisoned((250, 8208), BFLOAT16)
+        gemm8_tiles(device.library, part, weight, out, bias=bias)
+        np.testing.assert_array_equal(device.get(both)[first : first + 250], device.get(out))
+
+
 def test_more_tiles_than_blocks_and_every_order_of_them_give_the_same(device: CudaDevice) -> None:
     x, weight = (codes(device, rows, 256, "int8", seed)[1] for rows, seed in ((5000, 5), (4104, 6)))
     outs = []
@@ -88,15 +108,33 @@ def test_more_tiles_than_blocks_and_every_order_of_them_give_the_same(device: Cu
         np.testing.assert_array_equal(out, outs[0])
 
 
-def test_products_one_after_the_other_do_not_disturb_each_other(device: CudaDevice) -> None:
-    """Each may start while the one before it drains."""
-    x, first, second = (codes(device, rows, 512, "int8", seed)[1] for rows, seed in ((700, 7), (1024, 8), (512, 9)))
+def test_kernels_that_start_early_read_what_the_one_before_them_writes(device: CudaDevice) -> None:
+    (_, x), (_, first), (_, second) = (
+        codes(device, rows, columns, "int8", seed)
+        for rows, columns, seed in ((700, 512, 7), (1024, 512, 8), (512, 1024, 9))
+    )
     hidden, out = device.poisoned((700, 1024), BFLOAT16), device.poisoned((700, 512), BFLOAT16)
-    results = []
-    for _ in range(20):
-        gemm8_tiles(device.library, x, first, hidden)
-        gemm8_tiles(device.library, x, second, out)
-        results.append((device.get(hidden), device.get(out)))
-    for pair in results[1:]:
-        for got, expected in zip(pair, results[0], strict=True):
-            np.testing.assert_array_equal(got, expected)
+    between, again = (
+        QuantizedRows(cupy.empty((700, columns), np.uint8), cupy.empty(700, np.float32), "int8")
+        for columns in (1024, 512)
+    )
+
+    def chain(waits: bool) -> np.ndarray:
+        rows = x
+        for _ in range(3):
+            for product in (
+                partial(gemm8_tiles, device.library, rows, first, hidden),
+                partial(quantize_rows, device.library, hidden, between),
+                partial(gemm8_tiles, device.library, between, second, out),
+                partial(quantize_rows, device.library, out, again),
+            ):
+                product()
+                if waits:
+                    cupy.cuda.runtime.deviceSynchronize()
+            rows = again
+        return device.get(out)
+
+    expected = chain(waits=True)
+    assert np.isfinite(expected.astype(np.float32)).all()
+    for _ in range(10):
+        np.testing.assert_array_equal(chain(waits=False), expected)

@@ -268,8 +268,9 @@ class CudaOps(Ops[DeviceArray]):
         if isinstance(x, DeferredProduct) and x is self._pending and (out := x.gated(_ACTIVATIONS[kind])) is not None:
             self._pending = None
             return out
-        x = self.values(x)
+        return self._gated(self.values(x), kind)
 
+    def _gated(self, x: DeviceArray, kind: Activation) -> DeviceArray:
         def write(out: Any) -> None:
             gated_activation(self._library, x, out, _ACTIVATIONS[kind])
 

@@ -74,6 +74,10 @@ class Timeline:
         end.record(self._stream)
         self._steps[-1].device.append((name, category, start, end))
 
+    def forget_last(self) -> None:
+        """Drop the device's span that ended last, in which nothing was enqueued."""
+        self._steps[-1].device.pop()
+
     def events(self, rank: int, clock_offset: float) -> list[dict[str, Any]]:
         """Chrome trace events, times in microseconds of the first rank's clock. Waits for the device."""
         import cupy
@@ -118,9 +122,13 @@ class TracedOps(CudaOps):
 
     def _multiply_gated(self, rows: Any, name: str, out: DeviceArray, kind: ActivationName) -> bool:
         with self._timeline.device(name, "GEMM"):
-            return super()._multiply_gated(rows, name, out, kind)
+            is_made = super()._multiply_gated(rows, name, out, kind)
+        if not is_made:
+            self._timeline.forget_last()
+        return is_made
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:
+        qkv = self.values(qkv)  # a product that waited has a span of its own
         with self._timeline.device(name, "attention"):
             return super().attention(qkv, name, layer, spec)
 
@@ -132,11 +140,12 @@ class TracedOps(CudaOps):
         with self._timeline.device("all_reduce", "communication"):
             return super().all_reduce(x)
 
-    def gated_activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
+    def _gated(self, x: DeviceArray, kind: Activation) -> DeviceArray:
         with self._timeline.device(kind, "other"):
-            return super().gated_activation(x, kind)
+            return super()._gated(x, kind)
 
     def activation(self, x: DeviceArray, kind: Activation) -> DeviceArray:
+        x = self.values(x)
         with self._timeline.device(kind, "other"):
             return super().activation(x, kind)
 
