@@ -70,6 +70,15 @@ AUTO_ROUND_AWQ = {
     "modules_to_not_convert": ["lm_head"], "provider": "auto-round", "quant_method": "awq", "sym": True,
     "to_quant_block_names": "model.layers", "version": "gemm", "zero_point": False,
 }  # fmt: skip
+AUTO_ROUND = {
+    "autoround_version": "0.9.5", "bits": 4, "data_type": "int", "group_size": 128, "packing_format": "auto_round:auto_gptq",
+    "quant_method": "auto-round", "sym": True,
+}  # fmt: skip
+"""As Intel publishes Qwen3 and MiniMax."""
+OPEA = {
+    "amp": True, "autoround_version": "0.4.2.dev", "backend": "auto_round:gptq:exllamav2", "batch_size": 8, "bits": 4, "data_type": "int",
+    "group_size": 128, "quant_method": "intel/auto-round", "scale_dtype": "torch.float16", "sym": True, "to_quant_block_names": None,
+}  # fmt: skip
 MIXTRAL_AWQ = {**AWQ, "modules_to_not_convert": ["gate"]}
 """AutoAWQ's recipe for Mixtral; the head is not listed, and plain."""
 QWEN_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -105,6 +114,7 @@ def schemes(plan: FormatPlan) -> dict[str, str]:
         (FP8_DYNAMIC, "fp8 rows x tokens"), (FP8_STATIC, "fp8 rows x static"), (W8A8, "int8 rows x tokens"),
         (W4A16, "int4 in groups of 128"), (FP8_BLOCK, "fp8 blocks in groups of 128"),
         (THE_BLOKE_GPTQ, "int4 in groups of 128 with activation order"), (QWEN_GPTQ_INT8, "int8 in groups of 128"),
+        (AUTO_ROUND, "int4 in groups of 128"), (OPEA, "int4 in groups of 128"),
         (AWQ, "int4 in groups of 128"), (AUTO_ROUND_AWQ, "int4 in groups of 128"), (GPTQMODEL_AWQ, "int4 in groups of 128"), (QWEN_FP8, "fp8 blocks in groups of 128"),
         ({**QWEN_FP8, "scale_fmt": "ue8m0"}, "fp8 blocks in groups of 128 by powers of two"), (AUTO_FP8_KV, "fp8 rows x static"),
         (MODELOPT, "fp8 rows x static"), ({"quant_method": "modelopt", **MODELOPT_FILE}, "fp8 rows x static"),
@@ -281,6 +291,40 @@ def test_exclusions_end_where_a_component_of_a_path_does(
     assert {owner for owner, name in found.items() if name == "dense" and owner.startswith("layers.")} == plain
 
 
+def test_rules_of_auto_round_are_names_or_expressions() -> None:
+    """Names are whole ones and come first, as in AutoRound and vLLM."""
+    rules = {
+        ".*mlp.*": {"bits": 8, "group_size": 64}, "model.layers.1.mlp.down_proj": {"bits": 4},
+        "model.layers.1.self_attn.o_proj": {"bits": 16, "data_type": "fp"}, ".*up_proj": {"bits": 16}, "lm_head": {"bits": 8, "group_size": None},
+    }  # fmt: skip
+    found = schemes(
+        read_formats({"quantization_config": {**AUTO_ROUND, "block_name_to_quantize": "layers", "extra_config": rules}})
+    )
+    assert {owner: name for owner, name in found.items() if owner.startswith("layers.1.")} == {
+        "layers.1.qkv": "int4 in groups of 128", "layers.1.output": "dense",
+        "layers.1.gate_up": "int8 in groups of 64", "layers.1.down": "int4 in groups of 128",
+    }  # fmt: skip
+    assert (found["layers.0.down"], found["lm_head"]) == ("int8 in groups of 64", "int8 in groups of 128")
+    everything = {**AUTO_ROUND, "extra_config": {".*": {"bits": 8}}}
+    assert schemes(read_formats({"quantization_config": everything}))["lm_head"] == "dense"
+
+
+@pytest.mark.parametrize(
+    "blocks", ["model.layers.0.,model.language_model.layers.1", [["model.layers.0.mlp", "model.layers.0.self_attn"]]]
+)
+def test_blocks_outside_the_list_of_auto_round_are_what_is_stored(dense: Path, tmp_path: Path, blocks: object) -> None:
+    modules = {"layers.1.self_attn": writers.as_it_is, "": writers.gptq(4, 16, symmetric=False, v1=True)}
+    section = {**AUTO_ROUND, "group_size": 16, "sym": False, "block_name_to_quantize": blocks}
+    writers.write(dense, tmp_path / "quantised", tmp_path / "twin", modules, section)
+    weights, twin = (checkpoints.load(tmp_path / path, 1, 0) for path in ("quantised", "twin"))
+    for owner in ("layers.0.qkv", "layers.1.qkv", "layers.1.down"):
+        weight = weights.linear(owner)
+        assert (weight.format.name == "dense") == (owner == "layers.1.qkv")
+        np.testing.assert_array_equal(
+            weight.format.dequantize(weight.components), twin.linear(owner).components["weight"]
+        )
+
+
 @pytest.mark.parametrize("is_plain", [True, False])
 @pytest.mark.parametrize(
     "excluded", [["gate", "up"], [r"model\.layers\.\d\.mlp\.gate", r"(?i)MODEL.*\.up"]], ids=["names", "expressions"]
@@ -342,7 +386,13 @@ ROTATED = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["
         ({**QWEN_GPTQ_INT8, "dynamic": {"-:(down": {}}}, r"gptq rule '-:\(down' \(missing \)"),
         ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": {"bits": 3}}}, "gptq bits=3"),
         ({**QWEN_GPTQ_INT8, "dynamic": {".*down.*": 4}}, "is not an object of fields"),
-        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "quant_method='auto-round'"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:llm_compressor"}, "packing_format='auto_round:llm_compressor' cannot"),
+        ({**OPEA, "backend": "auto_round:exllamav2", "sym": False}, "packing_format='auto_round:exllamav2' cannot"),
+        ({**AUTO_ROUND, "bits": 2}, "gptq bits=2"),
+        ({**AUTO_ROUND, "act_bits": 8}, "auto-round act_bits=8"),
+        ({**AUTO_ROUND, "data_type": "mx_fp"}, "auto-round data_type='mx_fp'"),
+        ({**AUTO_ROUND, "static_kv_dtype": "fp8"}, "auto-round with static_kv_dtype=fp8"),
+        ({**AUTO_ROUND, "extra_config": {".*(down": {}}}, r"auto-round rule '\.\*\(down' \(missing \)"),
     ],
 )  # fmt: skip
 def test_what_would_be_computed_wrongly_is_refused_by_name(section: dict[str, Any], message: str) -> None:
