@@ -75,9 +75,8 @@ def test_a_layout_that_does_not_fit_comes_last_with_the_reason(
     assert not layouts[0]["problem"]
     assert layouts[-1]["dp"] == 2
     assert "needs GPUs of" in layouts[-1]["problem"]
-    for more, status, words in ((), 0, "use --dp 1 "), (("--gpu-memory-gib", "1"), 1, "no layout fits"):
-        assert main(["--model", str(llama_3_8b), *flags, *more]) == status
-        assert capsys.readouterr().out.splitlines()[-1].startswith(words)
+    assert main(["--model", str(llama_3_8b), *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("use --dp 1 ")
 
 
 def test_measured_steps_replace_the_roofline(llama_3_8b: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
