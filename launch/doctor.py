@@ -105,15 +105,17 @@ def _table(checks: Sequence[Check]) -> str:
 
 def _give_up(seconds: float) -> None:
     """Runs in a thread while the main one waits for a rank or a library that does not answer."""
-    from phalanx.parallel.mpi_comm import abort_world
-
     sys.stderr.write(
         f"phalanx doctor: rank {launch_info().rank}: no answer within {seconds:g} s; a rank or a driver hangs: try fewer "
         "ranks, one host, or a longer --timeout\n"
     )
     sys.stderr.flush()
-    abort_world(1)
-    os._exit(1)
+    try:
+        from phalanx.parallel.mpi_comm import abort_world
+
+        abort_world(1)
+    finally:  # even where the main thread is in the middle of importing or starting the same
+        os._exit(1)
 
 
 if __name__ == "__main__":
