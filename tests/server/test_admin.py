@@ -61,13 +61,17 @@ def test_a_drain_by_route_has_the_limit_of_a_signal_and_a_second_signal_cuts_it_
 ) -> None:
     (tmp_path / "admins").write_text("root\n")
     flags = ("--admin-key-file", str(tmp_path / "admins"))
-    for limit, reason, expected in (("0.01", "--shutdown-timeout=0.01", 1), ("60", "told again", 143)):
+    told_again = {
+        128 + signal.SIGTERM,
+        128 + signal.SIGUSR1,
+    }  # which of two pending signals is second is the kernel's choice
+    for limit, reason, expected in (("0.01", "--shutdown-timeout=0.01", {1}), ("60", "told again", told_again)):
         with serve_tiny(tiny, 0, *flags, "--shutdown-timeout", limit) as job:
             stream = job.server.open_stream(PATH, LONGER | {"n": 128})
             assert job.server.post(DRAIN, {}, Authorization="Bearer root").status == 202
             job.server.lines_with("draining")
-            if expected != 1:
+            if expected == told_again:
                 os.kill(job.server.process.pid, signal.SIGUSR1)  # the same request, by another way
                 os.kill(job.server.process.pid, signal.SIGTERM)
             assert reason in events(stream)[-1]["error"]["message"]
-            assert job.server.wait()[0] == expected
+            assert job.server.wait()[0] in expected
