@@ -58,6 +58,10 @@ class PartialDirectory:
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"cannot write {str(self.path)!r}: {error.strerror}; choose another --output") from None
+        except KeyboardInterrupt:  # before `discard` knows that it is there
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            raise
         self._acquire()
         return self._clear()
 
@@ -68,8 +72,8 @@ class PartialDirectory:
         Raises:
             ConfigError: as `create`, or a file cannot be written.
         """
-        self.create()
         with self.removed_after_failure():
+            self.create()
             yield self.path
             self.commit()
 

@@ -87,8 +87,8 @@ def split_checkpoint(
     unfinished = PartialDirectory(output, _is_ours)
     unfinished.require_absent()
     is_first = comm.rank == 0
-    replaced = unfinished.create() if is_first else False
     with unfinished.removed_after_failure():
+        replaced = unfinished.create() if is_first else False
         if is_first:
             _check_space(unfinished.path, sum(file.num_bytes for file in files))
         comm.barrier()
