@@ -23,7 +23,7 @@ from .jobs import Job, is_open_mpi, serve
 from .test_lifecycle import events
 from .test_serve import CONFIG, LONG, assert_one_line, serve_tiny, tiny
 from .test_supervise import supervised
-from .test_unusual_faults import FAULTY
+from .test_unusual_faults import EXECUTORS, FAULTY
 
 __all__ = ["tiny"]
 
@@ -149,9 +149,9 @@ def test_a_rank_fails(
 ) -> None:
     fault = f"os.write(2, b'FAULT\\n'); {fault}"
     if when == "while ranks load":
-        text = FAULTY.replace("run_command(", LOADING + "run_command(").format(rank=rank, step=-1, fault=fault)
+        text = faulty({}).replace("run_command(", LOADING.format(rank=rank, fault=fault) + "run_command(")
     else:
-        text = FAULTY.format(rank=rank, step=1 if when == "in a prefill" else 20, fault=fault)
+        text = faulty({rank: in_step(1 if when == "in a prefill" else 20, fault)})
     with serve_program(tiny, tmp_path, text, 4, "--pp", "2", wait_for="") as job:
         if when != "while ranks load":
             job.server.wait_for("READY")
@@ -162,6 +162,15 @@ def test_a_rank_fails(
         if when != "while ranks load":
             assert connection.getresponse().status == 500
     figures.add(f"3. {name} {when}", {GONE: 5}, measured)
+
+
+def faulty(faults: dict[int, str]) -> str:
+    """A program whose ranks do this in every step."""
+    return FAULTY.format(executors=EXECUTORS["numpy"], trigger=os.sep, faults=faults, background={})
+
+
+def in_step(number: int, fault: str) -> str:
+    return f"self.steps = getattr(self, 'steps', 0) + 1\nif self.steps == {number}: {fault}"
 
 
 def end_of(job: Job, started: float) -> Figure:
@@ -200,7 +209,7 @@ def test_a_forward_pass_fails_after_ten(
     (model / "config.json").write_text(
         json.dumps(CONFIG | {"intermediate_size": 64})
     )  # whose units four ranks can share
-    text = FAULTY.format(rank=rank, step=11, fault="os.write(2, b'FAULT\\n'); raise ValueError('planted')")
+    text = faulty({rank: in_step(11, "os.write(2, b'FAULT\\n'); raise ValueError('planted')")})
     with serve_program(model, tmp_path, text, tp, "--tp", str(tp)) as job, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(job.server.post, PATH, LONG) for _ in range(3)]
         job.server.wait_for("FAULT")
