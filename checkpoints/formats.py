@@ -275,9 +275,7 @@ def _aligned_part(spec: WeightSpec, part: Part, shard: Shard, needed: int) -> Pa
     whole = "; --expert-parallel cuts no expert" if ".experts." in spec.owner else ""
     what = shard.what
     if not pieces and unit != shard.unit:
-        source = re.sub(
-            r"\.\d+(?=\.)", ".*", part.source
-        )  # the same shard in all layers: what is computed from it is kept
+        source = re.sub(r"\.\d+(?=\.)", ".*", part.source)  # one shard for all layers: what is computed from it is kept
         what = f"pieces of {unit} of {source} (quantisation groups of {needed}{whole})"
     return replace(part, shard=replace(shard, unit=unit, pad_to=pad_to, has_short_last=bool(extent % unit), what=what))
 

@@ -71,6 +71,11 @@ class GemmProblem:
         return self.dtype in ("fp8", "int8") and not self.has_integer_sums
 
     @property
+    def has_narrow_results(self) -> bool:
+        """Whether out is of 16 bits."""
+        return _ITEM_SIZES.get(self.out_dtype) == 2
+
+    @property
     def has_integer_sums(self) -> bool:
         """Whether out is what the tensor cores add up, exactly."""
         return self.out_dtype == "int32"

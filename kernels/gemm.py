@@ -231,8 +231,6 @@ class Gemm:
         return values
 
     def _run_scaled(self, problem: GemmProblem, choice: GemmChoice, weight: QuantizedRows, operands: Operands) -> None:
-        import cupy
-
         x, bias = operands.x, operands.bias
         assert isinstance(x, QuantizedRows)
         if isinstance(choice.kernel, GemvShape):
@@ -244,23 +242,25 @@ class Gemm:
         if x.kind == "int8":
             self._run_int8(problem, choice.kernel, x, weight, operands)
             return
-        self.cublaslt.run(
-            _library_problem(problem), choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr, 0,
-            cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, weight.scale.data.ptr),
-        )  # fmt: skip
-        if bias is not None:
-            add_bias(self._library, operands.out, bias)
+        self._run_codes(problem, choice.kernel, x, weight.codes, weight.scale, operands)
 
     def _run_blocks(self, problem: GemmProblem, choice: GemmChoice, x: QuantizedGroups, operands: Operands) -> None:
-        import cupy
-
         weight = operands.weight
         assert isinstance(weight, PackedWeight)
         assert weight.blocks is not None
         assert isinstance(choice.kernel, Algorithm), "no other kernel multiplies blocks"
+        self._run_codes(problem, choice.kernel, x, weight.codes, weight.blocks, operands)
+
+    def _run_codes(
+        self, problem: GemmProblem, algorithm: Algorithm, x: QuantizedRows | QuantizedGroups, codes: Array, scale: Array,
+        operands: Operands,
+    ) -> None:  # fmt: skip
+        """cuBLASLt's product of fp8 codes by the weight's ``codes`` and ``scale``, then the bias."""
+        import cupy
+
         self.cublaslt.run(
-            problem, choice.kernel, x.codes.data.ptr, weight.codes.data.ptr, operands.out.data.ptr, 0,
-            cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, weight.blocks.data.ptr),
+            _library_problem(problem), algorithm, x.codes.data.ptr, codes.data.ptr, operands.out.data.ptr, 0,
+            cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, scale.data.ptr),
         )  # fmt: skip
         if operands.bias is not None:
             add_bias(self._library, operands.out, operands.bias)
@@ -294,9 +294,8 @@ class Gemm:
 
     def _suits_tiles(self, problem: GemmProblem, out_columns: int) -> bool:
         takes = gemm8_tiles_takes(self._library.architecture, out_columns, problem.in_features)
-        is_narrow = problem.out_dtype in ("float16", "bfloat16")
         has_rows = problem.has_scales and not problem.has_blocks
-        return takes and is_narrow and has_rows and problem.num_tokens > MAX_GEMV8_TOKENS
+        return takes and problem.has_narrow_results and has_rows and problem.num_tokens > MAX_GEMV8_TOKENS
 
     def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
         """cuBLASLt's suggestions alone. Raises ExecutorError when there is none."""
@@ -327,7 +326,7 @@ def _library_problem(problem: GemmProblem, outputs: int = 0) -> GemmProblem:
 
 
 def _suits_gemv(problem: GemmProblem) -> bool:
-    is_narrow = problem.out_dtype in ("float16", "bfloat16")
+    is_narrow = problem.has_narrow_results
     if problem.has_blocks:
         return False
     if problem.has_scales:

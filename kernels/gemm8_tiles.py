@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from phalanx.kernels.activation_names import ActivationName
-from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
+from phalanx.kernels.arrays import Array, ceil_div, scalar_name
 from phalanx.kernels.library import Library
-from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
+from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_product_of_codes
 from phalanx.kernels.tensor_map import tensor_map
 from phalanx.parallel.errors import ExecutorError
 
@@ -80,11 +80,7 @@ def gemm8_tiles(
             f"{_OUT_ALIGNMENT} and a bias or a gate; this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}, {out_columns} columns of "
             f"{out.dtype.name}, on {library.architecture}"
         )
-    require_codes(x, (num_tokens, in_features))
-    require_codes(weight, (out_features, in_features))
-    require("out", out, (num_tokens, out_columns), out)
-    if bias is not None:
-        require("bias", bias, (out_features,), out)
+    require_product_of_codes(x, weight, out, bias, out_columns)
     kernel = library.function(
         "gemm8_tiles",
         "gemm8_tiles",

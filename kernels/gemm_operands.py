@@ -9,7 +9,7 @@ from phalanx.kernels.arrays import Array, ceil_div, require
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import BLOCK, block_scale_shape, packed_row_bytes
-from phalanx.kernels.quantize import QuantizedRows, require_codes
+from phalanx.kernels.quantize import QuantizedRows, require_product_of_codes
 from phalanx.kernels.quantize_groups import QuantizedGroups
 from phalanx.parallel.errors import ExecutorError
 
@@ -62,11 +62,7 @@ def _scaled_problem(operands: Operands) -> GemmProblem:
     if x.kind != weight.kind:
         raise ExecutorError(f"a product of {x.kind} and {weight.kind} codes is not available")
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
-    require_codes(x, (num_tokens, in_features))
-    require_codes(weight, (out_features, in_features))
-    require("out", out, (num_tokens, out_features), out)
-    if bias is not None:
-        require("bias", bias, (out_features,), out)
+    require_product_of_codes(x, weight, out, bias, out_features)
     return GemmProblem(num_tokens, out_features, in_features, x.kind, out.dtype.name, bias is not None)
 
 

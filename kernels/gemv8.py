@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from phalanx.kernels.arrays import Array, ceil_div, require, scalar_name
+from phalanx.kernels.arrays import Array, ceil_div, scalar_name
 from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fits_block
 from phalanx.kernels.library import Library
-from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_codes
+from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_product_of_codes
 from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["GEMV8_SHAPES", "MAX_GEMV8_TOKENS", "gemv8", "gemv8_takes"]
@@ -49,11 +49,7 @@ def gemv8(
             f"gemv8 takes at most {MAX_GEMV8_TOKENS} tokens, in_features in multiples of {_CHUNK} and codes of one kind; "
             f"this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}"
         )
-    require_codes(x, (num_tokens, in_features))
-    require_codes(weight, (out_features, in_features))
-    require("out", out, (num_tokens, out_features), out)
-    if bias is not None:
-        require("bias", bias, (out_features,), out)
+    require_product_of_codes(x, weight, out, bias, out_features)
     shape = shape or CODES_SHAPE
     row_blocks = shape.row_blocks if fits_block(shape, num_tokens) else 1
     kernel = library.function(

@@ -22,6 +22,7 @@ __all__ = [
     "quantize_rows",
     "quantized_defines",
     "require_codes",
+    "require_product_of_codes",
     "row_threads",
 ]
 
@@ -84,6 +85,18 @@ def require_codes(rows: QuantizedRows, shape: tuple[int, int]) -> None:
     """Raise ExecutorError unless codes and scales have this shape and are contiguous."""
     require("codes", rows.codes, shape, "uint8")
     require("scale", rows.scale, (shape[0],), "float32")
+
+
+def require_product_of_codes(
+    x: QuantizedRows, weight: QuantizedRows, out: Array, bias: Array | None, out_columns: int
+) -> None:
+    """Raise ExecutorError unless x [T, I], weight [O, I], out [T, ``out_columns``] and bias [O], of its type, are a product's operands."""
+    (num_tokens, in_features), out_features = x.shape, weight.shape[0]
+    require_codes(x, (num_tokens, in_features))
+    require_codes(weight, (out_features, in_features))
+    require("out", out, (num_tokens, out_columns), out)
+    if bias is not None:
+        require("bias", bias, (out_features,), out)
 
 
 def row_threads(library: Library, num_rows: int, num_vectors: int) -> int:

@@ -61,9 +61,8 @@ class GemmChoice:
         return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))
 
 
-_GENERATION = (
-    2  # of the kernels among which the tuner chooses; what an older one chose is not compared with newer kernels
-)
+_GENERATION = 2
+"""Of the kernels among which the tuner chooses: what was chosen among older ones was not compared with these."""
 
 
 def timings_path(cache: Path, device_name: str, cublaslt_version: int) -> Path:

@@ -12,7 +12,15 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan
-from phalanx.checkpoints.quantization.choosing import HEAD, WAY_OUT, Chooser, groups_in_order, of_parts, refused
+from phalanx.checkpoints.quantization.choosing import (
+    HEAD,
+    WAY_OUT,
+    Chooser,
+    compiled,
+    groups_in_order,
+    of_parts,
+    refused,
+)
 from phalanx.checkpoints.quantization.fields import Section, integer, listed_names, table
 from phalanx.checkpoints.quantization.gptq_awq import EXTRA_BIASES, awq_format, gptq_format
 from phalanx.checkpoints.quantization.group_codes import GroupCodes
@@ -48,7 +56,11 @@ def read_auto_round(section: Section) -> FormatPlan:
     layout = _layout(section)
     usual, rules = _format(section, layout), table(section, "extra_config")
     named = {name: _format({**section, **_given(table(rules, name))}, layout) for name in rules}
-    expressions = [(_compiled(name), chosen) for name, chosen in named.items() if _EXPRESSION.search(name)]
+    expressions = [
+        (compiled(name, f"auto-round rule {name!r}"), chosen)
+        for name, chosen in named.items()
+        if _EXPRESSION.search(name)
+    ]
     blocks = _blocks(section)
 
     def chooser(stored: Collection[str]) -> Chooser:
@@ -99,13 +111,6 @@ def _format(section: Section, layout: str) -> Format:
     if layout == _AWQ:
         return awq_format(section)
     return gptq_format({"sym": True, **_given(section), "desc_act": False, "checkpoint_format": layout})
-
-
-def _compiled(name: str) -> re.Pattern[str]:
-    try:
-        return re.compile(name)
-    except re.error as error:
-        raise refused(f"auto-round rule {name!r} ({error})", "correct the expression") from None
 
 
 def _blocks(section: Section) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ __all__ = [
     "Chooser",
     "Section",
     "block_sizes",
+    "compiled",
     "excluding",
     "fp8_blocks",
     "groups_in_order",
@@ -90,11 +91,8 @@ class _Exclusion:
         end = r"(?:(?<=\.)|(?=\.|$))"
         flags = _FLAGS.match(name)
         first = flags.end() if flags else 0
-        try:
-            expressions = (name, rf"{re.escape(name)}{end}", rf"{name[:first]}(?:{name[first:]}){end}")
-            return cls(name, *map(re.compile, expressions))
-        except re.error as error:
-            raise refused(f"an exclusion {name!r} ({error})", "correct the expression") from None
+        expressions = (name, rf"{re.escape(name)}{end}", rf"{name[:first]}(?:{name[first:]}){end}")
+        return cls(name, *(compiled(expression, f"an exclusion {name!r}") for expression in expressions))
 
     def is_in(self, module: str) -> bool:
         """Whether it is in the path, wherever it ends."""
@@ -186,6 +184,14 @@ def block_sizes(sizes: Any, key: str, what: str) -> tuple[int, int]:
         raise refused(f"{what} {key}={sizes!r}", "write the rows and columns of a block")
     rows, columns = (integer({key: size}, key, 0) for size in sizes)
     return rows, columns
+
+
+def compiled(expression: str, what: str) -> re.Pattern[str]:
+    """Raise ConfigError that names ``what`` for text that is no expression."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise refused(f"{what} ({error})", "correct the expression") from None
 
 
 def refused(what: str, way_out: str) -> ConfigError:

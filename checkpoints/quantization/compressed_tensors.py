@@ -16,6 +16,7 @@ from phalanx.checkpoints.quantization.choosing import (
     KV_SCALES,
     WAY_OUT,
     block_sizes,
+    compiled,
     fp8_blocks,
     groups_in_order,
     of_parts,
@@ -150,10 +151,7 @@ _IN_ORDER = ("weight", "static", False, None)
 def _check_rules(rules: Sequence[str]) -> None:
     """Refuse expressions that cannot be compiled, and classes of modules, of which files say nothing, other than the usual one."""
     for rule in rules:
-        try:
-            re.compile(rule.removeprefix("re:") if rule.startswith("re:") else "")
-        except re.error as error:
-            raise refused(f"compressed-tensors rule {rule!r} ({error})", "correct the expression") from None
+        compiled(rule.removeprefix("re:") if rule.startswith("re:") else "", f"compressed-tensors rule {rule!r}")
         if rule[0].isupper() and rule.isidentifier() and rule != "Linear":
             raise refused(f"compressed-tensors rule {rule!r}, a class of modules,", "name the modules, or Linear")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from phalanx.checkpoints.formats import DENSE, Format, FormatPlan, Unread
-from phalanx.checkpoints.quantization.choosing import HEAD, excluding, groups_in_order, of_parts, refused
+from phalanx.checkpoints.quantization.choosing import HEAD, compiled, excluding, groups_in_order, of_parts, refused
 from phalanx.checkpoints.quantization.encodings import AWQ_ORDER, PackedWords
 from phalanx.checkpoints.quantization.fields import Section, flag, group_size, integer, listed_names, table
 from phalanx.checkpoints.quantization.group_codes import GroupCodes, Stored
@@ -89,11 +89,7 @@ def gptq_format(section: Section) -> GroupCodes:
 def _gptq_rules(section: Section) -> Iterator[tuple[re.Pattern[str], Format]]:
     rules = table(section, "dynamic")
     for rule in rules:
-        expression = rule.removeprefix("-:").removeprefix("+:")
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise refused(f"gptq rule {rule!r} ({error})", "correct the expression") from None
+        pattern = compiled(rule.removeprefix("-:").removeprefix("+:"), f"gptq rule {rule!r}")
         yield pattern, DENSE if rule.startswith("-:") else gptq_format({**section, **table(rules, rule)})
 
 

@@ -34,7 +34,6 @@ pytest.importorskip("nvmath")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU")]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-IS_HOPPER = has_gpu() and KernelLibrary().architecture == "sm_90a"
 SHAPES = [(1, 256, 128), (7, 512, 2048), (17, 320, 1024), (33, 4096, 4096), (130, 1008, 688), (257, 96, 14336)]
 
 
@@ -82,14 +81,12 @@ def test_every_int8_candidate_is_exact(
     for candidate, out in results(gemm, device, operands):
         kinds.add(type(candidate))
         np.testing.assert_array_equal(out, expected, err_msg=str(candidate))
-    own = (
-        {GemvShape}
-        if num_tokens <= 32 and in_features % 64 == 0
-        else {TileShape}
-        if num_tokens > 32 and IS_HOPPER
-        else set()
-    )
-    assert kinds == {Algorithm} | own
+    expected_kinds: set[type] = {Algorithm}
+    if num_tokens <= 32 and in_features % 64 == 0:
+        expected_kinds.add(GemvShape)
+    if num_tokens > 32 and device.library.architecture == "sm_90a":
+        expected_kinds.add(TileShape)
+    assert kinds == expected_kinds
 
 
 def test_int8_products_of_several_slabs_are_exact(gemm: Gemm, device: CudaDevice) -> None:
