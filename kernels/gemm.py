@@ -24,6 +24,7 @@ from phalanx.kernels.packed import (
     unpack_weight,
 )
 from phalanx.kernels.product_sizes import (
+    CODE_ALIGNMENT,
     SUM_BYTES,
     packed_row_bytes,
     padded_tokens,
@@ -49,7 +50,6 @@ MAX_GATED_TOKENS = MAX_PACKED_TOKENS
 """Maximum number of tokens of a product of values that a kernel may compute together with the gated activation after it; of codes there is none."""
 
 _MOST_GUESSED_TOKENS = 8
-_CODE_ALIGNMENT = 16
 
 
 class Gemm:
@@ -99,7 +99,7 @@ class Gemm:
             not self._multiplies_blocks
             or weight.blocks is None
             or num_tokens <= MAX_PACKED_TOKENS
-            or rows % _CODE_ALIGNMENT
+            or rows % CODE_ALIGNMENT
         ):
             return False
         values = GemmProblem(num_tokens, rows, columns, dtype, dtype, has_bias, weight.layout)
@@ -308,9 +308,9 @@ class Gemm:
 
 def int8_slabs(num_tokens: int, out_features: int) -> list[range]:
     """Outputs that an int8 product computes at a time: as many as `SUM_BYTES` hold, evenly, in multiples of 16."""
-    most = max(SUM_BYTES // (4 * num_tokens) // _CODE_ALIGNMENT, 1) * _CODE_ALIGNMENT
+    most = max(SUM_BYTES // (4 * num_tokens) // CODE_ALIGNMENT, 1) * CODE_ALIGNMENT
     count = ceil_div(out_features, most)
-    size = ceil_div(ceil_div(out_features, count), _CODE_ALIGNMENT) * _CODE_ALIGNMENT
+    size = ceil_div(ceil_div(out_features, count), CODE_ALIGNMENT) * CODE_ALIGNMENT
     return [range(start, min(start + size, out_features)) for start in range(0, out_features, size)]
 
 

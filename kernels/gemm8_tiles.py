@@ -10,6 +10,7 @@ import numpy as np
 from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, ceil_div, scalar_name
 from phalanx.kernels.library import Library
+from phalanx.kernels.product_sizes import CODE_ALIGNMENT
 from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_product_of_codes
 from phalanx.kernels.tensor_map import tensor_map
 from phalanx.parallel.errors import ExecutorError
@@ -23,7 +24,6 @@ _WEIGHT_ROWS = 256
 _COPIED_ROWS, _STORED_ROWS = 128, 64
 _SHARED_BYTES = 232448
 _THREADS = 384
-_CODE_ALIGNMENT = 16
 _OUT_ALIGNMENT = 8
 
 
@@ -44,7 +44,7 @@ TILE_SHAPES = tuple(TileShape(band) for band in (4, 8, 16))
 
 def gemm8_tiles_takes(architecture: str, out_columns: int, in_features: int) -> bool:
     """Whether the kernel computes such products at all; ``out_columns`` are those of its result."""
-    return architecture == _ARCHITECTURE and in_features % _CODE_ALIGNMENT == 0 and out_columns % _OUT_ALIGNMENT == 0
+    return architecture == _ARCHITECTURE and in_features % CODE_ALIGNMENT == 0 and out_columns % _OUT_ALIGNMENT == 0
 
 
 def tiles_fill_device(library: Library, num_tokens: int, out_features: int) -> bool:
@@ -76,7 +76,7 @@ def gemm8_tiles(
     takes = gemm8_tiles_takes(library.architecture, out_columns, in_features)
     if not takes or x.kind != weight.kind or out.dtype.itemsize != 2 or (gated and bias is not None):
         raise ExecutorError(
-            f"gemm8_tiles takes codes of one kind on {_ARCHITECTURE}, in_features in multiples of {_CODE_ALIGNMENT}, columns of a 16-bit out of "
+            f"gemm8_tiles takes codes of one kind on {_ARCHITECTURE}, in_features in multiples of {CODE_ALIGNMENT}, columns of a 16-bit out of "
             f"{_OUT_ALIGNMENT} and a bias or a gate; this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}, {out_columns} columns of "
             f"{out.dtype.name}, on {library.architecture}"
         )

@@ -7,6 +7,7 @@ import math
 
 __all__ = [
     "BLOCK",
+    "CODE_ALIGNMENT",
     "SUM_BYTES",
     "block_scale_shape",
     "codes_per_chunk",
@@ -21,6 +22,9 @@ SUM_BYTES = 32 << 20
 
 BLOCK = 128
 """Columns of inputs, and rows and columns of weights, that share a scale where cuBLASLt multiplies fp8 blocks."""
+
+CODE_ALIGNMENT = 16
+"""Rows and columns of which matrices have multiples where 8-bit codes of whole rows meet codes of inputs (cuBLASLt)."""
 
 _CHUNK_BYTES = 64
 _TOKEN_ALIGNMENT = 4

@@ -159,7 +159,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     dtype = config.compute_dtype(options.dtype)
     stored = read_formats(raw)
     check_quantize(model, config, stored, options.quantize)
-    held = held_formats(stored, options.quantize, use_of(model, config).experts)
+    use = use_of(model, config)
+    held = held_formats(stored, options.quantize, use.experts, use.gates, options.layout.tp)
     ranks = plan_memory(
         model,
         config,

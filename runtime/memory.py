@@ -14,7 +14,7 @@ from functools import partial
 
 from phalanx.checkpoints.formats import ALL_DENSE, Format, FormatPlan, FormattedWeight, format_weights
 from phalanx.checkpoints.item_sizes import ITEM_SIZES
-from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, has_blocks, whole_blocks
+from phalanx.checkpoints.quantization.held import HeldValues, PackedCodes, has_blocks, whole_blocks
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.spec import WeightSpec, distinct
 from phalanx.kernels.all_reduce_sizes import MOST_RANKS, exchange_bytes
@@ -294,7 +294,7 @@ def _code_bytes(specs: Iterable[WeightSpec], num_rows: int, rank: int, size: int
 def _rounds_inputs(chosen: Format) -> bool:
     if isinstance(chosen, PackedCodes):
         return chosen.rounds_inputs
-    if isinstance(chosen, ExpertValues):
+    if isinstance(chosen, HeldValues):
         return True
     return isinstance(chosen, RowCodes) and bool(chosen.prescale)
 

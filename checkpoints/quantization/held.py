@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -20,17 +21,15 @@ __all__ = [
     "INPUT_COMPONENTS",
     "QUANTIZE_NAMES",
     "ExpertCodes",
-    "ExpertValues",
+    "HeldValues",
     "PackedCodes",
     "QuantizeName",
     "check_not_quantized",
     "has_blocks",
-    "held_by_experts",
     "held_formats",
     "is_ordered",
     "meets_codes",
-    "packed",
-    "packed_by_experts",
+    "packed_until_values",
     "quantized_while_loading",
     "whole_blocks",
 ]
@@ -40,6 +39,9 @@ BLOCK = 128
 
 EXPERT_COLUMNS = 32
 """Columns, and multiples of them, that share a scale where grouped products take codes of experts; `phalanx.kernels.packed` has it, too."""
+
+CODE_ALIGNMENT = 16
+"""Rows and columns of which a matrix has multiples where codes of whole rows meet codes of inputs; kernels of such products have it, too."""
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
@@ -143,8 +145,8 @@ class ExpertCodes(PackedCodes):
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertValues(_Held):
-    """A format of experts whose codes the kernels do not take, and whose inputs are codes or scaled: values of the compute type on a GPU.
+class HeldValues(_Held):
+    """A format whose codes no kernel of those weights takes, and whose inputs are codes or scaled: values of the compute type on a GPU.
 
     Inputs become what the scheme says of them first, in values of the compute type, too.
 
@@ -176,33 +178,49 @@ INPUT_COMPONENTS = frozenset({"input_scale", "prescale"})
 """Components that say something of a product's inputs."""
 
 
-def held_by_experts(owner: str, chosen: Format) -> Format:
+def _held_by_experts(owner: str, chosen: Format) -> Format:
     """In which format a GPU holds the matrix ``owner`` of experts that is stored as ``chosen``.
 
     Routers, groups that are not multiples of `EXPERT_COLUMNS`, and groups in any order become plain values: their kernels take no others.
     """
-    if not isinstance(chosen, GroupCodes | RowCodes):
-        return chosen
+    has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % EXPERT_COLUMNS
+    is_taken = not (owner.endswith(".router") or has_small_groups or is_ordered(chosen))
+    if is_taken and isinstance(chosen, GroupCodes | RowCodes):
+        return ExpertCodes(chosen)
+    return _as_values(chosen)
+
+
+def _as_values(chosen: Format) -> Format:
+    """The format of values that stand for codes, which say what their inputs become."""
+    if not isinstance(chosen, GroupCodes | RowCodes) or is_ordered(chosen):
+        return DENSE
+    return DENSE if chosen.input == "plain" and not chosen.prescale else HeldValues(chosen)
+
+
+def packed_until_values(chosen: GroupCodes | RowCodes) -> PackedCodes:
+    """How codes are packed on the way to the values that they stand for."""
+    return PackedCodes(replace(chosen, input="plain", prescale="") if isinstance(chosen, RowCodes) else chosen)
+
+
+def _held_by_products(chosen: Format, meets_codes: bool) -> Format:
+    """In which format a GPU holds a matrix that is stored as ``chosen``.
+
+    Groups in any order become plain values. Codes are packed where inputs are plain or codes of groups, and where ``meets_codes`` says that
+    no product of codes takes the matrix; else they are as they are stored.
+    """
     if is_ordered(chosen):
         return DENSE
-    has_small_groups = isinstance(chosen, GroupCodes) and chosen.cut % EXPERT_COLUMNS
-    if not (owner.endswith(".router") or has_small_groups):
-        return ExpertCodes(chosen)
-    return DENSE if chosen.input == "plain" and not chosen.prescale else ExpertValues(chosen)
+    if isinstance(chosen, GroupCodes) and not chosen.stored.group_index:  # kernels take groups of consecutive columns
+        return PackedCodes(chosen)
+    if isinstance(chosen, RowCodes) and (chosen.input == "plain" or not meets_codes):
+        return PackedCodes(chosen)
+    return chosen
 
 
-def packed_by_experts(chosen: Format) -> PackedCodes | None:
-    """How codes of experts are packed that become plain values; None if they are plain, or become so in another way."""
-    if isinstance(chosen, RowCodes):
-        return PackedCodes(replace(chosen, input="plain", prescale=""))
-    return packed(chosen)
-
-
-def packed(chosen: Format) -> PackedCodes | None:
-    """How a GPU holds a stored format whose inputs are no codes of whole rows and whose groups are in order; None for all others."""
-    if isinstance(chosen, GroupCodes):
-        return None if chosen.stored.group_index else PackedCodes(chosen)  # kernels take groups of consecutive columns
-    return PackedCodes(chosen) if isinstance(chosen, RowCodes) and chosen.input == "plain" else None
+def _is_aligned(spec: WeightSpec, size: int) -> bool:
+    """Whether products of codes take what each of ``size`` ranks holds of a matrix."""
+    extents = (extent for rank in range(size) for extent in spec.local_shape(rank, size))
+    return math.gcd(CODE_ALIGNMENT, *extents) == CODE_ALIGNMENT
 
 
 def has_blocks(held: Format) -> bool:
@@ -251,19 +269,26 @@ def check_not_quantized(formats: Iterable[Format], quantize: QuantizeName, flag:
         raise ConfigError(f"{flag}={quantize}: the checkpoint holds {found.name} weights already; leave it out")
 
 
-def held_formats(stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = ()) -> FormatPlan:
-    """Formats in a GPU's memory of a checkpoint whose formats are ``stored``; for planning.
+def held_formats(
+    stored: FormatPlan, quantize: QuantizeName, experts: Container[str] = (), gates: Container[str] = (), tp_size: int = 1
+) -> FormatPlan:  # fmt: skip
+    """Formats in a GPU's memory of a checkpoint whose formats are ``stored``.
 
-    ``experts``: modules (``layers.3.mlp``) whose matrices are those of experts and their router.
+    Args:
+        quantize: the kind of codes that matrices of floats become while they are loaded.
+        experts: modules (``layers.3.mlp``) whose matrices are those of experts and their router.
+        gates: matrices of one row that weigh others' results; their kernel takes values.
+        tp_size: number of ranks that share a matrix.
     """
 
     def choose(spec: WeightSpec) -> Format:
-        is_expert = spec.owner.rpartition(".")[0] in experts
-        if quantize != "none" and quantized_while_loading(spec):
-            return ExpertCodes(RowCodes(quantize)) if is_expert else RowCodes(quantize)
         chosen = stored.choose(spec)
-        if is_expert:
-            return held_by_experts(spec.owner, chosen)
-        return DENSE if is_ordered(chosen) else packed(chosen) or chosen
+        if quantize != "none" and quantized_while_loading(spec):
+            chosen = RowCodes(quantize)
+        if spec.owner in gates:
+            return _as_values(chosen)
+        if spec.owner.rpartition(".")[0] in experts:
+            return _held_by_experts(spec.owner, chosen)
+        return _held_by_products(chosen, isinstance(chosen, RowCodes) and _is_aligned(spec, tp_size))
 
     return FormatPlan(choose, stored.ignored_tensors, stored.has_kv_scales)

@@ -82,7 +82,8 @@ class RankSpec:
     @property
     def held_formats(self) -> FormatPlan:
         """Formats of weights in memory, after `quantized`."""
-        return held_formats(self.checkpoint.formats, self.options.quantize, use_of(self.model, self.config).experts)
+        use = use_of(self.model, self.config)
+        return held_formats(self.checkpoint.formats, self.options.quantize, use.experts, use.gates, self.tp_size)
 
     @property
     def has_fp8_cache(self) -> bool:

@@ -50,6 +50,7 @@ class ModelUse:
         weights: names of weights, in that order.
         attention: spec of each attention by its name.
         experts: spec of each mixture of experts by its name.
+        gates: names of matrices of `Ops.sigmoid_gate`.
         calls: every operation with its arguments other than tensors.
     """
 
@@ -57,6 +58,7 @@ class ModelUse:
     weights: dict[str, None] = field(default_factory=dict)
     attention: dict[str, AttentionSpec] = field(default_factory=dict)
     experts: dict[str, ExpertsSpec] = field(default_factory=dict)
+    gates: dict[str, None] = field(default_factory=dict)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
@@ -258,6 +260,7 @@ class ShapeOps(Ops[Shape]):
 
     def sigmoid_gate(self, x: Shape, y: Shape, name: str) -> Shape:
         self._record("sigmoid_gate", x)
+        self.use.gates[name] = None
         self._check_cut(name, None, "sigmoid_gate")
         _, columns = self._weight(f"{name}.weight")
         self._take(y, columns, name)

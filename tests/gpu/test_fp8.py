@@ -125,8 +125,20 @@ def test_attention_over_fp8_pages_with_window_cap_and_slopes(device: CudaDevice,
 )
 @pytest.mark.parametrize("name", ["llama", "llama-128", "gemma"])
 def test_log_probabilities_follow_the_numpy_engine(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    follow_the_numpy_engine(name, 192, options, tmp_path)
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+@pytest.mark.parametrize("inner", [172, 344, 1000])
+def test_matrices_that_no_product_of_codes_takes_follow_the_numpy_engine(
+    inner: int, quantize: str, tmp_path: Path
+) -> None:
+    follow_the_numpy_engine("llama", inner, {"quantize": quantize}, tmp_path)
+
+
+def follow_the_numpy_engine(name: str, inner: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Nearer to the quantised NumPy engine than that is to the float one: bfloat16 moves some codes to their neighbours."""
-    config = {**CASES[name], "intermediate_size": 192, "torch_dtype": "bfloat16"}  # multiples of 16 and of 64
+    config = {**CASES[name], "intermediate_size": inner, "torch_dtype": "bfloat16"}
     directory = write_checkpoint(CheckpointCase(name, config, "bfloat16"), tmp_path)
     requests = prompts(CASES[name]["vocab_size"])
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_logprobs=0)

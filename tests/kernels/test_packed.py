@@ -20,7 +20,7 @@ from phalanx.kernels.packed import (
     pack_weight,
     unpack_weight,
 )
-from phalanx.kernels.product_sizes import BLOCK, packed_row_bytes
+from phalanx.kernels.product_sizes import BLOCK, CODE_ALIGNMENT, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
 
 from .devices import DTYPES, KernelDevice
@@ -139,6 +139,6 @@ def test_what_gemv_packed_does_not_take_is_refused(device: KernelDevice, random_
             gemv_packed(device.library, device.put(x), case.packed(device), device.poisoned((num_tokens, 4), BFLOAT16))
 
 
-def test_formats_and_kernels_mean_the_same_groups() -> None:
+def test_formats_and_kernels_mean_the_same_sizes() -> None:
     """`checkpoints` and `kernels` import nothing of each other."""
-    assert (held.BLOCK, held.EXPERT_COLUMNS) == (BLOCK, SMALLEST_GROUP)
+    assert (held.BLOCK, held.EXPERT_COLUMNS, held.CODE_ALIGNMENT) == (BLOCK, SMALLEST_GROUP, CODE_ALIGNMENT)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.formats import DENSE, Dense, Format, format_weights, read_formats
-from phalanx.checkpoints.quantization.held import ExpertCodes, ExpertValues, PackedCodes, held_formats
+from phalanx.checkpoints.quantization.held import ExpertCodes, HeldValues, PackedCodes, held_formats
 from phalanx.checkpoints.sinks import NumpySink
 from phalanx.checkpoints.spec import Part
 from phalanx.parallel.communicator import Communicator
@@ -381,6 +381,7 @@ MIXTRAL = CheckpointCase(
      "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2},
 )  # fmt: skip
 """160 inner columns: 1.25 blocks of 128, 2.5 groups of 64."""
+QWEN2_MOE = CASES_BY_NAME["qwen2_moe-one-dense-layer"]
 QWEN3 = CheckpointCase("qwen3-two-layers", {**CASES_BY_NAME["qwen3_moe-plain"].config, "num_hidden_layers": 2})
 
 
@@ -417,6 +418,19 @@ def test_the_cuda_engine_rounds_inputs_of_experts(
     assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
 
 
+@pytest.mark.parametrize("name", ["ct-int8", "hf-fp8-blocks", "ct-fp8-static", "ct-w8-g16-asymmetric", "gptq-4-order"])
+def test_the_cuda_engine_weighs_by_a_gate_of_codes(tmp_path: Path, device: None, name: str) -> None:
+    """A tool that quantises every linear layer makes codes of the one row by which Qwen2-MoE weighs its shared expert, too."""
+    paths = tmp_path / "quantised", tmp_path / "twin"
+    writers.write(write_checkpoint(QWEN2_MOE, tmp_path / "dense"), *paths, *ALL[name])
+    expected = logprobs(generate(paths[0]))
+    output = logprobs(generate(paths[0], engine="cuda", dtype="float32"))
+    if name in WEIGHT_ONLY:
+        np.testing.assert_allclose(output, expected, atol=1e-3)
+    else:
+        assert np.abs(output - expected).mean() < 0.05 * np.abs(logprobs(generate(paths[1])) - expected).mean()
+
+
 def test_experts_with_fewer_groups_than_ranks_are_whole_on_ranks_of_expert_parallelism(tmp_path: Path) -> None:
     """Qwen3-30B-A3B has 6 groups of 128 in an expert, and eight GPUs."""
     quantised, twin = written_experts(tmp_path, "gptq-4-g64", has_router=True, case=QWEN3)
@@ -432,7 +446,7 @@ def test_experts_with_fewer_groups_than_ranks_are_whole_on_ranks_of_expert_paral
 @pytest.mark.parametrize(
     ("name", "held"),
     [*((name, ExpertCodes) for name in ("ct-w8-channel", "awq-g64", "ct-int8", "ct-fp8-static", "fbgemm", "hf-fp8-wide", "modelopt-smoothquant")),
-     ("hf-fp8-blocks", ExpertValues), *((name, Dense) for name in ("ct-w4-g16-asymmetric", "gptq-4-order", "gptq-4-order-g32"))],
+     ("hf-fp8-blocks", HeldValues), *((name, Dense) for name in ("ct-w4-g16-asymmetric", "gptq-4-order", "gptq-4-order-g32"))],
 )  # fmt: skip
 def test_experts_are_held_as_codes_where_32_columns_in_order_share_a_scale(name: str, held: type[Format]) -> None:
     formats = read_formats({**MIXTRAL.config, "quantization_config": ALL[name][1]})

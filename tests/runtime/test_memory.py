@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.checkpoints.formats import ALL_DENSE, DENSE, FormatPlan
-from phalanx.checkpoints.quantization.held import ExpertValues, held_formats
+from phalanx.checkpoints.quantization.held import HeldValues, held_formats
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.step_update import StepArrays
 from phalanx.parallel.communicator import Communicator
@@ -111,8 +111,10 @@ def check_plan(directory: Path, tp: int, pp: int, **options: Any) -> None:
         ) as llm:  # fmt: skip
             replica: Any = llm._replica
             model, config, topology = replica.family, replica.config, replica.topology
-            experts = use_of(model, config).experts
-            formats = held_formats(replica.checkpoint.formats, options.get("quantize", "none"), experts)
+            use = use_of(model, config)
+            formats = held_formats(
+                replica.checkpoint.formats, options.get("quantize", "none"), use.experts, use.gates, tp
+            )
             planned = plan_memory(
                 model, config, topology.layout, "float16", formats=formats, kv_itemsize=1, max_num_tokens=8, **sizes
             )[comm.rank]  # fmt: skip
@@ -144,7 +146,7 @@ def test_inputs_of_a_quantised_router_have_room(hidden: int, num_tokens: int, to
     """What `round_inputs` makes of the ``[T, D]`` that a router multiplies, whatever the number of experts that a token takes."""
     config = {**MIXTRAL.config, "hidden_size": 4 * hidden, "num_local_experts": 16, "num_experts_per_tok": top_k}
     model = find_model(config)
-    router = FormatPlan(lambda spec: ExpertValues(RowCodes("fp8")) if spec.owner.endswith(".router") else DENSE)
+    router = FormatPlan(lambda spec: HeldValues(RowCodes("fp8")) if spec.owner.endswith(".router") else DENSE)
     with_codes, without = (
         workspace_bytes(model, model.read_config(config), plan, Topology(Layout(1, 1, 1), 0), 1, num_tokens, itemsize)
         for plan in (router, ALL_DENSE)

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from phalanx.checkpoints.formats import Format, FormattedWeight, format_weights
+from phalanx.checkpoints.quantization.group_codes import GroupCodes
 from phalanx.checkpoints.quantization.held import (
-    ExpertCodes,
     PackedCodes,
     has_blocks,
-    held_by_experts,
     is_ordered,
-    packed,
-    packed_by_experts,
+    packed_until_values,
     whole_blocks,
 )
 from phalanx.checkpoints.quantization.row_codes import RowCodes
@@ -49,18 +46,14 @@ from phalanx.runtime.executors.cuda.weights import ConvertingSink
 from phalanx.runtime.executors.fit import largest_converted, refuse_what_cannot_fit
 from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.executors.sizes import longest_requested, longest_sequence
-from phalanx.runtime.executors.weights import Weights
+from phalanx.runtime.executors.weights import Weights, stage_weights
 from phalanx.runtime.memory import DTYPE_BYTES, RESERVE_BYTES, kv_block_bytes, workspace_bytes
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.base import Pass, vocabulary_shard
-from phalanx.runtime.models.shapes import use_of
 from phalanx.runtime.sampling.fields import MAX_TOKEN_BIASES
 from phalanx.runtime.step import ADMISSION, STEP_LAYOUT, StepLimits
 
 __all__ = ["create_cuda_executor", "create_lowered_executor", "select_device"]
-
-_CODE_ALIGNMENT = 16
-"""Rows and columns of 8-bit matrices come in multiples of this (cuBLASLt)."""
 
 
 def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
@@ -71,7 +64,7 @@ def create_cuda_executor(spec: RankSpec) -> tuple[CudaExecutor, int]:
         CheckpointError: weights are missing, superfluous or of the wrong shape.
     """
     CAPABILITIES.check(spec.model, spec.config, spec.dtype)
-    CAPABILITIES.check_formats(spec.config, _not_packed(spec))
+    CAPABILITIES.check_formats(spec.config, _held_as_stored(spec))
     return create_lowered_executor(spec, lambda model: model.decode)
 
 
@@ -116,9 +109,14 @@ def create_lowered_executor(
     return executor, max_model_len
 
 
-def _not_packed(spec: RankSpec) -> list[FormattedWeight]:
+def _held(spec: RankSpec) -> list[FormattedWeight]:
+    """Weights of this stage with the formats that they have in memory."""
+    return stage_weights(spec.model, spec.config, spec.held_formats, spec.topology)
+
+
+def _held_as_stored(spec: RankSpec) -> list[FormattedWeight]:
     """Weights that products take as they are stored."""
-    return [weight for weight in spec.declared if packed(weight.format) is None and not is_ordered(weight.format)]
+    return [weight for weight, held in zip(spec.declared, _held(spec), strict=True) if weight.format == held.format]
 
 
 def _free_bytes() -> int:
@@ -129,25 +127,14 @@ def _free_bytes() -> int:
 
 
 def _check_quantized(spec: RankSpec, architecture: str) -> None:
-    """Refuse products of codes that the device or the kernels lack: fp8 before sm_89, and sizes that, on any rank, they do not take."""
-    quantized = [
-        weight
-        for weight in format_weights(spec.model.weights(spec.config), spec.held_formats)
-        if isinstance(weight.format, RowCodes)
-    ]
-    if int(architecture.removeprefix("sm_").rstrip("af")) < FIRST_WITH_FP8:
-        for weight in quantized:
-            if isinstance(weight.format, RowCodes) and weight.format.kind == "fp8":
-                raise ConfigError(
-                    f"{weight.format.name} products need compute capability 8.9; this GPU has {architecture}: use int8 or 4-bit "
-                    "weights, or leave --quantize out"
-                )
-    for weight, rank in product(quantized, range(spec.tp_size)):
-        shape = weight.spec.local_shape(rank, spec.tp_size)
-        if any(extent % _CODE_ALIGNMENT for extent in shape):
+    """Refuse products of fp8 codes before sm_89."""
+    if int(architecture.removeprefix("sm_").rstrip("af")) >= FIRST_WITH_FP8:
+        return
+    for weight in format_weights(spec.model.weights(spec.config), spec.held_formats):
+        if isinstance(weight.format, RowCodes) and weight.format.kind == "fp8":
             raise ConfigError(
-                f"{weight.spec.owner} is {list(shape)} on rank {rank} of tp_size={spec.tp_size}; {weight.format.name} "
-                f"products on a GPU need multiples of {_CODE_ALIGNMENT}: use another tp_size, or leave --quantize out"
+                f"{weight.format.name} products need compute capability 8.9; this GPU has {architecture}: use int8 or 4-bit "
+                "weights, or leave --quantize out"
             )
 
 
@@ -217,12 +204,9 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
 
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
-    experts = use_of(spec.model, spec.config).experts
-    packing, plain = _packing(spec.declared, experts)
-    quantize = {
-        owner: ExpertCodes(chosen) if owner.rpartition(".")[0] in experts else chosen
-        for owner, chosen in spec.quantized.items()
-    }
+    held = {weight.spec.owner: weight.format for weight in _held(spec) if weight.spec.kind == "weight"}
+    packing, plain = _packing(spec.declared, held)
+    quantize = {owner: held[owner] for owner in spec.quantized}
     ordered = [weight.spec.owner for weight in spec.declared if is_ordered(weight.format)]
     blocks = {
         weight.spec.owner
@@ -236,21 +220,19 @@ def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:
 
 
 def _packing(
-    declared: Iterable[FormattedWeight], experts: Container[str]
+    declared: Iterable[FormattedWeight], held: Mapping[str, Format]
 ) -> tuple[dict[str, PackedCodes], dict[str, Format]]:
-    """How codes are packed, and the formats of those that are unpacked again, because kernels of experts take no such codes."""
+    """How stored codes are packed, and the formats of those that are unpacked again, because no kernel of theirs takes codes."""
     packing: dict[str, PackedCodes] = {}
     plain: dict[str, Format] = {}
     for weight in declared:
-        owner = weight.spec.owner
-        if owner.rpartition(".")[0] not in experts:
-            chosen = packed(weight.format)
-        elif isinstance(held := held_by_experts(owner, weight.format), ExpertCodes):
-            chosen = held
-        elif (chosen := packed_by_experts(weight.format)) is not None:
-            plain[owner] = held
-        if chosen is not None:
+        owner, stored = weight.spec.owner, weight.format
+        if not isinstance(stored, GroupCodes | RowCodes) or is_ordered(stored) or held[owner] == stored:
+            continue
+        if isinstance(chosen := held[owner], PackedCodes):
             packing[owner] = chosen
+        else:
+            packing[owner], plain[owner] = packed_until_values(stored), chosen
     return packing, plain
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TypeAlias
 
-from phalanx.checkpoints.quantization.held import ExpertValues, PackedCodes, meets_codes
+from phalanx.checkpoints.quantization.held import HeldValues, PackedCodes, meets_codes
 from phalanx.checkpoints.quantization.prescale import common_prescale
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.kernels.packed import PackedWeight
@@ -79,7 +79,7 @@ class CudaMatrices:
         if name not in self._input_rules:
             weight = self._weights.linear(name)
             held, rule = weight.format, None
-            if isinstance(held, PackedCodes | ExpertValues):
+            if isinstance(held, PackedCodes | HeldValues):
                 stored = held.stored
                 if isinstance(stored, RowCodes):
                     rule = None if stored.input == "plain" else InputRule(_code_rule(stored, weight.components))

@@ -299,7 +299,8 @@ class CudaOps(Ops[DeviceArray]):
 
     def sigmoid_gate(self, x: DeviceArray, y: DeviceArray, name: str) -> DeviceArray:
         x, y = self._equally_long(x, y)
-        sigmoid_gate(self._library, self._overwritten(x), y, self._weights.array(name))
+        x, y = self._overwritten(x), self.values(self._rounded(y, name))
+        sigmoid_gate(self._library, x, y, self._weights.array(name))
         return x
 
     def attention(self, qkv: DeviceArray, name: str, layer: int, spec: AttentionSpec) -> DeviceArray:

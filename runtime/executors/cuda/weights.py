@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from phalanx.checkpoints.dtypes import NUMPY_DTYPES, convert
 from phalanx.checkpoints.dummy import DummySlice
 from phalanx.checkpoints.formats import DENSE, Format
-from phalanx.checkpoints.quantization.held import INPUT_COMPONENTS, ExpertCodes, PackedCodes
+from phalanx.checkpoints.quantization.held import INPUT_COMPONENTS, PackedCodes
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.checkpoints.source import Buffer, Index
@@ -132,7 +132,7 @@ class ConvertingSink(CudaSink):
     The loader fills one component after the other: it is complete when the next one is allocated, or at the end.
 
     Args:
-        quantize: weights of floats to quantise, by the names that models use; those of experts are packed besides.
+        quantize: what weights of floats become, by the names that models use: codes, packed or not.
         packing: weights whose codes are packed, likewise.
         plain: those of them that are unpacked again, because no product takes them packed, and the formats that they then have.
         ordered: weights whose columns belong to groups in any order, which become plain values.
@@ -140,16 +140,13 @@ class ConvertingSink(CudaSink):
     """
 
     def __init__(
-        self, dtype: str, library: Library, quantize: Mapping[str, RowCodes | ExpertCodes], packing: Mapping[str, PackedCodes],
+        self, dtype: str, library: Library, quantize: Mapping[str, Format], packing: Mapping[str, PackedCodes],
         plain: Mapping[str, Format] = _NONE, ordered: Collection[str] = (), blocks: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dtype, library)
         assert packing.keys().isdisjoint(ordered), "each of them replaces the codes"
-        self._formats: dict[str, RowCodes | PackedCodes] = {**packing, **quantize}
-        self._conversions: dict[str, Held] = {
-            f"{name}.weight": self._quantizer(one) if isinstance(one, RowCodes) else self._quantizing_packer(one)
-            for name, one in quantize.items()
-        }
+        self._formats: dict[str, Format] = {**packing, **quantize}
+        self._conversions: dict[str, Held] = {f"{name}.weight": self._quantizer(one) for name, one in quantize.items()}
         self._conversions |= {f"{name}.codes": self._packer(one) for name, one in packing.items()}
         self._conversions |= {f"{name}.{kind}": _by_group for name in packing for kind in ("scale", "zero")}
         self._conversions |= {f"{name}.group_index": self._sorter(name) for name in ordered}
@@ -202,6 +199,7 @@ class ConvertingSink(CudaSink):
         if isinstance(chosen, RowCodes):
             rows = self.weights[f"{weight.name}.weight"]
             return replace(weight, format=chosen, components={"codes": rows.codes, "scale": rows.scale})
+        assert isinstance(chosen, PackedCodes)
         inputs = {kind: array for kind, array in weight.components.items() if kind in INPUT_COMPONENTS}
         if weight.name in self._plain:
             values = self.weights[f"{weight.name}.codes"]
@@ -235,7 +233,12 @@ class ConvertingSink(CudaSink):
         self._filling = None
         self.weights.update(dict.fromkeys(names, self._conversions[names[0]](array)))
 
-    def _quantizer(self, chosen: RowCodes) -> Held:
+    def _quantizer(self, chosen: Format) -> Held:
+        """What makes codes of floats: as they are, or packed."""
+        if isinstance(chosen, PackedCodes):
+            return self._quantizing_packer(chosen)
+        assert isinstance(chosen, RowCodes)
+
         def quantize(array: DeviceArray) -> QuantizedRows:
             import cupy
 
@@ -246,7 +249,7 @@ class ConvertingSink(CudaSink):
 
         return quantize
 
-    def _quantizing_packer(self, chosen: ExpertCodes) -> Held:
+    def _quantizing_packer(self, chosen: PackedCodes) -> Held:
         assert isinstance(chosen.stored, RowCodes)
         kind = chosen.stored.kind
 
