@@ -19,6 +19,7 @@ __all__ = [
     "TOKENS_PER_CODES_TILE",
     "GemvShape",
     "fits_block",
+    "fitted",
     "gated_gemv",
     "gemv",
     "gemv_takes",
@@ -62,6 +63,16 @@ CODES_SHAPE = GemvShape(num_warps=8, row_blocks=1, unroll=4)
 def fits_block(shape: GemvShape, num_tokens: int) -> bool:
     """Whether the sums of so many tokens fit a block's shared memory, in the kernels that stream codes."""
     return shape.num_warps * shape.row_blocks * ceil_div(num_tokens, TOKENS_PER_CODES_TILE) <= _MOST_SUMS
+
+
+def fitted(shape: GemvShape, num_tokens: int, fewest_row_blocks: int = 1) -> GemvShape:
+    """``shape`` with so many row blocks at least; where its sums do not fit a block with no more than these, and then with fewer warps."""
+    fitting = replace(shape, row_blocks=max(shape.row_blocks, fewest_row_blocks))
+    if not fits_block(fitting, num_tokens):
+        fitting = replace(shape, row_blocks=fewest_row_blocks)
+    while not fits_block(fitting, num_tokens):
+        fitting = replace(fitting, num_warps=fitting.num_warps // 2)
+    return fitting
 
 
 def gemv_takes(num_tokens: int, in_features: int, dtype: str) -> bool:

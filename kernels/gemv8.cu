@@ -91,6 +91,7 @@ gemv8(const unsigned char* x, const float* x_scale, const unsigned char* __restr
       const float* __restrict__ weight_scale, const scalar* __restrict__ bias, scalar* __restrict__ out, int num_tokens,
       int out_features, int in_features, int prefetch_bytes) {
     __shared__ accumulator sums[NUM_WARPS][TOKEN_TILES][ROW_BLOCKS][32];
+    static_assert(sizeof(sums) <= 48 * 1024, "more than a block has on most GPUs unless it is asked for");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
     const int first_output = blockIdx.x * ROWS, own = threadIdx.x % ROWS;

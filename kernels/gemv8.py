@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.kernels.arrays import Array, ceil_div, scalar_name
-from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fits_block
+from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fitted
 from phalanx.kernels.library import Library
 from phalanx.kernels.quantize import QUANTIZED_DEFINES, QuantizedRows, require_product_of_codes
 from phalanx.parallel.errors import ExecutorError
@@ -50,14 +50,13 @@ def gemv8(
             f"this is {x.kind}[{num_tokens}, {in_features}] by {weight.kind}"
         )
     require_product_of_codes(x, weight, out, bias, out_features)
-    shape = shape or CODES_SHAPE
-    row_blocks = shape.row_blocks if fits_block(shape, num_tokens) else 1
+    shape = fitted(shape or CODES_SHAPE, num_tokens)
     kernel = library.function(
         "gemv8",
         "gemv8",
         SCALAR=scalar_name(out),
         NUM_WARPS=shape.num_warps,
-        ROW_BLOCKS=row_blocks,
+        ROW_BLOCKS=shape.row_blocks,
         UNROLL=shape.unroll,
         TOKEN_TILES=ceil_div(num_tokens, TOKENS_PER_CODES_TILE),
         WHOLE_ROUNDS=int(in_features % (shape.num_warps * shape.unroll * _CHUNK) == 0),
@@ -66,4 +65,4 @@ def gemv8(
     )
     sizes = (np.int32(num_tokens), np.int32(out_features), np.int32(in_features), np.int32(shape.prefetch_bytes))
     arguments = (x.codes, x.scale, weight.codes, weight.scale, bias, out, *sizes)
-    kernel((ceil_div(out_features, row_blocks * _ROWS_PER_TILE),), (shape.num_warps * 32,), arguments)
+    kernel((ceil_div(out_features, shape.row_blocks * _ROWS_PER_TILE),), (shape.num_warps * 32,), arguments)

@@ -30,6 +30,7 @@ gemv_packed(const scalar* __restrict__ x, const unsigned char* __restrict__ code
             const signed char* __restrict__ zero, const scalar* __restrict__ bias, scalar* __restrict__ out, int num_tokens, int rows,
             int in_features, int prefetch_bytes) {
     __shared__ float sums[NUM_WARPS][SUMS][4][32];
+    static_assert(sizeof(sums) <= 48 * 1024, "more than a block has on most GPUs unless it is asked for");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
     const int num_chunks = (in_features + CHUNK - 1) / CHUNK;

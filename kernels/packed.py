@@ -14,7 +14,7 @@ import numpy as np
 
 from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, require, scalar_name, vector_width
-from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fits_block
+from phalanx.kernels.gemv import CODES_SHAPE, TOKENS_PER_CODES_TILE, GemvShape, fitted
 from phalanx.kernels.library import Library
 from phalanx.kernels.product_sizes import codes_per_chunk, packed_row_bytes
 from phalanx.parallel.errors import ExecutorError
@@ -158,19 +158,16 @@ def gemv_packed(
     require("out", out, (num_tokens, outputs), x)
     if bias is not None:
         require("bias", bias, (rows,), x)
-    chosen = shape or CODES_SHAPE
-    row_blocks = max(chosen.row_blocks, 2) if gated else chosen.row_blocks
-    if not fits_block(chosen, num_tokens):
-        row_blocks = 2 if gated else 1
+    chosen = fitted(shape or CODES_SHAPE, num_tokens, 2 if gated else 1)
     defines = packed_defines(weight.kind, weight.group, weight.zero is not None) | {
-        "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": row_blocks, "UNROLL": chosen.unroll,
+        "SCALAR": scalar_name(x), "NUM_WARPS": chosen.num_warps, "ROW_BLOCKS": chosen.row_blocks, "UNROLL": chosen.unroll,
         "TOKEN_TILES": ceil_div(num_tokens, TOKENS_PER_CODES_TILE), "WHOLE_CHUNKS": int(columns % codes_per_chunk(weight.kind) == 0),
         "GATED": int(gated is not None), "ACTIVATION": gated or "silu",
         "HAS_BIAS": int(bias is not None),
     }  # fmt: skip
     kernel = library.function("gemv_packed", "gemv_packed", 0, **defines)
     sizes: tuple[Any, ...] = (np.int32(num_tokens), np.int32(rows), np.int32(columns), np.int32(chosen.prefetch_bytes))
-    rows_per_block = (row_blocks // 2 if gated else row_blocks) * _ROWS_PER_TILE
+    rows_per_block = (chosen.row_blocks // 2 if gated else chosen.row_blocks) * _ROWS_PER_TILE
     arguments = (x, weight.codes, weight.scale, weight.zero, bias, out, *sizes)
     kernel((ceil_div(outputs, rows_per_block),), (chosen.num_warps * 32,), arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from phalanx.checkpoints.quantization import held
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.kernels.activation import gated_activation
-from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.gemv import CODES_SHAPE, GemvShape, fits_block, fitted
+from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.packed import (
     GEMV_PACKED_SHAPES,
+    MAX_PACKED_TOKENS,
     SMALLEST_GROUP,
     PackedKind,
     PackedWeight,
@@ -118,18 +121,29 @@ def check(
     assert_close(device.get(out), expected, magnitude)
 
 
-@pytest.mark.parametrize(("name", "row_blocks"), [("silu", 2), ("gelu_tanh", 4)])
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "shape"),
+    [("silu", 3, GemvShape(4, 2, 2)), ("gelu_tanh", 3, GemvShape(4, 4, 2)), ("silu", 64, CODES_SHAPE)], ids=str,
+)  # fmt: skip
 def test_gated_products_round_both_halves_first(
-    device: KernelDevice, random_normal: Any, name: Any, row_blocks: int
+    device: KernelDevice, random_normal: Any, name: Any, num_tokens: int, shape: GemvShape
 ) -> None:
-    case, x = Case(2 * 19, 256, "int4", 128, False), random_normal(BFLOAT16, 3, 256, scale=0.05)
-    weight, halves = case.packed(device), device.poisoned((3, 38), BFLOAT16)
-    shape = GemvShape(4, row_blocks, 2)
-    gemv_packed(device.library, device.put(x), weight, halves, shape=shape)
-    expected, out = device.poisoned((3, 19), BFLOAT16), device.poisoned((3, 19), BFLOAT16)
+    case, x = Case(2 * 19, 256, "int4", 128, False), random_normal(BFLOAT16, num_tokens, 256, scale=0.05)
+    weight, halves = case.packed(device), device.poisoned((num_tokens, 38), BFLOAT16)
+    gemv_packed(device.library, device.put(x), weight, halves, shape=fitted(shape, num_tokens, 2))
+    expected, out = device.poisoned((num_tokens, 19), BFLOAT16), device.poisoned((num_tokens, 19), BFLOAT16)
     gated_activation(device.library, halves, expected, name)
     gemv_packed(device.library, device.put(x), weight, out, gated=name, shape=shape)
     np.testing.assert_array_equal(device.get(out), device.get(expected))
+
+
+def test_sums_of_any_number_of_tokens_fit_a_block_of_every_shape() -> None:
+    for shape in (CODES_SHAPE, *GEMV_PACKED_SHAPES, *GEMV8_SHAPES):
+        for num_tokens, fewest in product(range(1, MAX_PACKED_TOKENS + 1), (1, 2)):
+            chosen = fitted(shape, num_tokens, fewest)
+            assert fits_block(chosen, num_tokens)
+            assert chosen.num_warps >= 4
+            assert chosen.row_blocks >= fewest
 
 
 def test_what_gemv_packed_does_not_take_is_refused(device: KernelDevice, random_normal: Any) -> None:
