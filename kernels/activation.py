@@ -67,7 +67,7 @@ def activation(library: Library, x: Array, out: Array, name: ActivationName) -> 
 
 def _kernel(
     library: Library, function: str, out: Array, name: ActivationName
-) -> tuple[KernelFunction, tuple[int, int], tuple[int]]:
+) -> tuple[KernelFunction, tuple[int], tuple[int]]:
     num_tokens, features = out.shape
     width = vector_width(out, features)
     num_threads = num_threads_for(features // width, _LARGEST_BLOCK)
@@ -80,7 +80,7 @@ def _kernel(
         NUM_THREADS=num_threads,
         ACTIVATION=_known(name),
     )
-    return kernel, (ceil_div(features, width * num_threads), num_tokens), (num_threads,)
+    return kernel, (num_tokens * ceil_div(features, width * num_threads),), (num_threads,)
 
 
 def _known(name: ActivationName) -> ActivationName:

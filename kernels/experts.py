@@ -210,9 +210,8 @@ def combine(library: Library, rows: Array, routed: ExpertRows, out: Array) -> No
         NUM_THREADS=threads,
         TOP_K=top_k,
     )
-    kernel(
-        (ceil_div(features, width * threads), num_tokens), (threads,), (rows, routed.positions, routed.shares, out)
-    )  # fmt: skip
+    blocks = num_tokens * ceil_div(features, width * threads)
+    kernel((blocks,), (threads,), (rows, routed.positions, routed.shares, out))
 
 
 def _plain(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int32 sums of int8 products to results: out = (float(sum) * x_scale[token]) * weight_scale[output] (+ bias), rounded once.
 // Shapes: sums [T, rows], a slab of the outputs [first, first + rows) of out [T, O]; x_scale [T], weight_scale [O] float32; bias [O].
-// Defines: SCALAR, VEC (divides rows, first and O), NUM_THREADS, HAS_BIAS. Grid: (pieces of NUM_THREADS * VEC outputs, T).
+// Defines: SCALAR, VEC (divides rows, first and O), NUM_THREADS, HAS_BIAS. Grid: T rows of blocks of NUM_THREADS * VEC outputs, as in activation.cu.
 // Reference: checkpoints/quantization/row_codes.py, equal bit for bit.
 #include "dtype.cuh"
 #include "launch.cuh"
@@ -15,9 +15,10 @@ scale_sums(const int* __restrict__ sums, const float* __restrict__ x_scale, cons
            const scalar* __restrict__ bias, scalar* __restrict__ out, int rows, int first, int out_features) {
     let_next_start();
     wait_for_previous();
-    const int row = (blockIdx.x * NUM_THREADS + threadIdx.x) * VEC;
+    const int chunks = (rows + NUM_THREADS * VEC - 1) / (NUM_THREADS * VEC);
+    const int row = (blockIdx.x % chunks * NUM_THREADS + threadIdx.x) * VEC;
     if (row >= rows) return;
-    const int64 token = blockIdx.y;
+    const int64 token = blockIdx.x / chunks;
     const SumVector sum = *reinterpret_cast<const SumVector*>(sums + token * rows + row);
     float values[VEC];
 #pragma unroll

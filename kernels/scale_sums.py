@@ -38,5 +38,5 @@ def scale_sums(
         HAS_BIAS=int(bias is not None),
     )
     sizes = (np.int32(rows), np.int32(first), np.int32(out_features))
-    grid = (ceil_div(rows, width * num_threads), num_tokens)
-    kernel(grid, (num_threads,), (sums, x_scale, weight_scale, bias, out, *sizes))
+    blocks = num_tokens * ceil_div(rows, width * num_threads)
+    kernel((blocks,), (num_threads,), (sums, x_scale, weight_scale, bias, out, *sizes))

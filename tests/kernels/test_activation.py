@@ -33,6 +33,16 @@ def test_gated_activation_takes_the_gate_first(device, random_normal, dtype, num
     assert_close(device.get(out), reference(name, gate) * up)
 
 
+def test_more_rows_than_other_extents_of_a_grid_have_blocks(device, random_normal):
+    """Of which only the first goes beyond 65,535."""
+    x = random_normal(DTYPES["float32"], 65_537, 16)
+    plain, gated = device.put(x), device.poisoned((65_537, 8), x.dtype)
+    gated_activation(device.library, plain, gated, "relu")
+    activation(device.library, plain, plain, "relu")
+    np.testing.assert_array_equal(device.get(gated), np.maximum(x[:, :8], 0) * x[:, 8:])
+    np.testing.assert_array_equal(device.get(plain), np.maximum(x, 0))
+
+
 @pytest.mark.parametrize("name", ["gelu_tanh", "relu"])
 @pytest.mark.parametrize(("dtype", "num_tokens", "features"), SIZES)
 def test_plain_activation_may_work_in_place(device, random_normal, dtype, num_tokens, features, name):

@@ -186,6 +186,15 @@ def test_padding_rows_take_no_expert_and_become_zeros(device, random_normal):
     np.testing.assert_array_equal(result[4:], np.zeros((2, 32), BFLOAT16))
 
 
+def test_rows_of_more_tokens_than_other_extents_of_a_grid_have_blocks_are_combined(device, random_normal):
+    x, order = random_normal(FLOAT32, 65_537, 4), np.arange(65_537, dtype=np.int32)[::-1, None].copy()
+    positions, shares = device.put(order), device.put(np.ones(order.shape, np.float32))
+    out = device.poisoned(x.shape, FLOAT32)
+    rows = ExpertRows(shares, positions, shares, positions, positions, positions)
+    combine(device.library, device.put(x), rows, out)
+    np.testing.assert_array_equal(device.get(out), x[::-1])
+
+
 def test_tiles_suffice_for_any_distribution():
     for tokens, experts, top_k in ((1, 8, 2), (16, 8, 2), (64, 128, 8), (700, 8, 2), (2048, 128, 8)):
         routing = Routing(experts, top_k, True, range(experts))

@@ -37,6 +37,13 @@ def test_scaled_sums_are_the_definitions_own(
     np.testing.assert_array_equal(device.get(out), expected.astype(DTYPES[dtype]))
 
 
+def test_sums_of_more_tokens_than_other_extents_of_a_grid_have_blocks_are_scaled(device: KernelDevice) -> None:
+    sums = np.arange(65_537, dtype=np.int32)[:, None]
+    ones, out = np.ones(65_537, np.float32), device.poisoned(sums.shape, DTYPES["float32"])
+    scale_sums(device.library, device.put(sums), device.put(ones), device.put(ones[:1]), None, out, 0)
+    np.testing.assert_array_equal(device.get(out), sums.astype(np.float32))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 1024, 2048, 16384])
 @pytest.mark.parametrize("out_features", [16, 688, 6144, 28672, 32768])
 def test_slabs_cover_the_outputs_and_their_sums_fit(num_tokens: int, out_features: int) -> None:
