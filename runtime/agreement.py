@@ -19,6 +19,7 @@ from phalanx.checkpoints.identity import checkpoint_identity
 from phalanx.parallel.communicator import Communicator, gather_bytes
 from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.config import EngineConfig, ModelConfig
+from phalanx.runtime.executors.registry import choose_engine
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.shapes import use_of
 
@@ -63,8 +64,14 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 
 
 def _options(options: EngineConfig) -> dict[str, str]:
-    fields = (field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER)
-    return {name: str(getattr(options, name)) for name in fields}
+    """With the engine that ``auto`` becomes here: engines of two kinds would wait for each other in different collectives."""
+    names = (field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER)
+    found = (
+        {"the engine that auto becomes, which --engine settles,": choose_engine("auto")}
+        if options.engine == "auto"
+        else {}
+    )
+    return found | {name: str(getattr(options, name)) for name in names}
 
 
 def _of_a_file(model: Model, config: ModelConfig) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import get_args
 
@@ -11,9 +12,12 @@ from phalanx.launch.arguments import add_model_arguments
 from phalanx.launch.diagnosis.check import Check
 from phalanx.launch.diagnosis.ranks import engine_checks
 from phalanx.launch.parser import CommandParser
+from phalanx.parallel.communicator import Communicator
 from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.config import EngineConfig, EngineName
 from phalanx.runtime.executors.registry import ENGINES, choose_engine, with_default_sizes
+from phalanx.runtime.llm import LLM
 
 
 def test_the_table_has_every_engine_name_but_auto() -> None:
@@ -47,6 +51,24 @@ def test_auto_is_resolved_before_default_sizes_are(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(device, "gpu_is_available", lambda available=available: available)
         assert choose_engine("auto") == engine
         assert with_default_sizes({})["max_num_seqs"] == ENGINES[engine].max_num_seqs
+
+
+def test_ranks_of_which_one_has_no_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of two kinds waited for each other without end."""
+    from phalanx.kernels import device
+
+    here = threading.local()
+    monkeypatch.setattr(device, "gpu_is_available", lambda: here.has_gpu)
+
+    def rank(comm: Communicator) -> str:
+        here.has_gpu = comm.rank == 0
+        with pytest.raises(
+            ConfigError, match=r"differ in the engine that auto becomes, .* \(numpy and cuda\); give"
+        ) as caught:
+            LLM(comm=comm, tensor_parallel_size=2, max_num_seqs=2)
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, rank))) == 1
 
 
 def test_every_check_that_an_engine_needs_is_one_that_the_doctor_makes() -> None:
