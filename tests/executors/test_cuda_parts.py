@@ -175,7 +175,7 @@ def test_a_step_shape_runs_eagerly_twice_is_captured_after_the_second_and_replay
     assert len(runs) == 4
 
 
-def test_a_step_whose_sizes_are_tuned_is_captured_after_its_first_run(fake_cupy: None) -> None:
+def test_a_step_that_a_start_prepares_is_captured_after_its_first_run(fake_cupy: None) -> None:
     stream, runs = CapturingStream(), []
     cache: GraphCache[int] = GraphCache(stream)
 
@@ -184,7 +184,7 @@ def test_a_step_whose_sizes_are_tuned_is_captured_after_its_first_run(fake_cupy:
         return len(runs)
 
     key = StepKey(8, 8, has_prefill=False, filters=True)
-    assert cache.run(key, program, is_tuned=True) == 1
+    assert cache.run(key, program, at_once=True) == 1
     assert (len(runs), cache.num_captured) == (2, 1)
     assert cache.run(key, program) == 2
     assert [graph.launches for graph in stream.graphs] == [1]

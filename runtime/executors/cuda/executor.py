@@ -198,10 +198,9 @@ class CudaExecutor:
         keys += [StepKey(size, num_logit_rows, True) for size, num_logit_rows in dict.fromkeys(pairs)]
         with self._device, self._stream:
             for key in sorted(keys, key=lambda key: key.num_rows, reverse=True):
-                for _ in range(2):
-                    self._run(key)
+                self._run(key, at_once=True)
                 if not key.has_prefill:
-                    self._run(replace(key, filters=True), is_tuned=True)
+                    self._run(replace(key, filters=True), at_once=True)
             self._stream.synchronize()
         if self.topology.layout.pp > 1:
             self.step_times = measure_step_times(self, most, comm)
@@ -304,9 +303,9 @@ class CudaExecutor:
         some = slice(rows.start, rows.stop)
         show_scored(reader, plan, self._state, some, span.start, wide[:, : span.stop - span.start])
 
-    def _run(self, key: StepKey, *, is_tuned: bool = False) -> None:
+    def _run(self, key: StepKey, *, at_once: bool = False) -> None:
         self._receive_hidden(key)
-        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run, is_tuned=is_tuned))
+        self._send_hidden(self._graphs.run(self._of_stage(key), self._stage.run, at_once=at_once))
 
     def _of_stage(self, key: StepKey) -> StepKey:
         """Stages without logits run steps that differ in nothing else as one graph."""

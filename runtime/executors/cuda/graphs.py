@@ -120,15 +120,15 @@ class GraphCache(Generic[Outputs]):
         """How many graphs there are."""
         return sum(entry.graph is not None for entry in self._entries.values())
 
-    def run(self, key: StepKey, program: Callable[[StepKey], Outputs], *, is_tuned: bool = False) -> Outputs:
+    def run(self, key: StepKey, program: Callable[[StepKey], Outputs], *, at_once: bool = False) -> Outputs:
         """Enqueue the step. Enqueues on the stream; does not wait. *Collective, like the program.*
 
-        ``is_tuned``: steps of this size have run, and this key differs from theirs in how it samples only: its first run is enough.
+        ``at_once``: capture it after its first run. Without, a key that comes once costs no capture.
         """
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _Entry()
-            if not is_tuned:
+            if not at_once:
                 return program(key)
         if entry.graph is None:
             returned = program(key)
