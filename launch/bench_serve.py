@@ -8,7 +8,6 @@ import asyncio
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +25,7 @@ from phalanx.launch.progress import Progress
 from phalanx.launch.version import installed_versions
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.launcher import launch_info
+from phalanx.runtime.server.web.api_keys import read_api_keys
 
 __all__ = ["run_serve"]
 
@@ -42,7 +42,7 @@ def run_serve(args: argparse.Namespace) -> dict[str, Any]:
     if args.num_clients is None:
         args.num_clients = max(1, min(MAX_DEFAULT_CLIENTS, len(os.sched_getaffinity(0)) // 4))
     args.num_clients = min(args.num_clients, args.max_concurrency, args.num_prompts)
-    key = _read_key(args.api_key_file)
+    key = next(iter(read_api_keys(args.api_key_file)), b"").decode()
     model = _model(args, key)
     loads = _loads(args, model, key)
     _try_one(args, loads[0])
@@ -71,15 +71,6 @@ def _check(args: argparse.Namespace) -> None:
             )
     if launch_info().size > 1:
         raise ConfigError(f"phalanx bench serve was started on {launch_info().size} ranks; start it without mpirun")
-
-
-def _read_key(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return path.read_text().split("\n", 1)[0].strip()
-    except OSError as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}; check the path") from None
 
 
 def _model(args: argparse.Namespace, key: str) -> str:

@@ -207,7 +207,8 @@ def _lead(
     takes_texts = has_tokenizer(ModelDirectory.at(replica.directory))
 
     def on_ready() -> None:
-        _LOG.info(start_block(about, frontend.url, announcement.model, takes_texts), extra=fields(**about))
+        block = start_block(about, frontend.url, announcement.model, takes_texts, front.key_file)
+        _LOG.info(block, extra=fields(**about))
         announcement.publish(frontend.url)
 
     bridge.run(model, on_ready)

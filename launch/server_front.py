@@ -15,6 +15,8 @@ from phalanx.launch.supervise import PLACE_VARIABLE
 from phalanx.parallel.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from phalanx.runtime.server.link.frontend import Frontend
 
 __all__ = ["ServerFront"]
@@ -23,10 +25,15 @@ _LOG = logging.getLogger("phalanx.serve")
 
 
 class ServerFront:
-    """The HTTP processes and the announcement of their address. Only rank 0 opens it; unopened, it does nothing."""
+    """The HTTP processes and the announcement of their address. Only rank 0 opens it; unopened, it does nothing.
+
+    Attributes:
+        key_file: keys that requests need; None = none.
+    """
 
     frontend: Frontend | None = None
     announcement: Announcement | None = None
+    key_file: Path | None = None
 
     def open(self, args: argparse.Namespace) -> None:
         """Start the HTTP processes.
@@ -38,6 +45,7 @@ class ServerFront:
 
         DrainSignals.check_limit(args.shutdown_timeout)
         self.announcement = Announcement(model_names(args)[0], args.endpoint_file)
+        self.key_file = args.api_key_file
         if (place := os.environ.get(PLACE_VARIABLE)) is not None:
             self.frontend = Frontend.connect(place)
             return

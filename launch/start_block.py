@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import phalanx
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from phalanx.parallel.communicator import Communicator
     from phalanx.runtime.replica import Replica
 
@@ -64,11 +67,16 @@ def sequences_in_words(most: int, num_tokens: int) -> str:
     )
 
 
-def start_block(facts: dict[str, str], url: str, model: str, takes_texts: bool) -> str:
-    """Lines for people, the last one a command that asks the server something."""
+def start_block(facts: dict[str, str], url: str, model: str, takes_texts: bool, key_file: Path | None) -> str:
+    """Lines for people, the last one a command that asks the server something, with the first key of ``key_file``."""
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     prompt = '"def main("' if takes_texts else "[1, 2, 3]"
     body = f'{{"model": "{model}", "prompt": {prompt}, "max_tokens": 16}}'
-    ask = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = (
+        ""
+        if key_file is None
+        else f""" -H "Authorization: Bearer $(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})\""""
+    )
+    ask = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     return "\n".join([*lines, f"{'ask':<{width}}  {ask}"])

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -168,8 +169,17 @@ def test_the_start_is_described_before_ready_and_at_server_info(job: Job) -> Non
 
 @pytest.mark.parametrize(("takes_texts", "prompt"), [(True, "def main("), (False, [1, 2, 3])])
 def test_the_start_shows_a_prompt_that_the_server_can_read(takes_texts: bool, prompt: object) -> None:
-    ask = start_block({"version": "0.1.0"}, "http://127.0.0.1:8000", "demo", takes_texts).splitlines()[-1]
+    ask = start_block({"version": "0.1.0"}, "http://127.0.0.1:8000", "demo", takes_texts, None).splitlines()[-1]
     assert json.loads(shlex.split(ask)[-1])["prompt"] == prompt
+
+
+def test_the_start_shows_how_a_key_is_sent(tmp_path: Path) -> None:
+    keys = tmp_path / "my keys"
+    keys.write_text("# of the team\n\nfirst\nsecond\n")
+    ask = start_block({"version": "0.1.0"}, "http://127.0.0.1:8000", "demo", True, keys).splitlines()[-1]
+    words = ask.split(None, 1)[1].replace("curl", "printf '%s\\n'", 1)
+    shown = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "Authorization: Bearer first" in shown
 
 
 def test_the_start_says_that_prompts_will_wait_where_sequences_take_all_tokens_of_a_step() -> None:

@@ -14,7 +14,7 @@ from phalanx.parallel.errors import ConfigError
 __all__ = ["has_key", "read_api_keys"]
 
 
-def read_api_keys(path: str | None, flag: str = "--api-key-file") -> tuple[bytes, ...]:
+def read_api_keys(path: str | Path | None, flag: str = "--api-key-file") -> tuple[bytes, ...]:
     """One key per line; empty lines and ``#`` comments do not count.
 
     Raises:
