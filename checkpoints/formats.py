@@ -16,7 +16,7 @@ from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phalanx.checkpoints.quantized import describe_quantization
+from phalanx.checkpoints.quantized import describe_quantization, quantization_method
 from phalanx.checkpoints.spec import Part, WeightSpec, find_stored
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.sharding import Shard
@@ -300,11 +300,11 @@ def read_formats(config: Mapping[str, Any]) -> FormatPlan:
     from phalanx.checkpoints.quantization.choosing import WAY_OUT
     from phalanx.checkpoints.quantization.readers import READERS
 
-    if fields and not fields.get("quant_method"):
+    method = quantization_method(fields)
+    if fields and not method:
         raise ConfigError(
             f"{description}, but not by which quant_method; restore it from where the checkpoint comes from"
         )
-    method = str(fields.get("quant_method"))
     reader = {**READERS, **FORMAT_READERS}.get(method) or READERS.get(method.lower())
     if reader is None:
         raise ConfigError(f"{description}; it cannot be loaded: {WAY_OUT}")

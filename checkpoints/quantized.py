@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["QUANTIZATION_KEYS", "describe_quantization", "quantized_tensors"]
+__all__ = ["QUANTIZATION_KEYS", "describe_quantization", "quantization_method", "quantized_tensors"]
 
 QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
 """Keys of ``config.json`` that describe a quantisation; the last is MLX's."""
@@ -37,12 +37,26 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
         if not value:
             continue
         fields = value if isinstance(value, dict) else {}
-        method = fields.get("quant_method") or fields.get("quant_algo") or fields.get("mode")
-        bits = fields.get("bits") or next((n for n in (4, 8) if fields.get(f"load_in_{n}bit")), None)
+        method = quantization_method(fields) or fields.get("quant_algo") or fields.get("mode")
+        bits = fields.get("bits") or _bits_loaded_in(fields)
         words = [f"quant_method={str(method)[:40]!r}"] if method else []
         words += [f"bits={str(bits)[:10]}"] if bits else []
         return f"{key} in config.json says that this checkpoint is quantised ({', '.join(words) or str(value)[:80]})"
     return None
+
+
+def quantization_method(fields: Mapping[str, Any]) -> str:
+    """``quant_method`` of a ``quantization_config``, also where the first files of a method leave it out; "" = it does not say."""
+    producer = fields.get("producer")
+    if method := fields.get("quant_method"):
+        return str(method)
+    if isinstance(producer, dict) and producer.get("name") == "modelopt":
+        return "modelopt"
+    return "bitsandbytes" if _bits_loaded_in(fields) else ""
+
+
+def _bits_loaded_in(fields: Mapping[str, Any]) -> int | None:
+    return next((bits for bits in (4, 8) if fields.get(f"load_in_{bits}bit")), None)
 
 
 def quantized_tensors(names: Iterable[str]) -> str | None:

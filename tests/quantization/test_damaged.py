@@ -238,6 +238,8 @@ def inputs(**fields: Any) -> dict[str, Any]:
         ({**COMPRESSED, "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": False}}, "kv_cache_scheme={.*False} cannot be loaded"),
         ({**AWQ, "quant_method": None}, r"quantised \(bits=4\), but not by which quant_method; restore it"),
         ({key: value for key, value in COMPRESSED.items() if key != "quant_method"}, "but not by which quant_method"),
+        ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, r"quant_method='bitsandbytes', bits=8\); it cannot be loaded: use"),
+        ({"producer": {"name": "modelopt"}, "quant_algo": "NVFP4"}, "modelopt quant_algo='NVFP4' cannot be loaded"),
         ({**COMPRESSED, "sparsity_config": "dense"}, "sparsity_config=dense is not an object"),
         (group(targets="Linear"), "targets=Linear is not a list of names"),
         (group(targets=["re:(unclosed"]), r"rule 're:\(unclosed' \(missing \).*correct the expression"),
