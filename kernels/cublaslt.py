@@ -19,7 +19,6 @@ from phalanx.parallel.errors import ConfigError, ExecutorError
 __all__ = ["Algorithm", "CublasLt", "Descriptors", "GemmProblem"]
 
 _CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14, "fp8": 28, "int8": 3, "int32": 10}  # cudaDataType
-_ALGORITHM_WORDS = 8
 _ALIGNMENT_BYTES = 16
 _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
 _PACKED_SIZES = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}
@@ -130,23 +129,10 @@ class CublasLt:
         lt, handles = self._lt, self._described(problem)
         results = np.zeros(count, lt.matmul_heuristic_result_dtype)
         found = np.zeros(1, np.int32)
-        with self._errors(problem):
-            preference = lt.matmul_preference_create()
-            attribute = lt.MatmulPreferenceAttribute
-            limits: list[tuple[int, np.generic]] = [
-                (attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size)),
-                (attribute.REDUCTION_SCHEME_MASK, np.uint32(_REDUCE_IN_FLOAT32)),
-            ]
-            for operand in ("A", "B", "C", "D"):
-                alignment = attribute[f"MIN_ALIGNMENT_{operand}_BYTES"]
-                limits.append((alignment, np.uint32(_ALIGNMENT_BYTES)))
-            for name, value in limits:
-                cell = np.array([value])
-                lt.matmul_preference_set_attribute(preference, name, cell.ctypes.data, cell.nbytes)
+        with self._errors(problem), self._preference() as preference:
             layouts = (handles.weight, handles.x, handles.out, handles.out)
             arrays = (results.ctypes.data, found.ctypes.data)
             lt.matmul_algo_get_heuristic(self._handle, handles.operation, *layouts, preference, count, *arrays)
-            lt.matmul_preference_destroy(preference)
         suggested = [
             Algorithm(tuple(int(word) for word in np.ravel(result["algo"]["data_"])), int(result["workspace_size"]))
             for result in results[: int(found[0])]
@@ -155,6 +141,25 @@ class CublasLt:
         if not suggested:
             raise ExecutorError(f"cuBLASLt has no algorithm for {problem.key}")
         return suggested
+
+    @contextlib.contextmanager
+    def _preference(self) -> Iterator[int]:
+        """What algorithms have to keep to: the workspace, our alignment, sums in float32."""
+        lt, preference = self._lt, self._lt.matmul_preference_create()
+        try:
+            attribute = lt.MatmulPreferenceAttribute
+            limits: list[tuple[int, np.generic]] = [
+                (attribute.MAX_WORKSPACE_BYTES, np.uint64(self._workspace.size)),
+                (attribute.REDUCTION_SCHEME_MASK, np.uint32(_REDUCE_IN_FLOAT32)),
+            ]
+            for operand in ("A", "B", "C", "D"):
+                limits.append((attribute[f"MIN_ALIGNMENT_{operand}_BYTES"], np.uint32(_ALIGNMENT_BYTES)))
+            for name, value in limits:
+                cell = np.array([value])
+                lt.matmul_preference_set_attribute(preference, name, cell.ctypes.data, cell.nbytes)
+            yield preference
+        finally:
+            lt.matmul_preference_destroy(preference)
 
     def accepts(self, problem: GemmProblem, algorithm: Algorithm) -> bool:
         """Whether an algorithm found for one problem computes another one within the workspace."""
