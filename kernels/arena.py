@@ -66,49 +66,34 @@ class Arena(_Region):
     def __init__(self, total_bytes: int, allocate: Callable[[int], DeviceBytes] | None = None) -> None:
         """Allocate ``total_bytes`` on the current device. Raises ConfigError when the device does not have them."""
         super().__init__("device arena", (allocate or _allocate_on_device)(total_bytes))
-        self._pieces: dict[str, int] = {}
-
-    @property
-    def pieces(self) -> dict[str, int]:
-        """Bytes of every piece by name, in order of allocation: the memory plan as it was carried out."""
-        return dict(self._pieces)
+        self._names: set[str] = set()
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """A piece of this shape and dtype, uninitialised. Raises ExecutorError when it does not fit or the name is taken."""
-        self._claim(name, prod(shape) * np.dtype(dtype).itemsize)
+        self._claim(name)
         return self._array(name, shape, dtype)
 
     def scratch(self, name: str, num_bytes: int) -> Scratch:
         """A region for values that live within one step."""
-        self._claim(name, num_bytes)
+        self._claim(name)
         return Scratch(name, self._take(name, num_bytes))
 
-    def _claim(self, name: str, num_bytes: int) -> None:
-        if name in self._pieces:
+    def _claim(self, name: str) -> None:
+        if name in self._names:
             raise ExecutorError(f"device arena: {name!r} is already allocated")
-        self._pieces[name] = num_bytes
+        self._names.add(name)
 
 
 class Scratch(_Region):
     """A region that is handed out anew each step. What an earlier step held there is overwritten."""
 
-    def __init__(self, name: str, memory: DeviceBytes) -> None:
-        super().__init__(name, memory)
-        self.peak_bytes = 0
-
     def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """The next piece, uninitialised. Raises ExecutorError when the region is too small."""
-        piece = self._array("a temporary", shape, dtype)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        return piece
+        return self._array("a temporary", shape, dtype)
 
-    def mark(self) -> int:
-        """Where the region stands now, for ``release``."""
-        return self.used_bytes
-
-    def release(self, mark: int = 0) -> None:
-        """Give back everything since ``mark``; all of it by default (the start of a step)."""
-        self.used_bytes = mark
+    def release(self) -> None:
+        """Give back everything: the start of a step."""
+        self.used_bytes = 0
 
 
 def _allocate_on_device(num_bytes: int) -> DeviceBytes:

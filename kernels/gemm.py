@@ -47,7 +47,7 @@ MOST_BORROWED_TOKENS = 256
 
 
 MAX_GATED_TOKENS = MAX_PACKED_TOKENS
-"""Maximum number of tokens of a product of values that a kernel may compute together with the gated activation after it; of codes there is none."""
+"""Up to here a kernel may compute a product of values and the gated activation after it in one; products of codes have no such limit."""
 
 _MOST_GUESSED_TOKENS = 8
 
@@ -145,7 +145,7 @@ class Gemm:
         return True
 
     def _gated_codes(self, x: QuantizedRows, weight: QuantizedRows, out: Array, activation: ActivationName) -> bool:
-        """Where tiles are fastest without the activation, too; after gemv8 `gated_quantized` makes codes at once."""
+        """By the tiles, where they are the fastest kernel of the product alone, too. After gemv8 the activation's own kernel makes codes at once."""
         out_features, in_features = weight.shape
         problem = GemmProblem(len(x), out_features, in_features, x.kind, out.dtype.name)
         shape = self.choice(problem).kernel

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix product for 1 to 16 tokens: out = x @ weight^T (+ bias) (+ out), or f(gate) * up when the weight is [gate; up].
+// Matrix product for 1 to 16 tokens: out = x @ weight^T (+ bias), or f(gate) * up when the weight is [gate; up].
 // Decoding at small batch reads every weight once and does next to nothing with it, so all that counts is how many
 // bytes are under way. The weights go from memory straight into tensor-core operands: a lane reads 16 bytes of one
 // weight row, and because x is read with the same permutation of k, no shuffle or shared memory is needed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised numbers: rounding to fp8 and int8, scales per tensor, row, group and block, and the way back.
+"""Quantised numbers: rounding to fp8 and int8, scales per tensor, row and group, and the way back.
 
 These definitions are what every engine implements; the CUDA kernels produce the same codes and scales bit for bit. All
 arithmetic is IEEE single precision, rounded to nearest even. fp8 is e4m3 (Micikevicius et al. 2022, "FP8 formats for deep
@@ -26,8 +26,6 @@ __all__ = [
     "CodeKind",
     "Codes",
     "dequantize",
-    "expand_blocks",
-    "num_groups",
     "quantize_groups",
     "quantize_rows",
     "quantize_static",
@@ -60,11 +58,6 @@ class Codes:
 
     codes: NDArray[Any]
     scale: Float32Array
-
-
-def num_groups(columns: int, group: int) -> int:
-    """Groups of ``group`` columns, the last one possibly short; one for ``group`` 0."""
-    return -(-columns // group) if group else 1
 
 
 def to_codes(x: Float32Array, inverse: Float32Array | np.float32, kind: CodeKind) -> NDArray[Any]:
@@ -125,11 +118,6 @@ def sums_of_codes(
         columns = slice(start, start + EXACT_COLUMNS)
         total += multiply(x[:, columns].astype(np.float32), weight[:, columns]).astype(np.int32)
     return total
-
-
-def expand_blocks(scale: NDArray[Any], rows: int, block_rows: int) -> Float32Array:
-    """Scales of blocks ``[ceil(rows / block_rows), G]`` repeated to one for each row: ``[rows, G]``, exact."""
-    return np.repeat(scale.astype(np.float32), block_rows, axis=0)[:rows]
 
 
 def _scale(amax: Float32Array, kind: CodeKind) -> Float32Array:
