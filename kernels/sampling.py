@@ -40,7 +40,7 @@ MAX_TOP = 1024
 _ARGMAX_THREADS = 256
 _MERGE_THREADS = 128
 _ROW_THREADS = 512
-_BLOCKS_PER_MULTIPROCESSOR = 4
+_FEWEST_BLOCKS = 4 * 132  # four for each multiprocessor of an H200, whatever the device: ranks gather keys of one shape
 _ADJUST_THREADS = 256
 _ADJUST_SLICE = 8192  # columns of a block
 _CLUSTERS = (8, 2)
@@ -129,12 +129,12 @@ def adjust_logits(
     kernel(grid, (_ADJUST_THREADS,), (*arrays, masks.offsets, masks.words, out, *map(np.int32, sizes)))
 
 
-def num_splits(library: Library, num_rows: int, part_size: int) -> int:
-    """How many slices ``local_argmax`` cuts a row of ``part_size`` logits into, to fill the device with few rows.
+def num_splits(num_rows: int, part_size: int) -> int:
+    """How many slices ``local_argmax`` cuts a row of ``part_size`` logits into, to fill a device with few rows.
 
-    The same on every rank of equal devices, so that their keys can be gathered.
+    The same on every rank, also where their GPUs differ, so that their keys can be gathered.
     """
-    wanted = ceil_div(_BLOCKS_PER_MULTIPROCESSOR * library.num_multiprocessors, num_rows)
+    wanted = ceil_div(_FEWEST_BLOCKS, num_rows)
     useful = ceil_div(part_size, 8 * _ARGMAX_THREADS)
     return max(1, min(wanted, useful))
 
@@ -145,11 +145,11 @@ def local_argmax(
     """The best token of each slice of this rank's logits, without filters, as keys for ``merge_argmax``.
 
     logits [S, V_local] are those of tokens from ``vocab_start`` on; tokens from ``vocab_size`` on are padding and never
-    win. keys [num_splits, S] uint64 with ``num_splits(library, S, V_local)`` rows.
+    win. keys [num_splits, S] uint64 with ``num_splits(S, V_local)`` rows.
     """
     num_rows, part_size = logits.shape
     require("logits", logits, (num_rows, part_size), logits)
-    require("keys", keys, (num_splits(library, num_rows, part_size), num_rows), "uint64")
+    require("keys", keys, (num_splits(num_rows, part_size), num_rows), "uint64")
     parameters.check(num_rows)
     kernel = library.function(
         "local_argmax",

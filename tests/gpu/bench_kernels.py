@@ -145,7 +145,7 @@ def sampling_kernels(bench: Bench, model: str, num_rows: int) -> dict[str, tuple
     library, results = bench.library, {}
     num_bytes = 2.0 * num_rows * vocab_size
     logits = [bench.normal(num_rows, vocab_size) for _ in range(copies_for(num_bytes))]
-    keys = cupy.empty((sampling.num_splits(library, num_rows, vocab_size), num_rows), np.uint64)
+    keys = cupy.empty((sampling.num_splits(num_rows, vocab_size), num_rows), np.uint64)
     tokens = cupy.empty(num_rows, np.int32)
 
     def parameters(temperature: float, top_k: int, top_p: float, **fields: float) -> sampling.RowParameters:

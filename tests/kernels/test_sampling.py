@@ -264,7 +264,7 @@ def padded_parts(logits, num_parts, part_size):
 def run_local(device, logits, rows, num_parts, part_size):
     """Every rank's local_argmax, the gather, the merge."""
     vocab_size = logits.shape[1]
-    splits = num_splits(device.library, len(logits), part_size)
+    splits = num_splits(len(logits), part_size)
     gathered = []
     for part, columns in enumerate(padded_parts(logits, num_parts, part_size)):
         keys = device.poisoned((splits, len(logits)), np.uint64)
@@ -283,6 +283,14 @@ def run_rows(device, logits, rows, num_parts, part_size):
     parts = device.put(padded_parts(logits, num_parts, part_size))
     sample_rows(device.library, parts, parameters(device, rows), token_ids, vocab_size=logits.shape[1])
     return device.get(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "part_size", "splits"), [(1, 128_256, 63), (16, 128_256, 33), (1024, 128_256, 1), (1, 8, 1)]
+)
+def test_ranks_on_different_gpus_gather_as_many_keys(num_rows, part_size, splits):
+    """The number of slices followed from a device's multiprocessors, so that an all-gather of two kinds of GPUs never ended."""
+    assert num_splits(num_rows, part_size) == splits
 
 
 LAYOUTS = [(1, 1003), (1, 1008), (2, 504), (3, 336), (4, 253)]

@@ -91,7 +91,7 @@ class CudaSampler:
 
     def _choose_best(self, logits: DeviceArray, parameters: RowParameters, token_ids: DeviceArray) -> None:
         num_rows, part_size = logits.shape
-        splits = sampling.num_splits(self._library, num_rows, part_size)
+        splits = sampling.num_splits(num_rows, part_size)
         keys = self._pool.array((splits, num_rows), "uint64")
         sampling.local_argmax(
             self._library, logits, parameters, keys, vocab_start=self.vocabulary.start, vocab_size=self._vocab_size
