@@ -42,7 +42,10 @@ rank 0 must have spoken by then."""
 READER_SECONDS = 1.0
 """How long a rank that ends the job waits for its launcher to read what it said."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-_WAYS_OUT = {errno.EBADF: "send it to a file or to /dev/null"}
+_WAYS_OUT = {
+    errno.EBADF: "send it to a file or to /dev/null",
+    errno.EROFS: "give another path; PHALANX_CACHE_DIR is that of kernels and timings",
+}
 _ANSWERED_ALONE = ("-h", "--help", "--version")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -54,3 +55,20 @@ def test_a_stream_whose_reader_is_gone_ends_no_process_that_is_started_later() -
             cwd=ROOT, stdout=subprocess.PIPE, stderr=broken, text=True, timeout=60, check=False,
         )  # fmt: skip
     assert (result.returncode, result.stdout) == (0, "kept\n7\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"), [("ENOSPC", "make room"), ("EROFS", "give another path; PHALANX_CACHE_DIR is")]
+)
+def test_a_file_system_that_takes_nothing_is_one_line_with_the_way_out(error: str, way_out: str) -> None:
+    """A container's root that may only be read has room."""
+    program = (
+        "import errno, os; from phalanx.launch.running import run_command\n"
+        f"def main(argv): raise OSError(errno.{error}, os.strerror(errno.{error}), '/x/kernels')\n"
+        "run_command(main, [])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    said = f"phalanx: /x/kernels cannot be written: {os.strerror(getattr(errno, error))}; {way_out}"
+    assert (result.returncode, result.stderr.startswith(said), result.stderr.count("\n")) == (1, True, 1)
