@@ -176,8 +176,8 @@ def test_memory_returns_when_an_engine_closes(tmp_path: Path) -> None:
     directory = checkpoint("llama", "bfloat16", tmp_path)
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     free = []
-    for _ in range(3):
+    for _ in range(5):  # what is leaked grows; what other processes take does not
         generate(directory, prompts(101), params, num_kv_blocks=4000)
         cupy.get_default_memory_pool().free_all_blocks()
         free.append(cupy.cuda.runtime.memGetInfo()[0])
-    assert free[2] >= free[1] - (8 << 20), free
+    assert max(free[2:]) >= free[1] - (8 << 20), free
