@@ -68,6 +68,7 @@ class Gemm:
         self._library = library
         self._choices: dict[GemmProblem, GemmChoice] = {}
         self._takes_groups: dict[GemmProblem, bool] = {}
+        self._suggestions: dict[GemmProblem, Algorithm] = {}
         self._multiplies_blocks = multiplies_blocks
 
     def __call__(
@@ -277,7 +278,7 @@ class Gemm:
             raise ExecutorError(f"an int8 product of {problem.num_tokens} tokens needs {most} bytes of scratch")
         for slab in slabs:
             part = _library_problem(problem, len(slab))
-            chosen = algorithm if len(slab) == len(slabs[0]) else self.cublaslt.algorithms(part, 1)[0]
+            chosen = algorithm if len(slab) == len(slabs[0]) else self._suggestion(part)
             shape = (problem.num_tokens, len(slab))
             sums = scratch[: 4 * shape[0] * shape[1]].view("int32").reshape(shape)
             self.cublaslt.run(
@@ -285,6 +286,12 @@ class Gemm:
                 cupy.cuda.get_current_stream().ptr,
             )  # fmt: skip
             scale_sums(self._library, sums, x.scale, weight.scale, operands.bias, operands.out, slab.start)
+
+    def _suggestion(self, part: GemmProblem) -> Algorithm:
+        """cuBLASLt's first suggestion for a slab that is shorter than the others; looked up once, not in each step and capture."""
+        if part not in self._suggestions:
+            self._suggestions[part] = self.cublaslt.algorithms(part, 1)[0]
+        return self._suggestions[part]
 
     def candidates(self, problem: GemmProblem) -> list[Kernel]:
         """Everything worth timing: cuBLASLt's suggestions, best guess first, then what our own kernels offer."""
