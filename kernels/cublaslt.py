@@ -36,10 +36,11 @@ class GemmProblem:
 
     Attributes:
         dtype: of x and weight. ``fp8`` and ``int8`` are codes with a float32 scale for each row of x and of weight.
-        out_dtype: of out and, for codes, of bias. ``int32``: the sums of int8 codes, not scaled.
+        out_dtype: of out and, for codes, of bias.
         packed: layout of a packed weight (``int4/128z``), whose values x is multiplied by; "" = weight is like x.
         has_bias: whether there is a bias.
         has_blocks: whether scales are those of 128 columns of x and of 128 x 128 of weight; for fp8.
+        has_sums: whether out is what the tensor cores add up of codes, without scales: int32 of int8, float32 of fp8.
     """
 
     num_tokens: int
@@ -50,6 +51,7 @@ class GemmProblem:
     has_bias: bool = False
     packed: str = ""
     has_blocks: bool = False
+    has_sums: bool = False
 
     @property
     def key(self) -> str:
@@ -67,7 +69,7 @@ class GemmProblem:
     @property
     def has_scales(self) -> bool:
         """Whether x and weight are codes with scales, of rows or of blocks."""
-        return self.dtype in ("fp8", "int8") and not self.has_integer_sums
+        return self.dtype in ("fp8", "int8") and not self.has_sums
 
     @property
     def has_narrow_results(self) -> bool:
@@ -75,8 +77,8 @@ class GemmProblem:
         return _ITEM_SIZES.get(self.out_dtype) == 2
 
     @property
-    def has_integer_sums(self) -> bool:
-        """Whether out is what the tensor cores add up, exactly."""
+    def is_exact(self) -> bool:
+        """Whether the tensor cores add up integers."""
         return self.out_dtype == "int32"
 
 
@@ -139,7 +141,9 @@ class CublasLt:
             if result["state"] == 0
         ]
         if not suggested:
-            raise ExecutorError(f"cuBLASLt has no algorithm for {problem.key}")
+            raise ExecutorError(
+                f"cuBLASLt {self.version} has no algorithm for {problem.key}; install a newer one, or use another --tp or --quantize"
+            )
         return suggested
 
     @contextlib.contextmanager
@@ -197,7 +201,7 @@ class CublasLt:
             attribute = lt.MatmulDescAttribute
             self._set(handles.operation, attribute.A_SCALE_POINTER, np.uint64(scales[1]))
             self._set(handles.operation, attribute.B_SCALE_POINTER, np.uint64(scales[0]))
-        factors = self._factors[np.int32 if problem.has_integer_sums else np.float32]
+        factors = self._factors[np.int32 if problem.is_exact else np.float32]
         with self._errors(problem):
             lt.matmul(
                 self._handle, handles.operation, factors[1].ctypes.data, weight, handles.weight, x, handles.x,
@@ -224,8 +228,8 @@ class CublasLt:
         from nvmath.bindings import cublas
 
         lt = self._lt
-        compute = cublas.ComputeType.COMPUTE_32I if problem.has_integer_sums else cublas.ComputeType.COMPUTE_32F
-        operation = lt.matmul_desc_create(int(compute), _CUDA_TYPES["int32" if problem.has_integer_sums else "float32"])
+        compute = cublas.ComputeType.COMPUTE_32I if problem.is_exact else cublas.ComputeType.COMPUTE_32F
+        operation = lt.matmul_desc_create(int(compute), _CUDA_TYPES["int32" if problem.is_exact else "float32"])
         attribute, epilogue = lt.MatmulDescAttribute, lt.Epilogue
         self._set(operation, attribute.TRANSA, np.int32(1))  # CUBLAS_OP_T
         self._set(operation, attribute.EPILOGUE, np.uint32(epilogue.BIAS if problem.has_bias else epilogue.DEFAULT))
@@ -239,6 +243,7 @@ class CublasLt:
             # The heuristic answers only for pointers that could be read; `run` sets the operands' own.
             for pointer in (attribute.A_SCALE_POINTER, attribute.B_SCALE_POINTER):
                 self._set(operation, pointer, np.uint64(self._workspace.data.ptr))
+        if problem.dtype == "fp8":
             # Sums with the tensor cores' 13 bits: an order of magnitude below the codes' own noise, and 10-16 % faster. Those of
             # blocks leave the tensor cores after 128 columns in any case, to be scaled.
             self._set(operation, attribute.FAST_ACCUM, np.int8(not problem.has_blocks))

@@ -50,6 +50,8 @@ MAX_GATED_TOKENS = MAX_PACKED_TOKENS
 """Up to here a kernel may compute a product of values and the gated activation after it in one; products of codes have no such limit."""
 
 _MOST_GUESSED_TOKENS = 8
+_SCALES_ROWS, _FIRST_TO_SCALE_ROWS = "sm_90a", 12_09_00
+"""Where, and since which version, cuBLASLt multiplies fp8 sums by scales of rows itself (OUTER_VEC_32F)."""
 
 
 class Gemm:
@@ -69,6 +71,7 @@ class Gemm:
         self._choices: dict[GemmProblem, GemmChoice] = {}
         self._takes_groups: dict[GemmProblem, bool] = {}
         self._suggestions: dict[GemmProblem, Algorithm] = {}
+        self._scales_rows = library.architecture == _SCALES_ROWS and cublaslt.version >= _FIRST_TO_SCALE_ROWS
         self._multiplies_blocks = multiplies_blocks
 
     def __call__(
@@ -183,7 +186,7 @@ class Gemm:
             return choice
         if isinstance(choice.kernel, TileShape):
             return choice if self._suits_tiles(problem, problem.out_features) else None
-        return choice if self.cublaslt.accepts(_library_problem(problem), choice.kernel) else None
+        return choice if self.cublaslt.accepts(self._library_problem(problem), choice.kernel) else None
 
     @property
     def problems(self) -> list[GemmProblem]:
@@ -216,7 +219,7 @@ class Gemm:
         assert isinstance(choice.kernel, Algorithm), "tiles are of codes"
         values = self._unpacked(weight, x, operands.scratch) if isinstance(weight, PackedWeight) else weight
         self.cublaslt.run(
-            _library_problem(problem), choice.kernel, x.data.ptr, values.data.ptr, operands.out.data.ptr,
+            self._library_problem(problem), choice.kernel, x.data.ptr, values.data.ptr, operands.out.data.ptr,
             0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
 
@@ -240,8 +243,8 @@ class Gemm:
         if isinstance(choice.kernel, TileShape):
             gemm8_tiles(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
-        if x.kind == "int8":
-            self._run_int8(problem, choice.kernel, x, weight, operands)
+        if self._makes_sums(problem):
+            self._run_sums(problem, choice.kernel, x, weight, operands)
             return
         self._run_codes(problem, choice.kernel, x, weight.codes, weight.scale, operands)
 
@@ -260,27 +263,33 @@ class Gemm:
         import cupy
 
         self.cublaslt.run(
-            _library_problem(problem), algorithm, x.codes.data.ptr, codes.data.ptr, operands.out.data.ptr, 0,
+            self._library_problem(problem), algorithm, x.codes.data.ptr, codes.data.ptr, operands.out.data.ptr, 0,
             cupy.cuda.get_current_stream().ptr, (x.scale.data.ptr, scale.data.ptr),
         )  # fmt: skip
         if operands.bias is not None:
             add_bias(self._library, operands.out, operands.bias)
 
-    def _run_int8(
+    def _makes_sums(self, problem: GemmProblem) -> bool:
+        """Whether cuBLASLt makes sums of codes, which a kernel of ours scales."""
+        return problem.dtype == "int8" or (problem.dtype == "fp8" and not problem.has_blocks and not self._scales_rows)
+
+    def _run_sums(
         self, problem: GemmProblem, algorithm: Algorithm, x: QuantizedRows, weight: QuantizedRows, operands: Operands
     ) -> None:
-        """Integer sums of a slab of outputs, which stay in the second-level cache, then the scales: the sums are exact."""
+        """Sums of a slab of outputs, which stay in the second-level cache, then the scales. Those of int8 are exact."""
         import cupy
 
-        slabs = int8_slabs(problem.num_tokens, problem.out_features)
+        slabs = sum_slabs(problem.num_tokens, problem.out_features)
         scratch, most = operands.scratch, 4 * problem.num_tokens * len(slabs[0])
         if scratch is None or scratch.size < most:
-            raise ExecutorError(f"an int8 product of {problem.num_tokens} tokens needs {most} bytes of scratch")
+            raise ExecutorError(
+                f"a product of {problem.num_tokens} tokens by {x.kind} codes needs {most} bytes of scratch"
+            )
         for slab in slabs:
-            part = _library_problem(problem, len(slab))
+            part = self._library_problem(problem, len(slab))
             chosen = algorithm if len(slab) == len(slabs[0]) else self._suggestion(part)
             shape = (problem.num_tokens, len(slab))
-            sums = scratch[: 4 * shape[0] * shape[1]].view("int32").reshape(shape)
+            sums = scratch[: 4 * shape[0] * shape[1]].view(part.out_dtype).reshape(shape)
             self.cublaslt.run(
                 part, chosen, x.codes.data.ptr, weight.codes[slab.start : slab.stop].data.ptr, sums.data.ptr, 0,
                 cupy.cuda.get_current_stream().ptr,
@@ -306,30 +315,30 @@ class Gemm:
 
     def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
         """cuBLASLt's suggestions alone. Raises ExecutorError when there is none."""
-        return self.cublaslt.algorithms(_library_problem(problem), count)
+        return self.cublaslt.algorithms(self._library_problem(problem), count)
+
+    def _library_problem(self, problem: GemmProblem, outputs: int = 0) -> GemmProblem:
+        """What cuBLASLt computes of it: plain values where the weight is packed, sums of (the first) outputs where it does not scale codes.
+
+        To scaled codes it adds a bias in some shapes only (not in 257 x 96 x 14336), so that follows.
+        """
+        if self._makes_sums(problem):
+            size = outputs or len(sum_slabs(problem.num_tokens, problem.out_features)[0])
+            sums = "int32" if problem.dtype == "int8" else "float32"
+            return replace(problem, out_features=size, out_dtype=sums, has_bias=False, has_sums=True)
+        return replace(problem, packed="", has_bias=problem.has_bias and problem.dtype != "fp8")
 
     def close(self) -> None:
         """Give cuBLASLt's handles back. Nothing may be in flight."""
         self.cublaslt.close()
 
 
-def int8_slabs(num_tokens: int, out_features: int) -> list[range]:
-    """Outputs that an int8 product computes at a time: as many as `SUM_BYTES` hold, evenly, in multiples of 16."""
+def sum_slabs(num_tokens: int, out_features: int) -> list[range]:
+    """Outputs whose sums of codes are made at a time: as many as `SUM_BYTES` hold, evenly, in multiples of 16."""
     most = max(SUM_BYTES // (4 * num_tokens) // CODE_ALIGNMENT, 1) * CODE_ALIGNMENT
     count = ceil_div(out_features, most)
     size = ceil_div(ceil_div(out_features, count), CODE_ALIGNMENT) * CODE_ALIGNMENT
     return [range(start, min(start + size, out_features)) for start in range(0, out_features, size)]
-
-
-def _library_problem(problem: GemmProblem, outputs: int = 0) -> GemmProblem:
-    """What cuBLASLt computes of it: plain values where the weight is packed, sums of (the first) outputs for int8 codes.
-
-    To scaled codes it adds a bias in some shapes only (not in 257 x 96 x 14336), so that follows.
-    """
-    if problem.dtype == "int8":
-        size = outputs or len(int8_slabs(problem.num_tokens, problem.out_features)[0])
-        return replace(problem, out_features=size, out_dtype="int32", has_bias=False)
-    return replace(problem, packed="", has_bias=problem.has_bias and problem.dtype != "fp8")
 
 
 def _suits_gemv(problem: GemmProblem) -> bool:

@@ -24,7 +24,7 @@ class Operands:
     """The arrays of one product: x [T, I], weight [O, I], out [T, O], bias [O] or None. Codes with scales come on both sides or none.
 
     Codes of groups meet a packed weight with blocks (`Gemm.takes_groups`).
-    ``scratch``: flat uint8 memory that a product of a packed weight (`unpacked_bytes`) or of int8 codes (`SUM_BYTES`) may overwrite.
+    ``scratch``: flat uint8 memory that a product of a packed weight (`unpacked_bytes`) or of codes (`SUM_BYTES`) may overwrite.
     """
 
     x: Inputs

@@ -128,7 +128,7 @@ class GemmTuner:
         if problem.packed:
             num_bytes = unpacked_bytes((problem.out_features, problem.in_features), _DTYPES[problem.dtype].itemsize)
             return self._cupy.empty(num_bytes, np.uint8)
-        return self._cupy.empty(SUM_BYTES, np.uint8) if problem.dtype == "int8" else None
+        return self._cupy.empty(SUM_BYTES, np.uint8) if problem.has_scales else None
 
     def _packed(self, problem: GemmProblem) -> PackedWeight:
         """Codes of any bits, small positive scales, zero points of one."""

@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 SUM_BYTES = 32 << 20
-"""Room for the int32 sums of an int8 product, made slab by slab: what stays in the second-level cache until it is scaled."""
+"""Room for the sums of a product of codes, made slab by slab: what stays in the second-level cache until it is scaled."""
 
 
 BLOCK = 128

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// int32 sums of int8 products to results: out = (float(sum) * x_scale[token]) * weight_scale[output] (+ bias), rounded once.
+// Sums of codes' products to results: out = (float(sum) * x_scale[token]) * weight_scale[output] (+ bias), rounded once.
 // Shapes: sums [T, rows], a slab of the outputs [first, first + rows) of out [T, O]; x_scale [T], weight_scale [O] float32; bias [O].
-// Defines: SCALAR, VEC (divides rows, first and O), NUM_THREADS, HAS_BIAS. Grid: T rows of blocks of NUM_THREADS * VEC outputs, as in activation.cu.
+// Defines: SUM (int or float), SCALAR, VEC (divides rows, first and O), NUM_THREADS, HAS_BIAS. Grid: T rows of blocks of NUM_THREADS * VEC outputs, as in activation.cu.
 // Reference: checkpoints/quantization/row_codes.py, equal bit for bit.
 #include "dtype.cuh"
 #include "launch.cuh"
 
 struct alignas(4 * VEC) SumVector {
-    int at[VEC];
+    SUM at[VEC];
 };
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-scale_sums(const int* __restrict__ sums, const float* __restrict__ x_scale, const float* __restrict__ weight_scale,
+scale_sums(const SUM* __restrict__ sums, const float* __restrict__ x_scale, const float* __restrict__ weight_scale,
            const scalar* __restrict__ bias, scalar* __restrict__ out, int rows, int first, int out_features) {
     let_next_start();
     wait_for_previous();

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of int8 products from their int32 sums. Enqueues on the current stream; does not wait."""
+"""Results of products of codes from their sums. Enqueues on the current stream; does not wait."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def scale_sums(
 ) -> None:
     """``out[:, first:first + R] = (sums * x_scale) * weight_scale + bias``, rounded once.
 
-    sums [T, R] int32; x_scale [T] and weight_scale [O] float32; bias [O]; out [T, O].
+    sums [T, R] int32 (of int8 codes) or float32 (of fp8); x_scale [T] and weight_scale [O] float32; bias [O]; out [T, O].
     """
     (num_tokens, rows), out_features = sums.shape, out.shape[1]
-    require("sums", sums, (num_tokens, rows), "int32")
+    require("sums", sums, (num_tokens, rows), "float32" if sums.dtype == np.float32 else "int32")
     require("x_scale", x_scale, (num_tokens,), "float32")
     require("weight_scale", weight_scale, (out_features,), "float32")
     require("out", out, (num_tokens, out_features), out)
@@ -32,6 +32,7 @@ def scale_sums(
     kernel = library.function(
         "scale_sums",
         "scale_sums",
+        SUM="float" if sums.dtype == np.float32 else "int",
         SCALAR=scalar_name(out),
         VEC=width,
         NUM_THREADS=num_threads,

@@ -324,15 +324,18 @@ def _added_bytes(specs: Iterable[WeightSpec], itemsize: int, rank: int, size: in
     return sum(2 * (rows * (out + inner) * itemsize + 4 * ALIGNMENT_BYTES) for out, inner in shapes)
 
 
-def _product_bytes(weights: Iterable[FormattedWeight], itemsize: int, rank: int, size: int) -> int:
-    """Room for what products of packed weights and of int8 codes need besides their operands; one at a time. Experts are not unpacked."""
+def _product_bytes(weights: Sequence[FormattedWeight], itemsize: int, rank: int, size: int) -> int:
+    """Room for what products of packed weights and of codes need besides their operands; one at a time. Experts are not unpacked.
+
+    fp8 codes need none of it where cuBLASLt scales their sums itself.
+    """
     shapes = [
         weight.spec.local_shape(rank, size)
         for weight in weights
         if isinstance(weight.format, PackedCodes) and weight.format.is_unpacked
     ]
     unpacked = max((unpacked_bytes(shape, itemsize) + ALIGNMENT_BYTES for shape in shapes), default=0)
-    has_sums = any(isinstance(weight.format, RowCodes) and weight.format.kind == "int8" for weight in weights)
+    has_sums = any(isinstance(weight.format, RowCodes) for weight in weights)
     return unpacked + (SUM_BYTES + ALIGNMENT_BYTES if has_sums else 0)
 
 

@@ -14,6 +14,7 @@ from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launch.plan import main as plan
 from phalanx.launch.start_block import describe
+from phalanx.parallel.errors import ConfigError
 from phalanx.runtime.executors.cuda import build
 from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS
@@ -88,6 +89,38 @@ def test_the_start_block_says_how_blocks_are_multiplied(
         facts = describe(llm._replica, "qwen", "here", "")
     assert facts["products"] == words
     assert facts["quantisation"].startswith("weights: fp8 blocks in groups of 128, activations likewise")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_multiprocessors", "most_shared_bytes"),
+    [
+        ("sm_80", 108, 166_912),
+        ("sm_89", 142, 101_376),
+        ("sm_90a", 132, 232_448),
+        ("sm_100a", 148, 232_448),
+        ("sm_120", 188, 101_376),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [("llama-3-8b", "none"), ("llama-3-8b", "fp8"), ("llama-3-8b", "int8"), ("llama-3-8b-w4a16", "none"), ("qwen3-8b-blocks", "none"), ("mixtral-8x7b", "int8")],
+)  # fmt: skip
+def test_formats_start_on_every_kind_of_gpu(
+    name: str, quantize: Any, architecture: str, num_multiprocessors: int, most_shared_bytes: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With products that cuBLASLt has there, within the shared memory of a block, and with all that a capture needs known before."""
+    device = install_dry_device(monkeypatch, multiplies_blocks=architecture == "sm_90a")  # what a start finds out
+    device.architecture, device.num_multiprocessors = architecture, num_multiprocessors
+    device.has_clusters, device.most_shared_bytes = architecture in ("sm_90a", "sm_100a", "sm_120"), most_shared_bytes
+    path = written(tmp_path, name)
+    sizes = {**SIZES, "max_num_seqs": 64}
+    if architecture == "sm_80" and quantize == "fp8":
+        with pytest.raises(ConfigError, match=r"products need compute capability 8\.9"):
+            LLM(path, engine="cuda", load_format="dummy", quantize=quantize, **sizes)
+        return
+    with LLM(path, engine="cuda", load_format="dummy", quantize=quantize, **sizes):
+        assert device.num_captured > 64
 
 
 def test_what_a_device_refuses_is_an_error() -> None:

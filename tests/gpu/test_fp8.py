@@ -19,6 +19,7 @@ from phalanx.kernels.gemm_operands import Operands, problem_of
 from phalanx.kernels.gemm_tuner import GemmTuner
 from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.library import KernelLibrary
+from phalanx.kernels.product_sizes import SUM_BYTES
 from phalanx.kernels.quantize import CodeKind, QuantizedRows
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.runtime.llm import LLM
@@ -57,9 +58,13 @@ def put_codes(device: CudaDevice, codes: Codes, kind: CodeKind) -> QuantizedRows
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scales_rows", [True, False])
 def test_every_fp8_candidate_equals_float64(
-    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], has_bias: bool
-) -> None:
+    gemm: Gemm, device: CudaDevice, shape: tuple[int, int, int], has_bias: bool, scales_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Without scales of rows, as on Ada and Blackwell, cuBLASLt makes sums."""
+    monkeypatch.setattr(gemm, "_scales_rows", gemm._scales_rows and scales_rows)
+    gemm.refresh()
     num_tokens, out_features, in_features = shape
     random = np.random.default_rng(3)
     x = quantize_rows(random.standard_normal((num_tokens, in_features), np.float32))
@@ -78,13 +83,14 @@ def test_every_fp8_candidate_equals_float64(
     operands = Operands(
         put_codes(device, x, "fp8"), put_codes(device, weight, "fp8"),
         device.poisoned((num_tokens, out_features), BFLOAT16), device.put(bias) if has_bias else None,
+        cupy.empty(SUM_BYTES, np.uint8),
     )  # fmt: skip
 
     def assert_close(kernel: object) -> None:
         error = np.abs(device.get(operands.out).astype(np.float64) - expected)
         assert np.all(error <= limit), (kernel, float((error / limit).max()))
 
-    gemm(operands.x, operands.weight, operands.out, operands.bias)
+    gemm(operands.x, operands.weight, operands.out, operands.bias, scratch=operands.scratch)
     assert_close("chosen")
     problem = problem_of(operands)
     candidates = gemm.candidates(problem)

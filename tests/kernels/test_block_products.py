@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoints.quantization.numbers import E4M3
+from phalanx.checkpoints.quantization.numbers import E4M3, quantize_rows
 from phalanx.checkpoints.quantization.numbers import quantize_groups as reference
+from phalanx.kernels import gemm as gemm_module
+from phalanx.kernels import product_sizes
 from phalanx.kernels.block_probe import multiplies_blocks
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.packed import PackedWeight
 from phalanx.kernels.product_sizes import BLOCK
+from phalanx.kernels.quantize import QuantizedRows
 from phalanx.kernels.quantize_groups import QuantizedGroups, quantize_groups
 from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.parallel.errors import ExecutorError
@@ -59,6 +62,37 @@ def groups_of(device: AddressedDevice, x: np.ndarray) -> QuantizedGroups:
     groups = empty_groups(device, *x.shape)
     quantize_groups(device.library, device.put(x), groups)
     return groups
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version"), [("sm_89", 13_00_00), ("sm_100a", 13_00_00), ("sm_90a", 12_08_04)]
+)
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_sums_are_scaled_afterwards_where_cublaslt_has_no_scales_of_rows(
+    addressed: AddressedDevice, monkeypatch: pytest.MonkeyPatch, kind: Any, architecture: str, version: int
+) -> None:
+    """Before 12.9 it has none on Hopper either."""
+    num_tokens, rows, columns = 40, 96, 64
+    random = np.random.default_rng(2)
+    x, weight = (
+        quantize_rows(random.standard_normal((count, columns), np.float32), kind) for count in (num_tokens, rows)
+    )
+    bias = random.standard_normal(rows).astype(np.float32)
+    monkeypatch.setattr(addressed.library, "architecture", architecture)
+    monkeypatch.setattr(product_sizes, "SUM_BYTES", 4 * num_tokens * 32)
+    monkeypatch.setattr(gemm_module, "SUM_BYTES", 4 * num_tokens * 32)  # three slabs
+    lt = FakeCublasLt(scales_rows=False)
+    lt.version = version
+    out = addressed.poisoned((num_tokens, rows), np.float32)
+    operands = [
+        QuantizedRows(addressed.put(one.codes.view(np.uint8)), addressed.put(one.scale[:, 0].copy()), kind)
+        for one in (x, weight)
+    ]
+    scratch = addressed.put(np.zeros(product_sizes.SUM_BYTES, np.uint8))
+    gemm_of(addressed, lt)(*operands, out, addressed.put(bias), scratch=scratch)
+    sums = (x.codes.astype(np.float64) @ weight.codes.astype(np.float64).T).astype(np.float32)
+    np.testing.assert_array_equal(addressed.get(out), sums * x.scale * weight.scale.T + bias)
+    assert [problem.out_features for problem in lt.problems] == [32, 32, 32]
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -39,7 +39,7 @@ SPECS = [
         for group in (0, 128)
     ),
     ("quantize_groups", {"COLUMNS": 14336, "VEC": 4, "GATED": 1, "ACTIVATION": "silu", **GROUPS}),
-    ("scale_sums", {"VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}),
+    *(("scale_sums", {"SUM": kind, "VEC": 4, "NUM_THREADS": 256, "HAS_BIAS": 1}) for kind in ("int", "float")),
     *(
         (
             "gemv_packed",

@@ -1,4 +1,4 @@
-"""cuBLASLt's products of fp8 blocks in NumPy, from device addresses and in the layouts that its documentation gives.
+"""cuBLASLt's products of codes in NumPy, from device addresses and in the layouts that its documentation gives: those of blocks, and sums.
 
 Row-major, as we hold them (cuBLAS 13, section "128-element 1D and 128x128 2D block scaling"): the first operand and its scales are the
 weight's, codes ``[O, K]`` and scales ``[ceil(O / 128), L padded to a multiple of 4]``; the second's are those of x, codes ``[T, K]`` and scales
@@ -18,25 +18,31 @@ from phalanx.parallel.errors import ExecutorError
 
 __all__ = ["FakeCublasLt"]
 
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "fp8": ml_dtypes.float8_e4m3fn}
+DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8,
+    "int32": np.int32,
+}  # fmt: skip
 ALGORITHM = Algorithm((1, 2, 3, 4, 5, 6, 7, 8), 0)
 
 
 class FakeCublasLt:
-    """Products of fp8 blocks alone.
+    """Products of fp8 blocks, and sums of codes without scales.
 
     Attributes:
         has_blocks: whether there are algorithms for them; others have one that cannot run.
+        scales_rows: whether there are algorithms for scales of rows, which cannot run either; on Hopper alone.
         problems: what was computed.
     """
 
-    version = 1
+    version = 13_00_00
 
-    def __init__(self, has_blocks: bool = True) -> None:
-        self.has_blocks = has_blocks
+    def __init__(self, has_blocks: bool = True, scales_rows: bool = True) -> None:
+        self.has_blocks, self.scales_rows = has_blocks, scales_rows
         self.problems: list[GemmProblem] = []
 
     def algorithms(self, problem: GemmProblem, count: int) -> list[Algorithm]:
+        if problem.has_scales and not problem.has_blocks and not self.scales_rows:
+            raise ExecutorError(f"cuBLASLt: no scales of rows for {problem.key}")
         if problem.has_blocks and not (self.has_blocks and problem.num_tokens % 4 == problem.out_features % 4 == 0):
             raise ExecutorError(f"cuBLASLt: not supported for {problem.key}")
         return [ALGORITHM]
@@ -48,9 +54,16 @@ class FakeCublasLt:
         self, problem: GemmProblem, algorithm: Algorithm, x: int, weight: int, out: int, bias: int, stream: int,
         scales: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
-        assert problem.has_blocks
+        assert problem.has_blocks or problem.has_sums
         assert not problem.has_bias
         t, o, k = problem.num_tokens, problem.out_features, problem.in_features
+        self.problems.append(problem)
+        if problem.has_sums:
+            left, right = (
+                array_at(one, (rows, k), problem.dtype).astype(np.float64) for one, rows in ((x, t), (weight, o))
+            )
+            array_at(out, (t, o), problem.out_dtype)[...] = left @ right.T
+            return
         length = -(-k // 128)
         x_scale = self.x_scale(scales[0], t, length)
         weight_scale = array_at(scales[1], (-(-o // 128), -(-length // 4) * 4), "float32")[:, :length]
@@ -59,7 +72,6 @@ class FakeCublasLt:
         right = codes[1] * np.repeat(np.repeat(weight_scale, 128, 0)[:o], 128, 1)[:, :k]
         with np.errstate(all="ignore"):  # padding rows of a step hold anything
             array_at(out, (t, o), problem.out_dtype)[...] = left @ right.T
-        self.problems.append(problem)
 
     def x_scale(self, address: int, num_tokens: int, groups: int) -> Any:
         """``[T, L]``."""

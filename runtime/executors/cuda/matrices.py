@@ -107,7 +107,7 @@ class CudaMatrices:
         matrix = self.matrix(name)
         if isinstance(matrix, PackedWeight):
             return unpacked_bytes(self._largest_packed, itemsize)
-        return SUM_BYTES if isinstance(matrix, QuantizedRows) and matrix.kind == "int8" else None
+        return SUM_BYTES if isinstance(matrix, QuantizedRows) else None
 
 
 def _code_rule(chosen: RowCodes, components: Mapping[str, DeviceArray]) -> CodeRule:
