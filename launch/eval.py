@@ -7,8 +7,8 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -87,7 +87,7 @@ def build_parser() -> CommandParser:
         "--text", type=path_or_stream, required=True, metavar="FILE", help="UTF-8 text; - is standard input"
     )
     parser.add_argument("--context", type=int, metavar="TOKENS",
-                        help="length of a window (default: the longest that the model allows)")  # fmt: skip
+                        help="length of a window (default: the longest that the model allows, and its reference)")  # fmt: skip
     parser.add_argument("--stride", type=int, metavar="TOKENS",
                         help="how far each window moves on (default: context - 1; less gives tokens more context, slower)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -127,17 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reference_args is not None:
         agree(world, lambda: _read_reference(reference_args, world.size))
     text = read_text(world, "--text", args.text)
+    longest = None
     if reference_args is not None:
-        agree(world, lambda: _check_vocabularies(args, text))
+        longest = int(agree(world, lambda: _check_pair(args, text)))
 
     reference, divergence = None, None
     with ExitStack() as files:
         keeping = None if reference_args is None else files
-        model = _run(args, world, text, keeping)
+        model = _run(args, world, text, keeping, longest)
         if reference_args is not None:
             for name, value in model.windows.items():
                 setattr(reference_args, name, value)
-            reference = _run(reference_args, world, text, keeping)
+            with _named(reference_args.model):
+                reference = _run(reference_args, world, text, keeping)
             divergence = _divergence(reference, model, world)
     if world.rank == 0:
         show = _to_json if args.json else _to_text
@@ -174,7 +176,11 @@ def _reference_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
     given = {
         "quantize": args.against_quantize,
         "kv_cache_dtype": args.against_kv_cache_dtype,
-        **{name: value for name in ("dtype", "engine", "tp", "pp") if (value := getattr(args, f"against_{name}"))},
+        **{
+            name: value
+            for name in ("dtype", "engine", "tp", "pp")
+            if (value := getattr(args, f"against_{name}")) is not None
+        },
     }
     if args.against is None:
         return None
@@ -189,12 +195,14 @@ def _read_reference(args: argparse.Namespace, world_size: int) -> bytes:
 
     Raises:
         CheckpointError: it is not there.
-        ConfigError: its layout does not fit the ranks or its layers, or its types each other.
+        ConfigError: its layout does not fit the ranks or its layers, its types each other, or its engine this machine.
     """
     from phalanx.checkpoints.config_files import read_config
     from phalanx.checkpoints.files import ModelDirectory
+    from phalanx.kernels.device import visible_gpus
     from phalanx.launch.arguments import engine_config
     from phalanx.parallel.errors import ConfigError
+    from phalanx.runtime.executors.registry import choose_engine
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.user_file import model_from_file
 
@@ -202,6 +210,8 @@ def _read_reference(args: argparse.Namespace, world_size: int) -> bytes:
     model = find_model(config, model_from_file(args.model_file))
     try:
         model.stages(model.read_config(config), engine_config(args, world_size).layout.pp)
+        if choose_engine(args.engine) != "numpy":
+            visible_gpus()
     except ConfigError as error:
         raise ConfigError(
             f"--against {args.model} (with the model's flags, but for those that begin with --against-): {error}"
@@ -209,11 +219,23 @@ def _read_reference(args: argparse.Namespace, world_size: int) -> bytes:
     return b""
 
 
-def _check_vocabularies(args: argparse.Namespace, text: str) -> bytes:
-    """Find out before a model runs whether the two can be compared.
+@contextmanager
+def _named(against: Path) -> Iterator[None]:
+    """Mistakes that are found with the reference say so: it has flags and a directory of the model's kind."""
+    from phalanx.parallel.errors import CheckpointError, ConfigError, RequestError
+
+    try:
+        yield
+    except (ConfigError, CheckpointError, RequestError) as error:
+        raise type(error)(f"--against {against}: {error}") from error
+
+
+def _check_pair(args: argparse.Namespace, text: str) -> bytes:
+    """Find out before a model runs whether the two can be compared; the longest sequence of the reference, as digits.
 
     Raises:
-        ConfigError: they have vocabularies of two sizes, or one that is to be quantised while it is loaded is quantised already.
+        ConfigError: they have vocabularies of two sizes, one that is to be quantised while it is loaded is quantised already, or the
+            reference cannot hold a window.
         RequestError: they cut the text into different tokens, or it cannot be scored.
     """
     from phalanx.checkpoints.config_files import demo_path, read_config
@@ -221,20 +243,23 @@ def _check_vocabularies(args: argparse.Namespace, text: str) -> bytes:
     from phalanx.checkpoints.formats import read_formats
     from phalanx.launch.scoring import encode
     from phalanx.parallel.errors import ConfigError, RequestError
+    from phalanx.runtime.executors.sizes import longest_requested
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.user_file import model_from_file
     from phalanx.runtime.quantisation import check_quantize
     from phalanx.runtime.text import Tokenizer
 
-    own, sizes, tokens = model_from_file(args.model_file), [], []
+    own, sizes, tokens, longest = model_from_file(args.model_file), [], [], 0
     sides = ((args.model or demo_path(), args.quantize, ""), (args.against, args.against_quantize, "against-"))
     for path, quantize, prefix in sides:
-        directory = ModelDirectory.at(path)
-        config = read_config(directory)
-        model = find_model(config, own)
-        sizes.append((declared := model.read_config(config)).vocab_size)
-        check_quantize(model, declared, read_formats(config), quantize, f"--{prefix}quantize")
-        tokens.append(encode(Tokenizer.from_directory(directory.path), text)[0])
+        with _named(args.against) if prefix else nullcontext():
+            directory = ModelDirectory.at(path)
+            config = read_config(directory)
+            model = find_model(config, own)
+            sizes.append((declared := model.read_config(config)).vocab_size)
+            check_quantize(model, declared, read_formats(config), quantize, f"--{prefix}quantize")
+            tokens.append(encode(Tokenizer.from_directory(directory.path), text)[0])
+            longest = longest_requested(declared, args.max_model_len)
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"--against {args.against} has a vocabulary of {sizes[1]} tokens, but the model one of {sizes[0]}; give the checkpoint "
@@ -244,16 +269,29 @@ def _check_vocabularies(args: argparse.Namespace, text: str) -> bytes:
         raise RequestError(
             f"--against {args.against} cuts the text into other tokens; give a model with the same tokenizer"
         )
-    return b""
+    if args.context is not None and args.context > longest:
+        raise ConfigError(
+            f"--context={args.context} is beyond the {longest} tokens that --against {args.against} takes; use at most {longest}"
+        )
+    return str(longest).encode()
 
 
-def _run(args: argparse.Namespace, world: Communicator, text: str, keeping: ExitStack | None) -> _Run:
-    """Load one model and score the text; ``keeping``: for as long its logits are kept. *Collective.*"""
+def _run(
+    args: argparse.Namespace, world: Communicator, text: str, keeping: ExitStack | None, longest: int | None = None
+) -> _Run:
+    """Load one model and score the text. *Collective.*
+
+    Args:
+        keeping: for as long its logits are kept.
+        longest: what windows that no flag gives must not exceed, because the reference takes no more; None = no bound.
+    """
     from phalanx.launch.kept_logits import keeping_logits
     from phalanx.launch.scoring import check_windows, encode, windows_over
 
     with start_llm(args, world) as llm:
-        context = llm.max_model_len if args.context is None else args.context
+        context = args.context
+        if context is None:
+            context = llm.max_model_len if longest is None else min(llm.max_model_len, longest)
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()
         token_ids, num_bytes = encode(llm.tokenizer, text)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from phalanx.kernels.device import gpu_is_available
 from phalanx.launch.divergence import Divergence, PartialSums, compare
 from phalanx.launch.kept_logits import KeptLogits
 from phalanx.launch.scoring import Window, scored_tokens, windows_over
@@ -113,6 +114,13 @@ def test_layouts_of_one_model_do_not_diverge(demo: Path, held_out: Path) -> None
             ("--dtype", "float32", "--against-dtype", "bfloat16", "--against-kv-cache-dtype", "float16"),
             "is neither fp8 nor",
         ),
+        (("--against-tp", 0), "--tensor-parallel-size=0 is below 1"),
+        (("--against-pp", 0), "--pipeline-parallel-size=0 is below 1"),
+        pytest.param(
+            ("--against-engine", "cuda"),
+            "no GPU can be used",
+            marks=pytest.mark.skipif(gpu_is_available(), reason="a GPU is here"),
+        ),
     ],
     ids=str,
 )
@@ -148,6 +156,41 @@ def test_mistakes_get_one_line(demo: Path, held_out: Path, tmp_path: Path) -> No
     finished = run_eval("--text", held_out / EXCERPT, "--against", tmp_path / "other")
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
     assert "has a vocabulary of 6200 tokens, but the model one of 6144" in finished.stderr
+
+
+def test_windows_are_those_that_both_take(demo: Path, held_out: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo, tmp_path / "short")
+    config = json.loads((demo / "config.json").read_text("utf-8"))
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
+    arguments = ("--text", held_out / EXCERPT, "--against", tmp_path / "short")
+    finished = run_eval(*arguments, "--json")
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert (report["context"], report["stride"]) == (100, 99)
+    assert report["against"]["kl"] == pytest.approx(0, abs=1e-9)
+    finished = run_eval(*arguments, "--context", 101)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert f"--context=101 is beyond the 100 tokens that --against {tmp_path / 'short'} takes" in finished.stderr
+
+
+def test_mistakes_of_the_reference_are_named_as_such(demo: Path, held_out: Path, tmp_path: Path) -> None:
+    """Found before the model runs, and while the reference does: its final norm makes no finite number."""
+
+    def not_finite(tensors: dict[str, Array]) -> None:
+        tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+
+    write_short_demo(tmp_path / "short", 1)
+    write_short_demo(tmp_path / "other", 1, not_finite)
+    arguments = ("--text", held_out / EXCERPT, "--model", tmp_path / "short", "--against", tmp_path / "other")
+    finished = run_eval(*arguments)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith(f"phalanx: --against {tmp_path / 'other'}: tokens 0 to")
+    assert "not finite" in last
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    finished = run_eval(*arguments)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert f"--against {tmp_path / 'other'}: the checkpoint has no tokenizer.json" in finished.stderr
 
 
 TOKENS = [0, 17, 5000, 8, 431, 99, 2, 77, 1023, 5, 640, 3000, 12]
