@@ -117,5 +117,6 @@ def _blocks(section: Section) -> tuple[str, ...]:
     for key in ("block_name_to_quantize", "to_quant_block_names"):
         value = section.get(key)
         if value is not None:
-            return listed_names({key: value.split(",") if isinstance(value, str) else value}, key)
+            names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+            return listed_names({key: names}, key)
     return ()

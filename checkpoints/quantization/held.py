@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INPUT_COMPONENTS",
-    "QUANTIZE_NAMES",
     "ExpertCodes",
     "HeldValues",
     "PackedCodes",
@@ -45,7 +44,6 @@ CODE_ALIGNMENT = 16
 
 QuantizeName = Literal["none", "fp8", "int8"]
 """What ``--quantize`` takes: the kind of codes."""
-QUANTIZE_NAMES: tuple[QuantizeName, ...] = ("none", "fp8", "int8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class CudaOps(Ops[DeviceArray]):
         return out, total
 
     def column_linear(self, x: DeviceArray, name: str) -> DeviceArray:
-        """Adds the bias in the product's epilogue. Products of codes, or of few tokens, wait for their consumer."""
+        """Adds the bias in the product's epilogue. Products of codes, or of at most `MAX_GATED_TOKENS` tokens, wait for their consumer."""
         bias, weight = self._weights.linear(name).bias, self._matrices.matrix(name)
         if bias is not None or (len(x) > MAX_GATED_TOKENS and not isinstance(weight, QuantizedRows)):
             return self._product(x, name, bias)
