@@ -6,7 +6,7 @@ Each matrix of these methods is judged on rows that it has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from phalanx.runtime.calibration.layers import LayerRuns
 from phalanx.runtime.config import ModelConfig
 from phalanx.runtime.executors.weights import Weights
 from phalanx.runtime.models import Model
+from phalanx.runtime.models.shapes import use_of
 
 __all__ = ["CACHE_HEADROOM", "CalibratedMethod", "MethodName", "OutputError", "check_method"]
 
@@ -121,6 +122,10 @@ class CalibratedMethod:
         self._chosen = chosen
         self._specs = [model.weights(config, range(n, n + 1), False, False) for n in range(config.num_layers)]
         self._stored = stored
+        if name != "rtn" or scheme.has_static_inputs:
+            experts = use_of(model, config).experts
+            self._check_seen(spec.owner for specs in self._specs for spec in specs
+                             if self._is_chosen(spec) and spec.owner.rpartition(".")[0] in experts)  # fmt: skip
         self._folds = self._find_folds(model, config)
         self._layer_of = {
             stored[part.source]: number for number, specs in enumerate(self._specs) for spec in specs for part in spec.parts
@@ -133,6 +138,13 @@ class CalibratedMethod:
         self.output_errors: dict[str, OutputError] = {}
         self.input_ranges: dict[str, float] = {}
         self.cache_scales: dict[str, float] = {}
+
+    def _check_seen(self, without_inputs: Iterable[str]) -> None:
+        for owner in without_inputs:
+            raise ConfigError(
+                f"--method={self._name} --scheme={self._scheme.name} has no inputs of {owner}, whose products are not seen one by "
+                "one (experts); use --method rtn and a scheme without static inputs"
+            )
 
     def _find_folds(self, model: Model, config: ModelConfig) -> Mapping[str, Fold]:
         """The norms that the method can divide: those that feed chosen matrices alone."""
@@ -191,11 +203,7 @@ class CalibratedMethod:
         specs = {spec.owner: spec for spec in self._specs[number] if self._is_chosen(spec)}
         if self._name == "rtn" and not self._scheme.has_static_inputs:
             return
-        for owner in specs.keys() - inputs.keys():
-            raise ConfigError(
-                f"--method={self._name} --scheme={self._scheme.name} has no inputs of {owner}, whose products are not seen one by "
-                "one (experts); use --method rtn and a scheme without static inputs"
-            )
+        self._check_seen(owner for owner in specs if owner not in inputs)
         for owner, spec in specs.items():
             for part in spec.parts:
                 self.input_ranges[self._stored[part.source]] = float(inputs[owner].range.max())

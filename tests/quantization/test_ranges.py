@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from phalanx.checkpoints.quantization.row_codes import RowCodes
 from phalanx.launch.quantize import main
 from phalanx.parallel.errors import ConfigError
+from phalanx.runtime.calibration.layers import LayerRuns
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import SamplingParams
 from tests.support.calibrating_llama import CalibratingLlama
@@ -189,6 +190,20 @@ def test_experts_get_cache_scales_but_no_static_inputs(tmp_path: Path) -> None:
     assert main([*arguments, "--output", str(tmp_path / "fp8"), "--scheme", "fp8", "--kv-cache", "fp8"]) == 0
     assert "model.layers.0.self_attn.k_scale" in tensors_of(tmp_path / "fp8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "chosen", [("fp8-static", "rtn"), ("int8", "smoothquant"), ("w8a16", "awq"), ("w8a16", "gptq")], ids=str
+)
+def test_experts_without_inputs_are_refused_before_the_text_is_run(
+    tmp_path: Path, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of a real mixture takes minutes. The first layer of this one has no experts."""
+    model = write_checkpoint(CASES_BY_NAME["qwen2_moe-renormalised-every-second"], tmp_path / "experts")
+    monkeypatch.delattr(LayerRuns, "run")
+    arguments = ["--model", str(model), "--calibration", str(write_words(model)), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match=r"has no inputs of layers\.1\.experts\.gate_up"):
+        main([*arguments, "--scheme", chosen[0], "--method", chosen[1]])
 
 
 @pytest.mark.parametrize("arguments", [("fp8", "rtn"), ("fp8-static", "smoothquant"), ("w4a16", "gptq", "--group-size", "32")], ids=str)  # fmt: skip
