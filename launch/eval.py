@@ -205,11 +205,14 @@ def _read_reference(args: argparse.Namespace, world_size: int) -> bytes:
     from phalanx.runtime.executors.registry import choose_engine
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.user_file import model_from_file
+    from phalanx.runtime.quantisation import check_cache_dtype
 
     config = read_config(ModelDirectory.at(args.model))
     model = find_model(config, model_from_file(args.model_file))
     try:
-        model.stages(model.read_config(config), engine_config(args, world_size).layout.pp)
+        options, declared = engine_config(args, world_size), model.read_config(config)
+        model.stages(declared, options.layout.pp)
+        check_cache_dtype(options, declared.compute_dtype(options.dtype))
         if choose_engine(args.engine) != "numpy":
             visible_gpus()
     except ConfigError as error:

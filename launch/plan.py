@@ -147,7 +147,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.shapes import use_of
     from phalanx.runtime.models.user_file import model_from_file
-    from phalanx.runtime.quantisation import check_quantize, has_fp8_cache, quantisation_in_words
+    from phalanx.runtime.quantisation import check_cache_dtype, check_quantize, has_fp8_cache, quantisation_in_words
     from phalanx.runtime.step_records import StepRecord, record_path
     from phalanx.runtime.step_work import stage_work
 
@@ -157,6 +157,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     options = _options(args, config)
     assert options.max_model_len is not None
     dtype = config.compute_dtype(options.dtype)
+    check_cache_dtype(options, dtype)
     stored = read_formats(raw)
     check_quantize(model, config, stored, options.quantize)
     use = use_of(model, config)

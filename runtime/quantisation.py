@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from phalanx.runtime.models import Model
 
 __all__ = [
+    "check_cache_dtype",
     "check_quantize",
     "has_fp8_cache",
     "in_one_line",
@@ -63,6 +64,19 @@ def check_quantize(
         ConfigError: naming its format.
     """
     check_not_quantized(map(stored.choose, _matrices(model, config)), quantize, flag)
+
+
+def check_cache_dtype(options: EngineConfig, dtype: str) -> None:
+    """Refuse a cache of values in another type than ``dtype``, which the model computes in.
+
+    Raises:
+        ConfigError: with both types.
+    """
+    from phalanx.parallel.errors import ConfigError
+
+    wanted = options.kv_cache_dtype
+    if wanted not in ("auto", "fp8", dtype):
+        raise ConfigError(f"--kv-cache-dtype={wanted} is neither fp8 nor the compute type {dtype}; use one of these")
 
 
 def has_fp8_cache(stored: FormatPlan, options: EngineConfig) -> bool:

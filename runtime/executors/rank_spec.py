@@ -25,7 +25,7 @@ from phalanx.runtime.executors.quantised_loading import formats_while_loading
 from phalanx.runtime.executors.weights import Array, CollectingSink, Weights, load_stage, stage_weights
 from phalanx.runtime.models import Model
 from phalanx.runtime.models.shapes import use_of
-from phalanx.runtime.quantisation import has_fp8_cache
+from phalanx.runtime.quantisation import check_cache_dtype, has_fp8_cache
 
 __all__ = ["RankSpec"]
 
@@ -92,11 +92,7 @@ class RankSpec:
         Raises:
             ConfigError: the cache's type is neither fp8 nor the compute type.
         """
-        wanted = self.options.kv_cache_dtype
-        if wanted not in ("auto", "fp8", self.dtype):
-            raise ConfigError(
-                f"--kv-cache-dtype={wanted} is neither fp8 nor the compute type {self.dtype}; use one of these"
-            )
+        check_cache_dtype(self.options, self.dtype)
         return has_fp8_cache(self.checkpoint.formats, self.options)
 
     @property

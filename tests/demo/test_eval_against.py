@@ -114,6 +114,7 @@ def test_layouts_of_one_model_do_not_diverge(demo: Path, held_out: Path) -> None
             ("--dtype", "float32", "--against-dtype", "bfloat16", "--against-kv-cache-dtype", "float16"),
             "is neither fp8 nor",
         ),
+        (("--against-kv-cache-dtype", "float16"), "is neither fp8 nor the compute type bfloat16"),
         (("--against-tp", 0), "--tensor-parallel-size=0 is below 1"),
         (("--against-pp", 0), "--pipeline-parallel-size=0 is below 1"),
         pytest.param(

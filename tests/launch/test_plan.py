@@ -139,6 +139,10 @@ def test_replicas_serve_as_many_again(llama_3_8b: Path, capsys: pytest.CaptureFi
         (["--max-model-len", "9000"], "8192 positions"),
         (["--gpu-memory-gib", "0"], "not above 0"),
         (["--max-num-seqs", "0"], "max-num-seqs=0"),
+        (
+            ["--kv-cache-dtype", "float16"],
+            "--kv-cache-dtype=float16 is neither fp8 nor the compute type bfloat16; use one of these",
+        ),
     ],
 )
 def test_impossible_plans_are_refused(arguments: list[str], expected: str, llama_3_8b: Path) -> None:
