@@ -77,16 +77,11 @@ def test_engines_of_codes_are_not_stripped(declared: SimpleNamespace) -> None:
         check_stripped(declared.of("ct-int8"))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "way_out"),
-    [
-        ("float16", "use --kv-cache-dtype float16, or --engine cuda"),
-        ("float32", "use --dtype float16 --kv-cache-dtype float16, or"),
-    ],
-)
-def test_an_fp8_cache_is_refused_where_the_cache_is_a_layer(dtype: str, way_out: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_fp8_cache_is_refused_where_the_cache_is_a_layer(dtype: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"the cache layer of tensorrt 11\.4.* takes 16- and 32-bit types only; {way_out}"
+        ConfigError,
+        match=rf"the cache layer of tensorrt 11\.4.* takes 16- and 32-bit types only; use --kv-cache-dtype {dtype}, or --engine cuda",
     ):
         check_cache(LIBRARY, True, dtype)
     check_cache(LIBRARY, False, dtype)

@@ -70,10 +70,9 @@ def check_cache(library: TensorRT, is_fp8: bool, dtype: str) -> None:
     """
     if not is_fp8 or library.has_fp8_cache:
         return
-    plain = f"--kv-cache-dtype {dtype}" if dtype != "float32" else "--dtype float16 --kv-cache-dtype float16"
     raise ConfigError(
         f"keys and values are to be held as fp8 (--kv-cache-dtype, or the checkpoint's scales), but the cache layer of {library.name} takes "
-        f"16- and 32-bit types only; use {plain}, or --engine cuda"
+        f"16- and 32-bit types only; use --kv-cache-dtype {dtype}, or --engine cuda"
     )
 
 
