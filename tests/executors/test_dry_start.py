@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from phalanx.kernels.compiler import compile_cubin
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launch.plan import main as plan
@@ -91,7 +93,7 @@ def test_the_start_block_says_how_blocks_are_multiplied(
     assert facts["quantisation"].startswith("weights: fp8 blocks in groups of 128, activations likewise")
 
 
-@pytest.mark.parametrize(
+ARCHITECTURES = pytest.mark.parametrize(
     ("architecture", "num_multiprocessors", "most_shared_bytes"),
     [
         ("sm_80", 108, 166_912),
@@ -101,26 +103,57 @@ def test_the_start_block_says_how_blocks_are_multiplied(
         ("sm_120", 188, 101_376),
     ],
 )
-@pytest.mark.parametrize(
+FORMATS = pytest.mark.parametrize(
     ("name", "quantize"),
-    [("llama-3-8b", "none"), ("llama-3-8b", "fp8"), ("llama-3-8b", "int8"), ("llama-3-8b-w4a16", "none"), ("qwen3-8b-blocks", "none"), ("mixtral-8x7b", "int8")],
+    [
+        ("llama-3-8b", "none"),
+        ("llama-3-8b", "fp8"),
+        ("llama-3-8b", "int8"),
+        ("llama-3-8b-w4a16", "none"),
+        ("qwen3-8b-blocks", "none"),
+        ("mixtral-8x7b", "int8"),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("llama-3-8b", "fp8"), ("llama-3-8b", "int8"), ("llama-3-8b-w4a16", "none"), ("qwen3-8b-blocks", "none")]
 )  # fmt: skip
-def test_formats_start_on_every_kind_of_gpu(
-    name: str, quantize: Any, architecture: str, num_multiprocessors: int, most_shared_bytes: int,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_formats_start_on_ada(name: str, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With products that cuBLASLt has there, within the shared memory of a block, and with all that a capture needs known before."""
-    device = install_dry_device(monkeypatch, multiplies_blocks=architecture == "sm_90a")  # what a start finds out
+    started_on("sm_89", 142, 101_376, name, quantize, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@ARCHITECTURES
+@FORMATS
+def test_formats_start_on_every_kind_of_gpu_and_their_kernels_compile(
+    name: str, quantize: Any, architecture: str, num_multiprocessors: int, most_shared_bytes: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Each kernel as it is asked for there; the assembler refuses what does not fit a block."""
+    device = started_on(architecture, num_multiprocessors, most_shared_bytes, name, quantize, tmp_path, monkeypatch)
+    for spec, _ in device.kernels:
+        compile_cubin(spec, architecture, request.config.cache.mkdir("kernels-of-starts"))
+
+
+def started_on(
+    architecture: str, num_multiprocessors: int, most_shared_bytes: int, name: str, quantize: Any, directory: Path,
+    patch: pytest.MonkeyPatch,
+) -> DryDevice:  # fmt: skip
+    """Where such a model has been started, or refused by name."""
+    device = install_dry_device(patch, multiplies_blocks=architecture == "sm_90a")  # what a start finds out
     device.architecture, device.num_multiprocessors = architecture, num_multiprocessors
     device.has_clusters, device.most_shared_bytes = architecture in ("sm_90a", "sm_100a", "sm_120"), most_shared_bytes
-    path = written(tmp_path, name)
     sizes = {**SIZES, "max_num_seqs": 64}
+    llm = partial(LLM, written(directory, name), engine="cuda", load_format="dummy", quantize=quantize, **sizes)
     if architecture == "sm_80" and quantize == "fp8":
         with pytest.raises(ConfigError, match=r"products need compute capability 8\.9"):
-            LLM(path, engine="cuda", load_format="dummy", quantize=quantize, **sizes)
-        return
-    with LLM(path, engine="cuda", load_format="dummy", quantize=quantize, **sizes):
+            llm()
+    else:
+        llm().close()
         assert device.num_captured > 64
+    return device
 
 
 def test_what_a_device_refuses_is_an_error() -> None:
