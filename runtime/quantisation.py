@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from phalanx.checkpoints.quantization.held import check_not_quantized, held_formats
+from phalanx.checkpoints.quantization.held import check_not_quantized, held_formats, quantized_while_loading
 
 if TYPE_CHECKING:
     from phalanx.checkpoints.formats import FormatPlan
@@ -41,18 +41,18 @@ def quantisation_by_part(
 ) -> dict[str, str]:
     """Words for ``weights``, with the activations that they meet, and ``cache``.
 
+    Routers, embeddings and the head are usually plain; of the other matrices (q, k and v count as one) those that are, too, are counted.
+
     Args:
         stored: formats of the checkpoint, which `options` may have quantised while it is loaded.
     """
     held = held_formats(stored, options.quantize)
-    schemes = sorted(
-        {
-            scheme
-            for spec in _matrices(model, config)
-            if (scheme := held.choose(spec).scheme or stored.choose(spec).scheme)
-        }
-    )
-    return {"weights": " and ".join(schemes) or "not quantised", "cache": _cache(stored, options)}
+    found = [(held.choose(spec).scheme or stored.choose(spec).scheme, spec) for spec in _matrices(model, config)]
+    words = " and ".join(sorted({scheme for scheme, _ in found if scheme})) or "not quantised"
+    split = [scheme for scheme, spec in found if quantized_while_loading(spec)]
+    if any(split) and not all(split):
+        words += f" ({split.count('')} of {len(split)} matrices of layers stay as they are)"
+    return {"weights": words, "cache": _cache(stored, options)}
 
 
 def check_quantize(

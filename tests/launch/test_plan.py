@@ -150,6 +150,23 @@ def test_impossible_plans_are_refused(arguments: list[str], expected: str, llama
         main(["--model", str(llama_3_8b), *arguments])
 
 
+ENDS_PLAIN = {
+    "quant_method": "compressed-tensors", "ignore": ["lm_head", r"re:model\.layers\.(0|31)\.(mlp|self_attn\.o_proj)"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"], "format": "float-quantized",
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        },
+        "group_1": {
+            "targets": ["re:.*down_proj"], "format": "pack-quantized",
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+        },
+    },
+}  # fmt: skip
+"""The feed-forward parts of the first and the last layer, gate with up and down, and their output projections."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "section", "words"),
     [
@@ -160,8 +177,9 @@ def test_impossible_plans_are_refused(arguments: list[str], expected: str, llama
          "weights: fp8 by tensor, activations by tensor, static; cache: fp8 with the checkpoint's scales"),
         (("--kv-cache-dtype", "bfloat16"), {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
          "weights: int4 in groups of 128; cache: not quantised"),
+        ((), ENDS_PLAIN, "weights: fp8 by row, activations by token and int8 by rows (6 of 128 matrices of layers stay as they are); cache: not quantised"),
     ],
-    ids=["plain", "while loading", "static", "groups"],
+    ids=["plain", "while loading", "static", "groups", "two schemes and exceptions"],
 )  # fmt: skip
 def test_it_says_how_weights_activations_and_cache_are_quantised(
     arguments: tuple[str, ...], section: dict[str, Any] | None, words: str, llama_3_8b: Path,
