@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phalanx.checkpoints.quantization.held import check_not_quantized, held_formats, quantized_while_loading
@@ -23,6 +23,7 @@ __all__ = [
     "quantisation_by_part",
     "quantisation_in_words",
     "saturation_in_words",
+    "schemes_in_words",
 ]
 
 
@@ -41,18 +42,25 @@ def quantisation_by_part(
 ) -> dict[str, str]:
     """Words for ``weights``, with the activations that they meet, and ``cache``.
 
-    Routers, embeddings and the head are usually plain; of the other matrices (q, k and v count as one) those that are, too, are counted.
-
     Args:
         stored: formats of the checkpoint, which `options` may have quantised while it is loaded.
     """
     held = held_formats(stored, options.quantize)
     found = [(held.choose(spec).scheme or stored.choose(spec).scheme, spec) for spec in _matrices(model, config)]
+    return {"weights": schemes_in_words(found), "cache": _cache(stored, options)}
+
+
+def schemes_in_words(found: Sequence[tuple[str, WeightSpec]]) -> str:
+    """The schemes of a model's weights, each once, and how many matrices of layers have none.
+
+    Args:
+        found: the scheme of each weight and its declaration; "" = it stays as it is, which routers, embeddings and the head usually do.
+    """
     words = " and ".join(sorted({scheme for scheme, _ in found if scheme})) or "not quantised"
     split = [scheme for scheme, spec in found if quantized_while_loading(spec)]
     if any(split) and not all(split):
         words += f" ({split.count('')} of {len(split)} matrices of layers stay as they are)"
-    return {"weights": words, "cache": _cache(stored, options)}
+    return words
 
 
 def check_quantize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
-from phalanx.checkpoints.formats import FormattedWeight, format_weights
+from phalanx.checkpoints.formats import DENSE, FormattedWeight, format_weights
 from phalanx.parallel.errors import ConfigError
 from phalanx.parallel.topology import Layout
 from phalanx.runtime.executors.tensorrt.engine_directory import EngineDirectory, EngineIdentity
@@ -106,3 +107,6 @@ def test_the_scheme_of_engines_is_said(declared: SimpleNamespace, tmp_path: Path
     with open_checkpoint(tmp_path / "gptq-4-order") as checkpoint:
         lines = notes(weights, checkpoint.formats, "float16")
     assert lines == ["weights: int4 in groups of 16 with activation order"]
+    partly = [replace(one, format=DENSE) if one.spec.owner == "layers.0.down" else one for one in weights]
+    (line,) = notes(partly, checkpoint.formats, "float16")
+    assert line.endswith(f"order (1 of {4 * CONFIG.num_layers} matrices of layers stay as they are)")

@@ -16,6 +16,7 @@ from phalanx.runtime.executors.quantised_loading import formats_while_loading
 from phalanx.runtime.executors.tensorrt.library import TensorRT
 from phalanx.runtime.executors.tensorrt.ops import CAPABILITIES
 from phalanx.runtime.models import Model
+from phalanx.runtime.quantisation import schemes_in_words
 
 __all__ = ["check_cache", "check_formats", "check_stripped", "network_weights", "notes", "quantised_formats"]
 
@@ -96,8 +97,8 @@ def quantised_formats(weights: Iterable[FormattedWeight]) -> tuple[str, ...]:
 
 def notes(weights: Sequence[FormattedWeight], formats: FormatPlan, dtype: str) -> list[str]:
     """What an operator should know of engines of a quantised checkpoint, a sentence each."""
-    schemes = sorted({weight.format.scheme for weight in weights if weight.format != DENSE})
-    lines = [f"weights: {' and '.join(schemes)}"] if schemes else []
+    found = [(weight.format.scheme, weight.spec) for weight in weights]
+    lines = [f"weights: {schemes_in_words(found)}"] if any(scheme for scheme, _ in found) else []
     if formats.has_kv_scales:
         lines.append(f"the checkpoint's cache scales are not used: start with --kv-cache-dtype {dtype}")
     return lines
