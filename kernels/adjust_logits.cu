@@ -75,7 +75,7 @@ __device__ __forceinline__ float penalised(float value, unsigned int count, cons
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 adjust_logits(const scalar* __restrict__ logits, const Sampling* records, const int* positions,
               const TokenBias* __restrict__ biases, const int* __restrict__ block_tables,
-              const int* __restrict__ cached_tokens, const int* __restrict__ row_masks, const int* __restrict__ mask_words,
+              const int* __restrict__ cached_tokens, const int* row_masks, const int* __restrict__ mask_words,
               float* out, int part_size, int vocab_start, int vocab_size, int max_biases,
               int max_blocks_per_seq, int block_size) {
     let_next_start();

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.kernels.compiler import compile_cubin
+from phalanx.kernels.compiler import compile_cubin, load_source
 from phalanx.kernels.cublaslt import GemmProblem
 from phalanx.kernels.packed import PackedWeight
 from phalanx.launch.plan import main as plan
@@ -22,6 +22,7 @@ from phalanx.runtime.executors.cuda.executor import CudaExecutor
 from phalanx.runtime.executors.cuda.graphs import DECODE_ROWS
 from phalanx.runtime.llm import LLM
 from tests.support.dry_device import DryDevice, install_dry_device
+from tests.support.sass import assert_weights_alone_are_read_early
 
 MODELS = Path(__file__).parents[1] / "gpu" / "models"
 SIZES: dict[str, Any] = {
@@ -131,10 +132,11 @@ def test_formats_start_on_every_kind_of_gpu_and_their_kernels_compile(
     name: str, quantize: Any, architecture: str, num_multiprocessors: int, most_shared_bytes: int,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    """Each kernel as it is asked for there; the assembler refuses what does not fit a block."""
+    """Each kernel as it is asked for there: the assembler refuses what does not fit a block, and compilers move loads ahead of waits."""
     device = started_on(architecture, num_multiprocessors, most_shared_bytes, name, quantize, tmp_path, monkeypatch)
     for spec, _ in device.kernels:
-        compile_cubin(spec, architecture, request.config.cache.mkdir("kernels-of-starts"))
+        cubin = compile_cubin(spec, architecture, request.config.cache.mkdir("kernels-of-starts"))
+        assert_weights_alone_are_read_early(cubin, load_source(spec.source), architecture)
 
 
 def started_on(

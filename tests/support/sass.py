@@ -12,12 +12,12 @@ from pathlib import Path
 
 from phalanx.kernels.compiler import KernelSource
 
-PARAMETER_BASE = {"sm_90a": 0x210, "sm_100a": 0x380}
+PARAMETER_BASE = {"sm_90a": 0x210, "sm_100a": 0x380, "sm_120": 0x380}
 """Where the constant bank of a launch holds its parameters."""
 WEIGHTS = {
-    "gemv": frozenset({"weight"}),
-    "gemv8": frozenset({"weight", "weight_scale"}),
-    "gemv_packed": frozenset({"codes", "scale", "zero"}),
+    "gemv": frozenset({"weight", "bias"}),
+    "gemv8": frozenset({"weight", "weight_scale", "bias"}),
+    "gemv_packed": frozenset({"codes", "scale", "zero", "bias"}),
 }
 """By source the parameters that no kernel writes, which may be read before the wait."""
 WAIT = "ACQBULK"
