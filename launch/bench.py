@@ -186,6 +186,7 @@ def _report(
     args: argparse.Namespace, replica: Replica, runs: list[Measurement], idle_fraction: float | None
 ) -> dict[str, Any]:
     from phalanx.runtime.executors.registry import choose_engine
+    from phalanx.runtime.quantisation import quantisation_in_words
 
     seconds = sum(run.seconds for run in runs)
     output_tokens = sum(run.output_tokens for run in runs)
@@ -198,6 +199,9 @@ def _report(
         "dtype": replica.config.compute_dtype(args.dtype),
         "quantize": replica.options.quantize,
         "kv_cache_dtype": replica.options.kv_cache_dtype,
+        "quantisation": quantisation_in_words(
+            replica.family, replica.config, replica.checkpoint.formats, replica.options
+        ),
         "tp": layout.tp,
         "pp": layout.pp,
         "dp": layout.dp,

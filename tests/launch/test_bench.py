@@ -19,6 +19,7 @@ import pytest
 from phalanx.launch.load.client import arrival_times
 from phalanx.launch.load.messages import Load
 from tests.server.servers import Server, start
+from tests.support.short_demo import DEMO
 
 from .commands import messages, needs_mpirun, run
 
@@ -74,6 +75,25 @@ def test_measured_fields(mode: str, ranks: int, tmp_path: Path) -> None:
     words = shlex.join([mode, *LOAD, "--json", str(file)])
     assert report["command"] == f"mpirun -n {max(1, ranks)} python -m launch.bench {words}"
     checked_latencies(report, "time_to_first_token_ms", "time_per_output_token_ms")
+
+
+def test_a_report_says_how_the_checkpoint_is_quantised(tmp_path: Path) -> None:
+    """Its flags say nothing of it: they are the defaults."""
+    config = json.loads((DEMO / "config.json").read_text("utf-8"))
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "kv_cache_scheme": cache}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {**section, "ignore": ["lm_head"]}})
+    )
+    result = run(
+        "bench", "latency", *LOAD, "--model", tmp_path, "--load-format", "dummy", "--json", tmp_path / "report.json"
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["quantize"], report["kv_cache_dtype"]) == ("none", "auto")
+    assert report["quantisation"] == "weights: int4 in groups of 16; cache: fp8 with the checkpoint's scales"
 
 
 @pytest.mark.parametrize("mode", ["throughput", "latency"])
