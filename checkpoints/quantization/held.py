@@ -200,17 +200,17 @@ def packed_until_values(chosen: GroupCodes | RowCodes) -> PackedCodes:
     return PackedCodes(replace(chosen, input="plain", prescale="") if isinstance(chosen, RowCodes) else chosen)
 
 
-def _held_by_products(chosen: Format, meets_codes: bool) -> Format:
+def _held_by_products(chosen: Format, takes_codes: bool) -> Format:
     """In which format a GPU holds a matrix that is stored as ``chosen``.
 
-    Groups in any order become plain values. Codes are packed where inputs are plain or codes of groups, and where ``meets_codes`` says that
-    no product of codes takes the matrix; else they are as they are stored.
+    Groups in any order become plain values. Codes are packed where inputs are plain or codes of groups, and where ``takes_codes`` says that
+    no product of codes takes the matrix; else they stay as they are stored.
     """
     if is_ordered(chosen):
         return DENSE
     if isinstance(chosen, GroupCodes) and not chosen.stored.group_index:  # kernels take groups of consecutive columns
         return PackedCodes(chosen)
-    if isinstance(chosen, RowCodes) and (chosen.input == "plain" or not meets_codes):
+    if isinstance(chosen, RowCodes) and (chosen.input == "plain" or not takes_codes):
         return PackedCodes(chosen)
     return chosen
 
