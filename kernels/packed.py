@@ -106,13 +106,14 @@ def unpack_weight(library: Library, weight: PackedWeight, out: Array) -> None:
     require("out", out, weight.shape, out)
     rows, columns = weight.shape
     lanes = weight.codes.shape[1] // _LANE_BYTES
+    width = min(vector_width(out, columns), _PIECE)
     defines = packed_defines(weight.kind, weight.group, weight.zero is not None)
-    more: Defines = {
-        "SCALAR": scalar_name(out),
-        "VEC": min(vector_width(out, columns), _PIECE),
-        "NUM_THREADS": _NUM_THREADS,
-    }
-    kernel = library.function("pack_weight", "unpack_weight", 0, **(defines | more))
+    defines |= {"SCALAR": scalar_name(out), "NUM_THREADS": _NUM_THREADS}
+    if out.dtype.itemsize == 2 and width == _PIECE and weight.group % SMALLEST_GROUP == 0:
+        more: Defines = {"BFLOAT16": int(defines["SCALAR"] == "__nv_bfloat16"), "KV_FP8": 0}
+        kernel = library.function("unpack_weight", "unpack_weight", 0, **(defines | more))
+    else:
+        kernel = library.function("pack_weight", "unpack_weight", 0, VEC=width, **defines)
     arguments = (weight.codes, weight.scale, weight.zero, out, np.int32(columns), np.int32(lanes))
     kernel((rows, ceil_div(lanes, _NUM_THREADS)), (_NUM_THREADS,), arguments)
 

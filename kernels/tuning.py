@@ -17,13 +17,16 @@ from typing import Any, TypeAlias
 from phalanx.kernels.cublaslt import Algorithm, GemmProblem
 from phalanx.kernels.gemm8_tiles import TileShape
 from phalanx.kernels.gemv import GemvShape
+from phalanx.kernels.packed_tiles import PackedTiles
 
 __all__ = ["GemmChoice", "GemmTimings", "Kernel", "timings_path"]
 
-Kernel: TypeAlias = Algorithm | GemvShape | TileShape
+Kernel: TypeAlias = Algorithm | GemvShape | TileShape | PackedTiles
 """One of cuBLASLt's algorithms, or how one of our own kernels cuts the work."""
 
-_OWN_KERNELS: Mapping[str, type[GemvShape] | type[TileShape]] = {"gemv": GemvShape, "tiles": TileShape}
+_OWN_KERNELS: Mapping[str, type[GemvShape | TileShape | PackedTiles]] = {
+    "gemv": GemvShape, "tiles": TileShape, "packed_tiles": PackedTiles,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class GemmChoice:
         return cls(kernel, float(entry["microseconds"]), float(entry["first_microseconds"]))
 
 
-_GENERATION = 2
+_GENERATION = 3
 """Of the kernels among which the tuner chooses: what was chosen among older ones was not compared with these."""
 
 

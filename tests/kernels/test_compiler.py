@@ -31,6 +31,10 @@ SPECS = [
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 0, "QUANTIZED": 1, "STATIC_SCALE": 0, "GROUPS": 0}),
     ("norm", ROW | {"LAYER_NORM": 1, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 1, "QUANTIZED": 0, "STATIC_SCALE": 0, "GROUPS": 0}),
     ("norm", ROW | {"LAYER_NORM": 0, "HAS_RESIDUAL": 1, "HAS_WEIGHT": 1, "HAS_BIAS": 0, **GROUPS}),
+    *(
+        ("unpack_weight", {"CODES": codes, "GROUP": 128, "HAS_ZERO": zero, "NUM_THREADS": 128, "BFLOAT16": 0, "KV_FP8": 0})
+        for codes, zero in ((1, 0), (4, 1), (8, 1))
+    ),
     ("pack_weight", {"CODES": 4, "GROUP": 128, "HAS_ZERO": 1, "VEC": 8, "NUM_THREADS": 128}),
     ("unpack_ordered", {"HAS_ZERO": 1, "NUM_THREADS": 256}),
     *(

@@ -19,7 +19,7 @@ SMALL = GemmChoice(GemvShape(8, 2, 4), 5.5, 6.0)
 
 def test_choices_come_back_from_the_file_as_they_were(tmp_path):
     path = timings_path(tmp_path, "NVIDIA H200 (x)", 130100)
-    assert path.name == "nvidia-h200-x-cublaslt130100-kernels2.json"
+    assert path.name == "nvidia-h200-x-cublaslt130100-kernels3.json"
     GemmTimings(path).add({problem(1): SMALL, problem(64): LARGE})
     again = GemmTimings(path)
     assert again.find(problem(1)) == SMALL
