@@ -68,8 +68,8 @@ class AttentionShape:
 
         if self.has_fp8_pages and (self.head_dim % 16 or self.dtype == "float32"):
             raise ConfigError(
-                f"--kv-cache-dtype fp8 needs head_dim in multiples of 16 and 16-bit activations; this model has head_dim="
-                f"{self.head_dim} and computes in {self.dtype}; use --kv-cache-dtype auto"
+                f"an fp8 cache (--kv-cache-dtype, or the checkpoint's scales) needs head_dim in multiples of 16 and 16-bit activations; "
+                f"this model has head_dim={self.head_dim} and computes in {self.dtype}; use --kv-cache-dtype {self.dtype}"
             )
 
     @property

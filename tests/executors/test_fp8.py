@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.checkpoints.quantization.scheme import KV_CACHE_SCHEME
 from phalanx.parallel.communicator import Communicator
-from phalanx.parallel.errors import ConfigError
+from phalanx.parallel.errors import CheckpointError, ConfigError
 from phalanx.parallel.thread_comm import run_ranks
 from phalanx.runtime.executors.cuda.deferred import Deferred
+from phalanx.runtime.executors.rank_spec import RankSpec
 from phalanx.runtime.llm import LLM
 from phalanx.runtime.request import RequestOutput, SamplingParams
 from tests.support.checkpoints import CASES_BY_NAME, CheckpointCase, write_checkpoint
@@ -142,5 +144,26 @@ def test_a_cache_of_another_float_type_is_refused(directory: Path, device: None,
 
 
 def test_fp8_caches_need_16_bit_activations(directory: Path, device: None) -> None:
-    with pytest.raises(ConfigError, match="needs head_dim in multiples of 16 and 16-bit activations"):
+    """Whether a flag asks for them or the checkpoint, for which the flag's default stands."""
+    with pytest.raises(
+        ConfigError, match=r"needs head_dim in multiples of 16 and 16-bit activations.*; use --kv-cache-dtype float32"
+    ):
         generate(directory, "cuda", kv_cache_dtype="fp8", dtype="float32")
+
+
+@pytest.mark.parametrize("engine", ["cuda", "numpy"])
+def test_caches_that_cannot_be_are_refused_before_weights_are_read(
+    directory: Path, tmp_path: Path, device: None, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(RankSpec, "load")
+    test_a_cache_of_another_float_type_is_refused(directory, device, engine)
+    if engine == "cuda":
+        test_fp8_caches_need_16_bit_activations(directory, device)
+    section = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": dict(KV_CACHE_SCHEME)}
+    promising = replace(CASE, config={**CASE.config, "quantization_config": section})
+    with pytest.raises(CheckpointError, match=r"promises an fp8 key/value cache, but .*self_attn has no key scale"):
+        generate(write_checkpoint(promising, tmp_path / "promising"), engine, dtype="float16")
+    section = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}
+    quantised = replace(CASE, config={**CASE.config, "quantization_config": section})
+    with pytest.raises(ConfigError, match="--quantize=int8: the checkpoint holds int4 in groups of 8 weights already"):
+        generate(write_checkpoint(quantised, tmp_path / "quantised"), engine, quantize="int8")

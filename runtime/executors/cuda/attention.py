@@ -52,6 +52,19 @@ class CacheLayout:
         """What pages hold; codes are bytes."""
         return np.dtype(np.uint8) if self.has_fp8_pages else device_dtype(self.dtype)
 
+    def shape(self, spec: AttentionSpec, layer: int) -> AttentionShape:
+        """What kernels compute for a layer whose attention is ``spec``.
+
+        Raises:
+            ConfigError: none of them does.
+        """
+        heads = self.heads[layer]
+        return AttentionShape(
+            heads.num_heads, heads.num_kv_heads, heads.head_dim, self.block_size, self.dtype,
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, causal=spec.causal,
+            has_prefix=bool(spec.prefix_end), has_fp8_pages=self.has_fp8_pages,
+        )  # fmt: skip
+
     def allocate(self, num_blocks: int) -> dict[int, tuple[DeviceArray, DeviceArray]]:
         """Zeroed pages of every layer: ``{layer: (keys, values)}``. Zeros, because 0 * NaN would not be 0."""
         import cupy
@@ -149,15 +162,10 @@ class CudaAttention:
         import cupy
 
         heads = self._layout.heads[layer]
-        shape = AttentionShape(
-            heads.num_heads, heads.num_kv_heads, heads.head_dim, self._layout.block_size, self._layout.dtype,
-            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, causal=spec.causal,
-            has_prefix=bool(spec.prefix_end), has_fp8_pages=self._layout.has_fp8_pages,
-        )  # fmt: skip
         slopes = None
         if spec.alibi_slopes is not None:
             slopes = cupy.asarray(np.array(spec.alibi_slopes[heads.heads.start : heads.heads.stop], np.float32))
-        kind = PagedAttention(self._library, shape, self._limits, slopes)
+        kind = PagedAttention(self._library, self._layout.shape(spec, layer), self._limits, slopes)
         kind.bind(cupy.zeros(max(kind.workspace_bytes, 1), np.uint8))
         self._kinds[spec] = kind
         return kind

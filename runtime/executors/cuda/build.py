@@ -81,6 +81,7 @@ def create_lowered_executor(
         ConfigError, CheckpointError: as `create_cuda_executor`.
     """
     limits = _step_limits(spec)
+    _check_attention(spec)
     device, stream = select_device()
     import cupy  # not before: without it `select_device` says what to install
 
@@ -201,6 +202,13 @@ def _cache_layout(spec: RankSpec) -> CacheLayout:
         spec.attention, spec.options.block_size, spec.dtype, spec.tp_rank, spec.tp_size,
         has_fp8_pages=spec.kv_scales is not None,
     )  # fmt: skip
+
+
+def _check_attention(spec: RankSpec) -> None:
+    """Refuse caches and attention that no kernel computes, before there are weights."""
+    layout = _cache_layout(spec)
+    for layer, attention in spec.attention.items():
+        layout.shape(attention, layer)
 
 
 def _load(spec: RankSpec, library: KernelLibrary) -> Weights[DeviceArray]:

@@ -40,10 +40,10 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     """
     config, options, topology = spec.config, spec.options, spec.topology
     CAPABILITIES.check(spec.model, config, spec.dtype)
+    formats, kv_scales = spec.quantized, spec.kv_scales
     share = available_host_bytes() // launch_info().local_size
     refuse_what_cannot_fit(spec, ALL_DENSE, 4, share, "this host")  # whatever the format, the products are of float32
     weights = spec.load(NumpySink(rounding=_ROUNDING[options.dtype]))
-    formats = spec.quantized
     weights = weights.converted(lambda weight: _operand(quantised(weight, formats)))
     num_blocks = options.num_kv_blocks or _num_blocks(spec)
     num_blocks = int(spec.comm.all_gather(np.array([num_blocks])).min())
@@ -51,7 +51,7 @@ def create_numpy_executor(spec: RankSpec) -> tuple[NumpyExecutor, int]:
     limits = StepLimits(
         options.max_num_seqs, options.max_num_batched_tokens, max_len, options.block_size, spec.config.vocab_size
     )
-    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks, spec.kv_scales), max_len
+    return NumpyExecutor(spec.model, config, weights, topology, spec.comm, limits, num_blocks, kv_scales), max_len
 
 
 def _operand(weight: Weight[Array]) -> Weight[Array]:
