@@ -8,10 +8,10 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from phalanx.launch.arguments import (
     CommandParser,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from phalanx.launch.divergence import Divergence
     from phalanx.launch.kept_logits import KeptLogits
     from phalanx.parallel.communicator import Communicator
+    from phalanx.runtime.config import QuantizeName
     from phalanx.runtime.executors.scored_logits import LogitsReader
     from phalanx.runtime.llm import LLM
 
@@ -127,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reference_args is not None:
         agree(world, lambda: _read_reference(reference_args, world.size))
     text = read_text(world, "--text", args.text)
-    longest = None
-    if reference_args is not None:
-        longest = int(agree(world, lambda: _check_pair(args, text)))
+    longest = int(agree(world, lambda: _check_text(args, text)))
 
     reference, divergence = None, None
     with ExitStack() as files:
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, value in model.windows.items():
                 setattr(reference_args, name, value)
             with _named(reference_args.model):
-                reference = _run(reference_args, world, text, keeping)
+                reference = _run(reference_args, world, text, keeping, longest)
             divergence = _divergence(reference, model, world)
     if world.rank == 0:
         show = _to_json if args.json else _to_text
@@ -233,60 +232,82 @@ def _named(against: Path) -> Iterator[None]:
         raise type(error)(f"--against {against}: {error}") from error
 
 
-def _check_pair(args: argparse.Namespace, text: str) -> bytes:
-    """Find out before a model runs whether the two can be compared; the longest sequence of the reference, as digits.
+class _Side(NamedTuple):
+    """What ``config.json`` and the tokenizer tell of a model and the text."""
+
+    vocab_size: int
+    longest: int
+    token_ids: list[int]
+
+
+def _check_text(args: argparse.Namespace, text: str) -> bytes:
+    """Find out before a model is loaded whether it can score the text, and be compared; the longest sequence of both, as digits.
 
     Raises:
-        ConfigError: they have vocabularies of two sizes, one that is to be quantised while it is loaded is quantised already, or the
+        ConfigError: vocabularies of two sizes, one that is to be quantised while it is loaded is quantised already, or the
             reference cannot hold a window.
-        RequestError: they cut the text into different tokens, or it cannot be scored.
+        RequestError: the two cut the text into different tokens, it cannot be scored, or windows do not fit the model.
     """
-    from phalanx.checkpoints.config_files import demo_path, read_config
+    from phalanx.checkpoints.config_files import demo_path
+    from phalanx.launch.scoring import check_windows
+
+    model = _read_side(args, args.model or demo_path(), args.quantize, "--quantize", text)
+    longest = model.longest
+    if args.against is not None:
+        with _named(args.against):
+            reference = _read_side(args, args.against, args.against_quantize, "--against-quantize", text)
+        _check_pair(args, model, reference)
+        longest = min(longest, reference.longest)
+    context = longest if args.context is None else args.context
+    check_windows(context, context - 1 if args.stride is None else args.stride, longest)
+    return str(longest).encode()
+
+
+def _read_side(args: argparse.Namespace, path: Path, quantize: QuantizeName, flag: str, text: str) -> _Side:
+    from phalanx.checkpoints.config_files import read_config
     from phalanx.checkpoints.files import ModelDirectory
     from phalanx.checkpoints.formats import read_formats
     from phalanx.launch.scoring import encode
-    from phalanx.parallel.errors import ConfigError, RequestError
     from phalanx.runtime.executors.sizes import longest_requested
     from phalanx.runtime.models.registry import find_model
     from phalanx.runtime.models.user_file import model_from_file
     from phalanx.runtime.quantisation import check_quantize
     from phalanx.runtime.text import Tokenizer
 
-    own, sizes, tokens, longest = model_from_file(args.model_file), [], [], 0
-    sides = ((args.model or demo_path(), args.quantize, ""), (args.against, args.against_quantize, "against-"))
-    for path, quantize, prefix in sides:
-        with _named(args.against) if prefix else nullcontext():
-            directory = ModelDirectory.at(path)
-            config = read_config(directory)
-            model = find_model(config, own)
-            sizes.append((declared := model.read_config(config)).vocab_size)
-            check_quantize(model, declared, read_formats(config), quantize, f"--{prefix}quantize")
-            tokens.append(encode(Tokenizer.from_directory(directory.path), text)[0])
-            longest = longest_requested(declared, args.max_model_len)
-    if sizes[0] != sizes[1]:
+    directory = ModelDirectory.at(path)
+    config = read_config(directory)
+    model = find_model(config, model_from_file(args.model_file))
+    declared = model.read_config(config)
+    check_quantize(model, declared, read_formats(config), quantize, flag)
+    token_ids, _ = encode(Tokenizer.from_directory(directory.path), text)
+    return _Side(declared.vocab_size, longest_requested(declared, args.max_model_len), token_ids)
+
+
+def _check_pair(args: argparse.Namespace, model: _Side, reference: _Side) -> None:
+    from phalanx.parallel.errors import ConfigError, RequestError
+
+    if model.vocab_size != reference.vocab_size:
         raise ConfigError(
-            f"--against {args.against} has a vocabulary of {sizes[1]} tokens, but the model one of {sizes[0]}; give the checkpoint "
-            "that the model was made from"
+            f"--against {args.against} has a vocabulary of {reference.vocab_size} tokens, but the model one of {model.vocab_size}; give the "
+            "checkpoint that the model was made from"
         )
-    if tokens[0] != tokens[1]:
+    if model.token_ids != reference.token_ids:
         raise RequestError(
             f"--against {args.against} cuts the text into other tokens; give a model with the same tokenizer"
         )
-    if args.context is not None and args.context > longest:
+    if args.context is not None and reference.longest < args.context <= model.longest:
         raise ConfigError(
-            f"--context={args.context} is beyond the {longest} tokens that --against {args.against} takes; use at most {longest}"
+            f"--context={args.context} is beyond the {reference.longest} tokens that --against {args.against} takes; use at most "
+            f"{reference.longest}"
         )
-    return str(longest).encode()
 
 
-def _run(
-    args: argparse.Namespace, world: Communicator, text: str, keeping: ExitStack | None, longest: int | None = None
-) -> _Run:
+def _run(args: argparse.Namespace, world: Communicator, text: str, keeping: ExitStack | None, longest: int) -> _Run:
     """Load one model and score the text. *Collective.*
 
     Args:
         keeping: for as long its logits are kept.
-        longest: what windows that no flag gives must not exceed, because the reference takes no more; None = no bound.
+        longest: what windows that no flag gives must not exceed, because the reference takes no more.
     """
     from phalanx.launch.kept_logits import keeping_logits
     from phalanx.launch.scoring import check_windows, encode, windows_over
@@ -294,7 +315,7 @@ def _run(
     with start_llm(args, world) as llm:
         context = args.context
         if context is None:
-            context = llm.max_model_len if longest is None else min(llm.max_model_len, longest)
+            context = min(llm.max_model_len, longest)
         stride = context - 1 if args.stride is None else args.stride
         started = time.perf_counter()
         token_ids, num_bytes = encode(llm.tokenizer, text)

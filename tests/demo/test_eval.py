@@ -176,3 +176,25 @@ def test_one_core_generates_thirty_tokens_a_second() -> None:
     output, seconds = processor_seconds([*command, "--max-tokens", "300", "--ignore-eos", "--json"])
     assert len(json.loads(output)["token_ids"]) == 300
     assert 300 / seconds >= 30, "the start counted in"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("", (), "the text has fewer than two tokens"),
+        ("some text", ("--stride", 0), "--stride=0 is outside 1 to"),
+        ("some text", ("--context", 1), "--context=1 is outside 2 to"),
+        ("some text", ("--context", 1 << 20), "--context=1048576 is outside 2 to"),
+        ("some text", ("--context", 8, "--stride", 8), "--stride=8 is outside 1 to 7"),
+    ],
+)
+def test_what_cannot_be_scored_is_found_before_weights_are_read(
+    demo: Path, tmp_path: Path, text: str, flags: tuple[object, ...], said: str
+) -> None:
+    """There are none to read."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(demo / name, tmp_path)
+    (tmp_path / "text").write_text(text)
+    finished = run_eval("--text", tmp_path / "text", "--model", tmp_path, *flags)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert said in finished.stderr
