@@ -59,7 +59,7 @@ def schemes_in_words(found: Sequence[tuple[str, WeightSpec]]) -> str:
     words = " and ".join(sorted({scheme for scheme, _ in found if scheme})) or "not quantised"
     split = [scheme for scheme, spec in found if quantized_while_loading(spec)]
     if any(split) and not all(split):
-        words += f" ({split.count('')} of {len(split)} matrices of layers stay as they are)"
+        words += f" (all but {split.count('')} of {len(split)} matrices of layers)"
     return words
 
 

@@ -58,7 +58,12 @@ class RowCodes:
 
     @property
     def scheme(self) -> str:
-        inputs = {"tokens": ", activations by token", "static": ", activations by tensor, static", "plain": ""}
+        ceiling = "" if self.input_ceiling == math.inf else f" up to {self.input_ceiling:g}"
+        inputs = {
+            "tokens": f", activations by token{ceiling}",
+            "static": ", activations by tensor, static",
+            "plain": "",
+        }
         scaled = ", inputs scaled by column" if self.prescale else ""
         return f"{self.kind} by {self.scale_of}{inputs[self.input]}{scaled}"
 

@@ -175,11 +175,13 @@ ENDS_PLAIN = {
          "weights: fp8 by row, activations by token; cache: fp8 with a scale of 1"),
         ((), {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
          "weights: fp8 by tensor, activations by tensor, static; cache: fp8 with the checkpoint's scales"),
+        ((), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 900.0},
+         "weights: fp8 by row, activations by token up to 900; cache: not quantised"),
         (("--kv-cache-dtype", "bfloat16"), {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
          "weights: int4 in groups of 128; cache: not quantised"),
-        ((), ENDS_PLAIN, "weights: fp8 by row, activations by token and int8 by rows (6 of 128 matrices of layers stay as they are); cache: not quantised"),
+        ((), ENDS_PLAIN, "weights: fp8 by row, activations by token and int8 by rows (all but 6 of 128 matrices of layers); cache: not quantised"),
     ],
-    ids=["plain", "while loading", "static", "groups", "two schemes and exceptions"],
+    ids=["plain", "while loading", "static", "bounded", "groups", "two schemes and exceptions"],
 )  # fmt: skip
 def test_it_says_how_weights_activations_and_cache_are_quantised(
     arguments: tuple[str, ...], section: dict[str, Any] | None, words: str, llama_3_8b: Path,

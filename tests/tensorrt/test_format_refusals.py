@@ -109,4 +109,4 @@ def test_the_scheme_of_engines_is_said(declared: SimpleNamespace, tmp_path: Path
     assert lines == ["weights: int4 in groups of 16 with activation order"]
     partly = [replace(one, format=DENSE) if one.spec.owner == "layers.0.down" else one for one in weights]
     (line,) = notes(partly, checkpoint.formats, "float16")
-    assert line.endswith(f"order (1 of {4 * CONFIG.num_layers} matrices of layers stay as they are)")
+    assert line.endswith(f"order (all but 1 of {4 * CONFIG.num_layers} matrices of layers)")
