@@ -51,6 +51,7 @@ MAX_GATED_TOKENS = MAX_PACKED_TOKENS
 """Up to here a kernel may compute a product of values and the gated activation after it in one; products of codes have no such limit."""
 
 _MOST_GUESSED_TOKENS = 8
+_MOST_TILED_TOKENS = 1024
 _SCALES_ROWS, _FIRST_TO_SCALE_ROWS = "sm_90a", 12_09_00
 """Where, and since which version, cuBLASLt multiplies fp8 sums by scales of rows itself (OUTER_VEC_32F)."""
 
@@ -182,8 +183,11 @@ class Gemm:
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
-        """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
+        """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom, but for tiles of packed codes."""
         choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
+        if choice is None and problem.packed:
+            above = self.timings.find_above(problem, _MOST_TILED_TOKENS)
+            choice = above if above is not None and isinstance(above.kernel, PackedTiles) else None
         if choice is None or isinstance(choice.kernel, GemvShape):
             return choice
         if isinstance(choice.kernel, TileShape):

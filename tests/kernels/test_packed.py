@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from phalanx.checkpoints.quantization import held
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.kernels.activation import gated_activation
+from phalanx.kernels.cublaslt import Algorithm, GemmProblem
+from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.gemv import CODES_SHAPE, GemvShape, fits_block, fitted
 from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.packed import (
@@ -25,9 +28,12 @@ from phalanx.kernels.packed import (
 )
 from phalanx.kernels.packed_tiles import PackedTiles, gemm_packed_tiles, token_tiles
 from phalanx.kernels.product_sizes import BLOCK, CODE_ALIGNMENT, packed_row_bytes
+from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.parallel.errors import ExecutorError
+from tests.support.fake_cublaslt import ALGORITHM, FakeCublasLt
 
 from .devices import DTYPES, KernelDevice
+from .test_gemm8_tiles import HopperLibrary
 from .tolerance import assert_close
 
 BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -167,6 +173,20 @@ def test_tiles_of_tokens_equal_float64(
     # The result is rounded, and each value of a group before: a random walk of half units (see tests/gpu/test_quantized_products.py).
     limit = 1.02 * unit * np.abs(expected) + 5 * unit * np.sqrt(wide**2 @ (case.values**2).T)
     assert np.all(np.abs(device.get(out).astype(np.float64) - expected) <= limit)
+
+
+def test_untimed_products_take_the_tiles_of_more_tokens() -> None:
+    """Steps have more sizes than the tuner times; where unpacking was faster, cuBLASLt's guess for this size is."""
+    timings = GemmTimings(None)
+    gemm = Gemm(HopperLibrary(), FakeCublasLt(), timings)  # type: ignore[arg-type]
+    wide, narrow = (GemmProblem(512, rows, 4096, "bfloat16", "bfloat16", False, "int4/128") for rows in (28672, 4096))
+    tiles, unpacked = GemmChoice(PackedTiles(128), 2.0, 3.0), GemmChoice(Algorithm((9,), 0), 1.0, 1.0)
+    timings.add({wide: tiles, narrow: unpacked, replace(wide, num_tokens=64): tiles})
+    assert gemm.choice(replace(wide, num_tokens=320)) == tiles
+    assert gemm.choice(replace(narrow, num_tokens=320)).kernel == ALGORITHM
+    assert gemm.choice(replace(wide, num_tokens=40)) == tiles
+    assert isinstance(gemm.choice(replace(wide, num_tokens=12)).kernel, GemvShape)
+    assert gemm.choice(replace(wide, num_tokens=600)).kernel == ALGORITHM
 
 
 def test_what_packed_tiles_do_not_take_is_refused(device: KernelDevice, random_normal: Any) -> None:
