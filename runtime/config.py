@@ -36,6 +36,7 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizeName = Literal["none", "fp8", "int8"]
 KvCacheDType = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 EngineName = Literal["auto", "numpy", "cuda", "tensorrt"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +202,13 @@ class EngineConfig:
         trace: record a timeline of the last steps (cuda; they then run without graphs).
 
     Raises:
-        ConfigError: the engine is unknown, or a size is below its minimum.
+        ConfigError: a name is not one of those that its field takes, or a size is below its minimum.
     """
 
     layout: Layout = Layout()
     engine: EngineName = "auto"
     dtype: DTypeName = "auto"
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -226,12 +227,9 @@ class EngineConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine not in get_args(EngineName):
-            raise ConfigError(f"engine={self.engine!r} is unknown; use one of {', '.join(get_args(EngineName))}")
-        if self.scheduling_policy not in get_args(SchedulingPolicy):
-            raise ConfigError(
-                f"--scheduling-policy={self.scheduling_policy} is unknown; use one of {', '.join(get_args(SchedulingPolicy))}"
-            )
+        for name, names in _CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(names):
+                raise ConfigError(f"{_flag(name)}={value} is unknown; use one of {', '.join(get_args(names))}")
         minimums = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_queued_requests": 0}
         for name, minimum in minimums.items():
             if getattr(self, name) < minimum:
@@ -253,6 +251,13 @@ class EngineConfig:
             raise ConfigError(
                 f"--gpu-memory-utilization={self.gpu_memory_utilization} is outside (0, 1]; 0.90 is the default"
             )
+
+
+_CHOICES = {
+    "engine": EngineName, "dtype": DTypeName, "load_format": LoadFormat, "quantize": QuantizeName, "kv_cache_dtype": KvCacheDType,
+    "scheduling_policy": SchedulingPolicy,
+}  # fmt: skip
+"""Fields that take names. The command line checks its flags, and `LLM` hands on what a script gives."""
 
 
 def _flag(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -39,8 +39,24 @@ def test_an_engine_is_not_ready_if_one_of_its_own_checks_fails() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "names"),
+    [
+        ("quantize", None, "none, fp8, int8"),
+        ("quantize", "FP8", "none, fp8, int8"),
+        ("kv_cache_dtype", None, "auto, float32, bfloat16, float16, fp8"),
+        ("load_format", "safetensors", "auto, dummy"),
+        ("dtype", "half", "auto, float32, bfloat16, float16"),
+    ],
+)
+def test_names_that_a_field_does_not_take_are_refused(field: str, value: Any, names: str) -> None:
+    """Scripts pass them to `LLM`: any other name of codes was taken for int8."""
+    with pytest.raises(ConfigError, match=f"--{field.replace('_', '-')}={value} is unknown; use one of {names}"):
+        EngineConfig(**{field: value})
+
+
 def test_an_unknown_engine_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"engine='cude' is unknown; use one of auto, numpy, cuda, tensorrt"):
+    with pytest.raises(ConfigError, match=r"--engine=cude is unknown; use one of auto, numpy, cuda, tensorrt"):
         EngineConfig(**with_default_sizes({"engine": "cude"}))
 
 
