@@ -37,6 +37,8 @@ from phalanx.runtime.text import Tokenizer
 __all__ = ["LLM", "Progress", "Prompt"]
 
 _LOG = logging.getLogger("phalanx.llm")
+_PATHS = ("model_file", "engine_dir")
+"""Options that may be given as text, as the model may."""
 
 
 class LLM:
@@ -76,7 +78,8 @@ class LLM:
             self._watch = RankWatch(world, progress, Limits())
             atexit.register(self._leave)
         layout = resolve_layout(world.size, tensor_parallel_size, pipeline_parallel_size, data_parallel_size)
-        config = EngineConfig(layout=layout, **with_default_sizes({"max_queued_requests": 1 << 30, **options}))
+        paths = {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
+        config = EngineConfig(layout=layout, **with_default_sizes({"max_queued_requests": 1 << 30, **options, **paths}))
         with progress.reporting(on_phase):
             self._replica = build_replica(None if model is None else Path(model), config, world, progress)
         self.tokenizer = Tokenizer.from_directory(self._replica.directory)

@@ -310,6 +310,10 @@ def test_installed_packages_offer_families_that_are_not_built_in(offer: Offer) -
         find_model(ARCEE.config)
 
 
+def test_a_file_may_be_given_as_text(directory: Path) -> None:
+    assert generate(directory, 1, 1, engine="numpy", model_file=str(FILE)).token_ids == load_reference(ARCEE).greedy
+
+
 def test_an_installed_packages_family_runs_on_two_by_two_ranks_and_in_a_split(
     offer: Offer, directory: Path, tmp_path: Path
 ) -> None:
