@@ -40,9 +40,16 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "I32": np.dtype(np.int32),
         "U32": np.dtype(np.uint32),
         "I64": np.dtype(np.int64),
+        "BOOL": np.dtype(np.bool_),
+        "I16": np.dtype(np.int16),
+        "U16": np.dtype(np.uint16),
+        "U64": np.dtype(np.uint64),
+        "F64": np.dtype(np.float64),
+        "C64": np.dtype(np.complex64),
     }
 )
-"""Formats that can be read: `FLOAT_DTYPES`, and the codes, scales and indices of quantised weights."""
+"""Formats that can be read: `FLOAT_DTYPES`, the codes, scales and indices of quantised weights, and what other tensors next to them hold
+(masks of attention)."""
 
 _CONFIG_DTYPES: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phalanx.checkpoints.checkpoint import open_checkpoint
 from phalanx.checkpoints.quantization.writer import relative_error
@@ -127,6 +127,19 @@ def test_matrices_that_stay_plain_are_listed_for_other_readers(
     dense = write_checkpoint(replace(case, config={**case.config, **changes}), tmp_path / "dense")
     main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w8a16"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == expected
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int16, np.float64])
+def test_masks_next_to_the_weights_are_copied_in_any_format(tmp_path: Path, dtype: Any) -> None:
+    """Pythia's files hold ``attention.bias``, a triangle of bytes or booleans, which no engine reads."""
+    dense = write_checkpoint(CASES_BY_NAME["gpt_neox-parallel"], tmp_path / "dense")
+    mask = np.tril(np.ones((1, 1, 6, 6))).astype(dtype)
+    tensors = {**load_file(dense / "model.safetensors"), "gpt_neox.layers.0.attention.bias": mask}
+    save_file(tensors, dense / "model.safetensors")
+    assert main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "int8"]) == 0
+    copied = load_file(tmp_path / "out" / "model.safetensors")["gpt_neox.layers.0.attention.bias"]
+    assert copied.dtype == mask.dtype
+    np.testing.assert_array_equal(copied, mask)
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(dense: Path, tmp_path: Path) -> None:
