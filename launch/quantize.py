@@ -213,12 +213,15 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
         raise ConfigError(f"{name} holds matrices that stay as they are, too; use --quantize fp8 when serving")
     tables = {stored[part.source] for spec in specs if spec.owner in ("embed", "positions") for part in spec.parts}
     source = checkpoint.source
-    others = [
-        name.removesuffix(".weight")
-        for name in source.names()
+    others = {
+        name for name in source.names()
         if name.endswith(".weight") and name not in chosen and name not in tables and len(source.info(name).shape) > 1
-    ]
-    return stored, chosen, _as_rules(others, model.ignored_tensors)
+    }  # fmt: skip
+    usual = {
+        declared for declared, name in stored.items() if name in others
+    }  # classes': a base model's file leaves their beginning out
+    modules = [name.removesuffix(".weight") for name in sorted(others | usual)]
+    return stored, chosen, _as_rules(modules, model.ignored_tensors)
 
 
 def _as_rules(modules: Sequence[str], unread: Sequence[str]) -> list[str]:

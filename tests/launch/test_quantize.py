@@ -129,6 +129,19 @@ def test_matrices_that_stay_plain_are_listed_for_other_readers(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == expected
 
 
+@pytest.mark.parametrize(("case", "modules"), [(MIXTRAL, ROUTERS), (NARROW_OPT, PROJECTIONS)], ids=["mixtral", "opt"])
+def test_plain_matrices_of_a_base_models_file_are_listed_by_the_names_of_classes_too(
+    case: CheckpointCase, modules: list[str], tmp_path: Path
+) -> None:
+    """Rules are about modules, which are below ``model`` whether or not the names in the file begin so."""
+    dense = write_checkpoint(replace(case, config={**case.config, "tie_word_embeddings": True}), tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, dense / "model.safetensors")
+    main(["--model", str(dense), "--output", str(tmp_path / "out"), "--scheme", "w8a16"])
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == sorted(["lm_head", *modules, *(name.removeprefix("model.") for name in modules)])
+
+
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int16, np.float64])
 def test_masks_next_to_the_weights_are_copied_in_any_format(tmp_path: Path, dtype: Any) -> None:
     """Pythia's files hold ``attention.bias``, a triangle of bytes or booleans, which no engine reads."""
