@@ -16,9 +16,9 @@ import numpy as np
 
 from phalanx.kernels.activation_names import ActivationName
 from phalanx.kernels.arrays import Array, Defines, ceil_div, num_threads_for, require, scalar_name, vector_width
+from phalanx.kernels.attention_tiling import shared_bytes_per_multiprocessor
 from phalanx.kernels.library import Library
 from phalanx.kernels.packed import SMALLEST_GROUP, PackedWeight, check_packed, packed_defines
-from phalanx.kernels.packed_tiles import TILE_WORDS, launch_tiles
 from phalanx.kernels.product_sizes import codes_per_chunk
 from phalanx.parallel.errors import ExecutorError
 
@@ -33,11 +33,15 @@ MAX_CHOICES = 32
 """Experts that a token takes: a warp has a lane for each."""
 
 _STREAMED_ROWS = 16
+_TILE_WORDS = 4
 _ROUTE_WARPS = 4
 _MOST_ROUTED_TOGETHER = 8
 _SORT_THREADS = 1024
 _STREAM_WARPS = 8
 _PLAIN_WARPS = 4
+_TILE_COLUMNS, _TILE_DEPTH = 128, 64
+_MOST_STAGES = 4
+_RESERVED_BYTES = 2048
 _LANE_ELEMENTS = 8
 _BLOCK_ROWS = 16
 _PLAIN_CHUNK = 32
@@ -85,7 +89,7 @@ class ExpertRows:
         tiles = max_tiles(num_tokens, routing, itemsize)
         return cls(
             array((num_tokens, routing.num_experts), np.float32), array(pairs, np.int32), array(pairs, np.float32),
-            array((num_tokens * routing.top_k,), np.int32), array(pairs, np.int32), array((tiles, TILE_WORDS), np.int32),
+            array((num_tokens * routing.top_k,), np.int32), array(pairs, np.int32), array((tiles, _TILE_WORDS), np.int32),
         )  # fmt: skip
 
 
@@ -177,7 +181,7 @@ def grouped_product(
         chunk = codes_per_chunk(weight.kind) if isinstance(weight, PackedWeight) else _PLAIN_CHUNK
         _stream(library, arguments, grid, defines, chunk)
     else:
-        launch_tiles(library, arguments, grid, defines, height)
+        _tiles(library, arguments, grid, defines, height)
 
 
 def _operand(weight: Array | PackedWeight, shape: tuple[int, int], x: Array) -> tuple[tuple[Any, ...], Defines]:
@@ -236,3 +240,18 @@ def _stream_shape(defines: Defines, chunk: int) -> tuple[int, int]:
     if not int(defines["CODES"]):
         return 1, 4
     return 2, 1 if int(defines["GROUP"]) % chunk else 2
+
+
+def _tiles(library: Library, arguments: tuple[Any, ...], grid: tuple[int, int], defines: Defines, height: int) -> None:
+    bits = {0: 16, 4: 4}.get(int(defines["CODES"]), 8)
+    stage_bytes = height * 2 * _TILE_DEPTH + _TILE_COLUMNS * _TILE_DEPTH * bits // 8
+    available = shared_bytes_per_multiprocessor(library.architecture) - _RESERVED_BYTES
+    blocks = 2 if available // 2 >= 3 * stage_bytes + _RESERVED_BYTES else 1
+    stages = min(_MOST_STAGES, (available // blocks - _RESERVED_BYTES) // stage_bytes)
+    shared_bytes = stages * stage_bytes
+    kernel = library.function(
+        "experts_tiles", "multiply_tiles", shared_bytes, ROWS=height, STAGES=stages,
+        SHARED_BYTES=shared_bytes, MIN_BLOCKS=blocks, BFLOAT16=int(defines["SCALAR"] == "__nv_bfloat16"), KV_FP8=0, **defines,
+    )  # fmt: skip
+    outputs = _TILE_COLUMNS // (2 if defines["GATED"] else 1)
+    kernel((grid[0], ceil_div(grid[1], outputs)), (256,), arguments, shared_mem=shared_bytes)

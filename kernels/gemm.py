@@ -23,7 +23,6 @@ from phalanx.kernels.packed import (
     layout_suits_gemv,
     unpack_weight,
 )
-from phalanx.kernels.packed_tiles import PACKED_TILES, PackedTiles, gemm_packed_tiles, packed_tiles_take, token_tiles
 from phalanx.kernels.product_sizes import (
     CODE_ALIGNMENT,
     SUM_BYTES,
@@ -51,7 +50,6 @@ MAX_GATED_TOKENS = MAX_PACKED_TOKENS
 """Up to here a kernel may compute a product of values and the gated activation after it in one; products of codes have no such limit."""
 
 _MOST_GUESSED_TOKENS = 8
-_MOST_TILED_TOKENS = 1024
 _SCALES_ROWS, _FIRST_TO_SCALE_ROWS = "sm_90a", 12_09_00
 """Where, and since which version, cuBLASLt multiplies fp8 sums by scales of rows itself (OUTER_VEC_32F)."""
 
@@ -73,7 +71,6 @@ class Gemm:
         self._choices: dict[GemmProblem, GemmChoice] = {}
         self._takes_groups: dict[GemmProblem, bool] = {}
         self._suggestions: dict[GemmProblem, Algorithm] = {}
-        self._tiles: dict[tuple[int, PackedTiles], Array] = {}
         self._scales_rows = library.architecture == _SCALES_ROWS and cublaslt.version >= _FIRST_TO_SCALE_ROWS
         self._multiplies_blocks = multiplies_blocks
 
@@ -183,17 +180,12 @@ class Gemm:
         return self.algorithms(problem, 1)[0]
 
     def _neighbour(self, problem: GemmProblem) -> GemmChoice | None:
-        """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom, but for tiles of packed codes."""
+        """The choice for a few more tokens: up to 256 it is often better than cuBLASLt's guess, above that seldom."""
         choice = self.timings.find_above(problem, MOST_BORROWED_TOKENS)
-        if choice is None and problem.packed:
-            above = self.timings.find_above(problem, _MOST_TILED_TOKENS)
-            choice = above if above is not None and isinstance(above.kernel, PackedTiles) else None
         if choice is None or isinstance(choice.kernel, GemvShape):
             return choice
         if isinstance(choice.kernel, TileShape):
             return choice if self._suits_tiles(problem, problem.out_features) else None
-        if isinstance(choice.kernel, PackedTiles):
-            return choice if _suits_packed_tiles(problem) else None
         return choice if self.cublaslt.accepts(self._library_problem(problem), choice.kernel) else None
 
     @property
@@ -224,28 +216,12 @@ class Gemm:
             else:
                 gemv(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
-        if isinstance(choice.kernel, PackedTiles):
-            assert isinstance(weight, PackedWeight)
-            tiles = self._tiles_of(problem.num_tokens, choice.kernel)
-            gemm_packed_tiles(self._library, x, weight, operands.out, tiles, choice.kernel)
-            if bias is not None:
-                add_bias(self._library, operands.out, bias)
-            return
-        assert isinstance(choice.kernel, Algorithm), "other tiles are of codes that meet codes"
+        assert isinstance(choice.kernel, Algorithm), "tiles are of codes"
         values = self._unpacked(weight, x, operands.scratch) if isinstance(weight, PackedWeight) else weight
         self.cublaslt.run(
             self._library_problem(problem), choice.kernel, x.data.ptr, values.data.ptr, operands.out.data.ptr,
             0 if bias is None else bias.data.ptr, cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
-
-    def _tiles_of(self, num_tokens: int, shape: PackedTiles) -> Array:
-        """Made once for each number of tokens, before a step of it is captured."""
-        import cupy
-
-        key = num_tokens, shape
-        if key not in self._tiles:
-            self._tiles[key] = cupy.asarray(token_tiles(num_tokens, shape))
-        return self._tiles[key]
 
     def _unpacked(self, weight: PackedWeight, x: Array, scratch: Array | None) -> Array:
         """The values of ``weight`` in ``scratch``, in the type of ``x``."""
@@ -267,7 +243,6 @@ class Gemm:
         if isinstance(choice.kernel, TileShape):
             gemm8_tiles(self._library, x, weight, operands.out, bias=bias, shape=choice.kernel)
             return
-        assert isinstance(choice.kernel, Algorithm), "tiles of packed codes are of values"
         if self._makes_sums(problem):
             self._run_sums(problem, choice.kernel, x, weight, operands)
             return
@@ -331,8 +306,7 @@ class Gemm:
         """Everything worth timing: cuBLASLt's suggestions, best guess first, then what our own kernels offer."""
         gemv_shapes = _gemv_shapes(problem) if _suits_gemv(problem) else ()
         tile_shapes = TILE_SHAPES if self._suits_tiles(problem, problem.out_features) else ()
-        packed_tiles = PACKED_TILES if _suits_packed_tiles(problem) else ()
-        return [*self.algorithms(problem, 16), *packed_tiles, *gemv_shapes, *tile_shapes]
+        return [*self.algorithms(problem, 16), *gemv_shapes, *tile_shapes]
 
     def _suits_tiles(self, problem: GemmProblem, out_columns: int) -> bool:
         takes = gemm8_tiles_takes(self._library.architecture, out_columns, problem.in_features)
@@ -377,15 +351,6 @@ def _suits_gemv(problem: GemmProblem) -> bool:
         return layout_suits_gemv(problem.num_tokens, problem.in_features, problem.packed) and is_narrow
     takes = gemv_takes(problem.num_tokens, problem.in_features, problem.dtype)
     return takes and problem.out_dtype == problem.dtype
-
-
-def _suits_packed_tiles(problem: GemmProblem) -> bool:
-    is_narrow = problem.has_narrow_results and problem.out_dtype == problem.dtype
-    return (
-        bool(problem.packed)
-        and is_narrow
-        and packed_tiles_take(problem.num_tokens, problem.in_features, problem.packed)
-    )
 
 
 def _gemv_shapes(problem: GemmProblem) -> tuple[GemvShape, ...]:

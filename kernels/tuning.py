@@ -17,16 +17,13 @@ from typing import Any, TypeAlias
 from phalanx.kernels.cublaslt import Algorithm, GemmProblem
 from phalanx.kernels.gemm8_tiles import TileShape
 from phalanx.kernels.gemv import GemvShape
-from phalanx.kernels.packed_tiles import PackedTiles
 
 __all__ = ["GemmChoice", "GemmTimings", "Kernel", "timings_path"]
 
-Kernel: TypeAlias = Algorithm | GemvShape | TileShape | PackedTiles
+Kernel: TypeAlias = Algorithm | GemvShape | TileShape
 """One of cuBLASLt's algorithms, or how one of our own kernels cuts the work."""
 
-_OWN_KERNELS: Mapping[str, type[GemvShape | TileShape | PackedTiles]] = {
-    "gemv": GemvShape, "tiles": TileShape, "packed_tiles": PackedTiles,
-}  # fmt: skip
+_OWN_KERNELS: Mapping[str, type[GemvShape] | type[TileShape]] = {"gemv": GemvShape, "tiles": TileShape}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 from phalanx.checkpoints.quantization import held
 from phalanx.checkpoints.quantization.numbers import E4M3
 from phalanx.kernels.activation import gated_activation
-from phalanx.kernels.cublaslt import Algorithm, GemmProblem
-from phalanx.kernels.gemm import Gemm
 from phalanx.kernels.gemv import CODES_SHAPE, GemvShape, fits_block, fitted
 from phalanx.kernels.gemv8 import GEMV8_SHAPES
 from phalanx.kernels.packed import (
@@ -26,14 +23,10 @@ from phalanx.kernels.packed import (
     pack_weight,
     unpack_weight,
 )
-from phalanx.kernels.packed_tiles import PackedTiles, gemm_packed_tiles, token_tiles
 from phalanx.kernels.product_sizes import BLOCK, CODE_ALIGNMENT, packed_row_bytes
-from phalanx.kernels.tuning import GemmChoice, GemmTimings
 from phalanx.parallel.errors import ExecutorError
-from tests.support.fake_cublaslt import ALGORITHM, FakeCublasLt
 
 from .devices import DTYPES, KernelDevice
-from .test_gemm8_tiles import HopperLibrary
 from .tolerance import assert_close
 
 BFLOAT16, FLOAT16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -151,50 +144,6 @@ def test_sums_of_any_number_of_tokens_fit_a_block_of_every_shape() -> None:
             assert fits_block(chosen, num_tokens)
             assert chosen.num_warps >= 4
             assert chosen.row_blocks >= fewest
-
-
-@pytest.mark.parametrize(
-    ("kind", "group", "has_zero", "dtype", "num_tokens", "shape"),
-    [(*KINDS[0], BFLOAT16, 17, PackedTiles(64)), (*KINDS[1], FLOAT16, 70, PackedTiles(64)), (*KINDS[3], BFLOAT16, 130, PackedTiles(128)),
-     (*KINDS[5], BFLOAT16, 129, PackedTiles(64)), (*KINDS[7], FLOAT16, 20, PackedTiles(128))],
-    ids=str,
-)  # fmt: skip
-def test_tiles_of_tokens_equal_float64(
-    device: KernelDevice, random_normal: Any, kind: PackedKind, group: int, has_zero: bool, dtype: np.dtype[Any], num_tokens: int,
-    shape: PackedTiles,
-) -> None:  # fmt: skip
-    """344 columns: 2.7 chunks of int4; 150 outputs: a block and a part of one."""
-    case, x = Case(150, 344, kind, group, has_zero), random_normal(dtype, num_tokens, 344)
-    tiles = device.put(token_tiles(num_tokens, shape))
-    out = device.poisoned((num_tokens, 150), dtype)
-    gemm_packed_tiles(device.library, device.put(x), case.packed(device), out, tiles, shape)
-    wide, unit = x.astype(np.float64), {BFLOAT16: 2.0**-8, FLOAT16: 2.0**-11}[dtype]
-    expected = wide @ case.values.T
-    # The result is rounded, and each value of a group before: a random walk of half units (see tests/gpu/test_quantized_products.py).
-    limit = 1.02 * unit * np.abs(expected) + 5 * unit * np.sqrt(wide**2 @ (case.values**2).T)
-    assert np.all(np.abs(device.get(out).astype(np.float64) - expected) <= limit)
-
-
-def test_untimed_products_take_the_tiles_of_more_tokens() -> None:
-    """Steps have more sizes than the tuner times; where unpacking was faster, cuBLASLt's guess for this size is."""
-    timings = GemmTimings(None)
-    gemm = Gemm(HopperLibrary(), FakeCublasLt(), timings)  # type: ignore[arg-type]
-    wide, narrow = (GemmProblem(512, rows, 4096, "bfloat16", "bfloat16", False, "int4/128") for rows in (28672, 4096))
-    tiles, unpacked = GemmChoice(PackedTiles(128), 2.0, 3.0), GemmChoice(Algorithm((9,), 0), 1.0, 1.0)
-    timings.add({wide: tiles, narrow: unpacked, replace(wide, num_tokens=64): tiles})
-    assert gemm.choice(replace(wide, num_tokens=320)) == tiles
-    assert gemm.choice(replace(narrow, num_tokens=320)).kernel == ALGORITHM
-    assert gemm.choice(replace(wide, num_tokens=40)) == tiles
-    assert isinstance(gemm.choice(replace(wide, num_tokens=12)).kernel, GemvShape)
-    assert gemm.choice(replace(wide, num_tokens=600)).kernel == ALGORITHM
-
-
-def test_what_packed_tiles_do_not_take_is_refused(device: KernelDevice, random_normal: Any) -> None:
-    for num_tokens, columns, group in ((16, 64, 32), (20, 60, 32), (20, 96, 48)):
-        case, x = Case(4, columns, "int4", group, False), random_normal(BFLOAT16, num_tokens, columns)
-        tiles, out = device.put(token_tiles(num_tokens, PackedTiles(64))), device.poisoned((num_tokens, 4), BFLOAT16)
-        with pytest.raises(ExecutorError, match="gemm_packed_tiles takes at least 17 tokens of 16 bits"):
-            gemm_packed_tiles(device.library, device.put(x), case.packed(device), out, tiles, PackedTiles(64))
 
 
 def test_what_gemv_packed_does_not_take_is_refused(device: KernelDevice, random_normal: Any) -> None:
