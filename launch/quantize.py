@@ -217,10 +217,9 @@ def _matrices(checkpoint: Checkpoint, own: Model | None) -> tuple[dict[str, str]
         name for name in source.names()
         if name.endswith(".weight") and name not in chosen and name not in tables and len(source.info(name).shape) > 1
     }  # fmt: skip
-    usual = {
-        declared for declared, name in stored.items() if name in others
-    }  # classes': a base model's file leaves their beginning out
-    modules = [name.removesuffix(".weight") for name in sorted(others | usual)]
+    # By the names of classes, too: a base model's file leaves their beginning out.
+    declared = {usual for usual, name in stored.items() if name in others}
+    modules = [name.removesuffix(".weight") for name in sorted(others | declared)]
     return stored, chosen, _as_rules(modules, model.ignored_tensors)
 
 

@@ -73,10 +73,8 @@ def start_block(facts: dict[str, str], url: str, model: str, takes_texts: bool, 
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     prompt = '"def main("' if takes_texts else "[1, 2, 3]"
     body = f'{{"model": "{model}", "prompt": {prompt}, "max_tokens": 16}}'
-    key = (
-        ""
-        if key_file is None
-        else f""" -H "Authorization: Bearer $(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})\""""
-    )
-    ask = f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    headers = "-H 'Content-Type: application/json'"
+    if key_file is not None:
+        headers += f""" -H "Authorization: Bearer $(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})\""""
+    ask = f"curl {url}/v1/completions {headers} -d '{body}'"
     return "\n".join([*lines, f"{'ask':<{width}}  {ask}"])

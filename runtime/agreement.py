@@ -66,12 +66,10 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 def _options(options: EngineConfig) -> dict[str, str]:
     """With the engine that ``auto`` becomes here: engines of two kinds would wait for each other in different collectives."""
     names = (field.name for field in dataclasses.fields(options) if field.name not in _MAY_DIFFER)
-    found = (
-        {"the engine that auto becomes, which --engine settles,": choose_engine("auto")}
-        if options.engine == "auto"
-        else {}
-    )
-    return found | {name: str(getattr(options, name)) for name in names}
+    found = {name: str(getattr(options, name)) for name in names}
+    if options.engine != "auto":
+        return found
+    return {"the engine that auto becomes, which --engine settles,": choose_engine("auto"), **found}
 
 
 def _of_a_file(model: Model, config: ModelConfig) -> dict[str, str]:
