@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(comm, "--report", args.report)
         if args.report.resolve() == args.output.resolve():
             raise ConfigError(f"--report {args.report} is the directory that --output makes; give another file")
+        if args.report.exists() and args.report.resolve().parent == args.model.resolve():
+            raise ConfigError(f"--report {args.report} is a file of the model; give another one")
     text = None if args.calibration is None else read_text(comm, "--calibration", args.calibration, MAX_BYTES)
     with open_checkpoint(args.model) as opened:
         own = model_from_file(args.model_file)

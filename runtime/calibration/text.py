@@ -44,7 +44,7 @@ def calibration_windows(
     Each begins with what the tokenizer puts before a text.
 
     Raises:
-        ConfigError: no tokenizer, one of another model, or a text too short to keep rows for judging.
+        ConfigError: no tokenizer, one of another model, a text too short to keep rows for judging, or a model of one position.
     """
     if tokenizer is None:
         raise ConfigError(
@@ -64,6 +64,10 @@ def calibration_windows(
         )
     begin = [token for token in tokenizer.encode("")[:1] if token != ids[0]]
     size = min(_WINDOW, longest) - len(begin)
+    if size < 1:
+        raise ConfigError(
+            f"the model takes {longest} token, which is the one that a text begins with; use --method rtn"
+        )
     return [np.array([*begin, *ids[start : start + size]], np.int32) for start in range(0, len(ids), size)]
 
 

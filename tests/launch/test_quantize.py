@@ -174,6 +174,8 @@ def test_places_for_output_and_report_that_cannot_be_are_named(dense: Path, tmp_
     arguments, output = ["--model", str(dense), "--scheme", "int8"], tmp_path / "out"
     with pytest.raises(ConfigError, match="--output '/' exists"):
         main([*arguments, "--output", "/"])
+    with pytest.raises(ConfigError, match=r"--report .*config\.json is a file of the model; give another one"):
+        main([*arguments, "--output", str(output), "--report", str(dense / "config.json")])
     with pytest.raises(ConfigError, match=r"--report .*out is the directory that --output makes; give another file"):
         main([*arguments, "--output", str(output), "--report", str(output)])
     assert not output.exists()

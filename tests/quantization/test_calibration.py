@@ -240,6 +240,10 @@ def test_no_more_of_a_long_text_is_encoded_than_counts() -> None:
     expected = tokenizer.encode(text, add_special_tokens=False)[:MAX_TOKENS]
     assert sum(map(len, windows)) == MAX_TOKENS + len(windows), "each begins with one token more"
     np.testing.assert_array_equal(np.concatenate([window[1:] for window in windows]), expected)
+    with pytest.raises(
+        ConfigError, match="the model takes 1 token, which is the one that a text begins with; use --method rtn"
+    ):
+        calibration_windows(text, cast("Tokenizer", Counting()), 1, 6144)
 
 
 def test_a_beginning_with_too_few_tokens_is_followed_by_a_longer_one(tmp_path: Path) -> None:
