@@ -89,8 +89,8 @@ def test_tokens_and_logprobs_equal_the_numpy_engines(
 @pytest.mark.parametrize(
     ("name", "tp"),
     [
-        *((name, tp) for name in OTHER_FAMILIES for tp in (1, 2)),
-        *((name, 2) for name in MORE_FAMILIES),
+        *((name, 2) for name in (*OTHER_FAMILIES, *MORE_FAMILIES)),
+        *(pytest.param(name, 1, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(OTHER_FAMILIES)),
         *(pytest.param(name, 2, marks=pytest.mark.slow) for name in SAME_OPERATIONS),
     ],
 )

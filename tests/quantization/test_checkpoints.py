@@ -403,9 +403,11 @@ def written_experts(
 
 @pytest.mark.parametrize(
     ("name", "tp", "has_router", "case", "options"),
-    [("hf-fp8-blocks", 2, False, MIXTRAL, {}), ("hf-fp8-wide", 1, False, MIXTRAL, {}), ("hf-fp8-powers", 1, False, MIXTRAL, {}),
-     ("ct-fp8-channel", 1, False, QWEN3, {}), ("ct-int8", 2, False, MIXTRAL, {}), ("ct-fp8-static", 2, False, QWEN3, {"expert_parallel": True}),
-     ("fbgemm", 1, True, MIXTRAL, {}), ("modelopt-smoothquant", 1, False, MIXTRAL, {})],
+    [("hf-fp8-blocks", 2, False, MIXTRAL, {}), ("ct-int8", 2, False, MIXTRAL, {}), ("ct-fp8-static", 2, False, QWEN3, {"expert_parallel": True}),
+     ("fbgemm", 1, True, MIXTRAL, {}),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in [
+         ("hf-fp8-wide", 1, False, MIXTRAL, {}), ("hf-fp8-powers", 1, False, MIXTRAL, {}), ("ct-fp8-channel", 1, False, QWEN3, {}),
+         ("modelopt-smoothquant", 1, False, MIXTRAL, {})])],
     ids=lambda value: value.name if isinstance(value, CheckpointCase) else str(value),
 )  # fmt: skip
 def test_the_cuda_engine_rounds_inputs_of_experts(
@@ -418,7 +420,14 @@ def test_the_cuda_engine_rounds_inputs_of_experts(
     assert np.abs(output - expected).mean() < 0.05 * np.abs(plain - expected).mean()
 
 
-@pytest.mark.parametrize("name", ["ct-int8", "hf-fp8-blocks", "ct-fp8-static", "ct-w8-g16-asymmetric", "gptq-4-order"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct-int8",
+        "ct-w8-g16-asymmetric",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hf-fp8-blocks", "ct-fp8-static", "gptq-4-order")),
+    ],
+)
 def test_the_cuda_engine_weighs_by_a_gate_of_codes(tmp_path: Path, device: None, name: str) -> None:
     """A tool that quantises every linear layer makes codes of the one row by which Qwen2-MoE weighs its shared expert, too."""
     paths = tmp_path / "quantised", tmp_path / "twin"
